@@ -1,0 +1,59 @@
+# Sourced by the other scripts: makes .venv at the repository root and installs into it.
+#
+#   source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+#   ensure_venv dev        # .venv exists and holds the package with its [dev] extra
+#   "$VENV_PYTHON" -m pytest
+#
+# PYTHON names the interpreter to make the environment with (default: python3). Versions are
+# pinned by constraints.txt. pip's own configuration is honoured: set PIP_INDEX_URL,
+# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to install from elsewhere, for instance to take
+# PyTorch's smaller CPU-only build.
+
+REPO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV_DIR="$REPO_ROOT/.venv"
+VENV_PYTHON="$VENV_DIR/bin/python"
+
+say() { printf '==> %s\n' "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+_check_python() { # $1: interpreter
+    command -v "$1" >/dev/null || die "no '$1' found. Install Python 3.10 or newer, or set PYTHON=/path/to/python3."
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die \
+        "$("$1" --version 2>&1) ($1) is too old: Python 3.10 or newer is needed. Set PYTHON=/path/to/python3 (and remove .venv if it was made with the old one)."
+}
+
+_make_venv() {
+    local python="${PYTHON:-python3}"
+    _check_python "$python"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || die \
+        "$python has no working 'venv' module. On Debian or Ubuntu: apt install python3-venv"
+    say "making .venv with $("$python" --version)"
+    "$python" -m venv "$VENV_DIR" || { rm -rf "$VENV_DIR"; die "'$python -m venv' failed; see above."; }
+}
+
+_fingerprint() { # $1: extras
+    { echo "$REPO_ROOT $1"; cat "$REPO_ROOT/pyproject.toml" "$REPO_ROOT/constraints.txt"; } |
+        "$VENV_PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+_pip_install() {
+    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check \
+        --constraint "$REPO_ROOT/constraints.txt" "$@" || die "pip install $* failed; see above."
+}
+
+ensure_venv() { # $1: extras, comma-separated
+    local extras="$1" fingerprint stamp
+    [ -x "$VENV_PYTHON" ] || _make_venv
+    _check_python "$VENV_PYTHON"
+    stamp="$VENV_DIR/.installed-$extras"
+    fingerprint="$(_fingerprint "$extras")"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; then
+        return
+    fi
+    # torch alone and first: whatever else asks for torch then finds the pinned one in place.
+    say "installing torch (the longest part; once only)"
+    _pip_install torch
+    say "installing torch_secondorder[$extras]"
+    _pip_install --editable "$REPO_ROOT[$extras]"
+    echo "$fingerprint" >"$stamp"
+}

@@ -1,0 +1,9 @@
+"""The sub-commands of scripts/bench.py, one module each; each enters itself in one table.
+
+To add one: write a module with a function under `@command(...)`, and import it here.
+"""
+
+from . import capture, lbfgs, products
+from .registry import COMMANDS, Command, Options, command
+
+__all__ = ["COMMANDS", "Command", "Options", "capture", "command", "lbfgs", "products"]

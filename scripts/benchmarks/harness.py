@@ -1,0 +1,203 @@
+"""Timing of candidates side by side, and imports of peers that may be missing.
+
+Machines are noisy: other processes, clock changes and page faults move a time by tens of percent
+from one minute to the next. Candidates are therefore run by turns in one process, so that a slow
+moment hits all of them, and what is reported are medians, and ratios within a round.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+_SAID: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, one sample per round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The median of the samples."""
+        return statistics.median(self.samples)
+
+    @property
+    def minimum(self) -> float:
+        """The fastest sample."""
+        return min(self.samples)
+
+    @property
+    def maximum(self) -> float:
+        """The slowest sample."""
+        return max(self.samples)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The summary that goes into the JSON file."""
+        return {
+            "median": self.median,
+            "min": self.minimum,
+            "max": self.maximum,
+            "rounds": len(self.samples),
+        }
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One candidate's time over another's.
+
+    Attributes:
+        of_medians: The ratio of the two medians, which is the number to quote.
+        minimum: The smallest ratio within a round.
+        median: The median ratio within a round.
+        maximum: The largest ratio within a round.
+    """
+
+    of_medians: float
+    minimum: float
+    median: float
+    maximum: float
+
+    def __str__(self) -> str:
+        """The number to quote, and the spread over the rounds."""
+        return f"{self.of_medians:.2f} [{self.minimum:.2f} {self.median:.2f} {self.maximum:.2f}]"
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields that go into the JSON file."""
+        return dict(vars(self))
+
+
+def ratio(candidate: Timing, base: Timing) -> Ratio:
+    """Compares two timings from the same call of `alternate`."""
+    pairs = zip(candidate.samples, base.samples, strict=True)
+    rounds = [ours / theirs for ours, theirs in pairs]
+    of_medians = candidate.median / base.median
+    return Ratio(of_medians, min(rounds), statistics.median(rounds), max(rounds))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean; NaN of nothing."""
+    return statistics.geometric_mean(values) if values else float("nan")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _sample(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[], object]],
+    repeat: int,
+    device: torch.device | str = "cpu",
+    min_seconds: float = 0.02,
+) -> dict[str, Timing]:
+    """Times candidates by turns in one process.
+
+    Each candidate is warmed up, then called in every round as often as makes the round's sample
+    last `min_seconds`. The order is reversed every other round, so that none always follows the
+    same other.
+
+    Args:
+        candidates: Names and what to call; arguments are bound beforehand.
+        repeat: The number of rounds.
+        device: The device that is waited for before the clock is read.
+        min_seconds: The least duration of one sample; 0 makes it a single call.
+
+    Returns:
+        A timing for each candidate, in the order given.
+    """
+    device = torch.device(device)
+    calls = {}
+    for name, call in candidates.items():
+        _sample(call, 1, device)  # the warm-up: allocations, kernel selection, lazy imports
+        once = _sample(call, 1, device) if min_seconds > 0 else min_seconds
+        calls[name] = max(1, round(min_seconds / max(once, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(repeat):
+        names = list(candidates)
+        for name in reversed(names) if turn % 2 else names:
+            samples[name].append(_sample(candidates[name], calls[name], device))
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def load_peer(module: str, package: str | None = None) -> ModuleType | None:
+    """Imports a peer, or says in one line that it is skipped.
+
+    Args:
+        module: The module's dotted name.
+        package: What to install to get it; by default the module's first name.
+
+    Returns:
+        The module, or None where it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        name = package or module.split(".")[0]
+        if name not in _SAID:
+            _SAID.add(name)
+            say(f"skipped: {name} is not installed (no module named {error.name!r})")
+        return None
+
+
+def load_ours(module: str, name: str) -> Any | None:
+    """Gets one of this library's names, or says in one line that it is not there."""
+    found = load_peer(module, f"{module}.{name}")
+    if found is not None and not hasattr(found, name):
+        say(f"skipped: {module} has no {name}")
+        return None
+    return getattr(found, name, None)
+
+
+def say(line: str, end: str = "\n") -> None:
+    """Prints a line at once, so that it is seen while the benchmark runs."""
+    print(line, end=end, flush=True)
+
+
+def progress(items: Iterable[Item], title: str) -> Iterator[Item]:
+    """Iterates with a progress bar on a terminal with tqdm, with plain lines elsewhere."""
+    entries = list(items)
+    if sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
+        tqdm = importlib.import_module("tqdm").tqdm
+        yield from tqdm(entries, desc=title, leave=False, dynamic_ncols=True)
+        return
+    said = float("-inf")
+    for index, item in enumerate(entries, start=1):
+        if time.monotonic() - said > 10.0:
+            said = time.monotonic()
+            print(f"{title}: {index} of {len(entries)}", file=sys.stderr, flush=True)
+        yield item
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Sets torch's number of CPU threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

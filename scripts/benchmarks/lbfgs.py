@@ -1,0 +1,21 @@
+"""L-BFGS beside torch's and SciPy's: test functions, softmax regression, and one direction."""
+
+from __future__ import annotations
+
+from . import lbfgs_direction, lbfgs_problems, lbfgs_softmax
+from .registry import Options, command
+from .report import Report
+
+PARTS = {
+    "problems": lbfgs_problems.run,
+    "softmax": lbfgs_softmax.run,
+    "direction": lbfgs_direction.run,
+}
+
+
+@command("lbfgs", "L-BFGS beside torch.optim.LBFGS and SciPy's L-BFGS-B", tuple(PARTS))
+def run(options: Options, report: Report) -> None:
+    """Runs the parts."""
+    for name, part in PARTS.items():
+        if options.wants(name):
+            part(options, report)

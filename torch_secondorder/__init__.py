@@ -1,0 +1,16 @@
+"""Second-order optimization for PyTorch, driven by the standard closure."""
+
+from torch_secondorder.capture import mark_outputs
+from torch_secondorder.objective import FunctionalObjective
+from torch_secondorder.optim import LBFGS, SecondOrderOptimizer, StepInfo, StepStatus
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LBFGS",
+    "FunctionalObjective",
+    "SecondOrderOptimizer",
+    "StepInfo",
+    "StepStatus",
+    "mark_outputs",
+]

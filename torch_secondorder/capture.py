@@ -1,0 +1,283 @@
+"""What is caught inside a closure: the gradient's graph at `backward()`, and the model's outputs.
+
+An optimizer that needs curvature must differentiate the gradient once more, so the gradient has to
+be made with a graph. Instead of asking the user for `create_graph=True`, the evaluation of the
+closure runs under a `TorchFunctionMode` that sees `Tensor.backward` and keeps the graph to itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Capture", "Graph", "Output", "mark_outputs"]
+
+#: Losses whose first argument is the model's output, so that it is found without being told.
+STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
+    {
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.cross_entropy,
+        F.gaussian_nll_loss,
+        F.huber_loss,
+        F.kl_div,
+        F.l1_loss,
+        F.mse_loss,
+        F.multi_margin_loss,
+        F.multilabel_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.nll_loss,
+        F.poisson_nll_loss,
+        F.smooth_l1_loss,
+        F.soft_margin_loss,
+    }
+)
+
+_active: ContextVar[Capture | None] = ContextVar("active_capture", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A model output that a captured evaluation met.
+
+    Attributes:
+        tensor: The output, with its graph.
+        loss: The standard loss that took it as input, or None where it was marked by hand.
+        args: The loss's positional arguments, as called.
+        kwargs: The loss's keyword arguments, as called.
+        value: What the loss returned; None where it was marked by hand.
+    """
+
+    tensor: Tensor
+    loss: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    value: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The loss's arguments by name, defaults included (`target`, `reduction`, ...)."""
+        if self.loss is None:
+            return {}
+        bound = inspect.signature(self.loss).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+@dataclass(slots=True)
+class Graph:
+    """The retained graph of one evaluation: gradients that can be differentiated again.
+
+    Attributes:
+        params: What was differentiated with respect to, `P` tensors.
+        gradients: One list of `P` gradients (None where a parameter had no part) for each
+            `backward()`; the evaluation's gradient is their sum.
+        outputs: The outputs met, in order.
+    """
+
+    params: Sequence[Tensor]
+    gradients: list[tuple[Tensor | None, ...]] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+
+    def differentiate(
+        self, loss: Tensor, weight: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Adds `loss` to the graph and returns its gradients, with their graph.
+
+        Args:
+            loss: What `backward()` was called on.
+            weight: The `gradient` argument of `backward()`, of the loss's shape.
+        """
+        gradients = torch.autograd.grad(
+            loss, self.params, weight, create_graph=True, allow_unused=True
+        )
+        self.gradients.append(gradients)
+        return gradients
+
+    def check_differentiable(self) -> None:
+        """Raises where a second derivative would be silently zero.
+
+        PyTorch cuts the graph at the backward of a function marked `once_differentiable` and never
+        reports it in `torch.autograd.grad`: products would lack what passes through there.
+        """
+        waiting = [g.grad_fn for gs in self.gradients for g in gs if g is not None]
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            if node is None:
+                continue
+            if node.name() == "torch::autograd::Error":
+                raise _no_second_derivative("a custom function marked once_differentiable")
+            for following, _ in node.next_functions:
+                if following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
+
+    def hessian_product(
+        self, tangents: Sequence[Tensor], *, batched: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        """The Hessian of the evaluated loss times a direction, by a second backward pass.
+
+        Args:
+            tangents: The direction, shaped like the parameters; with `batched`, each with a leading
+                dimension `k`.
+            batched: Whether `k` directions are multiplied in one vectorized pass.
+
+        Returns:
+            `P` tensors shaped like the tangents, None where the loss is linear in the parameter.
+        """
+        pairs = [
+            (gradient, tangent)
+            for gradients in self.gradients
+            for gradient, tangent in zip(gradients, tangents, strict=True)
+            # A gradient without a graph does not depend on the parameters: its rows are zero.
+            if gradient is not None and gradient.requires_grad
+        ]
+        if not pairs:
+            return (None,) * len(self.params)
+        outputs, weights = zip(*pairs, strict=True)
+        try:
+            return torch.autograd.grad(
+                outputs,
+                self.params,
+                weights,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        except RuntimeError as error:
+            raise _explained(error) from error
+
+
+def _explained(error: RuntimeError) -> RuntimeError:
+    """Says what to do where an operation of the model cannot be differentiated twice."""
+    text = str(error)
+    signs = ("is not implemented", "once_differentiable", "double backward")
+    return _no_second_derivative(text) if any(sign in text for sign in signs) else error
+
+
+def _no_second_derivative(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"an operation inside the closure has no second derivative ({what}); use an implementation "
+        "of it that has one, or an optimizer that needs gradients only"
+    )
+
+
+class Capture(TorchFunctionMode):
+    """Runs a closure and keeps the graph of every `loss.backward()` in it.
+
+    Inside, `loss.backward()` becomes `torch.autograd.grad(loss, params, create_graph=True)`, and a
+    *copy* of each gradient is added to `p.grad`: clipping or logging there cannot reach the graph.
+    Other leaves than `params` get no gradient. Scaled dot-product attention runs on its math
+    backend, the only one with a second derivative.
+
+    Args:
+        params: The leaves to differentiate with respect to.
+
+    Attributes:
+        graph: What was caught.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.graph = Graph(params)
+        self._attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
+
+    def __enter__(self) -> Capture:
+        self._attention.__enter__()
+        self._token = _active.set(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        _active.reset(self._token)
+        self._attention.__exit__(*exception)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Lets everything pass but `Tensor.backward` and the standard losses."""
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            return self.backward(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in STANDARD_LOSSES:
+            self._note_loss(func, args, kwargs, result)
+        return result
+
+    def backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """What `loss.backward(...)` does here; the graph is kept whatever the flags say.
+
+        Raises:
+            RuntimeError: `inputs` was given: the gradient of a part of the parameters would not be
+                the gradient of the loss.
+        """
+        if inputs is not None:
+            raise RuntimeError(
+                "loss.backward(inputs=...) inside a closure whose curvature is needed: call "
+                "loss.backward() without inputs, the optimizer knows its parameters"
+            )
+        gradients = self.graph.differentiate(loss, gradient)
+        with torch.no_grad():
+            for p, g in zip(self.graph.params, gradients, strict=True):
+                if g is not None:
+                    # Not an alias: the graph goes on using the storage of `g`.
+                    p.grad = g.clone() if p.grad is None else p.grad + g
+
+    def _note_loss(
+        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], value: Any
+    ) -> None:
+        tensor = args[0] if args else kwargs["input"]
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            self.graph.outputs.append(Output(tensor, func, args, kwargs, value))
+
+
+def mark_outputs(outputs: Tensor) -> Tensor:
+    """Marks the model's output for Gauss-Newton products, where the loss is not a standard one.
+
+    Call it anywhere in the forward pass; the losses of `torch.nn.functional` need no mark. Outside
+    an optimizer's evaluation, and in one that needs no curvature, it does nothing.
+
+    Args:
+        outputs: The tensor through which the loss depends on the parameters, any shape.
+
+    Returns:
+        The same tensor.
+
+    Raises:
+        TypeError: Not a tensor.
+
+    >>> z = torch.ones(3)
+    >>> mark_outputs(z) is z
+    True
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"mark_outputs takes one tensor, got {type(outputs).__name__}; mark several outputs "
+            "one by one"
+        )
+    capture = _active.get()
+    if capture is not None:
+        capture.graph.outputs.append(Output(outputs))
+    return outputs

@@ -1,0 +1,223 @@
+"""The limited-memory BFGS approximation of the inverse Hessian, in compact form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature.base import LinearOperator
+
+__all__ = ["InverseBFGS"]
+
+# Columns that are multiplied while they lie in cache, for several vectors at once.
+_BLOCK = 1 << 16
+
+
+class InverseBFGS(LinearOperator):
+    """`H`, built from the last `m` pairs of steps `s` and gradient differences `y`.
+
+    The compact representation (Byrd, Nocedal, Schnabel 1994, "Representations of quasi-Newton
+    matrices", eq. 3.1). With the pairs as rows of `S` and `Y`, oldest first,
+    `R_ij = s_i'y_j` for `i <= j` and `D = diag(s_i'y_i)`,
+
+        H v = gamma r + S'p1
+        p2 = R^-1 S v,    r = v - Y'p2,    p1 = R^-T (D p2 - gamma Y r)
+
+    which is their formula with its terms `Y Y'p2 - Y v` taken together as `-Y r`: the same two
+    passes over the history, without the cancellation between the two terms and without the matrix
+    `Y Y'`. The triangular systems are solved in float64. The products `S y` with a new `y` ride on
+    the first pass of the next multiplication. Nothing here waits for the device.
+
+    `gamma`, the scale of what no pair speaks of, is the largest `s'y / y'y` of the pairs held, not
+    that of the newest one: see "Design decisions" in CONTRIBUTING.md for what it gains.
+
+    Args:
+        size: `n`.
+        history_size: `m`. The history grows as it fills, up to `2 m n` numbers.
+        dtype: Of the work vectors.
+        device: Of the work vectors.
+
+    Attributes:
+        count: Pairs held, at most `m`.
+
+    >>> H = InverseBFGS(2, history_size=5)
+    >>> H.push(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]))
+    >>> H.push(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0]))
+    >>> H @ torch.tensor([4.0, 2.0])
+    tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        size: int,
+        history_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        self.size = size
+        self.history_size = history_size
+        self._dtype = dtype
+        self._device = device
+        # Not every accelerator has float64.
+        mps = device is not None and device.type == "mps"
+        self._small_dtype = torch.float32 if mps else torch.float64
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all pairs: `H` is the identity."""
+        self.count = 0
+        self._slot = 0  # where the next pair goes
+        self._entered = 0  # pairs in R
+        self._pending = False  # whether the newest pair is not in R yet
+        self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
+        # Room for `c` pairs, a power of two or m. Rows that hold no pair are zero, and one on the
+        # diagonal of R: they take no part, and nothing has to be cut out.
+        self._steps: Tensor | None = None  # S, (c, n), a ring once c = m
+        self._differences: Tensor | None = None  # Y, (c, n), likewise
+        self._r: Tensor | None = None  # R, (c, c), in order of age
+
+    def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
+        """Adds a pair, in place of the oldest where the history is full.
+
+        It is the caller's duty that `s'y > 0`.
+
+        Args:
+            s: The step, shape `(n,)`.
+            y: The difference of the gradients, shape `(n,)`.
+            scale: `s'y / y'y`, if it is known on the host.
+        """
+        if self._pending:
+            steps, differences = self._rows
+            self._enter(torch.mv(steps, differences[self._slot - 1]))
+        if self.count == self.history_size:
+            del self._scales[0]
+        elif self._steps is None or self.count == len(self._steps):
+            self._grow(min(max(8, 2 * self.count), self.history_size))
+        steps, differences = self._rows
+        self._slot %= len(steps)
+        steps[self._slot] = s
+        differences[self._slot] = y
+        self._scales.append(float(s @ y / (y @ y)) if scale is None else scale)
+        self.count = len(self._scales)
+        self._slot += 1
+        self._pending = True
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """See `LinearOperator.matvec`."""
+        return self._multiply(v, 1.0)
+
+    def direction(self, grad: Tensor) -> Tensor:
+        """The quasi-Newton direction `-H grad`, shape `(n,)`."""
+        return self._multiply(grad, -1.0)
+
+    def _multiply(self, v: Tensor, sign: float) -> Tensor:
+        if not self.count:
+            return sign * v
+        steps, differences = self._rows
+        if self._pending:
+            of_y, of_v = _two_products(steps, differences[self._slot - 1], v)
+            self._enter(of_y)
+        else:
+            of_v = torch.mv(steps, v)
+        r_matrix, gamma = self._r, max(self._scales)
+        assert r_matrix is not None
+        p2 = _solve(r_matrix, self._by_age(of_v), upper=True)
+        rest = torch.addmv(v, differences.t(), self._by_slot(p2), alpha=-1)
+        p1 = r_matrix.diagonal() * p2
+        p1.sub_(self._by_age(torch.mv(differences, rest)), alpha=gamma)
+        p1 = _solve(r_matrix.t(), p1, upper=False)
+        return torch.addmv(rest, steps.t(), self._by_slot(p1), beta=sign * gamma, alpha=sign)
+
+    @property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        assert self._steps is not None and self._differences is not None
+        return self._steps, self._differences
+
+    def _grow(self, room: int) -> None:
+        """Makes room for more pairs; the ring is in order of age as long as it has not closed."""
+        steps = torch.zeros(room, self.size, dtype=self._dtype, device=self._device)
+        differences = torch.zeros_like(steps)
+        r_matrix = torch.eye(room, dtype=self._small_dtype, device=self._device)
+        if self._steps is not None and self._differences is not None and self._r is not None:
+            k = self.count
+            steps[:k], differences[:k] = self._steps, self._differences
+            r_matrix[:k, :k] = self._r
+        self._steps, self._differences, self._r = steps, differences, r_matrix
+
+    def _enter(self, of_y: Tensor) -> None:
+        """Makes `S y` of the newest pair the last column of `R`; a full one loses its oldest."""
+        assert self._r is not None
+        if self._entered == self.history_size:
+            self._r[:-1, :-1] = self._r[1:, 1:].clone()
+        else:
+            self._entered += 1
+        self._r[:, self._entered - 1] = self._by_age(of_y)
+        self._pending = False
+
+    def _by_age(self, values: Tensor) -> Tensor:
+        """One number per pair, from the order of the ring to oldest first, in full precision."""
+        values = values.to(self._small_dtype)
+        return values.roll(-self._slot) if self.count == self.history_size else values
+
+    def _by_slot(self, values: Tensor) -> Tensor:
+        """One number per pair, from oldest first to the order of the ring, in work precision."""
+        values = values.to(self._dtype)
+        return values.roll(self._slot) if self.count == self.history_size else values
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors, numbers and a list; shares the tensors' memory."""
+        return {name: getattr(self, name) for name in (*_NUMBERS, *_TENSORS)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state, bit for bit; the tensors move to this operator's device.
+
+        Raises:
+            ValueError: The state is of vectors of another length; nothing has changed.
+        """
+        steps = state["_steps"]
+        if steps is not None and steps.shape[1] != self.size:
+            raise ValueError(
+                f"this state is of {steps.shape[1]} parameter entries, the optimizer has "
+                f"{self.size}: load it with the model and the frozen parameters it was saved with"
+            )
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+        for name, dtype in _TENSORS.items():
+            tensor = state[name]
+            if tensor is not None:
+                tensor = tensor.to(self._device, getattr(self, dtype))
+            setattr(self, name, tensor)
+
+
+_NUMBERS = ("history_size", "count", "_slot", "_entered", "_pending", "_scales")
+_TENSORS = {"_steps": "_dtype", "_differences": "_dtype", "_r": "_small_dtype"}
+
+
+def _solve(triangle: Tensor, values: Tensor, *, upper: bool) -> Tensor:
+    solution: Tensor = torch.linalg.solve_triangular(triangle, values.unsqueeze(-1), upper=upper)
+    return solution.view(-1)
+
+
+def _two_products(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows @ a` and `rows @ b` in one pass over `rows`, shape `(k, n)`."""
+    n = rows.shape[1]
+    if n < 2 * _BLOCK:  # the rows lie in cache the second time
+        return torch.mv(rows, a), torch.mv(rows, b)
+    both = torch.stack((a, b))
+    if rows.device.type != "cpu":
+        of_a, of_b = torch.mm(both, rows.T).unbind()
+        return of_a, of_b
+    # CPU libraries take one pass per vector when n is large; block by block the rows stay in cache.
+    blocks = n // _BLOCK
+    cut = blocks * _BLOCK
+    left = both[:, :cut].unflatten(1, (blocks, _BLOCK)).transpose(0, 1)
+    right = rows[:, :cut].unflatten(1, (blocks, _BLOCK)).permute(1, 2, 0)
+    total = torch.bmm(left, right).sum(0)
+    if cut < n:
+        total.addmm_(both[:, cut:], rows[:, cut:].T)
+    of_a, of_b = total.unbind()
+    return of_a, of_b

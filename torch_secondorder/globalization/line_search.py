@@ -1,0 +1,213 @@
+"""Line searches: what they exchange, and the loop they share.
+
+A line search looks at one function of one number, ``phi(t) = f(x + t d)``, through Python floats.
+It knows no tensor and no optimizer. Each search is a generator that proposes a step and is sent
+what was found there; `run_search` does the rest for all of them: it calls ``phi``, counts, tests
+for acceptance, keeps the best point and ends when the budget is out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from enum import Enum
+from math import inf, isfinite
+from typing import Any, Protocol, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One evaluated point of ``phi(t) = f(x + t d)``.
+
+    Attributes:
+        t: The step.
+        loss: ``phi(t)``; may be nan or infinite.
+        slope: ``phi'(t)``, the directional derivative; may be nan or infinite.
+        payload: Whatever the caller wants back with the accepted point; a search never looks at it.
+    """
+
+    t: float
+    loss: float
+    slope: float
+    payload: Any = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether both the loss and the slope are finite."""
+        return isfinite(self.loss) and isfinite(self.slope)
+
+
+Phi: TypeAlias = Callable[[float], Trial]
+
+
+class SearchStatus(Enum):
+    """Why a line search stopped; the value says it in a sentence."""
+
+    WOLFE = "The Wolfe conditions hold."
+    APPROXIMATE_WOLFE = "Slopes meet the Wolfe conditions; the loss did not rise beyond rounding."
+    ARMIJO = "The loss decreased sufficiently."
+    APPROXIMATE_ARMIJO = "By the slope it decreases enough; the loss did not rise beyond rounding."
+    IMPROVED = "No point met the conditions; the best one found lowers the loss."
+    UNBOUNDED = "The loss still falls at the longest step allowed; the best point was taken."
+    FIXED = "The step was taken without a search."
+    NO_DECREASE = "No step with a lower loss was found; the start is returned."
+    NOT_DESCENT = "The loss does not fall along the direction, or the start is not finite."
+    NONFINITE = "Every trial was non-finite, down to the shortest step; the start is returned."
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the trial is a step to take; if not, it is the start."""
+        return self not in _REJECTED
+
+
+_REJECTED = (SearchStatus.NO_DECREASE, SearchStatus.NOT_DESCENT, SearchStatus.NONFINITE)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The outcome of a line search.
+
+    Attributes:
+        trial: The accepted point (one that ``phi`` returned), or the start when none was better.
+        status: Why the search stopped.
+        evaluations: Number of calls of ``phi``.
+        nonfinite: How many of these gave a non-finite loss or slope.
+    """
+
+    trial: Trial
+    status: SearchStatus
+    evaluations: int
+    nonfinite: int
+
+
+class LineSearch(Protocol):
+    """Anything that finds a step; the classes here are frozen dataclasses without state."""
+
+    def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
+        """Search along ``phi`` from ``start``, trying ``t0`` first.
+
+        Args:
+            phi: Evaluates the loss and the slope at a step.
+            start: The point at ``t = 0``, already evaluated.
+            t0: The first step to try, positive.
+            precision: Machine epsilon of the arithmetic behind ``phi`` (1.2e-7 for float32).
+
+        Raises:
+            ValueError: If ``t0`` is not positive and finite, or ``precision`` is not in [0, 1).
+        """
+
+
+Proposals: TypeAlias = Generator[float, Trial, SearchStatus | None]
+"""Yields steps, is sent trials, returns UNBOUNDED, or None when there is nowhere left to look."""
+
+SHORTEST = 1e-20
+"""A first step scaled down by this much that is still non-finite ends the search."""
+
+LONGEST = 1e10
+"""A first step scaled up by this much ends the search."""
+
+COLLAPSED = 1e-3
+"""Relative width at which a bracket is given up: what is left in it is a kink or a jump."""
+
+INDISTINCT = 1e-9
+"""Relative width at which a bracket is given up even if slopes in it still shrink."""
+
+
+def decreases(start: Trial, trial: Trial, fraction: float) -> bool:
+    """Whether the loss fell by at least `fraction` of what the slope at the start promises.
+
+    It must have fallen at all: where the promise is lost in rounding, equality proves nothing.
+    """
+    promised = start.loss + fraction * trial.t * start.slope
+    return trial.loss <= promised and trial.loss < start.loss
+
+
+def rounding_allowance(loss: float, precision: float) -> float:
+    """The difference between two losses near `loss` that rounding alone may cause.
+
+    Four units of `precision`. Measured on float32 mean losses over 20,000 samples: errors have a
+    standard deviation of 0.5 units, and those of 200 neighbouring points differ by up to 2.6.
+    """
+    return 4.0 * precision * abs(loss)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise a ValueError that shows `value` unless it lies strictly between `low` and `high`."""
+    if not (isinstance(value, (int, float)) and low < value < high):
+        raise ValueError(f"{name} must lie in ({low:g}, {high:g}), got {value!r}")
+
+
+def check_budget(value: int) -> None:
+    """Raise a ValueError that shows `value` unless it is a whole number of at least one."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"max_evaluations must be an integer of at least 1, got {value!r}")
+
+
+def check_search(t0: float, precision: float) -> None:
+    """Raise a ValueError if a search cannot begin with these."""
+    if not 0.0 < t0 < inf:
+        raise ValueError(f"t0 must be a positive finite step, got {t0!r}")
+    if not 0.0 <= precision < 1.0:
+        raise ValueError(f"precision must lie in [0, 1), a machine epsilon, got {precision!r}")
+
+
+def is_descent(start: Trial) -> bool:
+    """Whether the loss falls from `start`, as far as its own numbers say."""
+    return start.finite and start.slope < 0.0
+
+
+def run_search(
+    proposals: Proposals,
+    accept: Callable[[Trial], SearchStatus | None],
+    phi: Phi,
+    start: Trial,
+    max_evaluations: int,
+) -> SearchResult:
+    """Evaluate what `proposals` asks for until `accept` takes a trial, or the end.
+
+    Args:
+        proposals: Where to look; it sees every trial, non-finite ones too.
+        accept: The status with which a finite trial ends the search, or None to go on.
+        phi: The function searched.
+        start: The point at ``t = 0``.
+        max_evaluations: Budget of calls of `phi`.
+
+    Returns:
+        The accepted trial; without one, the best trial below the start's loss, or else the start.
+    """
+    best, ending = start, None
+    evaluations = nonfinite = 0
+    t = next(proposals)
+    while True:
+        trial = phi(t)
+        evaluations += 1
+        if not trial.finite:
+            nonfinite += 1
+        elif (status := accept(trial)) is not None:
+            return SearchResult(trial, status, evaluations, nonfinite)
+        elif trial.loss < best.loss:
+            best = trial
+        if evaluations == max_evaluations:
+            break
+        try:
+            proposed = proposals.send(trial)
+        except StopIteration as stop:
+            ending = stop.value
+            break
+        if not 0.0 < proposed < inf or proposed == t:  # rounded to an end of the bracket
+            break
+        t = proposed
+    if best is not start:
+        return SearchResult(best, ending or SearchStatus.IMPROVED, evaluations, nonfinite)
+    hopeless = nonfinite == evaluations
+    status = SearchStatus.NONFINITE if hopeless else SearchStatus.NO_DECREASE
+    return SearchResult(start, status, evaluations, nonfinite)
+
+
+def retreat(inside: float, outside: float, count: int) -> float:
+    """A step between the two after `count` trials in a row that were too long.
+
+    The distance shrinks by 2, 4, 8, ...: gently at first, for the right step is mostly near, yet a
+    dozen trials get from 1 to 1e-20.
+    """
+    return inside + (outside - inside) * 0.5**count

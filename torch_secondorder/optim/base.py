@@ -1,0 +1,296 @@
+"""What all optimizers share: groups, the objective of a step, checkpoints, and the report."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_secondorder.globalization import SearchStatus
+from torch_secondorder.objective import (
+    STANDARD_CLOSURE,
+    ClosureObjective,
+    FunctionalObjective,
+    Objective,
+    Regularization,
+)
+from torch_secondorder.replay import Surroundings
+from torch_secondorder.vector import ParameterVector, check_parameters
+
+__all__ = ["SecondOrderOptimizer", "StepInfo", "StepStatus"]
+
+
+class StepStatus(Enum):
+    """How a step ended, each with what it means."""
+
+    ZERO_LEARNING_RATE = "lr is zero: the loss was evaluated and nothing was moved"
+    MAX_ITERATIONS = "all max_iter iterations were done; call step() again to go on"
+    MAX_EVALUATIONS = "max_eval closure evaluations were used; call step() again to go on"
+    CONVERGED_GRADIENT = "no entry of the gradient is larger than tolerance_grad"
+    CONVERGED_CHANGE = (
+        "the last iteration changed neither the parameters nor the loss by more than "
+        "tolerance_change, relative to their size"
+    )
+    STALLED = (
+        "neither the loss nor the gradient has improved for several iterations: what is left is "
+        "rounding error; a wider dtype can get further"
+    )
+    NO_DECREASE = (
+        "no lower loss was found, not even along the negative gradient with the history dropped; "
+        "the parameters are at the best point found"
+    )
+    NONFINITE_START = (
+        "loss or gradient at the start of the step is not finite; the parameters were left alone "
+        "and the history was dropped"
+    )
+    NONFINITE_TRIALS = (
+        "every trial gave a non-finite loss or gradient, even close to the best point found, where "
+        "the parameters are; the history was dropped"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What one call of `step()` did; `optimizer.info` holds the last one.
+
+    Attributes:
+        status: How it ended; `status.value` is a sentence.
+        loss: What was minimized at the start of the step: the closure's loss, negated under
+            `maximize`, weight decay included.
+        loss_after: The same at the end.
+        grad_norm: Largest absolute entry of the gradient at the end.
+        iterations: Accepted moves.
+        evaluations: Closure evaluations.
+        step_length: The last accepted step, as a multiple of its direction.
+        search_status: How the last line search ended; None without one.
+        nonfinite_trials: Evaluations with a non-finite loss or gradient, stepped back from.
+        skipped_pairs: Pairs that failed the curvature test and were left out of the history.
+        damped_pairs: Pairs that were changed by Powell's damping.
+        history_reset: Why the history was dropped during the step; empty if it was not.
+    """
+
+    status: StepStatus
+    loss: float
+    loss_after: float
+    grad_norm: float
+    iterations: int = 0
+    evaluations: int = 0
+    step_length: float = 0.0
+    search_status: SearchStatus | None = None
+    nonfinite_trials: int = 0
+    skipped_pairs: int = 0
+    damped_pairs: int = 0
+    history_reset: str = ""
+
+
+class SecondOrderOptimizer(Optimizer):
+    """Base class: an optimizer of one flat vector, driven by a standard closure.
+
+    A subclass checks its own arguments, implements `_step(objective)`, and keeps what belongs to
+    the whole model through `_export_state` and `_import_state`.
+
+    Args:
+        params: Parameters or groups, as for any `torch.optim.Optimizer`.
+        defaults: Hyperparameters; `lr`, `weight_decay` may differ between groups, the others are
+            read from the first.
+
+    Attributes:
+        info: The report of the last step, None before the first.
+
+    Raises:
+        TypeError: A parameter is neither floating-point nor complex.
+        ValueError: A parameter is empty, or a hyperparameter out of range.
+    """
+
+    info: StepInfo | None = None
+    #: Attributes besides torch's own that pickling and `copy.deepcopy` carry along.
+    _carried: tuple[str, ...] = ("info",)
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._vector: ParameterVector | None = None
+        self._surroundings = Surroundings()
+        super().__init__(params, defaults)
+
+    # For subclasses.
+
+    @abstractmethod
+    def _step(self, objective: Objective) -> Tensor:
+        """One step; sets `self.info`, returns the closure's loss at the start."""
+
+    @abstractmethod
+    def _export_state(self) -> dict[str, Any]:
+        """Whole-model state: tensors, numbers, and lists or dicts of them."""
+
+    @abstractmethod
+    def _import_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `_export_state` gave; empty for none. Raises ValueError on misfits."""
+
+    @abstractmethod
+    def _forget(self, reason: str) -> None:
+        """Drops what was learned of a parameter vector that is no more."""
+
+    # The step.
+
+    def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
+        """Performs one step.
+
+        Args:
+            closure: The standard closure (zero the gradients, compute the loss, call `backward()`,
+                return the loss), or a `FunctionalObjective`.
+
+        Returns:
+            The closure's loss at the start of the step, detached.
+
+        Raises:
+            RuntimeError: There is no closure, or no gradient reached the parameters.
+            TypeError: The closure returned something else than a loss.
+            ValueError: The closure's loss is not a scalar.
+        """
+        if closure is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
+                f"closure:\n{STANDARD_CLOSURE}"
+            )
+        with torch.no_grad(), self._objective(closure) as objective:
+            loss = self._step(objective)
+        if objective.vector.needs_master:
+            self._model_state["master"] = objective.position
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See `torch.optim.Optimizer.zero_grad`; here without a profiler range, which takes time.
+
+        Args:
+            set_to_none: Whether gradients are dropped instead of filled with zeros.
+        """
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    @property
+    def _learning_rate(self) -> float:
+        """The largest of the groups'; the others are relative to it through the vector's scale."""
+        return max(float(group["lr"]) for group in self.param_groups)
+
+    def _objective(self, closure: Any) -> Objective:
+        vector = self._current_vector()
+        groups = self.param_groups
+        maximize = {bool(group["maximize"]) for group in groups}
+        if len(maximize) > 1:
+            raise ValueError(
+                "maximize must be the same in all parameter groups: a line search needs one loss; "
+                f"got {[group['maximize'] for group in groups]}"
+            )
+        decay = self._per_parameter("weight_decay")
+        regularization = Regularization(
+            maximize.pop(), decay[0] if len(set(decay)) == 1 else tuple(decay)
+        )
+        master = self._model_state.get("master")
+        if isinstance(closure, FunctionalObjective):
+            return closure.bind(vector, regularization, master)
+        return ClosureObjective(closure, vector, regularization, master, self._surroundings)
+
+    def _per_parameter(self, name: str) -> list[float]:
+        """A group hyperparameter, repeated for each trainable parameter."""
+        return [float(g[name]) for g in self.param_groups for p in g["params"] if p.requires_grad]
+
+    def _current_vector(self) -> ParameterVector:
+        """The vector of what is trainable now; what was learned of another one is dropped."""
+        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        if not params:
+            raise RuntimeError("no parameter requires a gradient: all of them are frozen")
+        scale, rates = None, self._per_parameter("lr")
+        if len(set(rates)) > 1:
+            scale = [math.sqrt(rate / max(rates)) for rate in rates]
+        if self._vector is None or not self._vector.matches(params, scale):
+            if self._vector is not None:
+                self._forget("the trainable parameters or their relative learning rates changed")
+            self._vector = ParameterVector(params, scale)
+        return self._vector
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, see `torch.optim.Optimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_parameters(group["params"])
+            for name in ("lr", "weight_decay"):
+                check_number(name, group[name], low=0.0)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    # Checkpoints, pickling, copying.
+
+    @property
+    def _model_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[self.param_groups[0]["params"][0]]
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; loads with `torch.load(weights_only=True)`."""
+        self._model_state.update(self._export_state())
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer.load_state_dict`; training then goes on bit for bit.
+
+        Raises:
+            ValueError: The state is of parameters of another number or shape; nothing has changed.
+        """
+        before = self.state_dict()
+        super().load_state_dict(state_dict)
+        self._vector = None
+        for group in self.param_groups:  # a checkpoint of a peer lacks what only we have
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        # From the original: torch casts floating-point state to the parameter's dtype.
+        state = _copied(state_dict["state"].get(0, {}))
+        try:
+            self._import_state(state)
+        except (ValueError, KeyError):
+            super().load_state_dict(before)
+            self._import_state(before["state"].get(0, {}))
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._model_state.update(self._export_state())
+        state: dict[str, Any] = super().__getstate__()
+        return state | {name: getattr(self, name) for name in self._carried}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "defaults" in state:  # unpickled or copied; torch also comes here from load_state_dict
+            self._vector = None
+            self._surroundings = Surroundings()
+            self._import_state(self._model_state)
+
+
+def check_number(name: str, value: Any, *, low: float, integer: bool = False) -> None:
+    """Raises a ValueError that shows `value` unless it is a finite number of at least `low`."""
+    kind = "an integer" if integer else "a finite number"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= low) or (integer and int(number) != value):
+        raise ValueError(f"{name} must be {kind} of at least {low:g}, got {value!r}")
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v) for v in value]
+    return value

@@ -1,0 +1,179 @@
+"""Makes all evaluations of one step see the same model: randomness, buffers, process groups.
+
+A step may evaluate its closure many times. Dropout has to draw the same masks each time, or the
+evaluations are of different functions; running statistics have to move once, as they would in a
+loop that evaluates once; and under DistributedDataParallel every rank has to see the same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Replay", "Surroundings"]
+
+
+class _Slot(NamedTuple):
+    """A buffer by its place: a module may change it in place or put another tensor there."""
+
+    module: torch.nn.Module
+    name: str
+
+    def read(self) -> Tensor | None:
+        return self.module._buffers.get(self.name)
+
+    def restore(self, value: Tensor) -> None:
+        tensor = self.read()
+        if tensor is None or tensor.shape != value.shape:
+            self.module._buffers[self.name] = value
+        else:
+            # Through `.data`: a retained graph may have saved the buffer, and its value is the
+            # same again once the evaluation is over.
+            tensor.data.copy_(value)
+
+
+def _slots(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[_Slot, Tensor]]:
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield _Slot(module, name), buffer
+
+
+class Surroundings:
+    """What closures call, found by watching, kept from step to step.
+
+    Watching costs a hook on every module call, so only the first evaluation of each piece of
+    closure *code* is watched: a loop that makes a new closure for every batch is watched once.
+
+    Attributes:
+        process_groups: Those of the DistributedDataParallel modules met.
+    """
+
+    def __init__(self) -> None:
+        self.process_groups: list[Any] = []
+        self._modules: WeakSet[torch.nn.Module] = WeakSet()
+        self._stateful: WeakSet[torch.nn.Module] = WeakSet()
+        self._seen: set[object] = set()
+
+    def knows(self, purpose: str, closure: Callable[..., Any]) -> bool:
+        """Whether this closure's code was noted for this purpose."""
+        return (purpose, getattr(closure, "__code__", type(closure))) in self._seen
+
+    def note(self, purpose: str, closure: Callable[..., Any]) -> None:
+        """See `knows`."""
+        self._seen.add((purpose, getattr(closure, "__code__", type(closure))))
+
+    @contextmanager
+    def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
+        """Notes every module called inside; adds its buffers, as they were, to `before`."""
+
+        def note(module: torch.nn.Module, _: Any) -> None:
+            if module in self._modules:
+                return
+            # All inside it as well: a compiled module hides the calls of its children.
+            for inner in module.modules():
+                self._modules.add(inner)
+                if isinstance(inner, DistributedDataParallel):
+                    self.process_groups.append(inner.process_group)
+            for slot, buffer in _slots(module.modules()):
+                before.setdefault(slot, buffer.detach().clone())
+
+        handle = register_module_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for slot, old in before.items():
+                now = slot.read()
+                if now is None or now.shape != old.shape or not torch.equal(now, old):
+                    self._stateful.add(slot.module)
+
+    def moving_buffers(self) -> list[tuple[_Slot, Tensor]]:
+        """The buffers that the coming evaluation may change."""
+        # A normalization layer seen in eval mode moves its statistics once it is set to train.
+        norms = [m for m in self._modules if isinstance(m, _NormBase) and m.training]
+        others = [m for m in self._stateful if not isinstance(m, _NormBase)]
+        return list(_slots(norms + others))
+
+
+class Replay:
+    """The evaluations of one step: each starts from the same random state and buffers.
+
+    Only generators that PyTorch owns (the CPU's and those of `devices`) are put back; a closure
+    that draws from NumPy or from a generator of its own has to reset that by itself.
+
+    Args:
+        surroundings: What is known of the closure's modules.
+        devices: Where the parameters are.
+    """
+
+    def __init__(self, surroundings: Surroundings, devices: Iterable[torch.device]) -> None:
+        self._surroundings = surroundings
+        self._random = [(d, _random_state(d)) for d in {torch.device("cpu"), *devices}]
+        self._before = {s: b.detach().clone() for s, b in surroundings.moving_buffers()}
+        self._after: dict[_Slot, Tensor] | None = None
+        self._evaluations = 0
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """Calls the closure once more under the same conditions."""
+        self._evaluations += 1
+        if self._evaluations > 1:
+            self._rewind()
+        # An autocast region around the whole step caches casts of parameters that have moved.
+        torch.clear_autocast_cache()
+        if self._surroundings.knows("modules", closure):
+            return closure()
+        with self._surroundings.watch(self._before):
+            result = closure()
+        self._surroundings.note("modules", closure)
+        return result
+
+    def _rewind(self) -> None:
+        if self._after is None:
+            now = {slot: slot.read() for slot in self._before}
+            self._after = {s: b.detach().clone() for s, b in now.items() if b is not None}
+        for device, state in self._random:
+            _set_random_state(device, state)
+        for slot, value in self._before.items():
+            slot.restore(value)
+
+    def finish(self, *, aborted: bool = False) -> None:
+        """Leaves the buffers as one evaluation at the start of the step would have.
+
+        Args:
+            aborted: Whether the step came to nothing: the buffers are then as before it.
+        """
+        for slot, value in (self._before if aborted else self._after or {}).items():
+            slot.restore(value)
+
+    def average(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The means over the ranks, where the closure called a DDP module; else the tensors."""
+        for group in self._surroundings.process_groups[:1]:
+            tensors = [t.clone() for t in tensors]
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=group)
+                tensor.div_(dist.get_world_size(group))
+        return tensors
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -1,0 +1,252 @@
+"""The one place that knows how parameters map to a flat work vector.
+
+Everything above this module computes with plain real vectors of length `n`. What makes parameters
+awkward (several dtypes and devices, complex numbers, sparse or missing gradients, low precision,
+learning rates that differ between groups) ends here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+__all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Where one parameter lives in the flat vector; a complex number takes two real slots."""
+
+    shape: torch.Size  # of the real view: (..., 2) for a complex parameter
+    count: int  # real numbers in it
+    dtype: torch.dtype  # of the parameter
+    real_dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Segment:
+        real = _real(parameter.detach())
+        return cls(real.shape, real.numel(), parameter.dtype, real.dtype, parameter.device)
+
+    def describes(self, parameter: Tensor) -> bool:
+        """Whether the parameter is still of this kind; its data can be replaced from outside."""
+        shape = self.shape[:-1] if self.dtype.is_complex else self.shape
+        return (
+            parameter.dtype == self.dtype
+            and parameter.device == self.device
+            and parameter.shape == shape
+        )
+
+    def typed(self, piece: Tensor) -> Tensor:
+        """A piece `(..., count)` of a work vector in the parameter's shape, dtype and device."""
+        piece = piece.reshape(piece.shape[:-1] + self.shape).to(self.device, self.real_dtype)
+        # Not `view_as_complex`: a piece may begin at an odd place of the flat vector.
+        return torch.complex(piece[..., 0], piece[..., 1]) if self.dtype.is_complex else piece
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """The tensor as a dense real one, a complex number as a pair."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+class ParameterVector:
+    """Maps parameters to one flat work vector of `n` real numbers, and back.
+
+    The work vector is float32 or wider: the widest real dtype among the parameters and float32, on
+    the device that holds most of them.
+
+    Args:
+        params: The parameters: floating-point or complex leaves, none of them empty.
+        scale: One factor per parameter, or None for one everywhere. The work space is then
+            `theta = scale * z`: gradients come out multiplied by it and steps go in multiplied by
+            it, so a group's relative learning rate is a metric that any optimizer respects
+            (`theta` moves along `scale**2 * gradient` under steepest descent in `z`).
+
+    Attributes:
+        params: The parameters, in order.
+        size: `n`, the number of real degrees of freedom.
+        dtype: Of the work vector.
+        device: Of the work vector.
+        devices: Of the parameters.
+
+    Raises:
+        TypeError: A parameter is not a tensor, or neither floating-point nor complex.
+        ValueError: A parameter is empty or not yet initialized, or there are none.
+
+    >>> w, b = torch.ones(2, 2), torch.zeros(1, dtype=torch.complex64)
+    >>> vector = ParameterVector([w, b])
+    >>> vector.read()
+    tensor([1., 1., 1., 1., 0., 0.])
+    >>> vector.gather([None, torch.tensor([1 + 2j])])
+    tensor([0., 0., 0., 0., 1., 2.])
+    """
+
+    def __init__(self, params: Iterable[Tensor], scale: Sequence[float] | None = None) -> None:
+        self.params: list[Tensor] = list(params)
+        check_parameters(self.params)
+        self._segments = [_Segment.of(p) for p in self.params]
+        self._counts = [s.count for s in self._segments]
+        self.size = sum(self._counts)
+        self.dtype = functools.reduce(
+            torch.promote_types, (s.real_dtype for s in self._segments), torch.float32
+        )
+        held: Counter[torch.device] = Counter()
+        for segment in self._segments:
+            held[segment.device] += segment.count
+        self.device = held.most_common(1)[0][0]
+        # With one real dtype on one device a piece of the work vector needs no conversion.
+        self.devices = list(held)
+        self._uniform = all(
+            s.dtype == self.dtype and s.device == self.device for s in self._segments
+        )
+        self._factors = None if scale is None else tuple(scale)
+        self._scale = None if scale is None else self.expand(scale)
+
+    def matches(self, params: Sequence[Tensor], scale: Sequence[float] | None) -> bool:
+        """Whether this vector still describes these parameters under this scale."""
+        return (
+            len(params) == len(self.params)
+            and (None if scale is None else tuple(scale)) == self._factors
+            and all(
+                p is q and s.describes(p)
+                for p, q, s in zip(params, self.params, self._segments, strict=True)
+            )
+        )
+
+    # Between tensors shaped like the parameters and flat vectors.
+
+    def gather(self, tensors: Sequence[Tensor | None], batch: Sequence[int] = ()) -> Tensor:
+        """Flattens tensors shaped like the parameters; None counts as zeros. Always a copy.
+
+        Args:
+            tensors: One per parameter: dense, sparse or None, each of shape `(*batch, ...)`.
+            batch: The leading dimensions.
+
+        Returns:
+            Shape `(*batch, n)`, without the scale applied.
+        """
+        if self._uniform:
+            pieces = [
+                torch.zeros(*batch, s.count, dtype=self.dtype, device=self.device)
+                if t is None
+                else t.reshape(*batch, -1)
+                if t.layout is torch.strided
+                else t.to_dense().reshape(*batch, -1)
+                for t, s in zip(tensors, self._segments, strict=True)
+            ]
+            return torch.cat(pieces, dim=-1).detach()
+        flat = torch.zeros(*batch, self.size, dtype=self.dtype, device=self.device)
+        for tensor, piece in zip(tensors, flat.split(self._counts, dim=-1), strict=True):
+            if tensor is not None:
+                piece.copy_(_real(tensor.detach()).reshape(piece.shape))
+        return flat
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Cuts `(..., n)` into pieces shaped `(..., *parameter.shape)` in the parameters' dtypes.
+
+        The pieces are views wherever dtype and device allow.
+        """
+        if self._uniform and flat.dim() == 1:
+            pieces = flat.split_with_sizes(self._counts)
+            return [p.view(s.shape) for p, s in zip(pieces, self._segments, strict=True)]
+        pieces = flat.split_with_sizes(self._counts, dim=-1)
+        return [s.typed(p) for s, p in zip(self._segments, pieces, strict=True)]
+
+    def expand(self, values: Sequence[float]) -> Tensor:
+        """A flat vector that holds `values[i]` on every slot of parameter `i`."""
+        per_parameter = torch.tensor(values, dtype=self.dtype, device=self.device)
+        sizes = torch.tensor(self._counts, device=self.device)
+        return per_parameter.repeat_interleave(sizes, output_size=self.size)
+
+    # The scaled work space.
+
+    def scaled(self, flat: Tensor) -> Tensor:
+        """Multiplies `(..., n)` by the scale: from steps to moves, from gradients to slopes."""
+        return flat if self._scale is None else flat * self._scale
+
+    # Reading and moving the parameters themselves.
+
+    def read(self, master: Tensor | None = None) -> Tensor:
+        """The parameters as one flat vector, a copy.
+
+        Args:
+            master: An earlier position in work precision. Where a parameter is held in a narrower
+                dtype and still equals this one rounded, the unrounded value is returned, so that
+                steps below the parameter's own precision add up.
+        """
+        flat = self.gather(self.params)
+        if master is None or self._uniform:
+            return flat
+        rounded = self.gather(self.split(master))
+        return torch.where(rounded == flat, master, flat)
+
+    @property
+    def precision(self) -> float:
+        """The machine epsilon that a loss of these parameters is computed with."""
+        return max(torch.finfo(s.real_dtype).eps for s in self._segments)
+
+    @property
+    def needs_master(self) -> bool:
+        """Whether some parameter is held in less precision than the work vector."""
+        return any(s.real_dtype != self.dtype for s in self._segments)
+
+    def write(self, flat: Tensor) -> None:
+        """Sets the parameters, so that a graph that has saved them refuses to be used again."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.split(flat))
+
+    def move(self, flat: Tensor) -> None:
+        """Sets the parameters without a trace in their version counters.
+
+        A retained graph stays usable once they are moved back; it is the caller's duty to do so
+        before it is used.
+        """
+        # `.data` is an alias with a version counter of its own; `.detach()` would share it.
+        torch._foreach_copy_([p.data for p in self.params], self.split(flat))
+
+
+def check_parameters(params: Sequence[Tensor]) -> None:
+    """Raises on anything that cannot be optimized as real or complex numbers."""
+    if not params:
+        raise ValueError("there is no parameter to optimize: the list is empty")
+    for index, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameter {index} is a {type(p).__name__}, not a tensor")
+        if is_lazy(p):
+            raise ValueError(
+                f"parameter {index} is not initialized yet; run one forward pass of the lazy "
+                "module before making the optimizer"
+            )
+        if not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(
+                f"parameter {index} of shape {tuple(p.shape)} has dtype {p.dtype}; only "
+                "floating-point and complex parameters can be optimized: convert it, or leave it "
+                "out of the optimizer"
+            )
+        if p.numel() == 0:
+            raise ValueError(
+                f"parameter {index} of shape {tuple(p.shape)} is empty; leave it out of the "
+                "optimizer"
+            )
+
+
+def max_norm(v: Tensor) -> Tensor:
+    """The largest absolute entry, 0-dim; NaN where there is one."""
+    norm: Tensor = torch.linalg.vector_norm(v, float("inf"))
+    return norm
+
+
+def to_host(*scalars: Tensor) -> list[float]:
+    """0-dim tensors as Python numbers, with one synchronization for all of them."""
+    if scalars[0].device.type == "cpu":
+        return [s.item() for s in scalars]
+    dtype = max((s.dtype for s in scalars), key=lambda d: torch.finfo(d).bits)
+    return torch.stack([s.to(dtype) for s in scalars]).tolist()
