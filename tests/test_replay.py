@@ -151,3 +151,17 @@ def test_modules_are_watched_only_in_the_first_evaluation() -> None:
     for _ in range(2):
         run_step(ClosureObjective(closure, case.params(), surroundings=surroundings), 2)
     assert hooks == [1] + [0] * 7
+
+
+@pytest.mark.slow
+def test_compiled_modules_are_watched_without_a_warning() -> None:
+    case = make_case("batchnorm", torch.device("cpu"), torch.float32)
+    compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
+
+    def closure() -> Tensor:
+        return F.mse_loss(compiled(case.x), case.y)
+
+    surroundings = Surroundings()
+    for step in range(1, 3):
+        run_step(ClosureObjective(closure, case.params(), surroundings=surroundings), 2)
+        assert int(case.model[1].num_batches_tracked) == step

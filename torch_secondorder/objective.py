@@ -11,7 +11,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -53,20 +55,41 @@ class Regularization:
     weight_decay: float | tuple[float, ...] = 0.0
 
 
-class Evaluation(NamedTuple):
+class Evaluation:
     """Facts about one point; made once, passed along, never recomputed.
 
     Attributes:
         loss: What is minimized, regularization included: 0-dim, detached, in work precision.
-        grad: Its gradient in the work space, shape `(n,)`.
         closure_loss: The loss as the closure returned it (averaged over ranks), detached.
         linearization: The retained graph, present only where curvature was asked for.
     """
 
-    loss: Tensor
-    grad: Tensor
-    closure_loss: Tensor
-    linearization: Linearization | None = None
+    __slots__ = ("__weakref__", "_flatten", "_grad", "closure_loss", "linearization", "loss")
+
+    def __init__(
+        self,
+        loss: Tensor,
+        closure_loss: Tensor,
+        flatten: Callable[[], Tensor],
+        linearization: Linearization | None = None,
+    ) -> None:
+        self.loss = loss
+        self.closure_loss = closure_loss
+        self.linearization = linearization
+        self._flatten: Callable[[], Tensor] | None = flatten
+        self._grad: Tensor | None = None
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient in the work space, shape `(n,)`.
+
+        Flattened when it is first asked for, at the latest before the next evaluation: who works on
+        `p.grad` does not pay for it.
+        """
+        if self._flatten is not None:
+            self._grad, self._flatten = self._flatten(), None
+        assert self._grad is not None
+        return self._grad
 
 
 class _Raw(NamedTuple):
@@ -153,6 +176,7 @@ class Objective(ABC):
         self._entry = self.position
         self._placed = self.position  # what the parameters hold now: a trial leaves them there
         self._tried: tuple[Tensor, Tensor] | None = None  # the last trial's step and position
+        self._last: Callable[[], Evaluation | None] = lambda: None
         self._surroundings = surroundings or Surroundings()
         self._replay = Replay(self._surroundings, self.vector.devices)
         regularization = regularization or Regularization()
@@ -215,6 +239,9 @@ class Objective(ABC):
         """Evaluates at `position`."""
 
     def _evaluate_at(self, position: Tensor, curvature: bool) -> Evaluation:
+        last = self._last()
+        if last is not None:
+            _ = last.grad  # before what it is made of changes
         try:
             with torch.enable_grad():
                 raw = self._run(position, curvature)
@@ -222,24 +249,31 @@ class Objective(ABC):
             self.settle()
             raise
         self.evaluations += 1
+        loss = raw.loss.detach()
         vector = self.vector
-        loss, grad = raw.loss.detach(), vector.gather(raw.grads)
         if loss.dtype != vector.dtype or loss.device != vector.device:
             loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
-        if raw.graph is not None:
-            loss, grad = self._replay.average([loss, grad])
-        else:  # a DDP module has averaged the gradient in backward()
-            (loss,) = self._replay.average([loss])
+        (loss,) = self._replay.average([loss])
         closure_loss = loss
         if self._sign < 0:
             loss = -loss
+        if isinstance(self._decay, Tensor) or self._decay:
+            loss = loss + 0.5 * ((self._decay * position) @ position)
+        linearization = None if raw.graph is None else Linearization(self, raw.graph)
+        flatten = partial(self._flat_gradient, raw, position)
+        evaluation = Evaluation(loss, closure_loss, flatten, linearization)
+        self._last = ref(evaluation)
+        return evaluation
+
+    def _flat_gradient(self, raw: _Raw, position: Tensor) -> Tensor:
+        grad = self.vector.gather(raw.grads)
+        if raw.graph is not None:  # else a DDP module has averaged it in backward()
+            (grad,) = self._replay.average([grad])
+        if self._sign < 0:
             grad.neg_()
         if isinstance(self._decay, Tensor) or self._decay:
-            pull = self._decay * position
-            loss = loss + 0.5 * (pull @ position)
-            grad.add_(pull)
-        linearization = None if raw.graph is None else Linearization(self, raw.graph)
-        return Evaluation(loss, vector.scaled(grad), closure_loss, linearization)
+            grad.add_(self._decay * position)
+        return self.vector.scaled(grad)
 
     def _check_once(self, source: Callable[..., Any], graph: Graph) -> None:
         """Looks over the graph of a closure or function that is new: it takes some time."""

@@ -7,6 +7,7 @@ loop that evaluates once; and under DistributedDataParallel every rank has to se
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -77,7 +78,8 @@ class Surroundings:
         """Notes every module called inside; adds its buffers, as they were, to `before`."""
 
         def note(module: torch.nn.Module, _: Any) -> None:
-            if module in self._modules:
+            # Compiled code is not to contain this; the compiled module itself has been noted.
+            if torch.compiler.is_compiling() or module in self._modules:
                 return
             # All inside it as well: a compiled module hides the calls of its children.
             for inner in module.modules():
@@ -89,7 +91,10 @@ class Surroundings:
 
         handle = register_module_forward_pre_hook(note)
         try:
-            yield
+            with warnings.catch_warnings():
+                # torch.compile warns that global hooks fire once more for the compiled module.
+                warnings.filterwarnings("ignore", message="Using `torch.compile")
+                yield
         finally:
             handle.remove()
             for slot, old in before.items():

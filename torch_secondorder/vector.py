@@ -134,12 +134,11 @@ class ParameterVector:
             Shape `(*batch, n)`, without the scale applied.
         """
         if self._uniform:
+            shape = (*batch, -1)
             pieces = [
-                torch.zeros(*batch, s.count, dtype=self.dtype, device=self.device)
-                if t is None
-                else t.reshape(*batch, -1)
-                if t.layout is torch.strided
-                else t.to_dense().reshape(*batch, -1)
+                t.reshape(shape)
+                if t is not None and t.layout is torch.strided
+                else self._filled(t, s).expand(*batch, s.count)
                 for t, s in zip(tensors, self._segments, strict=True)
             ]
             return torch.cat(pieces, dim=-1).detach()
@@ -148,6 +147,11 @@ class ParameterVector:
             if tensor is not None:
                 piece.copy_(_real(tensor.detach()).reshape(piece.shape))
         return flat
+
+    def _filled(self, tensor: Tensor | None, segment: _Segment) -> Tensor:
+        if tensor is None:
+            return torch.zeros(segment.count, dtype=self.dtype, device=self.device)
+        return tensor.to_dense().reshape(-1)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Cuts `(..., n)` into pieces shaped `(..., *parameter.shape)` in the parameters' dtypes.

@@ -27,8 +27,12 @@ class InverseBFGS(LinearOperator):
 
     which is their formula with its terms `Y Y'p2 - Y v` taken together as `-Y r`: the same two
     passes over the history, without the cancellation between the two terms and without the matrix
-    `Y Y'`. The triangular systems are solved in float64. The products `S y` with a new `y` ride on
-    the first pass of the next multiplication. Nothing here waits for the device.
+    `Y Y'`. The products `S y` with a new `y` ride on the first pass of the next multiplication.
+    Nothing here waits for the device.
+
+    `R^-1` is kept rather than `R`, in float64. A new pair gives it one column, dropping the oldest
+    one zeroes a row and a column, and neither touches the others: so rounding does not add up, and
+    rows may stay in the order of the rings.
 
     `gamma`, the scale of what no pair speaks of, is the largest `s'y / y'y` of the pairs held, not
     that of the newest one: see "Design decisions" in CONTRIBUTING.md for what it gains.
@@ -68,15 +72,16 @@ class InverseBFGS(LinearOperator):
     def reset(self) -> None:
         """Forgets all pairs: `H` is the identity."""
         self.count = 0
-        self._slot = 0  # where the next pair goes
-        self._entered = 0  # pairs in R
-        self._pending = False  # whether the newest pair is not in R yet
+        self._newest = -1  # the row of the newest pair
+        self._pending = False  # whether it is not in R^-1 yet
         self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
-        # Room for `c` pairs, a power of two or m. Rows that hold no pair are zero, and one on the
-        # diagonal of R: they take no part, and nothing has to be cut out.
-        self._steps: Tensor | None = None  # S, (c, n), a ring once c = m
-        self._differences: Tensor | None = None  # Y, (c, n), likewise
-        self._r: Tensor | None = None  # R, (c, c), in order of age
+        # Room for `c` pairs: it doubles up to m. Rows that hold no pair are zero everywhere, so
+        # they take no part and nothing has to be cut out.
+        self._room = 0
+        self._steps: Tensor | None = None  # S, (c, n)
+        self._differences: Tensor | None = None  # Y, (c, n)
+        self._inverse: Tensor | None = None  # R^-1, (c, c)
+        self._diagonal: Tensor | None = None  # D, (c,)
 
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
@@ -89,19 +94,18 @@ class InverseBFGS(LinearOperator):
             scale: `s'y / y'y`, if it is known on the host.
         """
         if self._pending:
-            steps, differences = self._rows
-            self._enter(torch.mv(steps, differences[self._slot - 1]))
+            steps, differences, _, _ = self._held
+            self._enter(torch.mv(steps, differences[self._newest]))
         if self.count == self.history_size:
             del self._scales[0]
-        elif self._steps is None or self.count == len(self._steps):
+        elif self.count == self._room:
             self._grow(min(max(8, 2 * self.count), self.history_size))
-        steps, differences = self._rows
-        self._slot %= len(steps)
-        steps[self._slot] = s
-        differences[self._slot] = y
         self._scales.append(float(s @ y / (y @ y)) if scale is None else scale)
         self.count = len(self._scales)
-        self._slot += 1
+        steps, differences, _, _ = self._held
+        self._newest = (self._newest + 1) % self._room
+        steps[self._newest] = s
+        differences[self._newest] = y
         self._pending = True
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -115,56 +119,54 @@ class InverseBFGS(LinearOperator):
     def _multiply(self, v: Tensor, sign: float) -> Tensor:
         if not self.count:
             return sign * v
-        steps, differences = self._rows
+        steps, differences, inverse, diagonal = self._held
         if self._pending:
-            of_y, of_v = _two_products(steps, differences[self._slot - 1], v)
+            of_y, of_v = _two_products(steps, differences[self._newest], v)
             self._enter(of_y)
         else:
             of_v = torch.mv(steps, v)
-        r_matrix, gamma = self._r, max(self._scales)
-        assert r_matrix is not None
-        p2 = _solve(r_matrix, self._by_age(of_v), upper=True)
-        rest = torch.addmv(v, differences.t(), self._by_slot(p2), alpha=-1)
-        p1 = r_matrix.diagonal() * p2
-        p1.sub_(self._by_age(torch.mv(differences, rest)), alpha=gamma)
-        p1 = _solve(r_matrix.t(), p1, upper=False)
-        return torch.addmv(rest, steps.t(), self._by_slot(p1), beta=sign * gamma, alpha=sign)
-
-    @property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        assert self._steps is not None and self._differences is not None
-        return self._steps, self._differences
-
-    def _grow(self, room: int) -> None:
-        """Makes room for more pairs; the ring is in order of age as long as it has not closed."""
-        steps = torch.zeros(room, self.size, dtype=self._dtype, device=self._device)
-        differences = torch.zeros_like(steps)
-        r_matrix = torch.eye(room, dtype=self._small_dtype, device=self._device)
-        if self._steps is not None and self._differences is not None and self._r is not None:
-            k = self.count
-            steps[:k], differences[:k] = self._steps, self._differences
-            r_matrix[:k, :k] = self._r
-        self._steps, self._differences, self._r = steps, differences, r_matrix
+        gamma, small, work = max(self._scales), self._small_dtype, self._dtype
+        p2 = torch.mv(inverse, of_v.to(small))
+        rest = torch.addmv(v, differences.t(), p2.to(work), alpha=-1)
+        inner = torch.mul(diagonal, p2).sub_(torch.mv(differences, rest), alpha=gamma)
+        p1 = torch.mv(inverse.t(), inner)
+        return torch.addmv(rest, steps.t(), p1.to(work), beta=sign * gamma, alpha=sign)
 
     def _enter(self, of_y: Tensor) -> None:
-        """Makes `S y` of the newest pair the last column of `R`; a full one loses its oldest."""
-        assert self._r is not None
-        if self._entered == self.history_size:
-            self._r[:-1, :-1] = self._r[1:, 1:].clone()
-        else:
-            self._entered += 1
-        self._r[:, self._entered - 1] = self._by_age(of_y)
+        """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""
+        _, _, inverse, diagonal = self._held
+        newest = self._newest
+        of_y = of_y.to(self._small_dtype)
+        s_y = of_y[newest]
+        if self.count == self.history_size:  # the oldest had this row
+            inverse[newest] = 0
+            inverse[:, newest] = 0
+        column = torch.mv(inverse, of_y).neg_()
+        column[newest] = 1
+        torch.div(column, s_y, out=inverse[:, newest])
+        diagonal[newest] = s_y
         self._pending = False
 
-    def _by_age(self, values: Tensor) -> Tensor:
-        """One number per pair, from the order of the ring to oldest first, in full precision."""
-        values = values.to(self._small_dtype)
-        return values.roll(-self._slot) if self.count == self.history_size else values
+    @property
+    def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert self._steps is not None
+        assert self._differences is not None
+        assert self._inverse is not None
+        assert self._diagonal is not None
+        return self._steps, self._differences, self._inverse, self._diagonal
 
-    def _by_slot(self, values: Tensor) -> Tensor:
-        """One number per pair, from oldest first to the order of the ring, in work precision."""
-        values = values.to(self._dtype)
-        return values.roll(self._slot) if self.count == self.history_size else values
+    def _grow(self, room: int) -> None:
+        """Makes room for more pairs."""
+        kind = {"dtype": self._dtype, "device": self._device}
+        small = {"dtype": self._small_dtype, "device": self._device}
+        steps, differences = torch.zeros(2, room, self.size, **kind).unbind()
+        inverse, diagonal = torch.zeros(room, room, **small), torch.zeros(room, **small)
+        if self._steps is not None:
+            k = self._room
+            steps[:k], differences[:k], inverse[:k, :k], diagonal[:k] = self._held
+        self._steps, self._differences = steps, differences
+        self._inverse, self._diagonal = inverse, diagonal
+        self._room = room
 
     # Checkpoints.
 
@@ -193,13 +195,13 @@ class InverseBFGS(LinearOperator):
             setattr(self, name, tensor)
 
 
-_NUMBERS = ("history_size", "count", "_slot", "_entered", "_pending", "_scales")
-_TENSORS = {"_steps": "_dtype", "_differences": "_dtype", "_r": "_small_dtype"}
-
-
-def _solve(triangle: Tensor, values: Tensor, *, upper: bool) -> Tensor:
-    solution: Tensor = torch.linalg.solve_triangular(triangle, values.unsqueeze(-1), upper=upper)
-    return solution.view(-1)
+_NUMBERS = ("history_size", "count", "_room", "_newest", "_pending", "_scales")
+_TENSORS = {
+    "_steps": "_dtype",
+    "_differences": "_dtype",
+    "_inverse": "_small_dtype",
+    "_diagonal": "_small_dtype",
+}
 
 
 def _two_products(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
