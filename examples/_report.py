@@ -61,8 +61,9 @@ def plot_curves(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
             "linestyle": DASHES[i % len(DASHES)],
             "linewidth": 1.8,
         }
-        left.plot(curve.seconds, curve.loss, **style)
-        right.plot(curve.evaluations, curve.loss, **style)
+        # The first point is the start, for which a logarithmic axis has no place.
+        left.plot(curve.seconds[1:], curve.loss[1:], **style)
+        right.plot(curve.evaluations[1:], curve.loss[1:], **style)
     _label_axes(left, "seconds", "training loss")
     _label_axes(right, "closure evaluations", "")
     handles, labels = left.get_legend_handles_labels()

@@ -55,14 +55,9 @@ CONTENDERS = {
     "adam": Contender("Adam", lambda p: torch.optim.Adam(p, lr=1e-3), batch_size=128),
     "torch-lbfgs": Contender(
         "torch.optim.LBFGS",
-        lambda p: torch.optim.LBFGS(p, max_iter=10, history_size=20, line_search_fn="strong_wolfe"),
+        lambda p: torch.optim.LBFGS(p, max_iter=10, line_search_fn="strong_wolfe"),
     ),
-    "lbfgs": Contender(
-        "LBFGS",
-        lambda p: torch_secondorder.LBFGS(
-            p, max_iter=10, history_size=20, line_search_fn="strong_wolfe"
-        ),
-    ),
+    "lbfgs": Contender("LBFGS (ours)", lambda p: torch_secondorder.LBFGS(p, max_iter=10)),
 }
 
 
@@ -75,6 +70,7 @@ class Run:
     accuracy: float = math.nan
     seconds: float = 0.0
     evaluations: int = 0
+    converged: bool = False
 
 
 def make_network(images: Images, hidden: int, seed: int) -> nn.Sequential:
@@ -131,7 +127,7 @@ def take_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> i
 def train(
     contender: Contender, model: nn.Module, images: Images, *, seconds: float, seed: int
 ) -> Run:
-    """Trains until the time is spent, a step changes nothing any more, or the loss is not finite."""
+    """Trains until time is up, a step changes nothing any more, or the loss is not finite."""
     run = Run(contender)
     warm_up(contender, model, images)
     optimizer = contender.make(model.parameters())
@@ -146,10 +142,11 @@ def train(
             run.evaluations += take_step(model, optimizer, x, y)
             run.seconds += clock(images) - start
             if before is not None and same_parameters(model, before):
+                run.converged = True
                 break
             if run.seconds >= next_measurement:
                 measure(run, model, images, bar)
-                next_measurement = 1.1 * run.seconds + seconds / 400
+                next_measurement = 1.1 * run.seconds
         measure(run, model, images, bar)
     return run
 
@@ -170,7 +167,8 @@ def measure(run: Run, model: nn.Module, images: Images, bar: tqdm) -> None:
     predicted = model(images.test_x).argmax(dim=1)
     run.accuracy = (predicted == images.test_y).double().mean().item()
     run.curve.add(run.seconds, run.evaluations, loss)
-    bar.set_postfix_str(f"loss {loss:.3g}, test accuracy {run.accuracy:.1%}", refresh=False)
+    ending = ", cannot get lower" if run.converged else ""
+    bar.set_postfix_str(f"loss {loss:.3g}, test accuracy {run.accuracy:.1%}{ending}", refresh=False)
     bar.update(min(run.seconds, bar.total) - bar.n)
 
 

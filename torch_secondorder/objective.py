@@ -98,6 +98,7 @@ class _Raw(NamedTuple):
     loss: Tensor
     grads: Sequence[Tensor | None]
     graph: Graph | None
+    averaged: bool = False  # whether a DDP module has averaged the gradients over the ranks
 
 
 class Linearization:
@@ -185,6 +186,11 @@ class Objective(ABC):
         # A number stays one: the common cases (none, or the same everywhere) need no vector.
         self._decay = self.vector.expand(decay) if isinstance(decay, tuple) else decay
 
+    @property
+    def autocast(self) -> dict[str, torch.dtype]:
+        """Device types for which a closure runs under autocast, as where this was made."""
+        return self._replay.autocast
+
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """Loss and gradient where the parameters stand.
 
@@ -267,7 +273,7 @@ class Objective(ABC):
 
     def _flat_gradient(self, raw: _Raw, position: Tensor) -> Tensor:
         grad = self.vector.gather(raw.grads)
-        if raw.graph is not None:  # else a DDP module has averaged it in backward()
+        if not raw.averaged:
             (grad,) = self._replay.average([grad])
         if self._sign < 0:
             grad.neg_()
@@ -358,7 +364,7 @@ class ClosureObjective(Objective):
         if all(g is None for g in grads):
             _differentiable(loss).backward()
             grads = [p.grad for p in params]
-        return _Raw(loss, _touched(grads), None)
+        return _Raw(loss, _touched(grads), None, averaged=True)
 
     def _run_captured(self, params: Sequence[Tensor]) -> _Raw:
         with Capture(params) as capture:

@@ -8,8 +8,8 @@ loop that evaluates once; and under DistributedDataParallel every rank has to se
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -119,10 +119,17 @@ class Replay:
     Args:
         surroundings: What is known of the closure's modules.
         devices: Where the parameters are.
+
+    Attributes:
+        autocast: Dtypes by device type of the autocast regions around, in which closures run.
     """
 
-    def __init__(self, surroundings: Surroundings, devices: Iterable[torch.device]) -> None:
+    def __init__(self, surroundings: Surroundings, devices: Collection[torch.device]) -> None:
         self._surroundings = surroundings
+        types = {"cpu", *(d.type for d in devices)}
+        self.autocast = {
+            t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)
+        }
         self._random = [(d, _random_state(d)) for d in {torch.device("cpu"), *devices}]
         self._before = {s: b.detach().clone() for s, b in surroundings.moving_buffers()}
         self._after: dict[_Slot, Tensor] | None = None
@@ -133,11 +140,15 @@ class Replay:
         self._evaluations += 1
         if self._evaluations > 1:
             self._rewind()
-        # An autocast region around the whole step caches casts of parameters that have moved.
+        # An autocast region around caches casts of parameters that have moved since.
         torch.clear_autocast_cache()
-        if self._surroundings.knows("modules", closure):
+        if not self.autocast and self._surroundings.knows("modules", closure):
             return closure()
-        with self._surroundings.watch(self._before):
+        with ExitStack() as stack:
+            for device_type, dtype in self.autocast.items():
+                stack.enter_context(torch.autocast(device_type, dtype=dtype))
+            if not self._surroundings.knows("modules", closure):
+                stack.enter_context(self._surroundings.watch(self._before))
             result = closure()
         self._surroundings.note("modules", closure)
         return result

@@ -157,10 +157,10 @@ class InverseBFGS(LinearOperator):
 
     def _grow(self, room: int) -> None:
         """Makes room for more pairs."""
-        kind = {"dtype": self._dtype, "device": self._device}
-        small = {"dtype": self._small_dtype, "device": self._device}
-        steps, differences = torch.zeros(2, room, self.size, **kind).unbind()
-        inverse, diagonal = torch.zeros(room, room, **small), torch.zeros(room, **small)
+        small, work, device = self._small_dtype, self._dtype, self._device
+        steps, differences = torch.zeros(2, room, self.size, dtype=work, device=device).unbind()
+        inverse = torch.zeros(room, room, dtype=small, device=device)
+        diagonal = torch.zeros(room, dtype=small, device=device)
         if self._steps is not None:
             k = self._room
             steps[:k], differences[:k], inverse[:k, :k], diagonal[:k] = self._held
@@ -180,11 +180,9 @@ class InverseBFGS(LinearOperator):
         Raises:
             ValueError: The state is of vectors of another length; nothing has changed.
         """
-        steps = state["_steps"]
-        if steps is not None and steps.shape[1] != self.size:
+        if state["size"] != self.size:
             raise ValueError(
-                f"this state is of {steps.shape[1]} parameter entries, the optimizer has "
-                f"{self.size}: load it with the model and the frozen parameters it was saved with"
+                f"this history is of vectors of length {state['size']}, not {self.size}"
             )
         for name in _NUMBERS:
             setattr(self, name, state[name])
@@ -195,7 +193,7 @@ class InverseBFGS(LinearOperator):
             setattr(self, name, tensor)
 
 
-_NUMBERS = ("history_size", "count", "_room", "_newest", "_pending", "_scales")
+_NUMBERS = ("size", "history_size", "count", "_room", "_newest", "_pending", "_scales")
 _TENSORS = {
     "_steps": "_dtype",
     "_differences": "_dtype",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -157,7 +158,10 @@ class SecondOrderOptimizer(Optimizer):
                 f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
                 f"closure:\n{STANDARD_CLOSURE}"
             )
-        with torch.no_grad(), self._objective(closure) as objective:
+        # The objective notes a surrounding autocast for the closure; our sums are not to be cast.
+        with torch.no_grad(), self._objective(closure) as objective, ExitStack() as stack:
+            for device_type in objective.autocast:
+                stack.enter_context(torch.autocast(device_type, enabled=False))
             loss = self._step(objective)
         if objective.vector.needs_master:
             self._model_state["master"] = objective.position
@@ -203,17 +207,24 @@ class SecondOrderOptimizer(Optimizer):
         """A group hyperparameter, repeated for each trainable parameter."""
         return [float(g[name]) for g in self.param_groups for p in g["params"] if p.requires_grad]
 
+    @property
+    def _trainable(self) -> list[Tensor]:
+        return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+
     def _current_vector(self) -> ParameterVector:
         """The vector of what is trainable now; what was learned of another one is dropped."""
-        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        params = self._trainable
         if not params:
             raise RuntimeError("no parameter requires a gradient: all of them are frozen")
         scale, rates = None, self._per_parameter("lr")
         if len(set(rates)) > 1:
-            scale = [math.sqrt(rate / max(rates)) for rate in rates]
+            # Rounded: a scheduler that multiplies all rates leaves their ratios alone but for the
+            # last digits.
+            scale = [math.sqrt(float(f"{rate / max(rates):.9e}")) for rate in rates]
         if self._vector is None or not self._vector.matches(params, scale):
             if self._vector is not None:
                 self._forget("the trainable parameters or their relative learning rates changed")
+                self._model_state.pop("master", None)
             self._vector = ParameterVector(params, scale)
         return self._vector
 
@@ -238,8 +249,10 @@ class SecondOrderOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """See `torch.optim.Optimizer.state_dict`; loads with `torch.load(weights_only=True)`."""
-        self._model_state.update(self._export_state())
-        return super().state_dict()
+        result: dict[str, Any] = super().state_dict()
+        # Under the first parameter; beside its own state, not in it: the tensors may be replaced.
+        result["state"][0] = {**result["state"].get(0, {}), **self._export_state()}
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.load_state_dict`; training then goes on bit for bit.
@@ -248,31 +261,46 @@ class SecondOrderOptimizer(Optimizer):
             ValueError: The state is of parameters of another number or shape; nothing has changed.
         """
         before = self.state_dict()
+        self._load(state_dict)
+        try:
+            self._import(state_dict["state"].get(0, {}))
+        except (KeyError, ValueError):
+            self._load(before)
+            self._import(before["state"][0])
+            raise
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._vector = None
         for group in self.param_groups:  # a checkpoint of a peer lacks what only we have
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        # From the original: torch casts floating-point state to the parameter's dtype.
-        state = _copied(state_dict["state"].get(0, {}))
-        try:
-            self._import_state(state)
-        except (ValueError, KeyError):
-            super().load_state_dict(before)
-            self._import_state(before["state"].get(0, {}))
-            raise
+
+    def _import(self, state: dict[str, Any]) -> None:
+        """Takes whole-model state from the original: torch has cast it to the parameter's dtype."""
+        master = state.get("master")
+        if master is not None:
+            vector = self._current_vector()
+            check_size(master.numel(), vector)
+            self._model_state["master"] = master.to(vector.device, copy=True)
+        self._import_state({k: _copied(v) for k, v in state.items() if k != "master"})
 
     def __getstate__(self) -> dict[str, Any]:
-        self._model_state.update(self._export_state())
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: getattr(self, name) for name in self._carried}
+        carried = {name: getattr(self, name) for name in self._carried}
+        return state | carried | {"model_state": self._export_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        model_state = state.pop("model_state", None)
         super().__setstate__(state)
-        if "defaults" in state:  # unpickled or copied; torch also comes here from load_state_dict
+        if model_state is not None:  # unpickled or copied; torch also comes here to load a state
             self._vector = None
             self._surroundings = Surroundings()
-            self._import_state(self._model_state)
+            try:
+                self._import_state(model_state)
+            except ValueError:  # parameters were frozen since the last step
+                self._import_state({})
 
 
 def check_number(name: str, value: Any, *, low: float, integer: bool = False) -> None:
@@ -280,10 +308,19 @@ def check_number(name: str, value: Any, *, low: float, integer: bool = False) ->
     kind = "an integer" if integer else "a finite number"
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number >= low) or (integer and int(number) != value):
         raise ValueError(f"{name} must be {kind} of at least {low:g}, got {value!r}")
+
+
+def check_size(size: int, vector: ParameterVector) -> None:
+    """Raises a ValueError unless a state of `size` parameter entries fits the vector."""
+    if size != vector.size:
+        raise ValueError(
+            f"this state is of {size} parameter entries, the optimizer has {vector.size}: load it "
+            "with the model and the frozen parameters that it was saved with"
+        )
 
 
 def _copied(value: Any) -> Any:

@@ -19,7 +19,13 @@ from torch_secondorder.globalization import (
     resolve_line_search,
 )
 from torch_secondorder.objective import Evaluation, Objective
-from torch_secondorder.optim.base import SecondOrderOptimizer, StepInfo, StepStatus, check_number
+from torch_secondorder.optim.base import (
+    SecondOrderOptimizer,
+    StepInfo,
+    StepStatus,
+    check_number,
+    check_size,
+)
 from torch_secondorder.vector import ParameterVector, max_norm, to_host
 
 __all__ = ["LBFGS"]
@@ -133,7 +139,7 @@ class LBFGS(SecondOrderOptimizer):
             max_norm(evaluation.grad),
             torch.linalg.vector_norm(objective.position),
         )
-        run = _Run(_Point(evaluation, loss, grad_norm), size)
+        run = _Run(_Point(evaluation, loss, grad_norm), size, best=(loss, grad_norm))
         if not (isfinite(loss) and isfinite(grad_norm)):
             self._forget("the loss or gradient at the start of a step was not finite")
             status = StepStatus.NONFINITE_START
@@ -166,7 +172,7 @@ class LBFGS(SecondOrderOptimizer):
             status = self._ending(objective, run)
             if status is not None:
                 return status
-            line = self._line(run.point, run.size)
+            line = self._line(objective, run)
             result = self._search(objective, run.point, line)
             run.search_status = result.status
             run.nonfinite += result.nonfinite
@@ -174,6 +180,7 @@ class LBFGS(SecondOrderOptimizer):
                 self._move(objective, run, line, result)
             elif self._history.count:
                 self._forget(f"the line search ended with {result.status.name}")
+                self._fit_history(objective)
             elif result.status is SearchStatus.NONFINITE:
                 self._forget("no trial of a line search was finite")
                 return StepStatus.NONFINITE_TRIALS
@@ -192,7 +199,7 @@ class LBFGS(SecondOrderOptimizer):
             return StepStatus.ZERO_LEARNING_RATE
         if run.change <= group["tolerance_change"]:
             return StepStatus.CONVERGED_CHANGE
-        if run.stalled >= _PATIENCE:
+        if run.stalled >= _PATIENCE and not isinstance(self.line_search, FixedStep):
             return StepStatus.STALLED
         if run.iterations >= group["max_iter"]:
             return StepStatus.MAX_ITERATIONS
@@ -200,8 +207,9 @@ class LBFGS(SecondOrderOptimizer):
             return StepStatus.MAX_EVALUATIONS
         return None
 
-    def _line(self, point: _Point, size: float) -> _Line:
+    def _line(self, objective: Objective, run: _Run) -> _Line:
         """The direction at a point, with what the host has to know of it; one synchronization."""
+        point = run.point
         grad = point.evaluation.grad
         if self._history.count:
             direction = self._history.direction(grad)
@@ -209,6 +217,7 @@ class LBFGS(SecondOrderOptimizer):
             if -inf < slope < 0 and isfinite(square):
                 return _Line(direction, slope, square)
             self._forget("the history gave a direction of ascent")
+            self._fit_history(objective)
         # Nothing is known of the scale yet. Without a search, as far as torch goes: the negative
         # gradient, at most one long in the 1-norm. With a search, to where a line from here would
         # meet a loss of zero, at most as far as the parameters are long.
@@ -217,7 +226,7 @@ class LBFGS(SecondOrderOptimizer):
         if isinstance(self.line_search, FixedStep):
             length = min(point.grad_norm, 1 / total)
         else:
-            length = max(1.0, size) / sqrt(square)
+            length = max(1.0, run.size) / sqrt(square)
             if point.loss:
                 length = min(length, 2 * abs(point.loss) / (point.grad_norm * square))
         return _Line(unit * length, -point.grad_norm * square * length, square * length**2)
@@ -271,13 +280,14 @@ class LBFGS(SecondOrderOptimizer):
         vector = objective.vector
         size = self.param_groups[0]["history_size"] or _default_history_size(vector)
         inverse = self._inverse
-        if inverse is None or (inverse.size, inverse.history_size) != (vector.size, size):
+        if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
+            self._forget("history_size or the trainable parameters changed")
+        if self._inverse is None:
             self._inverse = InverseBFGS(vector.size, size, vector.dtype, vector.device)
 
     def _forget(self, reason: str) -> None:
         self._reset_reason = reason
-        if self._inverse is not None:
-            self._inverse.reset()
+        self._inverse = None
 
     def _export_state(self) -> dict[str, Any]:
         history = {} if self._inverse is None else self._inverse.state_dict()
@@ -285,13 +295,20 @@ class LBFGS(SecondOrderOptimizer):
 
     def _import_state(self, state: dict[str, Any]) -> None:
         inverse = None
-        vector = self._current_vector()
+        # With all parameters frozen there is nothing to hold it against; the next step does.
+        vector = ParameterVector(self._trainable or self.param_groups[0]["params"])
         if history := state.get("history"):
-            inverse = InverseBFGS(vector.size, history["history_size"], vector.dtype, vector.device)
+            if self._trainable:
+                check_size(history["size"], vector)
+            inverse = InverseBFGS(
+                history["size"], history["history_size"], vector.dtype, vector.device
+            )
             inverse.load_state_dict(history)
         elif state.get("old_stps"):
             size = self.param_groups[0]["history_size"] or _default_history_size(vector)
             inverse = _from_torch(state, size, vector)
+        for name in set(self._model_state) - {"master"}:  # what it is made of is not kept twice
+            del self._model_state[name]
         self._inverse = inverse
         self._largest_gradient = state.get("largest_gradient", 0.0)
         self._counts = {name: state.get(name, 0) for name in ("n_iter", "func_evals")}
@@ -306,10 +323,7 @@ def _from_torch(state: dict[str, Any], history_size: int, vector: ParameterVecto
     """The history of a `torch.optim.LBFGS` checkpoint."""
     inverse = InverseBFGS(vector.size, history_size, vector.dtype, vector.device)
     for y, s in zip(state["old_dirs"], state["old_stps"], strict=True):
-        if s.numel() != vector.size:
-            raise ValueError(
-                f"this state is of {s.numel()} parameter entries, the optimizer has {vector.size}"
-            )
+        check_size(s.numel(), vector)
         inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
     return inverse
 
@@ -346,6 +360,7 @@ class _Run:
 
     point: _Point
     size: float  # norm of the parameters at the start
+    best: tuple[float, float]  # lowest loss, smallest gradient
     iterations: int = 0
     step_length: float = 0.0
     search_status: SearchStatus | None = None
@@ -354,7 +369,6 @@ class _Run:
     damped: int = 0
     change: float = inf  # relative change of the last iteration
     stalled: int = 0  # iterations since the last improvement
-    best: tuple[float, float] = (inf, inf)  # loss, gradient
 
     def advance(self, point: _Point, step_length: float, moved: float) -> None:
         """Notes an accepted point, at a distance `moved`."""
