@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,15 +27,6 @@ from torch_secondorder.globalization import (
 )
 
 SEARCHES = ["strong_wolfe", "hager_zhang", "armijo"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A few hundred variables are too few to share: threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def closure_of(
@@ -266,6 +257,11 @@ def climbing(x: Tensor) -> Callable[[], Tensor]:
 
 def take_it(phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
     return SearchResult(phi(t0), SearchStatus.FIXED, 1, 0)
+
+
+def any_step(phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
+    """A line search that takes whatever it finds."""
+    return FixedStep()(phi, start, t0, precision=precision)
 
 
 def finite_once(x: Tensor) -> Callable[[], Tensor]:

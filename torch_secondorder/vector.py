@@ -107,6 +107,8 @@ class ParameterVector:
         self._uniform = all(
             s.dtype == self.dtype and s.device == self.device for s in self._segments
         )
+        # One tensor, as in much of numerical optimization, need not be cut up or put together.
+        self._single = self._uniform and len(self.params) == 1
         self._factors = None if scale is None else tuple(scale)
         self._scale = None if scale is None else self.expand(scale)
 
@@ -133,6 +135,9 @@ class ParameterVector:
         Returns:
             Shape `(*batch, n)`, without the scale applied.
         """
+        first = tensors[0]
+        if self._single and not batch and first is not None and first.layout is torch.strided:
+            return first.detach().flatten().clone()
         if self._uniform:
             shape = (*batch, -1)
             pieces = [
@@ -214,7 +219,10 @@ class ParameterVector:
         before it is used.
         """
         # `.data` is an alias with a version counter of its own; `.detach()` would share it.
-        torch._foreach_copy_([p.data for p in self.params], self.split(flat))
+        if self._single:
+            self.params[0].data.copy_(flat.view(self._segments[0].shape))
+        else:
+            torch._foreach_copy_([p.data for p in self.params], self.split(flat))
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:

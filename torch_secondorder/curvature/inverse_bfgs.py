@@ -172,7 +172,8 @@ class InverseBFGS(LinearOperator):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors, numbers and a list; shares the tensors' memory."""
-        return {name: getattr(self, name) for name in (*_NUMBERS, *_TENSORS)}
+        state = {name: getattr(self, name) for name in (*_NUMBERS, *_TENSORS)}
+        return state | {"_scales": list(self._scales)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state, bit for bit; the tensors move to this operator's device.
@@ -186,6 +187,7 @@ class InverseBFGS(LinearOperator):
             )
         for name in _NUMBERS:
             setattr(self, name, state[name])
+        self._scales = list(state["_scales"])
         for name, dtype in _TENSORS.items():
             tensor = state[name]
             if tensor is not None:
@@ -193,7 +195,7 @@ class InverseBFGS(LinearOperator):
             setattr(self, name, tensor)
 
 
-_NUMBERS = ("size", "history_size", "count", "_room", "_newest", "_pending", "_scales")
+_NUMBERS = ("size", "history_size", "count", "_room", "_newest", "_pending")
 _TENSORS = {
     "_steps": "_dtype",
     "_differences": "_dtype",

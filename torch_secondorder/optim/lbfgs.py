@@ -236,7 +236,7 @@ class LBFGS(SecondOrderOptimizer):
         before, direction = point.evaluation.grad, line.direction
 
         def phi(t: float) -> Trial:
-            step = direction * t
+            step = direction if t == 1.0 else direction * t
             evaluation = objective.trial(step)
             grad = evaluation.grad
             y = grad - before
