@@ -183,8 +183,9 @@ class Objective(ABC):
         regularization = regularization or Regularization()
         self._sign = -1.0 if regularization.maximize else 1.0
         decay = regularization.weight_decay
-        # A number stays one: the common cases (none, or the same everywhere) need no vector.
+        # A number stays one: where it is the same everywhere it needs no vector.
         self._decay = self.vector.expand(decay) if isinstance(decay, tuple) else decay
+        self._decays = bool(decay)
 
     @property
     def autocast(self) -> dict[str, torch.dtype]:
@@ -235,8 +236,8 @@ class Objective(ABC):
         flat = self.vector.gather(products, batch=direction.shape[:-1])
         if self._sign < 0:
             flat.neg_()
-        (flat,) = self._replay.average([flat])
-        if isinstance(self._decay, Tensor) or self._decay:
+        flat = self._replay.average(flat)
+        if self._decays:
             flat.add_(self._decay * direction)
         return self.vector.scaled(flat)
 
@@ -259,11 +260,11 @@ class Objective(ABC):
         vector = self.vector
         if loss.dtype != vector.dtype or loss.device != vector.device:
             loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
-        (loss,) = self._replay.average([loss])
+        loss = self._replay.average(loss)
         closure_loss = loss
         if self._sign < 0:
             loss = -loss
-        if isinstance(self._decay, Tensor) or self._decay:
+        if self._decays:
             loss = loss + 0.5 * ((self._decay * position) @ position)
         linearization = None if raw.graph is None else Linearization(self, raw.graph)
         flatten = partial(self._flat_gradient, raw, position)
@@ -274,10 +275,10 @@ class Objective(ABC):
     def _flat_gradient(self, raw: _Raw, position: Tensor) -> Tensor:
         grad = self.vector.gather(raw.grads)
         if not raw.averaged:
-            (grad,) = self._replay.average([grad])
+            grad = self._replay.average(grad)
         if self._sign < 0:
             grad.neg_()
-        if isinstance(self._decay, Tensor) or self._decay:
+        if self._decays:
             grad.add_(self._decay * position)
         return self.vector.scaled(grad)
 
@@ -361,7 +362,7 @@ class ClosureObjective(Objective):
             return self._run_captured(params)
         loss = _scalar(self._replay.run(self._closure))
         grads = [p.grad for p in params]
-        if all(g is None for g in grads):
+        if grads[0] is None and all(g is None for g in grads):
             _differentiable(loss).backward()
             grads = [p.grad for p in params]
         return _Raw(loss, _touched(grads), None, averaged=True)
@@ -451,9 +452,9 @@ class FunctionalObjective(Objective):
 
 def _scalar(loss: Any) -> Tensor:
     """The loss as a 0-dim tensor."""
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-        return torch.tensor(float(loss), dtype=torch.float64)
     if not isinstance(loss, Tensor):
+        if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+            return torch.tensor(float(loss), dtype=torch.float64)
         raise TypeError(
             f"the closure must return the loss, got {type(loss).__name__} ({loss!r:.60}); end it "
             "with `return loss`"
@@ -463,7 +464,7 @@ def _scalar(loss: Any) -> Tensor:
             f"the closure must return a real scalar loss, got shape {tuple(loss.shape)} and dtype "
             f"{loss.dtype}; reduce it, for instance with .mean()"
         )
-    return loss.reshape(())
+    return loss.reshape(()) if loss.dim() else loss
 
 
 def _differentiable(loss: Tensor) -> Tensor:
@@ -473,7 +474,7 @@ def _differentiable(loss: Tensor) -> Tensor:
 
 
 def _touched(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    if all(g is None for g in grads):
+    if grads[0] is None and all(g is None for g in grads):
         raise _no_gradient()
     return grads
 

@@ -171,14 +171,14 @@ class Replay:
         for slot, value in (self._before if aborted else self._after or {}).items():
             slot.restore(value)
 
-    def average(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The means over the ranks, where the closure called a DDP module; else the tensors."""
-        for group in self._surroundings.process_groups[:1]:
-            tensors = [t.clone() for t in tensors]
-            for tensor in tensors:
-                dist.all_reduce(tensor, group=group)
-                tensor.div_(dist.get_world_size(group))
-        return tensors
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks, where the closure called a DDP module; else the tensor."""
+        if not self._surroundings.process_groups:
+            return tensor
+        group = self._surroundings.process_groups[0]
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor.div_(dist.get_world_size(group))
 
 
 def _random_state(device: torch.device) -> Tensor:

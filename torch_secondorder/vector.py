@@ -76,6 +76,7 @@ class ParameterVector:
         dtype: Of the work vector.
         device: Of the work vector.
         devices: Of the parameters.
+        precision: The machine epsilon that a loss of these parameters is computed with.
 
     Raises:
         TypeError: A parameter is not a tensor, or neither floating-point nor complex.
@@ -107,6 +108,7 @@ class ParameterVector:
         self._uniform = all(
             s.dtype == self.dtype and s.device == self.device for s in self._segments
         )
+        self.precision = max(torch.finfo(s.real_dtype).eps for s in self._segments)
         # One tensor, as in much of numerical optimization, need not be cut up or put together.
         self._single = self._uniform and len(self.params) == 1
         self._factors = None if scale is None else tuple(scale)
@@ -198,11 +200,6 @@ class ParameterVector:
         return torch.where(rounded == flat, master, flat)
 
     @property
-    def precision(self) -> float:
-        """The machine epsilon that a loss of these parameters is computed with."""
-        return max(torch.finfo(s.real_dtype).eps for s in self._segments)
-
-    @property
     def needs_master(self) -> bool:
         """Whether some parameter is held in less precision than the work vector."""
         return any(s.real_dtype != self.dtype for s in self._segments)
@@ -220,7 +217,8 @@ class ParameterVector:
         """
         # `.data` is an alias with a version counter of its own; `.detach()` would share it.
         if self._single:
-            self.params[0].data.copy_(flat.view(self._segments[0].shape))
+            shape = self._segments[0].shape
+            self.params[0].data.copy_(flat if len(shape) == 1 else flat.view(shape))
         else:
             torch._foreach_copy_([p.data for p in self.params], self.split(flat))
 

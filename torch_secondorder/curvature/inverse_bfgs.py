@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,21 @@ __all__ = ["InverseBFGS"]
 
 # Columns that are multiplied while they lie in cache, for several vectors at once.
 _BLOCK = 1 << 16
+
+
+_NUMBERS = ("size", "history_size", "count", "_room", "_newest", "_pending")
+
+
+class _Buffers(NamedTuple):
+    """Room for `c` pairs; it doubles up to `m`.
+
+    Rows that hold no pair are zero everywhere: they take no part, and nothing has to be cut out.
+    """
+
+    steps: Tensor  # S, (c, n)
+    differences: Tensor  # Y, (c, n)
+    inverse: Tensor  # R^-1, (c, c)
+    diagonal: Tensor  # D, (c,)
 
 
 class InverseBFGS(LinearOperator):
@@ -72,16 +87,11 @@ class InverseBFGS(LinearOperator):
     def reset(self) -> None:
         """Forgets all pairs: `H` is the identity."""
         self.count = 0
+        self._room = 0  # pairs that the buffers have room for
         self._newest = -1  # the row of the newest pair
         self._pending = False  # whether it is not in R^-1 yet
         self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
-        # Room for `c` pairs: it doubles up to m. Rows that hold no pair are zero everywhere, so
-        # they take no part and nothing has to be cut out.
-        self._room = 0
-        self._steps: Tensor | None = None  # S, (c, n)
-        self._differences: Tensor | None = None  # Y, (c, n)
-        self._inverse: Tensor | None = None  # R^-1, (c, c)
-        self._diagonal: Tensor | None = None  # D, (c,)
+        self._buffers: _Buffers | None = None
 
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
@@ -94,8 +104,8 @@ class InverseBFGS(LinearOperator):
             scale: `s'y / y'y`, if it is known on the host.
         """
         if self._pending:
-            steps, differences, _, _ = self._held
-            self._enter(torch.mv(steps, differences[self._newest]))
+            steps, differences, inverse, diagonal = self._held
+            self._enter(torch.mv(steps, differences[self._newest]), inverse, diagonal)
         if self.count == self.history_size:
             del self._scales[0]
         elif self.count == self._room:
@@ -122,19 +132,18 @@ class InverseBFGS(LinearOperator):
         steps, differences, inverse, diagonal = self._held
         if self._pending:
             of_y, of_v = _two_products(steps, differences[self._newest], v)
-            self._enter(of_y)
+            self._enter(of_y, inverse, diagonal)
         else:
             of_v = torch.mv(steps, v)
-        gamma, small, work = max(self._scales), self._small_dtype, self._dtype
+        gamma, work, small = max(self._scales), self._dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
         rest = torch.addmv(v, differences.t(), p2.to(work), alpha=-1)
         inner = torch.mul(diagonal, p2).sub_(torch.mv(differences, rest), alpha=gamma)
         p1 = torch.mv(inverse.t(), inner)
         return torch.addmv(rest, steps.t(), p1.to(work), beta=sign * gamma, alpha=sign)
 
-    def _enter(self, of_y: Tensor) -> None:
+    def _enter(self, of_y: Tensor, inverse: Tensor, diagonal: Tensor) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""
-        _, _, inverse, diagonal = self._held
         newest = self._newest
         of_y = of_y.to(self._small_dtype)
         s_y = of_y[newest]
@@ -148,12 +157,9 @@ class InverseBFGS(LinearOperator):
         self._pending = False
 
     @property
-    def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert self._steps is not None
-        assert self._differences is not None
-        assert self._inverse is not None
-        assert self._diagonal is not None
-        return self._steps, self._differences, self._inverse, self._diagonal
+    def _held(self) -> _Buffers:
+        assert self._buffers is not None
+        return self._buffers
 
     def _grow(self, room: int) -> None:
         """Makes room for more pairs."""
@@ -161,19 +167,18 @@ class InverseBFGS(LinearOperator):
         steps, differences = torch.zeros(2, room, self.size, dtype=work, device=device).unbind()
         inverse = torch.zeros(room, room, dtype=small, device=device)
         diagonal = torch.zeros(room, dtype=small, device=device)
-        if self._steps is not None:
+        if self._buffers is not None:
             k = self._room
-            steps[:k], differences[:k], inverse[:k, :k], diagonal[:k] = self._held
-        self._steps, self._differences = steps, differences
-        self._inverse, self._diagonal = inverse, diagonal
+            steps[:k], differences[:k], inverse[:k, :k], diagonal[:k] = self._buffers
+        self._buffers = _Buffers(steps, differences, inverse, diagonal)
         self._room = room
 
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors, numbers and a list; shares the tensors' memory."""
-        state = {name: getattr(self, name) for name in (*_NUMBERS, *_TENSORS)}
-        return state | {"_scales": list(self._scales)}
+        """Everything, as tensors, numbers and lists; shares the tensors' memory."""
+        state = {name: getattr(self, name) for name in _NUMBERS}
+        return state | {"scales": list(self._scales), "buffers": list(self._buffers or ())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state, bit for bit; the tensors move to this operator's device.
@@ -187,21 +192,13 @@ class InverseBFGS(LinearOperator):
             )
         for name in _NUMBERS:
             setattr(self, name, state[name])
-        self._scales = list(state["_scales"])
-        for name, dtype in _TENSORS.items():
-            tensor = state[name]
-            if tensor is not None:
-                tensor = tensor.to(self._device, getattr(self, dtype))
-            setattr(self, name, tensor)
-
-
-_NUMBERS = ("size", "history_size", "count", "_room", "_newest", "_pending")
-_TENSORS = {
-    "_steps": "_dtype",
-    "_differences": "_dtype",
-    "_inverse": "_small_dtype",
-    "_diagonal": "_small_dtype",
-}
+        self._scales = list(state["scales"])
+        self._buffers = None
+        if state["buffers"]:
+            dtypes = (self._dtype, self._dtype, self._small_dtype, self._small_dtype)
+            self._buffers = _Buffers(
+                *(b.to(self._device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
+            )
 
 
 def _two_products(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

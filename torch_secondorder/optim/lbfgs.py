@@ -139,7 +139,8 @@ class LBFGS(SecondOrderOptimizer):
             max_norm(evaluation.grad),
             torch.linalg.vector_norm(objective.position),
         )
-        run = _Run(_Point(evaluation, loss, grad_norm), size, best=(loss, grad_norm))
+        point = _Point(evaluation, loss, grad_norm)
+        run = _Run(point, size, self._learning_rate, best=(loss, grad_norm))
         if not (isfinite(loss) and isfinite(grad_norm)):
             self._forget("the loss or gradient at the start of a step was not finite")
             status = StepStatus.NONFINITE_START
@@ -173,7 +174,7 @@ class LBFGS(SecondOrderOptimizer):
             if status is not None:
                 return status
             line = self._line(objective, run)
-            result = self._search(objective, run.point, line)
+            result = self._search(objective, run, line)
             run.search_status = result.status
             run.nonfinite += result.nonfinite
             if result.status.accepted:
@@ -195,7 +196,7 @@ class LBFGS(SecondOrderOptimizer):
             tolerance = 1e-7 * min(1.0, self._largest_gradient)
         if run.point.grad_norm <= tolerance:
             return StepStatus.CONVERGED_GRADIENT
-        if not self._learning_rate:
+        if not run.lr:
             return StepStatus.ZERO_LEARNING_RATE
         if run.change <= group["tolerance_change"]:
             return StepStatus.CONVERGED_CHANGE
@@ -231,9 +232,9 @@ class LBFGS(SecondOrderOptimizer):
                 length = min(length, 2 * abs(point.loss) / (point.grad_norm * square))
         return _Line(unit * length, -point.grad_norm * square * length, square * length**2)
 
-    def _search(self, objective: Objective, point: _Point, line: _Line) -> SearchResult:
+    def _search(self, objective: Objective, run: _Run, line: _Line) -> SearchResult:
         """Searches along a line; the payload of its trials is a `_Candidate`."""
-        before, direction = point.evaluation.grad, line.direction
+        before, direction = run.point.evaluation.grad, line.direction
 
         def phi(t: float) -> Trial:
             step = direction if t == 1.0 else direction * t
@@ -246,9 +247,8 @@ class LBFGS(SecondOrderOptimizer):
             candidate = _Candidate(_Point(evaluation, loss, grad_norm), step, y, y_y, y_d)
             return Trial(t, loss, slope if isfinite(grad_norm) else inf, candidate)
 
-        start = Trial(0.0, point.loss, line.slope)
-        precision = objective.vector.precision
-        return self.line_search(phi, start, self._learning_rate, precision=precision)
+        start = Trial(0.0, run.point.loss, line.slope)
+        return self.line_search(phi, start, run.lr, precision=objective.vector.precision)
 
     def _move(self, objective: Objective, run: _Run, line: _Line, result: SearchResult) -> None:
         """Goes to the point that a search accepted and learns from the way there."""
@@ -360,6 +360,7 @@ class _Run:
 
     point: _Point
     size: float  # norm of the parameters at the start
+    lr: float
     best: tuple[float, float]  # lowest loss, smallest gradient
     iterations: int = 0
     step_length: float = 0.0
