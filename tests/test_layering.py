@@ -17,10 +17,11 @@ ALLOWED: dict[str, set[str]] = {
     "func": set(),
     "capture": set(),
     "replay": set(),
-    "objective": {"vector", "func", "capture", "replay"},
-    "curvature": {"vector", "func", "capture", "replay", "objective"},
-    "solvers": {"vector", "func", "objective", "curvature"},
-    "globalization": {"objective"},
+    "evaluation": {"vector", "func", "capture", "replay"},
+    "objective": {"vector", "func", "capture", "replay", "evaluation"},
+    "curvature": {"vector", "func", "capture", "evaluation"},
+    "solvers": {"vector", "func", "evaluation", "curvature"},
+    "globalization": {"evaluation"},
     "penalties": {"func"},
 }
 BELOW_OPTIM = set(ALLOWED)

@@ -11,12 +11,8 @@ from torch.nn import functional as F
 
 from tests.oracles import CASES, dense_hessian, flat, make_case
 from torch_secondorder.curvature import Hessian
-from torch_secondorder.objective import (
-    ClosureObjective,
-    FunctionalObjective,
-    Objective,
-    Regularization,
-)
+from torch_secondorder.evaluation import Objective, Regularization
+from torch_secondorder.objective import ClosureObjective, FunctionalObjective
 
 KINDS = ["closure", "function"]
 

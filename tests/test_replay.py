@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.oracles import make_case
-from torch_secondorder.objective import ClosureObjective, FunctionalObjective, Objective
+from torch_secondorder.evaluation import Objective
+from torch_secondorder.objective import ClosureObjective, FunctionalObjective
 from torch_secondorder.replay import Surroundings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch_secondorder.curvature.base import LinearOperator
-from torch_secondorder.objective import Evaluation
+from torch_secondorder.evaluation import Evaluation
 
 __all__ = ["Hessian"]
 

@@ -5,89 +5,19 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_secondorder.globalization import SearchStatus
-from torch_secondorder.objective import (
-    STANDARD_CLOSURE,
-    ClosureObjective,
-    FunctionalObjective,
-    Objective,
-    Regularization,
-)
+from torch_secondorder.evaluation import Objective, Regularization
+from torch_secondorder.objective import STANDARD_CLOSURE, ClosureObjective, FunctionalObjective
+from torch_secondorder.optim.info import StepInfo
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "StepInfo", "StepStatus"]
-
-
-class StepStatus(Enum):
-    """How a step ended, each with what it means."""
-
-    ZERO_LEARNING_RATE = "lr is zero: the loss was evaluated and nothing was moved"
-    MAX_ITERATIONS = "all max_iter iterations were done; call step() again to go on"
-    MAX_EVALUATIONS = "max_eval closure evaluations were used; call step() again to go on"
-    CONVERGED_GRADIENT = "no entry of the gradient is larger than tolerance_grad"
-    CONVERGED_CHANGE = (
-        "the last iteration changed neither the parameters nor the loss by more than "
-        "tolerance_change, relative to their size"
-    )
-    STALLED = (
-        "neither the loss nor the gradient has improved for several iterations: what is left is "
-        "rounding error; a wider dtype can get further"
-    )
-    NO_DECREASE = (
-        "no lower loss was found, not even along the negative gradient with the history dropped; "
-        "the parameters are at the best point found"
-    )
-    NONFINITE_START = (
-        "loss or gradient at the start of the step is not finite; the parameters were left alone "
-        "and the history was dropped"
-    )
-    NONFINITE_TRIALS = (
-        "every trial gave a non-finite loss or gradient, even close to the best point found, where "
-        "the parameters are; the history was dropped"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class StepInfo:
-    """What one call of `step()` did; `optimizer.info` holds the last one.
-
-    Attributes:
-        status: How it ended; `status.value` is a sentence.
-        loss: What was minimized at the start of the step: the closure's loss, negated under
-            `maximize`, weight decay included.
-        loss_after: The same at the end.
-        grad_norm: Largest absolute entry of the gradient at the end.
-        iterations: Accepted moves.
-        evaluations: Closure evaluations.
-        step_length: The last accepted step, as a multiple of its direction.
-        search_status: How the last line search ended; None without one.
-        nonfinite_trials: Evaluations with a non-finite loss or gradient, stepped back from.
-        skipped_pairs: Pairs that failed the curvature test and were left out of the history.
-        damped_pairs: Pairs that were changed by Powell's damping.
-        history_reset: Why the history was dropped during the step; empty if it was not.
-    """
-
-    status: StepStatus
-    loss: float
-    loss_after: float
-    grad_norm: float
-    iterations: int = 0
-    evaluations: int = 0
-    step_length: float = 0.0
-    search_status: SearchStatus | None = None
-    nonfinite_trials: int = 0
-    skipped_pairs: int = 0
-    damped_pairs: int = 0
-    history_reset: str = ""
+__all__ = ["SecondOrderOptimizer", "check_number", "check_size"]
 
 
 class SecondOrderOptimizer(Optimizer):

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf, isfinite, sqrt
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
-from torch_secondorder.globalization import (
-    FixedStep,
-    LineSearch,
-    SearchResult,
-    SearchStatus,
-    Trial,
-    resolve_line_search,
-)
-from torch_secondorder.objective import Evaluation, Objective
-from torch_secondorder.optim.base import (
-    SecondOrderOptimizer,
-    StepInfo,
-    StepStatus,
-    check_number,
-    check_size,
-)
+from torch_secondorder.curvature import InverseBFGS
+from torch_secondorder.evaluation import Objective
+from torch_secondorder.globalization import LineSearch, resolve_line_search
+from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, check_size
+from torch_secondorder.optim.info import StepInfo, StepStatus
+from torch_secondorder.optim.lbfgs_iteration import Iteration, Point, Settings
 from torch_secondorder.vector import ParameterVector, max_norm, to_host
 
 __all__ = ["LBFGS"]
 
-# Powell's constant: a pair keeps at least this share of the curvature that H expects.
-_DAMPING = 0.2
 # What the history may take by default, if twenty pairs do not take more.
 _HISTORY_BYTES = 256 * 2**20
-# Iterations without a new best loss or gradient after which only rounding error is left.
-_PATIENCE = 10
 
 
 class LBFGS(SecondOrderOptimizer):
@@ -134,156 +118,68 @@ class LBFGS(SecondOrderOptimizer):
 
     def _step(self, objective: Objective) -> Tensor:
         evaluation = objective.evaluate()
-        loss, grad_norm, size = to_host(
-            evaluation.loss,
-            max_norm(evaluation.grad),
-            torch.linalg.vector_norm(objective.position),
-        )
-        point = _Point(evaluation, loss, grad_norm)
-        run = _Run(point, size, self._learning_rate, best=(loss, grad_norm))
-        if not (isfinite(loss) and isfinite(grad_norm)):
+        loss, grad_norm = to_host(evaluation.loss, max_norm(evaluation.grad))
+        start = Point(evaluation, loss, grad_norm)
+        # A copy: a closure may use one tensor for all its losses.
+        returned = evaluation.closure_loss.clone()
+        if not start.finite:
             self._forget("the loss or gradient at the start of a step was not finite")
-            status = StepStatus.NONFINITE_START
-        else:
-            self._largest_gradient = max(self._largest_gradient, grad_norm)
-            status = self._iterate(objective, run)
-        self._counts["n_iter"] += run.iterations
-        self._counts["func_evals"] += objective.evaluations
-        self.info = StepInfo(
-            status=status,
-            loss=loss,
-            loss_after=run.point.loss,
-            grad_norm=run.point.grad_norm,
-            iterations=run.iterations,
-            evaluations=objective.evaluations,
-            step_length=run.step_length,
-            search_status=run.search_status,
-            nonfinite_trials=run.nonfinite,
-            skipped_pairs=run.skipped,
-            damped_pairs=run.damped,
-            history_reset=self._reset_reason,
-        )
-        self._reset_reason = ""
-        return evaluation.closure_loss
-
-    def _iterate(self, objective: Objective, run: _Run) -> StepStatus:
-        """Iterates until something ends the step."""
-        self._fit_history(objective)
-        while True:
-            status = self._ending(objective, run)
-            if status is not None:
-                return status
-            line = self._line(objective, run)
-            result = self._search(objective, run, line)
-            run.search_status = result.status
-            run.nonfinite += result.nonfinite
-            if result.status.accepted:
-                self._move(objective, run, line, result)
-            elif self._history.count:
-                self._forget(f"the line search ended with {result.status.name}")
-                self._fit_history(objective)
-            elif result.status is SearchStatus.NONFINITE:
-                self._forget("no trial of a line search was finite")
-                return StepStatus.NONFINITE_TRIALS
-            else:
-                return StepStatus.NO_DECREASE
-
-    def _ending(self, objective: Objective, run: _Run) -> StepStatus | None:
-        """Why the step is over at this point, if it is."""
-        group = self.param_groups[0]
-        tolerance = group["tolerance_grad"]
-        if tolerance is None:
-            tolerance = 1e-7 * min(1.0, self._largest_gradient)
-        if run.point.grad_norm <= tolerance:
-            return StepStatus.CONVERGED_GRADIENT
-        if not run.lr:
-            return StepStatus.ZERO_LEARNING_RATE
-        if run.change <= group["tolerance_change"]:
-            return StepStatus.CONVERGED_CHANGE
-        if run.stalled >= _PATIENCE and not isinstance(self.line_search, FixedStep):
-            return StepStatus.STALLED
-        if run.iterations >= group["max_iter"]:
-            return StepStatus.MAX_ITERATIONS
-        if objective.evaluations >= group["max_eval"] and run.iterations:
-            return StepStatus.MAX_EVALUATIONS
-        return None
-
-    def _line(self, objective: Objective, run: _Run) -> _Line:
-        """The direction at a point, with what the host has to know of it; one synchronization."""
-        point = run.point
-        grad = point.evaluation.grad
-        if self._history.count:
-            direction = self._history.direction(grad)
-            slope, square = to_host(grad @ direction, direction @ direction)
-            if -inf < slope < 0 and isfinite(square):
-                return _Line(direction, slope, square)
-            self._forget("the history gave a direction of ascent")
-            self._fit_history(objective)
-        # Nothing is known of the scale yet. Without a search, as far as torch goes: the negative
-        # gradient, at most one long in the 1-norm. With a search, to where a line from here would
-        # meet a loss of zero, at most as far as the parameters are long.
-        unit = grad / -point.grad_norm  # no square of it overflows
-        square, total = to_host(unit @ unit, unit.abs().sum())
-        if isinstance(self.line_search, FixedStep):
-            length = min(point.grad_norm, 1 / total)
-        else:
-            length = max(1.0, run.size) / sqrt(square)
-            if point.loss:
-                length = min(length, 2 * abs(point.loss) / (point.grad_norm * square))
-        return _Line(unit * length, -point.grad_norm * square * length, square * length**2)
-
-    def _search(self, objective: Objective, run: _Run, line: _Line) -> SearchResult:
-        """Searches along a line; the payload of its trials is a `_Candidate`."""
-        before, direction = run.point.evaluation.grad, line.direction
-
-        def phi(t: float) -> Trial:
-            step = direction if t == 1.0 else direction * t
-            evaluation = objective.trial(step)
-            grad = evaluation.grad
-            y = grad - before
-            loss, slope, grad_norm, y_y, y_d = to_host(
-                evaluation.loss, grad @ direction, max_norm(grad), y @ y, y @ direction
+            self._report(StepInfo(StepStatus.NONFINITE_START, loss, loss, grad_norm, evaluations=1))
+            return returned
+        self._largest_gradient = max(self._largest_gradient, grad_norm)
+        history = self._fitting_history(objective.vector)
+        iteration = Iteration(objective, history, self._settings(), start)
+        status = iteration.run()
+        self._reset_reason = iteration.reset_reason or self._reset_reason
+        self._report(
+            StepInfo(
+                status=status,
+                loss=loss,
+                loss_after=iteration.point.loss,
+                grad_norm=iteration.point.grad_norm,
+                iterations=iteration.count,
+                evaluations=objective.evaluations,
+                step_length=iteration.step_length,
+                search_status=iteration.search_status,
+                nonfinite_trials=iteration.nonfinite,
+                skipped_pairs=iteration.skipped,
+                damped_pairs=iteration.damped,
             )
-            candidate = _Candidate(_Point(evaluation, loss, grad_norm), step, y, y_y, y_d)
-            return Trial(t, loss, slope if isfinite(grad_norm) else inf, candidate)
+        )
+        return returned
 
-        start = Trial(0.0, run.point.loss, line.slope)
-        return self.line_search(phi, start, run.lr, precision=objective.vector.precision)
+    def _report(self, info: StepInfo) -> None:
+        self.info = replace(info, history_reset=self._reset_reason)
+        self._reset_reason = ""
+        self._counts["n_iter"] += info.iterations
+        self._counts["func_evals"] += info.evaluations
 
-    def _move(self, objective: Objective, run: _Run, line: _Line, result: SearchResult) -> None:
-        """Goes to the point that a search accepted and learns from the way there."""
-        t, candidate = result.trial.t, result.trial.payload
-        objective.accept(candidate.step)
-        s_y, s_s, y, y_y = t * candidate.y_d, t * t * line.square, candidate.y, candidate.y_y
-        # H g = -d, so B s = -t g whatever B is, and the curvature that B expects is known.
-        expected = -t * t * line.slope
-        precision = torch.finfo(objective.vector.dtype)
-        if self.param_groups[0]["damping"] and s_y < _DAMPING * expected:
-            keep = (1 - _DAMPING) * expected / (expected - s_y)
-            y = keep * y - (1 - keep) * t * run.point.evaluation.grad
-            run.damped += 1
-            self._history.push(candidate.step, y)
-        elif s_y > 10 * precision.eps * sqrt(s_s * y_y) and y_y > precision.tiny:
-            self._history.push(candidate.step, y, s_y / y_y)
-        else:
-            run.skipped += 1
-        run.advance(candidate.point, t, t * sqrt(line.square))
+    def _settings(self) -> Settings:
+        group = self.param_groups[0]
+        tolerance_grad = group["tolerance_grad"]
+        if tolerance_grad is None:
+            tolerance_grad = 1e-7 * min(1.0, self._largest_gradient)
+        return Settings(
+            lr=self._learning_rate,
+            max_iter=group["max_iter"],
+            max_eval=group["max_eval"],
+            tolerance_grad=tolerance_grad,
+            tolerance_change=group["tolerance_change"],
+            damping=group["damping"],
+            line_search=self.line_search,
+        )
 
     # The history and its place in checkpoints.
 
-    @property
-    def _history(self) -> InverseBFGS:
-        assert self._inverse is not None
-        return self._inverse
-
-    def _fit_history(self, objective: Objective) -> None:
-        vector = objective.vector
+    def _fitting_history(self, vector: ParameterVector) -> InverseBFGS:
+        """The history; a new one where there is none, or none that fits."""
         size = self.param_groups[0]["history_size"] or _default_history_size(vector)
         inverse = self._inverse
         if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
             self._forget("history_size or the trainable parameters changed")
         if self._inverse is None:
             self._inverse = InverseBFGS(vector.size, size, vector.dtype, vector.device)
+        return self._inverse
 
     def _forget(self, reason: str) -> None:
         self._reset_reason = reason
@@ -326,58 +222,3 @@ def _from_torch(state: dict[str, Any], history_size: int, vector: ParameterVecto
         check_size(s.numel(), vector)
         inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
     return inverse
-
-
-class _Point(NamedTuple):
-    """An evaluated point and what the host knows of it."""
-
-    evaluation: Evaluation
-    loss: float
-    grad_norm: float
-
-
-class _Candidate(NamedTuple):
-    """A trial point, with the pair that going there would give."""
-
-    point: _Point
-    step: Tensor
-    y: Tensor
-    y_y: float
-    y_d: float
-
-
-class _Line(NamedTuple):
-    """A direction `d` from a point with gradient `g`."""
-
-    direction: Tensor
-    slope: float  # g'd
-    square: float  # d'd
-
-
-@dataclass
-class _Run:
-    """How a step is going."""
-
-    point: _Point
-    size: float  # norm of the parameters at the start
-    lr: float
-    best: tuple[float, float]  # lowest loss, smallest gradient
-    iterations: int = 0
-    step_length: float = 0.0
-    search_status: SearchStatus | None = None
-    nonfinite: int = 0
-    skipped: int = 0
-    damped: int = 0
-    change: float = inf  # relative change of the last iteration
-    stalled: int = 0  # iterations since the last improvement
-
-    def advance(self, point: _Point, step_length: float, moved: float) -> None:
-        """Notes an accepted point, at a distance `moved`."""
-        loss = abs(self.point.loss - point.loss) / max(abs(point.loss), 1e-300)
-        self.change = max(loss, moved / self.size if self.size else inf)
-        best_loss, best_grad = self.best
-        improved = point.loss < best_loss or point.grad_norm < best_grad
-        self.stalled = 0 if improved else self.stalled + 1
-        self.best = (min(point.loss, best_loss), min(point.grad_norm, best_grad))
-        self.point, self.step_length = point, step_length
-        self.iterations += 1

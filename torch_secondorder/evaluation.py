@@ -1,0 +1,293 @@
+"""What an optimizer minimizes, whatever it comes from: a function of one flat vector.
+
+An `Objective` lives for one step. It evaluates loss, gradient and (where asked) the retained graph
+at the parameters, tries moves without losing the place, and accepts one. Weight decay, `maximize`
+and relative learning rates are applied here and nowhere else, so that every optimizer above works
+on one plain function.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from torch_secondorder.capture import Graph
+from torch_secondorder.replay import Replay, Surroundings
+from torch_secondorder.vector import ParameterVector
+
+__all__ = ["Evaluation", "Linearization", "Objective", "RawEvaluation", "Regularization"]
+
+
+@dataclass(frozen=True, slots=True)
+class Regularization:
+    """What is done to a loss before it is minimized: `sign * loss + sum(decay * theta**2) / 2`.
+
+    Attributes:
+        maximize: Whether the sign is -1.
+        weight_decay: One coefficient, or one for each parameter.
+    """
+
+    maximize: bool = False
+    weight_decay: float | tuple[float, ...] = 0.0
+
+
+class Evaluation:
+    """Facts about one point; made once, passed along, never recomputed.
+
+    Attributes:
+        loss: What is minimized, regularization included: 0-dim, detached, in work precision.
+        closure_loss: The loss as the closure returned it (averaged over ranks), detached.
+        linearization: The retained graph, present only where curvature was asked for.
+    """
+
+    __slots__ = ("__weakref__", "_flatten", "_grad", "closure_loss", "linearization", "loss")
+
+    def __init__(
+        self,
+        loss: Tensor,
+        closure_loss: Tensor,
+        flatten: Callable[[], Tensor],
+        linearization: Linearization | None = None,
+    ) -> None:
+        self.loss = loss
+        self.closure_loss = closure_loss
+        self.linearization = linearization
+        self._flatten: Callable[[], Tensor] | None = flatten
+        self._grad: Tensor | None = None
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient in the work space, shape `(n,)`.
+
+        Flattened when it is first asked for, at the latest before the next evaluation: who works on
+        `p.grad` does not pay for it.
+        """
+        if self._flatten is not None:
+            self._grad, self._flatten = self._flatten(), None
+        assert self._grad is not None
+        return self._grad
+
+
+class RawEvaluation(NamedTuple):
+    """What one run of a closure or function gives, before regularization."""
+
+    loss: Tensor
+    grads: Sequence[Tensor | None]
+    graph: Graph | None
+    averaged: bool = False  # whether a DDP module has averaged the gradients over the ranks
+
+
+class Linearization:
+    """The second-order information at one evaluated point, valid until the parameters move on.
+
+    Hides from operators what lies between the work vector and the graph: scale, sign, weight decay,
+    the average over ranks.
+
+    Attributes:
+        graph: The retained graph.
+    """
+
+    def __init__(self, objective: Objective, graph: Graph) -> None:
+        self.graph = graph
+        self._objective = objective
+        self._generation = objective.generation
+
+    @property
+    def size(self) -> int:
+        """`n`."""
+        return self._objective.vector.size
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """The Hessian of the objective times `v`.
+
+        Args:
+            v: Shape `(n,)`, or `(k, n)` for `k` products in one vectorized pass.
+
+        Raises:
+            RuntimeError: The parameters have moved since the evaluation, or an operation of the
+                model has no second derivative.
+        """
+        if self._objective.generation != self._generation:
+            raise RuntimeError(
+                "this evaluation belongs to an earlier point: the parameters have moved since, "
+                "evaluate(curvature=True) again"
+            )
+        self._objective.settle()
+        vector = self._objective.vector
+        direction = vector.scaled(v)
+        products = self.graph.hessian_product(vector.split(direction), batched=v.dim() == 2)
+        return self._objective.product(direction, products)
+
+
+class Objective(ABC):
+    """A function of the parameters, for the length of one step.
+
+    Use it as a context: leaving it settles what the evaluations have touched; leaving it by an
+    exception puts the parameters back to where they were on entry.
+
+    Args:
+        vector: The parameters, or their vector.
+        regularization: What is done to the loss before it is minimized.
+        master: The position in work precision, if it is known better than the parameters hold it
+            (see `ParameterVector.read`).
+        surroundings: What earlier steps learned of the modules that are called.
+
+    Attributes:
+        vector: Maps the parameters to the work vector.
+        position: Where the parameters are, shape `(n,)`, without the scale.
+        evaluations: How many times the loss was evaluated.
+        generation: Counts the moves; an evaluation's linearization is valid for one.
+    """
+
+    def __init__(
+        self,
+        vector: ParameterVector | Iterable[Tensor],
+        regularization: Regularization | None = None,
+        master: Tensor | None = None,
+        surroundings: Surroundings | None = None,
+    ) -> None:
+        self.vector = vector if isinstance(vector, ParameterVector) else ParameterVector(vector)
+        self.position = self.vector.read(master)
+        self.evaluations = 0
+        self.generation = 0
+        self._entry = self.position
+        self._placed = self.position  # what the parameters hold now: a trial leaves them there
+        self._tried: tuple[Tensor, Tensor] | None = None  # the last trial's step and position
+        self._last: Callable[[], Evaluation | None] = lambda: None
+        self._surroundings = surroundings or Surroundings()
+        self._replay = Replay(self._surroundings, self.vector.devices)
+        regularization = regularization or Regularization()
+        self._sign = -1.0 if regularization.maximize else 1.0
+        decay = regularization.weight_decay
+        # A number stays one: where it is the same everywhere it needs no vector.
+        self._decay = self.vector.expand(decay) if isinstance(decay, tuple) else decay
+        self._decays = bool(decay)
+
+    @property
+    def autocast(self) -> dict[str, torch.dtype]:
+        """Device types for which a closure runs under autocast, as where this was made."""
+        return self._replay.autocast
+
+    def evaluate(self, *, curvature: bool = False) -> Evaluation:
+        """Loss and gradient where the parameters stand.
+
+        Args:
+            curvature: Whether to retain the graph for second-order products.
+        """
+        return self._evaluate_at(self.position, curvature)
+
+    def trial(self, step: Tensor) -> Evaluation:
+        """Loss and gradient at a distance; `position` stays.
+
+        The parameters go back there lazily: before the next product, evaluation or move of this
+        objective, at the end of its context, or when `settle` is called.
+
+        Args:
+            step: Shape `(n,)`, in the work space.
+        """
+        position = self.position + self.vector.scaled(step)
+        self._tried = (step, position)
+        return self._evaluate_at(position, False)
+
+    def accept(self, step: Tensor) -> None:
+        """Moves the parameters by `step`, shape `(n,)`; earlier linearizations end here."""
+        if self._tried is not None and self._tried[0] is step:
+            self._go(self._tried[1])
+        else:
+            self._go(self.position + self.vector.scaled(step))
+
+    def settle(self) -> None:
+        """Puts the parameters back to `position` after a trial."""
+        if self._placed is not self.position:
+            self.vector.move(self.position)
+            self._placed = self.position
+
+    def product(self, direction: Tensor, products: Sequence[Tensor | None]) -> Tensor:
+        """Turns a product with the loss's curvature into one with the objective's.
+
+        Args:
+            direction: What was multiplied, `(n,)` or `(k, n)`, scale applied.
+            products: The parts of the product, shaped like the parameters; None for zeros.
+        """
+        flat = self.vector.gather(products, batch=direction.shape[:-1])
+        if self._sign < 0:
+            flat.neg_()
+        flat = self._replay.average(flat)
+        if self._decays:
+            flat.add_(self._decay * direction)
+        return self.vector.scaled(flat)
+
+    @abstractmethod
+    def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
+        """Evaluates at `position`."""
+
+    def _evaluate_at(self, position: Tensor, curvature: bool) -> Evaluation:
+        last = self._last()
+        if last is not None:
+            _ = last.grad  # before what it is made of changes
+        try:
+            with torch.enable_grad():
+                raw = self._run(position, curvature)
+        except BaseException:
+            self.settle()
+            raise
+        self.evaluations += 1
+        loss = raw.loss.detach()
+        vector = self.vector
+        if loss.dtype != vector.dtype or loss.device != vector.device:
+            loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
+        loss = self._replay.average(loss)
+        closure_loss = loss
+        if self._sign < 0:
+            loss = -loss
+        if self._decays:
+            loss = loss + 0.5 * ((self._decay * position) @ position)
+        linearization = None if raw.graph is None else Linearization(self, raw.graph)
+        flatten = partial(self._flat_gradient, raw, position)
+        evaluation = Evaluation(loss, closure_loss, flatten, linearization)
+        self._last = ref(evaluation)
+        return evaluation
+
+    def _flat_gradient(self, raw: RawEvaluation, position: Tensor) -> Tensor:
+        grad = self.vector.gather(raw.grads)
+        if not raw.averaged:
+            grad = self._replay.average(grad)
+        if self._sign < 0:
+            grad.neg_()
+        if self._decays:
+            grad.add_(self._decay * position)
+        return self.vector.scaled(grad)
+
+    def _check_once(self, source: Callable[..., Any], graph: Graph) -> None:
+        """Looks over the graph of a closure or function that is new: it takes some time."""
+        if not self._surroundings.knows("graph", source):
+            graph.check_differentiable()
+            self._surroundings.note("graph", source)
+
+    def _go(self, position: Tensor) -> None:
+        if self._placed is position:
+            # They are there already; a graph that saved them earlier still has to notice.
+            increment_version(self.vector.params)
+        else:
+            self.vector.write(position)
+        self.position = self._placed = position
+        self._tried = None
+        self.generation += 1
+
+    def __enter__(self) -> Objective:
+        self._entry = self.position
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.settle()
+        if kind is not None and self.position is not self._entry:
+            self._go(self._entry)
+        self._replay.finish(aborted=kind is not None)

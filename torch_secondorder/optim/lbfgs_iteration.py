@@ -1,0 +1,232 @@
+"""The iterations of one L-BFGS step, without the optimizer around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, isfinite, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature import InverseBFGS
+from torch_secondorder.evaluation import Evaluation, Objective
+from torch_secondorder.globalization import (
+    FixedStep,
+    LineSearch,
+    SearchResult,
+    SearchStatus,
+    Trial,
+)
+from torch_secondorder.optim.info import StepStatus
+from torch_secondorder.vector import max_norm, to_host
+
+__all__ = ["Iteration", "Point", "Settings"]
+
+# Powell's constant: a pair keeps at least this share of the curvature that H expects.
+_DAMPING = 0.2
+# Iterations without a new best loss or gradient after which only rounding error is left.
+_PATIENCE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a step is told; the arguments of `LBFGS` by their names, all resolved."""
+
+    lr: float
+    max_iter: int
+    max_eval: int
+    tolerance_grad: float
+    tolerance_change: float
+    damping: bool
+    line_search: LineSearch
+
+
+class Point(NamedTuple):
+    """An evaluated point and what the host knows of it."""
+
+    evaluation: Evaluation
+    loss: float
+    grad_norm: float  # largest entry
+
+    @property
+    def finite(self) -> bool:
+        """Whether one can start from here."""
+        return isfinite(self.loss) and isfinite(self.grad_norm)
+
+
+class _Candidate(NamedTuple):
+    """A trial point, with the pair that going there would give."""
+
+    point: Point
+    step: Tensor
+    y: Tensor
+    y_y: float
+    y_d: float
+
+
+class _Line(NamedTuple):
+    """A direction `d` from a point with gradient `g`."""
+
+    direction: Tensor
+    slope: float  # g'd
+    square: float  # d'd
+
+
+class Iteration:
+    """Goes downhill from a finite point until something ends the step.
+
+    Args:
+        objective: What is minimized.
+        history: The inverse Hessian approximation; learns from each iteration.
+        settings: What the step is told.
+        start: Where the objective is.
+
+    Attributes:
+        point: Where it is now.
+        count: Iterations done.
+        step_length: The last accepted step, as a multiple of its direction.
+        search_status: How the last search ended.
+        nonfinite: Trials that were not finite.
+        skipped: Pairs left out.
+        damped: Pairs changed.
+        reset_reason: Why the history was dropped, if it was.
+    """
+
+    def __init__(
+        self, objective: Objective, history: InverseBFGS, settings: Settings, start: Point
+    ) -> None:
+        self.point = start
+        self.count = 0
+        self.step_length = 0.0
+        self.search_status: SearchStatus | None = None
+        self.nonfinite = self.skipped = self.damped = 0
+        self.reset_reason = ""
+        self._objective = objective
+        self._history = history
+        self._settings = settings
+        (self._size,) = to_host(torch.linalg.vector_norm(objective.position))
+        self._change = inf  # relative change of the last iteration
+        self._stalled = 0  # iterations since the last improvement
+        self._best = (start.loss, start.grad_norm)
+
+    def run(self) -> StepStatus:
+        """Iterates; says why it ended."""
+        while True:
+            status = self._ending()
+            if status is not None:
+                return status
+            line = self._line()
+            result = self._search(line)
+            self.search_status = result.status
+            self.nonfinite += result.nonfinite
+            if result.status.accepted:
+                self._move(line, result)
+            elif self._history.count:
+                self._forget(f"the line search ended with {result.status.name}")
+            elif result.status is SearchStatus.NONFINITE:
+                self._forget("no trial of a line search was finite")
+                return StepStatus.NONFINITE_TRIALS
+            else:
+                return StepStatus.NO_DECREASE
+
+    def _ending(self) -> StepStatus | None:
+        """Why the step is over at this point, if it is."""
+        settings = self._settings
+        if self.point.grad_norm <= settings.tolerance_grad:
+            return StepStatus.CONVERGED_GRADIENT
+        if not settings.lr:
+            return StepStatus.ZERO_LEARNING_RATE
+        if self._change <= settings.tolerance_change:
+            return StepStatus.CONVERGED_CHANGE
+        # Steps without a search may climb for a while, as they are asked to.
+        if self._stalled >= _PATIENCE and not isinstance(settings.line_search, FixedStep):
+            return StepStatus.STALLED
+        if self.count >= settings.max_iter:
+            return StepStatus.MAX_ITERATIONS
+        if self._objective.evaluations >= settings.max_eval and self.count:
+            return StepStatus.MAX_EVALUATIONS
+        return None
+
+    def _line(self) -> _Line:
+        """The direction, with what the host has to know of it; one synchronization."""
+        grad = self.point.evaluation.grad
+        if self._history.count:
+            direction = self._history.direction(grad)
+            slope, square = to_host(grad @ direction, direction @ direction)
+            if -inf < slope < 0 and isfinite(square):
+                return _Line(direction, slope, square)
+            self._forget("the history gave a direction of ascent")
+        # Nothing is known of the scale yet. Without a search, as far as torch goes: the negative
+        # gradient, at most one long in the 1-norm. With a search, to where a line from here would
+        # meet a loss of zero, at most as far as the parameters are long.
+        loss, largest = self.point.loss, self.point.grad_norm
+        unit = grad / -largest  # no square of it overflows
+        square, total = to_host(unit @ unit, unit.abs().sum())
+        if isinstance(self._settings.line_search, FixedStep):
+            length = min(largest, 1 / total)
+        else:
+            length = max(1.0, self._size) / sqrt(square)
+            if loss:
+                length = min(length, 2 * abs(loss) / (largest * square))
+        return _Line(unit * length, -largest * square * length, square * length**2)
+
+    def _search(self, line: _Line) -> SearchResult:
+        """Searches along a line; the payload of its trials is a `_Candidate`."""
+        objective, direction = self._objective, line.direction
+        before = self.point.evaluation.grad
+
+        def phi(t: float) -> Trial:
+            step = direction if t == 1.0 else direction * t
+            evaluation = objective.trial(step)
+            grad = evaluation.grad
+            y = grad - before
+            loss, slope, grad_norm, y_y, y_d = to_host(
+                evaluation.loss, grad @ direction, max_norm(grad), y @ y, y @ direction
+            )
+            candidate = _Candidate(Point(evaluation, loss, grad_norm), step, y, y_y, y_d)
+            return Trial(t, loss, slope if isfinite(grad_norm) else inf, candidate)
+
+        start = Trial(0.0, self.point.loss, line.slope)
+        settings = self._settings
+        return settings.line_search(phi, start, settings.lr, precision=objective.vector.precision)
+
+    def _move(self, line: _Line, result: SearchResult) -> None:
+        """Goes to the point that a search accepted and learns from the way there."""
+        t: float = result.trial.t
+        candidate: _Candidate = result.trial.payload
+        self._objective.accept(candidate.step)
+        self._learn(t, line, candidate)
+        self._note_progress(candidate.point, t * sqrt(line.square))
+        self.point = candidate.point
+        self.step_length = t
+        self.count += 1
+
+    def _learn(self, t: float, line: _Line, candidate: _Candidate) -> None:
+        """Enters the pair into the history, if it shows curvature or can be made to."""
+        y, y_y = candidate.y, candidate.y_y
+        s_y, s_s = t * candidate.y_d, t * t * line.square
+        # H g = -d, so B s = -t g whatever B is, and the curvature that B expects is known.
+        expected = -t * t * line.slope
+        precision = torch.finfo(self._objective.vector.dtype)
+        if self._settings.damping and s_y < _DAMPING * expected:
+            keep = (1 - _DAMPING) * expected / (expected - s_y)
+            y = keep * y - (1 - keep) * t * self.point.evaluation.grad
+            self._history.push(candidate.step, y)
+            self.damped += 1
+        elif s_y > 10 * precision.eps * sqrt(s_s * y_y) and y_y > precision.tiny:
+            self._history.push(candidate.step, y, s_y / y_y)
+        else:
+            self.skipped += 1
+
+    def _note_progress(self, point: Point, moved: float) -> None:
+        loss = abs(self.point.loss - point.loss) / max(abs(point.loss), 1e-300)
+        self._change = max(loss, moved / self._size if self._size else inf)
+        best_loss, best_grad = self._best
+        improved = point.loss < best_loss or point.grad_norm < best_grad
+        self._stalled = 0 if improved else self._stalled + 1
+        self._best = (min(point.loss, best_loss), min(point.grad_norm, best_grad))
+
+    def _forget(self, reason: str) -> None:
+        self.reset_reason = reason
+        self._history.reset()
