@@ -109,7 +109,8 @@ class InverseBFGS(LinearOperator):
         if self.count == self.history_size:
             del self._scales[0]
         elif self.count == self._room:
-            self._grow(min(max(8, 2 * self.count), self.history_size))
+            # Twenty at once: where the memory counts there are no more than twenty.
+            self._grow(min(max(20, 2 * self.count), self.history_size))
         self._scales.append(float(s @ y / (y @ y)) if scale is None else scale)
         self.count = len(self._scales)
         steps, differences, _, _ = self._held

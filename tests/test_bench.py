@@ -1,0 +1,51 @@
+"""The benchmarks start, measure and write what they found; the figures are not looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / "bench.py", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "result"),
+    [
+        (["lbfgs", "--part", "direction"], "lbfgs.direction"),
+        (["capture"], "capture."),
+        (["products"], "products."),
+    ],
+)
+def test_a_sub_command_prints_ratios_and_writes_json(
+    arguments: list[str], result: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "figures.json"
+    done = bench(*arguments, "--quick", "--repeat", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    document = json.loads(file.read_text())
+    assert any(key.startswith(result) for key in document["results"])
+    assert document["environment"]["torch"]
+    assert "ours" in done.stdout
+
+
+def test_an_unknown_sub_command_is_refused_with_the_known_ones() -> None:
+    done = bench("newtn")
+    assert done.returncode == 2
+    assert "lbfgs" in done.stderr
