@@ -92,6 +92,7 @@ class InverseBFGS(LinearOperator):
         self._pending = False  # whether it is not in R^-1 yet
         self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
         self._buffers: _Buffers | None = None
+        self._units: Tensor  # the unit vectors, as rows; made with the buffers
 
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
@@ -151,8 +152,8 @@ class InverseBFGS(LinearOperator):
         if self.count == self.history_size:  # the oldest had this row
             inverse[newest] = 0
             inverse[:, newest] = 0
-        column = torch.mv(inverse, of_y).neg_()
-        column[newest] = 1
+        # Its row of R^-1 is zero: -R^-1 S y everywhere else, and one there, all over s'y.
+        column = torch.addmv(self._units[newest], inverse, of_y, alpha=-1)
         torch.div(column, s_y, out=inverse[:, newest])
         diagonal[newest] = s_y
         self._pending = False
@@ -172,6 +173,7 @@ class InverseBFGS(LinearOperator):
             k = self._room
             steps[:k], differences[:k], inverse[:k, :k], diagonal[:k] = self._buffers
         self._buffers = _Buffers(steps, differences, inverse, diagonal)
+        self._units = torch.eye(room, dtype=small, device=device)
         self._room = room
 
     # Checkpoints.
@@ -197,6 +199,7 @@ class InverseBFGS(LinearOperator):
         self._buffers = None
         if state["buffers"]:
             dtypes = (self._dtype, self._dtype, self._small_dtype, self._small_dtype)
+            self._units = torch.eye(self._room, dtype=self._small_dtype, device=self._device)
             self._buffers = _Buffers(
                 *(b.to(self._device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
             )

@@ -29,7 +29,7 @@ def resolve_line_search(spec: str | LineSearch | None) -> LineSearch:
 
     Example:
         >>> resolve_line_search("strong_wolfe")
-        StrongWolfe(c1=0.0001, c2=0.8, extrapolation=9.0, max_evaluations=25)
+        StrongWolfe(c1=0.0001, c2=0.75, extrapolation=9.0, max_evaluations=25)
         >>> resolve_line_search(None)
         FixedStep()
     """
