@@ -25,6 +25,8 @@ from torch_secondorder.globalization import (
     StrongWolfe,
     Trial,
 )
+from torch_secondorder.optim import lbfgs_iteration
+from torch_secondorder.vector import to_host
 
 SEARCHES = ["strong_wolfe", "hager_zhang", "armijo"]
 
@@ -387,3 +389,31 @@ def test_a_line_search_instance_is_used() -> None:
     optimizer = LBFGS([x], lr=0.25, max_iter=3, max_eval=99, line_search_fn=Halving())
     optimizer.step(closure_of(optimizer, lambda: rosenbrock(x)))
     assert seen == [(0.25, torch.finfo(torch.float64).eps)] * 3
+
+
+def test_the_host_waits_once_an_iteration_outside_the_line_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = start_at(-1.2, 1.0)
+    optimizer = LBFGS([x], max_iter=25, max_eval=1000, tolerance_grad=0)
+    searching, waits = False, 0
+
+    def counted(*scalars: Tensor) -> list[float]:
+        nonlocal waits
+        waits += not searching
+        return to_host(*scalars)
+
+    def search(*arguments: Any, **keywords: Any) -> SearchResult:
+        nonlocal searching
+        searching = True
+        try:
+            return StrongWolfe()(*arguments, **keywords)
+        finally:
+            searching = False
+
+    monkeypatch.setattr(lbfgs_iteration, "to_host", counted)
+    optimizer.line_search = search
+    optimizer.step(closure_of(optimizer, lambda: rosenbrock(x)))
+    assert optimizer.info.iterations == 25
+    # The size of the parameters is read once, at the start.
+    assert waits <= 25 + 1

@@ -30,6 +30,17 @@ class _Buffers(NamedTuple):
     diagonal: Tensor  # D, (c,)
 
 
+class _Cut(NamedTuple):
+    """The buffers cut up, once for all: with few unknowns, indexing costs as much as computing."""
+
+    steps: tuple[Tensor, ...]
+    differences: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]  # of R^-1
+    columns: tuple[Tensor, ...]  # of R^-1
+    diagonal: tuple[Tensor, ...]
+    units: tuple[Tensor, ...]  # the unit vectors
+
+
 class InverseBFGS(LinearOperator):
     """`H`, built from the last `m` pairs of steps `s` and gradient differences `y`.
 
@@ -92,7 +103,7 @@ class InverseBFGS(LinearOperator):
         self._pending = False  # whether it is not in R^-1 yet
         self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
         self._buffers: _Buffers | None = None
-        self._units: Tensor  # the unit vectors, as rows; made with the buffers
+        self._cut: _Cut  # made with the buffers
 
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
@@ -105,8 +116,8 @@ class InverseBFGS(LinearOperator):
             scale: `s'y / y'y`, if it is known on the host.
         """
         if self._pending:
-            steps, differences, inverse, diagonal = self._held
-            self._enter(torch.mv(steps, differences[self._newest]), inverse, diagonal)
+            newest = self._cut.differences[self._newest]
+            self._enter(torch.mv(self._held.steps, newest), self._held.inverse)
         if self.count == self.history_size:
             del self._scales[0]
         elif self.count == self._room:
@@ -114,10 +125,9 @@ class InverseBFGS(LinearOperator):
             self._grow(min(max(20, 2 * self.count), self.history_size))
         self._scales.append(float(s @ y / (y @ y)) if scale is None else scale)
         self.count = len(self._scales)
-        steps, differences, _, _ = self._held
         self._newest = (self._newest + 1) % self._room
-        steps[self._newest] = s
-        differences[self._newest] = y
+        self._cut.steps[self._newest].copy_(s)
+        self._cut.differences[self._newest].copy_(y)
         self._pending = True
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -133,8 +143,8 @@ class InverseBFGS(LinearOperator):
             return sign * v
         steps, differences, inverse, diagonal = self._held
         if self._pending:
-            of_y, of_v = _two_products(steps, differences[self._newest], v)
-            self._enter(of_y, inverse, diagonal)
+            of_y, of_v = _two_products(steps, self._cut.differences[self._newest], v)
+            self._enter(of_y, inverse)
         else:
             of_v = torch.mv(steps, v)
         gamma, work, small = max(self._scales), self._dtype, self._small_dtype
@@ -144,18 +154,18 @@ class InverseBFGS(LinearOperator):
         p1 = torch.mv(inverse.t(), inner)
         return torch.addmv(rest, steps.t(), p1.to(work), beta=sign * gamma, alpha=sign)
 
-    def _enter(self, of_y: Tensor, inverse: Tensor, diagonal: Tensor) -> None:
+    def _enter(self, of_y: Tensor, inverse: Tensor) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""
-        newest = self._newest
+        newest, cut = self._newest, self._cut
         of_y = of_y.to(self._small_dtype)
         s_y = of_y[newest]
         if self.count == self.history_size:  # the oldest had this row
-            inverse[newest] = 0
-            inverse[:, newest] = 0
+            cut.rows[newest].zero_()
+            cut.columns[newest].zero_()
         # Its row of R^-1 is zero: -R^-1 S y everywhere else, and one there, all over s'y.
-        column = torch.addmv(self._units[newest], inverse, of_y, alpha=-1)
-        torch.div(column, s_y, out=inverse[:, newest])
-        diagonal[newest] = s_y
+        column = torch.addmv(cut.units[newest], inverse, of_y, alpha=-1)
+        torch.div(column, s_y, out=cut.columns[newest])
+        cut.diagonal[newest].copy_(s_y)
         self._pending = False
 
     @property
@@ -172,9 +182,19 @@ class InverseBFGS(LinearOperator):
         if self._buffers is not None:
             k = self._room
             steps[:k], differences[:k], inverse[:k, :k], diagonal[:k] = self._buffers
-        self._buffers = _Buffers(steps, differences, inverse, diagonal)
-        self._units = torch.eye(room, dtype=small, device=device)
-        self._room = room
+        self._hold(_Buffers(steps, differences, inverse, diagonal))
+
+    def _hold(self, buffers: _Buffers) -> None:
+        self._buffers = buffers
+        self._room = len(buffers.diagonal)
+        self._cut = _Cut(
+            buffers.steps.unbind(),
+            buffers.differences.unbind(),
+            buffers.inverse.unbind(),
+            buffers.inverse.unbind(1),
+            buffers.diagonal.unbind(),
+            torch.eye(self._room, dtype=self._small_dtype, device=self._device).unbind(),
+        )
 
     # Checkpoints.
 
@@ -199,9 +219,10 @@ class InverseBFGS(LinearOperator):
         self._buffers = None
         if state["buffers"]:
             dtypes = (self._dtype, self._dtype, self._small_dtype, self._small_dtype)
-            self._units = torch.eye(self._room, dtype=self._small_dtype, device=self._device)
-            self._buffers = _Buffers(
-                *(b.to(self._device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
+            self._hold(
+                _Buffers(
+                    *(b.to(self._device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
+                )
             )
 
 
