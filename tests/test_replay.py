@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.oracles import make_case
+from torch_secondorder import LBFGS
 from torch_secondorder.evaluation import Objective
 from torch_secondorder.objective import ClosureObjective, FunctionalObjective
 from torch_secondorder.replay import Surroundings
@@ -139,7 +143,7 @@ def test_an_autocast_region_around_the_step_does_not_reuse_casts() -> None:
         assert objective.evaluate().loss == there != here
 
 
-def test_modules_are_watched_only_in_the_first_evaluation() -> None:
+def test_modules_are_watched_in_the_first_evaluation_of_a_step() -> None:
     from torch.nn.modules import module
 
     case = make_case("mlp", torch.device("cpu"))
@@ -151,7 +155,7 @@ def test_modules_are_watched_only_in_the_first_evaluation() -> None:
 
     for _ in range(2):
         run_step(ClosureObjective(closure, case.params(), surroundings=surroundings), 2)
-    assert hooks == [1] + [0] * 7
+    assert hooks == [1, 0, 0, 0] * 2
 
 
 @pytest.mark.slow
@@ -166,3 +170,130 @@ def test_compiled_modules_are_watched_without_a_warning() -> None:
     for step in range(1, 3):
         run_step(ClosureObjective(closure, case.params(), surroundings=surroundings), 2)
         assert int(case.model[1].num_batches_tracked) == step
+
+
+def norm_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
+
+
+def counted(model: nn.Module) -> int:
+    return int(model[1].num_batches_tracked)
+
+
+@pytest.mark.parametrize("kind", ["factory", "partial", "callable object", "decorated"])
+def test_statistics_of_another_model_under_the_same_closure_code(kind: str) -> None:
+    x = torch.randn(8, 4)
+
+    def loss_of(model: nn.Module) -> Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    class Closure:
+        def __init__(self, model: nn.Module) -> None:
+            self.model = model
+
+        def __call__(self) -> Tensor:
+            return loss_of(self.model)
+
+    def decorated(function):
+        def inner() -> Tensor:
+            return function()
+
+        return inner
+
+    make = {
+        "factory": lambda model: lambda: loss_of(model),
+        "partial": lambda model: partial(loss_of, model),
+        "callable object": Closure,
+        "decorated": lambda model: decorated(lambda: loss_of(model)),
+    }[kind]
+    surroundings = Surroundings()
+    for _ in range(2):
+        model = norm_net()
+        for step in range(1, 3):
+            objective = ClosureObjective(make(model), model.parameters(), surroundings=surroundings)
+            run_step(objective, 3)
+            assert counted(model) == step
+
+
+def test_statistics_where_the_closure_sets_the_mode_itself() -> None:
+    model, x, surroundings = norm_net(), torch.randn(8, 4), Surroundings()
+
+    def closure() -> Tensor:
+        model.train()
+        return model(x).square().mean()
+
+    for step in range(1, 4):
+        run_step(ClosureObjective(closure, model.parameters(), surroundings=surroundings), 3)
+        assert counted(model) == step
+        model.eval()
+
+
+def test_a_buffer_that_moves_only_in_training_and_is_first_seen_in_eval() -> None:
+    torch.manual_seed(2)
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    x, surroundings = torch.randn(3, 4), Surroundings()
+
+    def losses() -> list[Tensor]:
+        objective = ClosureObjective(
+            lambda: model(x).square().mean(), model.parameters(), surroundings=surroundings
+        )
+        return run_step(objective, 3)
+
+    model.eval()
+    losses()
+    model.train()
+    losses()  # the mode has changed: compared anew
+    assert len({loss.item() for loss in losses()}) == 1
+
+
+def test_modules_of_another_thread_are_none_of_ours() -> None:
+    mine, other, x = norm_net(), norm_net(), torch.randn(8, 4)
+    surroundings = Surroundings()
+
+    def closure() -> Tensor:
+        thread = threading.Thread(target=lambda: other(x))
+        thread.start()
+        thread.join()
+        return mine(x).square().mean()
+
+    run_step(ClosureObjective(closure, mine.parameters(), surroundings=surroundings), 2)
+    assert counted(other) == 4  # as often as it was called
+    assert counted(mine) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls TorchScript deprecated
+def test_torchscript_modules() -> None:
+    model, x = norm_net(), torch.randn(8, 4)
+    scripted = torch.jit.trace(model, x, check_trace=False)
+    surroundings = Surroundings()
+    before = int(scripted.get_submodule("1").num_batches_tracked)
+    for step in range(1, 3):
+        objective = ClosureObjective(
+            lambda: scripted(x).square().mean(), scripted.parameters(), surroundings=surroundings
+        )
+        run_step(objective, 2)
+        assert int(scripted.get_submodule("1").num_batches_tracked) == before + step
+
+
+def test_buffers_that_are_made_in_the_first_forward_pass() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LazyBatchNorm1d(affine=False), nn.Linear(6, 1))
+    x = torch.randn(8, 4)
+    run_step(ClosureObjective(lambda: model(x).square().mean(), model.parameters()), 2)
+    assert torch.isfinite(model[1].running_mean).all()
+
+
+def test_a_batch_of_nan_does_not_spoil_the_statistics() -> None:
+    model, x = norm_net(), torch.full((8, 4), torch.nan)
+    optimizer = LBFGS(model.parameters())
+    before = [b.clone() for b in model.buffers()]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))

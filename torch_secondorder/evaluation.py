@@ -161,6 +161,7 @@ class Objective(ABC):
         self._entry = self.position
         self._placed = self.position  # what the parameters hold now: a trial leaves them there
         self._tried: tuple[Tensor, Tensor] | None = None  # the last trial's step and position
+        self._abandoned = False
         self._last: Callable[[], Evaluation | None] = lambda: None
         self._surroundings = surroundings or Surroundings()
         self._replay = Replay(self._surroundings, self.vector.devices)
@@ -209,6 +210,10 @@ class Objective(ABC):
         if self._placed is not self.position:
             self.vector.move(self.position)
             self._placed = self.position
+
+    def abandon(self) -> None:
+        """Says that the step comes to nothing: its end leaves buffers as they were before it."""
+        self._abandoned = True
 
     def product(self, direction: Tensor, products: Sequence[Tensor | None]) -> Tensor:
         """Turns a product with the loss's curvature into one with the objective's.
@@ -268,9 +273,9 @@ class Objective(ABC):
 
     def _check_once(self, source: Callable[..., Any], graph: Graph) -> None:
         """Looks over the graph of a closure or function that is new: it takes some time."""
-        if not self._surroundings.knows("graph", source):
+        if not self._surroundings.knows(source):
             graph.check_differentiable()
-            self._surroundings.note("graph", source)
+            self._surroundings.note(source)
 
     def _go(self, position: Tensor) -> None:
         if self._placed is position:
@@ -290,4 +295,4 @@ class Objective(ABC):
         self.settle()
         if kind is not None and self.position is not self._entry:
             self._go(self._entry)
-        self._replay.finish(aborted=kind is not None)
+        self._replay.finish(aborted=self._abandoned or kind is not None)

@@ -7,11 +7,13 @@ loop that evaluates once; and under DistributedDataParallel every rank has to se
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Replay", "Surroundings"]
 
@@ -30,30 +33,27 @@ class _Slot(NamedTuple):
     name: str
 
     def read(self) -> Tensor | None:
-        return self.module._buffers.get(self.name)
+        tensor: Tensor | None = getattr(self.module, self.name, None)
+        return tensor
 
     def restore(self, value: Tensor) -> None:
         tensor = self.read()
         if tensor is None or tensor.shape != value.shape:
-            self.module._buffers[self.name] = value
+            setattr(self.module, self.name, value)
         else:
             # Through `.data`: a retained graph may have saved the buffer, and its value is the
             # same again once the evaluation is over.
             tensor.data.copy_(value)
 
 
-def _slots(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[_Slot, Tensor]]:
-    for module in modules:
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield _Slot(module, name), buffer
+def _slots(module: torch.nn.Module) -> Iterator[tuple[_Slot, Tensor]]:
+    for name, buffer in module.named_buffers(recurse=False):
+        if not is_lazy(buffer):
+            yield _Slot(module, name), buffer
 
 
 class Surroundings:
     """What closures call, found by watching, kept from step to step.
-
-    Watching costs a hook on every module call, so only the first evaluation of each piece of
-    closure *code* is watched: a loop that makes a new closure for every batch is watched once.
 
     Attributes:
         process_groups: Those of the DistributedDataParallel modules met.
@@ -61,33 +61,43 @@ class Surroundings:
 
     def __init__(self) -> None:
         self.process_groups: list[Any] = []
-        self._modules: WeakSet[torch.nn.Module] = WeakSet()
+        # Modules met, and whether they were training when their buffers were last compared.
+        self._modules: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
         self._seen: set[object] = set()
 
-    def knows(self, purpose: str, closure: Callable[..., Any]) -> bool:
-        """Whether this closure's code was noted for this purpose."""
-        return (purpose, getattr(closure, "__code__", type(closure))) in self._seen
+    def knows(self, source: Callable[..., Any]) -> bool:
+        """Whether a closure like this one was noted: the same code over the same modules."""
+        return _identity(source) in self._seen
 
-    def note(self, purpose: str, closure: Callable[..., Any]) -> None:
+    def note(self, source: Callable[..., Any]) -> None:
         """See `knows`."""
-        self._seen.add((purpose, getattr(closure, "__code__", type(closure))))
+        self._seen.add(_identity(source))
 
     @contextmanager
     def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
-        """Notes every module called inside; adds its buffers, as they were, to `before`."""
+        """Notes every module called inside.
+
+        Buffers of modules that are new, or were compared in another mode, are added to `before` as
+        they were, and compared in the end.
+        """
+        compared: dict[_Slot, Tensor] = {}
+        thread = threading.get_ident()
 
         def note(module: torch.nn.Module, _: Any) -> None:
             # Compiled code is not to contain this; the compiled module itself has been noted.
-            if torch.compiler.is_compiling() or module in self._modules:
+            if torch.compiler.is_compiling():
+                return
+            if self._modules.get(module) is module.training or threading.get_ident() != thread:
                 return
             # All inside it as well: a compiled module hides the calls of its children.
             for inner in module.modules():
-                self._modules.add(inner)
-                if isinstance(inner, DistributedDataParallel):
+                if isinstance(inner, DistributedDataParallel) and inner not in self._modules:
                     self.process_groups.append(inner.process_group)
-            for slot, buffer in _slots(module.modules()):
-                before.setdefault(slot, buffer.detach().clone())
+                self._modules[inner] = inner.training
+                compared.update(
+                    (slot, before.get(slot, b.detach().clone())) for slot, b in _slots(inner)
+                )
 
         handle = register_module_forward_pre_hook(note)
         try:
@@ -97,17 +107,33 @@ class Surroundings:
                 yield
         finally:
             handle.remove()
-            for slot, old in before.items():
+            for slot, old in compared.items():
+                before.setdefault(slot, old)
                 now = slot.read()
                 if now is None or now.shape != old.shape or not torch.equal(now, old):
                     self._stateful.add(slot.module)
 
     def moving_buffers(self) -> list[tuple[_Slot, Tensor]]:
         """The buffers that the coming evaluation may change."""
-        # A normalization layer seen in eval mode moves its statistics once it is set to train.
-        norms = [m for m in self._modules if isinstance(m, _NormBase) and m.training]
+        # Of all normalization layers, in whatever mode: the closure may set them to train.
+        norms = [m for m in list(self._modules) if isinstance(m, _NormBase)]
         others = [m for m in self._stateful if not isinstance(m, _NormBase)]
-        return list(_slots(norms + others))
+        return [pair for module in norms + others for pair in _slots(module)]
+
+
+def _identity(source: Any, depth: int = 4) -> object:
+    """What a closure is made of: code, and the modules and functions that it closes over."""
+    if isinstance(source, partial):
+        parts = (source.func, *source.args, *source.keywords.values())
+        return tuple(_identity(part, depth - 1) for part in parts) if depth else id(source)
+    code = getattr(source, "__code__", None)
+    if code is None or not depth:
+        return id(source) if callable(source) else None
+    inner = []
+    for cell in getattr(source, "__closure__", None) or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            inner.append(_identity(cell.cell_contents, depth - 1))
+    return code, id(getattr(source, "__self__", None)), tuple(inner)
 
 
 class Replay:
@@ -138,20 +164,19 @@ class Replay:
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
-        if self._evaluations > 1:
+        first = self._evaluations == 1
+        if not first:
             self._rewind()
         # An autocast region around caches casts of parameters that have moved since.
         torch.clear_autocast_cache()
-        if not self.autocast and self._surroundings.knows("modules", closure):
+        if not (first or self.autocast):
             return closure()
         with ExitStack() as stack:
             for device_type, dtype in self.autocast.items():
                 stack.enter_context(torch.autocast(device_type, dtype=dtype))
-            if not self._surroundings.knows("modules", closure):
+            if first:
                 stack.enter_context(self._surroundings.watch(self._before))
-            result = closure()
-        self._surroundings.note("modules", closure)
-        return result
+            return closure()
 
     def _rewind(self) -> None:
         if self._after is None:

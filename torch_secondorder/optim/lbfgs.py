@@ -123,6 +123,7 @@ class LBFGS(SecondOrderOptimizer):
         # A copy: a closure may use one tensor for all its losses.
         returned = evaluation.closure_loss.clone()
         if not start.finite:
+            objective.abandon()
             self._forget("the loss or gradient at the start of a step was not finite")
             self._report(StepInfo(StepStatus.NONFINITE_START, loss, loss, grad_norm, evaluations=1))
             return returned
