@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.oracles import CASES, dense_hessian, flat, make_case
 from torch_secondorder.curvature import Hessian
 from torch_secondorder.evaluation import Objective, Regularization
 from torch_secondorder.objective import ClosureObjective, FunctionalObjective
+from torch_secondorder.vector import ParameterVector
 
 KINDS = ["closure", "function"]
 
@@ -41,8 +46,7 @@ def test_loss_gradient_and_hessian_against_dense(
     eye = torch.eye(hessian.size, dtype=torch.float64, device=device)
     one_by_one = torch.stack([hessian @ e for e in eye], dim=1)
     torch.testing.assert_close(one_by_one, reference, rtol=1e-10, atol=1e-10)
-    if name != "rnn":  # its fused kernel has no batching rule; see the test below
-        torch.testing.assert_close(hessian @ eye, reference, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(hessian @ eye, reference, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,8 +75,6 @@ def test_regularization_is_part_of_loss_gradient_and_hessian(kind: str, curvatur
 
 def test_the_scaled_space_has_the_scaled_derivatives() -> None:
     case = make_case("mlp", torch.device("cpu"))
-    from torch_secondorder.vector import ParameterVector
-
     scale = [1.0, 0.5, 2.0, 0.25]
     vector = ParameterVector(case.params(), scale)
     plain = ClosureObjective(case.closure(), case.params()).evaluate(curvature=True)
@@ -201,8 +203,6 @@ def test_a_closure_must_be_callable() -> None:
 def test_a_tree_without_the_optimizers_parameters_is_refused() -> None:
     p = nn.Parameter(torch.ones(3))
     objective = FunctionalObjective(lambda q: q.sum(), p.detach().clone())
-    from torch_secondorder.vector import ParameterVector
-
     with pytest.raises(ValueError, match="holds none of the optimizer's"):
         objective.bind(ParameterVector([p]), Regularization(), None)
 
@@ -365,3 +365,83 @@ def test_a_custom_function_without_second_derivative_is_refused(kind: str, deep:
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"no second derivative .*once_differentiable"):
             objective.evaluate(curvature=True)
+
+
+def test_products_of_operations_without_a_batching_rule_come_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(3, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    objective = ClosureObjective(lambda: model(x).square().mean(), model.parameters())
+    hessian = Hessian(objective.evaluate(curvature=True))
+    eye = torch.eye(hessian.size, dtype=torch.float64)
+    product = hessian @ eye
+    torch.testing.assert_close(product, product.T, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(product[:, 3], hessian @ eye[3])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_right_or_refused(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
+    head = nn.Linear(4, 1).double()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    params = [*body.parameters(), *head.parameters()]
+
+    def checkpointed() -> Tensor:
+        return head(checkpoint(body, x, use_reentrant=reentrant)).square().mean()
+
+    objective = ClosureObjective(checkpointed, params)
+    if reentrant:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"use_reentrant=True"):
+                objective.evaluate(curvature=True)
+        return
+    plain = ClosureObjective(lambda: head(body(x)).square().mean(), params)
+    v = torch.randn(objective.vector.size, dtype=torch.float64)
+    torch.testing.assert_close(
+        Hessian(objective.evaluate(curvature=True)) @ v,
+        Hessian(plain.evaluate(curvature=True)) @ v,
+    )
+
+
+def test_a_backward_that_is_not_captured_beside_one_that_is() -> None:
+    w = nn.Parameter(torch.ones(3))
+
+    def closure() -> Tensor:
+        a, b = (w**2).sum(), (w**3).sum()
+        a.backward()
+        torch.autograd.backward(b)
+        return a.detach() + b.detach()
+
+    objective = ClosureObjective(closure, [w])
+    assert objective.evaluate().grad.tolist() == [5, 5, 5]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"instead of torch\.autograd\.backward"):
+            objective.evaluate(curvature=True)
+
+
+@pytest.mark.parametrize(
+    "number", [1.5, 2, np.float32(1.5), np.array(1.5)], ids=lambda n: type(n).__name__
+)
+def test_numbers_of_any_kind_are_losses(number: Any) -> None:
+    w = nn.Parameter(torch.ones(3))
+
+    def closure() -> Any:
+        w.sum().backward()
+        return number
+
+    assert ClosureObjective(closure, [w]).evaluate().loss == float(number)
+
+
+def test_constants_in_the_tree_of_a_function() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    x = torch.randn(4, 2)
+    tree = {**dict(model.named_parameters()), **dict(model.named_buffers()), "scale": 2.0}
+
+    def function(tree: dict[str, Any]) -> Tensor:
+        tree = dict(tree)
+        return tree.pop("scale") * functional_call(model, tree, (x,)).square().mean()
+
+    objective = FunctionalObjective(function, tree)
+    bound = objective.bind(ParameterVector(model.parameters()), Regularization(), None)
+    assert bound.evaluate().grad.shape == (sum(p.numel() for p in model.parameters()),)

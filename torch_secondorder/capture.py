@@ -106,8 +106,9 @@ class Graph:
     def check_differentiable(self) -> None:
         """Raises where a second derivative would be silently zero.
 
-        PyTorch cuts the graph at the backward of a function marked `once_differentiable` and never
-        reports it in `torch.autograd.grad`: products would lack what passes through there.
+        PyTorch cuts the graph at the backward of a function marked `once_differentiable`, and at
+        reentrant checkpoints, and never reports it in `torch.autograd.grad`: gradients or products
+        would lack what passes through there.
         """
         waiting = [g.grad_fn for gs in self.gradients for g in gs if g is not None]
         seen = set(waiting)
@@ -117,6 +118,10 @@ class Graph:
                 continue
             if node.name() == "torch::autograd::Error":
                 raise _no_second_derivative("a custom function marked once_differentiable")
+            if node.name() == "CheckpointFunctionBackward":
+                raise _no_second_derivative(
+                    "activation checkpointing with use_reentrant=True; False works"
+                )
             for following, _ in node.next_functions:
                 if following not in seen:
                     seen.add(following)

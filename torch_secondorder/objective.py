@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -84,15 +85,20 @@ class ClosureObjective(Objective):
         return RawEvaluation(loss, _touched(grads), None, averaged=True)
 
     def _run_captured(self, params: Sequence[Tensor]) -> RawEvaluation:
-        with Capture(params) as capture:
+        foreign: list[Tensor] = []  # what got a gradient that was not captured
+        with Capture(params) as capture, ExitStack() as stack:
+            if not self._surroundings.knows(self._closure):
+                for p in params:
+                    stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
             loss = _scalar(self._replay.run(self._closure))
+            lost = not capture.graph.gradients and any(p.grad is not None for p in params)
+            if foreign or lost:
+                raise RuntimeError(
+                    "the closure made gradients without loss.backward(), so their graph is lost: "
+                    "call loss.backward() instead of torch.autograd.backward(loss), or return the "
+                    "loss without any backward"
+                )
             if not capture.graph.gradients:
-                if any(p.grad is not None for p in params):
-                    raise RuntimeError(
-                        "the closure made gradients without loss.backward(), so their graph is "
-                        "lost: call loss.backward() instead of torch.autograd.backward(loss), "
-                        "or return the loss without any backward"
-                    )
                 capture.backward(_differentiable(loss))
         self._check_once(self._closure, capture.graph)
         return RawEvaluation(loss, _touched([p.grad for p in params]), capture.graph)
@@ -132,7 +138,13 @@ class FunctionalObjective(Objective):
         self._function = function
         self._tree = params
         self._leaves, self._structure = pytree.tree_flatten(params)
-        super().__init__(vector or self._leaves, regularization, master, surroundings)
+        if vector is None:  # what cannot be optimized is a constant
+            vector = ParameterVector(
+                leaf
+                for leaf in self._leaves
+                if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+            )
+        super().__init__(vector, regularization, master, surroundings)
         places = {id(p): i for i, p in enumerate(self.vector.params)}
         self._places = [places.get(id(leaf)) for leaf in self._leaves]
         if all(place is None for place in self._places):
@@ -170,8 +182,8 @@ class FunctionalObjective(Objective):
 def _scalar(loss: Any) -> Tensor:
     """The loss as a 0-dim tensor."""
     if not isinstance(loss, Tensor):
-        if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-            return torch.tensor(float(loss), dtype=torch.float64)
+        if hasattr(loss, "__float__") and not isinstance(loss, bool):  # NumPy's numbers as well
+            return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
         raise TypeError(
             f"the closure must return the loss, got {type(loss).__name__} ({loss!r:.60}); end it "
             "with `return loss`"

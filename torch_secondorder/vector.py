@@ -246,6 +246,11 @@ def check_parameters(params: Sequence[Tensor]) -> None:
                 f"parameter {index} of shape {tuple(p.shape)} is empty; leave it out of the "
                 "optimizer"
             )
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(
+                f"parameter {index} of shape {tuple(p.shape)} was expanded: several entries share "
+                "one number; clone it before making it a parameter"
+            )
 
 
 def max_norm(v: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Hessian(LinearOperator):
                 "this evaluation has no curvature: make it with evaluate(curvature=True)"
             )
         self._linearization = evaluation.linearization
+        self._vectorizes = True
         self.size = evaluation.linearization.size
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -44,5 +45,10 @@ class Hessian(LinearOperator):
         return self._linearization.hessian_product(v)
 
     def matmat(self, V: Tensor) -> Tensor:
-        """See `LinearOperator.matmat`; all columns in one vectorized backward pass."""
-        return self._linearization.hessian_product(V.T).T
+        """See `LinearOperator.matmat`; in one vectorized backward pass where operations allow."""
+        if self._vectorizes:
+            try:
+                return self._linearization.hessian_product(V.T).T
+            except (RuntimeError, NotImplementedError):  # an operation without a batching rule
+                self._vectorizes = False
+        return super().matmat(V)

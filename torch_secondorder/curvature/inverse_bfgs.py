@@ -60,14 +60,16 @@ class InverseBFGS(LinearOperator):
     one zeroes a row and a column, and neither touches the others: so rounding does not add up, and
     rows may stay in the order of the rings.
 
-    `gamma`, the scale of what no pair speaks of, is the largest `s'y / y'y` of the pairs held, not
-    that of the newest one: see "Design decisions" in CONTRIBUTING.md for what it gains.
+    `gamma`, the scale of what no pair speaks of, is the largest `s'y / y'y` of the pairs held: see
+    "Design decisions" in CONTRIBUTING.md for what that gains over the textbook's, that of the
+    newest pair. Without a line search to rein it in it is too bold.
 
     Args:
         size: `n`.
         history_size: `m`. The history grows as it fills, up to `2 m n` numbers.
         dtype: Of the work vectors.
         device: Of the work vectors.
+        largest_scale: Whether `gamma` is the largest scale; else that of the newest pair.
 
     Attributes:
         count: Pairs held, at most `m`.
@@ -85,7 +87,10 @@ class InverseBFGS(LinearOperator):
         history_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        *,
+        largest_scale: bool = True,
     ) -> None:
+        self.largest_scale = largest_scale
         self.size = size
         self.history_size = history_size
         self._dtype = dtype
@@ -147,7 +152,8 @@ class InverseBFGS(LinearOperator):
             self._enter(of_y, inverse)
         else:
             of_v = torch.mv(steps, v)
-        gamma, work, small = max(self._scales), self._dtype, self._small_dtype
+        gamma = max(self._scales) if self.largest_scale else self._scales[-1]
+        work, small = self._dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
         rest = torch.addmv(v, differences.t(), p2.to(work), alpha=-1)
         inner = torch.mul(diagonal, p2).sub_(torch.mv(differences, rest), alpha=gamma)
@@ -199,9 +205,10 @@ class InverseBFGS(LinearOperator):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors, numbers and lists; shares the tensors' memory."""
+        """Everything, as tensors, numbers and lists: a copy, for rows are overwritten in place."""
         state = {name: getattr(self, name) for name in _NUMBERS}
-        return state | {"scales": list(self._scales), "buffers": list(self._buffers or ())}
+        buffers = [buffer.clone() for buffer in self._buffers or ()]
+        return state | {"scales": list(self._scales), "buffers": buffers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state, bit for bit; the tensors move to this operator's device.

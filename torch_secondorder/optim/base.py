@@ -40,6 +40,8 @@ class SecondOrderOptimizer(Optimizer):
     """
 
     info: StepInfo | None = None
+    #: A hyperparameter that tells this optimizer's checkpoints, and those it can read, from others.
+    _recognized_by = "lr"
     #: Attributes besides torch's own that pickling and `copy.deepcopy` carry along.
     _carried: tuple[str, ...] = ("info",)
 
@@ -116,7 +118,6 @@ class SecondOrderOptimizer(Optimizer):
         return max(float(group["lr"]) for group in self.param_groups)
 
     def _objective(self, closure: Any) -> Objective:
-        vector = self._current_vector()
         groups = self.param_groups
         maximize = {bool(group["maximize"]) for group in groups}
         if len(maximize) > 1:
@@ -124,7 +125,11 @@ class SecondOrderOptimizer(Optimizer):
                 "maximize must be the same in all parameter groups: a line search needs one loss; "
                 f"got {[group['maximize'] for group in groups]}"
             )
+        for group in groups:  # schedulers and users write to them
+            for name in ("lr", "weight_decay"):
+                check_number(name, group[name], low=0.0)
         decay = self._per_parameter("weight_decay")
+        vector = self._current_vector()
         regularization = Regularization(
             maximize.pop(), decay[0] if len(set(decay)) == 1 else tuple(decay)
         )
@@ -190,6 +195,12 @@ class SecondOrderOptimizer(Optimizer):
         Raises:
             ValueError: The state is of parameters of another number or shape; nothing has changed.
         """
+        for group in state_dict["param_groups"]:
+            if self._recognized_by not in group:
+                raise ValueError(
+                    f"this is no state of {type(self).__name__}: its groups have "
+                    f"{sorted(set(group) - {'params'})} and lack {self._recognized_by!r}"
+                )
         before = self.state_dict()
         self._load(state_dict)
         try:

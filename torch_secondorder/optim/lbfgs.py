@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.evaluation import Objective
-from torch_secondorder.globalization import LineSearch, resolve_line_search
+from torch_secondorder.globalization import FixedStep, LineSearch, resolve_line_search
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.lbfgs_iteration import Iteration, Point, Settings
@@ -72,6 +72,7 @@ class LBFGS(SecondOrderOptimizer):
     ('CONVERGED_GRADIENT', [1.0, 1.0])
     """
 
+    _recognized_by = "max_iter"
     _carried = (*SecondOrderOptimizer._carried, "line_search", "_reset_reason")
 
     def __init__(
@@ -95,9 +96,8 @@ class LBFGS(SecondOrderOptimizer):
         check_number("tolerance_change", tolerance_change, low=0.0)
         if tolerance_grad is not None:
             check_number("tolerance_grad", tolerance_grad, low=0.0)
-        if max_eval is None:
-            max_eval = max_iter * 5 // 4
-        check_number("max_eval", max_eval, low=1, integer=True)
+        if max_eval is not None:
+            check_number("max_eval", max_eval, low=1, integer=True)
         self.line_search = resolve_line_search(line_search_fn)
         self._inverse: InverseBFGS | None = None
         self._reset_reason = ""
@@ -163,7 +163,7 @@ class LBFGS(SecondOrderOptimizer):
         return Settings(
             lr=self._learning_rate,
             max_iter=group["max_iter"],
-            max_eval=group["max_eval"],
+            max_eval=group["max_eval"] or group["max_iter"] * 5 // 4,
             tolerance_grad=tolerance_grad,
             tolerance_change=group["tolerance_change"],
             damping=group["damping"],
@@ -180,6 +180,7 @@ class LBFGS(SecondOrderOptimizer):
             self._forget("history_size or the trainable parameters changed")
         if self._inverse is None:
             self._inverse = InverseBFGS(vector.size, size, vector.dtype, vector.device)
+        self._inverse.largest_scale = not isinstance(self.line_search, FixedStep)
         return self._inverse
 
     def _forget(self, reason: str) -> None:

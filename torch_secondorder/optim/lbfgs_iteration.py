@@ -205,16 +205,18 @@ class Iteration:
     def _learn(self, t: float, line: _Line, candidate: _Candidate) -> None:
         """Enters the pair into the history, if it shows curvature or can be made to."""
         y, y_y = candidate.y, candidate.y_y
+        precision = torch.finfo(self._objective.vector.dtype)
+        if not precision.tiny < y_y < inf and y.dtype == torch.float32:  # its square has no place
+            (y_y,) = to_host(y.double() @ y.double())
         s_y, s_s = t * candidate.y_d, t * t * line.square
         # H g = -d, so B s = -t g whatever B is, and the curvature that B expects is known.
         expected = -t * t * line.slope
-        precision = torch.finfo(self._objective.vector.dtype)
         if self._settings.damping and s_y < _DAMPING * expected:
             keep = (1 - _DAMPING) * expected / (expected - s_y)
             y = keep * y - (1 - keep) * t * self.point.evaluation.grad
             self._history.push(candidate.step, y)
             self.damped += 1
-        elif s_y > 10 * precision.eps * sqrt(s_s * y_y) and y_y > precision.tiny:
+        elif s_y > 10 * precision.eps * sqrt(s_s) * sqrt(y_y) and y_y > 0:
             self._history.push(candidate.step, y, s_y / y_y)
         else:
             self.skipped += 1
