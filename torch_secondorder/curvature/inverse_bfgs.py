@@ -48,10 +48,10 @@ class InverseBFGS(LinearOperator):
     matrices", eq. 3.1). With the pairs as rows of `S` and `Y`, oldest first,
     `R_ij = s_i'y_j` for `i <= j` and `D = diag(s_i'y_i)`,
 
-        H v = gamma r + S'p1
-        p2 = R^-1 S v,    r = v - Y'p2,    p1 = R^-T (D p2 - gamma Y r)
+        H v = r + S'p1
+        p2 = R^-1 S v,    r = gamma (v - Y'p2),    p1 = R^-T (D p2 - Y r)
 
-    which is their formula with its terms `Y Y'p2 - Y v` taken together as `-Y r`: the same two
+    which is their formula with its terms `gamma (Y Y'p2 - Y v)` taken together as `-Y r`: the same two
     passes over the history, without the cancellation between the two terms and without the matrix
     `Y Y'`. The products `S y` with a new `y` ride on the first pass of the next multiplication.
     Nothing here waits for the device.
@@ -155,10 +155,11 @@ class InverseBFGS(LinearOperator):
         gamma = max(self._scales) if self.largest_scale else self._scales[-1]
         work, small = self._dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
-        rest = torch.addmv(v, differences.t(), p2.to(work), alpha=-1)
-        inner = torch.mul(diagonal, p2).sub_(torch.mv(differences, rest), alpha=gamma)
+        # Scaled before anything is multiplied with Y: the square of a gradient may have no place.
+        scaled = torch.addmv(v, differences.t(), p2.to(work), alpha=-1).mul_(gamma)
+        inner = torch.mul(diagonal, p2).sub_(torch.mv(differences, scaled))
         p1 = torch.mv(inverse.t(), inner)
-        return torch.addmv(rest, steps.t(), p1.to(work), beta=sign * gamma, alpha=sign)
+        return torch.addmv(scaled, steps.t(), p1.to(work), beta=sign, alpha=sign)
 
     def _enter(self, of_y: Tensor, inverse: Tensor) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""
