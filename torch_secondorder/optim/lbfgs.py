@@ -25,9 +25,9 @@ _HISTORY_BYTES = 256 * 2**20
 class LBFGS(SecondOrderOptimizer):
     """Limited-memory BFGS, a drop-in for `torch.optim.LBFGS`.
 
-    Every call that `torch.optim.LBFGS` accepts is accepted and means the same. What differs by
-    default: a line search is on, and the tolerances are relative to scale, so that a small loss
-    does not end the training silently.
+    Its constructor accepts every call that `torch.optim.LBFGS` accepts, with the same meaning. What
+    differs by default: a line search is on, and the tolerances are relative to scale, so that a
+    small loss does not end the training silently.
 
     Reference: Liu and Nocedal 1989, "On the limited memory BFGS method for large scale
     optimization"; the direction follows Byrd, Nocedal and Schnabel 1994 (see
@@ -42,7 +42,8 @@ class LBFGS(SecondOrderOptimizer):
         max_eval: Closure evaluations per `step()`, `max_iter * 5 // 4` by default. Looked at
             between iterations: a line search always gets to finish.
         tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
-            times the largest entry seen so far where that is below one.
+            times the largest entry seen so far where that is below one. Where groups differ in
+            `lr`, the gradient is that of the scaled parameters.
         tolerance_change: The step ends once an iteration changes both the loss and the parameters
             by no more than this, relative to their size.
         history_size: Pairs kept; each takes twice the memory of the parameters. By default as many
