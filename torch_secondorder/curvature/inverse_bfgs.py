@@ -51,10 +51,10 @@ class InverseBFGS(LinearOperator):
         H v = r + S'p1
         p2 = R^-1 S v,    r = gamma (v - Y'p2),    p1 = R^-T (D p2 - Y r)
 
-    which is their formula with its terms `gamma (Y Y'p2 - Y v)` taken together as `-Y r`: the same two
-    passes over the history, without the cancellation between the two terms and without the matrix
-    `Y Y'`. The products `S y` with a new `y` ride on the first pass of the next multiplication.
-    Nothing here waits for the device.
+    which is their formula with its terms `gamma (Y Y'p2 - Y v)` taken together as `-Y r`: the same
+    two passes over the history, without the cancellation between the two terms and without the
+    matrix `Y Y'`. The products `S y` with a new `y` ride on the first pass of the next
+    multiplication. Nothing here waits for the device.
 
     `R^-1` is kept rather than `R`, in float64. A new pair gives it one column, dropping the oldest
     one zeroes a row and a column, and neither touches the others: so rounding does not add up, and
