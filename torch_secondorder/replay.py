@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,9 @@ def _slots(module: torch.nn.Module) -> Iterator[tuple[_Slot, Tensor]]:
             yield _Slot(module, name), buffer
 
 
+_UNKNOWN: tuple[Callable[[], torch.nn.Module | None], bool] = (lambda: None, False)
+
+
 class Surroundings:
     """What closures call, found by watching, kept from step to step.
 
@@ -61,8 +64,10 @@ class Surroundings:
 
     def __init__(self) -> None:
         self.process_groups: list[Any] = []
-        # Modules met, and whether they were training when their buffers were last compared.
-        self._modules: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+        # Modules met, by id, and whether they were training when their buffers were last compared.
+        # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
+        self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
+        self._norms: WeakSet[torch.nn.Module] = WeakSet()
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
         self._seen: set[object] = set()
 
@@ -82,19 +87,25 @@ class Surroundings:
         they were, and compared in the end.
         """
         compared: dict[_Slot, Tensor] = {}
-        thread = threading.get_ident()
+        thread, modes = threading.get_ident(), self._modes
 
         def note(module: torch.nn.Module, _: Any) -> None:
             # Compiled code is not to contain this; the compiled module itself has been noted.
             if torch.compiler.is_compiling():
                 return
-            if self._modules.get(module) is module.training or threading.get_ident() != thread:
+            known, training = modes.get(id(module), _UNKNOWN)
+            if known() is module and training is module.training:
+                return
+            if threading.get_ident() != thread:
                 return
             # All inside it as well: a compiled module hides the calls of its children.
             for inner in module.modules():
-                if isinstance(inner, DistributedDataParallel) and inner not in self._modules:
-                    self.process_groups.append(inner.process_group)
-                self._modules[inner] = inner.training
+                if isinstance(inner, DistributedDataParallel):
+                    if inner.process_group not in self.process_groups:
+                        self.process_groups.append(inner.process_group)
+                elif isinstance(inner, _NormBase):
+                    self._norms.add(inner)
+                modes[id(inner)] = ref(inner), inner.training
                 compared.update(
                     (slot, before.get(slot, b.detach().clone())) for slot, b in _slots(inner)
                 )
@@ -116,9 +127,7 @@ class Surroundings:
     def moving_buffers(self) -> list[tuple[_Slot, Tensor]]:
         """The buffers that the coming evaluation may change."""
         # Of all normalization layers, in whatever mode: the closure may set them to train.
-        norms = [m for m in list(self._modules) if isinstance(m, _NormBase)]
-        others = [m for m in self._stateful if not isinstance(m, _NormBase)]
-        return [pair for module in norms + others for pair in _slots(module)]
+        return [pair for module in self._norms | self._stateful for pair in _slots(module)]
 
 
 def _identity(source: Any, depth: int = 4) -> object:
