@@ -12,6 +12,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_secondorder.curvature import LinearOperator
+
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """Real numbers of all tensors, complex ones as pairs."""
@@ -21,22 +23,85 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def dense_hessian(function: Callable[..., Tensor], params: Sequence[Tensor]) -> Tensor:
     """The Hessian over the flat real vector of all parameters, row by row through autograd."""
-    reals = [
-        (torch.view_as_real(p.detach()) if p.is_complex() else p.detach()).clone() for p in params
-    ]
-    sizes = [r.numel() for r in reals]
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention with a second derivative
+        return torch.autograd.functional.hessian(_of_vector(function, params), _reals(params))
+
+
+def dense_gauss_newton(
+    outputs: Callable[..., Sequence[Tensor]],
+    loss: Callable[..., Tensor],
+    params: Sequence[Tensor],
+) -> Tensor:
+    """`J'B J`, with `J` of `outputs(*params)` and `B` of `loss(*outputs)`, both dense."""
+
+    def flat_outputs(*params: Tensor) -> Tensor:
+        return flat(outputs(*params))
+
+    jacobian = dense_jacobian(flat_outputs, params)
+    z = [t.detach() for t in outputs(*params)]
+    return jacobian.T @ dense_hessian(loss, z) @ jacobian
+
+
+def dense_jacobian(function: Callable[..., Tensor], params: Sequence[Tensor]) -> Tensor:
+    """The Jacobian of a vector over the flat real vector of all parameters."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.autograd.functional.jacobian(_of_vector(function, params), _reals(params))
+
+
+def _reals(params: Sequence[Tensor]) -> Tensor:
+    return flat([p.detach() for p in params]).clone()
+
+
+def _of_vector(
+    function: Callable[..., Tensor], params: Sequence[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """The function of tensors as one of their flat real vector."""
+    shapes = [torch.view_as_real(p).shape if p.is_complex() else p.shape for p in params]
 
     def of_vector(vector: Tensor) -> Tensor:
-        pieces = [piece.view(r.shape) for piece, r in zip(vector.split(sizes), reals, strict=True)]
+        pieces = vector.split([shape.numel() for shape in shapes])
+        reals = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return function(
             *(
                 torch.view_as_complex(q) if p.is_complex() else q
-                for p, q in zip(params, pieces, strict=True)
+                for p, q in zip(params, reals, strict=True)
             )
         )
 
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention with a second derivative
-        return torch.autograd.functional.hessian(of_vector, flat(reals))
+    return of_vector
+
+
+def assert_matrix(operator: LinearOperator, expected: Tensor) -> None:
+    """Both kinds of products are those of a dense matrix, to ten digits of its size."""
+    eye = torch.eye(operator.size, dtype=expected.dtype, device=expected.device)
+    one_by_one = torch.stack([operator @ e for e in eye], dim=1)
+    atol = 1e-10 * float(expected.abs().max())
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-10, atol=atol)
+    torch.testing.assert_close(operator @ eye, expected, rtol=1e-10, atol=atol)
+
+
+def theta_on(device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.randn(6, dtype=torch.float64, device=device))
+
+
+def outputs_of(theta: Tensor, *shape: int) -> Tensor:
+    """Outputs of any shape from six parameters."""
+    generator = torch.Generator().manual_seed(len(shape))
+    count = torch.Size(shape).numel()
+    weight = torch.randn(count, 6, generator=generator, dtype=torch.float64)
+    return (2 * torch.tanh(weight.to(theta.device) @ theta)).view(shape)
+
+
+def labels(z: Tensor) -> Tensor:
+    classes = z.shape[0] if z.dim() == 1 else z.shape[1]
+    shape = z.shape[:1] + z.shape[2:] if z.dim() > 1 else ()
+    return (torch.arange(torch.Size(shape).numel(), device=z.device) % classes).view(shape)
+
+
+def numbers(like: Tensor, low: float = 0.1, high: float = 1.0) -> Tensor:
+    """Spread between two bounds, in no order."""
+    t = torch.linspace(0, 50, like.numel(), dtype=like.dtype, device=like.device).sin()
+    return (low + (high - low) * (t + 1) / 2).view_as(like)
 
 
 class SelfAttention(nn.Module):
@@ -68,6 +133,20 @@ class LastState(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(x)[0][:, -1])
+
+
+class Residual(nn.Module):
+    """The residual of a differential equation: inner derivatives of a network by its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        u = self.net(x)
+        slopes = [torch.autograd.grad(c.sum(), x, create_graph=True)[0] for c in u.unbind(1)]
+        return torch.cat(slopes, dim=1) + u**2
 
 
 @dataclass
@@ -134,4 +213,5 @@ CASES: dict[str, Callable[[], tuple[Any, Tensor, Any]]] = {
     ),
     "attention": lambda: (SelfAttention(), torch.randn(4, 5, 8), F.cross_entropy),
     "rnn": lambda: (LastState(), torch.randn(4, 6, 4), F.mse_loss),
+    "pinn": lambda: (Residual(), torch.randn(6, 1), F.mse_loss),
 }

@@ -62,8 +62,8 @@ def test_the_input_of_a_standard_loss_is_the_output(loss) -> None:
         closure()
     (output,) = capture.graph.outputs
     assert output.tensor is seen[-1]
-    assert output.loss is loss
-    assert output.arguments()["reduction"] == "mean"
+    assert output.loss is loss and output.argument == "input"
+    assert output.arguments["reduction"] == "mean"
 
 
 def test_loss_modules_and_keywords_are_seen_too() -> None:
@@ -73,7 +73,7 @@ def test_loss_modules_and_keywords_are_seen_too() -> None:
         lambda: criterion(model(x), y) + F.mse_loss(input=model(x), target=torch.ones(4, 3)),
         list(model.parameters()),
     )
-    assert first.loss is F.cross_entropy and first.arguments()["label_smoothing"] == 0.1
+    assert first.loss is F.cross_entropy and first.arguments["label_smoothing"] == 0.1
     assert second.loss is F.mse_loss and torch.equal(second.tensor, first.tensor)
 
 
@@ -97,7 +97,12 @@ def test_marked_outputs_are_found_and_marks_do_nothing_elsewhere() -> None:
         return mark_outputs(model(x)).pow(4).mean()
 
     (output,) = outputs_of(loss, list(model.parameters()))
-    assert output.loss is None and output.arguments() == {} and output.value is None
+    assert (
+        output.loss is None
+        and output.arguments == {}
+        and output.argument == ""
+        and output.value is None
+    )
     objective = FunctionalObjective(lambda p: mark_outputs(p**2).sum(), torch.ones(2))
     graph = objective.evaluate(curvature=True).linearization.graph
     assert graph.outputs[0].tensor.tolist() == [1, 1]
@@ -107,10 +112,58 @@ def test_marked_outputs_are_found_and_marks_do_nothing_elsewhere() -> None:
         mark_outputs((z, z))
 
 
-def test_the_target_of_a_loss_is_no_output() -> None:
+def test_tensors_without_a_gradient_are_no_outputs() -> None:
     p = nn.Parameter(torch.ones(2))
     outputs = outputs_of(lambda: F.mse_loss(torch.zeros(2), torch.zeros(2)) + p.square().sum(), [p])
     assert outputs == []
+
+
+def test_every_argument_with_a_gradient_is_an_output() -> None:
+    p = nn.Parameter(torch.ones(2))
+    target = torch.zeros(2)
+
+    def loss() -> Tensor:
+        return F.mse_loss(target, 2 * p) + F.gaussian_nll_loss(p * 1, var=p**2, target=target)
+
+    outputs = outputs_of(loss, [p])
+    assert [o.argument for o in outputs] == ["target", "input", "var"]
+    assert outputs[0].arguments["input"] is target
+    assert outputs[1].arguments is outputs[2].arguments
+    assert outputs[1].value is outputs[2].value
+    assert all(o.arguments[o.argument] is o.tensor for o in outputs)
+
+
+@pytest.mark.parametrize("mark", [False, True])
+def test_a_leaf_has_a_view_for_an_output(mark: bool) -> None:
+    p = nn.Parameter(torch.ones(2))
+
+    def loss() -> Tensor:
+        return mark_outputs(p).square().sum() if mark else F.mse_loss(p, torch.zeros(2))
+
+    (output,) = outputs_of(loss, [p])
+    assert output.tensor is not p and output.tensor.data_ptr() == p.data_ptr()
+    assert output.tensor.grad_fn is not None
+    assert mark_outputs(p) is p  # outside
+
+
+def test_what_a_loss_returned_stays_when_the_closure_adds_to_it() -> None:
+    p = nn.Parameter(torch.ones(2))
+
+    def loss() -> Tensor:
+        value = F.mse_loss(p * 1, torch.zeros(2))
+        value += 5
+        return value
+
+    (output,) = outputs_of(loss, [p])
+    assert output.value == 1
+
+
+def test_an_output_knows_whether_its_arguments_were_changed() -> None:
+    p, target = nn.Parameter(torch.ones(2)), torch.zeros(2)
+    (output,) = outputs_of(lambda: F.mse_loss(p * 1, target), [p])
+    assert output.intact
+    target += 1
+    assert not output.intact
 
 
 def test_backward_with_a_weight_and_with_inputs() -> None:

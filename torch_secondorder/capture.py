@@ -51,26 +51,26 @@ class Output:
     """A model output that a captured evaluation met.
 
     Attributes:
-        tensor: The output, with its graph.
-        loss: The standard loss that took it as input, or None where it was marked by hand.
-        args: The loss's positional arguments, as called.
-        kwargs: The loss's keyword arguments, as called.
-        value: What the loss returned; None where it was marked by hand.
+        tensor: The output, with its graph; never a leaf.
+        loss: The standard loss that took it as an argument, or None where it was marked by hand.
+        argument: The argument's name, `"input"` for most.
+        arguments: The loss's arguments by name, defaults included (`target`, `reduction`, ...).
+        value: What the loss returned; None where it was marked by hand. The closure has a copy, so
+            that `loss += penalty` cannot reach it.
+        versions: Version counters of the tensors among the arguments.
     """
 
     tensor: Tensor
     loss: Callable[..., Any] | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    argument: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
     value: Tensor | None = None
+    versions: tuple[int, ...] = ()
 
-    def arguments(self) -> dict[str, Any]:
-        """The loss's arguments by name, defaults included (`target`, `reduction`, ...)."""
-        if self.loss is None:
-            return {}
-        bound = inspect.signature(self.loss).bind(*self.args, **self.kwargs)
-        bound.apply_defaults()
-        return dict(bound.arguments)
+    @property
+    def intact(self) -> bool:
+        """Whether the loss's arguments still are what it was given."""
+        return self.versions == _versions(self.arguments)
 
 
 @dataclass(slots=True)
@@ -79,12 +79,16 @@ class Graph:
 
     Attributes:
         params: What was differentiated with respect to, `P` tensors.
+        losses: What `backward()` was called on, one for each call.
+        weights: The `gradient` argument of each call, None for one.
         gradients: One list of `P` gradients (None where a parameter had no part) for each
             `backward()`; the evaluation's gradient is their sum.
         outputs: The outputs met, in order.
     """
 
     params: Sequence[Tensor]
+    losses: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor | None] = field(default_factory=list)
     gradients: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
 
@@ -100,6 +104,8 @@ class Graph:
         gradients = torch.autograd.grad(
             loss, self.params, weight, create_graph=True, allow_unused=True
         )
+        self.losses.append(loss)
+        self.weights.append(weight)
         self.gradients.append(gradients)
         return gradients
 
@@ -128,7 +134,7 @@ class Graph:
                     waiting.append(following)
 
     def hessian_product(
-        self, tangents: Sequence[Tensor], *, batched: bool = False
+        self, tangents: Sequence[Tensor], batched: bool = False
     ) -> tuple[Tensor | None, ...]:
         """The Hessian of the evaluated loss times a direction, by a second backward pass.
 
@@ -160,10 +166,10 @@ class Graph:
                 is_grads_batched=batched,
             )
         except RuntimeError as error:
-            raise _explained(error) from error
+            raise explained(error) from error
 
 
-def _explained(error: RuntimeError) -> RuntimeError:
+def explained(error: RuntimeError) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
     signs = ("is not implemented", "once_differentiable", "double backward")
@@ -219,10 +225,9 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self.backward(*args, **kwargs)
-        result = func(*args, **kwargs)
         if func in STANDARD_LOSSES:
-            self._note_loss(func, args, kwargs, result)
-        return result
+            return self._run_loss(func, args, kwargs)
+        return func(*args, **kwargs)
 
     def backward(
         self,
@@ -250,12 +255,36 @@ class Capture(TorchFunctionMode):
                     # Not an alias: the graph goes on using the storage of `g`.
                     p.grad = g.clone() if p.grad is None else p.grad + g
 
-    def _note_loss(
-        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], value: Any
-    ) -> None:
-        tensor = args[0] if args else kwargs["input"]
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            self.graph.outputs.append(Output(tensor, func, args, kwargs, value))
+    def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        found = [
+            name
+            for name, value in bound.arguments.items()
+            if isinstance(value, Tensor) and value.requires_grad
+        ]
+        for name in found:
+            bound.arguments[name] = _not_a_leaf(bound.arguments[name])
+        value = func(*bound.args, **bound.kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        versions = _versions(arguments)
+        for name in found:
+            output = Output(arguments[name], func, name, arguments, value, versions)
+            self.graph.outputs.append(output)
+        return value.clone() if found else value
+
+
+def _versions(arguments: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(
+        value._version
+        for value in arguments.values()
+        if isinstance(value, Tensor) and not value.is_inference()
+    )
+
+
+def _not_a_leaf(tensor: Tensor) -> Tensor:
+    """The tensor, or a view of a leaf: a place of its own in the graph."""
+    return tensor.view_as(tensor) if tensor.grad_fn is None else tensor
 
 
 def mark_outputs(outputs: Tensor) -> Tensor:
@@ -268,7 +297,7 @@ def mark_outputs(outputs: Tensor) -> Tensor:
         outputs: The tensor through which the loss depends on the parameters, any shape.
 
     Returns:
-        The same tensor.
+        The same tensor, or a view of it.
 
     Raises:
         TypeError: Not a tensor.
@@ -283,6 +312,8 @@ def mark_outputs(outputs: Tensor) -> Tensor:
             "one by one"
         )
     capture = _active.get()
-    if capture is not None:
-        capture.graph.outputs.append(Output(outputs))
+    if capture is None or not outputs.requires_grad:
+        return outputs
+    outputs = _not_a_leaf(outputs)
+    capture.graph.outputs.append(Output(outputs))
     return outputs

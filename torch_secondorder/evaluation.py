@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
 
 import torch
@@ -24,6 +24,9 @@ from torch_secondorder.replay import Replay, Surroundings
 from torch_secondorder.vector import ParameterVector
 
 __all__ = ["Evaluation", "Linearization", "Objective", "RawEvaluation", "Regularization"]
+
+#: A product with a curvature of the loss: parts of the direction, whether they are batched.
+Multiply: TypeAlias = Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +118,50 @@ class Linearization:
             RuntimeError: The parameters have moved since the evaluation, or an operation of the
                 model has no second derivative.
         """
+        return self.product(v, self.graph.hessian_product)
+
+    def product(self, v: Tensor, multiply: Multiply) -> Tensor:
+        """Some curvature of the loss times `v`, made one of the objective.
+
+        Args:
+            v: Shape `(n,)`, or `(k, n)` for `k` products in one vectorized pass.
+            multiply: Takes tensors shaped like the parameters and whether they are batched, and
+                returns the product, None for zeros.
+
+        Raises:
+            RuntimeError: The parameters have moved since the evaluation.
+        """
+        self.check()
+        vector = self._objective.vector
+        direction = vector.scaled(v)
+        products = multiply(vector.split(direction), v.dim() == 2)
+        return self._objective.product(direction, products)
+
+    def diagonal(self, roots: Sequence[Tensor | None]) -> Tensor:
+        """The diagonal of a curvature of the loss, from random roots of it.
+
+        Args:
+            roots: `k` samples `q` with `E[q q']` equal to the curvature, in parts `(k, ...)` shaped
+                like the parameters; None for zeros.
+
+        Returns:
+            The mean of `q * q` with the diagonal of the regularization, `(n,)`, not negative.
+        """
+        self.check()
+        return self._objective.diagonal(roots)
+
+    def check(self) -> None:
+        """Makes the graph usable: puts the parameters back to where it was made.
+
+        Raises:
+            RuntimeError: The parameters have moved since the evaluation.
+        """
         if self._objective.generation != self._generation:
             raise RuntimeError(
                 "this evaluation belongs to an earlier point: the parameters have moved since, "
                 "evaluate(curvature=True) again"
             )
         self._objective.settle()
-        vector = self._objective.vector
-        direction = vector.scaled(v)
-        products = self.graph.hessian_product(vector.split(direction), batched=v.dim() == 2)
-        return self._objective.product(direction, products)
 
 
 class Objective(ABC):
@@ -229,6 +266,16 @@ class Objective(ABC):
         if self._decays:
             flat.add_(self._decay * direction)
         return self.vector.scaled(flat)
+
+    def diagonal(self, roots: Sequence[Tensor | None]) -> Tensor:
+        """See `Linearization.diagonal`."""
+        count = next(len(root) for root in roots if root is not None)
+        flat = self.vector.scaled(self.vector.gather(roots, batch=(count,)))
+        diagonal = self._replay.average(flat.square_().mean(0))
+        if self._decays:
+            decay = self.vector.scaled(self.vector.scaled(torch.ones_like(diagonal)))
+            diagonal.add_(decay.mul_(self._decay))
+        return diagonal
 
     @abstractmethod
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:

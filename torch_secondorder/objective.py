@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torch_secondorder.capture import Capture
+from torch_secondorder.capture import Capture, Graph
 from torch_secondorder.evaluation import Objective, RawEvaluation, Regularization
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.vector import ParameterVector
@@ -38,6 +38,7 @@ class ClosureObjective(Objective):
         regularization: See `Objective`.
         master: See `Objective`.
         surroundings: See `Objective`.
+        curvature_closure: Another closure to make products from, of the loss on less data, say.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> def closure():
@@ -58,14 +59,17 @@ class ClosureObjective(Objective):
         regularization: Regularization | None = None,
         master: Tensor | None = None,
         surroundings: Surroundings | None = None,
+        curvature_closure: Callable[[], Any] | None = None,
     ) -> None:
-        if not callable(closure):
-            raise TypeError(
-                f"the closure must be callable, got {type(closure).__name__}; pass one like\n"
-                + STANDARD_CLOSURE
-            )
+        for given in (closure, closure if curvature_closure is None else curvature_closure):
+            if not callable(given):
+                raise TypeError(
+                    f"the closure must be callable, got {type(given).__name__}; pass one like\n"
+                    + STANDARD_CLOSURE
+                )
         super().__init__(vector, regularization, master, surroundings)
         self._closure = closure
+        self._curvature_closure = curvature_closure
 
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
         params = self.vector.params
@@ -75,22 +79,36 @@ class ClosureObjective(Objective):
         if position is not self._placed:
             self.vector.move(position)
             self._placed = position
-        if curvature:
-            return self._run_captured(params)
+        if curvature and self._curvature_closure is None:
+            return self._run_captured(self._closure)
         loss = _scalar(self._replay.run(self._closure))
         grads = [p.grad for p in params]
         if grads[0] is None and all(g is None for g in grads):
             _differentiable(loss).backward()
             grads = [p.grad for p in params]
-        return RawEvaluation(loss, _touched(grads), None, averaged=True)
+        graph = self._other_graph(grads) if curvature else None
+        return RawEvaluation(loss, _touched(grads), graph, averaged=True)
 
-    def _run_captured(self, params: Sequence[Tensor]) -> RawEvaluation:
+    def _other_graph(self, grads: Sequence[Tensor | None]) -> Graph | None:
+        """The graph of the curvature closure; leaves the gradients of the closure in place."""
+        assert self._curvature_closure is not None
+        for p in self.vector.params:
+            p.grad = None
+        try:
+            self.evaluations += 1
+            return self._run_captured(self._curvature_closure).graph
+        finally:
+            for p, grad in zip(self.vector.params, grads, strict=True):
+                p.grad = grad
+
+    def _run_captured(self, closure: Callable[[], Any]) -> RawEvaluation:
+        params = self.vector.params
         foreign: list[Tensor] = []  # what got a gradient that was not captured
         with Capture(params) as capture, ExitStack() as stack:
-            if not self._surroundings.knows(self._closure):
+            if not self._surroundings.knows(closure):
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
-            loss = _scalar(self._replay.run(self._closure))
+            loss = _scalar(self._replay.run(closure))
             lost = not capture.graph.gradients and any(p.grad is not None for p in params)
             if foreign or lost:
                 raise RuntimeError(
@@ -100,7 +118,7 @@ class ClosureObjective(Objective):
                 )
             if not capture.graph.gradients:
                 capture.backward(_differentiable(loss))
-        self._check_once(self._closure, capture.graph)
+        self._check_once(closure, capture.graph)
         return RawEvaluation(loss, _touched([p.grad for p in params]), capture.graph)
 
 

@@ -1,7 +1,19 @@
 """Curvature as matrix-free linear operators."""
 
-from torch_secondorder.curvature.base import LinearOperator
+from torch_secondorder.curvature.base import Damped, Diagonal, LinearOperator
+from torch_secondorder.curvature.finite_difference import FiniteDifference
+from torch_secondorder.curvature.fisher import Fisher
+from torch_secondorder.curvature.gauss_newton import GaussNewton
 from torch_secondorder.curvature.hessian import Hessian
 from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
 
-__all__ = ["Hessian", "InverseBFGS", "LinearOperator"]
+__all__ = [
+    "Damped",
+    "Diagonal",
+    "FiniteDifference",
+    "Fisher",
+    "GaussNewton",
+    "Hessian",
+    "InverseBFGS",
+    "LinearOperator",
+]

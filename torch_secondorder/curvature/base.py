@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["LinearOperator"]
+from torch_secondorder.evaluation import Evaluation
+
+__all__ = ["Damped", "Diagonal", "LinearOperator", "Linearized"]
 
 
 class LinearOperator(ABC):
@@ -15,9 +18,13 @@ class LinearOperator(ABC):
 
     Attributes:
         size: `n`.
+        dtype: Of the vectors it multiplies.
+        device: Of the vectors it multiplies.
     """
 
     size: int
+    dtype: torch.dtype
+    device: torch.device
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -40,3 +47,93 @@ class LinearOperator(ABC):
                 f"this operator multiplies shapes ({self.size},) and ({self.size}, k), got "
                 f"{tuple(other.shape)}"
             )
+
+
+class Diagonal(LinearOperator):
+    """A diagonal matrix.
+
+    Args:
+        entries: Shape `(n,)`.
+
+    >>> Diagonal(torch.tensor([1.0, 2.0])) @ torch.tensor([3.0, 4.0])
+    tensor([3., 8.])
+    """
+
+    def __init__(self, entries: Tensor) -> None:
+        self.entries = entries
+        self.size = len(entries)
+        self.dtype, self.device = entries.dtype, entries.device
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """See `LinearOperator.matvec`."""
+        return self.entries * v
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """See `LinearOperator.matmat`."""
+        return self.entries[:, None] * V
+
+
+class Damped(LinearOperator):
+    """`A + damping I`, whatever `damping` is at the time of the product.
+
+    Args:
+        operator: `A`.
+        damping: A number of at least zero.
+
+    >>> Damped(Diagonal(torch.tensor([1.0, 2.0])), 10.0) @ torch.ones(2)
+    tensor([11., 12.])
+    """
+
+    def __init__(self, operator: LinearOperator, damping: float) -> None:
+        self.operator = operator
+        self.damping = damping
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """See `LinearOperator.matvec`."""
+        product = self.operator.matvec(v)
+        return product.add(v, alpha=self.damping) if self.damping else product
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """See `LinearOperator.matmat`."""
+        return self.operator.matmat(V).add(V, alpha=self.damping)
+
+
+class Linearized(LinearOperator):
+    """An operator made from the retained graph of an evaluation.
+
+    Args:
+        evaluation: Made by `Objective.evaluate(curvature=True)`.
+
+    Raises:
+        ValueError: The evaluation was made without curvature.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        linearization = evaluation.linearization
+        if linearization is None:
+            raise ValueError(
+                "this evaluation has no curvature: make it with evaluate(curvature=True)"
+            )
+        linearization.check()
+        self._linearization = linearization
+        self._vectorizes = True
+        self.size = linearization.size
+        self.dtype, self.device = evaluation.grad.dtype, evaluation.grad.device
+
+    @abstractmethod
+    def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        """The product with parts shaped like the parameters, see `Linearization.product`."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """See `LinearOperator.matvec`."""
+        return self._linearization.product(v, self._multiply)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """See `LinearOperator.matmat`; in one vectorized pass where operations allow."""
+        if self._vectorizes:
+            try:
+                return self._linearization.product(V.T, self._multiply).T
+            except (RuntimeError, NotImplementedError):  # an operation without a batching rule
+                self._vectorizes = False
+        return super().matmat(V)

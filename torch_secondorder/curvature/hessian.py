@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from torch_secondorder.curvature.base import LinearOperator
-from torch_secondorder.evaluation import Evaluation
+from torch_secondorder.curvature.base import Linearized
 
 __all__ = ["Hessian"]
 
 
-class Hessian(LinearOperator):
+class Hessian(Linearized):
     """The Hessian at an evaluated point, by a second backward pass over the retained graph.
 
     A product costs one to two gradients (Pearlmutter 1994, "Fast exact multiplication by the
@@ -31,24 +32,5 @@ class Hessian(LinearOperator):
             [ 6.,  0.]])
     """
 
-    def __init__(self, evaluation: Evaluation) -> None:
-        if evaluation.linearization is None:
-            raise ValueError(
-                "this evaluation has no curvature: make it with evaluate(curvature=True)"
-            )
-        self._linearization = evaluation.linearization
-        self._vectorizes = True
-        self.size = evaluation.linearization.size
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """See `LinearOperator.matvec`."""
-        return self._linearization.hessian_product(v)
-
-    def matmat(self, V: Tensor) -> Tensor:
-        """See `LinearOperator.matmat`; in one vectorized backward pass where operations allow."""
-        if self._vectorizes:
-            try:
-                return self._linearization.hessian_product(V.T).T
-            except (RuntimeError, NotImplementedError):  # an operation without a batching rule
-                self._vectorizes = False
-        return super().matmat(V)
+    def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        return self._linearization.graph.hessian_product(tangents, batched)

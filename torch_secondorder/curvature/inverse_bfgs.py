@@ -93,8 +93,8 @@ class InverseBFGS(LinearOperator):
         self.largest_scale = largest_scale
         self.size = size
         self.history_size = history_size
-        self._dtype = dtype
-        self._device = device
+        self.dtype = dtype
+        self.device = device or torch.device("cpu")
         # Not every accelerator has float64.
         mps = device is not None and device.type == "mps"
         self._small_dtype = torch.float32 if mps else torch.float64
@@ -153,7 +153,7 @@ class InverseBFGS(LinearOperator):
         else:
             of_v = torch.mv(steps, v)
         gamma = max(self._scales) if self.largest_scale else self._scales[-1]
-        work, small = self._dtype, self._small_dtype
+        work, small = self.dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
         # Scaled before anything is multiplied with Y: the square of a gradient may have no place.
         scaled = torch.addmv(v, differences.t(), p2.to(work), alpha=-1).mul_(gamma)
@@ -182,7 +182,7 @@ class InverseBFGS(LinearOperator):
 
     def _grow(self, room: int) -> None:
         """Makes room for more pairs."""
-        small, work, device = self._small_dtype, self._dtype, self._device
+        small, work, device = self._small_dtype, self.dtype, self.device
         steps, differences = torch.zeros(2, room, self.size, dtype=work, device=device).unbind()
         inverse = torch.zeros(room, room, dtype=small, device=device)
         diagonal = torch.zeros(room, dtype=small, device=device)
@@ -200,7 +200,7 @@ class InverseBFGS(LinearOperator):
             buffers.inverse.unbind(),
             buffers.inverse.unbind(1),
             buffers.diagonal.unbind(),
-            torch.eye(self._room, dtype=self._small_dtype, device=self._device).unbind(),
+            torch.eye(self._room, dtype=self._small_dtype, device=self.device).unbind(),
         )
 
     # Checkpoints.
@@ -226,10 +226,10 @@ class InverseBFGS(LinearOperator):
         self._scales = list(state["scales"])
         self._buffers = None
         if state["buffers"]:
-            dtypes = (self._dtype, self._dtype, self._small_dtype, self._small_dtype)
+            dtypes = (self.dtype, self.dtype, self._small_dtype, self._small_dtype)
             self._hold(
                 _Buffers(
-                    *(b.to(self._device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
+                    *(b.to(self.device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
                 )
             )
 

@@ -1,0 +1,118 @@
+"""The generalized Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature.base import Linearized
+from torch_secondorder.curvature.loss_curvature import LossCurvature
+from torch_secondorder.curvature.output_space import OutputSpace, Tensors
+from torch_secondorder.curvature.samples import Samples
+from torch_secondorder.evaluation import Evaluation
+
+__all__ = ["GaussNewton"]
+
+
+class GaussNewton(Linearized):
+    """The generalized Gauss-Newton matrix `J'B J` at an evaluated point.
+
+    `J` is the Jacobian of the model's outputs by the parameters, `B` the Hessian of the loss by the
+    outputs (Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient
+    descent"). It is positive semidefinite where the loss is convex in the outputs. A product is a
+    retained double-vjp for `J v`, the product with `B` at each output, and a backward pass for
+    `J'u`: about one gradient, and nothing of the forward pass is repeated.
+
+    The outputs are what standard losses took as arguments, or what `mark_outputs` was called on.
+    `B` is in closed form for cross-entropy, binary cross-entropy, squared error and a few others,
+    without a matrix for a sample; else by differentiating the loss.
+
+    Where a part of the loss does not pass through the outputs, such as a penalty on the weights
+    written into it, that part's own Hessian is added. Regularization of the optimizer is included.
+
+    Args:
+        evaluation: Made by `Objective.evaluate(curvature=True)`.
+        remainder: `"hessian"` to add the Hessian of what bypasses the outputs, `"ignore"` to leave
+            it out.
+
+    Attributes:
+        bypassed: Whether a part of the loss bypasses the outputs.
+
+    Raises:
+        RuntimeError: No output was found.
+        ValueError: The evaluation was made without curvature, `remainder` is unknown, or an output
+            is complex.
+
+    >>> from torch_secondorder.objective import FunctionalObjective
+    >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0]])
+    >>> def loss(w):
+    ...     return torch.nn.functional.mse_loss(x @ w, y, reduction="sum")
+    >>> evaluation = FunctionalObjective(loss, torch.ones(2, 1)).evaluate(curvature=True)
+    >>> GaussNewton(evaluation) @ torch.eye(2)
+    tensor([[2., 4.],
+            [4., 8.]])
+    """
+
+    def __init__(
+        self, evaluation: Evaluation, *, remainder: Literal["hessian", "ignore"] = "hessian"
+    ) -> None:
+        if remainder not in ("hessian", "ignore"):
+            raise ValueError(f"remainder is 'hessian' or 'ignore', got {remainder!r}")
+        super().__init__(evaluation)
+        self._space = OutputSpace(self._linearization.graph)
+        self._curvature = LossCurvature(self._space)
+        self.bypassed = self._curvature.bypassed
+        adds = self.bypassed and remainder == "hessian"
+        self._remainder = self._space.remainder() if adds else None
+
+    @cached_property
+    def _samples(self) -> Samples:
+        return Samples(self._space, self._curvature.coefficients)
+
+    def diagonal(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """An unbiased estimate of the diagonal of `J'B J`, without the remainder.
+
+        One backward pass gives `n_samples` random vectors `J'q` with `E[q q'] = B` (Bartlett's
+        second identity, with labels drawn from the model); the mean of their squares is the
+        estimate. Where `B` is not in closed form, `q` is the gradient of the loss by the outputs,
+        with a random sign for each sample, which makes it the diagonal of the empirical Fisher
+        matrix (the preconditioner of Martens 2010).
+
+        Args:
+            n_samples: Random vectors.
+            generator: Where they come from.
+
+        Returns:
+            Shape `(n,)`, not negative, regularization included.
+        """
+        self._linearization.check()
+        roots = [self._root(generator) for _ in range(n_samples)]
+        return self._linearization.diagonal(self._space.pull_each(roots))
+
+    def _root(self, generator: torch.Generator | None) -> list[Tensor | None]:
+        roots: list[Tensor | None] = []
+        for i, likelihood in enumerate(self._curvature.likelihoods):
+            if likelihood is None:
+                roots.append(self._samples.signed_root(i, generator))
+            else:
+                roots.append(likelihood.root(generator).to(self._space.tensors[i].dtype))
+        return roots
+
+    def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Tensors:
+        changes = self._space.push(tangents, batched)
+        products = self._space.pull(self._at_outputs(changes, batched), batched)
+        if self._remainder is None:
+            return products
+        others = self._space.remainder_product(self._remainder, tangents, batched)
+        return [
+            a if b is None else b if a is None else a + b
+            for a, b in zip(products, others, strict=True)
+        ]
+
+    def _at_outputs(self, changes: Tensors, batched: bool) -> Tensors:
+        """The product with `B`."""
+        return self._curvature.product(changes, batched)
