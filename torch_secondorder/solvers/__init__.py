@@ -1,0 +1,29 @@
+"""Linear solvers and preconditioners over matrix-free operators."""
+
+from torch_secondorder.solvers.base import Iterate, LinearSolver, SolveResult, SolveStatus
+from torch_secondorder.solvers.cg import CG
+from torch_secondorder.solvers.lanczos import Tridiagonal, lanczos
+from torch_secondorder.solvers.minres import Minres
+from torch_secondorder.solvers.preconditioners import (
+    Martens,
+    Nystrom,
+    NystromApproximation,
+    Preconditioner,
+    resolve_preconditioner,
+)
+
+__all__ = [
+    "CG",
+    "Iterate",
+    "LinearSolver",
+    "Martens",
+    "Minres",
+    "Nystrom",
+    "NystromApproximation",
+    "Preconditioner",
+    "SolveResult",
+    "SolveStatus",
+    "Tridiagonal",
+    "lanczos",
+    "resolve_preconditioner",
+]

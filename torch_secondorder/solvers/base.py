@@ -1,0 +1,95 @@
+"""What linear solvers take and give back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from torch_secondorder.curvature import LinearOperator
+
+__all__ = ["Iterate", "LinearSolver", "SolveResult", "SolveStatus", "check_system"]
+
+
+class SolveStatus(Enum):
+    """Why a solver stopped; the value says it in a sentence."""
+
+    CONVERGED = "The residual is as small as was asked for."
+    SLOW_PROGRESS = "The last iterations lowered the quadratic by too little to go on."
+    NEGATIVE_CURVATURE = "A direction of negative curvature was met."
+    BOUNDARY = "The solution lies at the trust radius."
+    MAX_ITERATIONS = "All iterations were done."
+    SINGULAR = "The system has no solution; x minimizes the residual as far as it can be lowered."
+    NONFINITE = "A product was not finite; x is the last finite iterate."
+
+
+class Iterate(NamedTuple):
+    """A point that a solver passed, and how far the quadratic had fallen there."""
+
+    x: Tensor
+    decrease: float
+
+
+@dataclass(frozen=True, slots=True)
+class SolveResult:
+    """The outcome of a solver for `A x = b`.
+
+    Attributes:
+        x: The solution found, shape `(n,)`, always finite.
+        status: Why the solver stopped.
+        iterations: Iterations done.
+        products: Products with `A`.
+        residual_norm: `|b - A x| / |b|` in the Euclidean norm, as far as the solver knows it.
+        decrease: `b'x - x'A x / 2`: how far the quadratic `x'A x / 2 - b'x` lies below zero.
+        length: The norm of `x` in the metric of the trust radius, where there is one, else 0.
+        negative_direction: A direction `p` with `p'A p <= 0`, where one was met.
+        negative_curvature: `p'A p / p'p` for it, else 0.
+        iterates: Earlier iterates that were kept, oldest first, `x` not among them.
+    """
+
+    x: Tensor
+    status: SolveStatus
+    iterations: int
+    products: int
+    residual_norm: float
+    decrease: float
+    length: float = 0.0
+    negative_direction: Tensor | None = None
+    negative_curvature: float = 0.0
+    iterates: tuple[Iterate, ...] = ()
+
+
+class LinearSolver(Protocol):
+    """Anything that solves `A x = b`; the classes here are frozen dataclasses without state."""
+
+    def __call__(
+        self,
+        A: LinearOperator,
+        b: Tensor,
+        *,
+        x0: Tensor | None = None,
+        preconditioner: LinearOperator | None = None,
+    ) -> SolveResult:
+        """Solves `A x = b`.
+
+        Args:
+            A: A symmetric operator.
+            b: Shape `(n,)`.
+            x0: Where to begin, shape `(n,)`; zero by default.
+            preconditioner: A positive definite operator close to the inverse of `A`.
+        """
+
+
+def check_system(
+    A: LinearOperator, b: Tensor, x0: Tensor | None, preconditioner: LinearOperator | None
+) -> None:
+    """Raises a ValueError unless all parts of a system are of one size."""
+    for name, vector in (("b", b), ("x0", x0)):
+        if vector is not None and vector.shape != (A.size,):
+            raise ValueError(f"{name} must have shape ({A.size},), got {tuple(vector.shape)}")
+    if preconditioner is not None and preconditioner.size != A.size:
+        raise ValueError(
+            f"the preconditioner is of size {preconditioner.size}, the operator of {A.size}"
+        )

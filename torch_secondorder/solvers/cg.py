@@ -1,0 +1,264 @@
+"""Preconditioned conjugate gradients, as second-order optimizers need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, inf, isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature import LinearOperator
+from torch_secondorder.solvers.base import Iterate, SolveResult, SolveStatus, check_system
+from torch_secondorder.vector import to_host
+
+__all__ = ["CG"]
+
+# Iterates are kept at iterations 5, 7, 9, 11, 15, ...: each 1.3 times the last (Martens 2010).
+_FIRST_KEPT, _SPACING = 5, 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class CG:
+    """Preconditioned conjugate gradients for `A x = b`, that is, for a minimum of `x'A x/2 - b'x`.
+
+    Differences from the textbook (Hestenes and Stiefel 1952):
+
+    - It may stop when the quadratic has stopped falling rather than when the residual is small, by
+      the rule of Martens 2010, "Deep learning via Hessian-free optimization".
+    - It stops at a direction of negative curvature, and at a trust radius (Steihaug 1983), measured
+      in the norm of the inverse preconditioner.
+    - The residual is computed anew every `recompute` iterations, for in float32 the recurrence
+      drifts.
+    - Scalars stay on the device, and are looked at once an iteration.
+
+    Args:
+        max_iterations: Most iterations.
+        tolerance: It ends where `|b - A x| <= tolerance |b|`.
+        progress: Martens' rule: it ends after iteration `i` where the last `k = max(10, i / 10)`
+            iterations lowered the quadratic by less than `k * progress` of what all together have;
+            0 for never.
+        slack: That rule applies only where `|b - A x| <= slack |b|`.
+        keep_iterates: Whether to keep some iterates on the way, for backtracking.
+        recompute: Iterations from one computation of the residual to the next; 0 for never.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> CG()(Diagonal(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 1.0])).x
+    tensor([1.0000, 0.2500])
+    """
+
+    max_iterations: int = 250
+    tolerance: float = 1e-6
+    progress: float = 0.0
+    slack: float = inf
+    keep_iterates: bool = False
+    recompute: int = 50
+
+    def __post_init__(self) -> None:
+        if self.max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations!r}")
+        if self.recompute < 0:
+            raise ValueError(f"recompute must be at least 0, got {self.recompute!r}")
+        for name in ("tolerance", "progress"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+
+    def __call__(
+        self,
+        A: LinearOperator,
+        b: Tensor,
+        *,
+        x0: Tensor | None = None,
+        preconditioner: LinearOperator | None = None,
+        radius: float | None = None,
+    ) -> SolveResult:
+        """Solves the system; see `LinearSolver`.
+
+        Args:
+            A: The operator.
+            b: Shape `(n,)`.
+            x0: The solver begins where the quadratic is least along it; zero by default.
+            preconditioner: Positive definite, close to the inverse of `A`.
+            radius: The trust radius; it needs a start at zero.
+
+        Raises:
+            ValueError: Shapes do not fit, the preconditioner is not positive definite, or both a
+                radius and a start were given.
+        """
+        check_system(A, b, x0, preconditioner)
+        if radius is not None and x0 is not None:
+            raise ValueError("a trust radius needs a start at zero: leave x0 out")
+        run = _Run(A, b, x0, preconditioner, radius)
+        quadratics, iterates = [run.quadratic], list[Iterate]()
+        next_kept = float(_FIRST_KEPT)
+        status = SolveStatus.CONVERGED if run.residual <= self._target(run) else None
+        while status is None:
+            status = run.iterate()
+            if self.recompute and run.count % self.recompute == 0 and status is None:
+                run.compute_residual()
+            quadratics.append(run.quadratic)
+            if status is None:
+                status = self._ending(run, quadratics)
+            if self.keep_iterates and status is None and run.count >= ceil(next_kept):
+                iterates.append(Iterate(run.x.clone(), -run.quadratic))
+                next_kept *= _SPACING
+        return run.result(status, iterates)
+
+    def _target(self, run: _Run) -> float:
+        return max(self.tolerance, torch.finfo(run.x.dtype).eps) * run.size_of_b
+
+    def _ending(self, run: _Run, quadratics: list[float]) -> SolveStatus | None:
+        if run.residual <= self._target(run):
+            return SolveStatus.CONVERGED
+        if self.progress and run.residual <= self.slack * run.size_of_b:
+            k = max(10, ceil(0.1 * run.count))
+            if run.count > k and quadratics[-1] < 0:
+                share = (quadratics[-1] - quadratics[-1 - k]) / quadratics[-1]
+                if share < k * self.progress:
+                    return SolveStatus.SLOW_PROGRESS
+        return SolveStatus.MAX_ITERATIONS if run.count >= self.max_iterations else None
+
+
+class _Run:
+    """The iteration: what lives on the device, and what the host knows of it.
+
+    Attributes:
+        x: The iterate.
+        count: Iterations done.
+        quadratic: `x'A x/2 - b'x`.
+        residual: `|b - A x|`.
+        size_of_b: `|b|`.
+    """
+
+    def __init__(
+        self,
+        A: LinearOperator,
+        b: Tensor,
+        x0: Tensor | None,
+        preconditioner: LinearOperator | None,
+        radius: float | None,
+    ) -> None:
+        self._A, self._b = A, b
+        self._preconditioner = preconditioner
+        self._radius = radius
+        self.count = 0
+        self._products = 0
+        self._negative: tuple[Tensor, float] | None = None
+        # Squares of norms in the metric of the inverse preconditioner, by recurrence: of x, of p,
+        # and their product (Conn, Gould and Toint 2000, section 7.5.1).
+        self._x_x = self._x_p = 0.0
+        if x0 is None:
+            self.x, self._r = torch.zeros_like(b), b.clone()
+        else:
+            # As far along it as is best: a step that was right elsewhere may be too long here.
+            image = self._multiply(x0)
+            curvature = x0 @ image
+            share = torch.where(curvature > 0, (b @ x0 / curvature).clamp(min=0), 0.0)
+            self.x, self._r = share * x0, b - share * image
+        self._p = self._preconditioned().clone()
+        self._r_z = self._r @ self._p
+        r_z, r_r, b_b, x_br = to_host(
+            self._r_z, self._r @ self._r, b @ b, self.x @ torch.add(b, self._r)
+        )
+        self._check(r_z, r_r)
+        self._host_r_z = self._p_p = r_z
+        self.residual, self.size_of_b = sqrt(r_r), sqrt(b_b)
+        self.quadratic = -0.5 * x_br
+
+    def iterate(self) -> SolveStatus | None:
+        """One iteration; says why it was the last one, if it was."""
+        image = self._multiply(self._p)
+        p_A_p = self._p @ image
+        # Where the curvature is not positive nothing moves, and it shows below.
+        alpha = torch.where(p_A_p > 0, self._r_z / p_A_p, 0.0)
+        self.x.addcmul_(self._p, alpha)
+        self._r.addcmul_(image, alpha, value=-1)
+        z = self._preconditioned()
+        r_z = self._r @ z
+        r_r = r_z if self._preconditioner is None else self._r @ self._r
+        curvature, step, new_r_z, new_r_r = to_host(p_A_p, alpha, r_z, r_r)
+        if not (isfinite(curvature) and isfinite(new_r_r)):
+            if step and isfinite(step):  # the product was finite, and what came of it is not
+                self.x.sub_(self._p, alpha=step)
+            return SolveStatus.NONFINITE
+        if curvature <= 0:
+            self._note_negative(curvature)
+            if self._radius is not None:
+                self._to_boundary(0.0, image)
+            return SolveStatus.NEGATIVE_CURVATURE
+        if self._radius is not None and self._beyond(step):
+            self._to_boundary(step, image)
+            return SolveStatus.BOUNDARY
+        self._check(new_r_z, new_r_r)
+        self.count += 1
+        self.quadratic -= 0.5 * step * self._host_r_z
+        self.residual = sqrt(new_r_r)
+        beta = new_r_z / self._host_r_z if self._host_r_z else 0.0
+        self._x_p = beta * (self._x_p + step * self._p_p)
+        self._p_p = new_r_z + beta * beta * self._p_p
+        torch.addcmul(z, self._p, r_z / self._r_z, out=self._p)
+        self._r_z, self._host_r_z = r_z, new_r_z
+        return None
+
+    def compute_residual(self) -> None:
+        """Puts the true residual in place of the one by recurrence."""
+        torch.sub(self._b, self._multiply(self.x), out=self._r)
+
+    def result(self, status: SolveStatus, iterates: list[Iterate]) -> SolveResult:
+        """What was found."""
+        decrease, r_r = to_host(0.5 * (self.x @ (self._b + self._r)), self._r @ self._r)
+        if status is SolveStatus.NONFINITE:  # so may be the residual
+            decrease, r_r = -self.quadratic, self.residual**2
+        direction, curvature = self._negative or (None, 0.0)
+        return SolveResult(
+            x=self.x,
+            status=status,
+            iterations=self.count,
+            products=self._products,
+            residual_norm=sqrt(r_r) / self.size_of_b if self.size_of_b else sqrt(r_r),
+            decrease=decrease,
+            length=sqrt(self._x_x),
+            negative_direction=direction,
+            negative_curvature=curvature,
+            iterates=tuple(iterates),
+        )
+
+    def _multiply(self, v: Tensor) -> Tensor:
+        self._products += 1
+        return self._A.matvec(v)
+
+    def _preconditioned(self) -> Tensor:
+        return self._r if self._preconditioner is None else self._preconditioner.matvec(self._r)
+
+    def _check(self, r_z: float, r_r: float) -> None:
+        if r_z < 0 < r_r:
+            raise ValueError("the preconditioner is not positive definite: r'P r < 0 for some r")
+
+    def _note_negative(self, curvature: float) -> None:
+        (square,) = to_host(self._p @ self._p)
+        self._negative = self._p, curvature / square if square else 0.0
+
+    def _beyond(self, step: float) -> bool:
+        """Whether a step along `p` crosses the trust radius; notes the new norm if not."""
+        assert self._radius is not None
+        x_x = self._x_x + 2 * step * self._x_p + step * step * self._p_p
+        if x_x >= self._radius**2:
+            return True
+        self._x_x = x_x
+        return False
+
+    def _to_boundary(self, step: float, image: Tensor) -> None:
+        """Moves `x`, which has gone `step` along `p`, to where that line meets the radius."""
+        assert self._radius is not None
+        room = max(self._radius**2 - self._x_x, 0.0)
+        root = sqrt(self._x_p**2 + self._p_p * room)
+        # The larger root, written without cancellation.
+        tau = room / (self._x_p + root) if self._x_p > 0 else (root - self._x_p) / self._p_p
+        self.x.add_(self._p, alpha=tau - step)
+        self._r.sub_(image, alpha=tau - step)
+        self._x_x = self._radius**2
+        self.count += 1

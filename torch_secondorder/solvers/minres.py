@@ -1,0 +1,104 @@
+"""MINRES: symmetric systems that need not be definite, or even regular."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from torch_secondorder.curvature import LinearOperator
+from torch_secondorder.solvers.base import SolveResult, SolveStatus, check_system
+from torch_secondorder.solvers.minres_iteration import MinresIteration
+
+__all__ = ["Minres"]
+
+
+@dataclass(frozen=True, slots=True)
+class Minres:
+    """Minimizes `|b - A x|` over Krylov spaces that grow by one product with `A` per iteration.
+
+    The method of Paige and Saunders 1975. `A` may be indefinite or singular. If `A x = b` has no
+    solution, the result is one of the `x` whose residual is smallest, generally not the shortest
+    of them (Choi, Paige and Saunders 2011).
+
+    Every residual `r` on the way is tested for `r'A r <= 0`, at the cost of no further product
+    (Liu and Roosta 2022). Where that holds, `A` is not positive definite, and the quadratic
+    `x'A x / 2 - b'x` falls along `r` without end. Up to there, from `x0 = 0`, it falls and `|x|`
+    grows with every iteration. With a preconditioner `M` the direction tested is `M r`.
+
+    Args:
+        max_iterations: The most iterations.
+        tolerance: Residual to reach, `|b - A x| / |b|` in the Euclidean norm, in [0, 1). Machine
+            epsilon takes its place where that is larger. The residual is known by recursion; the
+            true one also has the rounding of the process in it, up to machine epsilon times the
+            condition of `A`.
+        stop_at_negative_curvature: Whether to stop at a direction of negative curvature, with the
+            iterate before it. If not, the indefinite system is solved.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from torch_secondorder.curvature import Diagonal
+        >>> A = Diagonal(torch.tensor([2.0, -4.0]))
+        >>> b = torch.tensor([1.0, 1.0])
+        >>> result = Minres()(A, b)
+        >>> result.status.name, result.negative_direction, round(result.negative_curvature, 4)
+        ('NEGATIVE_CURVATURE', tensor([1., 1.]), -1.0)
+        >>> result = Minres(stop_at_negative_curvature=False)(A, b)
+        >>> result.status.name, result.iterations, [round(x, 4) for x in result.x.tolist()]
+        ('CONVERGED', 2, [0.5, -0.25])
+    """
+
+    max_iterations: int = 250
+    tolerance: float = 1e-6
+    stop_at_negative_curvature: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_iterations, int) or self.max_iterations < 1:
+            raise ValueError(
+                f"max_iterations must be an integer of at least 1, got {self.max_iterations!r}"
+            )
+        if not (isinstance(self.tolerance, (int, float)) and 0.0 <= self.tolerance < 1.0):
+            raise ValueError(f"tolerance must lie in [0, 1), got {self.tolerance!r}")
+
+    def __call__(
+        self,
+        A: LinearOperator,
+        b: Tensor,
+        *,
+        x0: Tensor | None = None,
+        preconditioner: LinearOperator | None = None,
+    ) -> SolveResult:
+        """Solves `A x = b`; see `LinearSolver`.
+
+        The host waits for the device once per iteration, once more where the curvature looks
+        negative, and once each at the beginning and the end.
+
+        Args:
+            A: A symmetric operator.
+            b: Shape `(n,)`.
+            x0: Where to begin, shape `(n,)`; zero by default.
+            preconditioner: A positive definite operator `M` close to the inverse of `A`. What
+                falls with every iteration is then `r'M r`; `tolerance` is still about `|r|`.
+
+        Returns:
+            One of the statuses CONVERGED, NEGATIVE_CURVATURE, MAX_ITERATIONS, SINGULAR and
+            NONFINITE. SINGULAR says that the next step would change the residual by rounding, about
+            `eps |A|` times its length, rather than reduce it, or that the curvature along the
+            residual is zero; a consistent system whose condition is beyond the precision is not
+            told from an inconsistent one. What `x` has of the null space is then arbitrary, and
+            `decrease` may be negative. Where `b` is zero, so is `x`.
+
+        Raises:
+            ValueError: If shapes do not fit, `b` or `x0` is not finite, or the preconditioner
+                turns out not to be positive definite.
+        """
+        check_system(A, b, x0, preconditioner)
+        run = MinresIteration(A, b.detach(), None if x0 is None else x0.detach(), preconditioner)
+        target = max(self.tolerance, run.precision)
+        status = run.begin(target)
+        while status is None and run.iterations < self.max_iterations:
+            status = run.iterate(target, self.stop_at_negative_curvature)
+        return run.result(status or SolveStatus.MAX_ITERATIONS)

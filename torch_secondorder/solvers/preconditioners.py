@@ -1,0 +1,240 @@
+"""Preconditioners: learned from an operator now and then, damped as the system is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature import Diagonal, GaussNewton, LinearOperator
+
+__all__ = [
+    "Martens",
+    "Nystrom",
+    "NystromApproximation",
+    "Preconditioner",
+    "resolve_preconditioner",
+]
+
+
+class Preconditioner(ABC):
+    """Something close to the inverse of `A + damping I`, kept from one system to the next."""
+
+    @abstractmethod
+    def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:
+        """Learns from a new operator `A`; returns how many products with it that took."""
+
+    @abstractmethod
+    def inverse(self, damping: float) -> LinearOperator:
+        """An approximation of `(A + damping I)^-1`, positive definite."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept between systems: tensors and numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; empty for nothing."""
+
+
+class Martens(Preconditioner):
+    """The diagonal `(d + damping)^power` of Martens 2010, section 4.7.
+
+    There `d` is the sum of the squares of the samples' gradients, which takes a pass for each
+    sample. Here it is estimated from random vectors, see `GaussNewton.diagonal`.
+
+    Args:
+        power: Below one, for the diagonal is a poor approximation of the matrix.
+        n_samples: Random vectors for each operator; they cost a backward pass each.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, power: float = 0.75, n_samples: int = 4) -> None:
+        if not 0 < power <= 1:
+            raise ValueError(f"power must lie in (0, 1], got {power!r}")
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+        self._power = power
+        self._n_samples = n_samples
+        self._diagonal: Tensor | None = None
+
+    def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:
+        """See `Preconditioner.refresh`.
+
+        Raises:
+            TypeError: The operator is neither `GaussNewton` nor `Fisher`.
+        """
+        if not isinstance(operator, GaussNewton):
+            raise TypeError(
+                f"the preconditioner 'martens' is made from model outputs, which "
+                f"{type(operator).__name__} does not know; use curvature='ggn', or 'nystrom'"
+            )
+        self._diagonal = operator.diagonal(self._n_samples, generator)
+        return self._n_samples
+
+    def inverse(self, damping: float) -> LinearOperator:
+        """See `Preconditioner.inverse`."""
+        assert self._diagonal is not None
+        damped = self._diagonal + damping
+        # Where no sample has anything to say and nothing is damped, there is no scale to go by.
+        damped.clamp_(min=torch.finfo(damped.dtype).tiny ** 0.5)
+        return Diagonal(damped.pow_(-self._power))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Preconditioner.state_dict`; it is made anew for each operator."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Preconditioner.load_state_dict`."""
+        self._diagonal = None
+
+
+class Nystrom(Preconditioner):
+    """A randomized low-rank approximation of the operator, see `NystromApproximation`.
+
+    Frangella, Tropp and Udell 2023, "Randomized Nystrom preconditioning"; used for Newton-CG by
+    Rathore et al. 2024, "Challenges in training PINNs: a loss landscape perspective".
+
+    Args:
+        rank: Columns; the sketch takes as many products.
+        period: Operators that one sketch serves.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, rank: int = 60, period: int = 20) -> None:
+        for name, value in (("rank", rank), ("period", period)):
+            if value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        self._rank = rank
+        self._period = period
+        self._age = 0
+        self._sketch: NystromApproximation | None = None
+
+    def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:
+        """See `Preconditioner.refresh`."""
+        if self._sketch is not None and self._sketch.size == operator.size:
+            self._age += 1
+            if self._age < self._period:
+                return 0
+        rank = min(self._rank, operator.size)
+        self._sketch = NystromApproximation.of(operator, rank, generator)
+        self._age = 0
+        return rank
+
+    def inverse(self, damping: float) -> LinearOperator:
+        """See `Preconditioner.inverse`."""
+        assert self._sketch is not None
+        return _NystromInverse(self._sketch, damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Preconditioner.state_dict`."""
+        if self._sketch is None:
+            return {}
+        return {"age": self._age, "vectors": self._sketch.vectors, "values": self._sketch.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Preconditioner.load_state_dict`."""
+        self._age = state.get("age", 0)
+        self._sketch = NystromApproximation(state["vectors"], state["values"]) if state else None
+
+
+class NystromApproximation(LinearOperator):
+    """`A ~ U L U'`, the Nystrom approximation from products with a few random vectors.
+
+    Args:
+        vectors: `U`, orthonormal columns, shape `(n, k)`.
+        values: `L`, not negative, descending, shape `(k,)`.
+
+    >>> A = Diagonal(torch.tensor([9.0, 4.0, 0.0], dtype=torch.float64))
+    >>> NystromApproximation.of(A, 2).values.round(decimals=6)
+    tensor([9., 4.], dtype=torch.float64)
+    """
+
+    def __init__(self, vectors: Tensor, values: Tensor) -> None:
+        self.vectors = vectors
+        self.values = values
+        self.size, self.dtype, self.device = len(vectors), vectors.dtype, vectors.device
+
+    @classmethod
+    def of(
+        cls, A: LinearOperator, rank: int, generator: torch.Generator | None = None
+    ) -> NystromApproximation:
+        """Sketches an operator with `rank` products, in one `matmat`.
+
+        A shift makes what is factored positive definite (Tropp et al. 2017, algorithm 3); where the
+        operator is indefinite it lifts the lowest value seen to zero.
+
+        Raises:
+            RuntimeError: A product was not finite.
+        """
+        dtype, device = A.dtype, A.device
+        where = device if generator is None else generator.device
+        test = torch.randn(A.size, rank, dtype=dtype, device=where, generator=generator).to(device)
+        basis = torch.linalg.qr(test).Q
+        image = A.matmat(basis)
+        core = (basis.T @ image).double()
+        core = (core + core.T) / 2
+        if not bool(torch.isfinite(core).all()):
+            raise RuntimeError("a product of the Nystrom sketch was not finite")
+        size = float(torch.linalg.matrix_norm(core, 2))
+        lowest = float(torch.linalg.eigvalsh(core)[0])
+        shift = max(torch.finfo(dtype).eps * size * 10, torch.finfo(dtype).tiny)
+        if lowest < shift:
+            shift += max(-lowest, 0.0)
+        identity = torch.eye(rank, dtype=core.dtype, device=device)
+        factor = torch.linalg.cholesky(core + shift * identity)
+        shifted = image.add(basis, alpha=shift)
+        half = torch.linalg.solve_triangular(factor.T.to(dtype), shifted, upper=True, left=False)
+        vectors, roots, _ = torch.linalg.svd(half, full_matrices=False)
+        return cls(vectors, (roots.square() - shift).clamp_(min=0.0))
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """See `LinearOperator.matvec`."""
+        return self.vectors @ (self.values * (self.vectors.T @ v))
+
+
+class _NystromInverse(LinearOperator):
+    """`(l + damping) U (L + damping I)^-1 U' + (I - U U')` with the smallest value `l` of `L`."""
+
+    def __init__(self, sketch: NystromApproximation, damping: float) -> None:
+        self.size, self.dtype, self.device = sketch.size, sketch.dtype, sketch.device
+        self._vectors = sketch.vectors
+        largest, smallest = sketch.values[0], sketch.values[-1]
+        shift = damping + torch.finfo(largest.dtype).eps * largest
+        self._excess = (smallest + shift) / (sketch.values + shift) - 1
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """See `LinearOperator.matvec`."""
+        return torch.addmv(v, self._vectors, self._excess * (self._vectors.T @ v))
+
+
+_NAMED: dict[str, Callable[[], Preconditioner]] = {"martens": Martens, "nystrom": Nystrom}
+
+
+def resolve_preconditioner(spec: str | Preconditioner | None) -> Preconditioner | None:
+    """The preconditioner that `spec` names.
+
+    Args:
+        spec: `"martens"`, `"nystrom"`, an instance (returned as it is), or None for none.
+
+    Raises:
+        ValueError: The name is unknown.
+        TypeError: It is neither a name, nor an instance, nor None.
+    """
+    if spec is None or isinstance(spec, Preconditioner):
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(
+            f"a preconditioner is a name, an instance such as Nystrom(), or None, got {spec!r}"
+        )
+    if spec not in _NAMED:
+        names = ", ".join(map(repr, _NAMED))
+        raise ValueError(f"unknown preconditioner {spec!r}; known: {names}, or None for none")
+    return _NAMED[spec]()
