@@ -2,13 +2,14 @@
 
 from torch_secondorder.capture import mark_outputs
 from torch_secondorder.objective import FunctionalObjective
-from torch_secondorder.optim import LBFGS, SecondOrderOptimizer, StepInfo, StepStatus
+from torch_secondorder.optim import LBFGS, NewtonCG, SecondOrderOptimizer, StepInfo, StepStatus
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LBFGS",
     "FunctionalObjective",
+    "NewtonCG",
     "SecondOrderOptimizer",
     "StepInfo",
     "StepStatus",

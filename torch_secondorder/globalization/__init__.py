@@ -1,6 +1,7 @@
-"""Globalization: how far to go along a direction."""
+"""Globalization: how far to go along a direction, and how far to trust a model."""
 
 from torch_secondorder.globalization.backtracking import Armijo, FixedStep
+from torch_secondorder.globalization.damping import LevenbergMarquardt
 from torch_secondorder.globalization.hager_zhang import HagerZhang
 from torch_secondorder.globalization.line_search import (
     LineSearch,
@@ -11,16 +12,19 @@ from torch_secondorder.globalization.line_search import (
 )
 from torch_secondorder.globalization.named import resolve_line_search
 from torch_secondorder.globalization.strong_wolfe import StrongWolfe
+from torch_secondorder.globalization.trust_region import TrustRegion
 
 __all__ = [
     "Armijo",
     "FixedStep",
     "HagerZhang",
+    "LevenbergMarquardt",
     "LineSearch",
     "Phi",
     "SearchResult",
     "SearchStatus",
     "StrongWolfe",
     "Trial",
+    "TrustRegion",
     "resolve_line_search",
 ]

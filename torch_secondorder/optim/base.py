@@ -90,8 +90,12 @@ class SecondOrderOptimizer(Optimizer):
                 f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
                 f"closure:\n{STANDARD_CLOSURE}"
             )
+        return self._run(self._objective(closure))
+
+    def _run(self, objective: Objective) -> Tensor:
+        """Performs one step on an objective."""
         # The objective notes a surrounding autocast for the closure; our sums are not to be cast.
-        with torch.no_grad(), self._objective(closure) as objective, ExitStack() as stack:
+        with torch.no_grad(), objective, ExitStack() as stack:
             for device_type in objective.autocast:
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             loss = self._step(objective)
@@ -117,7 +121,7 @@ class SecondOrderOptimizer(Optimizer):
         """The largest of the groups'; the others are relative to it through the vector's scale."""
         return max(float(group["lr"]) for group in self.param_groups)
 
-    def _objective(self, closure: Any) -> Objective:
+    def _objective(self, closure: Any, curvature_closure: Any = None) -> Objective:
         groups = self.param_groups
         maximize = {bool(group["maximize"]) for group in groups}
         if len(maximize) > 1:
@@ -135,8 +139,14 @@ class SecondOrderOptimizer(Optimizer):
         )
         master = self._model_state.get("master")
         if isinstance(closure, FunctionalObjective):
+            if curvature_closure is not None:
+                raise TypeError(
+                    "a curvature_closure goes with a closure, not with a FunctionalObjective"
+                )
             return closure.bind(vector, regularization, master)
-        return ClosureObjective(closure, vector, regularization, master, self._surroundings)
+        return ClosureObjective(
+            closure, vector, regularization, master, self._surroundings, curvature_closure
+        )
 
     def _per_parameter(self, name: str) -> list[float]:
         """A group hyperparameter, repeated for each trainable parameter."""

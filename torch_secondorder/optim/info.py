@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from torch_secondorder.globalization import SearchStatus
+from torch_secondorder.solvers import SolveStatus
 
 __all__ = ["StepInfo", "StepStatus"]
 
@@ -33,6 +34,9 @@ class StepStatus(Enum):
         "loss or gradient at the start of the step is not finite; the parameters were left alone "
         "and the history was dropped"
     )
+    NONFINITE_PRODUCTS = (
+        "products with the curvature were not finite; the parameters are at the best point found"
+    )
     NONFINITE_TRIALS = (
         "every trial gave a non-finite loss or gradient, even close to the best point found, where "
         "the parameters are; the history was dropped"
@@ -57,6 +61,14 @@ class StepInfo:
         skipped_pairs: Pairs that failed the curvature test and were left out of the history.
         damped_pairs: Pairs that were changed by Powell's damping.
         history_reset: Why the history was dropped during the step; empty if it was not.
+        products: Products with the curvature; those by finite differences show as evaluations.
+        solver_status: How the last linear solver ended; None without one.
+        solver_iterations: Iterations of linear solvers.
+        gain_ratio: What the loss fell by in the last move, over what the quadratic model promised;
+            None where that is no number.
+        damping: The damping that the next system begins with; 0 without any.
+        trust_radius: The radius that the next model begins with; 0 without one.
+        negative_curvature: The lowest curvature `p'A p / p'p` along a direction met, if negative.
     """
 
     status: StepStatus
@@ -71,3 +83,10 @@ class StepInfo:
     skipped_pairs: int = 0
     damped_pairs: int = 0
     history_reset: str = ""
+    products: int = 0
+    solver_status: SolveStatus | None = None
+    solver_iterations: int = 0
+    gain_ratio: float | None = None
+    damping: float = 0.0
+    trust_radius: float = 0.0
+    negative_curvature: float = 0.0

@@ -1,0 +1,70 @@
+"""The radius within which a quadratic model is trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+__all__ = ["TrustRegion"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrustRegion:
+    """The textbook's rule (Nocedal and Wright 2006, algorithm 4.1).
+
+    Args:
+        initial: The radius to begin with.
+        shrink: Factor for a step that kept too little of its promise.
+        grow: Factor for a good step that was held back by the radius.
+        poor: Gain ratio below which the radius shrinks.
+        good: Gain ratio above which it may grow.
+        accept: Gain ratio above which a step is taken.
+        largest: The largest radius.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    >>> rule = TrustRegion()
+    >>> rule.updated(1.0, gain_ratio=0.9, length=1.0), rule.updated(1.0, gain_ratio=0.9, length=0.5)
+    (2.0, 1.0)
+    >>> rule.updated(1.0, gain_ratio=-3.0, length=0.8)
+    0.2
+    """
+
+    initial: float = 1.0
+    shrink: float = 0.25
+    grow: float = 2.0
+    poor: float = 0.25
+    good: float = 0.75
+    accept: float = 1e-4
+    largest: float = 1e20
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.initial <= self.largest < inf:
+            raise ValueError(
+                "the radius must be positive and finite, with initial <= largest, got "
+                f"{self.initial!r}, {self.largest!r}"
+            )
+        if not 0.0 < self.shrink < 1.0 < self.grow < inf:
+            raise ValueError(
+                f"shrink must lie in (0, 1) and grow above 1, got {self.shrink!r} and {self.grow!r}"
+            )
+        if not 0.0 <= self.accept < self.poor < self.good:
+            raise ValueError(
+                "gain ratios need 0 <= accept < poor < good, got "
+                f"{self.accept!r}, {self.poor!r}, {self.good!r}"
+            )
+
+    def updated(self, radius: float, gain_ratio: float, length: float) -> float:
+        """The radius for the next model.
+
+        Args:
+            radius: That of the last one.
+            gain_ratio: What the loss fell by over what the model promised; may be NaN.
+            length: Of the last step, in the norm of the radius.
+        """
+        if not gain_ratio >= self.poor:
+            return self.shrink * min(radius, length)
+        if gain_ratio > self.good and length >= 0.99 * radius:
+            return min(self.grow * radius, self.largest)
+        return radius

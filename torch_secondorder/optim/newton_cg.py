@@ -1,0 +1,368 @@
+"""Newton's method with linear systems solved by conjugate gradients, without a Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature import (
+    FiniteDifference,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    LinearOperator,
+)
+from torch_secondorder.evaluation import Evaluation, Objective
+from torch_secondorder.globalization import (
+    LevenbergMarquardt,
+    LineSearch,
+    TrustRegion,
+    resolve_line_search,
+)
+from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, check_size
+from torch_secondorder.optim.info import StepInfo, StepStatus
+from torch_secondorder.optim.newton_iteration import Iteration, Settings
+from torch_secondorder.optim.newton_model import Memory, Point
+from torch_secondorder.solvers import (
+    LinearSolver,
+    Minres,
+    Preconditioner,
+    resolve_preconditioner,
+)
+from torch_secondorder.vector import ParameterVector
+
+__all__ = ["NewtonCG"]
+
+_CURVATURES = ("ggn", "hessian", "fisher", "empirical_fisher")
+_PRODUCTS = ("autograd", "finite_difference")
+Factory = Callable[[Evaluation], LinearOperator]
+Globalization = LevenbergMarquardt | TrustRegion | LineSearch
+
+
+class NewtonCG(SecondOrderOptimizer):
+    """Newton-CG, also known as Hessian-free optimization.
+
+    In each iteration the loss is modelled by a quadratic, with the curvature known only through
+    products with vectors; conjugate gradients minimize it, and damping, a trust radius or a line
+    search decides how much of the result is taken. The closure is the standard one.
+
+    References: Martens 2010, "Deep learning via Hessian-free optimization"; Steihaug 1983, "The
+    conjugate gradient method and trust regions in large scale optimization".
+
+    Args:
+        params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
+        lr: The share of each solution that is tried first; 1 for Newton's step. Where groups
+            differ, each group's part of the metric is scaled by its share of the largest.
+        curvature: `"ggn"` for the Gauss-Newton matrix, which is positive semidefinite for convex
+            losses; `"hessian"`; `"fisher"` (labels drawn from the model) or `"empirical_fisher"`;
+            or a function that takes an `Evaluation` and returns a `LinearOperator`.
+        max_iter: Iterations per `step()`. More than one make sense on the full data only.
+        globalization: `"damping"` for Levenberg-Marquardt damping, `"trust_region"`,
+            `"line_search"`, or an instance (`LevenbergMarquardt`, `TrustRegion`, a `LineSearch`).
+            By default a trust region for the Hessian, and damping for all others.
+        damping: With damping what it begins with, 1 by default; else what is constantly added to
+            the curvature, 0 by default.
+        preconditioner: `"martens"`, `"nystrom"`, a `Preconditioner`, or None.
+        solver: `"cg"`, `"minres"`, or a `LinearSolver`. A trust region needs conjugate gradients.
+        max_cg_iter: Most iterations of the solver for one system.
+        tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
+            times the largest entry seen so far where that is below one.
+        tolerance_change: The step ends once an iteration changes both the loss and the parameters
+            by no more than this, relative to their size.
+        weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
+        maximize: Whether to maximize the closure's loss.
+        curvature_products: `"autograd"`, or `"finite_difference"` for models with operations that
+            cannot be differentiated twice. Differences of gradients are products with the Hessian
+            of the whole loss, whatever `curvature` says.
+        seed: Of the random numbers used by `"fisher"` and preconditioners.
+
+    Raises:
+        TypeError: A parameter is neither floating-point nor complex, or a strategy of a wrong type.
+        ValueError: A hyperparameter is out of range, or a name unknown.
+
+    >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = NewtonCG([x], curvature="hessian", max_iter=50)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+    ...     loss.backward()
+    ...     return loss
+    >>> round(float(optimizer.step(closure)), 6)
+    24.2
+    >>> optimizer.info.status.name, [round(v, 6) for v in x.tolist()]
+    ('CONVERGED_GRADIENT', [1.0, 1.0])
+    """
+
+    _recognized_by = "max_cg_iter"
+    _carried = (
+        *SecondOrderOptimizer._carried,
+        "curvature",
+        "curvature_products",
+        "globalization",
+        "preconditioner",
+        "solver",
+        "_constant_damping",
+        "_seed",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        curvature: str | Factory = "ggn",
+        max_iter: int = 1,
+        *,
+        globalization: str | Globalization | None = None,
+        damping: float | None = None,
+        preconditioner: str | Preconditioner | None = None,
+        solver: str | LinearSolver = "cg",
+        max_cg_iter: int = 250,
+        tolerance_grad: float | None = None,
+        tolerance_change: float = 1e-9,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        curvature_products: str = "autograd",
+        seed: int = 0,
+    ) -> None:
+        check_number("max_iter", max_iter, low=1, integer=True)
+        check_number("max_cg_iter", max_cg_iter, low=1, integer=True)
+        check_number("tolerance_change", tolerance_change, low=0.0)
+        for name, value in (("tolerance_grad", tolerance_grad), ("damping", damping)):
+            if value is not None:
+                check_number(name, value, low=0.0)
+        if not callable(curvature) and curvature not in _CURVATURES:
+            raise ValueError(
+                f"unknown curvature {curvature!r}; known: {', '.join(map(repr, _CURVATURES))}, or "
+                "a function from an Evaluation to a LinearOperator"
+            )
+        if curvature_products not in _PRODUCTS:
+            raise ValueError(
+                f"curvature_products is 'autograd' or 'finite_difference', got "
+                f"{curvature_products!r}"
+            )
+        self.curvature = curvature
+        self.curvature_products = curvature_products
+        uses_hessian = curvature == "hessian" or curvature_products == "finite_difference"
+        self.globalization = _resolve_globalization(globalization, damping, uses_hessian)
+        self.preconditioner = resolve_preconditioner(preconditioner)
+        self.solver = _resolve_solver(solver, max_cg_iter)
+        if self.solver is not None and isinstance(self.globalization, TrustRegion):
+            raise ValueError(
+                f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"
+            )
+        self._constant_damping = damping or 0.0
+        check_number("seed", seed, low=0, integer=True)
+        self._seed = seed
+        self._generator: torch.Generator | None = None  # made where the parameters are
+        self._largest_gradient = 0.0
+        self._memory = self._fresh_memory()
+        defaults = {
+            "lr": lr,
+            "max_iter": max_iter,
+            "max_cg_iter": max_cg_iter,
+            "tolerance_grad": tolerance_grad,
+            "tolerance_change": tolerance_change,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def step(  # type: ignore[override]
+        self, closure: Any = None, curvature_closure: Callable[[], Any] | None = None
+    ) -> Tensor:
+        """Performs one step.
+
+        Args:
+            closure: The standard closure (zero the gradients, compute the loss, call `backward()`,
+                return the loss), or a `FunctionalObjective`. It gives loss and gradient.
+            curvature_closure: Another closure that the products come from, for instance of the same
+                loss on a part of the batch; the same one by default.
+
+        Returns:
+            The closure's loss at the start of the step, detached.
+
+        Raises:
+            RuntimeError: There is no closure, no gradient reached the parameters, no model output
+                was found, or an operation has no second derivative.
+            TypeError: The closure returned something else than a loss.
+            ValueError: The closure's loss is not a scalar, or a `curvature_closure` was given where
+                products are finite differences.
+        """
+        if curvature_closure is None or closure is None:
+            return super().step(closure)
+        if self.curvature_products == "finite_difference":
+            raise ValueError(
+                "curvature_closure does not go with curvature_products='finite_difference': its "
+                "products are differences of the closure's own gradients"
+            )
+        return self._run(self._objective(closure, curvature_closure))
+
+    def _step(self, objective: Objective) -> Tensor:
+        captures = self.curvature_products == "autograd"
+        evaluation = objective.evaluate(curvature=captures)
+        start = Point.of(evaluation)
+        # A copy: a closure may use one tensor for all its losses.
+        returned = evaluation.closure_loss.clone()
+        if not start.finite:
+            objective.abandon()
+            self._memory.direction = None
+            self.info = StepInfo(
+                StepStatus.NONFINITE_START,
+                start.loss,
+                start.loss,
+                start.grad_norm,
+                evaluations=objective.evaluations,
+            )
+            return returned
+        self._largest_gradient = max(self._largest_gradient, start.grad_norm)
+        iteration = Iteration(objective, self._settings(objective.vector), self._memory, start)
+        status = iteration.run()
+        self._report(iteration, status, start.loss, objective.evaluations)
+        return returned
+
+    def _report(
+        self, iteration: Iteration, status: StepStatus, loss: float, evaluations: int
+    ) -> None:
+        tally, memory = iteration.tally, self._memory
+        trusts = isinstance(self.globalization, TrustRegion)
+        self.info = StepInfo(
+            status=status,
+            loss=loss,
+            loss_after=iteration.point.loss,
+            grad_norm=iteration.point.grad_norm,
+            iterations=iteration.count,
+            evaluations=evaluations,
+            step_length=iteration.step_length,
+            search_status=iteration.search_status,
+            nonfinite_trials=tally.nonfinite,
+            products=tally.products,
+            solver_status=tally.solver_status,
+            solver_iterations=tally.solver_iterations,
+            gain_ratio=iteration.gain_ratio if isfinite(iteration.gain_ratio) else None,
+            damping=memory.damping,
+            trust_radius=memory.radius if trusts else 0.0,
+            negative_curvature=tally.negative_curvature,
+        )
+
+    def _settings(self, vector: ParameterVector) -> Settings:
+        group = self.param_groups[0]
+        tolerance_grad = group["tolerance_grad"]
+        if tolerance_grad is None:
+            tolerance_grad = 1e-7 * min(1.0, self._largest_gradient)
+        if self._generator is None or self._generator.device.type != vector.device.type:
+            self._generator = torch.Generator(vector.device).manual_seed(self._seed)
+        return Settings(
+            lr=self._learning_rate,
+            max_iter=group["max_iter"],
+            tolerance_grad=tolerance_grad,
+            tolerance_change=group["tolerance_change"],
+            max_cg_iter=group["max_cg_iter"],
+            rule=self.globalization,
+            solver=self.solver,
+            preconditioner=self.preconditioner,
+            operator=self._operator,
+            captures=self.curvature_products == "autograd",
+            generator=self._generator,
+        )
+
+    def _operator(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
+        """The curvature at an evaluated point."""
+        if self.curvature_products == "finite_difference":
+            return FiniteDifference(objective)
+        if callable(self.curvature):
+            return self.curvature(evaluation)
+        if self.curvature == "hessian":
+            return Hessian(evaluation)
+        if self.curvature == "ggn":
+            return GaussNewton(evaluation)
+        if self.curvature == "empirical_fisher":
+            return Fisher(evaluation, labels="empirical")
+        return Fisher(evaluation, generator=self._generator)
+
+    # State.
+
+    def _forget(self, reason: str) -> None:
+        self._memory = self._fresh_memory()
+        if self.preconditioner is not None:
+            self.preconditioner.load_state_dict({})
+
+    def _fresh_memory(self) -> Memory:
+        rule = self.globalization
+        damping = rule.initial if isinstance(rule, LevenbergMarquardt) else self._constant_damping
+        return Memory(damping, rule.initial if isinstance(rule, TrustRegion) else 0.0)
+
+    def _export_state(self) -> dict[str, Any]:
+        memory = self._memory
+        state: dict[str, Any] = {
+            "damping": memory.damping,
+            "radius": memory.radius,
+            "length": memory.length,
+            "largest_gradient": self._largest_gradient,
+        }
+        if memory.direction is not None:
+            state["direction"] = memory.direction.clone()
+        if self._generator is not None:
+            state["generator"] = self._generator.get_state()
+        if self.preconditioner is not None:
+            state["preconditioner"] = self.preconditioner.state_dict()
+        return state
+
+    def _import_state(self, state: dict[str, Any]) -> None:
+        self._generator = None
+        self._largest_gradient = state.get("largest_gradient", 0.0)
+        self._memory = self._fresh_memory()
+        if self.preconditioner is not None:
+            self.preconditioner.load_state_dict(state.get("preconditioner", {}))
+        if "damping" not in state:
+            return
+        self._memory = Memory(state["damping"], state["radius"], None, state["length"])
+        vector = ParameterVector(self._trainable or self.param_groups[0]["params"])
+        direction = state.get("direction")
+        if direction is not None:
+            check_size(direction.numel(), vector)
+            self._memory.direction = direction.to(vector.device, vector.dtype)
+        if "generator" in state:
+            generator = torch.Generator(vector.device)
+            generator.set_state(state["generator"].cpu())
+            self._generator = generator
+
+
+def _resolve_globalization(
+    spec: str | Globalization | None, damping: float | None, uses_hessian: bool
+) -> Globalization:
+    """What `globalization` says."""
+    if spec is None:
+        spec = "trust_region" if uses_hessian else "damping"
+    if spec == "damping":
+        return LevenbergMarquardt() if damping is None else LevenbergMarquardt(initial=damping)
+    if spec == "trust_region":
+        return TrustRegion()
+    if spec == "line_search":
+        return resolve_line_search("armijo")
+    if isinstance(spec, str):
+        raise ValueError(
+            f"unknown globalization {spec!r}; known: 'damping', 'trust_region', 'line_search', or "
+            "an instance"
+        )
+    if isinstance(spec, LevenbergMarquardt) and damping is not None:
+        raise ValueError("the damping to begin with is LevenbergMarquardt's own: leave damping out")
+    if isinstance(spec, (LevenbergMarquardt, TrustRegion)):
+        return spec
+    return resolve_line_search(spec)
+
+
+def _resolve_solver(spec: str | LinearSolver, max_iterations: int) -> LinearSolver | None:
+    """What `solver` says; None for conjugate gradients as each iteration needs them."""
+    if spec == "cg":
+        return None
+    if spec == "minres":
+        return Minres(max_iterations)
+    if isinstance(spec, str):
+        raise ValueError(f"unknown solver {spec!r}; known: 'cg', 'minres', or an instance")
+    if isinstance(spec, type) or not callable(spec):
+        raise TypeError(f"a solver is a name or an instance such as Minres(), got {spec!r}")
+    return spec

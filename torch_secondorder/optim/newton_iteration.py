@@ -1,0 +1,171 @@
+"""The iterations of one Newton-CG step, without the optimizer around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, nan
+
+import torch
+
+from torch_secondorder.curvature import LinearOperator
+from torch_secondorder.evaluation import Evaluation, Objective
+from torch_secondorder.globalization import LevenbergMarquardt, SearchStatus, TrustRegion
+from torch_secondorder.globalization.line_search import LineSearch
+from torch_secondorder.optim.info import StepStatus
+from torch_secondorder.optim.newton_model import Memory, Model, Move, Point, Tally
+from torch_secondorder.optim.newton_moves import damped, searched, within_radius
+from torch_secondorder.solvers import CG, LinearSolver, Preconditioner, SolveResult
+from torch_secondorder.vector import to_host
+
+__all__ = ["Iteration", "Settings"]
+
+# Iterations without a new best loss or gradient after which only rounding error is left.
+_PATIENCE = 5
+# Martens' rule for the end of conjugate gradients.
+_PROGRESS = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a step is told; the arguments of `NewtonCG` by their names, all resolved."""
+
+    lr: float
+    max_iter: int
+    tolerance_grad: float
+    tolerance_change: float
+    max_cg_iter: int
+    rule: LevenbergMarquardt | TrustRegion | LineSearch
+    solver: LinearSolver | None  # None for conjugate gradients as each iteration needs them
+    preconditioner: Preconditioner | None
+    operator: Callable[[Objective, Evaluation], LinearOperator]
+    captures: bool  # whether the operator is made from a captured evaluation
+    generator: torch.Generator
+
+
+class Iteration:
+    """Goes downhill from a finite point until something ends the step.
+
+    Args:
+        objective: What is minimized.
+        settings: What the step is told.
+        memory: What goes on from step to step.
+        start: Where the objective is, evaluated with curvature.
+
+    Attributes:
+        point: Where it is now.
+        count: Iterations done.
+        tally: What they did.
+        gain_ratio: Of the last move.
+        step_length: Of the last move, as a multiple of its direction.
+        search_status: How its search ended.
+    """
+
+    def __init__(
+        self, objective: Objective, settings: Settings, memory: Memory, start: Point
+    ) -> None:
+        self.point = start
+        self.count = 0
+        self.tally = Tally()
+        self.gain_ratio = nan
+        self.step_length = 0.0
+        self.search_status: SearchStatus | None = None
+        self._objective = objective
+        self._settings = settings
+        self._memory = memory
+        self._change = inf
+        self._stalled = 0
+        self._best = (start.loss, start.grad_norm)
+        (self._size,) = to_host(torch.linalg.vector_norm(objective.position))
+
+    def run(self) -> StepStatus:
+        """Iterates; says why it ended."""
+        while True:
+            status = self._ending()
+            if status is not None:
+                return status
+            if self.count:  # the gradient is known from the trial, its graph is not
+                evaluation = self._objective.evaluate(curvature=self._settings.captures)
+                self.point = Point.of(evaluation)
+            found = self._move()
+            self._memory.length = self.point.length
+            if isinstance(found, StepStatus):
+                return found
+            self._take(found)
+
+    def _ending(self) -> StepStatus | None:
+        """Why the step is over at this point, if it is."""
+        settings = self._settings
+        if self.point.grad_norm <= settings.tolerance_grad:
+            return StepStatus.CONVERGED_GRADIENT
+        if not settings.lr:
+            return StepStatus.ZERO_LEARNING_RATE
+        if self._change <= settings.tolerance_change:
+            return StepStatus.CONVERGED_CHANGE
+        if self._stalled >= _PATIENCE:
+            return StepStatus.STALLED
+        return StepStatus.MAX_ITERATIONS if self.count >= settings.max_iter else None
+
+    def _move(self) -> Move | StepStatus:
+        settings, memory = self._settings, self._memory
+        model = self._model()
+        if isinstance(settings.rule, LevenbergMarquardt):
+            return damped(model, settings.rule, memory, settings.lr)
+        if isinstance(settings.rule, TrustRegion):
+            return within_radius(model, settings.rule, memory, settings.lr)
+        return searched(model, settings.rule, memory, settings.lr)
+
+    def _model(self) -> Model:
+        settings = self._settings
+        operator = settings.operator(self._objective, self.point.evaluation)
+        preconditioner = settings.preconditioner
+        if preconditioner is not None:
+            self.tally.products += preconditioner.refresh(operator, settings.generator)
+        return Model(
+            self._objective,
+            self.point,
+            operator,
+            self._solver(),
+            None if preconditioner is None else preconditioner.inverse,
+            self.tally,
+        )
+
+    def _solver(self) -> Callable[..., SolveResult]:
+        """Conjugate gradients that solve as well as this point deserves.
+
+        The relative residual to reach falls with the square of the gradient's own fall (Eisenstat
+        and Walker 1996, choice 2), so that convergence is quadratic at the end, and no work is
+        wasted before.
+        """
+        settings = self._settings
+        if settings.solver is not None:
+            return settings.solver
+        fall = self.point.length / self._memory.length
+        forcing = min(0.5, max(0.9 * fall**2, 1e-12))
+        if not isinstance(settings.rule, LevenbergMarquardt):
+            return CG(settings.max_cg_iter, tolerance=forcing)
+        return CG(
+            settings.max_cg_iter,
+            tolerance=1e-12,
+            progress=_PROGRESS,
+            slack=forcing,
+            keep_iterates=True,
+        )
+
+    def _take(self, move: Move) -> None:
+        """Goes where a move leads."""
+        trial = move.trial
+        point: Point = trial.payload.point
+        self._objective.accept(trial.payload.step)
+        (length,) = to_host(torch.linalg.vector_norm(trial.payload.step))
+        loss = abs(self.point.loss - point.loss) / max(abs(point.loss), 1e-300)
+        self._change = max(loss, length / self._size if self._size else inf)
+        best_loss, best_grad = self._best
+        improved = point.loss < best_loss or point.grad_norm < best_grad
+        self._stalled = 0 if improved else self._stalled + 1
+        self._best = (min(point.loss, best_loss), min(point.grad_norm, best_grad))
+        self.point = point
+        self.gain_ratio = move.gain_ratio
+        self.step_length = trial.t
+        self.search_status = move.search_status
+        self.count += 1

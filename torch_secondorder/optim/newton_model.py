@@ -1,0 +1,202 @@
+"""The quadratic model at a point: what it proposes, and how the loss answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, isfinite, nan
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature import Damped, LinearOperator
+from torch_secondorder.evaluation import Evaluation, Objective
+from torch_secondorder.globalization import SearchStatus, Trial
+from torch_secondorder.globalization.line_search import rounding_allowance
+from torch_secondorder.solvers import SolveResult, SolveStatus
+from torch_secondorder.vector import max_norm, to_host
+
+__all__ = ["Candidate", "Line", "Memory", "Model", "Move", "Point", "Tally"]
+
+
+class Point(NamedTuple):
+    """An evaluated point and what the host knows of it."""
+
+    evaluation: Evaluation
+    loss: float
+    grad_norm: float  # largest entry
+    length: float  # Euclidean norm of the gradient
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> Point:
+        """Looks at an evaluation; one synchronization."""
+        grad = evaluation.grad
+        return cls(
+            evaluation,
+            *to_host(evaluation.loss, max_norm(grad), torch.linalg.vector_norm(grad)),
+        )
+
+    @property
+    def finite(self) -> bool:
+        """Whether one can start from here."""
+        return isfinite(self.loss) and isfinite(self.length)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What goes on from one step to the next.
+
+    Attributes:
+        damping: Of the next system.
+        radius: Of the next model.
+        direction: The last solution, where the next solver begins.
+        length: Norm of the gradient at the start of the last iteration.
+    """
+
+    damping: float
+    radius: float
+    direction: Tensor | None = None
+    length: float = inf
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a step did, added up."""
+
+    products: int = 0
+    solver_iterations: int = 0
+    solver_status: SolveStatus | None = None
+    nonfinite: int = 0
+    negative_curvature: float = 0.0
+
+
+class Line(NamedTuple):
+    """A direction `d`, and the model along it.
+
+    Attributes:
+        direction: `d`.
+        slope: `g'd`.
+        decrease: What the undamped model promises for the whole of `d`.
+    """
+
+    direction: Tensor
+    slope: float
+    decrease: float
+
+    def promised(self, t: float) -> float:
+        """What the model promises for `t d`: `-t g'd - t^2 d'A d / 2`."""
+        return -t * self.slope - t * t * (-self.slope - self.decrease)
+
+
+class Candidate(NamedTuple):
+    """What travels with a trial along a line."""
+
+    point: Point
+    step: Tensor
+
+
+class Move(NamedTuple):
+    """A step that was found good.
+
+    Attributes:
+        line: The direction.
+        trial: How far along it, and what is there; its payload is a `Candidate`.
+        gain_ratio: What the first trial gained over what the model promised.
+        search_status: How the search ended, where there was one.
+    """
+
+    line: Line
+    trial: Trial
+    gain_ratio: float
+    search_status: SearchStatus | None = None
+
+
+class Model:
+    """The quadratic model of the objective at a point, and trials of what it proposes.
+
+    Args:
+        objective: Stands at the point.
+        point: Where that is.
+        operator: The curvature there.
+        solve: Solves a system with it, see `LinearSolver`.
+        inverse: Gives a preconditioner for a damping; None for none.
+        tally: What is counted.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        point: Point,
+        operator: LinearOperator,
+        solve: Callable[..., SolveResult],
+        inverse: Callable[[float], LinearOperator] | None,
+        tally: Tally,
+    ) -> None:
+        self.point = point
+        self.tally = tally
+        self.precision = objective.vector.precision
+        self._objective = objective
+        self._operator = operator
+        self._solve = solve
+        self._inverse = inverse
+        self._allowance = rounding_allowance(point.loss, self.precision)
+
+    def solve(self, damping: float, **more: Any) -> SolveResult:
+        """Solves `(A + damping I) x = -g`.
+
+        Args:
+            damping: Of at least zero.
+            more: Passed on to the solver.
+        """
+        operator = Damped(self._operator, damping) if damping else self._operator
+        inverse = None if self._inverse is None else self._inverse(damping)
+        grad = self.point.evaluation.grad
+        result = self._solve(operator, -grad, preconditioner=inverse, **more)
+        tally = self.tally
+        tally.products += result.products
+        tally.solver_iterations += result.iterations
+        tally.solver_status = result.status
+        if result.negative_direction is not None:
+            # Of the operator itself: the damping has lifted what the solver saw.
+            curvature = result.negative_curvature - damping
+            tally.negative_curvature = min(tally.negative_curvature, curvature)
+        return result
+
+    def line(self, direction: Tensor, decrease: float, damping: float) -> Line:
+        """A line along a solution of the damped system, whose quadratic fell by `decrease`."""
+        grad = self.point.evaluation.grad
+        slope, square = to_host(grad @ direction, direction @ direction)
+        return Line(direction, slope, decrease + 0.5 * damping * square)
+
+    def trial(self, line: Line, t: float) -> Trial:
+        """Evaluates `t` along a line; the payload is a `Candidate`."""
+        step = line.direction if t == 1.0 else line.direction * t
+        evaluation = self._objective.trial(step)
+        grad = evaluation.grad
+        loss, slope, grad_norm, length = to_host(
+            evaluation.loss, grad @ line.direction, max_norm(grad), torch.linalg.vector_norm(grad)
+        )
+        point = Point(evaluation, loss, grad_norm, length)
+        if not point.finite:
+            self.tally.nonfinite += 1
+        return Trial(t, loss, slope if isfinite(length) else inf, Candidate(point, step))
+
+    def start(self, line: Line) -> Trial:
+        """The point itself, as a trial along a line."""
+        return Trial(0.0, self.point.loss, line.slope)
+
+    def gain_ratio(self, line: Line, trial: Trial) -> float:
+        """What a trial gained over what the model promised; NaN where that is no number."""
+        if not trial.finite:
+            return nan
+        gained = self.point.loss - trial.loss
+        if abs(gained) <= self._allowance:
+            # Lost in rounding: the slopes at both ends know more (trapezoidal rule).
+            gained = -0.5 * trial.t * (line.slope + trial.slope)
+        promised = line.promised(trial.t)
+        return gained / promised if promised > 0 else nan
+
+    def unresolved(self, line: Line, t: float) -> bool:
+        """Whether the loss cannot show what the model promises."""
+        return line.promised(t) <= self._allowance

@@ -1,0 +1,136 @@
+"""How a quadratic model becomes a step: damping, a trust radius, or a line search."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+from torch_secondorder.globalization import (
+    Armijo,
+    LevenbergMarquardt,
+    LineSearch,
+    SearchResult,
+    SearchStatus,
+    Trial,
+    TrustRegion,
+)
+from torch_secondorder.optim.info import StepStatus
+from torch_secondorder.optim.newton_model import Line, Memory, Model, Move
+from torch_secondorder.solvers import SolveResult, SolveStatus
+
+__all__ = ["damped", "searched", "within_radius"]
+
+# Systems that are solved at one point before it is given up.
+_ATTEMPTS = 12
+# Along a damped direction: what Martens 2010 asks for, in fewer trials.
+_BACKTRACKING = Armijo(c1=1e-2, max_evaluations=8)
+
+
+def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) -> Move | StepStatus:
+    """A step with Levenberg-Marquardt damping, as in Martens 2010.
+
+    Of the iterates that the solver kept, the one with the lowest loss is taken, looking from the
+    last one backwards. Where no part of it lowers the loss enough, the damping is raised and the
+    same system solved again.
+    """
+    for failures in range(1, _ATTEMPTS + 1):
+        damping = memory.damping
+        result = model.solve(damping, x0=memory.direction)
+        if result.status is SolveStatus.NEGATIVE_CURVATURE:
+            # As much as makes the direction that was met one of positive curvature.
+            lifted = max(rule.raised(damping), damping - 2 * result.negative_curvature)
+            memory.damping = min(lifted, rule.largest)
+        if not 0 < result.decrease < float("inf"):
+            memory.direction = None
+            if result.status is SolveStatus.NEGATIVE_CURVATURE:
+                continue
+            return _hopeless(result)
+        memory.direction = result.x
+        line, first = _best_iterate(model, result, damping, lr)
+        found = _search(model, _BACKTRACKING, line, first)
+        ratio = model.gain_ratio(line, first)
+        if found.status.accepted:
+            after: float = found.trial.payload.point.length
+            ratios = (ratio, after / model.point.length)
+            if result.status is SolveStatus.NONFINITE:
+                memory.damping = rule.raised(damping)
+            elif result.status is not SolveStatus.NEGATIVE_CURVATURE:
+                memory.damping = rule.updated(damping, *ratios)
+            return Move(line, found.trial, ratio, found.status)
+        memory.direction = None
+        if model.unresolved(line, lr):
+            return StepStatus.STALLED
+        memory.damping = max(memory.damping, rule.raised(damping, 2 + failures))
+    return StepStatus.NONFINITE_TRIALS if not first.finite else StepStatus.NO_DECREASE
+
+
+def _best_iterate(
+    model: Model, result: SolveResult, damping: float, lr: float
+) -> tuple[Line, Trial]:
+    """The solution or an earlier iterate, as long as the loss falls on the way back."""
+    line = model.line(result.x, result.decrease, damping)
+    trial = model.trial(line, lr)
+    for iterate in reversed(result.iterates):
+        earlier = model.line(iterate.x, iterate.decrease, damping)
+        tried = model.trial(earlier, lr)
+        if trial.finite and not tried.loss < trial.loss:
+            break
+        line, trial = earlier, tried
+    return line, trial
+
+
+def within_radius(model: Model, rule: TrustRegion, memory: Memory, lr: float) -> Move | StepStatus:
+    """A step within the trust radius, by Steihaug's conjugate gradients."""
+    trial = None
+    for _ in range(2 * _ATTEMPTS):
+        result = model.solve(memory.damping, radius=memory.radius)
+        if not 0 < result.decrease < float("inf"):
+            return _hopeless(result)
+        line = model.line(result.x, result.decrease, memory.damping)
+        trial = model.trial(line, lr)
+        ratio = model.gain_ratio(line, trial)
+        memory.radius = rule.updated(memory.radius, ratio, result.length)
+        if ratio > rule.accept:
+            return Move(line, trial, ratio)
+        if model.unresolved(line, lr):
+            return StepStatus.STALLED
+    assert trial is not None
+    return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
+
+
+def searched(model: Model, search: LineSearch, memory: Memory, lr: float) -> Move | StepStatus:
+    """A step by a line search along the solution, or along a direction of negative curvature."""
+    result = model.solve(memory.damping, x0=memory.direction)
+    memory.direction = None
+    if 0 < result.decrease < float("inf"):
+        memory.direction = result.x
+        line = model.line(result.x, result.decrease, memory.damping)
+    elif result.negative_direction is not None:
+        line = model.line(result.negative_direction, 0.0, 0.0)
+        if line.slope > 0:
+            line = Line(-line.direction, -line.slope, 0.0)
+    else:
+        return _hopeless(result)
+    first = model.trial(line, lr)
+    found = _search(model, search, line, first)
+    if found.status.accepted:
+        return Move(line, found.trial, model.gain_ratio(line, first), found.status)
+    memory.direction = None
+    if found.status is SearchStatus.NONFINITE:
+        return StepStatus.NONFINITE_TRIALS
+    return StepStatus.STALLED if model.unresolved(line, lr) else StepStatus.NO_DECREASE
+
+
+def _search(model: Model, search: LineSearch, line: Line, first: Trial) -> SearchResult:
+    """Searches along a line whose first trial has been made already."""
+
+    def phi(t: float) -> Trial:
+        return first if t == first.t else model.trial(line, t)
+
+    return search(phi, model.start(line), first.t, precision=model.precision)
+
+
+def _hopeless(result: SolveResult) -> StepStatus:
+    """What it means that a solver has no direction of descent."""
+    if result.status is SolveStatus.NONFINITE or not isfinite(result.decrease):
+        return StepStatus.NONFINITE_PRODUCTS
+    return StepStatus.NO_DECREASE
