@@ -363,7 +363,7 @@ def test_a_custom_function_without_second_derivative_is_refused(kind: str, deep:
         objective = FunctionalObjective(function, a)
     assert objective.evaluate().grad.any()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"no second derivative .*once_differentiable"):
+        with pytest.raises(RuntimeError, match=r"no second derivative: .*once_differentiable"):
             objective.evaluate(curvature=True)
 
 

@@ -8,7 +8,7 @@ closure runs under a `TorchFunctionMode` that sees `Tensor.backward` and keeps t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -116,22 +116,14 @@ class Graph:
         reentrant checkpoints, and never reports it in `torch.autograd.grad`: gradients or products
         would lack what passes through there.
         """
-        waiting = [g.grad_fn for gs in self.gradients for g in gs if g is not None]
-        seen = set(waiting)
-        while waiting:
-            node = waiting.pop()
-            if node is None:
-                continue
+        for node in _nodes(g for gs in self.gradients for g in gs if g is not None):
             if node.name() == "torch::autograd::Error":
-                raise _no_second_derivative("a custom function marked once_differentiable")
+                name = _once_differentiable(self.losses)
+                raise _no_second_derivative(f"{name}, marked once_differentiable")
             if node.name() == "CheckpointFunctionBackward":
                 raise _no_second_derivative(
                     "activation checkpointing with use_reentrant=True; False works"
                 )
-            for following, _ in node.next_functions:
-                if following not in seen:
-                    seen.add(following)
-                    waiting.append(following)
 
     def hessian_product(
         self, tangents: Sequence[Tensor], batched: bool = False
@@ -169,6 +161,29 @@ class Graph:
             raise explained(error) from error
 
 
+def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """All nodes of the graph below some tensors."""
+    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def _once_differentiable(losses: Iterable[Tensor]) -> str:
+    """The custom functions in a graph whose backward is wrapped, as `once_differentiable` does."""
+    names = set()
+    for node in _nodes(losses):
+        function: Any = getattr(type(node), "_forward_cls", None)
+        if hasattr(getattr(function, "backward", None), "__wrapped__"):
+            names.add(function.__name__)
+    return ", ".join(sorted(names)) or "a custom function"
+
+
 def explained(error: RuntimeError) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
@@ -178,8 +193,9 @@ def explained(error: RuntimeError) -> RuntimeError:
 
 def _no_second_derivative(what: str) -> RuntimeError:
     return RuntimeError(
-        f"an operation inside the closure has no second derivative ({what}); use an implementation "
-        "of it that has one, or an optimizer that needs gradients only"
+        f"an operation inside the closure has no second derivative: {what}. Use an implementation "
+        "of it that has one, products that need none (NewtonCG takes "
+        'curvature_products="finite_difference"), or an optimizer that needs gradients only'
     )
 
 

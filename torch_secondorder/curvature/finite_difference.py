@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.evaluation import Objective
-from torch_secondorder.vector import to_host
+from torch_secondorder.vector import max_norm, to_host
 
 __all__ = ["FiniteDifference"]
 
@@ -40,13 +42,14 @@ class FiniteDifference(LinearOperator):
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
         objective = self._objective
-        norm, size = to_host(
-            torch.linalg.vector_norm(v), torch.linalg.vector_norm(objective.position)
-        )
-        if norm == 0:
-            return torch.zeros_like(v)
+        norms = torch.linalg.vector_norm
+        scale = max_norm(v)
+        unit = v / scale  # the squares of v itself may leave the range of float32
+        largest, norm, size = to_host(scale, norms(unit), norms(objective.position))
+        if not 0 < largest < inf:
+            return v * 0.0
         h = objective.vector.precision ** (1 / 3) * (1 + size) / norm
-        step = v * h
+        step = unit.mul_(h)
         ahead = objective.trial(step).grad
         behind = objective.trial(-step).grad
-        return (ahead - behind).div_(2 * h)
+        return (ahead - behind).div_(2 * h).mul_(scale)

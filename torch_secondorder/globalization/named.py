@@ -17,6 +17,9 @@ _KNOWN: dict[str, Callable[[], LineSearch]] = {
 }
 
 
+LINE_SEARCHES = tuple(_KNOWN)
+
+
 def resolve_line_search(spec: str | LineSearch | None) -> LineSearch:
     """The line search that `spec` names.
 

@@ -23,6 +23,7 @@ from torch_secondorder.globalization import (
     TrustRegion,
     resolve_line_search,
 )
+from torch_secondorder.globalization.named import LINE_SEARCHES
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.newton_iteration import Iteration, Settings
@@ -62,7 +63,8 @@ class NewtonCG(SecondOrderOptimizer):
             or a function that takes an `Evaluation` and returns a `LinearOperator`.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         globalization: `"damping"` for Levenberg-Marquardt damping, `"trust_region"`,
-            `"line_search"`, or an instance (`LevenbergMarquardt`, `TrustRegion`, a `LineSearch`).
+            `"line_search"` (the name of one is fine too), or an instance (`LevenbergMarquardt`,
+            `TrustRegion`, a `LineSearch`).
             By default a trust region for the Hessian, and damping for all others.
         damping: With damping what it begins with, 1 by default; else what is constantly added to
             the curvature, 0 by default.
@@ -343,10 +345,10 @@ def _resolve_globalization(
         return TrustRegion()
     if spec == "line_search":
         return resolve_line_search("armijo")
-    if isinstance(spec, str):
+    if isinstance(spec, str) and spec not in LINE_SEARCHES:
         raise ValueError(
-            f"unknown globalization {spec!r}; known: 'damping', 'trust_region', 'line_search', or "
-            "an instance"
+            f"unknown globalization {spec!r}; known: 'damping', 'trust_region', 'line_search', "
+            "the names of line searches, or an instance"
         )
     if isinstance(spec, LevenbergMarquardt) and damping is not None:
         raise ValueError("the damping to begin with is LevenbergMarquardt's own: leave damping out")

@@ -108,7 +108,10 @@ class Iteration:
 
     def _move(self) -> Move | StepStatus:
         settings, memory = self._settings, self._memory
-        model = self._model()
+        try:
+            model = self._model()
+        except FloatingPointError:  # what a preconditioner is made of was not finite
+            return StepStatus.NONFINITE_PRODUCTS
         if isinstance(settings.rule, LevenbergMarquardt):
             return damped(model, settings.rule, memory, settings.lr)
         if isinstance(settings.rule, TrustRegion):

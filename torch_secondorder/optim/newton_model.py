@@ -197,6 +197,6 @@ class Model:
         promised = line.promised(trial.t)
         return gained / promised if promised > 0 else nan
 
-    def unresolved(self, line: Line, t: float) -> bool:
+    def unresolved(self, line: Line) -> bool:
         """Whether the loss cannot show what the model promises."""
-        return line.promised(t) <= self._allowance
+        return line.decrease <= self._allowance

@@ -57,7 +57,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
                 memory.damping = rule.updated(damping, *ratios)
             return Move(line, found.trial, ratio, found.status)
         memory.direction = None
-        if model.unresolved(line, lr):
+        if model.unresolved(line):
             return StepStatus.STALLED
         memory.damping = max(memory.damping, rule.raised(damping, 2 + failures))
     return StepStatus.NONFINITE_TRIALS if not first.finite else StepStatus.NO_DECREASE
@@ -91,7 +91,7 @@ def within_radius(model: Model, rule: TrustRegion, memory: Memory, lr: float) ->
         memory.radius = rule.updated(memory.radius, ratio, result.length)
         if ratio > rule.accept:
             return Move(line, trial, ratio)
-        if model.unresolved(line, lr):
+        if model.unresolved(line):
             return StepStatus.STALLED
     assert trial is not None
     return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
@@ -117,7 +117,7 @@ def searched(model: Model, search: LineSearch, memory: Memory, lr: float) -> Mov
     memory.direction = None
     if found.status is SearchStatus.NONFINITE:
         return StepStatus.NONFINITE_TRIALS
-    return StepStatus.STALLED if model.unresolved(line, lr) else StepStatus.NO_DECREASE
+    return StepStatus.STALLED if model.unresolved(line) else StepStatus.NO_DECREASE
 
 
 def _search(model: Model, search: LineSearch, line: Line, first: Trial) -> SearchResult:

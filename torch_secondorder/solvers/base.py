@@ -18,7 +18,7 @@ class SolveStatus(Enum):
 
     CONVERGED = "The residual is as small as was asked for."
     SLOW_PROGRESS = "The last iterations lowered the quadratic by too little to go on."
-    NEGATIVE_CURVATURE = "A direction of negative curvature was met."
+    NEGATIVE_CURVATURE = "A direction without positive curvature was met."
     BOUNDARY = "The solution lies at the trust radius."
     MAX_ITERATIONS = "All iterations were done."
     SINGULAR = "The system has no solution; x minimizes the residual as far as it can be lowered."
@@ -45,7 +45,7 @@ class SolveResult:
         decrease: `b'x - x'A x / 2`: how far the quadratic `x'A x / 2 - b'x` lies below zero.
         length: The norm of `x` in the metric of the trust radius, where there is one, else 0.
         negative_direction: A direction `p` with `p'A p <= 0`, where one was met.
-        negative_curvature: `p'A p / p'p` for it, else 0.
+        negative_curvature: `p'A p / p'p` for it, at most 0; else 0.
         iterates: Earlier iterates that were kept, oldest first, `x` not among them.
     """
 

@@ -58,14 +58,16 @@ class CG:
     recompute: int = 50
 
     def __post_init__(self) -> None:
-        if self.max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations!r}")
-        if self.recompute < 0:
-            raise ValueError(f"recompute must be at least 0, got {self.recompute!r}")
+        for name, least in (("max_iterations", 1), ("recompute", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         for name in ("tolerance", "progress"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+        if not self.slack > 0:
+            raise ValueError(f"slack must be above 0, got {self.slack!r}")
 
     def __call__(
         self,
@@ -86,26 +88,29 @@ class CG:
             radius: The trust radius; it needs a start at zero.
 
         Raises:
-            ValueError: Shapes do not fit, the preconditioner is not positive definite, or both a
-                radius and a start were given.
+            ValueError: Shapes do not fit, `b` is not finite, the preconditioner is not positive
+                definite, the radius is out of range, or both a radius and a start were given.
         """
         check_system(A, b, x0, preconditioner)
         if radius is not None and x0 is not None:
             raise ValueError("a trust radius needs a start at zero: leave x0 out")
-        run = _Run(A, b, x0, preconditioner, radius)
+        if radius is not None and not 0 <= radius < inf:
+            raise ValueError(f"the radius must be at least 0 and finite, got {radius!r}")
+        start = None if x0 is None else x0.detach()
+        run = _Run(A, b.detach(), start, preconditioner, radius)
         quadratics, iterates = [run.quadratic], list[Iterate]()
-        next_kept = float(_FIRST_KEPT)
+        next_kept, kept_at = float(_FIRST_KEPT), -1
         status = SolveStatus.CONVERGED if run.residual <= self._target(run) else None
         while status is None:
-            status = run.iterate()
-            if self.recompute and run.count % self.recompute == 0 and status is None:
-                run.compute_residual()
-            quadratics.append(run.quadratic)
-            if status is None:
-                status = self._ending(run, quadratics)
-            if self.keep_iterates and status is None and run.count >= ceil(next_kept):
+            if self.keep_iterates and run.count >= ceil(next_kept):
                 iterates.append(Iterate(run.x.clone(), -run.quadratic))
-                next_kept *= _SPACING
+                next_kept, kept_at = next_kept * _SPACING, run.count
+            status = run.iterate(bool(self.recompute) and (run.count + 1) % self.recompute == 0)
+            if status is None:
+                quadratics.append(run.quadratic)
+                status = self._ending(run, quadratics)
+        if kept_at == run.count:  # the last iteration went nowhere
+            iterates.pop()
         return run.result(status, iterates)
 
     def _target(self, run: _Run) -> float:
@@ -151,6 +156,8 @@ class _Run:
         # Squares of norms in the metric of the inverse preconditioner, by recurrence: of x, of p,
         # and their product (Conn, Gould and Toint 2000, section 7.5.1).
         self._x_x = self._x_p = 0.0
+        # Curvature in that metric that is as good as none beside the largest one met.
+        self._least, self._precision = 0.0, torch.finfo(b.dtype).eps
         if x0 is None:
             self.x, self._r = torch.zeros_like(b), b.clone()
         else:
@@ -158,61 +165,77 @@ class _Run:
             image = self._multiply(x0)
             curvature = x0 @ image
             share = torch.where(curvature > 0, (b @ x0 / curvature).clamp(min=0), 0.0)
-            self.x, self._r = share * x0, b - share * image
-        self._p = self._preconditioned().clone()
-        self._r_z = self._r @ self._p
-        r_z, r_r, b_b, x_br = to_host(
-            self._r_z, self._r @ self._r, b @ b, self.x @ torch.add(b, self._r)
+            kept = share > 0  # else what is multiplied with zero may still be no number
+            self.x = torch.where(kept, share * x0, 0.0)
+            self._r = torch.where(kept, b - share * image, b)
+        self._p = self._preconditioned(self._r).clone()
+        self._r_z = self._r_p = self._r @ self._p
+        r_z, r_r, self.size_of_b, x_br = to_host(
+            self._r_z,
+            self._r @ self._r,
+            torch.linalg.vector_norm(b),
+            self.x @ torch.add(b, self._r),
         )
+        if not isfinite(self.size_of_b):
+            raise ValueError(f"b must be finite, but its norm is {self.size_of_b}")
         self._check(r_z, r_r)
         self._host_r_z = self._p_p = r_z
-        self.residual, self.size_of_b = sqrt(r_r), sqrt(b_b)
+        self.residual = sqrt(r_r)
         self.quadratic = -0.5 * x_br
 
-    def iterate(self) -> SolveStatus | None:
-        """One iteration; says why it was the last one, if it was."""
+    def iterate(self, recompute: bool) -> SolveStatus | None:
+        """One iteration; says why it was the last one, if it was.
+
+        Args:
+            recompute: Whether to put the true residual in place of the one by recurrence.
+        """
+        if not 0 < self._host_r_z < inf:  # of the preconditioner, or beyond the range of numbers
+            return SolveStatus.NONFINITE
         image = self._multiply(self._p)
         p_A_p = self._p @ image
         # Where the curvature is not positive nothing moves, and it shows below.
-        alpha = torch.where(p_A_p > 0, self._r_z / p_A_p, 0.0)
-        self.x.addcmul_(self._p, alpha)
-        self._r.addcmul_(image, alpha, value=-1)
-        z = self._preconditioned()
-        r_z = self._r @ z
-        r_r = r_z if self._preconditioner is None else self._r @ self._r
-        curvature, step, new_r_z, new_r_r = to_host(p_A_p, alpha, r_z, r_r)
-        if not (isfinite(curvature) and isfinite(new_r_r)):
-            if step and isfinite(step):  # the product was finite, and what came of it is not
-                self.x.sub_(self._p, alpha=step)
+        alpha = torch.where(p_A_p > 0, self._r_p / p_A_p, 0.0)
+        r = torch.addcmul(self._r, image, alpha, value=-1)
+        z = self._preconditioned(r)
+        r_z = r @ z
+        beta = r_z / self._r_z
+        if recompute:
+            # Only what p is made of is replaced: beta belongs to the recurrence.
+            r = self._b - self._multiply(torch.addcmul(self.x, self._p, alpha))
+            z = self._preconditioned(r)
+            r_z = r @ z
+        r_r = r_z if self._preconditioner is None else r @ r
+        curvature, step, share, new_r_z, new_r_r = to_host(p_A_p, alpha, beta, r_z, r_r)
+        if not isfinite(curvature):
             return SolveStatus.NONFINITE
-        if curvature <= 0:
+        if curvature <= self._least * self._p_p:
             self._note_negative(curvature)
             if self._radius is not None:
-                self._to_boundary(0.0, image)
+                self._to_boundary(image)
             return SolveStatus.NEGATIVE_CURVATURE
         if self._radius is not None and self._beyond(step):
-            self._to_boundary(step, image)
+            self._to_boundary(image)
             return SolveStatus.BOUNDARY
+        if not (isfinite(step) and isfinite(new_r_r)):
+            return SolveStatus.NONFINITE
         self._check(new_r_z, new_r_r)
+        self._least = max(self._least, self._precision * curvature / self._p_p)
         self.count += 1
-        self.quadratic -= 0.5 * step * self._host_r_z
+        self.x.add_(self._p, alpha=step)
+        self._r = r
+        self.quadratic -= 0.5 * step * (step * curvature)
         self.residual = sqrt(new_r_r)
-        beta = new_r_z / self._host_r_z if self._host_r_z else 0.0
-        self._x_p = beta * (self._x_p + step * self._p_p)
-        self._p_p = new_r_z + beta * beta * self._p_p
-        torch.addcmul(z, self._p, r_z / self._r_z, out=self._p)
+        self._x_p = share * (self._x_p + step * self._p_p)
+        self._p_p = new_r_z + share * share * self._p_p
+        torch.addcmul(z, self._p, beta, out=self._p)
         self._r_z, self._host_r_z = r_z, new_r_z
+        # By recurrence the residual is orthogonal to the directions before; the true one is not.
+        self._r_p = r @ self._p if recompute else r_z
         return None
-
-    def compute_residual(self) -> None:
-        """Puts the true residual in place of the one by recurrence."""
-        torch.sub(self._b, self._multiply(self.x), out=self._r)
 
     def result(self, status: SolveStatus, iterates: list[Iterate]) -> SolveResult:
         """What was found."""
         decrease, r_r = to_host(0.5 * (self.x @ (self._b + self._r)), self._r @ self._r)
-        if status is SolveStatus.NONFINITE:  # so may be the residual
-            decrease, r_r = -self.quadratic, self.residual**2
         direction, curvature = self._negative or (None, 0.0)
         return SolveResult(
             x=self.x,
@@ -231,34 +254,35 @@ class _Run:
         self._products += 1
         return self._A.matvec(v)
 
-    def _preconditioned(self) -> Tensor:
-        return self._r if self._preconditioner is None else self._preconditioner.matvec(self._r)
+    def _preconditioned(self, r: Tensor) -> Tensor:
+        return r if self._preconditioner is None else self._preconditioner.matvec(r)
 
     def _check(self, r_z: float, r_r: float) -> None:
-        if r_z < 0 < r_r:
-            raise ValueError("the preconditioner is not positive definite: r'P r < 0 for some r")
+        # Where r is tiny, a zero may have underflowed.
+        if -inf < r_z < 0 < r_r or (r_z == 0 and r_r > torch.finfo(self.x.dtype).tiny ** 0.5):
+            raise ValueError(f"the preconditioner is not positive definite: r'P r is {r_z}")
 
     def _note_negative(self, curvature: float) -> None:
         (square,) = to_host(self._p @ self._p)
-        self._negative = self._p, curvature / square if square else 0.0
+        self._negative = self._p, min(curvature / square, 0.0) if square else 0.0
 
     def _beyond(self, step: float) -> bool:
         """Whether a step along `p` crosses the trust radius; notes the new norm if not."""
         assert self._radius is not None
         x_x = self._x_x + 2 * step * self._x_p + step * step * self._p_p
-        if x_x >= self._radius**2:
+        if not x_x < self._radius**2:  # where the step is infinite, it is no number
             return True
         self._x_x = x_x
         return False
 
-    def _to_boundary(self, step: float, image: Tensor) -> None:
-        """Moves `x`, which has gone `step` along `p`, to where that line meets the radius."""
+    def _to_boundary(self, image: Tensor) -> None:
+        """Moves `x` along `p` to where that line meets the radius."""
         assert self._radius is not None
         room = max(self._radius**2 - self._x_x, 0.0)
         root = sqrt(self._x_p**2 + self._p_p * room)
         # The larger root, written without cancellation.
         tau = room / (self._x_p + root) if self._x_p > 0 else (root - self._x_p) / self._p_p
-        self.x.add_(self._p, alpha=tau - step)
-        self._r.sub_(image, alpha=tau - step)
+        self.x.add_(self._p, alpha=tau)
+        self._r.sub_(image, alpha=tau)
         self._x_x = self._radius**2
         self.count += 1

@@ -57,7 +57,7 @@ class Martens(Preconditioner):
     def __init__(self, power: float = 0.75, n_samples: int = 4) -> None:
         if not 0 < power <= 1:
             raise ValueError(f"power must lie in (0, 1], got {power!r}")
-        if n_samples < 1:
+        if not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
         self._power = power
         self._n_samples = n_samples
@@ -110,7 +110,7 @@ class Nystrom(Preconditioner):
 
     def __init__(self, rank: int = 60, period: int = 20) -> None:
         for name, value in (("rank", rank), ("period", period)):
-            if value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         self._rank = rank
         self._period = period
@@ -168,11 +168,12 @@ class NystromApproximation(LinearOperator):
     ) -> NystromApproximation:
         """Sketches an operator with `rank` products, in one `matmat`.
 
-        A shift makes what is factored positive definite (Tropp et al. 2017, algorithm 3); where the
-        operator is indefinite it lifts the lowest value seen to zero.
+        A shift makes what is factored positive definite (Tropp et al. 2017, algorithm 3). Where the
+        operator is indefinite it lifts the lowest value seen as far above zero as that lies below:
+        values are divided by what is left of it.
 
         Raises:
-            RuntimeError: A product was not finite.
+            FloatingPointError: A product was not finite.
         """
         dtype, device = A.dtype, A.device
         where = device if generator is None else generator.device
@@ -182,12 +183,12 @@ class NystromApproximation(LinearOperator):
         core = (basis.T @ image).double()
         core = (core + core.T) / 2
         if not bool(torch.isfinite(core).all()):
-            raise RuntimeError("a product of the Nystrom sketch was not finite")
+            raise FloatingPointError("a product of the Nystrom sketch was not finite")
         size = float(torch.linalg.matrix_norm(core, 2))
         lowest = float(torch.linalg.eigvalsh(core)[0])
         shift = max(torch.finfo(dtype).eps * size * 10, torch.finfo(dtype).tiny)
         if lowest < shift:
-            shift += max(-lowest, 0.0)
+            shift += 2 * max(-lowest, 0.0)
         identity = torch.eye(rank, dtype=core.dtype, device=device)
         factor = torch.linalg.cholesky(core + shift * identity)
         shifted = image.add(basis, alpha=shift)
@@ -201,18 +202,26 @@ class NystromApproximation(LinearOperator):
 
 
 class _NystromInverse(LinearOperator):
-    """`(l + damping) U (L + damping I)^-1 U' + (I - U U')` with the smallest value `l` of `L`."""
+    """`U (L + damping I)^-1 U' + (I - U U') / (l + damping)`, with the smallest value `l` of `L`.
+
+    Scaled so that the largest value of `L` counts as one: a trust radius then is a length along the
+    directions of most curvature, and reaches further along others.
+    """
 
     def __init__(self, sketch: NystromApproximation, damping: float) -> None:
         self.size, self.dtype, self.device = sketch.size, sketch.dtype, sketch.device
         self._vectors = sketch.vectors
         largest, smallest = sketch.values[0], sketch.values[-1]
-        shift = damping + torch.finfo(largest.dtype).eps * largest
-        self._excess = (smallest + shift) / (sketch.values + shift) - 1
+        # The columns of U are orthonormal up to a few eps: the least eigenvalue has to show.
+        numbers = torch.finfo(largest.dtype)
+        shift = damping + (50 * numbers.eps * largest).clamp(min=numbers.tiny)
+        self._plain = (largest + shift) / (smallest + shift)
+        self._excess = (largest + shift) / (sketch.values + shift) - self._plain
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-        return torch.addmv(v, self._vectors, self._excess * (self._vectors.T @ v))
+        inside = self._excess * (self._vectors.T @ v)
+        return torch.addmv(self._plain * v, self._vectors, inside)
 
 
 _NAMED: dict[str, Callable[[], Preconditioner]] = {"martens": Martens, "nystrom": Nystrom}
