@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -42,6 +43,9 @@ STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
         F.soft_margin_loss,
     }
 )
+
+# The file of the wrapper that `once_differentiable` puts around a backward.
+_MARKED_IN = once_differentiable(lambda *_: None).__code__.co_filename
 
 _active: ContextVar[Capture | None] = ContextVar("active_capture", default=None)
 
@@ -101,9 +105,12 @@ class Graph:
             loss: What `backward()` was called on.
             weight: The `gradient` argument of `backward()`, of the loss's shape.
         """
-        gradients = torch.autograd.grad(
-            loss, self.params, weight, create_graph=True, allow_unused=True
-        )
+        try:
+            gradients = torch.autograd.grad(
+                loss, self.params, weight, create_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            raise explained(error) from error
         self.losses.append(loss)
         self.weights.append(weight)
         self.gradients.append(gradients)
@@ -116,10 +123,13 @@ class Graph:
         reentrant checkpoints, and never reports it in `torch.autograd.grad`: gradients or products
         would lack what passes through there.
         """
+        # Where what comes in is constant, nothing in the gradient's graph tells of the cut.
+        names = _once_differentiable(self.losses)
+        if names:
+            raise _no_second_derivative(f"{', '.join(names)}, marked once_differentiable")
         for node in _nodes(g for gs in self.gradients for g in gs if g is not None):
             if node.name() == "torch::autograd::Error":
-                name = _once_differentiable(self.losses)
-                raise _no_second_derivative(f"{name}, marked once_differentiable")
+                raise _no_second_derivative("a custom function marked once_differentiable")
             if node.name() == "CheckpointFunctionBackward":
                 raise _no_second_derivative(
                     "activation checkpointing with use_reentrant=True; False works"
@@ -174,20 +184,24 @@ def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
                 waiting.append(following)
 
 
-def _once_differentiable(losses: Iterable[Tensor]) -> str:
-    """The custom functions in a graph whose backward is wrapped, as `once_differentiable` does."""
+def _once_differentiable(losses: Iterable[Tensor]) -> list[str]:
+    """The custom functions in a graph whose backward is marked `once_differentiable`."""
     names = set()
     for node in _nodes(losses):
         function: Any = getattr(type(node), "_forward_cls", None)
-        if hasattr(getattr(function, "backward", None), "__wrapped__"):
-            names.add(function.__name__)
-    return ", ".join(sorted(names)) or "a custom function"
+        backward = getattr(function, "backward", None)
+        while backward is not None:
+            code = getattr(backward, "__code__", None)
+            if code is not None and code.co_filename == _MARKED_IN:
+                names.add(function.__name__)
+            backward = getattr(backward, "__wrapped__", None)
+    return sorted(names)
 
 
 def explained(error: RuntimeError) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
-    signs = ("is not implemented", "once_differentiable", "double backward")
+    signs = ("is not implemented", "once_differentiable", "double backward", "donated buffers")
     return _no_second_derivative(text) if any(sign in text for sign in signs) else error
 
 

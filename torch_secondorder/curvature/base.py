@@ -28,7 +28,7 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
-        """The product with a vector: shape `(n,)` to `(n,)`."""
+        """The product with a vector: shape `(n,)` to `(n,)`, a new tensor that may be changed."""
 
     def matmat(self, V: Tensor) -> Tensor:
         """The product with several vectors at once: shape `(n, k)` to `(n, k)`.
@@ -91,12 +91,16 @@ class Damped(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-        product = self.operator.matvec(v)
-        return product.add(v, alpha=self.damping) if self.damping else product
+        return self._lifted(self.operator.matvec(v), v)
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`."""
-        return self.operator.matmat(V).add(V, alpha=self.damping)
+        return self._lifted(self.operator.matmat(V), V)
+
+    def _lifted(self, product: Tensor, v: Tensor) -> Tensor:
+        if product is v:  # an operator may be the identity
+            return v * (1 + self.damping)
+        return product.add_(v, alpha=self.damping) if self.damping else product
 
 
 class Linearized(LinearOperator):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, log
+from math import inf
 
 __all__ = ["LevenbergMarquardt"]
 
@@ -75,7 +75,8 @@ class LevenbergMarquardt:
 
     def raised(self, damping: float, times: int = 1) -> float:
         """The damping after so many failures in a row."""
-        damping = max(damping, self.smallest)
-        room = (log(self.largest) - log(damping)) / log(self.increase)
-        # A power of this size may be beyond what a float holds.
-        return self.largest if times > room else min(damping * self.increase**times, self.largest)
+        try:
+            factor = self.increase**times
+        except OverflowError:  # where a product would be infinite, a power raises
+            return self.largest
+        return min(max(damping, self.smallest) * factor, self.largest)

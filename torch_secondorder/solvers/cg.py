@@ -156,18 +156,18 @@ class _Run:
         # Squares of norms in the metric of the inverse preconditioner, by recurrence: of x, of p,
         # and their product (Conn, Gould and Toint 2000, section 7.5.1).
         self._x_x = self._x_p = 0.0
-        # Curvature in that metric that is as good as none beside the largest one met.
-        self._least, self._precision = 0.0, torch.finfo(b.dtype).eps
+        self._largest, self._precision = 0.0, torch.finfo(b.dtype).eps  # curvature in that metric
         if x0 is None:
             self.x, self._r = torch.zeros_like(b), b.clone()
         else:
             # As far along it as is best: a step that was right elsewhere may be too long here.
             image = self._multiply(x0)
             curvature = x0 @ image
-            share = torch.where(curvature > 0, (b @ x0 / curvature).clamp(min=0), 0.0)
+            share = torch.where(curvature > 0, b @ x0 / curvature, 0.0)
             kept = share > 0  # else what is multiplied with zero may still be no number
             self.x = torch.where(kept, share * x0, 0.0)
             self._r = torch.where(kept, b - share * image, b)
+        self._spare = self._r if radius is None else torch.empty_like(self._r)
         self._p = self._preconditioned(self._r).clone()
         self._r_z = self._r_p = self._r @ self._p
         r_z, r_r, self.size_of_b, x_br = to_host(
@@ -193,22 +193,24 @@ class _Run:
             return SolveStatus.NONFINITE
         image = self._multiply(self._p)
         p_A_p = self._p @ image
-        # Where the curvature is not positive nothing moves, and it shows below.
-        alpha = torch.where(p_A_p > 0, self._r_p / p_A_p, 0.0)
-        r = torch.addcmul(self._r, image, alpha, value=-1)
+        # Curvature that is as good as none beside the largest one met: nothing moves then.
+        least = self._precision * self._largest * self._p_p
+        alpha = torch.where(p_A_p > least, self._r_p / p_A_p, 0.0)
+        # In place, for the memory's sake, unless the step may have to end at the radius instead.
+        r = torch.addcmul(self._r, image, alpha, value=-1, out=self._spare)
         z = self._preconditioned(r)
         r_z = r @ z
         beta = r_z / self._r_z
         if recompute:
             # Only what p is made of is replaced: beta belongs to the recurrence.
-            r = self._b - self._multiply(torch.addcmul(self.x, self._p, alpha))
+            torch.sub(self._b, self._multiply(torch.addcmul(self.x, self._p, alpha)), out=r)
             z = self._preconditioned(r)
             r_z = r @ z
         r_r = r_z if self._preconditioner is None else r @ r
         curvature, step, share, new_r_z, new_r_r = to_host(p_A_p, alpha, beta, r_z, r_r)
         if not isfinite(curvature):
             return SolveStatus.NONFINITE
-        if curvature <= self._least * self._p_p:
+        if curvature <= least:
             self._note_negative(curvature)
             if self._radius is not None:
                 self._to_boundary(image)
@@ -219,10 +221,10 @@ class _Run:
         if not (isfinite(step) and isfinite(new_r_r)):
             return SolveStatus.NONFINITE
         self._check(new_r_z, new_r_r)
-        self._least = max(self._least, self._precision * curvature / self._p_p)
+        self._largest = max(self._largest, curvature / self._p_p)
         self.count += 1
         self.x.add_(self._p, alpha=step)
-        self._r = r
+        self._r, self._spare = r, self._r
         self.quadratic -= 0.5 * step * (step * curvature)
         self.residual = sqrt(new_r_r)
         self._x_p = share * (self._x_p + step * self._p_p)
@@ -235,14 +237,17 @@ class _Run:
 
     def result(self, status: SolveStatus, iterates: list[Iterate]) -> SolveResult:
         """What was found."""
-        decrease, r_r = to_host(0.5 * (self.x @ (self._b + self._r)), self._r @ self._r)
+        decrease, residual = -self.quadratic, self.residual
+        if status is not SolveStatus.NONFINITE:  # or r may not be either
+            decrease, r_r = to_host(0.5 * (self.x @ (self._b + self._r)), self._r @ self._r)
+            residual = sqrt(r_r)
         direction, curvature = self._negative or (None, 0.0)
         return SolveResult(
             x=self.x,
             status=status,
             iterations=self.count,
             products=self._products,
-            residual_norm=sqrt(r_r) / self.size_of_b if self.size_of_b else sqrt(r_r),
+            residual_norm=residual / self.size_of_b if self.size_of_b else residual,
             decrease=decrease,
             length=sqrt(self._x_x),
             negative_direction=direction,

@@ -119,7 +119,7 @@ class Nystrom(Preconditioner):
 
     def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:
         """See `Preconditioner.refresh`."""
-        if self._sketch is not None and self._sketch.size == operator.size:
+        if self._sketch is not None and self._sketch.fits(operator):
             self._age += 1
             if self._age < self._period:
                 return 0
@@ -195,6 +195,14 @@ class NystromApproximation(LinearOperator):
         half = torch.linalg.solve_triangular(factor.T.to(dtype), shifted, upper=True, left=False)
         vectors, roots, _ = torch.linalg.svd(half, full_matrices=False)
         return cls(vectors, (roots.square() - shift).clamp_(min=0.0))
+
+    def fits(self, operator: LinearOperator) -> bool:
+        """Whether it may stand for an operator: one of its size and kind."""
+        return (
+            self.size == operator.size
+            and self.dtype == operator.dtype
+            and self.device.type == operator.device.type  # an index may be left out
+        )
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
