@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Capture", "Graph", "Output", "mark_outputs"]
+__all__ = ["Capture", "Graph", "LinearCall", "Output", "mark_outputs"]
 
 #: Losses whose first argument is the model's output, so that it is found without being told.
 STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
@@ -77,6 +78,22 @@ class Output:
         return self.versions == _versions(self.arguments)
 
 
+class LinearCall(NamedTuple):
+    """A call of `torch.nn.functional.linear` with a parameter as its weight.
+
+    Attributes:
+        input: What was multiplied, `(..., in)`.
+        weight: Which of the parameters.
+        bias: Which of the parameters; None for none, or for one that is not among them.
+        output: Where the output stands in the graph; its values are not kept.
+    """
+
+    input: Tensor
+    weight: int
+    bias: int | None
+    output: GradientEdge
+
+
 @dataclass(slots=True)
 class Graph:
     """The retained graph of one evaluation: gradients that can be differentiated again.
@@ -88,6 +105,7 @@ class Graph:
         gradients: One list of `P` gradients (None where a parameter had no part) for each
             `backward()`; the evaluation's gradient is their sum.
         outputs: The outputs met, in order.
+        linear_calls: The linear layers met, in order.
     """
 
     params: Sequence[Tensor]
@@ -95,6 +113,7 @@ class Graph:
     weights: list[Tensor | None] = field(default_factory=list)
     gradients: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
+    linear_calls: list[LinearCall] = field(default_factory=list)
 
     def differentiate(
         self, loss: Tensor, weight: Tensor | None = None
@@ -231,6 +250,7 @@ class Capture(TorchFunctionMode):
     def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__()
         self.graph = Graph(params)
+        self._places = {id(p): i for i, p in enumerate(params)}
         self._attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
 
     def __enter__(self) -> Capture:
@@ -257,7 +277,10 @@ class Capture(TorchFunctionMode):
             return self.backward(*args, **kwargs)
         if func in STANDARD_LOSSES:
             return self._run_loss(func, args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is F.linear:
+            self._note_linear(result, *args, **kwargs)
+        return result
 
     def backward(
         self,
@@ -284,6 +307,15 @@ class Capture(TorchFunctionMode):
                 if g is not None:
                     # Not an alias: the graph goes on using the storage of `g`.
                     p.grad = g.clone() if p.grad is None else p.grad + g
+
+    def _note_linear(
+        self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
+        place = self._places.get(id(weight))
+        if place is not None and output.grad_fn is not None:
+            edge = get_gradient_edge(output)
+            call = LinearCall(input.detach(), place, self._places.get(id(bias)), edge)
+            self.graph.linear_calls.append(call)
 
     def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         bound = inspect.signature(func).bind(*args, **kwargs)

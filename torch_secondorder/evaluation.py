@@ -88,6 +88,22 @@ class RawEvaluation(NamedTuple):
     averaged: bool = False  # whether a DDP module has averaged the gradients over the ranks
 
 
+class Slot(NamedTuple):
+    """A parameter's place in the work vector, from `start` to `stop`.
+
+    Attributes:
+        start: Its first entry.
+        stop: The entry after its last one.
+        scale: What its part of the work vector is multiplied by.
+        decay: What weight decay adds to the diagonal of the curvature there.
+    """
+
+    start: int
+    stop: int
+    scale: float
+    decay: float
+
+
 class Linearization:
     """The second-order information at one evaluated point, valid until the parameters move on.
 
@@ -150,6 +166,14 @@ class Linearization:
         self.check()
         return self._objective.diagonal(roots)
 
+    def slots(self) -> list[Slot]:
+        """The place of each parameter in the work vector."""
+        return self._objective.slots()
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks, where the closure called a DDP module; else the tensor."""
+        return self._objective.average(tensor)
+
     def check(self) -> None:
         """Makes the graph usable: puts the parameters back to where it was made.
 
@@ -204,6 +228,7 @@ class Objective(ABC):
         self._replay = Replay(self._surroundings, self.vector.devices)
         regularization = regularization or Regularization()
         self._sign = -1.0 if regularization.maximize else 1.0
+        self._regularization = regularization
         decay = regularization.weight_decay
         # A number stays one: where it is the same everywhere it needs no vector.
         self._decay = self.vector.expand(decay) if isinstance(decay, tuple) else decay
@@ -267,9 +292,20 @@ class Objective(ABC):
             flat.add_(self._decay * direction)
         return self.vector.scaled(flat)
 
+    def slots(self) -> list[Slot]:
+        """See `Linearization.slots`."""
+        slots = self.vector.slots()
+        decay = self._regularization.weight_decay
+        decays = decay if isinstance(decay, tuple) else (decay,) * len(slots)
+        return [Slot(*slot, slot[2] ** 2 * d) for slot, d in zip(slots, decays, strict=True)]
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """See `Linearization.average`."""
+        return self._replay.average(tensor)
+
     def diagonal(self, roots: Sequence[Tensor | None]) -> Tensor:
         """See `Linearization.diagonal`."""
-        count = next(len(root) for root in roots if root is not None)
+        count = next((len(root) for root in roots if root is not None), 1)
         flat = self.vector.scaled(self.vector.gather(roots, batch=(count,)))
         diagonal = self._replay.average(flat.square_().mean(0))
         if self._decays:

@@ -8,6 +8,7 @@ learning rates that differ between groups) ends here.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -198,6 +199,15 @@ class ParameterVector:
             return flat
         rounded = self.gather(self.split(master))
         return torch.where(rounded == flat, master, flat)
+
+    def slots(self) -> list[tuple[int, int, float]]:
+        """Where each parameter begins and ends in the flat vector, and its scale."""
+        ends = list(itertools.accumulate(self._counts))
+        factors = self._factors or (1.0,) * len(ends)
+        return [
+            (end - count, end, factor)
+            for end, count, factor in zip(ends, self._counts, factors, strict=True)
+        ]
 
     @property
     def needs_master(self) -> bool:

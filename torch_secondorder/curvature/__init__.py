@@ -6,6 +6,7 @@ from torch_secondorder.curvature.fisher import Fisher
 from torch_secondorder.curvature.gauss_newton import GaussNewton
 from torch_secondorder.curvature.hessian import Hessian
 from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
+from torch_secondorder.curvature.kronecker import KroneckerFactors
 
 __all__ = [
     "Damped",
@@ -15,5 +16,6 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "InverseBFGS",
+    "KroneckerFactors",
     "LinearOperator",
 ]

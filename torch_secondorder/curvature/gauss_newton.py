@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.base import Linearized
+from torch_secondorder.curvature.kronecker import KroneckerFactors, kronecker_factors
 from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace, Tensors
 from torch_secondorder.curvature.samples import Samples
-from torch_secondorder.evaluation import Evaluation
+from torch_secondorder.evaluation import Evaluation, Slot
 
 __all__ = ["GaussNewton"]
 
@@ -92,6 +94,26 @@ class GaussNewton(Linearized):
         self._linearization.check()
         roots = [self._root(generator) for _ in range(n_samples)]
         return self._linearization.diagonal(self._space.pull_each(roots))
+
+    def factors(self, generator: torch.Generator | None = None) -> list[KroneckerFactors]:
+        """Kronecker factors of the blocks of linear layers, from one backward pass.
+
+        Args:
+            generator: Where the random vector comes from, see `diagonal`.
+
+        Returns:
+            One for each weight that `torch.nn.functional.linear` was called with.
+        """
+        self._linearization.check()
+        found = kronecker_factors(
+            self._linearization.graph.linear_calls, self._space.tensors, self._root(generator)
+        )
+        average = self._linearization.average
+        return [replace(f, inputs=average(f.inputs), outputs=average(f.outputs)) for f in found]
+
+    def slots(self) -> list[Slot]:
+        """The place of each parameter in the vectors multiplied."""
+        return self._linearization.slots()
 
     def _root(self, generator: torch.Generator | None) -> list[Tensor | None]:
         roots: list[Tensor | None] = []

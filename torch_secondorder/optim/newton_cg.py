@@ -68,7 +68,8 @@ class NewtonCG(SecondOrderOptimizer):
             By default a trust region for the Hessian, and damping for all others.
         damping: With damping what it begins with, 1 by default; else what is constantly added to
             the curvature, 0 by default.
-        preconditioner: `"martens"`, `"nystrom"`, a `Preconditioner`, or None.
+        preconditioner: `"kfac"` (networks of linear layers), `"nystrom"` (few parameters, costly
+            losses), `"martens"` (a diagonal), a `Preconditioner`, or None.
         solver: `"cg"`, `"minres"`, or a `LinearSolver`. A trust region needs conjugate gradients.
         max_cg_iter: Most iterations of the solver for one system.
         tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,

@@ -1,19 +1,26 @@
 """Linear solvers and preconditioners over matrix-free operators."""
 
-from torch_secondorder.solvers.base import Iterate, LinearSolver, SolveResult, SolveStatus
+from torch_secondorder.solvers.base import (
+    Iterate,
+    LinearSolver,
+    Preconditioner,
+    SolveResult,
+    SolveStatus,
+)
 from torch_secondorder.solvers.cg import CG
+from torch_secondorder.solvers.kronecker import KFAC
 from torch_secondorder.solvers.lanczos import Tridiagonal, lanczos
 from torch_secondorder.solvers.minres import Minres
 from torch_secondorder.solvers.preconditioners import (
     Martens,
     Nystrom,
     NystromApproximation,
-    Preconditioner,
     resolve_preconditioner,
 )
 
 __all__ = [
     "CG",
+    "KFAC",
     "Iterate",
     "LinearSolver",
     "Martens",

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from torch_secondorder.curvature import LinearOperator
 
-__all__ = ["Iterate", "LinearSolver", "SolveResult", "SolveStatus", "check_system"]
+__all__ = [
+    "Iterate",
+    "LinearSolver",
+    "Preconditioner",
+    "SolveResult",
+    "SolveStatus",
+    "check_system",
+]
 
 
 class SolveStatus(Enum):
@@ -80,6 +89,26 @@ class LinearSolver(Protocol):
             x0: Where to begin, shape `(n,)`; zero by default.
             preconditioner: A positive definite operator close to the inverse of `A`.
         """
+
+
+class Preconditioner(ABC):
+    """Something close to the inverse of `A + damping I`, kept from one system to the next."""
+
+    @abstractmethod
+    def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:
+        """Learns from a new operator `A`; returns how many products with it that took."""
+
+    @abstractmethod
+    def inverse(self, damping: float) -> LinearOperator:
+        """An approximation of `(A + damping I)^-1`, positive definite."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept between systems: tensors and numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; empty for nothing."""
 
 
 def check_system(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,34 +9,10 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature import Diagonal, GaussNewton, LinearOperator
+from torch_secondorder.solvers.base import Preconditioner
+from torch_secondorder.solvers.kronecker import KFAC
 
-__all__ = [
-    "Martens",
-    "Nystrom",
-    "NystromApproximation",
-    "Preconditioner",
-    "resolve_preconditioner",
-]
-
-
-class Preconditioner(ABC):
-    """Something close to the inverse of `A + damping I`, kept from one system to the next."""
-
-    @abstractmethod
-    def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:
-        """Learns from a new operator `A`; returns how many products with it that took."""
-
-    @abstractmethod
-    def inverse(self, damping: float) -> LinearOperator:
-        """An approximation of `(A + damping I)^-1`, positive definite."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """What is kept between systems: tensors and numbers."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave; empty for nothing."""
+__all__ = ["Martens", "Nystrom", "NystromApproximation", "resolve_preconditioner"]
 
 
 class Martens(Preconditioner):
@@ -232,14 +207,18 @@ class _NystromInverse(LinearOperator):
         return torch.addmv(self._plain * v, self._vectors, inside)
 
 
-_NAMED: dict[str, Callable[[], Preconditioner]] = {"martens": Martens, "nystrom": Nystrom}
+_NAMED: dict[str, Callable[[], Preconditioner]] = {
+    "kfac": KFAC,
+    "martens": Martens,
+    "nystrom": Nystrom,
+}
 
 
 def resolve_preconditioner(spec: str | Preconditioner | None) -> Preconditioner | None:
     """The preconditioner that `spec` names.
 
     Args:
-        spec: `"martens"`, `"nystrom"`, an instance (returned as it is), or None for none.
+        spec: `"kfac"`, `"martens"`, `"nystrom"`, an instance (returned as it is), or None for none.
 
     Raises:
         ValueError: The name is unknown.

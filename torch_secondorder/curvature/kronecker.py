@@ -1,0 +1,73 @@
+"""Gauss-Newton blocks of linear layers as Kronecker products (K-FAC)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.capture import LinearCall
+
+__all__ = ["KroneckerFactors", "kronecker_factors"]
+
+
+@dataclass(frozen=True, slots=True)
+class KroneckerFactors:
+    """The block of a linear layer, `outputs (x) inputs` for the weight as an `(out, in)` matrix.
+
+    Attributes:
+        weight: Which of the parameters.
+        bias: Which of the parameters; None without one.
+        inputs: The second moment `A` of the layer's inputs, `(in, in)`; with a bias `in + 1`, the
+            last input being one.
+        outputs: The second moment `S` of the gradients by its outputs, summed over the samples,
+            `(out, out)`.
+    """
+
+    weight: int
+    bias: int | None
+    inputs: Tensor
+    outputs: Tensor
+
+
+def kronecker_factors(
+    calls: Sequence[LinearCall], outputs: Sequence[Tensor], root: Sequence[Tensor | None]
+) -> list[KroneckerFactors]:
+    """The factors of Martens and Grosse 2015, "Optimizing neural networks with K-FAC".
+
+    They take the inputs of a layer for independent of the gradients by its outputs, and the
+    gradients of different rows for independent of each other. A layer that was called several times
+    counts as one with more samples.
+
+    Args:
+        calls: The calls met in an evaluation.
+        outputs: The model's outputs.
+        root: A random vector `q` in output space with `E[q q'] = B`.
+    """
+    pairs = [(z, q) for z, q in zip(outputs, root, strict=True) if q is not None]
+    if not calls or not pairs:
+        return []
+    tensors, weights = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(
+        tensors, [c.output for c in calls], weights, retain_graph=True, allow_unused=True
+    )
+    layers: dict[tuple[int, int | None], list[tuple[Tensor, Tensor]]] = {}
+    for call, gradient in zip(calls, gradients, strict=True):
+        if gradient is not None:
+            pair = _rows(call.input), _rows(gradient)
+            layers.setdefault((call.weight, call.bias), []).append(pair)
+    found = []
+    for (weight, bias), met in layers.items():
+        a, d = (torch.cat(rows) for rows in zip(*met, strict=True))
+        if bias is not None:
+            a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+        found.append(KroneckerFactors(weight, bias, a.T @ a / len(a), d.T @ d))
+    return found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """All positions as rows, in single precision or better."""
+    tensor = tensor.detach().reshape(-1, tensor.shape[-1])
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

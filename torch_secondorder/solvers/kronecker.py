@@ -1,0 +1,185 @@
+"""The Kronecker-factored preconditioner."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature import GaussNewton, LinearOperator
+from torch_secondorder.evaluation import Slot
+from torch_secondorder.solvers.base import Preconditioner
+
+__all__ = ["KFAC"]
+
+
+class KFAC(Preconditioner):
+    """Inverts the Gauss-Newton blocks of linear layers as Kronecker products.
+
+    Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+    curvature", where the approximation itself gives the step. Here it preconditions conjugate
+    gradients on the exact matrix: what the factors leave out is made up for in few iterations.
+
+    Parameters that are no weight or bias of a linear layer (those of convolutions and norms, say)
+    are treated by their diagonal, see `GaussNewton.diagonal`.
+
+    Args:
+        period: Operators that the same factors serve.
+        decay: Weight of the former factors in the new ones; 0 to forget them. Averages help where
+            batches are smaller than layers are wide.
+        largest: Layers with more inputs or outputs are treated by their diagonal.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, period: int = 1, decay: float = 0.0, largest: int = 4096) -> None:
+        for name, value in (("period", period), ("largest", largest)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
+        self._period, self._decay, self._largest = period, decay, largest
+        self._age = 0
+        self._factors: list[_Layer] = []
+        self._diagonal: Tensor | None = None
+
+    def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:
+        """See `Preconditioner.refresh`.
+
+        Raises:
+            TypeError: The operator is neither `GaussNewton` nor `Fisher`.
+            FloatingPointError: A factor was not finite.
+        """
+        if not isinstance(operator, GaussNewton):
+            raise TypeError(
+                f"the preconditioner 'kfac' is made from model outputs, which "
+                f"{type(operator).__name__} does not know; use curvature='ggn', or 'nystrom'"
+            )
+        self._slots = operator.slots()
+        self._like = torch.empty(0, dtype=operator.dtype, device=operator.device)
+        self._age += 1
+        if self._factors and self._age < self._period:
+            return 0
+        found = [
+            (f.weight, f.bias, f.inputs.to(self._like), f.outputs.to(self._like))
+            for f in operator.factors(generator)
+            if max(f.inputs.shape[0], f.outputs.shape[0]) <= self._largest + 1
+        ]
+        products = 1
+        covered = {i for weight, bias, *_ in found for i in (weight, bias)}
+        diagonal = None
+        if covered != set(range(len(self._slots))):
+            diagonal = operator.diagonal(1, generator)
+            products += 1
+        self._learn(found, diagonal)
+        return products
+
+    def _learn(self, found: list[_Layer], diagonal: Tensor | None) -> None:
+        """Takes new factors, mixed with the former where these are of the same layers."""
+        if not all(bool(torch.isfinite(m).all()) for layer in found for m in layer[2:]):
+            raise FloatingPointError("a Kronecker factor was not finite")
+        same = [f[:2] for f in found] == [f[:2] for f in self._factors]
+        self._age = 0
+        if self._decay and same and (diagonal is None) == (self._diagonal is None):
+            keep = self._decay
+            found = [
+                (*new[:2], old[2].lerp(new[2], 1 - keep), old[3].lerp(new[3], 1 - keep))
+                for old, new in zip(self._factors, found, strict=True)
+            ]
+            if diagonal is not None:
+                assert self._diagonal is not None
+                diagonal = self._diagonal.lerp(diagonal, 1 - keep)
+        self._factors, self._diagonal = found, diagonal
+
+    def inverse(self, damping: float) -> LinearOperator:
+        """See `Preconditioner.inverse`."""
+        return _BlockInverse(self._factors, self._diagonal, self._slots, damping, self._like)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Preconditioner.state_dict`."""
+        if self._period == 1 and not self._decay:
+            return {}
+        factors = [list(layer) for layer in self._factors]
+        return {"age": self._age, "factors": factors, "diagonal": self._diagonal}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Preconditioner.load_state_dict`."""
+        self._age = state.get("age", 0)
+        self._factors = [tuple(layer) for layer in state.get("factors", ())]
+        self._diagonal = state.get("diagonal")
+
+
+_Layer = tuple[int, int | None, Tensor, Tensor]
+
+
+class _Block(NamedTuple):
+    """The inverse of one layer's block."""
+
+    weight: slice
+    bias: slice | None
+    inputs: Tensor  # (A + ...)^-1
+    outputs: Tensor  # (S + ...)^-1
+
+
+class _BlockInverse(LinearOperator):
+    """Block by block `(S + ...)^-1 V (A + ...)^-1`, and the inverse of a diagonal elsewhere."""
+
+    def __init__(
+        self,
+        factors: list[_Layer],
+        diagonal: Tensor | None,
+        slots: list[Slot],
+        damping: float,
+        like: Tensor,
+    ) -> None:
+        self.size, self.dtype, self.device = slots[-1].stop, like.dtype, like.device
+        floor = torch.finfo(self.dtype).tiny ** 0.5
+        self._elsewhere = None
+        if diagonal is not None:
+            self._elsewhere = (diagonal + damping).clamp_(min=floor).reciprocal_()
+        self._blocks = [_inverted(layer, slots, damping) for layer in factors]
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """See `LinearOperator.matvec`."""
+        result = torch.empty_like(v) if self._elsewhere is None else self._elsewhere * v
+        for weight, bias, inputs, outputs in self._blocks:
+            n = len(outputs)
+            matrix = v[weight].view(n, -1)
+            m = matrix.shape[1]
+            right = matrix @ inputs[:m, :m]
+            if bias is not None:
+                column = torch.addmv(v[bias] * inputs[m, m], matrix, inputs[:m, m])
+                torch.mv(outputs, column, out=result[bias])
+                right.addr_(v[bias], inputs[m, :m])
+            torch.mm(outputs, right, out=result[weight].view(n, m))
+        return result
+
+
+def _inverted(layer: _Layer, slots: list[Slot], damping: float) -> _Block:
+    """Damps both factors so that their product is damped about as asked for (section 6.3)."""
+    weight, bias, inputs, outputs = layer
+    slot = slots[weight]
+    if slot.scale != 1.0 or (bias is not None and slots[bias].scale != 1.0):
+        scale = inputs.new_full((len(inputs),), slot.scale)
+        if bias is not None:
+            scale[-1] = slots[bias].scale
+        inputs = scale[:, None] * inputs * scale
+    mean_a, mean_s = inputs.diagonal().mean(), outputs.diagonal().mean()
+    balance = torch.where((mean_a > 0) & (mean_s > 0), (mean_a / mean_s).sqrt(), 1.0)
+    root = (damping + slot.decay) ** 0.5
+    precision = 100 * torch.finfo(inputs.dtype).eps
+    tiny = torch.finfo(inputs.dtype).tiny ** 0.25
+    return _Block(
+        slice(slot.start, slot.stop),
+        None if bias is None else slice(slots[bias].start, slots[bias].stop),
+        _inverse(inputs, torch.maximum(balance * root, precision * mean_a).clamp(min=tiny)),
+        _inverse(outputs, torch.maximum(root / balance, precision * mean_s).clamp(min=tiny)),
+    )
+
+
+def _inverse(matrix: Tensor, shift: Tensor) -> Tensor:
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
