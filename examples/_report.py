@@ -1,4 +1,4 @@
-"""How the examples show their results: an aligned table and a plot of loss curves."""
+"""How the examples show their results: an aligned table and plots of curves."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ DASHES = ("-", "--", "-.", ":")
 
 @dataclass
 class Curve:
-    """Training loss along a run, against two measures of its cost."""
+    """Training loss and a score of the task's own along a run, and two measures of its cost."""
 
     seconds: list[float] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
 
-    def add(self, seconds: float, evaluations: int, loss: float) -> None:
+    def add(self, seconds: float, evaluations: int, loss: float, score: float) -> None:
         """Appends one point."""
         self.seconds.append(seconds)
         self.evaluations.append(evaluations)
         self.loss.append(loss)
+        self.score.append(score)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -48,33 +50,44 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def plot_curves(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
     """Draws loss against seconds and against closure evaluations, one line a label, into a file."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")  # draws into a file, needs no display
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for i, (label, curve) in enumerate(curves.items()):
-        style: dict[str, Any] = {
-            "label": label,
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": DASHES[i % len(DASHES)],
-            "linewidth": 1.8,
-        }
         # The first point is the start, for which a logarithmic axis has no place.
-        left.plot(curve.seconds[1:], curve.loss[1:], **style)
-        right.plot(curve.evaluations[1:], curve.loss[1:], **style)
-    _label_axes(left, "seconds", "training loss")
-    _label_axes(right, "closure evaluations", "")
+        left.plot(curve.seconds[1:], curve.loss[1:], label=label, **line_style(i))
+        right.plot(curve.evaluations[1:], curve.loss[1:], **line_style(i))
+    scales = {"xscale": "log", "yscale": "log"}
+    style_axes(left, xlabel="seconds", ylabel="training loss", **scales)
+    style_axes(right, xlabel="closure evaluations", **scales)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _label_axes(axes: Any, x_label: str, y_label: str) -> None:
-    axes.set(xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
+def pyplot() -> Any:
+    """Returns matplotlib's plotting module, set up to draw into files; that needs no display."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """The look of the i-th line in a plot."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": DASHES[i % len(DASHES)],
+        "linewidth": 1.8,
+    }
+
+
+def style_axes(axes: Any, **settings: str) -> None:
+    """Gives axes a quiet grid and no box; `settings` are the labels and the scales."""
+    axes.set(**settings)
     axes.grid(visible=True, which="major", color="0.85")
     axes.grid(visible=True, which="minor", color="0.93", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)

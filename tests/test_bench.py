@@ -26,15 +26,20 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "result"),
+    ("arguments", "result", "shown"),
     [
-        (["lbfgs", "--part", "direction"], "lbfgs.direction"),
-        (["capture"], "capture."),
-        (["products"], "products."),
+        (["lbfgs", "--part", "direction"], "lbfgs.direction", "ours"),
+        (["capture"], "capture.", "ours"),
+        (["products"], "products.gauss_newton.", "ours"),
+        (["newton", "--part", "cg"], "newton.cg.", "overhead"),
+        (["newton", "--part", "softmax"], "newton.softmax.ratios", "NewtonCG / LBFGS (ours)"),
+        (["newton", "--part", "problems"], "newton.problems.wood.", "NewtonCG / LBFGS (ours)"),
+        (["newton", "--part", "autoencoder"], "newton.autoencoder.NewtonCG", "NewtonCG"),
+        (["newton", "--part", "pinn"], "newton.pinn.NewtonCG", "NewtonCG"),
     ],
 )
-def test_a_sub_command_prints_ratios_and_writes_json(
-    arguments: list[str], result: str, tmp_path: Path
+def test_a_sub_command_prints_a_table_and_writes_json(
+    arguments: list[str], result: str, shown: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "figures.json"
     done = bench(*arguments, "--quick", "--repeat", "1", "--json", str(file))
@@ -42,7 +47,7 @@ def test_a_sub_command_prints_ratios_and_writes_json(
     document = json.loads(file.read_text())
     assert any(key.startswith(result) for key in document["results"])
     assert document["environment"]["torch"]
-    assert "ours" in done.stdout
+    assert shown in done.stdout
 
 
 def test_an_unknown_sub_command_is_refused_with_the_known_ones() -> None:

@@ -220,7 +220,9 @@ def _once_differentiable(losses: Iterable[Tensor]) -> list[str]:
 def explained(error: RuntimeError) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
-    signs = ("is not implemented", "once_differentiable", "double backward", "donated buffers")
+    if "donated buffers" in text:  # torch says how to change a setting, which would not do either
+        return _no_second_derivative("a module compiled by torch.compile")
+    signs = ("is not implemented", "once_differentiable", "double backward")
     return _no_second_derivative(text) if any(sign in text for sign in signs) else error
 
 
@@ -278,7 +280,7 @@ class Capture(TorchFunctionMode):
         if func in STANDARD_LOSSES:
             return self._run_loss(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func is F.linear:
+        if func is F.linear and not torch.compiler.is_compiling():
             self._note_linear(result, *args, **kwargs)
         return result
 

@@ -3,7 +3,7 @@
 To add one: write a module with a function under `@command(...)`, and import it here.
 """
 
-from . import capture, lbfgs, products
+from . import capture, lbfgs, newton, products
 from .registry import COMMANDS, Command, Options, command
 
-__all__ = ["COMMANDS", "Command", "Options", "capture", "command", "lbfgs", "products"]
+__all__ = ["COMMANDS", "Command", "Options", "capture", "command", "lbfgs", "newton", "products"]

@@ -54,7 +54,7 @@ def _evaluation(problem: Problem) -> None:
     problem.function(point).backward()
 
 
-def _load_problems(device: torch.device) -> tuple[Problem, ...]:
+def load_problems(device: torch.device) -> tuple[Problem, ...]:
     """Loads the table of the tests by path: other packages may install a module `tests`."""
     path = Path(__file__).resolve().parents[2] / "tests" / "problems.py"
     spec = importlib.util.spec_from_file_location("_bench_problems", path)
@@ -157,7 +157,7 @@ def run(options: Options, report: Report) -> None:
     """Runs every solver on every problem. One CPU thread: the vectors are short."""
     table = solvers()
     with threads(1):
-        problems = _load_problems(options.device)
+        problems = load_problems(options.device)
         calls = {problem.name: partial(_evaluation, problem) for problem in problems}
         timings = alternate(calls, options.repeat, options.device, min_seconds=0.01)
         results = {

@@ -1,4 +1,7 @@
-"""Time to a gradient tolerance on L2-regularized softmax regression, float32."""
+"""Time to a gradient tolerance on L2-regularized softmax regression, float32.
+
+`compare` is for any optimizers; `run` is for L-BFGS.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ from .registry import Options
 from .report import Report, Table, seconds
 
 PENALTY = 1e-4
-THRESHOLDS = (1e-4, 3e-5, 1e-5)
 # Steps in a row that leave the parameters where they were, after which a run counts as stalled.
 STALLED = 3
 
@@ -34,6 +36,7 @@ class Run:
     Attributes:
         seconds: For each threshold, when an evaluation first met it.
         evaluations: For each threshold, how many evaluations had been made then.
+        products: The same for products, where the optimizer counts them.
         best: The smallest |g|_inf of all evaluations.
         total: All evaluations.
         ended: Why the run ended.
@@ -41,6 +44,7 @@ class Run:
 
     seconds: dict[float, float] = field(default_factory=dict)
     evaluations: dict[float, int] = field(default_factory=dict)
+    products: dict[float, int] = field(default_factory=dict)
     best: float = float("inf")
     total: int = 0
     ended: str = ""
@@ -57,20 +61,40 @@ class Data:
 Make = Callable[[list[Tensor]], Any]
 
 
+@dataclass(frozen=True)
+class Contest:
+    """What is compared.
+
+    Attributes:
+        name: Results are recorded under it.
+        thresholds: Of the largest entry of the gradient, falling; a run ends at the last.
+        table: The optimizers. One whose `curvature` has a number `products` is asked for it.
+        pairs: Whose times are divided by whose.
+    """
+
+    name: str
+    thresholds: tuple[float, ...]
+    table: dict[str, Make]
+    pairs: tuple[tuple[str, str], ...]
+
+
+# No other stopping test than the gradient.
+TOLERANCES: dict[str, Any] = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
+
+
 def optimizers() -> dict[str, Make]:
-    """The optimizers with their defaults, as people run them, but with no other stopping test."""
+    """The optimizers with their defaults, as people run them."""
     table: dict[str, Make] = {}
-    tolerances: dict[str, Any] = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
     ours = load_ours("torch_secondorder", "LBFGS")
     if ours is not None:
-        table["ours"] = partial(ours, **tolerances)
-    theirs = partial(torch.optim.LBFGS, line_search_fn="strong_wolfe", **tolerances)
+        table["ours"] = partial(ours, **TOLERANCES)
+    theirs = partial(torch.optim.LBFGS, line_search_fn="strong_wolfe", **TOLERANCES)
     table["torch h=100"] = theirs
     table["torch h=20"] = partial(theirs, history_size=20)
     return table
 
 
-def descend(make: Make, data: Data, limit: float) -> Run:
+def descend(make: Make, data: Data, thresholds: tuple[float, ...], limit: float) -> Run:
     """Calls `step` until the last threshold, a stall or the time limit."""
     model = nn.Linear(784, 10).to(data.inputs.device)
     for p in model.parameters():
@@ -87,7 +111,10 @@ def descend(make: Make, data: Data, limit: float) -> Run:
         loss.backward()
         # Every evaluation counts, accepted or not: the same test for all, at one sync each.
         norm = torch.stack([p.grad.abs().max() for p in model.parameters() if p.grad is not None])
-        _note(run, norm.max().item(), time.perf_counter() - start, limit)
+        run.total += 1
+        _note(run, norm.max().item(), time.perf_counter() - start, thresholds, optimizer)
+        if time.perf_counter() - start > limit:
+            raise _ReachedError(f"stopped after {limit:g} s")
         return loss
 
     still = 0
@@ -102,17 +129,18 @@ def descend(make: Make, data: Data, limit: float) -> Run:
     return run
 
 
-def _note(run: Run, norm: float, elapsed: float, limit: float) -> None:
-    run.total += 1
+def _note(
+    run: Run, norm: float, elapsed: float, thresholds: tuple[float, ...], optimizer: Any
+) -> None:
     run.best = min(run.best, norm)
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         if norm <= threshold and threshold not in run.seconds:
             run.seconds[threshold] = elapsed
             run.evaluations[threshold] = run.total
-    if THRESHOLDS[-1] in run.seconds:
+            curvature = getattr(optimizer, "curvature", None)
+            run.products[threshold] = getattr(curvature, "products", 0)
+    if thresholds[-1] in run.seconds:
         raise _ReachedError("reached the last threshold")
-    if elapsed > limit:
-        raise _ReachedError(f"stopped after {limit:g} s")
 
 
 def _timing(runs: list[Run], threshold: float) -> Timing | None:
@@ -122,45 +150,56 @@ def _timing(runs: list[Run], threshold: float) -> Timing | None:
     return Timing(tuple(run.seconds[threshold] for run in runs))
 
 
-def _show(runs: dict[str, list[Run]], source: str, count: int, report: Report) -> None:
-    base = next(iter(runs))
-    header = ["optimizer", *(f"|g| <= {t:g}" for t in THRESHOLDS), "best |g|", "ended"]
-    table = Table(
-        f"Softmax regression, {count} images, {source}, float32: evaluations, time", header
-    )
+def _cell(runs: list[Run], threshold: float) -> str:
+    timing = _timing(runs, threshold)
+    if timing is None:
+        return "not reached"
+    products = runs[0].products[threshold]
+    count = f"{runs[0].evaluations[threshold]}" + (f"+{products}" if products else "")
+    return f"{count} {seconds(timing.median)}"
+
+
+def _show(contest: Contest, runs: dict[str, list[Run]], title: str, report: Report) -> None:
+    header = ["optimizer", *(f"|g| <= {t:g}" for t in contest.thresholds), "best |g|", "ended"]
+    has_products = any(any(made[0].products.values()) for made in runs.values())
+    counted = "evaluations + products" if has_products else "evaluations"
+    table = Table(f"{title}: {counted}, time", header)
     for name, made in runs.items():
-        cells = []
-        for threshold in THRESHOLDS:
-            timing = _timing(made, threshold)
-            made_by_then = made[0].evaluations.get(threshold, 0)
-            text = f"{made_by_then} {seconds(timing.median)}" if timing else "not reached"
-            cells.append(text)
+        cells = [_cell(made, threshold) for threshold in contest.thresholds]
         table.add(name, *cells, f"{min(run.best for run in made):.2e}", made[0].ended)
     report.show(table)
     ratios: dict[str, Any] = {}
-    for name in list(runs)[1:]:
-        for threshold in THRESHOLDS:
-            ours, theirs = _timing(runs[base], threshold), _timing(runs[name], threshold)
+    for name, base in contest.pairs:
+        for threshold in contest.thresholds:
+            ours, theirs = _timing(runs[name], threshold), _timing(runs[base], threshold)
             if ours and theirs:
                 compared = ratio(ours, theirs)
-                say(f"time to {threshold:g}, {base} / {name}: {compared}")
-                ratios[f"{base} / {name} to {threshold:g}"] = compared.as_dict()
-    report.record("lbfgs.softmax.ratios", ratios)
+                say(f"time to {threshold:g}, {name} / {base}: {compared}")
+                ratios[f"{name} / {base} to {threshold:g}"] = compared.as_dict()
+    report.record(f"{contest.name}.ratios", ratios)
 
 
-def run(options: Options, report: Report) -> None:
+def compare(contest: Contest, options: Options, report: Report) -> None:
     """Runs every optimizer by turns; the time includes the evaluations."""
     count, limit = (2_000, 10.0) if options.quick else (20_000, 60.0)
     inputs, labels, source = images(count)
     data = Data(inputs.to(options.device), labels.to(options.device))
-    table = optimizers()
-    descend(next(iter(table.values())), data, 1.0)  # warm-up
+    table, thresholds = contest.table, contest.thresholds
+    descend(next(iter(table.values())), data, thresholds, 1.0)  # warm-up
     runs: dict[str, list[Run]] = {name: [] for name in table}
     # A run lasts seconds: three tell as much as many of a short one.
     turns = [(turn, name) for turn in range(min(options.repeat, 3)) for name in table]
     for _, name in progress(turns, "softmax regression"):
-        runs[name].append(descend(table[name], data, limit))
-    _show(runs, source, count, report)
-    report.record("lbfgs.softmax", {"data": source, "images": count})
+        runs[name].append(descend(table[name], data, thresholds, limit))
+    _show(contest, runs, f"Softmax regression, {count} images, {source}, float32", report)
+    report.record(contest.name, {"data": source, "images": count})
     recorded = {name: [vars(one) for one in made] for name, made in runs.items()}
-    report.record("lbfgs.softmax.runs", recorded)
+    report.record(f"{contest.name}.runs", recorded)
+
+
+def run(options: Options, report: Report) -> None:
+    """Runs the L-BFGS implementations."""
+    table = optimizers()
+    base, *others = table
+    pairs = tuple((base, other) for other in others)
+    compare(Contest("lbfgs.softmax", (1e-4, 3e-5, 1e-5), table, pairs), options, report)

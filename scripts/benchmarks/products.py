@@ -1,7 +1,8 @@
-"""Hessian products from a captured evaluation, in gradients and beside curvlinops."""
+"""Hessian and Gauss-Newton products from a captured evaluation, in gradients and by curvlinops."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from .networks import Case, autoencoder, cnn, mlp, tanh_net
 from .registry import Options, command
 from .report import Report, Table, seconds
 
-COLUMNS = ("ours", "double backward", "curvlinops")
+Calls = dict[str, Callable[[], object]]
+COLUMNS = 8  # of a product with a matrix
 
 
 def _gradient(case: Case) -> None:
@@ -31,6 +33,13 @@ def _closure(case: Case) -> Tensor:
     return loss
 
 
+def _vector(case: Case, *columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (sum(p.numel() for p in case.params), *columns)
+    like = case.params[0]
+    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+
 def _double_backward(case: Case, vector: Tensor) -> Callable[[], Tensor]:
     """The textbook product on a retained graph, written by hand."""
     params = case.params
@@ -45,69 +54,130 @@ def _double_backward(case: Case, vector: Tensor) -> Callable[[], Tensor]:
     return product
 
 
-def _ours(case: Case, vector: Tensor) -> Callable[[], Tensor] | None:
+def _set_up(case: Case, name: str) -> Callable[[], Any] | None:
+    """What an iteration pays for one of our operators before its first product."""
     objective_class = load_ours("torch_secondorder.objective", "ClosureObjective")
-    hessian_class = load_ours("torch_secondorder.curvature", "Hessian")
-    if objective_class is None or hessian_class is None:
+    operator_class = load_ours("torch_secondorder.curvature", name)
+    if objective_class is None or operator_class is None:
         return None
     objective = objective_class(partial(_closure, case), case.params)
-    hessian = hessian_class(objective.evaluate(curvature=True))
-    return partial(hessian.matvec, vector)
+    return partial(_operator, objective, operator_class)
 
 
-def _curvlinops(case: Case, vector: Tensor) -> Callable[[], Tensor] | None:
+@torch.no_grad()
+def _operator(objective: Any, operator_class: Any) -> Any:
+    return operator_class(objective.evaluate(curvature=True))
+
+
+def _curvlinops(case: Case, name: str) -> Any | None:
     peer = load_peer("curvlinops", "curvlinops-for-pytorch")
     if peer is None:
         return None
     data = [(case.inputs, case.targets)]
-    operator = peer.HessianLinearOperator(
-        case.model, case.loss, case.params, data, check_deterministic=False
-    )
-    return partial(operator.__matmul__, vector)
+    return getattr(peer, name)(case.model, case.loss, case.params, data, check_deterministic=False)
 
 
-def candidates(case: Case) -> dict[str, Callable[[], object]]:
-    """A gradient, and the products that are installed; all products are checked to agree."""
-    generator = torch.Generator().manual_seed(1)
-    size = sum(p.numel() for p in case.params)
-    vector = torch.randn(size, generator=generator).to(case.inputs.device)
-    reference = _double_backward(case, vector)
-    products = {
-        "ours": _ours(case, vector),
-        "double backward": reference,
-        "curvlinops": _curvlinops(case, vector),
-    }
-    calls: dict[str, Callable[[], object]] = {"gradient": partial(_gradient, case)}
-    expected = reference()
+def _agree(case: Case, products: dict[str, Callable[[], Tensor]], base: str, most: float) -> None:
+    """Raises unless all products are that of one of them."""
+    expected = products[base]()
     for name, call in products.items():
-        if call is None:
-            continue
         error = ((call() - expected).norm() / expected.norm()).item()
-        if not error < 1e-3:
-            raise AssertionError(f"{name} on {case.name}: relative error {error:.1e}")
-        calls[name] = call
+        if not error < most:
+            raise AssertionError(f"{name} on {case.name}: relative error {error:.1e} to {base}")
+
+
+def hessian_calls(case: Case) -> Calls:
+    """A gradient, and the Hessian products that are installed; all are checked to agree."""
+    vector = _vector(case)
+    products = {"double backward": _double_backward(case, vector)}
+    set_up, theirs = _set_up(case, "Hessian"), _curvlinops(case, "HessianLinearOperator")
+    if set_up is not None:
+        products["ours"] = partial(set_up().matvec, vector)
+    if theirs is not None:
+        products["curvlinops"] = partial(theirs.__matmul__, vector)
+    _agree(case, products, "double backward", 1e-3)
+    return {"gradient": partial(_gradient, case), **products}
+
+
+def _gauss_newton_products(case: Case) -> dict[str, Callable[[], Tensor]]:
+    vector = _vector(case)
+    products: dict[str, Callable[[], Tensor]] = {}
+    set_up, theirs = _set_up(case, "GaussNewton"), _curvlinops(case, "GGNLinearOperator")
+    if set_up is not None:
+        products["ours"] = partial(torch.no_grad()(set_up().matvec), vector)
+    if theirs is not None:
+        products["curvlinops"] = partial(theirs.__matmul__, vector)
+    return products
+
+
+def _in_double(case: Case) -> Case:
+    targets = case.targets.double() if case.targets.is_floating_point() else case.targets
+    model = copy.deepcopy(case.model).double()
+    return Case(case.name, model, case.loss, case.inputs.double(), targets)
+
+
+def gauss_newton_calls(case: Case) -> Calls:
+    """A gradient, Gauss-Newton products, and what comes before and beside them.
+
+    Products are checked to agree in double precision, where rounding hides no mistake.
+    """
+    exact, products = _gauss_newton_products(_in_double(case)), _gauss_newton_products(case)
+    if exact:
+        _agree(case, exact, next(iter(exact)), 1e-10)
+        _agree(case, products, next(iter(products)), 1e-3)
+    calls: Calls = {"gradient": partial(_gradient, case), **products}
+    set_up = _set_up(case, "GaussNewton")
+    if set_up is not None:
+        calls["set-up"] = set_up
+        calls["matmat"] = partial(torch.no_grad()(set_up().matmat), _vector(case, COLUMNS))
     return calls
 
 
-def _relative(timings: dict[str, Timing], name: str, base: str) -> Any:
+def _relative(timings: dict[str, Timing], name: str, base: str, times: int = 1) -> Any:
+    """The ratio of two candidates, the second called so many times; None where one is missing."""
     ours, theirs = timings.get(name), timings.get(base)
-    return ratio(ours, theirs) if ours and theirs else None
+    if ours is None or theirs is None:
+        return None
+    return ratio(ours, Timing(tuple(times * sample for sample in theirs.samples)))
 
 
-@command("products", "Hessian products in gradients, and beside curvlinops")
+def _note(report: Report, table: Table, key: str, case: Case, timings: Any, ratios: Any) -> None:
+    cells = [found or "-" for found in ratios.values()]
+    table.add(case.name, seconds(timings["gradient"].median), *cells)
+    result: dict[str, Any] = {name: timing.as_dict() for name, timing in timings.items()}
+    result |= {name: found.as_dict() if found else None for name, found in ratios.items()}
+    report.record(key, result)
+
+
+@command("products", "Hessian and Gauss-Newton products in gradients, and beside curvlinops")
 def run(options: Options, report: Report) -> None:
     """Measures each network."""
-    header = ["network", "gradient", *(f"{name} / gradient" for name in COLUMNS)]
-    table = Table("Hessian product", [*header, "ours / curvlinops"])
+    kinds = ("ours", "double backward", "curvlinops")
+    hessian = Table(
+        "Hessian product",
+        ["network", "gradient", *(f"{k} / gradient" for k in kinds), "ours / curvlinops"],
+    )
+    pairs = ("ours / gradient", "curvlinops / gradient", "ours / curvlinops", "set-up / gradient")
+    gauss_newton = Table(
+        "Gauss-Newton product; set-up: an evaluation with curvature and the operator's making",
+        ["network", "gradient", *pairs, f"matmat({COLUMNS}) / {COLUMNS} matvec"],
+    )
     makers = [mlp, cnn, autoencoder, tanh_net]
     for make in progress(makers[:2] if options.quick else makers, "products"):
         case = make(options.device)
-        timings = alternate(candidates(case), 2 * options.repeat, options.device, min_seconds=0.1)
-        ratios = {f"{name}/gradient": _relative(timings, name, "gradient") for name in COLUMNS}
+        rounds = 2 * options.repeat
+        timings = alternate(hessian_calls(case), rounds, options.device, min_seconds=0.1)
+        ratios = {f"{kind}/gradient": _relative(timings, kind, "gradient") for kind in kinds}
         ratios["ours/curvlinops"] = _relative(timings, "ours", "curvlinops")
-        cells = [found or "-" for found in ratios.values()]
-        table.add(case.name, seconds(timings["gradient"].median), *cells)
-        result: dict[str, Any] = {name: timing.as_dict() for name, timing in timings.items()}
-        result |= {name: found.as_dict() if found else None for name, found in ratios.items()}
-        report.record(f"products.{case.name}", result)
-    report.show(table)
+        _note(report, hessian, f"products.{case.name}", case, timings, ratios)
+        timings = alternate(gauss_newton_calls(case), rounds, options.device, min_seconds=0.1)
+        ratios = {
+            "ours/gradient": _relative(timings, "ours", "gradient"),
+            "curvlinops/gradient": _relative(timings, "curvlinops", "gradient"),
+            "ours/curvlinops": _relative(timings, "ours", "curvlinops"),
+            "set-up/gradient": _relative(timings, "set-up", "gradient"),
+            f"matmat({COLUMNS})/{COLUMNS} matvec": _relative(timings, "matmat", "ours", COLUMNS),
+        }
+        _note(report, gauss_newton, f"products.gauss_newton.{case.name}", case, timings, ratios)
+    report.show(hessian)
+    report.show(gauss_newton)

@@ -24,6 +24,7 @@ _PEERS = (
     "pytorch-optimizer",
     "pytorch-minimize",
     "torch-optimizer",
+    "hessianfree",
 )
 
 

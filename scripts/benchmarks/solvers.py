@@ -17,10 +17,17 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a solver ended, and how many evaluations of the function with gradient it took."""
+    """Where a solver ended, and what it took.
+
+    Attributes:
+        point: Where it ended.
+        evaluations: Of the function with its gradient.
+        products: With the Hessian.
+    """
 
     point: Tensor
     evaluations: int
+    products: int = 0
 
 
 Solver = Callable[[Function, Tensor, float, int], Outcome]
@@ -34,12 +41,25 @@ def with_closure(
     budget: int,
     **arguments: Any,
 ) -> Outcome:
-    """Runs an optimizer of torch's interface in one call of `step`."""
+    """Runs an L-BFGS of torch's interface in one call of `step`."""
+    return in_one_step(
+        optimizer_class, function, start, tolerance, budget, max_eval=budget, **arguments
+    )
+
+
+def in_one_step(
+    optimizer_class: Any,
+    function: Function,
+    start: Tensor,
+    tolerance: float,
+    iterations: int,
+    **arguments: Any,
+) -> Outcome:
+    """Runs an optimizer that takes a closure in one call of `step`."""
     point = start.clone().requires_grad_()
     optimizer = optimizer_class(
         [point],
-        max_iter=budget,
-        max_eval=budget,
+        max_iter=iterations,
         tolerance_grad=tolerance,
         tolerance_change=0.0,
         **arguments,
@@ -55,7 +75,8 @@ def with_closure(
         return loss
 
     optimizer.step(closure)
-    return Outcome(point.detach(), count)
+    products = getattr(getattr(optimizer, "info", None), "products", 0)
+    return Outcome(point.detach(), count, products)
 
 
 def with_scipy(
