@@ -79,7 +79,7 @@ class Output:
 
 
 class LinearCall(NamedTuple):
-    """A call of `torch.nn.functional.linear` with a parameter as its weight.
+    """A call of `torch.nn.functional.linear` with a parameter, a real matrix, as its weight.
 
     Attributes:
         input: What was multiplied, `(..., in)`.
@@ -314,10 +314,14 @@ class Capture(TorchFunctionMode):
         self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> None:
         place = self._places.get(id(weight))
-        if place is not None and output.grad_fn is not None:
-            edge = get_gradient_edge(output)
-            call = LinearCall(input.detach(), place, self._places.get(id(bias)), edge)
-            self.graph.linear_calls.append(call)
+        plain = weight.dim() == 2 and not weight.is_complex() and input.layout is torch.strided
+        if place is None or not plain or output.grad_fn is None:
+            return
+        added = None
+        if bias is not None and bias.shape == weight.shape[:1]:  # else it is broadcast
+            added = self._places.get(id(bias))
+        call = LinearCall(input.detach(), place, added, get_gradient_edge(output))
+        self.graph.linear_calls.append(call)
 
     def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         bound = inspect.signature(func).bind(*args, **kwargs)

@@ -13,6 +13,12 @@ from torch_secondorder.evaluation import Evaluation
 __all__ = ["Damped", "Diagonal", "LinearOperator", "Linearized"]
 
 
+# Vectors multiplied in one vectorized pass, which needs memory for as many sets of activations. On a
+# CPU eight take from 0.4 times the time of one by one (many small operations) to 1.3 times (few
+# large ones); sixty up to 2.2 times.
+_AT_ONCE = 8
+
+
 class LinearOperator(ABC):
     """A symmetric `n x n` matrix that is never formed.
 
@@ -134,10 +140,14 @@ class Linearized(LinearOperator):
         return self._linearization.product(v, self._multiply)
 
     def matmat(self, V: Tensor) -> Tensor:
-        """See `LinearOperator.matmat`; in one vectorized pass where operations allow."""
+        """See `LinearOperator.matmat`; vectorized, some at once, where operations allow."""
         if self._vectorizes:
             try:
-                return self._linearization.product(V.T, self._multiply).T
+                parts = [
+                    self._linearization.product(rows, self._multiply)
+                    for rows in V.T.contiguous().split(_AT_ONCE)
+                ]
+                return torch.cat(parts).T
             except (RuntimeError, NotImplementedError):  # an operation without a batching rule
                 self._vectorizes = False
         return super().matmat(V)

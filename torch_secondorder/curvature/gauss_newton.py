@@ -95,19 +95,21 @@ class GaussNewton(Linearized):
         roots = [self._root(generator) for _ in range(n_samples)]
         return self._linearization.diagonal(self._space.pull_each(roots))
 
-    def factors(self, generator: torch.Generator | None = None) -> list[KroneckerFactors]:
+    def factors(
+        self, generator: torch.Generator | None = None, largest: int | None = None
+    ) -> list[KroneckerFactors]:
         """Kronecker factors of the blocks of linear layers, from one backward pass.
 
         Args:
             generator: Where the random vector comes from, see `diagonal`.
+            largest: Layers with more inputs or outputs are left out.
 
         Returns:
             One for each weight that `torch.nn.functional.linear` was called with.
         """
         self._linearization.check()
-        found = kronecker_factors(
-            self._linearization.graph.linear_calls, self._space.tensors, self._root(generator)
-        )
+        calls, root = self._linearization.graph.linear_calls, self._root(generator)
+        found = kronecker_factors(calls, self._space.tensors, root, largest)
         average = self._linearization.average
         return [replace(f, inputs=average(f.inputs), outputs=average(f.outputs)) for f in found]
 

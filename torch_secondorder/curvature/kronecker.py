@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class KroneckerFactors:
 
     Attributes:
         weight: Which of the parameters.
-        bias: Which of the parameters; None without one.
+        bias: Which of the parameters; None without one, or for one that is not of this layer alone.
         inputs: The second moment `A` of the layer's inputs, `(in, in)`; with a bias `in + 1`, the
             last input being one.
         outputs: The second moment `S` of the gradients by its outputs, summed over the samples,
@@ -33,7 +34,10 @@ class KroneckerFactors:
 
 
 def kronecker_factors(
-    calls: Sequence[LinearCall], outputs: Sequence[Tensor], root: Sequence[Tensor | None]
+    calls: Sequence[LinearCall],
+    outputs: Sequence[Tensor],
+    root: Sequence[Tensor | None],
+    largest: int | None = None,
 ) -> list[KroneckerFactors]:
     """The factors of Martens and Grosse 2015, "Optimizing neural networks with K-FAC".
 
@@ -45,6 +49,7 @@ def kronecker_factors(
         calls: The calls met in an evaluation.
         outputs: The model's outputs.
         root: A random vector `q` in output space with `E[q q'] = B`.
+        largest: Layers with more inputs or outputs are left out.
     """
     pairs = [(z, q) for z, q in zip(outputs, root, strict=True) if q is not None]
     if not calls or not pairs:
@@ -53,13 +58,20 @@ def kronecker_factors(
     gradients = torch.autograd.grad(
         tensors, [c.output for c in calls], weights, retain_graph=True, allow_unused=True
     )
-    layers: dict[tuple[int, int | None], list[tuple[Tensor, Tensor]]] = {}
+    layers: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    together: set[tuple[int, int | None]] = set()
     for call, gradient in zip(calls, gradients, strict=True):
-        if gradient is not None:
-            pair = _rows(call.input), _rows(gradient)
-            layers.setdefault((call.weight, call.bias), []).append(pair)
+        if gradient is None:
+            continue
+        if largest is None or max(call.input.shape[-1], gradient.shape[-1]) <= largest:
+            layers.setdefault(call.weight, []).append((_rows(call.input), _rows(gradient)))
+            together.add((call.weight, call.bias))
+    # No parameter is in two blocks: a bias that is not always with one weight is in none.
+    uses = Counter(weight for weight, _ in together), Counter(bias for _, bias in together)
+    biases = {w: b for w, b in together if uses[0][w] == uses[1][b] == 1}
     found = []
-    for (weight, bias), met in layers.items():
+    for weight, met in layers.items():
+        bias = biases.get(weight)
         a, d = (torch.cat(rows) for rows in zip(*met, strict=True))
         if bias is not None:
             a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)

@@ -44,13 +44,14 @@ class KFAC(Preconditioner):
         self._age = 0
         self._factors: list[_Layer] = []
         self._diagonal: Tensor | None = None
+        self._layout: list[list[float]] = []  # what factors and diagonal are of
 
     def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:
         """See `Preconditioner.refresh`.
 
         Raises:
             TypeError: The operator is neither `GaussNewton` nor `Fisher`.
-            FloatingPointError: A factor was not finite.
+            FloatingPointError: A factor or the diagonal was not finite.
         """
         if not isinstance(operator, GaussNewton):
             raise TypeError(
@@ -59,13 +60,13 @@ class KFAC(Preconditioner):
             )
         self._slots = operator.slots()
         self._like = torch.empty(0, dtype=operator.dtype, device=operator.device)
+        self._fit()
         self._age += 1
-        if self._factors and self._age < self._period:
+        if self._layout and self._age < self._period:
             return 0
         found = [
             (f.weight, f.bias, f.inputs.to(self._like), f.outputs.to(self._like))
-            for f in operator.factors(generator)
-            if max(f.inputs.shape[0], f.outputs.shape[0]) <= self._largest + 1
+            for f in operator.factors(generator, self._largest)
         ]
         products = 1
         covered = {i for weight, bias, *_ in found for i in (weight, bias)}
@@ -76,10 +77,28 @@ class KFAC(Preconditioner):
         self._learn(found, diagonal)
         return products
 
+    def _fit(self) -> None:
+        """Drops what is of other parameters; what was loaded may be elsewhere."""
+        if self._layout != self._places:
+            self.load_state_dict({})
+        self._factors = [
+            (w, b, inputs.to(self._like), outputs.to(self._like))
+            for w, b, inputs, outputs in self._factors
+        ]
+        if self._diagonal is not None:
+            self._diagonal = self._diagonal.to(self._like)
+
+    @property
+    def _places(self) -> list[list[float]]:
+        return [[slot.start, slot.stop, slot.scale] for slot in self._slots]
+
     def _learn(self, found: list[_Layer], diagonal: Tensor | None) -> None:
         """Takes new factors, mixed with the former where these are of the same layers."""
-        if not all(bool(torch.isfinite(m).all()) for layer in found for m in layer[2:]):
-            raise FloatingPointError("a Kronecker factor was not finite")
+        learned = [m for _, _, *both in found for m in both]
+        if diagonal is not None:
+            learned.append(diagonal)
+        if not all(bool(torch.isfinite(m).all()) for m in learned):
+            raise FloatingPointError("a Kronecker factor or the diagonal was not finite")
         same = [f[:2] for f in found] == [f[:2] for f in self._factors]
         self._age = 0
         if self._decay and same and (diagonal is None) == (self._diagonal is None):
@@ -91,7 +110,7 @@ class KFAC(Preconditioner):
             if diagonal is not None:
                 assert self._diagonal is not None
                 diagonal = self._diagonal.lerp(diagonal, 1 - keep)
-        self._factors, self._diagonal = found, diagonal
+        self._factors, self._diagonal, self._layout = found, diagonal, self._places
 
     def inverse(self, damping: float) -> LinearOperator:
         """See `Preconditioner.inverse`."""
@@ -99,16 +118,18 @@ class KFAC(Preconditioner):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Preconditioner.state_dict`."""
-        if self._period == 1 and not self._decay:
+        if not self._layout or (self._period == 1 and not self._decay):
             return {}
         factors = [list(layer) for layer in self._factors]
-        return {"age": self._age, "factors": factors, "diagonal": self._diagonal}
+        kept = {"factors": factors, "diagonal": self._diagonal, "layout": self._layout}
+        return {"age": self._age, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Preconditioner.load_state_dict`."""
         self._age = state.get("age", 0)
         self._factors = [tuple(layer) for layer in state.get("factors", ())]
         self._diagonal = state.get("diagonal")
+        self._layout = state.get("layout", [])
 
 
 _Layer = tuple[int, int | None, Tensor, Tensor]
@@ -167,19 +188,25 @@ def _inverted(layer: _Layer, slots: list[Slot], damping: float) -> _Block:
             scale[-1] = slots[bias].scale
         inputs = scale[:, None] * inputs * scale
     mean_a, mean_s = inputs.diagonal().mean(), outputs.diagonal().mean()
-    balance = torch.where((mean_a > 0) & (mean_s > 0), (mean_a / mean_s).sqrt(), 1.0)
+    balance = torch.where((mean_a > 0) & (mean_s > 0), mean_a.sqrt() / mean_s.sqrt(), 1.0)
     root = (damping + slot.decay) ** 0.5
-    precision = 100 * torch.finfo(inputs.dtype).eps
-    tiny = torch.finfo(inputs.dtype).tiny ** 0.25
     return _Block(
         slice(slot.start, slot.stop),
         None if bias is None else slice(slots[bias].start, slots[bias].stop),
-        _inverse(inputs, torch.maximum(balance * root, precision * mean_a).clamp(min=tiny)),
-        _inverse(outputs, torch.maximum(root / balance, precision * mean_s).clamp(min=tiny)),
+        _inverse(inputs, balance * root),
+        _inverse(outputs, root / balance),
     )
 
 
 def _inverse(matrix: Tensor, shift: Tensor) -> Tensor:
+    """The inverse of `matrix + shift I`; of more than that where precision asks for it."""
+    numbers = torch.finfo(matrix.dtype)
+    # Rounding is relative to the largest eigenvalue, of which the trace is a bound.
+    rounding = 10 * numbers.eps * matrix.diagonal().sum()
+    shift = torch.maximum(shift, rounding).clamp(min=numbers.tiny**0.25)
     shifted = matrix.clone()
     shifted.diagonal().add_(shift)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if failed:  # not seen yet
+        return shifted.diagonal().reciprocal().diag()
+    return torch.cholesky_inverse(factor)
