@@ -16,10 +16,13 @@ EXAMPLES = ROOT / "examples"
 
 
 def run_example(
-    *arguments: str | Path, cwd: Path, environment: dict[str, str] | None = None
+    *arguments: str | Path,
+    cwd: Path,
+    environment: dict[str, str] | None = None,
+    script: str = "compare_optimizers.py",
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, EXAMPLES / "compare_optimizers.py", *map(str, arguments)],
+        [sys.executable, EXAMPLES / script, *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
         capture_output=True,
@@ -59,8 +62,9 @@ def test_the_main_job_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:
         "Adam",
         "torch.optim.LBFGS",
         "LBFGS (ours)",
+        "NewtonCG (ours)",
     ]
-    assert float(rows[-1].split()[-4]) < 1.0  # the loss fell, from 2.3
+    assert float(rows[-1].split()[-5]) < 1.0  # the loss fell, from 2.3
     plot = tmp_path / "compare_optimizers.png"
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "100%" in done.stderr  # a progress bar
@@ -95,6 +99,52 @@ def test_all_three_places_are_named_where_there_is_no_data(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
     for place in ("--data-dir", "FASHION_MNIST_DIR", "dataset-fashion-mnist"):
         assert place in done.stderr
+
+
+@pytest.mark.slow
+def test_the_deep_autoencoder(tmp_path: Path) -> None:
+    done = run_example(
+        *("--dataset", "digits", "--seconds", "1.5", "--optimizers", "newton-cg,adam"),
+        cwd=tmp_path,
+        script="deep_autoencoder.py",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "network 64-50-25-12-6-12-25-50-64" in lines[0]
+    header = ("squared error", "test error", "evaluations", "products", "seconds")
+    assert all(name in lines[1] for name in header)
+    newton, adam = lines[3:5]
+    assert newton.startswith("NewtonCG (ours)") and adam.startswith("Adam")
+    assert float(newton.split()[3]) < 3.5  # 4.8 at the start
+    plot = tmp_path / "deep_autoencoder.png"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_autoencoder_takes_digits_where_there_is_nothing_else(tmp_path: Path) -> None:
+    done = run_example(
+        *("--seconds", "0.05", "--optimizers", "adam"),
+        cwd=tmp_path,
+        environment={"FASHION_MNIST_DIR": str(tmp_path)},
+        script="deep_autoencoder.py",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Fashion-MNIST is not on this machine: the small digits" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_equation_is_solved(tmp_path: Path) -> None:
+    done = run_example(
+        *("--optimizers", "newton-cg,adam", "--seconds", "3", "--target", "0.05"),
+        cwd=tmp_path,
+        script="pinn_poisson.py",
+    )
+    assert done.returncode == 0, done.stderr
+    newton = next(line for line in done.stdout.splitlines() if line.startswith("NewtonCG"))
+    assert "the target 0.05 is reached" in done.stdout
+    assert float(newton.split()[3]) <= 0.05
+    assert "<= 0.05 after" in done.stdout
+    assert (tmp_path / "pinn_poisson.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

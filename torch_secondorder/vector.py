@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# A third of the time of views and `torch.cat` from Python, which counts for small networks.
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parameter import is_lazy
 
 __all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
@@ -56,6 +59,10 @@ def _real(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _is_dense(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.layout is torch.strided
 
 
 class ParameterVector:
@@ -141,6 +148,9 @@ class ParameterVector:
         first = tensors[0]
         if self._single and not batch and first is not None and first.layout is torch.strided:
             return first.detach().flatten().clone()
+        if self._uniform and not batch and all(_is_dense(t) for t in tensors):
+            joined: Tensor = _flatten_dense_tensors(tensors)
+            return joined.detach()
         if self._uniform:
             shape = (*batch, -1)
             pieces = [
@@ -167,8 +177,7 @@ class ParameterVector:
         The pieces are views wherever dtype and device allow.
         """
         if self._uniform and flat.dim() == 1:
-            pieces = flat.split_with_sizes(self._counts)
-            return [p.view(s.shape) for p, s in zip(pieces, self._segments, strict=True)]
+            return list(_unflatten_dense_tensors(flat, self.params))
         pieces = flat.split_with_sizes(self._counts, dim=-1)
         return [s.typed(p) for s, p in zip(self._segments, pieces, strict=True)]
 

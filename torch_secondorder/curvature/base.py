@@ -13,10 +13,11 @@ from torch_secondorder.evaluation import Evaluation
 __all__ = ["Damped", "Diagonal", "LinearOperator", "Linearized"]
 
 
-# Vectors multiplied in one vectorized pass, which needs memory for as many sets of activations. On a
-# CPU eight take from 0.4 times the time of one by one (many small operations) to 1.3 times (few
-# large ones); sixty up to 2.2 times.
+# Vectors multiplied in one vectorized pass, which needs memory for as many sets of activations. On
+# a CPU eight take 0.4 times the time of one by one where operations are small and many, and 1.7
+# times where they are large: beyond so many parameters they are done one by one.
 _AT_ONCE = 8
+_LARGE = 100_000
 
 
 class LinearOperator(ABC):
@@ -141,7 +142,7 @@ class Linearized(LinearOperator):
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`; vectorized, some at once, where operations allow."""
-        if self._vectorizes:
+        if self._vectorizes and not (self.device.type == "cpu" and self.size > _LARGE):
             try:
                 parts = [
                     self._linearization.product(rows, self._multiply)

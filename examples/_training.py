@@ -1,0 +1,214 @@
+"""How the examples train: any optimizer by the same closure, against the clock."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from _report import Curve
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer as it takes part: how it is made, and what one closure call sees.
+
+    Attributes:
+        label: Its name in the table and the plot.
+        make: Makes it for the parameters of a network.
+        batch_size: Samples a closure call sees, drawn anew for each step; None for all of them.
+    """
+
+    label: str
+    make: Callable[[Iterable[nn.Parameter]], Optimizer]
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Attributes:
+        model: The network that everybody starts from, as a copy.
+        losses: Given a batch size, yields for ever the loss that the next step minimizes.
+        measure: The loss over the whole data, and the score that the network is judged by.
+        describe: Puts loss and score into words, for the progress bar.
+        interval: Measurements are this factor apart in time. They are not on the clock.
+    """
+
+    model: nn.Module
+    losses: Callable[[int | None], Iterator[Loss]]
+    measure: Callable[[nn.Module], tuple[float, float]]
+    describe: Callable[[float, float], str]
+    interval: float = 1.1
+
+
+@dataclass
+class Run:
+    """What came of training with one optimizer.
+
+    Attributes:
+        contender: Which one.
+        model: What it trained.
+        curve: Loss and score along the way.
+        seconds: Time used for training.
+        evaluations: Calls of the closure.
+        products: Products with the curvature, where the optimizer reports them.
+        ending: Why training ended before time was up; empty if it did not.
+    """
+
+    contender: Contender
+    model: nn.Module
+    curve: Curve = field(default_factory=Curve)
+    seconds: float = 0.0
+    evaluations: int = 0
+    products: int = 0
+    ending: str = ""
+
+
+def take_step(model: nn.Module, optimizer: Optimizer, loss_of: Loss) -> int:
+    """Takes one step of any optimizer; this closure is all that any of them needs.
+
+    Returns:
+        How often the optimizer evaluated the closure.
+    """
+    evaluations = 0
+
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return evaluations
+
+
+def train(
+    task: Task,
+    contenders: Mapping[str, Contender],
+    name: str,
+    *,
+    seconds: float,
+    target: float | None = None,
+) -> Run:
+    """Trains until time is up, or until there is no point in going on.
+
+    Args:
+        task: What is trained.
+        contenders: All that may take part, for labels of one width.
+        name: Which of them does.
+        seconds: Time for training. The last step begins before it is up.
+        target: Ends the training once the score is at most that.
+    """
+    contender = contenders[name]
+    warm_up(task, contender)
+    run = Run(contender, copy.deepcopy(task.model))
+    optimizer = contender.make(run.model.parameters())
+    losses = task.losses(contender.batch_size)
+    fixed = contender.batch_size is None
+    device = next(run.model.parameters()).device
+    next_measurement = 0.0
+    with progress_bar(contenders, contender.label, seconds) as bar:
+        measure(task, run, bar)
+        while run.seconds < seconds and not run.ending:
+            before = copy_parameters(run.model) if fixed else None
+            loss_of = next(losses)
+            start = clock(device)
+            run.evaluations += take_step(run.model, optimizer, loss_of)
+            run.seconds += clock(device) - start
+            info = getattr(optimizer, "info", None)
+            run.products += getattr(info, "products", 0)
+            if before is not None and same_parameters(run.model, before):
+                run.ending = info.status.value if info else "the last step changed nothing"
+            if run.seconds >= next_measurement:
+                measure(task, run, bar)
+                next_measurement = task.interval * run.seconds
+                if target is not None and run.curve.score[-1] <= target:
+                    run.ending = f"the target {target:g} is reached"
+            if not math.isfinite(run.curve.loss[-1]):
+                run.ending = "the loss is not finite"
+        measure(task, run, bar)
+    return run
+
+
+def warm_up(task: Task, contender: Contender) -> None:
+    """Steps on a copy, so that nobody's clock pays for what torch loads at first use."""
+    model = copy.deepcopy(task.model)
+    optimizer = contender.make(model.parameters())
+    losses = task.losses(contender.batch_size)
+    for _ in range(2):
+        take_step(model, optimizer, next(losses))
+
+
+@torch.no_grad()
+def measure(task: Task, run: Run, bar: tqdm) -> None:
+    """Records where the run is; this is not on the clock."""
+    if run.curve.seconds and run.curve.seconds[-1] == run.seconds:
+        return
+    run.curve.add(run.seconds, run.evaluations, *task.measure(run.model))
+    bar.set_postfix_str(task.describe(run.curve.loss[-1], run.curve.score[-1]), refresh=False)
+    bar.update(min(run.seconds, bar.total) - bar.n)
+
+
+def batches(
+    tensors: tuple[Tensor, ...], batch_size: int | None, seed: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yields batches for ever: random ones, reshuffled each epoch, or always all the samples."""
+    first = tensors[0]
+    if batch_size is None:
+        while True:
+            yield tensors
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(first), generator=generator).to(first.device)
+        for indices in order.split(batch_size):
+            yield tuple(t[indices] for t in tensors)
+
+
+def clock(device: torch.device) -> float:
+    """Reads the time, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def copy_parameters(model: nn.Module) -> list[Tensor]:
+    """Copies the parameters, to see later whether they moved."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same_parameters(model: nn.Module, before: list[Tensor]) -> bool:
+    """Tells whether no parameter moved: the optimizer has converged, or cannot go on."""
+    return all(map(torch.equal, model.parameters(), before))
+
+
+def progress_bar(contenders: Mapping[str, Contender], label: str, seconds: float) -> tqdm:
+    """Makes a bar that counts seconds of training; it writes rarely where nobody watches."""
+    return tqdm(
+        total=seconds,
+        desc=label.ljust(max(len(c.label) for c in contenders.values())),
+        bar_format="{desc} {percentage:3.0f}%|{bar:24}| {n:.1f}/{total:.1f} s{postfix}",
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
+
+
+def endings(runs: Iterable[Run]) -> str:
+    """Says which runs ended before time was up, and why; a line for each."""
+    return "".join(
+        f"{run.contender.label} ended after {run.seconds:.1f} s: {run.ending}\n"
+        for run in runs
+        if run.ending
+    )

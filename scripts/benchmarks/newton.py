@@ -1,0 +1,23 @@
+"""Newton-CG: what conjugate gradients cost beside products, and runs beside other optimizers."""
+
+from __future__ import annotations
+
+from . import newton_autoencoder, newton_overhead, newton_pinn, newton_problems, newton_softmax
+from .registry import Options, command
+from .report import Report
+
+PARTS = {
+    "cg": newton_overhead.run,
+    "softmax": newton_softmax.run,
+    "problems": newton_problems.run,
+    "autoencoder": newton_autoencoder.run,
+    "pinn": newton_pinn.run,
+}
+
+
+@command("newton", "Newton-CG beside L-BFGS, Adam and others; the overhead of CG", tuple(PARTS))
+def run(options: Options, report: Report) -> None:
+    """Runs the parts."""
+    for name, part in PARTS.items():
+        if options.wants(name):
+            part(options, report)

@@ -1,0 +1,122 @@
+"""What conjugate gradients cost beside the products they ask for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature import Damped, Diagonal, GaussNewton, LinearOperator
+from torch_secondorder.objective import ClosureObjective
+from torch_secondorder.solvers import CG, SolveResult
+
+from .harness import Ratio, alternate, progress, ratio, say
+from .networks import Case, autoencoder, mlp
+from .registry import Options
+from .report import Report, Table, number, seconds
+
+# So small that no run converges before its time.
+DAMPING = 1e-6
+BAR = 0.10
+
+
+def _closure(case: Case) -> Tensor:
+    for p in case.params:
+        p.grad = None
+    loss = case.value()
+    loss.backward()
+    return loss
+
+
+def _products(A: LinearOperator, v: Tensor, count: int) -> None:
+    for _ in range(count):
+        A.matvec(v)
+
+
+def _syncs(solve: Callable[[int], SolveResult], iterations: int) -> float:
+    """How often an iteration makes the host wait, from two runs of different length."""
+    module = importlib.import_module("torch_secondorder.solvers.cg")
+    original, calls = module.to_host, 0
+
+    def counting(*scalars: Tensor) -> list[float]:
+        nonlocal calls
+        calls += 1
+        result: list[float] = original(*scalars)
+        return result
+
+    found = []
+    module.to_host = counting
+    try:
+        for most in (iterations, 2 * iterations):
+            before = calls
+            done = solve(most).iterations
+            found.append((calls - before, done))
+    finally:
+        module.to_host = original
+    (fewer, short), (more, long) = found
+    return (more - fewer) / (long - short) if long > short else float("nan")
+
+
+@torch.no_grad()
+def _measure(case: Case, iterations: int, options: Options) -> dict[str, Any]:
+    """Times runs of CG and as many products, by turns."""
+    objective = ClosureObjective(partial(_closure, case), case.params)
+    evaluation = objective.evaluate(curvature=True)
+    operator = GaussNewton(evaluation)
+    A, b = Damped(operator, DAMPING), -evaluation.grad
+    diagonal = Diagonal((operator.diagonal(4) + DAMPING).pow(-0.75))
+
+    def solve(most: int, preconditioner: LinearOperator | None = None) -> SolveResult:
+        return CG(most, tolerance=0.0, recompute=0)(A, b, preconditioner=preconditioner)
+
+    # The residual that CG computes anew now and then is a product too: vectors are measured here.
+    runs = {"CG": solve, "CG, diagonal": partial(solve, preconditioner=diagonal)}
+    for name, call in runs.items():
+        done = call(iterations).iterations
+        if done < iterations:
+            raise AssertionError(f"{name} on {case.name} ends after {done} of {iterations}")
+    calls: dict[str, Callable[[], object]] = {"products": partial(_products, A, b, iterations)}
+    calls |= {name: partial(call, iterations) for name, call in runs.items()}
+    timings = alternate(calls, options.repeat, options.device, min_seconds=0.0)
+    base = timings["products"]
+    return {
+        "n": operator.size,
+        "iterations": iterations,
+        "product": base.median / iterations,
+        "overhead": {name: ratio(timings[name], base).as_dict() for name in runs},
+        "syncs per iteration": {name: _syncs(call, 5) for name, call in runs.items()},
+        **{name: timing.as_dict() for name, timing in timings.items()},
+    }
+
+
+def _percent(found: Ratio) -> str:
+    low, high = (f"{100.0 * (value - 1.0):.1f}" for value in (found.minimum, found.maximum))
+    return f"{100.0 * (found.of_medians - 1.0):.1f}% [{low} {high}]"
+
+
+def run(options: Options, report: Report) -> None:
+    """Measures each network."""
+    iterations = 10 if options.quick else 50
+    makers: list[tuple[Callable[..., Case], int]] = [(mlp, 256), (autoencoder, 256)]
+    makers = [(mlp, 64)] if options.quick else [*makers, (autoencoder, 1024)]
+    header = ["network", "n", "batch", "product", "overhead", "with a diagonal", "syncs"]
+    table = Table(
+        f"CG over {iterations} iterations beside as many damped Gauss-Newton products, float32",
+        header,
+    )
+    for make, batch in progress(makers, "conjugate gradients"):
+        case = make(options.device, batch=batch)
+        found = _measure(case, iterations, options)
+        overheads = [Ratio(**entry) for entry in found["overhead"].values()]
+        syncs = " ".join(number(value) for value in found["syncs per iteration"].values())
+        cells = (f"{found['n']:,}", batch, seconds(found["product"]), *map(_percent, overheads))
+        table.add(case.name, *cells, syncs)
+        found["within the bar"] = all(o.of_medians - 1.0 <= BAR for o in overheads)
+        report.record(f"newton.cg.{case.name}.{batch}", found)
+    report.show(table)
+    say(f"overhead of medians [within a round]; the bar is {BAR:.0%}. syncs: to_host calls an ", "")
+    say("iteration, without and with the diagonal")

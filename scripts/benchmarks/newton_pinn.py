@@ -1,0 +1,27 @@
+"""The physics-informed network of `examples/pinn_poisson.py` against the clock."""
+
+from __future__ import annotations
+
+from .race import load_example, race, show
+from .registry import Options
+from .report import Report
+
+WIDTH = 64
+TARGET = 1e-4
+
+
+def run(options: Options, report: Report) -> None:
+    """Trains with each contender of the example, one after the other."""
+    example = load_example("pinn_poisson")
+    if example is None:
+        return
+    problem = example.make_problem(options.device)
+    task = example.make_task(problem, example.make_network(WIDTH, 0).to(options.device))
+    contenders = {entry.label: entry for entry in example.CONTENDERS.values()}
+    runs = race(task, contenders, options, "Poisson PINN", measurements=600)
+    results = {
+        f"seconds to {TARGET:g}": lambda run: run.reached(TARGET),
+        "relative L2 at the end": lambda run: run.score,
+    }
+    title = f"Poisson's equation, 2-{WIDTH}-1 tanh, float64"
+    show(runs, title, results, "newton.pinn", report)
