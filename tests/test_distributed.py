@@ -17,8 +17,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_secondorder import LBFGS, FunctionalObjective, StepStatus
-from torch_secondorder.curvature import Hessian
+from torch_secondorder import LBFGS, FunctionalObjective, NewtonCG, StepStatus
+from torch_secondorder.curvature import Fisher, GaussNewton, Hessian
 from torch_secondorder.objective import ClosureObjective
 
 pytestmark = [
@@ -77,6 +77,22 @@ def train_without_backward(rank: int, ranks: int) -> list[Any]:
     return train(rank, ranks, torch.float64, backward=False)
 
 
+def train_newton(rank: int, ranks: int) -> list[Any]:
+    """What is the same on the whole batch, and does not blow rounding up by orders of magnitude."""
+    losses, values = [], []
+    for arguments in (
+        {},
+        {"curvature": "hessian"},
+        {"preconditioner": "nystrom"},
+        {"curvature": "hessian", "globalization": "damping", "damping": 0.1},
+    ):
+        share = Share(rank, ranks)
+        optimizer = NewtonCG(share.model.parameters(), max_cg_iter=10, **arguments)
+        losses += [optimizer.step(share.closure).item() for _ in range(5)]
+        values += share.values()
+    return [losses, values]
+
+
 def multiply(rank: int, ranks: int) -> list[Any]:
     """Loss, gradient and products; then an ordinary forward and backward."""
     share = Share(rank, ranks)
@@ -86,6 +102,8 @@ def multiply(rank: int, ranks: int) -> list[Any]:
         evaluation = objective.evaluate(curvature=True)
         eye = torch.eye(objective.vector.size, dtype=torch.float64)
         found += [evaluation.loss, evaluation.grad, Hessian(evaluation) @ eye]
+        found += [GaussNewton(evaluation) @ eye, GaussNewton(evaluation) @ eye[0]]
+        found += [Fisher(evaluation, labels="empirical") @ eye]
         found += [Hessian(evaluation) @ eye[0], objective.trial(eye[0]).loss]
         objective.settle()
         share.closure()
@@ -136,6 +154,7 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
         train_in_float64,
         train_in_float32,
         train_without_backward,
+        train_newton,
         multiply,
         call_a_function,
         meet_nan,
@@ -184,7 +203,12 @@ def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("train_in_float64", 1e-12), ("train_without_backward", 1e-12), ("train_in_float32", 1e-6)],
+    [
+        ("train_in_float64", 1e-12),
+        ("train_without_backward", 1e-12),
+        ("train_in_float32", 1e-6),
+        ("train_newton", 1e-11),
+    ],
 )
 def test_training_equals_that_on_the_whole_batch(
     ranks: list[dict[str, Any]], name: str, tolerance: float
