@@ -344,7 +344,7 @@ def test_names() -> None:
         (
             lambda: resolve_preconditioner("jacobi"),
             ValueError,
-            "unknown preconditioner 'jacobi'; known: 'martens', 'nystrom', or None for none",
+            "unknown preconditioner 'jacobi'; known: 'kfac', 'martens', 'nystrom', or None",
         ),
         (
             lambda: resolve_preconditioner(3),  # type: ignore[arg-type]

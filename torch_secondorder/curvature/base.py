@@ -42,7 +42,7 @@ class LinearOperator(ABC):
 
         One by one here; an operator that can do them in one pass overrides it.
         """
-        return torch.stack([self.matvec(v) for v in V.unbind(1)], dim=1)
+        return torch.stack([self.matvec(v) for v in V.T.contiguous()]).T
 
     def __matmul__(self, other: Tensor) -> Tensor:
         self._check(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -96,7 +97,7 @@ class GaussNewton(Linearized):
         return self._linearization.diagonal(self._space.pull_each(roots))
 
     def factors(
-        self, generator: torch.Generator | None = None, largest: int | None = None
+        self, generator: torch.Generator | None = None, largest: float = math.inf
     ) -> list[KroneckerFactors]:
         """Kronecker factors of the blocks of linear layers, from one backward pass.
 

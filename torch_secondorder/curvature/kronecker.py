@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def kronecker_factors(
     calls: Sequence[LinearCall],
     outputs: Sequence[Tensor],
     root: Sequence[Tensor | None],
-    largest: int | None = None,
+    largest: float = math.inf,
 ) -> list[KroneckerFactors]:
     """The factors of Martens and Grosse 2015, "Optimizing neural networks with K-FAC".
 
@@ -61,9 +62,7 @@ def kronecker_factors(
     layers: dict[int, list[tuple[Tensor, Tensor]]] = {}
     together: set[tuple[int, int | None]] = set()
     for call, gradient in zip(calls, gradients, strict=True):
-        if gradient is None:
-            continue
-        if largest is None or max(call.input.shape[-1], gradient.shape[-1]) <= largest:
+        if gradient is not None and _width(call, gradient) <= largest:
             layers.setdefault(call.weight, []).append((_rows(call.input), _rows(gradient)))
             together.add((call.weight, call.bias))
     # No parameter is in two blocks: a bias that is not always with one weight is in none.
@@ -77,6 +76,10 @@ def kronecker_factors(
             a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
         found.append(KroneckerFactors(weight, bias, a.T @ a / len(a), d.T @ d))
     return found
+
+
+def _width(call: LinearCall, gradient: Tensor) -> int:
+    return max(call.input.shape[-1], gradient.shape[-1])
 
 
 def _rows(tensor: Tensor) -> Tensor:

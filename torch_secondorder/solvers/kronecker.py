@@ -22,7 +22,8 @@ class KFAC(Preconditioner):
     gradients on the exact matrix: what the factors leave out is made up for in few iterations.
 
     Parameters that are no weight or bias of a linear layer (those of convolutions and norms, say)
-    are treated by their diagonal, see `GaussNewton.diagonal`.
+    are treated by their diagonal, see `GaussNewton.diagonal`. So are the projections inside
+    `nn.MultiheadAttention` and `nn.RNN`, which PyTorch does not show.
 
     Args:
         period: Operators that the same factors serve.
@@ -68,14 +69,25 @@ class KFAC(Preconditioner):
             (f.weight, f.bias, f.inputs.to(self._like), f.outputs.to(self._like))
             for f in operator.factors(generator, self._largest)
         ]
-        products = 1
+        products = 1 if found else 0
         covered = {i for weight, bias, *_ in found for i in (weight, bias)}
         diagonal = None
-        if covered != set(range(len(self._slots))):
-            diagonal = operator.diagonal(1, generator)
+        if not covered.issuperset(range(len(self._slots))):
+            diagonal = self._smoothed(operator.diagonal(1, generator))
             products += 1
         self._learn(found, diagonal)
         return products
+
+    def _smoothed(self, diagonal: Tensor) -> Tensor:
+        """Draws entries halfway to their parameter's mean.
+
+        Among the squares of one random vector some are close to zero by chance, and their inverses
+        would spoil the whole.
+        """
+        for slot in self._slots:
+            part = diagonal[slot.start : slot.stop]
+            part.lerp_(part.mean(), 0.5)
+        return diagonal
 
     def _fit(self) -> None:
         """Drops what is of other parameters; what was loaded may be elsewhere."""
@@ -132,6 +144,11 @@ class KFAC(Preconditioner):
         self._layout = state.get("layout", [])
 
 
+# Where little or nothing is damped, eigenvalues below this share of their mean are noise. Without a
+# floor a trust radius, which is a length in this metric, would not bound what the noise moves.
+_LEAST = 1e-4
+# Relative to the trace, in units of the precision: a matrix is known no better.
+_ROUNDING = 10
 _Layer = tuple[int, int | None, Tensor, Tensor]
 
 
@@ -159,7 +176,8 @@ class _BlockInverse(LinearOperator):
         floor = torch.finfo(self.dtype).tiny ** 0.5
         self._elsewhere = None
         if diagonal is not None:
-            self._elsewhere = (diagonal + damping).clamp_(min=floor).reciprocal_()
+            least = (_LEAST * diagonal.mean()).clamp_(min=floor)
+            self._elsewhere = torch.maximum(diagonal + damping, least).reciprocal_()
         self._blocks = [_inverted(layer, slots, damping) for layer in factors]
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -187,9 +205,12 @@ def _inverted(layer: _Layer, slots: list[Slot], damping: float) -> _Block:
         if bias is not None:
             scale[-1] = slots[bias].scale
         inputs = scale[:, None] * inputs * scale
-    mean_a, mean_s = inputs.diagonal().mean(), outputs.diagonal().mean()
-    balance = torch.where((mean_a > 0) & (mean_s > 0), mean_a.sqrt() / mean_s.sqrt(), 1.0)
-    root = (damping + slot.decay) ** 0.5
+    mean_a, mean_s = inputs.diagonal().mean().sqrt(), outputs.diagonal().mean().sqrt()
+    balance = torch.where((mean_a > 0) & (mean_s > 0), mean_a / mean_s, 1.0)
+    # The product has to be positive definite in its own precision.
+    rounding = _ROUNDING * len(inputs) * len(outputs) * torch.finfo(inputs.dtype).eps
+    floor = max(_LEAST, rounding) ** 0.5 * mean_a * mean_s
+    root = floor.clamp(min=(damping + slot.decay) ** 0.5)
     return _Block(
         slice(slot.start, slot.stop),
         None if bias is None else slice(slots[bias].start, slots[bias].stop),
@@ -201,12 +222,11 @@ def _inverted(layer: _Layer, slots: list[Slot], damping: float) -> _Block:
 def _inverse(matrix: Tensor, shift: Tensor) -> Tensor:
     """The inverse of `matrix + shift I`; of more than that where precision asks for it."""
     numbers = torch.finfo(matrix.dtype)
-    # Rounding is relative to the largest eigenvalue, of which the trace is a bound.
-    rounding = 10 * numbers.eps * matrix.diagonal().sum()
+    rounding = _ROUNDING * numbers.eps * matrix.diagonal().sum()
     shift = torch.maximum(shift, rounding).clamp(min=numbers.tiny**0.25)
     shifted = matrix.clone()
     shifted.diagonal().add_(shift)
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    if failed:  # not seen yet
+    if failed:  # where all of it is at the edge of what the dtype holds
         return shifted.diagonal().reciprocal().diag()
     return torch.cholesky_inverse(factor)
