@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from torch_secondorder.capture import Graph
+from torch_secondorder.graph import Graph
 from torch_secondorder.replay import Replay, Surroundings
 from torch_secondorder.vector import ParameterVector
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torch_secondorder.capture import Capture, Graph
+from torch_secondorder.capture import Capture
 from torch_secondorder.evaluation import Objective, RawEvaluation, Regularization
+from torch_secondorder.graph import Graph
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.vector import ParameterVector
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_secondorder.capture import LinearCall
+from torch_secondorder.graph import LinearCall
 
 __all__ = ["KroneckerFactors", "kronecker_factors"]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_secondorder.capture import Output
+from torch_secondorder.graph import Output
 
 __all__ = ["Categorical", "Independent", "Likelihood", "likelihood_of", "signs"]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_secondorder.capture import Output
 from torch_secondorder.curvature.likelihoods import Likelihood, likelihood_of
 from torch_secondorder.curvature.output_space import OutputSpace, Tensors
+from torch_secondorder.graph import Output
 
 __all__ = ["LossCurvature"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.capture import Graph, Output, explained
+from torch_secondorder.graph import Graph, Output, explained
 
 __all__ = ["OutputSpace", "Tensors"]
 

@@ -10,13 +10,18 @@ from torch_secondorder.globalization.line_search import (
     SearchStatus,
     Trial,
 )
-from torch_secondorder.globalization.named import resolve_line_search
+from torch_secondorder.globalization.named import (
+    Globalization,
+    resolve_globalization,
+    resolve_line_search,
+)
 from torch_secondorder.globalization.strong_wolfe import StrongWolfe
 from torch_secondorder.globalization.trust_region import TrustRegion
 
 __all__ = [
     "Armijo",
     "FixedStep",
+    "Globalization",
     "HagerZhang",
     "LevenbergMarquardt",
     "LineSearch",
@@ -26,5 +31,6 @@ __all__ = [
     "StrongWolfe",
     "Trial",
     "TrustRegion",
+    "resolve_globalization",
     "resolve_line_search",
 ]

@@ -1,14 +1,18 @@
-"""The one place where the name of a line search is resolved."""
+"""The one place where names of line searches and other globalizations are resolved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from torch_secondorder.globalization.backtracking import Armijo, FixedStep
+from torch_secondorder.globalization.damping import LevenbergMarquardt
 from torch_secondorder.globalization.hager_zhang import HagerZhang
 from torch_secondorder.globalization.line_search import LineSearch
 from torch_secondorder.globalization.strong_wolfe import StrongWolfe
+from torch_secondorder.globalization.trust_region import TrustRegion
 
+Globalization: TypeAlias = LevenbergMarquardt | TrustRegion | LineSearch
 _KNOWN: dict[str, Callable[[], LineSearch]] = {
     "strong_wolfe": StrongWolfe,
     "hager_zhang": HagerZhang,
@@ -48,3 +52,38 @@ def resolve_line_search(spec: str | LineSearch | None) -> LineSearch:
             f"a line search is a name, an instance such as StrongWolfe(), or None, got {spec!r}"
         )
     return spec
+
+
+def resolve_globalization(
+    spec: str | Globalization | None, damping: float | None, uses_hessian: bool
+) -> Globalization:
+    """How a Newton step is kept from going too far.
+
+    Args:
+        spec: `"damping"`, `"trust_region"`, `"line_search"`, the name of one, an instance (returned
+            as it is), or None for a trust region with the Hessian and damping without.
+        damping: What damping begins with, if it is not the default.
+        uses_hessian: Whether the curvature may be indefinite.
+
+    Raises:
+        ValueError: The name is unknown, or a number is out of range or given twice.
+        TypeError: It is neither a name, nor an instance, nor None.
+    """
+    if spec is None:
+        spec = "trust_region" if uses_hessian else "damping"
+    if spec == "damping":
+        return LevenbergMarquardt() if damping is None else LevenbergMarquardt(initial=damping)
+    if spec == "trust_region":
+        return TrustRegion()
+    if spec == "line_search":
+        return resolve_line_search("armijo")
+    if isinstance(spec, str) and spec not in LINE_SEARCHES:
+        raise ValueError(
+            f"unknown globalization {spec!r}; known: 'damping', 'trust_region', 'line_search', "
+            "the names of line searches, or an instance"
+        )
+    if isinstance(spec, LevenbergMarquardt) and damping is not None:
+        raise ValueError("the damping to begin with is LevenbergMarquardt's own: leave damping out")
+    if isinstance(spec, (LevenbergMarquardt, TrustRegion)):
+        return spec
+    return resolve_line_search(spec)

@@ -19,6 +19,7 @@ from torch_secondorder.globalization import (
     Trial,
 )
 from torch_secondorder.optim.info import StepStatus
+from torch_secondorder.optim.progress import Progress
 from torch_secondorder.vector import max_norm, to_host
 
 __all__ = ["Iteration", "Point", "Settings"]
@@ -106,9 +107,7 @@ class Iteration:
         self._history = history
         self._settings = settings
         (self._size,) = to_host(torch.linalg.vector_norm(objective.position))
-        self._change = inf  # relative change of the last iteration
-        self._stalled = 0  # iterations since the last improvement
-        self._best = (start.loss, start.grad_norm)
+        self._progress = Progress(start.loss, start.grad_norm, self._size)
 
     def run(self) -> StepStatus:
         """Iterates; says why it ended."""
@@ -137,10 +136,10 @@ class Iteration:
             return StepStatus.CONVERGED_GRADIENT
         if not settings.lr:
             return StepStatus.ZERO_LEARNING_RATE
-        if self._change <= settings.tolerance_change:
+        if self._progress.change <= settings.tolerance_change:
             return StepStatus.CONVERGED_CHANGE
         # Steps without a search may climb for a while, as they are asked to.
-        if self._stalled >= _PATIENCE and not isinstance(settings.line_search, FixedStep):
+        if self._progress.stalled >= _PATIENCE and not isinstance(settings.line_search, FixedStep):
             return StepStatus.STALLED
         if self.count >= settings.max_iter:
             return StepStatus.MAX_ITERATIONS
@@ -197,8 +196,9 @@ class Iteration:
         candidate: _Candidate = result.trial.payload
         self._objective.accept(candidate.step)
         self._learn(t, line, candidate)
-        self._note_progress(candidate.point, t * sqrt(line.square))
-        self.point = candidate.point
+        point = candidate.point
+        self._progress.note(self.point.loss, point.loss, point.grad_norm, t * sqrt(line.square))
+        self.point = point
         self.step_length = t
         self.count += 1
 
@@ -220,14 +220,6 @@ class Iteration:
             self._history.push(candidate.step, y, s_y / y_y)
         else:
             self.skipped += 1
-
-    def _note_progress(self, point: Point, moved: float) -> None:
-        loss = abs(self.point.loss - point.loss) / max(abs(point.loss), 1e-300)
-        self._change = max(loss, moved / self._size if self._size else inf)
-        best_loss, best_grad = self._best
-        improved = point.loss < best_loss or point.grad_norm < best_grad
-        self._stalled = 0 if improved else self._stalled + 1
-        self._best = (min(point.loss, best_loss), min(point.grad_norm, best_grad))
 
     def _forget(self, reason: str) -> None:
         self.reset_reason = reason

@@ -18,21 +18,20 @@ from torch_secondorder.curvature import (
 )
 from torch_secondorder.evaluation import Evaluation, Objective
 from torch_secondorder.globalization import (
+    Globalization,
     LevenbergMarquardt,
-    LineSearch,
     TrustRegion,
-    resolve_line_search,
+    resolve_globalization,
 )
-from torch_secondorder.globalization.named import LINE_SEARCHES
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.newton_iteration import Iteration, Settings
 from torch_secondorder.optim.newton_model import Memory, Point
 from torch_secondorder.solvers import (
     LinearSolver,
-    Minres,
     Preconditioner,
     resolve_preconditioner,
+    resolve_solver,
 )
 from torch_secondorder.vector import ParameterVector
 
@@ -41,7 +40,6 @@ __all__ = ["NewtonCG"]
 _CURVATURES = ("ggn", "hessian", "fisher", "empirical_fisher")
 _PRODUCTS = ("autograd", "finite_difference")
 Factory = Callable[[Evaluation], LinearOperator]
-Globalization = LevenbergMarquardt | TrustRegion | LineSearch
 
 
 class NewtonCG(SecondOrderOptimizer):
@@ -150,9 +148,9 @@ class NewtonCG(SecondOrderOptimizer):
         self.curvature = curvature
         self.curvature_products = curvature_products
         uses_hessian = curvature == "hessian" or curvature_products == "finite_difference"
-        self.globalization = _resolve_globalization(globalization, damping, uses_hessian)
+        self.globalization = resolve_globalization(globalization, damping, uses_hessian)
         self.preconditioner = resolve_preconditioner(preconditioner)
-        self.solver = _resolve_solver(solver, max_cg_iter)
+        self.solver = resolve_solver(solver, max_cg_iter)
         if self.solver is not None and isinstance(self.globalization, TrustRegion):
             raise ValueError(
                 f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"
@@ -332,40 +330,3 @@ class NewtonCG(SecondOrderOptimizer):
             generator = torch.Generator(vector.device)
             generator.set_state(state["generator"].cpu())
             self._generator = generator
-
-
-def _resolve_globalization(
-    spec: str | Globalization | None, damping: float | None, uses_hessian: bool
-) -> Globalization:
-    """What `globalization` says."""
-    if spec is None:
-        spec = "trust_region" if uses_hessian else "damping"
-    if spec == "damping":
-        return LevenbergMarquardt() if damping is None else LevenbergMarquardt(initial=damping)
-    if spec == "trust_region":
-        return TrustRegion()
-    if spec == "line_search":
-        return resolve_line_search("armijo")
-    if isinstance(spec, str) and spec not in LINE_SEARCHES:
-        raise ValueError(
-            f"unknown globalization {spec!r}; known: 'damping', 'trust_region', 'line_search', "
-            "the names of line searches, or an instance"
-        )
-    if isinstance(spec, LevenbergMarquardt) and damping is not None:
-        raise ValueError("the damping to begin with is LevenbergMarquardt's own: leave damping out")
-    if isinstance(spec, (LevenbergMarquardt, TrustRegion)):
-        return spec
-    return resolve_line_search(spec)
-
-
-def _resolve_solver(spec: str | LinearSolver, max_iterations: int) -> LinearSolver | None:
-    """What `solver` says; None for conjugate gradients as each iteration needs them."""
-    if spec == "cg":
-        return None
-    if spec == "minres":
-        return Minres(max_iterations)
-    if isinstance(spec, str):
-        raise ValueError(f"unknown solver {spec!r}; known: 'cg', 'minres', or an instance")
-    if isinstance(spec, type) or not callable(spec):
-        raise TypeError(f"a solver is a name or an instance such as Minres(), got {spec!r}")
-    return spec

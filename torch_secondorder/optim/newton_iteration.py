@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, nan
+from math import nan
 
 import torch
 
@@ -15,6 +15,7 @@ from torch_secondorder.globalization.line_search import LineSearch
 from torch_secondorder.optim.info import StepStatus
 from torch_secondorder.optim.newton_model import Memory, Model, Move, Point, Tally
 from torch_secondorder.optim.newton_moves import damped, searched, within_radius
+from torch_secondorder.optim.progress import Progress
 from torch_secondorder.solvers import CG, LinearSolver, Preconditioner, SolveResult
 from torch_secondorder.vector import to_host
 
@@ -73,10 +74,8 @@ class Iteration:
         self._objective = objective
         self._settings = settings
         self._memory = memory
-        self._change = inf
-        self._stalled = 0
-        self._best = (start.loss, start.grad_norm)
-        (self._size,) = to_host(torch.linalg.vector_norm(objective.position))
+        (size,) = to_host(torch.linalg.vector_norm(objective.position))
+        self._progress = Progress(start.loss, start.grad_norm, size)
 
     def run(self) -> StepStatus:
         """Iterates; says why it ended."""
@@ -100,9 +99,9 @@ class Iteration:
             return StepStatus.CONVERGED_GRADIENT
         if not settings.lr:
             return StepStatus.ZERO_LEARNING_RATE
-        if self._change <= settings.tolerance_change:
+        if self._progress.change <= settings.tolerance_change:
             return StepStatus.CONVERGED_CHANGE
-        if self._stalled >= _PATIENCE:
+        if self._progress.stalled >= _PATIENCE:
             return StepStatus.STALLED
         return StepStatus.MAX_ITERATIONS if self.count >= settings.max_iter else None
 
@@ -161,12 +160,7 @@ class Iteration:
         point: Point = trial.payload.point
         self._objective.accept(trial.payload.step)
         (length,) = to_host(torch.linalg.vector_norm(trial.payload.step))
-        loss = abs(self.point.loss - point.loss) / max(abs(point.loss), 1e-300)
-        self._change = max(loss, length / self._size if self._size else inf)
-        best_loss, best_grad = self._best
-        improved = point.loss < best_loss or point.grad_norm < best_grad
-        self._stalled = 0 if improved else self._stalled + 1
-        self._best = (min(point.loss, best_loss), min(point.grad_norm, best_grad))
+        self._progress.note(self.point.loss, point.loss, point.grad_norm, length)
         self.point = point
         self.gain_ratio = move.gain_ratio
         self.step_length = trial.t

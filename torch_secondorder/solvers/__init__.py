@@ -11,11 +11,11 @@ from torch_secondorder.solvers.cg import CG
 from torch_secondorder.solvers.kronecker import KFAC
 from torch_secondorder.solvers.lanczos import Tridiagonal, lanczos
 from torch_secondorder.solvers.minres import Minres
+from torch_secondorder.solvers.named import resolve_preconditioner, resolve_solver
 from torch_secondorder.solvers.preconditioners import (
     Martens,
     Nystrom,
     NystromApproximation,
-    resolve_preconditioner,
 )
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "Tridiagonal",
     "lanczos",
     "resolve_preconditioner",
+    "resolve_solver",
 ]

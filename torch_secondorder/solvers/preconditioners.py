@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from torch_secondorder.curvature import Diagonal, GaussNewton, LinearOperator
 from torch_secondorder.solvers.base import Preconditioner
-from torch_secondorder.solvers.kronecker import KFAC
 
-__all__ = ["Martens", "Nystrom", "NystromApproximation", "resolve_preconditioner"]
+__all__ = ["Martens", "Nystrom", "NystromApproximation"]
 
 
 class Martens(Preconditioner):
@@ -205,32 +203,3 @@ class _NystromInverse(LinearOperator):
         """See `LinearOperator.matvec`."""
         inside = self._excess * (self._vectors.T @ v)
         return torch.addmv(self._plain * v, self._vectors, inside)
-
-
-_NAMED: dict[str, Callable[[], Preconditioner]] = {
-    "kfac": KFAC,
-    "martens": Martens,
-    "nystrom": Nystrom,
-}
-
-
-def resolve_preconditioner(spec: str | Preconditioner | None) -> Preconditioner | None:
-    """The preconditioner that `spec` names.
-
-    Args:
-        spec: `"kfac"`, `"martens"`, `"nystrom"`, an instance (returned as it is), or None for none.
-
-    Raises:
-        ValueError: The name is unknown.
-        TypeError: It is neither a name, nor an instance, nor None.
-    """
-    if spec is None or isinstance(spec, Preconditioner):
-        return spec
-    if not isinstance(spec, str):
-        raise TypeError(
-            f"a preconditioner is a name, an instance such as Nystrom(), or None, got {spec!r}"
-        )
-    if spec not in _NAMED:
-        names = ", ".join(map(repr, _NAMED))
-        raise ValueError(f"unknown preconditioner {spec!r}; known: {names}, or None for none")
-    return _NAMED[spec]()
