@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import math
 import traceback
 from collections.abc import Callable
@@ -180,6 +181,7 @@ def run_rank(rank: int, folder: str) -> None:
             found[name] = traceback.format_exc()
             break  # the ranks are out of step now
     torch.save(found, f"{folder}/rank{rank}")
+    gc.collect()  # nothing of the group may outlive it, or its threads end the process
     dist.destroy_process_group()
 
 

@@ -1016,6 +1016,8 @@ def run_rank(rank: int, folder: str) -> None:
     except Exception:
         found = traceback.format_exc()
     torch.save(found, f"{folder}/rank{rank}")
+    gc.collect()  # nothing of the group may outlive it, or its threads end the process
+    dist.barrier()
     dist.destroy_process_group()
 
 

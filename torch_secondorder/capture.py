@@ -7,6 +7,7 @@ closure runs under a `TorchFunctionMode` that sees `Tensor.backward` and keeps t
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,11 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from torch_secondorder.graph import Graph, LinearCall, Output, versions
+from torch_secondorder.graph import Graph, Output, versions
 
 __all__ = ["Capture", "mark_outputs"]
 
@@ -66,7 +66,6 @@ class Capture(TorchFunctionMode):
     def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__()
         self.graph = Graph(params)
-        self._places = {id(p): i for i, p in enumerate(params)}
         self._attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
 
     def __enter__(self) -> Capture:
@@ -95,7 +94,8 @@ class Capture(TorchFunctionMode):
             return self._run_loss(func, args, kwargs)
         result = func(*args, **kwargs)
         if func is F.linear and not torch.compiler.is_compiling():
-            self._note_linear(result, *args, **kwargs)
+            # Looked at where somebody asks for it: networks make many such calls.
+            self.graph.linear.append((result.grad_fn, args, kwargs))
         return result
 
     def backward(
@@ -124,21 +124,8 @@ class Capture(TorchFunctionMode):
                     # Not an alias: the graph goes on using the storage of `g`.
                     p.grad = g.clone() if p.grad is None else p.grad + g
 
-    def _note_linear(
-        self, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> None:
-        place = self._places.get(id(weight))
-        plain = weight.dim() == 2 and not weight.is_complex() and input.layout is torch.strided
-        if place is None or not plain or output.grad_fn is None:
-            return
-        added = None
-        if bias is not None and bias.shape == weight.shape[:1]:  # else it is broadcast
-            added = self._places.get(id(bias))
-        call = LinearCall(input.detach(), place, added, get_gradient_edge(output))
-        self.graph.linear_calls.append(call)
-
     def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound = _signature(func).bind(*args, **kwargs)
         found = [
             name
             for name, value in bound.arguments.items()
@@ -154,6 +141,11 @@ class Capture(TorchFunctionMode):
             output = Output(arguments[name], func, name, arguments, value, before)
             self.graph.outputs.append(output)
         return value.clone() if found else value
+
+
+@functools.cache
+def _signature(func: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(func)
 
 
 def _not_a_leaf(tensor: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Graph:
         gradients: One list of `P` gradients (None where a parameter had no part) for each
             `backward()`; the evaluation's gradient is their sum.
         outputs: The outputs met, in order.
-        linear_calls: The linear layers met, in order.
+        linear: Calls of `torch.nn.functional.linear`, in order: node and arguments.
     """
 
     params: Sequence[Tensor]
@@ -79,7 +79,13 @@ class Graph:
     weights: list[Tensor | None] = field(default_factory=list)
     gradients: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
-    linear_calls: list[LinearCall] = field(default_factory=list)
+    linear: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def linear_calls(self) -> list[LinearCall]:
+        """The linear layers met whose weights are among the parameters."""
+        places = {id(p): i for i, p in enumerate(self.params)}
+        calls = (_linear_call(places, node, *args, **kwargs) for node, args, kwargs in self.linear)
+        return [call for call in calls if call is not None]
 
     def differentiate(
         self, loss: Tensor, weight: Tensor | None = None
@@ -154,6 +160,24 @@ class Graph:
             )
         except RuntimeError as error:
             raise explained(error) from error
+
+
+def _linear_call(
+    places: dict[int, int], node: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> LinearCall | None:
+    place = places.get(id(weight))
+    if place is None or node is None or weight.dim() != 2 or weight.is_complex():
+        return None
+    try:
+        input = input.detach()
+    except RuntimeError:  # a tensor of a torch.func transform that is over
+        return None
+    if input.layout is not torch.strided:
+        return None
+    added = None
+    if bias is not None and bias.shape == weight.shape[:1]:  # else it is broadcast
+        added = places.get(id(bias))
+    return LinearCall(input, place, added, GradientEdge(node, 0))
 
 
 def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:

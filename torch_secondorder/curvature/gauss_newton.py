@@ -109,7 +109,7 @@ class GaussNewton(Linearized):
             One for each weight that `torch.nn.functional.linear` was called with.
         """
         self._linearization.check()
-        calls, root = self._linearization.graph.linear_calls, self._root(generator)
+        calls, root = self._linearization.graph.linear_calls(), self._root(generator)
         found = kronecker_factors(calls, self._space.tensors, root, largest)
         average = self._linearization.average
         return [replace(f, inputs=average(f.inputs), outputs=average(f.outputs)) for f in found]
