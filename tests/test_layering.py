@@ -13,14 +13,17 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 
 #: What each layer may import of the package, besides itself. Later layers are here already.
 ALLOWED: dict[str, set[str]] = {
-    "vector": set(),
+    "workspace": set(),
+    "vector": {"workspace"},
     "func": set(),
     "graph": set(),
     "capture": {"graph"},
     "replay": set(),
     "evaluation": {"vector", "func", "graph", "replay"},
-    "objective": {"vector", "func", "graph", "capture", "replay", "evaluation"},
-    "curvature": {"vector", "func", "graph", "evaluation"},
+    "contract": set(),
+    "objective": {"vector", "func", "graph", "capture", "contract", "replay", "evaluation"},
+    "single": {"workspace", "graph", "capture", "contract", "replay", "objective"},
+    "curvature": {"workspace", "vector", "func", "graph", "evaluation"},
     "solvers": {"vector", "func", "evaluation", "curvature"},
     "globalization": {"evaluation"},
     "penalties": {"func"},

@@ -2,15 +2,25 @@
 
 from torch_secondorder.capture import mark_outputs
 from torch_secondorder.objective import FunctionalObjective
-from torch_secondorder.optim import LBFGS, NewtonCG, SecondOrderOptimizer, StepInfo, StepStatus
+from torch_secondorder.optim import (
+    LBFGS,
+    AdaHessian,
+    NewtonCG,
+    SecondOrderOptimizer,
+    Sophia,
+    StepInfo,
+    StepStatus,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LBFGS",
+    "AdaHessian",
     "FunctionalObjective",
     "NewtonCG",
     "SecondOrderOptimizer",
+    "Sophia",
     "StepInfo",
     "StepStatus",
     "mark_outputs",

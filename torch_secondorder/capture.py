@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_secondorder.graph import Graph, Output, versions
 
-__all__ = ["Capture", "mark_outputs"]
+__all__ = ["Capture", "Receiver", "mark_outputs"]
 
 #: Losses whose first argument is the model's output, so that it is found without being told.
 STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
@@ -48,6 +49,29 @@ STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
 _active: ContextVar[Capture | None] = ContextVar("active_capture", default=None)
 
 
+class Receiver(Protocol):
+    """Takes the graph of each `loss.backward()` as it happens, instead of it being kept.
+
+    Attributes:
+        twice: Whether gradients are made with a graph of their own.
+        outputs: Whether model outputs are looked for.
+    """
+
+    twice: bool
+    outputs: bool
+
+    def __call__(
+        self, graph: Graph, retain: bool
+    ) -> Sequence[Tensor | None]:  # pragma: no cover - a protocol
+        """Uses the graph of one `backward()`, and gives the gradients for `p.grad`.
+
+        Args:
+            graph: With one loss and its gradients. It ends after this call.
+            retain: Whether the closure asked to retain the graph of the loss.
+        """
+        ...
+
+
 class Capture(TorchFunctionMode):
     """Runs a closure and keeps the graph of every `loss.backward()` in it.
 
@@ -58,24 +82,37 @@ class Capture(TorchFunctionMode):
 
     Args:
         params: The leaves to differentiate with respect to.
+        receiver: Gets the graphs one by one, so that none has to be kept.
 
     Attributes:
-        graph: What was caught.
+        graph: What was caught; without losses where there is a receiver.
+        calls: How many times `backward()` was called.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], receiver: Receiver | None = None) -> None:
         super().__init__()
         self.graph = Graph(params)
+        self.calls = 0
+        self._receiver = receiver
+        self._looks = receiver is None or receiver.outputs
+        # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
+        self._watches = self._looks or any(p.dim() > 2 for p in params)
         self._attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
 
     def __enter__(self) -> Capture:
         self._attention.__enter__()
         self._token = _active.set(self)
-        super().__enter__()  # type: ignore[no-untyped-call]
+        if self._watches:
+            super().__enter__()  # type: ignore[no-untyped-call]
+        else:
+            _intercept.begin()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if self._watches:
+            super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        else:
+            _intercept.end()
         _active.reset(self._token)
         self._attention.__exit__(*exception)
 
@@ -90,6 +127,8 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self.backward(*args, **kwargs)
+        if not self._looks:
+            return func(*args, **kwargs)
         if func in STANDARD_LOSSES:
             return self._run_loss(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -117,12 +156,36 @@ class Capture(TorchFunctionMode):
                 "loss.backward(inputs=...) inside a closure whose curvature is needed: call "
                 "loss.backward() without inputs, the optimizer knows its parameters"
             )
-        gradients = self.graph.differentiate(loss, gradient)
+        gradients = self.differentiate(loss, gradient, bool(retain_graph or create_graph))
         with torch.no_grad():
             for p, g in zip(self.graph.params, gradients, strict=True):
-                if g is not None:
+                if g is None:
+                    continue
+                if p.grad is not None:
+                    p.grad = p.grad + g if p.grad.is_sparse or g.is_sparse else p.grad.add_(g)
+                else:
                     # Not an alias: the graph goes on using the storage of `g`.
-                    p.grad = g.clone() if p.grad is None else p.grad + g
+                    p.grad = g.clone() if self._receiver is None else g
+
+    def differentiate(
+        self, loss: Tensor, weight: Tensor | None = None, retain: bool = False
+    ) -> Sequence[Tensor | None]:
+        """The gradients of a loss, whose graph is kept, or given to the receiver.
+
+        Args:
+            loss: What `backward()` is called on.
+            weight: The `gradient` argument of `backward()`, of the loss's shape.
+            retain: Whether the graph of the loss is needed again.
+        """
+        self.calls += 1
+        if self._receiver is None:
+            return self.graph.differentiate(loss, weight)
+        graph = Graph(self.graph.params, outputs=[*self.graph.outputs])
+        graph.differentiate(loss, weight, twice=self._receiver.twice)
+        if not retain:
+            self.graph.outputs.clear()
+            self.graph.linear.clear()
+        return self._receiver(graph, retain)
 
     def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         bound = _signature(func).bind(*args, **kwargs)
@@ -141,6 +204,44 @@ class Capture(TorchFunctionMode):
             output = Output(arguments[name], func, name, arguments, value, before)
             self.graph.outputs.append(output)
         return value.clone() if found else value
+
+
+class _Intercept:
+    """Puts a method in the place of `Tensor.backward` that asks whether its thread is captured."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._original: Callable[..., Any] = Tensor.backward
+
+    def begin(self) -> None:
+        """Starts, unless somebody has."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                original: Callable[..., Any] = Tensor.backward
+
+                @functools.wraps(original)
+                def backward(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+                    capture = _active.get()
+                    # A mode around comes to its own turn first.
+                    if capture is None or torch.overrides.has_torch_function_unary(tensor):
+                        original(tensor, *args, **kwargs)
+                    else:
+                        capture.backward(tensor, *args, **kwargs)
+
+                self._original = original
+                setattr(Tensor, "backward", backward)  # noqa: B010
+
+    def end(self) -> None:
+        """Ends with the last user."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                setattr(Tensor, "backward", self._original)  # noqa: B010
+
+
+_intercept = _Intercept()
 
 
 @functools.cache
@@ -178,7 +279,7 @@ def mark_outputs(outputs: Tensor) -> Tensor:
             "one by one"
         )
     capture = _active.get()
-    if capture is None or not outputs.requires_grad:
+    if capture is None or not capture._looks or not outputs.requires_grad:
         return outputs
     outputs = _not_a_leaf(outputs)
     capture.graph.outputs.append(Output(outputs))

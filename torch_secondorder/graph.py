@@ -88,17 +88,23 @@ class Graph:
         return [call for call in calls if call is not None]
 
     def differentiate(
-        self, loss: Tensor, weight: Tensor | None = None
+        self, loss: Tensor, weight: Tensor | None = None, *, twice: bool = True
     ) -> tuple[Tensor | None, ...]:
-        """Adds `loss` to the graph and returns its gradients, with their graph.
+        """Adds `loss` to the graph and returns its gradients.
 
         Args:
             loss: What `backward()` was called on.
             weight: The `gradient` argument of `backward()`, of the loss's shape.
+            twice: Whether the gradients get a graph of their own.
         """
         try:
             gradients = torch.autograd.grad(
-                loss, self.params, weight, create_graph=True, allow_unused=True
+                loss,
+                self.params,
+                weight,
+                retain_graph=True,
+                create_graph=twice,
+                allow_unused=True,
             )
         except RuntimeError as error:
             raise explained(error) from error
@@ -127,7 +133,7 @@ class Graph:
                 )
 
     def hessian_product(
-        self, tangents: Sequence[Tensor], batched: bool = False
+        self, tangents: Sequence[Tensor], batched: bool = False, *, retain: bool = True
     ) -> tuple[Tensor | None, ...]:
         """The Hessian of the evaluated loss times a direction, by a second backward pass.
 
@@ -135,6 +141,7 @@ class Graph:
             tangents: The direction, shaped like the parameters; with `batched`, each with a leading
                 dimension `k`.
             batched: Whether `k` directions are multiplied in one vectorized pass.
+            retain: Whether the graph is needed again; its memory is freed on the way if not.
 
         Returns:
             `P` tensors shaped like the tangents, None where the loss is linear in the parameter.
@@ -154,7 +161,7 @@ class Graph:
                 outputs,
                 self.params,
                 weights,
-                retain_graph=True,
+                retain_graph=retain,
                 allow_unused=True,
                 is_grads_batched=batched,
             )

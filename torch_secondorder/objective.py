@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +12,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_secondorder.capture import Capture
+from torch_secondorder.contract import (
+    check_callable,
+    differentiable,
+    lost_graph,
+    scalar,
+    touched,
+)
 from torch_secondorder.evaluation import Objective, RawEvaluation, Regularization
 from torch_secondorder.graph import Graph
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.vector import ParameterVector
 
 __all__ = ["ClosureObjective", "FunctionalObjective"]
-
-STANDARD_CLOSURE = """\
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        return loss
-    optimizer.step(closure)"""
 
 
 class ClosureObjective(Objective):
@@ -63,11 +63,7 @@ class ClosureObjective(Objective):
         curvature_closure: Callable[[], Any] | None = None,
     ) -> None:
         for given in (closure, closure if curvature_closure is None else curvature_closure):
-            if not callable(given):
-                raise TypeError(
-                    f"the closure must be callable, got {type(given).__name__}; pass one like\n"
-                    + STANDARD_CLOSURE
-                )
+            check_callable(given)
         super().__init__(vector, regularization, master, surroundings)
         self._closure = closure
         self._curvature_closure = curvature_closure
@@ -82,13 +78,13 @@ class ClosureObjective(Objective):
             self._placed = position
         if curvature and self._curvature_closure is None:
             return self._run_captured(self._closure)
-        loss = _scalar(self._replay.run(self._closure))
+        loss = scalar(self._replay.run(self._closure))
         grads = [p.grad for p in params]
         if grads[0] is None and all(g is None for g in grads):
-            _differentiable(loss).backward()
+            differentiable(loss).backward()
             grads = [p.grad for p in params]
         graph = self._other_graph(grads) if curvature else None
-        return RawEvaluation(loss, _touched(grads), graph, averaged=True)
+        return RawEvaluation(loss, touched(grads), graph, averaged=True)
 
     def _other_graph(self, grads: Sequence[Tensor | None]) -> Graph | None:
         """The graph of the curvature closure; leaves the gradients of the closure in place."""
@@ -109,18 +105,13 @@ class ClosureObjective(Objective):
             if not self._surroundings.knows(closure):
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
-            loss = _scalar(self._replay.run(closure))
-            lost = not capture.graph.gradients and any(p.grad is not None for p in params)
-            if foreign or lost:
-                raise RuntimeError(
-                    "the closure made gradients without loss.backward(), so their graph is lost: "
-                    "call loss.backward() instead of torch.autograd.backward(loss), or return the "
-                    "loss without any backward"
-                )
-            if not capture.graph.gradients:
-                capture.backward(_differentiable(loss))
+            loss = scalar(self._replay.run(closure))
+            if foreign or (not capture.calls and any(p.grad is not None for p in params)):
+                raise lost_graph()
+            if not capture.calls:
+                capture.backward(differentiable(loss))
         self._check_once(closure, capture.graph)
-        return RawEvaluation(loss, _touched([p.grad for p in params]), capture.graph)
+        return RawEvaluation(loss, touched([p.grad for p in params]), capture.graph)
 
 
 class FunctionalObjective(Objective):
@@ -172,6 +163,11 @@ class FunctionalObjective(Objective):
                 "the optimizer was given, for instance dict(model.named_parameters())"
             )
 
+    @property
+    def source(self) -> Callable[[], Any]:
+        """The function of the very tensors of the tree, to be called without arguments."""
+        return partial(self._function, self._tree)
+
     def bind(
         self, vector: ParameterVector, regularization: Regularization, master: Tensor | None
     ) -> FunctionalObjective:
@@ -188,48 +184,11 @@ class FunctionalObjective(Objective):
         ]
         tree = pytree.tree_unflatten(leaves, self._structure)
         if not curvature:
-            loss = _differentiable(_scalar(self._replay.run(lambda: self._function(tree))))
+            loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
             gradients = torch.autograd.grad(loss, pieces, allow_unused=True)
-            return RawEvaluation(loss, _touched(gradients), None)
+            return RawEvaluation(loss, touched(gradients), None)
         with Capture(pieces) as capture:
-            loss = _differentiable(_scalar(self._replay.run(lambda: self._function(tree))))
-        grads = capture.graph.differentiate(loss)
+            loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
+        grads = capture.differentiate(loss)
         self._check_once(self._function, capture.graph)
-        return RawEvaluation(loss, _touched(grads), capture.graph)
-
-
-def _scalar(loss: Any) -> Tensor:
-    """The loss as a 0-dim tensor."""
-    if not isinstance(loss, Tensor):
-        if hasattr(loss, "__float__") and not isinstance(loss, bool):  # NumPy's numbers as well
-            return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
-        raise TypeError(
-            f"the closure must return the loss, got {type(loss).__name__} ({loss!r:.60}); end it "
-            "with `return loss`"
-        )
-    if loss.numel() != 1 or loss.is_complex():
-        raise ValueError(
-            f"the closure must return a real scalar loss, got shape {tuple(loss.shape)} and dtype "
-            f"{loss.dtype}; reduce it, for instance with .mean()"
-        )
-    return loss.reshape(()) if loss.dim() else loss
-
-
-def _differentiable(loss: Tensor) -> Tensor:
-    if not loss.requires_grad:
-        raise _no_gradient()
-    return loss
-
-
-def _touched(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    if grads[0] is None and all(g is None for g in grads):
-        raise _no_gradient()
-    return grads
-
-
-def _no_gradient() -> RuntimeError:
-    return RuntimeError(
-        "no gradient reached any of the optimizer's parameters: the closure must compute its loss "
-        "from them (not from copies, nor under torch.no_grad()) and call loss.backward():\n"
-        + STANDARD_CLOSURE
-    )
+        return RawEvaluation(loss, touched(grads), capture.graph)

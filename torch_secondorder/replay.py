@@ -129,6 +129,15 @@ class Surroundings:
         # Of all normalization layers, in whatever mode: the closure may set them to train.
         return [pair for module in self._norms | self._stateful for pair in _slots(module)]
 
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks, where a DDP module was called; else the tensor itself."""
+        if not self.process_groups:
+            return tensor
+        group = self.process_groups[0]
+        tensor = tensor.clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor.div_(dist.get_world_size(group))
+
 
 def _identity(source: Any, depth: int = 4) -> object:
     """What a closure is made of: code, and the modules and functions that it closes over."""
@@ -206,13 +215,8 @@ class Replay:
             slot.restore(value)
 
     def average(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks, where the closure called a DDP module; else the tensor."""
-        if not self._surroundings.process_groups:
-            return tensor
-        group = self._surroundings.process_groups[0]
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, group=group)
-        return tensor.div_(dist.get_world_size(group))
+        """See `Surroundings.average`."""
+        return self._surroundings.average(tensor)
 
 
 def _random_state(device: torch.device) -> Tensor:

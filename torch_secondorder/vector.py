@@ -20,6 +20,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parameter import is_lazy
 
+from torch_secondorder.workspace import Workspace
+
 __all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
 
 
@@ -135,12 +137,18 @@ class ParameterVector:
 
     # Between tensors shaped like the parameters and flat vectors.
 
-    def gather(self, tensors: Sequence[Tensor | None], batch: Sequence[int] = ()) -> Tensor:
+    def gather(
+        self,
+        tensors: Sequence[Tensor | None],
+        batch: Sequence[int] = (),
+        workspace: Workspace | None = None,
+    ) -> Tensor:
         """Flattens tensors shaped like the parameters; None counts as zeros. Always a copy.
 
         Args:
             tensors: One per parameter: dense, sparse or None, each of shape `(*batch, ...)`.
             batch: The leading dimensions.
+            workspace: Where to take memory from.
 
         Returns:
             Shape `(*batch, n)`, without the scale applied.
@@ -149,6 +157,10 @@ class ParameterVector:
         if self._single and not batch and first is not None and first.layout is torch.strided:
             return first.detach().flatten().clone()
         if self._uniform and not batch and all(_is_dense(t) for t in tensors):
+            if workspace is not None:
+                out = workspace.empty("gathered", self.size, self.dtype, self.device)
+                pieces = [t.detach().reshape(-1) for t in tensors if t is not None]
+                return torch.cat(pieces, out=out)
             joined: Tensor = _flatten_dense_tensors(tensors)
             return joined.detach()
         if self._uniform:
@@ -180,6 +192,18 @@ class ParameterVector:
             return list(_unflatten_dense_tensors(flat, self.params))
         pieces = flat.split_with_sizes(self._counts, dim=-1)
         return [s.typed(p) for s, p in zip(self._segments, pieces, strict=True)]
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Cuts `(n,)` into views shaped like the parameters, in the work precision.
+
+        A complex parameter's piece is real, `(..., 2)`. On the device of the parameter.
+        """
+        if self._uniform:
+            return list(_unflatten_dense_tensors(flat, self.params))
+        return [
+            piece.view(s.shape).to(s.device)
+            for s, piece in zip(self._segments, flat.split(self._counts), strict=True)
+        ]
 
     def expand(self, values: Sequence[float]) -> Tensor:
         """A flat vector that holds `values[i]` on every slot of parameter `i`."""

@@ -1,6 +1,12 @@
 """Curvature as matrix-free linear operators."""
 
 from torch_secondorder.curvature.base import Damped, Diagonal, LinearOperator
+from torch_secondorder.curvature.diagonal import (
+    DiagonalEstimator,
+    GaussNewtonBartlett,
+    Hutchinson,
+    exact_diagonal,
+)
 from torch_secondorder.curvature.finite_difference import FiniteDifference
 from torch_secondorder.curvature.fisher import Fisher
 from torch_secondorder.curvature.gauss_newton import GaussNewton
@@ -11,11 +17,15 @@ from torch_secondorder.curvature.kronecker import KroneckerFactors
 __all__ = [
     "Damped",
     "Diagonal",
+    "DiagonalEstimator",
     "FiniteDifference",
     "Fisher",
     "GaussNewton",
+    "GaussNewtonBartlett",
     "Hessian",
+    "Hutchinson",
     "InverseBFGS",
     "KroneckerFactors",
     "LinearOperator",
+    "exact_diagonal",
 ]

@@ -8,16 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_secondorder.curvature.products import AT_ONCE, vectorizing_pays
 from torch_secondorder.evaluation import Evaluation
 
 __all__ = ["Damped", "Diagonal", "LinearOperator", "Linearized"]
-
-
-# Vectors multiplied in one vectorized pass, which needs memory for as many sets of activations. On
-# a CPU eight take 0.4 times the time of one by one where operations are small and many, and 1.7
-# times where they are large: beyond so many parameters they are done one by one.
-_AT_ONCE = 8
-_LARGE = 100_000
 
 
 class LinearOperator(ABC):
@@ -142,11 +136,11 @@ class Linearized(LinearOperator):
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`; vectorized, some at once, where operations allow."""
-        if self._vectorizes and not (self.device.type == "cpu" and self.size > _LARGE):
+        if self._vectorizes and vectorizing_pays(self.size, self.device):
             try:
                 parts = [
                     self._linearization.product(rows, self._multiply)
-                    for rows in V.T.contiguous().split(_AT_ONCE)
+                    for rows in V.T.contiguous().split(AT_ONCE)
                 ]
                 return torch.cat(parts).T
             except (RuntimeError, NotImplementedError):  # an operation without a batching rule

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Literal
 
 import torch
@@ -119,13 +119,7 @@ class GaussNewton(Linearized):
         return self._linearization.slots()
 
     def _root(self, generator: torch.Generator | None) -> list[Tensor | None]:
-        roots: list[Tensor | None] = []
-        for i, likelihood in enumerate(self._curvature.likelihoods):
-            if likelihood is None:
-                roots.append(self._samples.signed_root(i, generator))
-            else:
-                roots.append(likelihood.root(generator).to(self._space.tensors[i].dtype))
-        return roots
+        return random_root(self._space, self._curvature, generator, lambda: self._samples)
 
     def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Tensors:
         changes = self._space.push(tangents, batched)
@@ -141,3 +135,20 @@ class GaussNewton(Linearized):
     def _at_outputs(self, changes: Tensors, batched: bool) -> Tensors:
         """The product with `B`."""
         return self._curvature.product(changes, batched)
+
+
+def random_root(
+    space: OutputSpace,
+    curvature: LossCurvature,
+    generator: torch.Generator | None,
+    samples: Callable[[], Samples] | None = None,
+) -> list[Tensor | None]:
+    """A random `q` in output space with `E[q q'] = B`, see `GaussNewton.diagonal`."""
+    roots: list[Tensor | None] = []
+    for i, likelihood in enumerate(curvature.likelihoods):
+        if likelihood is None:
+            samples = samples or cache(partial(Samples, space, curvature.coefficients))
+            roots.append(samples().signed_root(i, generator))
+        else:
+            roots.append(likelihood.root(generator).to(space.tensors[i].dtype))
+    return roots

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_secondorder.curvature.probes import rademacher
 from torch_secondorder.graph import Output
 
 __all__ = ["Categorical", "Independent", "Likelihood", "likelihood_of", "signs"]
@@ -254,8 +255,9 @@ def _drawn_class(p: Tensor, dim: int, generator: torch.Generator | None) -> Tens
 
 def signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random signs, shaped like a tensor."""
-    drawn = _room(like, generator).bernoulli_(0.5, generator=generator)
-    return drawn.mul_(2).sub_(1).to(like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    drawn = rademacher(like.numel(), generator, dtype=dtype, device=like.device)
+    return drawn.view(like.shape).to(like.dtype)
 
 
 def _room(like: Tensor, generator: torch.Generator | None) -> Tensor:

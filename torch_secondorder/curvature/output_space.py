@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,16 +51,21 @@ class OutputSpace:
             raise ValueError("model outputs must be real: mark torch.view_as_real(z) instead")
         self.tensors = [o.tensor for o in self.outputs]
         self._ends = {_place(t) for t in self.tensors}
-        # J'w as a function of w: differentiated by w it gives J (the double-vjp trick).
-        self._weights = [torch.zeros_like(t).requires_grad_() for t in self.tensors]
+
+    @cached_property
+    def _pulled(self) -> tuple[Tensors, Sequence[Tensor]]:
+        """`J'w` and `w`: differentiated by `w` it gives `J` (the double-vjp trick)."""
+        weights = [torch.zeros_like(t).requires_grad_() for t in self.tensors]
         with torch.enable_grad():
-            self._pulled = torch.autograd.grad(
-                self.tensors, graph.params, self._weights, create_graph=True, allow_unused=True
+            pulled = torch.autograd.grad(
+                self.tensors, self._graph.params, weights, create_graph=True, allow_unused=True
             )
+        return pulled, weights
 
     def push(self, tangents: Sequence[Tensor], batched: bool = False) -> Tensors:
         """`J v`: from directions shaped like the parameters to changes of the outputs."""
-        return _derivative(self._pulled, self._weights, tangents, batched)
+        pulled, weights = self._pulled
+        return _derivative(pulled, weights, tangents, batched)
 
     def pull_each(self, cotangents: Sequence[Tensors]) -> Tensors:
         """`J' u` for several `u`, stacked; in one vectorized pass where operations allow."""

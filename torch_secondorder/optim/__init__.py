@@ -1,8 +1,18 @@
 """The optimizers, one file each."""
 
+from torch_secondorder.optim.adahessian import AdaHessian
 from torch_secondorder.optim.base import SecondOrderOptimizer
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.lbfgs import LBFGS
 from torch_secondorder.optim.newton_cg import NewtonCG
+from torch_secondorder.optim.sophia import Sophia
 
-__all__ = ["LBFGS", "NewtonCG", "SecondOrderOptimizer", "StepInfo", "StepStatus"]
+__all__ = [
+    "LBFGS",
+    "AdaHessian",
+    "NewtonCG",
+    "SecondOrderOptimizer",
+    "Sophia",
+    "StepInfo",
+    "StepStatus",
+]

@@ -1,35 +1,31 @@
-"""What all optimizers share: groups, the objective of a step, checkpoints, and the report."""
+"""What all optimizers share: groups, checkpoints, and the report."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_secondorder.evaluation import Objective, Regularization
-from torch_secondorder.objective import STANDARD_CLOSURE, ClosureObjective, FunctionalObjective
 from torch_secondorder.optim.info import StepInfo
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "check_number", "check_size"]
+__all__ = ["SecondOrderOptimizer", "check_number", "copied"]
 
 
 class SecondOrderOptimizer(Optimizer):
-    """Base class: an optimizer of one flat vector, driven by a standard closure.
+    """Base class of the optimizers, driven by a standard closure.
 
-    A subclass checks its own arguments, implements `_step(objective)`, and keeps what belongs to
-    the whole model through `_export_state` and `_import_state`.
+    A subclass checks its own arguments, implements `step`, and keeps what belongs to the whole
+    model through `_export_state` and `_import_state`. There are two kinds: `FlatOptimizer` and
+    `DiagonalOptimizer`.
 
     Args:
         params: Parameters or groups, as for any `torch.optim.Optimizer`.
-        defaults: Hyperparameters; `lr`, `weight_decay` may differ between groups, the others are
-            read from the first.
+        defaults: Hyperparameters; which may differ between groups is up to the subclass.
 
     Attributes:
         info: The report of the last step, None before the first.
@@ -53,10 +49,6 @@ class SecondOrderOptimizer(Optimizer):
     # For subclasses.
 
     @abstractmethod
-    def _step(self, objective: Objective) -> Tensor:
-        """One step; sets `self.info`, returns the closure's loss at the start."""
-
-    @abstractmethod
     def _export_state(self) -> dict[str, Any]:
         """Whole-model state: tensors, numbers, and lists or dicts of them."""
 
@@ -64,44 +56,7 @@ class SecondOrderOptimizer(Optimizer):
     def _import_state(self, state: dict[str, Any]) -> None:
         """Takes over what `_export_state` gave; empty for none. Raises ValueError on misfits."""
 
-    @abstractmethod
-    def _forget(self, reason: str) -> None:
-        """Drops what was learned of a parameter vector that is no more."""
-
-    # The step.
-
-    def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
-        """Performs one step.
-
-        Args:
-            closure: The standard closure (zero the gradients, compute the loss, call `backward()`,
-                return the loss), or a `FunctionalObjective`.
-
-        Returns:
-            The closure's loss at the start of the step, detached.
-
-        Raises:
-            RuntimeError: There is no closure, or no gradient reached the parameters.
-            TypeError: The closure returned something else than a loss.
-            ValueError: The closure's loss is not a scalar.
-        """
-        if closure is None:
-            raise RuntimeError(
-                f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
-                f"closure:\n{STANDARD_CLOSURE}"
-            )
-        return self._run(self._objective(closure))
-
-    def _run(self, objective: Objective) -> Tensor:
-        """Performs one step on an objective."""
-        # The objective notes a surrounding autocast for the closure; our sums are not to be cast.
-        with torch.no_grad(), objective, ExitStack() as stack:
-            for device_type in objective.autocast:
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            loss = self._step(objective)
-        if objective.vector.needs_master:
-            self._model_state["master"] = objective.position
-        return loss
+    # Gradients and groups.
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `torch.optim.Optimizer.zero_grad`; here without a profiler range, which takes time.
@@ -117,61 +72,13 @@ class SecondOrderOptimizer(Optimizer):
                 p.grad = None
 
     @property
-    def _learning_rate(self) -> float:
-        """The largest of the groups'; the others are relative to it through the vector's scale."""
-        return max(float(group["lr"]) for group in self.param_groups)
-
-    def _objective(self, closure: Any, curvature_closure: Any = None) -> Objective:
-        groups = self.param_groups
-        maximize = {bool(group["maximize"]) for group in groups}
-        if len(maximize) > 1:
-            raise ValueError(
-                "maximize must be the same in all parameter groups: a line search needs one loss; "
-                f"got {[group['maximize'] for group in groups]}"
-            )
-        for group in groups:  # schedulers and users write to them
-            for name in ("lr", "weight_decay"):
-                check_number(name, group[name], low=0.0)
-        decay = self._per_parameter("weight_decay")
-        vector = self._current_vector()
-        regularization = Regularization(
-            maximize.pop(), decay[0] if len(set(decay)) == 1 else tuple(decay)
-        )
-        master = self._model_state.get("master")
-        if isinstance(closure, FunctionalObjective):
-            if curvature_closure is not None:
-                raise TypeError(
-                    "a curvature_closure goes with a closure, not with a FunctionalObjective"
-                )
-            return closure.bind(vector, regularization, master)
-        return ClosureObjective(
-            closure, vector, regularization, master, self._surroundings, curvature_closure
-        )
-
-    def _per_parameter(self, name: str) -> list[float]:
-        """A group hyperparameter, repeated for each trainable parameter."""
-        return [float(g[name]) for g in self.param_groups for p in g["params"] if p.requires_grad]
-
-    @property
     def _trainable(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
 
-    def _current_vector(self) -> ParameterVector:
-        """The vector of what is trainable now; what was learned of another one is dropped."""
-        params = self._trainable
-        if not params:
-            raise RuntimeError("no parameter requires a gradient: all of them are frozen")
-        scale, rates = None, self._per_parameter("lr")
-        if len(set(rates)) > 1:
-            # Rounded: a scheduler that multiplies all rates leaves their ratios alone but for the
-            # last digits.
-            scale = [math.sqrt(float(f"{rate / max(rates):.9e}")) for rate in rates]
-        if self._vector is None or not self._vector.matches(params, scale):
-            if self._vector is not None:
-                self._forget("the trainable parameters or their relative learning rates changed")
-                self._model_state.pop("master", None)
-            self._vector = ParameterVector(params, scale)
-        return self._vector
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises on numbers out of range; asked at each step, for users write to groups."""
+        for name in ("lr", "weight_decay"):
+            check_number(name, group[name], low=0.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, see `torch.optim.Optimizer.add_param_group`."""
@@ -179,8 +86,7 @@ class SecondOrderOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             check_parameters(group["params"])
-            for name in ("lr", "weight_decay"):
-                check_number(name, group[name], low=0.0)
+            self._check_group(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -221,7 +127,7 @@ class SecondOrderOptimizer(Optimizer):
             raise
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        Optimizer.load_state_dict(self, state_dict)
         self._vector = None
         for group in self.param_groups:  # a checkpoint of a peer lacks what only we have
             for name, value in self.defaults.items():
@@ -229,12 +135,7 @@ class SecondOrderOptimizer(Optimizer):
 
     def _import(self, state: dict[str, Any]) -> None:
         """Takes whole-model state from the original: torch has cast it to the parameter's dtype."""
-        master = state.get("master")
-        if master is not None:
-            vector = self._current_vector()
-            check_size(master.numel(), vector)
-            self._model_state["master"] = master.to(vector.device, copy=True)
-        self._import_state({k: _copied(v) for k, v in state.items() if k != "master"})
+        self._import_state({k: copied(v) for k, v in state.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -265,20 +166,12 @@ def check_number(name: str, value: Any, *, low: float, integer: bool = False) ->
         raise ValueError(f"{name} must be {kind} of at least {low:g}, got {value!r}")
 
 
-def check_size(size: int, vector: ParameterVector) -> None:
-    """Raises a ValueError unless a state of `size` parameter entries fits the vector."""
-    if size != vector.size:
-        raise ValueError(
-            f"this state is of {size} parameter entries, the optimizer has {vector.size}: load it "
-            "with the model and the frozen parameters that it was saved with"
-        )
-
-
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A copy of tensors, and of lists and dicts of them."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
+        return {k: copied(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_copied(v) for v in value]
+        return [copied(v) for v in value]
     return value

@@ -14,6 +14,11 @@ __all__ = ["StepInfo", "StepStatus"]
 class StepStatus(Enum):
     """How a step ended, each with what it means."""
 
+    MOVED = "one update was made"
+    MOVED_ON_OLD_CURVATURE = (
+        "one update was made with the curvature of an earlier step: the new products were not "
+        "finite and were left out"
+    )
     ZERO_LEARNING_RATE = "lr is zero: the loss was evaluated and nothing was moved"
     MAX_ITERATIONS = "all max_iter iterations were done; call step() again to go on"
     MAX_EVALUATIONS = "max_eval closure evaluations were used; call step() again to go on"
@@ -31,8 +36,8 @@ class StepStatus(Enum):
         "the parameters are at the best point found"
     )
     NONFINITE_START = (
-        "loss or gradient at the start of the step is not finite; the parameters were left alone "
-        "and the history was dropped"
+        "loss or gradient at the start of the step is not finite; the parameters were left alone, "
+        "and an L-BFGS history was dropped"
     )
     NONFINITE_PRODUCTS = (
         "products with the curvature were not finite; the parameters are at the best point found"
@@ -51,8 +56,9 @@ class StepInfo:
         status: How it ended; `status.value` is a sentence.
         loss: What was minimized at the start of the step: the closure's loss, negated under
             `maximize`, weight decay included.
-        loss_after: The same at the end.
-        grad_norm: Largest absolute entry of the gradient at the end.
+        loss_after: The same at the end; None where the step did not evaluate it.
+        grad_norm: Largest absolute entry of the last gradient; None where it is gone (`AdaHessian`
+            and `Sophia` look at `p.grad` when `info` is read).
         iterations: Accepted moves.
         evaluations: Closure evaluations.
         step_length: The last accepted step, as a multiple of its direction.
@@ -68,13 +74,14 @@ class StepInfo:
             None where that is no number.
         damping: The damping that the next system begins with; 0 without any.
         trust_radius: The radius that the next model begins with; 0 without one.
+        unclipped: The share of entries whose update `Sophia` did not clip; None elsewhere.
         negative_curvature: The lowest curvature `p'A p / p'p` along a direction met, if negative.
     """
 
     status: StepStatus
     loss: float
-    loss_after: float
-    grad_norm: float
+    loss_after: float | None
+    grad_norm: float | None
     iterations: int = 0
     evaluations: int = 0
     step_length: float = 0.0
@@ -90,3 +97,4 @@ class StepInfo:
     damping: float = 0.0
     trust_radius: float = 0.0
     negative_curvature: float = 0.0
+    unclipped: float | None = None

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.evaluation import Objective
 from torch_secondorder.globalization import FixedStep, LineSearch, resolve_line_search
-from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, check_size
+from torch_secondorder.optim.base import check_number
+from torch_secondorder.optim.flat import FlatOptimizer, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.lbfgs_iteration import Iteration, Point, Settings
 from torch_secondorder.vector import ParameterVector, max_norm, to_host
@@ -22,7 +23,7 @@ __all__ = ["LBFGS"]
 _HISTORY_BYTES = 256 * 2**20
 
 
-class LBFGS(SecondOrderOptimizer):
+class LBFGS(FlatOptimizer):
     """Limited-memory BFGS, a drop-in for `torch.optim.LBFGS`.
 
     Its constructor accepts every call that `torch.optim.LBFGS` accepts, with the same meaning. What
@@ -74,7 +75,7 @@ class LBFGS(SecondOrderOptimizer):
     """
 
     _recognized_by = "max_iter"
-    _carried = (*SecondOrderOptimizer._carried, "line_search", "_reset_reason")
+    _carried = (*FlatOptimizer._carried, "line_search", "_reset_reason")
 
     def __init__(
         self,

@@ -23,7 +23,8 @@ from torch_secondorder.globalization import (
     TrustRegion,
     resolve_globalization,
 )
-from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, check_size
+from torch_secondorder.optim.base import check_number
+from torch_secondorder.optim.flat import FlatOptimizer, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.newton_iteration import Iteration, Settings
 from torch_secondorder.optim.newton_model import Memory, Point
@@ -42,7 +43,7 @@ _PRODUCTS = ("autograd", "finite_difference")
 Factory = Callable[[Evaluation], LinearOperator]
 
 
-class NewtonCG(SecondOrderOptimizer):
+class NewtonCG(FlatOptimizer):
     """Newton-CG, also known as Hessian-free optimization.
 
     In each iteration the loss is modelled by a quadratic, with the curvature known only through
@@ -100,7 +101,7 @@ class NewtonCG(SecondOrderOptimizer):
 
     _recognized_by = "max_cg_iter"
     _carried = (
-        *SecondOrderOptimizer._carried,
+        *FlatOptimizer._carried,
         "curvature",
         "curvature_products",
         "globalization",

@@ -1,0 +1,342 @@
+"""Estimates of a curvature's diagonal from products with random vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature.base import LinearOperator
+from torch_secondorder.curvature.gauss_newton import GaussNewton, random_root
+from torch_secondorder.curvature.loss_curvature import LossCurvature
+from torch_secondorder.curvature.output_space import OutputSpace
+from torch_secondorder.curvature.probes import Distribution, draw
+from torch_secondorder.curvature.products import several_products
+from torch_secondorder.evaluation import Evaluation
+from torch_secondorder.graph import Graph
+from torch_secondorder.vector import ParameterVector
+from torch_secondorder.workspace import Workspace
+
+__all__ = [
+    "DiagonalEstimator",
+    "DiagonalWatch",
+    "GaussNewtonBartlett",
+    "Hutchinson",
+    "exact_diagonal",
+]
+
+Parts = Sequence[Tensor | None]
+
+
+class DiagonalWatch(ABC):
+    """Estimates the diagonal of the curvature of one evaluation, while its `backward()` runs.
+
+    Attributes:
+        twice: Whether it needs gradients that can be differentiated again.
+        outputs: Whether it needs the model's outputs.
+        products: Products, or backward passes in their place, done so far.
+    """
+
+    twice: bool
+    outputs: bool
+    products: int = 0
+
+    def scale_probes(self, factor: Tensor) -> None:
+        """Multiplies random directions by a number: the products come out as many times larger."""
+        raise NotImplementedError(f"{type(self).__name__} multiplies with no directions")
+
+    @abstractmethod
+    def observe(self, graph: Graph, retain: bool) -> None:
+        """Takes what one `backward()` adds; see `torch_secondorder.single.Watch`."""
+
+    @abstractmethod
+    def diagonal(
+        self, average: Callable[[Tensor], Tensor] = lambda t: t, *, magnitudes: bool = False
+    ) -> Tensor:
+        """The estimate, `(n,)`, in the work precision of the vector.
+
+        Args:
+            average: The mean over the ranks.
+            magnitudes: Whether the caller takes absolute values, so that signs need not be right.
+        """
+
+
+class DiagonalEstimator(ABC):
+    """A way to estimate the diagonal of a curvature.
+
+    Attributes:
+        n_samples: Random vectors for one estimate; the variance falls with their number.
+    """
+
+    n_samples: int
+
+    @abstractmethod
+    def watch(
+        self,
+        vector: ParameterVector,
+        generator: torch.Generator | None,
+        workspace: Workspace | None = None,
+    ) -> DiagonalWatch:
+        """What estimates the diagonal for one evaluation of an optimizer.
+
+        Args:
+            vector: The parameters' vector.
+            generator: Where randomness comes from; torch's own if None.
+            workspace: Where to take memory from; what comes from there is valid for one step.
+        """
+
+
+class Hutchinson(DiagonalEstimator):
+    """`E[z * A z]` with independent entries of `z` of mean zero and variance one.
+
+    Unbiased for every symmetric `A` (Bekas, Kokiopoulou and Saad 2007, "An estimator for the
+    diagonal of a matrix"). With random signs the variance of entry `i` is the sum of `A_ij ** 2`
+    over `j != i`, divided by the number of samples; Gaussian probes add `2 A_ii ** 2`.
+
+    Args:
+        n_samples: Random vectors.
+        distribution: `"rademacher"` (random signs) or `"gaussian"`.
+        weighted: Whether to divide by the sum of `z * z` instead of its expectation, the form of
+            Bekas and others. The same for signs; for Gaussian probes it takes most of the added
+            variance away, for a bias that vanishes with the number of samples where there is one.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> Hutchinson()(Diagonal(torch.tensor([1.0, -2.0])))
+    tensor([ 1., -2.])
+    """
+
+    def __init__(
+        self,
+        n_samples: int = 1,
+        *,
+        distribution: Distribution = "rademacher",
+        weighted: bool = False,
+    ) -> None:
+        _check_count(n_samples)
+        if distribution not in get_args(Distribution):
+            raise ValueError(
+                f"distribution is one of {get_args(Distribution)}, got {distribution!r}"
+            )
+        self.n_samples = n_samples
+        self.distribution: Distribution = distribution
+        self.weighted = weighted
+
+    def __call__(
+        self, operator: LinearOperator, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """An estimate of the operator's diagonal, shape `(n,)`.
+
+        Args:
+            operator: A symmetric operator; its `matmat` multiplies all random vectors at once.
+            generator: Where randomness comes from; torch's own by default.
+        """
+        probes = self._draw(operator.size, generator, operator.dtype, operator.device)
+        if self.n_samples == 1:
+            products = [operator.matvec(probes[0])]
+        else:
+            products = list(operator.matmat(torch.stack(probes, 1)).unbind(1))
+        return self._mean(probes, products)
+
+    def watch(
+        self,
+        vector: ParameterVector,
+        generator: torch.Generator | None,
+        workspace: Workspace | None = None,
+    ) -> DiagonalWatch:
+        """See `DiagonalEstimator.watch`."""
+        return _HutchinsonWatch(self, vector, generator, workspace)
+
+    def _draw(
+        self,
+        size: int,
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        workspace: Workspace | None = None,
+    ) -> list[Tensor]:
+        if self.n_samples > 1:  # the memory of a workspace is for one
+            workspace = None
+        return [
+            draw(size, self.distribution, generator, workspace, dtype=dtype, device=device)
+            for _ in range(self.n_samples)
+        ]
+
+    def _mean(self, probes: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
+        """The estimate; the products are overwritten."""
+        total = products[0].mul_(probes[0])
+        for z, product in zip(probes[1:], products[1:], strict=True):
+            total.addcmul_(z, product)
+        if not self.weighted:
+            return total.div_(self.n_samples) if self.n_samples > 1 else total
+        weight = probes[0].square()
+        for z in probes[1:]:
+            weight.addcmul_(z, z)
+        return total.div_(weight)
+
+
+class _HutchinsonWatch(DiagonalWatch):
+    twice, outputs = True, False
+
+    def __init__(
+        self,
+        estimator: Hutchinson,
+        vector: ParameterVector,
+        generator: torch.Generator | None,
+        workspace: Workspace | None,
+    ) -> None:
+        self._estimator = estimator
+        self._vector = vector
+        self._workspace = workspace if estimator.n_samples == 1 else None
+        self._probes = estimator._draw(
+            vector.size, generator, vector.dtype, vector.device, workspace
+        )
+        self._tangents = [vector.split(z) for z in self._probes]
+        self._sums: list[list[Tensor | None]] = []
+
+    def scale_probes(self, factor: Tensor) -> None:
+        self._tangents = [self._vector.split(z * factor) for z in self._probes]
+
+    def observe(self, graph: Graph, retain: bool) -> None:
+        products = several_products(graph, self._tangents, self._vector, retain)
+        self.products += len(products)
+        if self._sums:
+            self._sums = [_sum(a, b) for a, b in zip(self._sums, products, strict=True)]
+        else:
+            self._sums = [list(parts) for parts in products]
+
+    def diagonal(
+        self, average: Callable[[Tensor], Tensor] = lambda t: t, *, magnitudes: bool = False
+    ) -> Tensor:
+        gather = partial(self._vector.gather, workspace=self._workspace)
+        products = [average(gather(parts)) for parts in self._sums]
+        if magnitudes and len(products) == 1 and self._estimator.distribution == "rademacher":
+            return products[0]  # a sign changes no magnitude
+        return self._estimator._mean(self._probes, products)
+
+
+class GaussNewtonBartlett(DiagonalEstimator):
+    """The diagonal of the Gauss-Newton matrix, from gradients for labels drawn from the model.
+
+    By Bartlett's second identity a random gradient `q` of the loss by the outputs, for labels drawn
+    from the model's own prediction, has `E[q q']` equal to the Gauss-Newton `B`; one backward pass
+    turns it into `J'q`, whose square is unbiased for the diagonal of `J'B J` and never negative
+    (Liu et al. 2023, "Sophia: a scalable stochastic second-order optimizer for language model
+    pre-training"). No second derivative is needed.
+
+    Labels are drawn for cross-entropy; where entries of the output are independent, as for squared
+    error and binary cross-entropy, random signs of the right size take their place, which have the
+    same second moment and a smaller fourth. A marked output whose loss is not a standard one gets
+    the gradient of the loss itself with a random sign for each sample: the diagonal of the
+    empirical Fisher matrix. What of the loss bypasses the outputs is left out.
+
+    Args:
+        n_samples: Labels drawn for each sample.
+
+    Raises:
+        ValueError: `n_samples` is below one.
+
+    >>> from torch_secondorder.objective import FunctionalObjective
+    >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0]])
+    >>> def loss(w):
+    ...     return torch.nn.functional.mse_loss(x @ w, y, reduction="sum")
+    >>> evaluation = FunctionalObjective(loss, torch.ones(2, 1)).evaluate(curvature=True)
+    >>> GaussNewtonBartlett()(evaluation).round()
+    tensor([2., 8.])
+    """
+
+    def __init__(self, n_samples: int = 1) -> None:
+        _check_count(n_samples)
+        self.n_samples = n_samples
+
+    def __call__(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Tensor:
+        """An estimate of the diagonal at an evaluated point, shape `(n,)`.
+
+        Args:
+            evaluation: Made by `Objective.evaluate(curvature=True)`; regularization is included.
+            generator: Where randomness comes from; torch's own by default.
+
+        Raises:
+            RuntimeError: No output was found.
+        """
+        return GaussNewton(evaluation, remainder="ignore").diagonal(self.n_samples, generator)
+
+    def watch(
+        self,
+        vector: ParameterVector,
+        generator: torch.Generator | None,
+        workspace: Workspace | None = None,
+    ) -> DiagonalWatch:
+        """See `DiagonalEstimator.watch`."""
+        return _BartlettWatch(self, vector, generator)
+
+
+class _BartlettWatch(DiagonalWatch):
+    twice, outputs = False, True
+
+    def __init__(
+        self,
+        estimator: GaussNewtonBartlett,
+        vector: ParameterVector,
+        generator: torch.Generator | None,
+    ) -> None:
+        self._count = estimator.n_samples
+        self._vector = vector
+        self._generator = generator
+        self._sums: list[Tensor | None] = []
+
+    def observe(self, graph: Graph, retain: bool) -> None:
+        space = OutputSpace(graph)
+        curvature = LossCurvature(space)
+        roots = [random_root(space, curvature, self._generator) for _ in range(self._count)]
+        # Micro-batches are independent: their roots add up to one of the sum.
+        pulled = space.pull_each(roots)
+        self.products += self._count
+        self._sums = _sum(self._sums, pulled) if self._sums else list(pulled)
+
+    def diagonal(
+        self, average: Callable[[Tensor], Tensor] = lambda t: t, *, magnitudes: bool = False
+    ) -> Tensor:
+        flat = self._vector.gather(self._sums, batch=(self._count,))
+        return average(flat.square_().mean(0))
+
+
+def exact_diagonal(operator: LinearOperator) -> Tensor:
+    """The diagonal of an operator from `n` products, for small models and as an oracle.
+
+    Args:
+        operator: A symmetric operator.
+
+    Returns:
+        Shape `(n,)`.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> exact_diagonal(Diagonal(torch.tensor([1.0, -2.0])))
+    tensor([ 1., -2.])
+    """
+    result = torch.empty(operator.size, dtype=operator.dtype, device=operator.device)
+    for places in torch.arange(operator.size, device=operator.device).split(64):
+        columns = torch.zeros(
+            operator.size, len(places), dtype=operator.dtype, device=operator.device
+        )
+        each = torch.arange(len(places), device=operator.device)
+        columns[places, each] = 1.0
+        result[places] = operator.matmat(columns)[places, each]
+    return result
+
+
+def _sum(first: Parts, second: Parts) -> list[Tensor | None]:
+    return [
+        a if b is None else b if a is None else a + b for a, b in zip(first, second, strict=True)
+    ]
+
+
+def _check_count(n_samples: int) -> None:
+    if not isinstance(n_samples, int) or n_samples < 1:
+        raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")

@@ -1,0 +1,173 @@
+"""AdaHessian: Adam with the curvature in place of the squared gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature.diagonal import Hutchinson
+from torch_secondorder.optim.base import check_number
+from torch_secondorder.optim.blocks import Block
+from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
+from torch_secondorder.optim.seen import Seen, correction
+
+__all__ = ["AdaHessian"]
+
+
+class AdaHessian(DiagonalOptimizer):
+    """Adaptive steps from an estimate of the Hessian's diagonal.
+
+    Each step moves along the average gradient, divided by the root mean square of estimates of the
+    Hessian's diagonal, `|z * Hz|` with random signs `z`, averaged over blocks of coordinates (Yao
+    et al. 2021, "ADAHESSIAN: an adaptive second order optimizer for machine learning"):
+
+        D = blockmean |z * Hz|,  m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) D^2
+        theta -= lr * (m / (1 - b1^t) / ((v / (1 - b2^s))^(k / 2) + eps) + weight_decay * theta)
+
+    where `t` counts gradients and `s` estimates. The product `Hz` is taken while `backward()` runs
+    inside the closure; a step costs about as much as a gradient and a product, and with
+    `update_period` above one most steps cost what Adam's cost.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate. The default is the authors', and about a hundred times Adam's.
+        betas: Averaging of gradients and of squared curvature.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
+        hessian_power: `k`: one for Newton-like steps, less for steps closer to the gradient.
+        update_period: Steps from one estimate of the curvature to the next.
+        average_block: `"spatial"` averages `|z * Hz|` over all dimensions of a parameter but the
+            first two, which are the kernels of a convolution; an integer also over that many
+            neighboring entries of parameters with one or two dimensions; None not at all.
+        n_samples: Products for each estimate.
+        seed: Of the random signs. They come from a generator of its own, which checkpoints carry.
+        accumulation_steps: Where closures do not zero the gradients and only the last of so many
+            equal micro-batches runs in `step`: how many there are.
+        maximize: Whether to maximize the loss.
+        capturable: Whether nothing of a step is to be looked at on the host, so that a CUDA graph
+            can hold it and nothing waits for the device. None for on a device, not on the CPU.
+
+    Attributes:
+        estimator: The `torch_secondorder.curvature.Hutchinson` that is used.
+
+    Raises:
+        TypeError: A parameter is neither floating-point nor complex.
+        ValueError: An argument is out of range.
+
+    A gradient or loss that is not finite leaves everything as it was; products that are not finite
+    leave the last estimate in place. `info.status` says so.
+
+    >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
+    >>> optimizer = AdaHessian([x], lr=1.0)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = 500 * x[0] ** 2 + x[1] ** 2
+    ...     loss.backward()
+    ...     return loss
+    >>> optimizer.step(closure)  # a Newton step, whatever the scales
+    tensor(501.)
+    >>> bool(x.detach().abs().max() < 1e-4)
+    True
+    """
+
+    _recognized_by = "hessian_power"
+    _magnitudes = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        *,
+        hessian_power: float = 1.0,
+        update_period: int = 1,
+        average_block: Literal["spatial"] | int | None = "spatial",
+        n_samples: int = 1,
+        seed: int = 0,
+        accumulation_steps: int = 1,
+        maximize: bool = False,
+        capturable: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "hessian_power": hessian_power,
+            "update_period": update_period,
+            "average_block": average_block,
+            "seed": seed,
+            "accumulation_steps": accumulation_steps,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults, Hutchinson(n_samples))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_betas(group["betas"])
+        check_number("hessian_power", group["hessian_power"], low=0.0)
+        check_number("eps", group["eps"], low=0.0)
+        if not float(group["eps"]) > 0:
+            raise ValueError(
+                f"eps must be positive, or flat directions divide by zero, got {group['eps']!r}"
+            )
+        block = group["average_block"]
+        if not (block is None or block == "spatial" or (type(block) is int and block >= 1)):
+            raise ValueError(
+                f"average_block must be 'spatial', an integer of at least 1 or None, got {block!r}"
+            )
+
+    def _update(self, block: Block, seen: Seen) -> None:
+        group = block.group
+        beta1, beta2 = group["betas"]
+        lr = seen.rate(group["lr"])
+        if group["weight_decay"]:
+            block.decay(1 - lr * group["weight_decay"])
+        seen.average_gradient(beta1)
+        power = float(group["hessian_power"])
+        # m / c1 / ((r / c2)^k + eps), with the numbers drawn together.
+        correction1 = correction(beta1, seen.step)
+        correction2 = correction(beta2, seen.curvature_step) ** (power / 2)
+        rate = (-lr if group["maximize"] else lr) * correction2 / correction1
+        eps = group["eps"] * correction2
+        roots = seen.estimate
+        if roots is None:
+            roots = block.exp_hessian.sqrt()
+        else:
+            if group["average_block"] not in (None, "spatial") or block.has_kernels:
+                for part in block.cut(roots):
+                    average_blocks_(part, group["average_block"])
+            fast = power == 1.0 and not seen.on_device
+            if fast and block.adam(float(rate), beta2, float(eps), roots):
+                return
+            block.exp_hessian.lerp_(roots.mul_(roots), (1 - beta2) * seen.bends)
+            torch.sqrt(block.exp_hessian, out=roots)  # new memory costs as much as the arithmetic
+        if power != 1.0:
+            roots.pow_(power)
+        block.divide(rate, roots.add_(eps))
+
+
+def average_blocks_(diagonal: Tensor, block: Literal["spatial"] | int | None) -> None:
+    """Replaces entries by the mean magnitude of their block, in place.
+
+    Args:
+        diagonal: Shaped like a parameter.
+        block: See `AdaHessian`.
+    """
+    if block is None:
+        return
+    if diagonal.dim() > 2:
+        dims = tuple(range(2, diagonal.dim()))
+        diagonal.copy_(diagonal.abs().mean(dims, keepdim=True).expand_as(diagonal))
+    elif block != "spatial" and diagonal.dim() > 0:
+        flat = diagonal.abs().reshape(-1)
+        whole = len(flat) - len(flat) % block
+        for part in (flat[:whole].view(-1, block), flat[whole:].view(1, -1)):
+            if part.numel():
+                part.copy_(part.mean(1, keepdim=True).expand_as(part))
+        diagonal.copy_(flat.view_as(diagonal))

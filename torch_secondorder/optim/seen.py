@@ -1,0 +1,148 @@
+"""What one step sees, and whether it can stand on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.optim.blocks import Block, Number, as_real, nonfinite
+from torch_secondorder.optim.info import StepStatus
+from torch_secondorder.single import Outcome
+
+__all__ = ["Seen", "Verdict", "correction", "judge"]
+
+
+class Verdict:
+    """Whether what a step stands on is finite: known, or left on the device.
+
+    Args:
+        bad: Zero if loss and gradients are finite, 0-dim, on the device.
+        on_device: Whether it is not to be looked at before somebody reads the report.
+
+    Attributes:
+        known_bad: Whether it was looked at and is not finite.
+        curvature_known_bad: The same for a new estimate of the curvature.
+        held: Whether no parameter could move for want of any curvature.
+    """
+
+    def __init__(self, bad: Tensor, on_device: bool) -> None:
+        self.on_device = on_device
+        self._bad = self._curvature_bad = bad
+        self.known_bad = self.curvature_known_bad = not on_device and bool(bad)
+        self.held = False
+
+    def add_curvature(self, bad: Tensor) -> None:
+        """Takes in whether a new estimate of the curvature is finite, zero if so."""
+        self._curvature_bad = self._bad + bad.to(self._bad.device)
+        self.curvature_known_bad = not self.on_device and bool(self._curvature_bad)
+
+    def masks(self) -> tuple[Number, Number]:
+        """One, or zero on a device, for gradients and for a new estimate of the curvature."""
+        if not self.on_device:
+            return 1.0, 1.0
+        return (self._bad == 0).float(), (self._curvature_bad == 0).float()
+
+    @property
+    def status(self) -> StepStatus:
+        """How the step ended; waits for the device."""
+        if bool(self._bad):
+            return StepStatus.NONFINITE_START
+        if bool(self._curvature_bad):
+            return StepStatus.NONFINITE_PRODUCTS if self.held else StepStatus.MOVED_ON_OLD_CURVATURE
+        return StepStatus.MOVED
+
+    @property
+    def moved(self) -> bool:
+        """Whether the parameters moved."""
+        return self.status in (StepStatus.MOVED, StepStatus.MOVED_ON_OLD_CURVATURE)
+
+
+def judge(
+    outcome: Outcome, estimate: Tensor | None, inverse_scale: Tensor | None, on_device: bool
+) -> Verdict:
+    """Looks whether all is finite, and takes a scale out of the gradients.
+
+    Args:
+        outcome: Loss and gradients.
+        estimate: Of the diagonal, if there is one.
+        inverse_scale: What the gradients are multiplied by, in place.
+        on_device: Whether nothing is to be read.
+    """
+    loss, whole = outcome.loss, outcome.whole
+    if not on_device and loss is not None and whole is not None and estimate is not None:
+        # One pass over both: no infinity and no NaN comes out of a product finite.
+        same = whole.dtype == estimate.dtype
+        if same and math.isfinite(torch.dot(whole, estimate) + loss):
+            return Verdict(torch.zeros(()), on_device)
+    found = (
+        [whole] if whole is not None else [as_real(g) for g in outcome.gradients if g is not None]
+    )
+    bad = nonfinite(found, inverse_scale)
+    if loss is not None:
+        bad = bad + (~torch.isfinite(loss)).to(bad)
+    verdict = Verdict(bad, on_device)
+    if estimate is not None:
+        verdict.add_curvature(nonfinite([estimate]))
+    return verdict
+
+
+class Seen:
+    """What one step shows to a block, counted. Zero weights on a device stand for a step not made.
+
+    Args:
+        block: The block.
+        gradients: Of all trainable parameters.
+        whole: The same as one vector, if there is one.
+        estimate: Of the diagonal for the block, may be overwritten; None for none.
+        verdict: Whether all this is finite.
+
+    Attributes:
+        estimate: See above; zeros on a device where it is not finite.
+        step: How many gradients the block has seen, this one included.
+        curvature_step: The same for estimates of the curvature.
+        bends: One, or zero on a device if the estimate is not to count.
+        on_device: Whether numbers are on the device.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        gradients: Sequence[Tensor | None],
+        whole: Tensor | None,
+        estimate: Tensor | None,
+        verdict: Verdict,
+    ) -> None:
+        self._block = block
+        self._gradients, self._whole = gradients, whole
+        self.estimate = estimate
+        self.on_device = verdict.on_device
+        self._moves, self.bends = verdict.masks()
+        if isinstance(self.bends, Tensor) and estimate is not None:
+            self.estimate = torch.where(self.bends > 0, estimate, 0.0)
+        block.step.add_(self._moves)
+        if estimate is not None:
+            block.curvature_step.add_(self.bends)
+        self.step: Number = block.step
+        self.curvature_step: Number = block.curvature_step
+        if verdict.on_device:
+            self._moves = self._moves * (block.curvature_step > 0)
+        else:
+            self.step, self.curvature_step = block.step.item(), block.curvature_step.item()
+
+    def average_gradient(self, beta: float) -> None:
+        """`exp_avg = beta * exp_avg + (1 - beta) * gradient`."""
+        weight = (1 - beta) * self._moves
+        self._block.average_gradient(self._whole, self._gradients, weight)
+
+    def rate(self, lr: float | Tensor) -> Number:
+        """The learning rate; zero on a device for a step not made."""
+        return lr * self._moves if isinstance(self._moves, Tensor) else float(lr)
+
+
+def correction(beta: float, count: Number) -> Number:
+    """`1 - beta ** count`, kept from zero on a device where nothing was counted."""
+    value = 1 - beta**count
+    return value.clamp(min=1e-12) if isinstance(value, Tensor) else value

@@ -1,0 +1,157 @@
+"""Sophia: clipped steps, preconditioned by a diagonal that is estimated now and then."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature.diagonal import (
+    DiagonalEstimator,
+    GaussNewtonBartlett,
+    Hutchinson,
+)
+from torch_secondorder.optim.base import check_number
+from torch_secondorder.optim.blocks import Block
+from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
+from torch_secondorder.optim.seen import Seen
+
+__all__ = ["Sophia"]
+
+#: For each estimator by name: what makes it, and the authors' `gamma`.
+_ESTIMATORS: dict[str, tuple[Any, float]] = {
+    "hutchinson": (Hutchinson, 0.01),
+    "gnb": (GaussNewtonBartlett, 0.05),
+}
+
+
+class Sophia(DiagonalOptimizer):
+    """Second-order clipped stochastic optimization.
+
+    Each coordinate moves by the average gradient over its curvature, but never further than `lr`
+    (Liu et al. 2023, "Sophia: a scalable stochastic second-order optimizer for language model
+    pre-training"):
+
+        m = b1 m + (1 - b1) g,  every `update_period` steps h = b2 h + (1 - b2) h_hat
+        theta -= lr * weight_decay * theta
+        theta -= lr * clip(m / max(gamma h, eps), -1, 1)
+
+    Where curvature is small, or negative, it is a sign update. The authors advise to choose `gamma`
+    so that 10 to 50 percent of the coordinates are not clipped; `optimizer.info.unclipped` is that
+    share.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate, the largest move of a coordinate. One that suits AdamW, or half of it, is
+            where to start.
+        betas: Averaging of gradients and of curvature.
+        gamma: What the curvature is multiplied by; larger for more clipping to go. None for the
+            authors' choice: 0.01 for `"hutchinson"`, 0.05 for `"gnb"` and other estimators.
+        eps: The least that a gradient is divided by.
+        weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
+        estimator: `"hutchinson"` for `z * Hz` with random signs; `"gnb"` for the diagonal of the
+            Gauss-Newton matrix from labels drawn from the model, which needs the model's outputs
+            (shown by standard losses, or marked by `mark_outputs`), and no second derivatives; or a
+            `torch_secondorder.curvature.DiagonalEstimator`.
+        update_period: Steps from one estimate to the next.
+        seed: Of the random numbers, see `AdaHessian`.
+        accumulation_steps: See `AdaHessian`.
+        maximize: Whether to maximize the loss.
+        capturable: See `AdaHessian`.
+
+    Attributes:
+        estimator: The estimator that is used.
+
+    Raises:
+        TypeError: A parameter is neither floating-point nor complex.
+        ValueError: An argument is out of range, or the estimator is unknown.
+
+    A gradient or loss that is not finite leaves everything as it was; an estimate that is not
+    finite leaves the last one in place. `info.status` says so.
+
+    >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
+    >>> optimizer = Sophia([x], lr=0.01)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = 500 * x[0] ** 2 + x[1] ** 2
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(200):
+    ...     loss = optimizer.step(closure)
+    >>> bool(loss < 1)
+    True
+    """
+
+    _recognized_by = "gamma"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.96, 0.99),
+        gamma: float | None = None,
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        *,
+        estimator: Literal["hutchinson", "gnb"] | DiagonalEstimator = "hutchinson",
+        update_period: int = 10,
+        seed: int = 0,
+        accumulation_steps: int = 1,
+        maximize: bool = False,
+        capturable: bool | None = None,
+    ) -> None:
+        if isinstance(estimator, DiagonalEstimator):
+            used = estimator
+            name = "hutchinson" if isinstance(estimator, Hutchinson) else "gnb"
+        elif estimator in _ESTIMATORS:
+            used, name = _ESTIMATORS[estimator][0](), estimator
+        else:
+            raise ValueError(
+                f"estimator must be one of {sorted(_ESTIMATORS)} or a DiagonalEstimator, got "
+                f"{estimator!r}"
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "gamma": _ESTIMATORS[name][1] if gamma is None else gamma,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "update_period": update_period,
+            "seed": seed,
+            "accumulation_steps": accumulation_steps,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults, used)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_betas(group["betas"])
+        for name in ("gamma", "eps"):
+            check_number(name, group[name], low=0.0)
+        if not float(group["eps"]) > 0:
+            raise ValueError(f"eps must be positive, got {group['eps']!r}")
+
+    def _update(self, block: Block, seen: Seen) -> None:
+        group = block.group
+        beta1, beta2 = group["betas"]
+        lr = seen.rate(group["lr"])
+        seen.average_gradient(beta1)
+        if seen.estimate is not None:
+            block.exp_hessian.lerp_(seen.estimate, (1 - beta2) * seen.bends)
+        if group["weight_decay"]:
+            block.decay(1 - lr * group["weight_decay"])
+        direction = _ratio(block).clamp_(-1.0, 1.0)
+        block.move(-lr if group["maximize"] else lr, direction)
+
+    def _unclipped(self) -> float | None:
+        inside = sum(int((_ratio(block).abs() < 1).sum()) for block in self._blocks)
+        entries = sum(block.exp_avg.numel() for block in self._blocks)
+        return inside / entries if entries else None
+
+
+def _ratio(block: Block) -> Tensor:
+    """The average gradient over the curvature."""
+    curvature = torch.mul(block.exp_hessian, block.group["gamma"]).clamp_(min=block.group["eps"])
+    return torch.div(block.exp_avg, curvature, out=curvature)

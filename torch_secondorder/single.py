@@ -1,0 +1,321 @@
+"""One evaluation of a closure, for optimizers that look at each point only once.
+
+What such an optimizer needs of the curvature is taken while `backward()` runs: the graph of the
+gradient is used on the spot and freed, so that nothing is retained, not even over the micro-batches
+of one closure. Where no curvature is due, the closure runs untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+
+from torch_secondorder.capture import Capture
+from torch_secondorder.contract import (
+    check_callable,
+    differentiable,
+    lost_graph,
+    scalar,
+    touched,
+)
+from torch_secondorder.graph import Graph
+from torch_secondorder.objective import FunctionalObjective
+from torch_secondorder.replay import Surroundings
+from torch_secondorder.workspace import Workspace
+
+__all__ = ["GradientTrace", "Outcome", "SingleEvaluation", "Watch", "without_autocast"]
+
+
+class Watch(Protocol):
+    """What looks at the graph of each `backward()` of an evaluation.
+
+    Attributes:
+        twice: Whether it needs gradients that can be differentiated again.
+        outputs: Whether it needs the model's outputs.
+    """
+
+    twice: bool
+    outputs: bool
+
+    def observe(self, graph: Graph, retain: bool) -> None:
+        """Takes what it needs.
+
+        Args:
+            graph: One loss, its gradients and outputs; it ends after this call.
+            retain: Whether the closure asked to retain the graph of the loss.
+        """
+
+
+class Outcome(NamedTuple):
+    """What an evaluation gave.
+
+    Attributes:
+        loss: The closure's, 0-dim, detached, averaged over the ranks; None without a closure.
+        gradients: One for each parameter, None where it had no part.
+        whole: The same as one vector that they are views of, if there is one.
+        accumulated: Whether gradients from before the evaluation are among them.
+    """
+
+    loss: Tensor | None
+    gradients: Sequence[Tensor | None]
+    whole: Tensor | None = None
+    accumulated: bool = False
+
+
+class GradientTrace:
+    """Remembers which gradients some parameters have, without keeping them.
+
+    Args:
+        params: The parameters.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._marks = [
+            None if (grad := p.grad) is None else (ref(grad), grad._version) for p in params
+        ]
+
+    def matches(self, params: Sequence[Tensor]) -> bool:
+        """Whether all of them still have these very gradients, unchanged."""
+        if len(params) != len(self._marks):
+            return False
+        for p, mark in zip(params, self._marks, strict=True):
+            grad = p.grad
+            if grad is None or mark is None:
+                if (grad is None) != (mark is None):
+                    return False
+            elif mark[0]() is not grad or mark[1] != grad._version:
+                return False
+        return True
+
+
+class SingleEvaluation:
+    """One evaluation of a closure or function at the parameters as they stand.
+
+    Args:
+        source: The closure, or a `FunctionalObjective`.
+        params: The parameters.
+        surroundings: What earlier steps learned of the modules that are called.
+        stale: The gradients that the last step left. If nothing has touched them since they are
+            dropped first, as by `zero_grad()`; else what is there accumulates.
+        workspace: Where memory for gradients may come from.
+
+    Raises:
+        TypeError: The source is not callable.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        params: Sequence[Tensor],
+        surroundings: Surroundings,
+        stale: GradientTrace | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self._functional = isinstance(source, FunctionalObjective)
+        self._source: Callable[[], Any] = source.source if self._functional else source
+        check_callable(self._source)
+        self._params = params
+        self._surroundings = surroundings
+        self._before = {slot: b.detach().clone() for slot, b in surroundings.moving_buffers()}
+        self._workspace = workspace or Workspace()
+        self._accumulated = False
+        self._joined: tuple[Tensor, Sequence[Tensor]] | None = None
+        if stale is not None and stale.matches(params):
+            for p in params:
+                p.grad = None
+
+    def run(self, watch: Watch | None = None, *, accumulates: bool = True) -> Outcome:
+        """Evaluates.
+
+        Args:
+            watch: What to show the graphs to; None for a closure that runs untouched.
+            accumulates: Whether gradients from before may be added to, where there is a watch: it
+                sees the graphs of this evaluation only.
+
+        Raises:
+            RuntimeError: No gradient reached the parameters, there is no second derivative, or
+                gradients had accumulated and must not.
+        """
+        try:
+            # An autocast region around the loop caches casts of parameters that have moved since.
+            torch.clear_autocast_cache()
+            with torch.enable_grad():
+                run = self._run if watch is None else partial(self._run_captured, watch)
+                loss, gradients = run(accumulates)
+        except BaseException:
+            self.restore()
+            raise
+        loss = self._surroundings.average(loss.detach())
+        whole = None
+        if self._joined is not None:
+            vector, views = self._joined
+            if all(g is view for g, view in zip(gradients, views, strict=True)):
+                whole = vector
+        return Outcome(loss, touched(gradients), whole, self._accumulated)
+
+    def restore(self) -> None:
+        """Puts the buffers back to where they were before the evaluation."""
+        for slot, value in self._before.items():
+            slot.restore(value)
+
+    def _run(self, accumulates: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
+        params = self._params
+        if self._functional:
+            loss = differentiable(scalar(self._source()))
+            return loss, torch.autograd.grad(loss, params, allow_unused=True)
+        before = GradientTrace(params)
+        loss = scalar(self._source())
+        if before.matches(params) or all(p.grad is None for p in params):
+            differentiable(loss).backward()
+        return loss, [p.grad for p in params]
+
+    def _run_captured(
+        self, watch: Watch, accumulates: bool
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        params, source = self._params, self._source
+        known = self._surroundings.knows(source)
+        before = GradientTrace(params)
+        foreign: list[Tensor] = []  # what got a gradient that was not captured
+        relay = _Relay(self, watch, check=not known, accumulates=accumulates or self._functional)
+        with Capture(params, relay) as capture, ExitStack() as stack:
+            if not known:
+                for p in params:
+                    stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
+            with self._surroundings.watch(self._before):
+                loss = scalar(source())
+            if foreign or (not capture.calls and not before.matches(params) and _any(params)):
+                raise lost_graph()
+            gradients: Sequence[Tensor | None] = ()
+            if self._functional:
+                gradients = capture.differentiate(differentiable(loss))
+            elif not capture.calls:
+                capture.backward(differentiable(loss))
+        self._surroundings.note(source)
+        return loss, gradients if self._functional else [p.grad for p in params]
+
+
+class _Relay:
+    """What `Capture` shows the graphs to: sees to the things that no watch need care for."""
+
+    def __init__(
+        self, evaluation: SingleEvaluation, watch: Watch, *, check: bool, accumulates: bool
+    ) -> None:
+        self.twice, self.outputs = watch.twice, watch.outputs
+        self._evaluation = evaluation
+        self._watch = watch
+        self._check = check
+        self._accumulates = accumulates
+        self._first = True
+
+    def __call__(self, graph: Graph, retain: bool) -> Sequence[Tensor | None]:
+        if self._first:
+            self._look_at_what_was_there()
+        if self._check and self.twice:
+            graph.check_differentiable()
+        with without_autocast(graph.params):
+            self._watch.observe(graph, retain)
+        return self._own(graph.gradients[0], graph.params)
+
+    def _own(
+        self, gradients: Sequence[Tensor | None], params: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Copies, averaged over the ranks: one vector and views of it where that is possible.
+
+        The graph goes on using the storage of the gradients themselves, and may have given one
+        tensor to several parameters.
+        """
+        evaluation = self._evaluation
+        average = evaluation._surroundings.average
+        joined = _join(gradients, params, evaluation._workspace)
+        if joined is None:
+            copies = [None if g is None else g.detach().clone() for g in gradients]
+            return _averaged(copies, params, evaluation._surroundings)
+        joined = average(joined)
+        views = list(_unflatten_dense_tensors(joined, params))
+        evaluation._joined = joined, views
+        return views
+
+    def _look_at_what_was_there(self) -> None:
+        self._first = False
+        found = [p.grad for p in self._evaluation._params if p.grad is not None]
+        # Zeros are what zero_grad(set_to_none=False) leaves.
+        if not found or not any(bool(g.detach().any()) for g in found):
+            return
+        self._evaluation._accumulated = True
+        if not self._accumulates:
+            raise RuntimeError(
+                "the closure adds to gradients from before this step, and curvature would be that "
+                "of its own loss alone: zero the gradients in the closure and run all "
+                "micro-batches there (several loss.backward() calls are fine), or, where it is the "
+                "last of N equal parts, say accumulation_steps=N"
+            )
+
+
+@contextmanager
+def without_autocast(params: Sequence[Tensor]) -> Iterator[None]:
+    """Products are taken in the precision of the gradients that they are derivatives of."""
+    types = {p.device.type for p in params}
+    with ExitStack() as stack:
+        for device_type in types:
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def _join(
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], workspace: Workspace
+) -> Tensor | None:
+    """The gradients as one vector; None where they are of several kinds, or one is missing."""
+    dtype, device = params[0].dtype, params[0].device
+    if dtype.is_complex:
+        return None
+    pieces = []
+    for g in gradients:
+        if g is None or g.layout is not torch.strided or g.dtype != dtype or g.device != device:
+            return None
+        pieces.append(g.detach().reshape(-1))
+    size = sum([piece.numel() for piece in pieces])
+    return torch.cat(pieces, out=workspace.empty("gradient", size, dtype, device))
+
+
+def _any(params: Sequence[Tensor]) -> bool:
+    return any(p.grad is not None for p in params)
+
+
+def _averaged(
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], surroundings: Surroundings
+) -> Sequence[Tensor | None]:
+    """The mean over the ranks; one message for each dtype and device."""
+    if not surroundings.process_groups:
+        return gradients
+    result: list[Tensor | None] = [*gradients]
+    kinds: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        kinds.setdefault((p.dtype, p.device), []).append(i)
+    for (dtype, device), places in kinds.items():
+        pieces = [_dense(gradients[i], params[i]) for i in places]
+        used = torch.tensor(
+            [gradients[i] is not None for i in places], dtype=torch.float32, device=device
+        )
+        # Ranks may differ in what they used, not in what they send.
+        message = torch.cat([piece.reshape(-1) for piece in pieces] + [used.to(dtype)])
+        message = surroundings.average(message)
+        anywhere = message[len(message) - len(places) :]
+        chunks = message.split([piece.numel() for piece in pieces] + [len(places)])
+        for i, chunk, share in zip(places, chunks, anywhere, strict=False):
+            if gradients[i] is not None or share:
+                result[i] = chunk.view_as(params[i])
+    return result
+
+
+def _dense(gradient: Tensor | None, p: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(p, requires_grad=False)
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()

@@ -1,0 +1,51 @@
+"""Memory that is used again from step to step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """Vectors that are written anew at each step.
+
+    On a CPU the pages of a new vector of megabytes take longer to come by than the arithmetic on
+    it. On a device, whose allocator keeps what is freed, each is a new one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def empty(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A vector with arbitrary entries, the same one at the next call with this name.
+
+        Not the same one if somebody else still sees its memory.
+        """
+        kept = self._kept.get(name)
+        fits = kept is not None and kept.numel() == size and kept.dtype == dtype
+        if kept is None or not fits or kept.device != device or _shared(kept):
+            kept = torch.empty(size, dtype=dtype, device=device)
+            if device.type == "cpu":
+                self._kept[name] = kept
+        return kept
+
+
+def _shared(tensor: Tensor) -> bool:
+    """Whether other tensors use the same storage."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:  # it is not public
+        return True
+    storage = tensor.untyped_storage()
+    return bool(count(storage._cdata) > _ALONE)
+
+
+def _uses_of_one() -> int:
+    tensor = torch.empty(1)
+    count = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
+    storage = tensor.untyped_storage()
+    return int(count(storage._cdata))
+
+
+_ALONE = _uses_of_one()
