@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from torch_secondorder.convolution import CONVOLUTIONS, convolution
 from torch_secondorder.graph import Graph, Output, versions
 
 __all__ = ["Capture", "Receiver", "mark_outputs"]
@@ -95,6 +96,7 @@ class Capture(TorchFunctionMode):
         self.calls = 0
         self._receiver = receiver
         self._looks = receiver is None or receiver.outputs
+        self._twice = receiver is None or receiver.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
         self._watches = self._looks or any(p.dim() > 2 for p in params)
         self._attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
@@ -127,6 +129,8 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self.backward(*args, **kwargs)
+        if func in CONVOLUTIONS and self._twice:
+            return convolution(func, *args, **kwargs)
         if not self._looks:
             return func(*args, **kwargs)
         if func in STANDARD_LOSSES:
