@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "GaussNewtonBartlett",
     "Hutchinson",
     "exact_diagonal",
+    "resolve_estimator",
 ]
 
 Parts = Sequence[Tensor | None]
@@ -305,6 +306,31 @@ class _BartlettWatch(DiagonalWatch):
     ) -> Tensor:
         flat = self._vector.gather(self._sums, batch=(self._count,))
         return average(flat.square_().mean(0))
+
+
+_NAMED: dict[str, Callable[[int], DiagonalEstimator]] = {
+    "hutchinson": Hutchinson,
+    "gnb": GaussNewtonBartlett,
+}
+
+
+def resolve_estimator(estimator: Any, n_samples: int = 1) -> DiagonalEstimator:
+    """An estimator from its name, or the one that was given.
+
+    Args:
+        estimator: `"hutchinson"`, `"gnb"` or an instance.
+        n_samples: Random vectors for each estimate, for one given by name.
+
+    Raises:
+        ValueError: The name is unknown, or `n_samples` below one.
+    """
+    if isinstance(estimator, DiagonalEstimator):
+        return estimator
+    if not isinstance(estimator, str) or estimator not in _NAMED:
+        raise ValueError(
+            f"estimator must be one of {sorted(_NAMED)} or a DiagonalEstimator, got {estimator!r}"
+        )
+    return _NAMED[estimator](n_samples)
 
 
 def exact_diagonal(operator: LinearOperator) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature.diagonal import Hutchinson
+from torch_secondorder.curvature.diagonal import DiagonalEstimator, resolve_estimator
 from torch_secondorder.optim.base import check_number
 from torch_secondorder.optim.blocks import Block
 from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
@@ -41,7 +41,10 @@ class AdaHessian(DiagonalOptimizer):
         average_block: `"spatial"` averages `|z * Hz|` over all dimensions of a parameter but the
             first two, which are the kernels of a convolution; an integer also over that many
             neighboring entries of parameters with one or two dimensions; None not at all.
-        n_samples: Products for each estimate.
+        estimator: `"hutchinson"` for `|z * Hz|`, the authors' choice; `"gnb"` for the diagonal of
+            the Gauss-Newton matrix as in `Sophia`; or a
+            `torch_secondorder.curvature.DiagonalEstimator`.
+        n_samples: Random vectors for each estimate, where the estimator is given by name.
         seed: Of the random signs. They come from a generator of its own, which checkpoints carry.
         accumulation_steps: Where closures do not zero the gradients and only the last of so many
             equal micro-batches runs in `step`: how many there are.
@@ -50,7 +53,7 @@ class AdaHessian(DiagonalOptimizer):
             can hold it and nothing waits for the device. None for on a device, not on the CPU.
 
     Attributes:
-        estimator: The `torch_secondorder.curvature.Hutchinson` that is used.
+        estimator: The estimator that is used.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex.
@@ -86,6 +89,7 @@ class AdaHessian(DiagonalOptimizer):
         hessian_power: float = 1.0,
         update_period: int = 1,
         average_block: Literal["spatial"] | int | None = "spatial",
+        estimator: Literal["hutchinson", "gnb"] | DiagonalEstimator = "hutchinson",
         n_samples: int = 1,
         seed: int = 0,
         accumulation_steps: int = 1,
@@ -105,7 +109,7 @@ class AdaHessian(DiagonalOptimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, Hutchinson(n_samples))
+        super().__init__(params, defaults, resolve_estimator(estimator, n_samples))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

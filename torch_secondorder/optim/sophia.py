@@ -9,8 +9,8 @@ from torch import Tensor
 
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
-    GaussNewtonBartlett,
     Hutchinson,
+    resolve_estimator,
 )
 from torch_secondorder.optim.base import check_number
 from torch_secondorder.optim.blocks import Block
@@ -19,11 +19,8 @@ from torch_secondorder.optim.seen import Seen
 
 __all__ = ["Sophia"]
 
-#: For each estimator by name: what makes it, and the authors' `gamma`.
-_ESTIMATORS: dict[str, tuple[Any, float]] = {
-    "hutchinson": (Hutchinson, 0.01),
-    "gnb": (GaussNewtonBartlett, 0.05),
-}
+#: The authors' choice for their two estimators.
+_GAMMA_HUTCHINSON, _GAMMA_GNB = 0.01, 0.05
 
 
 class Sophia(DiagonalOptimizer):
@@ -101,20 +98,12 @@ class Sophia(DiagonalOptimizer):
         maximize: bool = False,
         capturable: bool | None = None,
     ) -> None:
-        if isinstance(estimator, DiagonalEstimator):
-            used = estimator
-            name = "hutchinson" if isinstance(estimator, Hutchinson) else "gnb"
-        elif estimator in _ESTIMATORS:
-            used, name = _ESTIMATORS[estimator][0](), estimator
-        else:
-            raise ValueError(
-                f"estimator must be one of {sorted(_ESTIMATORS)} or a DiagonalEstimator, got "
-                f"{estimator!r}"
-            )
+        used = resolve_estimator(estimator)
+        usual = _GAMMA_HUTCHINSON if isinstance(used, Hutchinson) else _GAMMA_GNB
         defaults = {
             "lr": lr,
             "betas": betas,
-            "gamma": _ESTIMATORS[name][1] if gamma is None else gamma,
+            "gamma": usual if gamma is None else gamma,
             "eps": eps,
             "weight_decay": weight_decay,
             "update_period": update_period,
