@@ -3,7 +3,17 @@
 To add one: write a module with a function under `@command(...)`, and import it here.
 """
 
-from . import capture, lbfgs, newton, products
+from . import capture, diagonal, lbfgs, newton, products
 from .registry import COMMANDS, Command, Options, command
 
-__all__ = ["COMMANDS", "Command", "Options", "capture", "command", "lbfgs", "newton", "products"]
+__all__ = [
+    "COMMANDS",
+    "Command",
+    "Options",
+    "capture",
+    "command",
+    "diagonal",
+    "lbfgs",
+    "newton",
+    "products",
+]
