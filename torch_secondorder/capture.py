@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch_secondorder.convolution import CONVOLUTIONS, convolution
 from torch_secondorder.graph import Graph, Output, versions
 
-__all__ = ["Capture", "Receiver", "mark_outputs"]
+__all__ = ["Capture", "Receiver", "mark_outputs", "uncaptured"]
 
 #: Losses whose first argument is the model's output, so that it is found without being told.
 STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
@@ -127,6 +127,8 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Lets everything pass but `Tensor.backward` and the standard losses."""
         kwargs = kwargs or {}
+        if _active.get() is not self:  # an optimizer's step inside the closure
+            return func(*args, **kwargs)
         if func is Tensor.backward:
             return self.backward(*args, **kwargs)
         if func in CONVOLUTIONS and self._twice:
@@ -136,7 +138,7 @@ class Capture(TorchFunctionMode):
         if func in STANDARD_LOSSES:
             return self._run_loss(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func is F.linear and not torch.compiler.is_compiling():
+        if func is F.linear and self._receiver is None and not torch.compiler.is_compiling():
             # Looked at where somebody asks for it: networks make many such calls.
             self.graph.linear.append((result.grad_fn, args, kwargs))
         return result
@@ -186,9 +188,6 @@ class Capture(TorchFunctionMode):
             return self.graph.differentiate(loss, weight)
         graph = Graph(self.graph.params, outputs=[*self.graph.outputs])
         graph.differentiate(loss, weight, twice=self._receiver.twice)
-        if not retain:
-            self.graph.outputs.clear()
-            self.graph.linear.clear()
         return self._receiver(graph, retain)
 
     def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -208,6 +207,16 @@ class Capture(TorchFunctionMode):
             output = Output(arguments[name], func, name, arguments, value, before)
             self.graph.outputs.append(output)
         return value.clone() if found else value
+
+
+@contextmanager
+def uncaptured() -> Iterator[None]:
+    """Nothing of what runs inside is for a capture around."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 class _Intercept:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torch_secondorder.capture import Capture
+from torch_secondorder.capture import Capture, uncaptured
 from torch_secondorder.contract import (
     check_callable,
     differentiable,
@@ -78,11 +78,12 @@ class ClosureObjective(Objective):
             self._placed = position
         if curvature and self._curvature_closure is None:
             return self._run_captured(self._closure)
-        loss = scalar(self._replay.run(self._closure))
-        grads = [p.grad for p in params]
-        if grads[0] is None and all(g is None for g in grads):
-            differentiable(loss).backward()
+        with uncaptured():
+            loss = scalar(self._replay.run(self._closure))
             grads = [p.grad for p in params]
+            if grads[0] is None and all(g is None for g in grads):
+                differentiable(loss).backward()
+                grads = [p.grad for p in params]
         graph = self._other_graph(grads) if curvature else None
         return RawEvaluation(loss, touched(grads), graph, averaged=True)
 

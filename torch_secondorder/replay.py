@@ -71,13 +71,18 @@ class Surroundings:
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
         self._seen: set[object] = set()
 
-    def knows(self, source: Callable[..., Any]) -> bool:
-        """Whether a closure like this one was noted: the same code over the same modules."""
-        return _identity(source) in self._seen
+    def knows(self, source: Callable[..., Any], what: str = "graph") -> bool:
+        """Whether something about a closure like this one was noted.
 
-    def note(self, source: Callable[..., Any]) -> None:
+        Args:
+            source: The same code over the same modules is a closure like it.
+            what: What was looked at.
+        """
+        return (what, _identity(source)) in self._seen
+
+    def note(self, source: Callable[..., Any], what: str = "graph") -> None:
         """See `knows`."""
-        self._seen.add(_identity(source))
+        self._seen.add((what, _identity(source)))
 
     @contextmanager
     def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:

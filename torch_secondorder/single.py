@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from torch_secondorder.capture import Capture
+from torch_secondorder.capture import Capture, uncaptured
 from torch_secondorder.contract import (
     check_callable,
     differentiable,
@@ -94,6 +94,15 @@ class GradientTrace:
                 return False
         return True
 
+    def shows_backward(self, params: Sequence[Tensor]) -> bool:
+        """Whether gradients were made since, and not just dropped or set to zero."""
+        if self.matches(params) or all(p.grad is None for p in params):
+            return False
+        if not any(self._marks):
+            return True
+        # Looked at only where there were gradients before.
+        return any(p.grad is not None and _any_nonzero(p.grad) for p in params)
+
 
 class SingleEvaluation:
     """One evaluation of a closure or function at the parameters as they stand.
@@ -127,6 +136,7 @@ class SingleEvaluation:
         self._workspace = workspace or Workspace()
         self._accumulated = False
         self._joined: tuple[Tensor, Sequence[Tensor]] | None = None
+        self._pointers: list[int] = []
         if stale is not None and stale.matches(params):
             for p in params:
                 p.grad = None
@@ -156,7 +166,11 @@ class SingleEvaluation:
         whole = None
         if self._joined is not None:
             vector, views = self._joined
-            if all(g is view for g, view in zip(gradients, views, strict=True)):
+            # The closure may have put other tensors there, or other memory under these.
+            pointers = [view.data_ptr() for view in views]
+            if all(g is view for g, view in zip(gradients, views, strict=True)) and (
+                pointers == self._pointers
+            ):
                 whole = vector
         return Outcome(loss, touched(gradients), whole, self._accumulated)
 
@@ -166,15 +180,19 @@ class SingleEvaluation:
             slot.restore(value)
 
     def _run(self, accumulates: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
-        params = self._params
-        if self._functional:
-            loss = differentiable(scalar(self._source()))
-            return loss, torch.autograd.grad(loss, params, allow_unused=True)
+        params, surroundings = self._params, self._surroundings
         before = GradientTrace(params)
-        loss = scalar(self._source())
-        if before.matches(params) or all(p.grad is None for p in params):
-            differentiable(loss).backward()
-        return loss, [p.grad for p in params]
+        with ExitStack() as stack:
+            stack.enter_context(uncaptured())
+            if not surroundings.knows(self._source, "modules"):
+                stack.enter_context(surroundings.watch(self._before))
+            loss = scalar(self._source())
+            if self._functional:
+                gradients = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
+            elif not before.shows_backward(params):
+                differentiable(loss).backward()
+        surroundings.note(self._source, "modules")
+        return loss, gradients if self._functional else [p.grad for p in params]
 
     def _run_captured(
         self, watch: Watch, accumulates: bool
@@ -190,7 +208,7 @@ class SingleEvaluation:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
             with self._surroundings.watch(self._before):
                 loss = scalar(source())
-            if foreign or (not capture.calls and not before.matches(params) and _any(params)):
+            if foreign or (not capture.calls and before.shows_backward(params)):
                 raise lost_graph()
             gradients: Sequence[Tensor | None] = ()
             if self._functional:
@@ -198,6 +216,7 @@ class SingleEvaluation:
             elif not capture.calls:
                 capture.backward(differentiable(loss))
         self._surroundings.note(source)
+        self._surroundings.note(source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
 
@@ -240,15 +259,18 @@ class _Relay:
         joined = average(joined)
         views = list(_unflatten_dense_tensors(joined, params))
         evaluation._joined = joined, views
+        evaluation._pointers = [view.data_ptr() for view in views]
         return views
 
     def _look_at_what_was_there(self) -> None:
         self._first = False
-        found = [p.grad for p in self._evaluation._params if p.grad is not None]
+        evaluation = self._evaluation
         # Zeros are what zero_grad(set_to_none=False) leaves.
-        if not found or not any(bool(g.detach().any()) for g in found):
+        if evaluation._functional or not any(
+            p.grad is not None and _any_nonzero(p.grad) for p in evaluation._params
+        ):
             return
-        self._evaluation._accumulated = True
+        evaluation._accumulated = True
         if not self._accumulates:
             raise RuntimeError(
                 "the closure adds to gradients from before this step, and curvature would be that "
@@ -285,8 +307,11 @@ def _join(
     return torch.cat(pieces, out=workspace.empty("gradient", size, dtype, device))
 
 
-def _any(params: Sequence[Tensor]) -> bool:
-    return any(p.grad is not None for p in params)
+def _any_nonzero(gradient: Tensor) -> bool:
+    """Whether any entry is not zero."""
+    gradient = gradient.detach()
+    values = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    return bool(values.any())
 
 
 def _averaged(

@@ -71,9 +71,11 @@ class DiagonalEstimator(ABC):
 
     Attributes:
         n_samples: Random vectors for one estimate; the variance falls with their number.
+        signed: Whether the estimate changes its sign with the loss.
     """
 
     n_samples: int
+    signed: bool
 
     @abstractmethod
     def watch(
@@ -112,6 +114,8 @@ class Hutchinson(DiagonalEstimator):
     >>> Hutchinson()(Diagonal(torch.tensor([1.0, -2.0])))
     tensor([ 1., -2.])
     """
+
+    signed = True
 
     def __init__(
         self,
@@ -170,8 +174,8 @@ class Hutchinson(DiagonalEstimator):
         ]
 
     def _mean(self, probes: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
-        """The estimate; the products are overwritten."""
-        total = products[0].mul_(probes[0])
+        """The estimate; the products may be somebody's, and are left alone."""
+        total = products[0] * probes[0]
         for z, product in zip(probes[1:], products[1:], strict=True):
             total.addcmul_(z, product)
         if not self.weighted:
@@ -251,6 +255,8 @@ class GaussNewtonBartlett(DiagonalEstimator):
     >>> GaussNewtonBartlett()(evaluation).round()
     tensor([2., 8.])
     """
+
+    signed = False
 
     def __init__(self, n_samples: int = 1) -> None:
         _check_count(n_samples)

@@ -144,8 +144,8 @@ class AdaHessian(DiagonalOptimizer):
             roots = block.exp_hessian.sqrt()
         else:
             if group["average_block"] not in (None, "spatial") or block.has_kernels:
-                for part in block.cut(roots):
-                    average_blocks_(part, group["average_block"])
+                for part, is_complex in zip(block.cut(roots), block.complex, strict=True):
+                    average_blocks_(part, group["average_block"], is_complex=is_complex)
             fast = power == 1.0 and not seen.on_device
             if fast and block.adam(float(rate), beta2, float(eps), roots):
                 return
@@ -156,22 +156,28 @@ class AdaHessian(DiagonalOptimizer):
         block.divide(rate, roots.add_(eps))
 
 
-def average_blocks_(diagonal: Tensor, block: Literal["spatial"] | int | None) -> None:
+def average_blocks_(
+    diagonal: Tensor, block: Literal["spatial"] | int | None, *, is_complex: bool = False
+) -> None:
     """Replaces entries by the mean magnitude of their block, in place.
 
     Args:
         diagonal: Shaped like a parameter.
         block: See `AdaHessian`.
+        is_complex: Whether the parameter is complex: real and imaginary parts, which stand in the
+            last dimension, are averaged separately.
     """
-    if block is None:
+    own_dims = diagonal.dim() - is_complex
+    if block is None or own_dims == 0:
         return
-    if diagonal.dim() > 2:
-        dims = tuple(range(2, diagonal.dim()))
+    if own_dims > 2:
+        dims = tuple(range(2, own_dims))
         diagonal.copy_(diagonal.abs().mean(dims, keepdim=True).expand_as(diagonal))
-    elif block != "spatial" and diagonal.dim() > 0:
-        flat = diagonal.abs().reshape(-1)
-        whole = len(flat) - len(flat) % block
-        for part in (flat[:whole].view(-1, block), flat[whole:].view(1, -1)):
+    elif block != "spatial":
+        # Columns are parts of a number, rows its neighbors.
+        entries = diagonal.abs().reshape(-1, 2 if is_complex else 1)
+        whole = len(entries) - len(entries) % block
+        for part in (entries[:whole].unflatten(0, (-1, block)), entries[whole:].unsqueeze(0)):
             if part.numel():
                 part.copy_(part.mean(1, keepdim=True).expand_as(part))
-        diagonal.copy_(flat.view_as(diagonal))
+        diagonal.copy_(entries.view_as(diagonal))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor
 # From C++: views one by one take longer than the arithmetic on a small network.
 from torch._utils import _unflatten_dense_tensors
 
-__all__ = ["Block", "Number", "as_real", "begin", "blocks_of", "dissolve", "nonfinite"]
+__all__ = ["MOMENTS", "Block", "Number", "as_real", "nonfinite"]
 
 #: A number on the host, or a 0-dim tensor on the device.
 Number: TypeAlias = float | Tensor
 
-_MOMENTS = ("exp_avg", "exp_hessian")
+#: The moments that each parameter has.
+MOMENTS = ("exp_avg", "exp_hessian")
 _ALMOST_ONE = 1 - 2.0**-53
 _fused: Callable[..., Any] | None = getattr(torch, "_fused_adam_", None)  # it is not public
 
@@ -48,6 +48,7 @@ class Block:
         step: How many gradients they have seen, 0-dim.
         curvature_step: How many estimates of the curvature.
         has_kernels: Whether some parameter has more than two dimensions.
+        complex: Whether each of the parameters is complex.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class Block:
         self.group = group
         self.places = list(places)
         self._span = span
+        self._params = list(params)
         self._states = list(states)
         self._reals = [as_real(p) for p in params]
         self.has_kernels = any(p.dim() > 2 for p in params)
+        self.complex = [p.is_complex() for p in params]
         self.exp_avg, self._exp_avg_parts = self._joined("exp_avg")
         self.exp_hessian, self._exp_hessian_parts = self._joined("exp_hessian")
         self.master: Tensor | None = None
@@ -73,6 +76,16 @@ class Block:
         self.curvature_step: Tensor = states[0]["curvature_step"]
         for state in states:
             state["step"], state["curvature_step"] = self.step, self.curvature_step
+        self._marks = [
+            (p.data_ptr(), p.dtype, id(state), id(state["exp_avg"]), id(state["exp_hessian"]))
+            for p, state in zip(params, states, strict=True)
+        ]
+        # The fused kernel goes through memory from end to end; in double precision people count
+        # on more digits than it leaves to the first moment.
+        self._fuses = all(
+            real.is_contiguous() and real.dtype == torch.float32 and not real.is_cuda
+            for real in self._reals
+        )
 
     def _joined(self, name: str) -> tuple[Tensor, list[Tensor]]:
         flat = torch.cat([state[name].reshape(-1) for state in self._states])
@@ -85,11 +98,26 @@ class Block:
         """Views shaped like the parameters."""
         return list(_unflatten_dense_tensors(flat, self._reals))
 
-    @property
-    def intact(self) -> bool:
-        """Whether the optimizer's state still is this one."""
-        # One is enough: who resets or loads the state does so for all.
-        return self._states[0].get("exp_avg") is self._exp_avg_parts[0]
+    def intact(self, states: Any) -> bool:
+        """Whether parameters and the optimizer's state still are where they were."""
+        return self._marks == [
+            (
+                p.data_ptr(),
+                p.dtype,
+                id(state),
+                id(state.get("exp_avg")),
+                id(state.get("exp_hessian")),
+            )
+            for p in self._params
+            if (state := states[p]) is not None
+        ]
+
+    def dissolve(self) -> None:
+        """Gives each parameter a state of its own again."""
+        for state in self._states:
+            for name in ("step", "curvature_step", *MOMENTS, "master"):
+                if name in state:
+                    state[name] = state[name].clone()
 
     def part_of(self, whole: Tensor | None, parts: Callable[[], Sequence[Tensor | None]]) -> Tensor:
         """The block's part of something, one vector; a view where that is possible.
@@ -143,13 +171,13 @@ class Block:
         """`divide` by `sqrt(exp_hessian) + eps`, after that has taken in a new estimate's square.
 
         All in one pass, by PyTorch's fused kernel of Adam with the estimate in the place of the
-        gradient. The first moment, which has had its gradient, stays as it is: its weight is the
-        largest number below one.
+        gradient. The first moment has had its gradient; its weight here is the largest number below
+        one, so that it takes in the estimate times 1e-16, and a step 1e-16 of the learning rate.
 
         Returns:
             Whether there is such a kernel for these parameters; nothing has changed if not.
         """
-        if self.master is not None or _fused is None or self._reals[0].is_cuda:
+        if self.master is not None or _fused is None or not self._fuses:
             return False
         _fused(
             self._reals,
@@ -201,65 +229,6 @@ class Block:
         torch._foreach_copy_(self._reals, self.cut(self.master))
 
 
-def blocks_of(
-    groups: Sequence[dict[str, Any]],
-    members: dict[int, tuple[int, dict[str, Any]]],
-    sizes: Sequence[int],
-) -> list[Block]:
-    """Puts parameters into blocks, and makes the state of those that have none.
-
-    Args:
-        groups: The groups.
-        members: By the id of each parameter that belongs in one: its place among the trainable
-            parameters and its state.
-        sizes: How many real numbers each of the trainable parameters is.
-    """
-    ends = [0, *accumulate(sizes)]
-    blocks = []
-    for group in groups:
-        kinds: dict[Any, list[tuple[Tensor, dict[str, Any], int]]] = {}
-        for p in group["params"]:
-            if id(p) not in members:
-                continue
-            place, state = members[id(p)]
-            counts = float(state["step"]), float(state["curvature_step"])
-            kind = (counts, p.device, p.dtype, state["step"].device)
-            kinds.setdefault(kind, []).append((p, state, place))
-        for found in kinds.values():
-            params, states, places = zip(*found, strict=True)
-            first, last = places[0], places[-1]
-            joined = places == tuple(range(first, last + 1))
-            span = (ends[first], ends[last + 1]) if joined else None
-            blocks.append(Block(group, params, states, places, span))
-    return blocks
-
-
-def dissolve(blocks: Sequence[Block]) -> None:
-    """Gives each parameter a state of its own again."""
-    for block in blocks:
-        for state in block._states:
-            for name in ("step", "curvature_step", *_MOMENTS, "master"):
-                if name in state:
-                    state[name] = state[name].clone()
-
-
-def begin(state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
-    """Makes the state of a parameter, or brings its counts to where they are needed."""
-    if "exp_avg" in state:
-        for name in ("step", "curvature_step"):
-            device = p.device if on_device else torch.device("cpu")
-            state[name] = torch.as_tensor(state[name], dtype=torch.float32).to(device)
-        return
-    real = as_real(p)
-    dtype = torch.promote_types(real.dtype, torch.float32)
-    for name in ("step", "curvature_step"):
-        state[name] = torch.zeros((), device=p.device if on_device else "cpu")
-    for name in _MOMENTS:
-        state[name] = torch.zeros(real.shape, dtype=dtype, device=p.device)
-    if dtype != real.dtype:
-        state["master"] = real.to(dtype, copy=True)
-
-
 def as_real(tensor: Tensor) -> Tensor:
     """The tensor without a graph, dense and real, a complex number as a pair."""
     tensor = tensor.detach()
@@ -277,7 +246,8 @@ def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) ->
     """
     total: Tensor | None = None
     for (device, _), group in _by_kind(tensors).items():
-        found, inverse = torch.zeros((), device=device), _one(device)
+        found = torch.zeros((), dtype=torch.float32, device=device)
+        inverse = _one(device)
         if inverse_scale is not None:
             inverse = inverse_scale.to(device, torch.float32)
         torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse)
@@ -297,4 +267,4 @@ def _by_kind(
 
 @cache
 def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+    return torch.ones((), dtype=torch.float32, device=device)

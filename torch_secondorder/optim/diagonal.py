@@ -6,24 +6,19 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
-from torch_secondorder.contract import STANDARD_CLOSURE, touched
 from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatch
-from torch_secondorder.graph import Graph
+from torch_secondorder.optim.arrangement import Arrangement
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
-from torch_secondorder.optim.blocks import (
-    Block,
-    as_real,
-    begin,
-    blocks_of,
-    dissolve,
-)
+from torch_secondorder.optim.blocks import Block, as_real
 from torch_secondorder.optim.info import StepInfo
+from torch_secondorder.optim.present import Scaling, present_gradients
 from torch_secondorder.optim.seen import Seen, Verdict, judge
-from torch_secondorder.single import GradientTrace, Outcome, SingleEvaluation, without_autocast
+from torch_secondorder.single import GradientTrace, Outcome, SingleEvaluation
 from torch_secondorder.vector import ParameterVector, max_norm
 from torch_secondorder.workspace import Workspace
 
@@ -34,8 +29,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     """An optimizer that evaluates once a step and estimates a diagonal now and then.
 
     A subclass implements `_update`. All hyperparameters but `update_period`, `seed`,
-    `accumulation_steps`, `maximize` and `capturable` may differ between groups; those are read from
-    the first.
+    `accumulation_steps` and `capturable` may differ between groups; those are read from the first.
 
     Args:
         params: See `SecondOrderOptimizer`.
@@ -43,34 +37,25 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         estimator: How the diagonal is estimated.
     """
 
-    #: `torch.amp.GradScaler` leaves gradients as they are and says what they were scaled by.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = True  # see `Scaling`
     _carried = (*SecondOrderOptimizer._carried, "estimator")
     #: Whether an update takes absolute values of the diagonal.
     _magnitudes = False
 
-    grad_scale: Tensor | None
-    found_inf: Tensor
-
     def __init__(self, params: Any, defaults: dict[str, Any], estimator: DiagonalEstimator) -> None:
         self.estimator = estimator
         self._steps = 0
+        self._overdue = False  # because what has a gradient now has no curvature
         self._generator: torch.Generator | None = None
         self._stale: GradientTrace | None = None
         self._workspace = Workspace()
-        self._forget_blocks()
+        self._arrangement = Arrangement()
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         for name in ("update_period", "accumulation_steps"):
             check_number(name, group[name], low=1, integer=True)
-
-    def _forget_blocks(self) -> None:
-        """Says that `self.state` is what counts."""
-        self._blocks: list[Block] = []
-        self._arranged: Any = None
-        self._waiting = False
 
     @abstractmethod
     def _update(self, block: Block, seen: Seen) -> None:
@@ -88,7 +73,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
         For loops without a closure: `loss.backward(create_graph=optimizer.curvature_due)`.
         """
-        return self._steps % int(self.param_groups[0]["update_period"]) == 0
+        return self._overdue or self._steps % int(self.param_groups[0]["update_period"]) == 0
 
     def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step.
@@ -116,8 +101,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         watch = self._watch(params) if self.curvature_due else None
         with torch.no_grad():
             if closure is None:
-                present = Outcome(None, self._present_gradients(params, watch))
-                self._advance(params, present, watch, self._inverse_scale(params), None)
+                scaling = Scaling(self)
+                found = present_gradients(type(self).__name__, params, watch, scaling)
+                self._advance(params, Outcome(None, found), watch, scaling.inverse, None)
                 return None
             evaluation = SingleEvaluation(
                 closure, params, self._surroundings, self._stale, self._workspace
@@ -135,54 +121,6 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             self._generator = torch.Generator(self._vector.device)
             self._generator.manual_seed(int(self.param_groups[0]["seed"]))
         return self.estimator.watch(self._vector, self._generator, self._workspace)
-
-    def _present_gradients(
-        self, params: Sequence[Tensor], watch: DiagonalWatch | None
-    ) -> Sequence[Tensor | None]:
-        """What `p.grad` holds; a graph that it has is used and dropped."""
-        gradients = touched([p.grad for p in params])
-        if watch is not None:
-            self._check_graph(gradients, watch)
-            graph = Graph(params, gradients=[tuple(gradients)])
-            scale = getattr(self, "grad_scale", None)
-            if scale is not None:
-                # Between gradients, which the scale keeps from underflow, and the loss itself.
-                watch.scale_probes(scale.rsqrt())
-            with without_autocast(params):
-                watch.observe(graph, retain=False)
-        for p in params:
-            if p.grad is not None and p.grad.grad_fn is not None:
-                p.grad = p.grad.detach()
-        return [p.grad for p in params]
-
-    def _check_graph(self, gradients: Sequence[Tensor | None], watch: DiagonalWatch) -> None:
-        name = type(self).__name__
-        if not watch.twice:
-            raise RuntimeError(
-                f"{name}.step() needs a closure where it looks at the model's outputs:\n"
-                + STANDARD_CLOSURE
-            )
-        if not any(g is not None and g.grad_fn is not None for g in gradients):
-            raise RuntimeError(
-                f"{name}.step() estimates the curvature at this step and finds no graph on the "
-                "gradients: pass the closure, or call loss.backward(create_graph=True) before "
-                f"where optimizer.curvature_due says so:\n{STANDARD_CLOSURE}"
-            )
-        if hasattr(self, "found_inf") and self.grad_scale is None:
-            raise RuntimeError(
-                "the gradients were unscaled by scaler.unscale_(optimizer), but their graph was "
-                "not, so that the curvature would be wrong: leave unscale_ out in steps where "
-                "optimizer.curvature_due, or train in bfloat16, which needs no scaler"
-            )
-
-    def _inverse_scale(self, params: Sequence[Tensor]) -> Tensor | None:
-        """What a `GradScaler` wants gradients to be multiplied by, NaN where it found infinity."""
-        if not hasattr(self, "found_inf"):
-            return None
-        inverse = torch.ones_like(self.found_inf)
-        if self.grad_scale is not None:
-            inverse = 1 / self.grad_scale.to(inverse)
-        return torch.where(self.found_inf > 0, torch.nan, inverse)
 
     def _advance(
         self,
@@ -202,11 +140,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if verdict.curvature_known_bad:
             diagonal = None
         if not verdict.known_bad:
-            verdict.held = not self._move(params, gradients, whole, diagonal, verdict)
-            self._steps += not verdict.held
+            moved = self._move(params, gradients, whole, diagonal, verdict)
+            self._steps += moved
+            self._overdue = not moved
         self._stale = GradientTrace(params)
         products = 0 if watch is None else watch.products
-        self.info = partial(self._report, verdict, loss, params, self._stale, products)
+        # Not a method of this object, which would keep itself alive.
+        self.info = partial(_report, ref(self), verdict, loss, params, self._stale, products)
 
     def _diagonal(
         self, watch: DiagonalWatch, factor: float, inverse_scale: Tensor | None
@@ -216,8 +156,6 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if inverse_scale is not None:
             # The products were with probes scaled by the root of the scale.
             diagonal.mul_(inverse_scale.to(diagonal).sqrt())
-        if self.param_groups[0]["maximize"] and watch.twice and not magnitudes:
-            factor = -factor
         return diagonal if factor == 1.0 else diagonal.mul_(factor)
 
     @property
@@ -237,38 +175,21 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         verdict: Verdict,
     ) -> bool:
         """Updates parameters and moments block by block; says whether there was anything to."""
-        self._arrange(params, gradients, diagonal is not None)
-        for block in self._blocks:
+        blocks = self._arrangement.of(
+            self.param_groups,
+            self.state,
+            params,
+            gradients,
+            curved=diagonal is not None,
+            on_device=verdict.on_device,
+        )
+        for block in blocks:
             estimate = None
             if diagonal is not None:
                 assert self._vector is not None
                 estimate = block.part_of(diagonal, partial(self._vector.pieces, diagonal))
             self._update(block, Seen(block, gradients, whole, estimate, verdict))
-        return bool(self._blocks)
-
-    def _arrange(
-        self, params: Sequence[Tensor], gradients: Sequence[Tensor | None], curved: bool
-    ) -> None:
-        """Has blocks of those that have a gradient; one without any curvature waits for it."""
-        on_device = self._on_device
-        key = (on_device, [id(p) for p, g in zip(params, gradients, strict=True) if g is not None])
-        waits = self._waiting and curved
-        if key == self._arranged and not waits and all(block.intact for block in self._blocks):
-            return
-        dissolve(self._blocks)
-        members, self._waiting = {}, False
-        for place, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
-            if gradient is None:
-                continue
-            state = self.state[p]
-            begin(state, p, on_device=on_device)
-            if curved or bool(state["curvature_step"]):
-                members[id(p)] = place, state
-            else:
-                self._waiting = True
-        sizes = [p.numel() * (1 + p.is_complex()) for p in params]
-        self._blocks = blocks_of(self.param_groups, members, sizes)
-        self._arranged = key
+        return bool(blocks)
 
     # The report, made when it is read.
 
@@ -286,45 +207,21 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _info: Any = None
 
-    def _report(
-        self,
-        verdict: Verdict,
-        loss: Tensor | None,
-        params: Sequence[Tensor],
-        trace: GradientTrace,
-        products: int,
-    ) -> StepInfo:
-        value = float("nan") if loss is None else loss.item()
-        norm = None
-        if trace.matches(params):
-            norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
-            norm = max(norms, default=None)
-        return StepInfo(
-            status=verdict.status,
-            loss=-value if self.param_groups[0]["maximize"] else value,
-            loss_after=None,
-            grad_norm=norm,
-            iterations=int(verdict.moved),
-            evaluations=int(loss is not None),
-            step_length=1.0,
-            products=products,
-            unclipped=self._unclipped(),
-        )
-
     # Checkpoints.
 
     def _export_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"steps": self._steps}
+        state: dict[str, Any] = {"steps": self._steps, "overdue": self._overdue}
         if self._generator is not None:
             state["generator"] = self._generator.get_state()
         return state
 
     def _import_state(self, state: dict[str, Any]) -> None:
         own = self.state[self.param_groups[0]["params"][0]]
-        for name in ("steps", "generator"):  # torch has left them there
+        for name in ("steps", "overdue", "generator"):  # torch has left them there
             own.pop(name, None)
-        self._forget_blocks()
+        self._arrangement = Arrangement()
         self._steps = int(state.get("steps", 0))
+        self._overdue = bool(state.get("overdue", False))
         self._stale = self._generator = None
         self._workspace = Workspace()
         generator = state.get("generator")
@@ -345,6 +242,34 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and name in self.state[p]:
                     self.state[p][name] = value.to(p.device, copy=True)
+
+
+def _report(
+    owner: ReferenceType[DiagonalOptimizer],
+    verdict: Verdict,
+    loss: Tensor | None,
+    params: Sequence[Tensor],
+    trace: GradientTrace,
+    products: int,
+) -> StepInfo:
+    optimizer = owner()
+    assert optimizer is not None
+    value = float("nan") if loss is None else loss.item()
+    norm = None
+    if trace.matches(params):
+        norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
+        norm = max(norms, default=None)
+    return StepInfo(
+        status=verdict.status,
+        loss=-value if optimizer.param_groups[0]["maximize"] else value,
+        loss_after=None,
+        grad_norm=norm,
+        iterations=int(verdict.moved),
+        evaluations=int(loss is not None),
+        step_length=1.0,
+        products=products,
+        unclipped=optimizer._unclipped(),
+    )
 
 
 def check_betas(betas: Any) -> None:

@@ -19,6 +19,10 @@ class StepStatus(Enum):
         "one update was made with the curvature of an earlier step: the new products were not "
         "finite and were left out"
     )
+    NO_CURVATURE = (
+        "no parameter with a gradient has a curvature yet; the parameters were left alone, and the "
+        "next step estimates it"
+    )
     ZERO_LEARNING_RATE = "lr is zero: the loss was evaluated and nothing was moved"
     MAX_ITERATIONS = "all max_iter iterations were done; call step() again to go on"
     MAX_EVALUATIONS = "max_eval closure evaluations were used; call step() again to go on"
@@ -40,7 +44,8 @@ class StepStatus(Enum):
         "and an L-BFGS history was dropped"
     )
     NONFINITE_PRODUCTS = (
-        "products with the curvature were not finite; the parameters are at the best point found"
+        "products with the curvature were not finite; the parameters are at the best point found, "
+        "which is where the step began if it is the first product"
     )
     NONFINITE_TRIALS = (
         "every trial gave a non-finite loss or gradient, even close to the best point found, where "

@@ -25,17 +25,20 @@ class Verdict:
     Attributes:
         known_bad: Whether it was looked at and is not finite.
         curvature_known_bad: The same for a new estimate of the curvature.
-        held: Whether no parameter could move for want of any curvature.
+        looked: Whether there was a new estimate of the curvature.
+        moving: For each block one, or zero on a device for one that did not move.
     """
 
     def __init__(self, bad: Tensor, on_device: bool) -> None:
         self.on_device = on_device
         self._bad = self._curvature_bad = bad
         self.known_bad = self.curvature_known_bad = not on_device and bool(bad)
-        self.held = False
+        self.looked = False
+        self.moving: list[Number] = []
 
     def add_curvature(self, bad: Tensor) -> None:
         """Takes in whether a new estimate of the curvature is finite, zero if so."""
+        self.looked = True
         self._curvature_bad = self._bad + bad.to(self._bad.device)
         self.curvature_known_bad = not self.on_device and bool(self._curvature_bad)
 
@@ -50,14 +53,15 @@ class Verdict:
         """How the step ended; waits for the device."""
         if bool(self._bad):
             return StepStatus.NONFINITE_START
-        if bool(self._curvature_bad):
-            return StepStatus.NONFINITE_PRODUCTS if self.held else StepStatus.MOVED_ON_OLD_CURVATURE
-        return StepStatus.MOVED
+        fine = not bool(self._curvature_bad)
+        if self.moved:
+            return StepStatus.MOVED if fine else StepStatus.MOVED_ON_OLD_CURVATURE
+        return StepStatus.NO_CURVATURE if fine else StepStatus.NONFINITE_PRODUCTS
 
     @property
     def moved(self) -> bool:
-        """Whether the parameters moved."""
-        return self.status in (StepStatus.MOVED, StepStatus.MOVED_ON_OLD_CURVATURE)
+        """Whether any parameter moved; waits for the device."""
+        return any(bool(moves) for moves in self.moving)
 
 
 def judge(
@@ -81,6 +85,8 @@ def judge(
         [whole] if whole is not None else [as_real(g) for g in outcome.gradients if g is not None]
     )
     bad = nonfinite(found, inverse_scale)
+    if inverse_scale is not None:  # NaN where infinity was found elsewhere
+        bad = bad + torch.isnan(inverse_scale).to(bad)
     if loss is not None:
         bad = bad + (~torch.isfinite(loss)).to(bad)
     verdict = Verdict(bad, on_device)
@@ -122,14 +128,15 @@ class Seen:
         self._moves, self.bends = verdict.masks()
         if isinstance(self.bends, Tensor) and estimate is not None:
             self.estimate = torch.where(self.bends > 0, estimate, 0.0)
-        block.step.add_(self._moves)
         if estimate is not None:
             block.curvature_step.add_(self.bends)
+        if isinstance(self._moves, Tensor):  # not without any curvature
+            self._moves = self._moves * (block.curvature_step > 0)
+        block.step.add_(self._moves)
+        verdict.moving.append(self._moves)
         self.step: Number = block.step
         self.curvature_step: Number = block.curvature_step
-        if verdict.on_device:
-            self._moves = self._moves * (block.curvature_step > 0)
-        else:
+        if not verdict.on_device:
             self.step, self.curvature_step = block.step.item(), block.curvature_step.item()
 
     def average_gradient(self, beta: float) -> None:

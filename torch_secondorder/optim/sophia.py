@@ -128,15 +128,17 @@ class Sophia(DiagonalOptimizer):
         lr = seen.rate(group["lr"])
         seen.average_gradient(beta1)
         if seen.estimate is not None:
-            block.exp_hessian.lerp_(seen.estimate, (1 - beta2) * seen.bends)
+            flips = group["maximize"] and self.estimator.signed
+            estimate = -seen.estimate if flips else seen.estimate
+            block.exp_hessian.lerp_(estimate, (1 - beta2) * seen.bends)
         if group["weight_decay"]:
             block.decay(1 - lr * group["weight_decay"])
         direction = _ratio(block).clamp_(-1.0, 1.0)
         block.move(-lr if group["maximize"] else lr, direction)
 
     def _unclipped(self) -> float | None:
-        inside = sum(int((_ratio(block).abs() < 1).sum()) for block in self._blocks)
-        entries = sum(block.exp_avg.numel() for block in self._blocks)
+        inside = sum(int((_ratio(block).abs() < 1).sum()) for block in self._arrangement.blocks)
+        entries = sum(block.exp_avg.numel() for block in self._arrangement.blocks)
         return inside / entries if entries else None
 
 

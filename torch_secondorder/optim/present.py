@@ -1,0 +1,96 @@
+"""Gradients that are there already, with their graph: loops without a closure, and scaled ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.contract import STANDARD_CLOSURE, touched
+from torch_secondorder.curvature.diagonal import DiagonalWatch
+from torch_secondorder.graph import Graph
+from torch_secondorder.single import without_autocast
+
+__all__ = ["Scaling", "present_gradients"]
+
+
+class Scaling:
+    """What a `torch.amp.GradScaler` has left on the optimizer for this step.
+
+    It leaves the gradients of an optimizer that says so as they are, and tells what they were
+    scaled by and whether it found infinity.
+
+    Args:
+        optimizer: The optimizer, in its `step()`.
+
+    Attributes:
+        active: Whether a scaler is at work.
+        scale: What gradients and products are scaled by; None for nothing, or where the scaler has
+            taken it out of the gradients already.
+        inverse: What to multiply gradients by, NaN where infinity was found; None without a scaler.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.active = hasattr(optimizer, "found_inf")
+        self.scale: Tensor | None = None
+        self.inverse: Tensor | None = None
+        if self.active:
+            self.scale, found = optimizer.grad_scale, optimizer.found_inf
+            inverse = torch.ones_like(found) if self.scale is None else 1 / self.scale.to(found)
+            self.inverse = torch.where(found > 0, torch.nan, inverse)
+
+
+def present_gradients(
+    name: str, params: Sequence[Tensor], watch: DiagonalWatch | None, scaling: Scaling
+) -> Sequence[Tensor | None]:
+    """What `p.grad` holds; a graph that it has is shown to the watch and dropped.
+
+    Args:
+        name: The optimizer's.
+        params: The parameters.
+        watch: Estimates the curvature; None where that is not due.
+        scaling: Of the gradients.
+
+    Raises:
+        RuntimeError: There is no gradient, or no graph where one is needed.
+    """
+    gradients = touched([p.grad for p in params])
+    if watch is not None:
+        _check(name, gradients, watch, scaling)
+        if scaling.scale is not None:
+            # Between gradients, which the scale keeps from underflow, and the loss itself.
+            watch.scale_probes(scaling.scale.rsqrt())
+        with without_autocast(params):
+            watch.observe(Graph(params, gradients=[tuple(gradients)]), retain=False)
+    for p in params:
+        if p.grad is None:
+            continue
+        if p.grad.grad_fn is not None:
+            p.grad = p.grad.detach()
+        if scaling.active and p.grad.layout is not torch.strided:
+            p.grad = p.grad.to_dense()  # the scale is taken out in place
+    return [p.grad for p in params]
+
+
+def _check(
+    name: str, gradients: Sequence[Tensor | None], watch: DiagonalWatch, scaling: Scaling
+) -> None:
+    if not watch.twice:
+        raise RuntimeError(
+            f"{name}.step() needs a closure where it looks at the model's outputs:\n"
+            + STANDARD_CLOSURE
+        )
+    if not any(g is not None and g.grad_fn is not None for g in gradients):
+        raise RuntimeError(
+            f"{name}.step() estimates the curvature at this step and finds no graph on the "
+            "gradients: pass the closure, or call loss.backward(create_graph=True) before where "
+            f"optimizer.curvature_due says so:\n{STANDARD_CLOSURE}"
+        )
+    if scaling.active and scaling.scale is None:
+        raise RuntimeError(
+            "the gradients were unscaled by scaler.unscale_(optimizer), but their graph was not, "
+            "so that the curvature would be wrong: leave unscale_ out in steps where "
+            "optimizer.curvature_due, or train in bfloat16, which needs no scaler"
+        )
