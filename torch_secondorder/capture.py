@@ -95,6 +95,7 @@ class Capture(TorchFunctionMode):
         self.graph = Graph(params)
         self.calls = 0
         self._receiver = receiver
+        self._suspended = False
         self._looks = receiver is None or receiver.outputs
         self._twice = receiver is None or receiver.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
@@ -127,7 +128,7 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Lets everything pass but `Tensor.backward` and the standard losses."""
         kwargs = kwargs or {}
-        if _active.get() is not self:  # an optimizer's step inside the closure
+        if self._suspended:  # an optimizer's step inside the closure
             return func(*args, **kwargs)
         if func is Tensor.backward:
             return self.backward(*args, **kwargs)
@@ -212,10 +213,14 @@ class Capture(TorchFunctionMode):
 @contextmanager
 def uncaptured() -> Iterator[None]:
     """Nothing of what runs inside is for a capture around."""
-    token = _active.set(None)
+    capture, token = _active.get(), _active.set(None)
+    if capture is not None:
+        capture._suspended = True
     try:
         yield
     finally:
+        if capture is not None:
+            capture._suspended = False
         _active.reset(token)
 
 

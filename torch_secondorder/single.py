@@ -15,7 +15,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from torch_secondorder.capture import Capture, uncaptured
 from torch_secondorder.contract import (
@@ -77,9 +77,8 @@ class GradientTrace:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self._marks = [
-            None if (grad := p.grad) is None else (ref(grad), grad._version) for p in params
-        ]
+        grads = [p.grad for p in params]
+        self._marks = [None if grad is None else (ref(grad), grad._version) for grad in grads]
 
     def matches(self, params: Sequence[Tensor]) -> bool:
         """Whether all of them still have these very gradients, unchanged."""
@@ -283,6 +282,9 @@ class _Relay:
 @contextmanager
 def without_autocast(params: Sequence[Tensor]) -> Iterator[None]:
     """Products are taken in the precision of the gradients that they are derivatives of."""
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
     types = {p.device.type for p in params}
     with ExitStack() as stack:
         for device_type in types:
@@ -298,12 +300,15 @@ def _join(
     dtype, device = params[0].dtype, params[0].device
     if dtype.is_complex:
         return None
-    pieces = []
+    size = 0
     for g in gradients:
         if g is None or g.layout is not torch.strided or g.dtype != dtype or g.device != device:
             return None
-        pieces.append(g.detach().reshape(-1))
-    size = sum([piece.numel() for piece in pieces])
+        size += g.numel()
+    if len(params) > 1 and not workspace.pays(size, dtype, device):
+        joined: Tensor = _flatten_dense_tensors(gradients)
+        return joined.detach()
+    pieces = [g.detach().reshape(-1) for g in gradients if g is not None]
     return torch.cat(pieces, out=workspace.empty("gradient", size, dtype, device))
 
 

@@ -157,7 +157,7 @@ class ParameterVector:
         if self._single and not batch and first is not None and first.layout is torch.strided:
             return first.detach().flatten().clone()
         if self._uniform and not batch and all(_is_dense(t) for t in tensors):
-            if workspace is not None:
+            if workspace is not None and workspace.pays(self.size, self.dtype, self.device):
                 out = workspace.empty("gathered", self.size, self.dtype, self.device)
                 pieces = [t.detach().reshape(-1) for t in tensors if t is not None]
                 return torch.cat(pieces, out=out)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 __all__ = ["Workspace"]
 
+_SMALL = 2**20  # bytes; below, the C library keeps the memory anyway
+
 
 class Workspace:
     """Vectors that are written anew at each step.
@@ -17,6 +19,11 @@ class Workspace:
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+
+    @staticmethod
+    def pays(size: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether a vector is so large that its memory is better used again."""
+        return device.type == "cpu" and size * dtype.itemsize > _SMALL
 
     def empty(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A vector with arbitrary entries, the same one at the next call with this name.

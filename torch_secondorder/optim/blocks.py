@@ -76,10 +76,9 @@ class Block:
         self.curvature_step: Tensor = states[0]["curvature_step"]
         for state in states:
             state["step"], state["curvature_step"] = self.step, self.curvature_step
-        self._marks = [
-            (p.data_ptr(), p.dtype, id(state), id(state["exp_avg"]), id(state["exp_hessian"]))
-            for p, state in zip(params, states, strict=True)
-        ]
+        self._pointers = [p.data_ptr() for p in params]
+        self._dtypes = [p.dtype for p in params]
+        self._own = [[id(state[name]) for state in states] for name in MOMENTS]
         # The fused kernel goes through memory from end to end; in double precision people count
         # on more digits than it leaves to the first moment.
         self._fuses = all(
@@ -100,17 +99,13 @@ class Block:
 
     def intact(self, states: Any) -> bool:
         """Whether parameters and the optimizer's state still are where they were."""
-        return self._marks == [
-            (
-                p.data_ptr(),
-                p.dtype,
-                id(state),
-                id(state.get("exp_avg")),
-                id(state.get("exp_hessian")),
-            )
-            for p in self._params
-            if (state := states[p]) is not None
-        ]
+        return (
+            states.get(self._params[0]) is self._states[0]
+            and [p.data_ptr() for p in self._params] == self._pointers
+            and [p.dtype for p in self._params] == self._dtypes
+            and [id(state.get("exp_avg")) for state in self._states] == self._own[0]
+            and [id(state.get("exp_hessian")) for state in self._states] == self._own[1]
+        )
 
     def dissolve(self) -> None:
         """Gives each parameter a state of its own again."""
