@@ -1,0 +1,201 @@
+"""Products that the ten largest eigenvalues take, and the error of traces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .harness import load_ours, load_peer, progress
+from .networks import chain, images
+from .registry import Options, command
+from .report import Report, Table, number
+
+COUNT, TOLERANCE = 10, 1e-3
+
+
+def trained_cnn(samples: int, steps: int) -> tuple[nn.Module, Tensor, Tensor, str]:
+    """A network of 20,490 parameters after some steps of Adam, with its data in one batch."""
+    torch.manual_seed(0)
+    x, y, name = images(samples)
+    x = x.view(-1, 1, 28, 28)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 10),
+    )
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(steps):
+        chosen = torch.randint(len(x), (100,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+    return model, x, y, name
+
+
+Stop = Callable[[int, float, float, float], bool]
+
+
+def power_iteration(A: Any, stop: Stop, limit: int) -> tuple[list[float], int]:
+    """The eigenvalues of largest magnitude, one after the other, each orthogonal to the last ones.
+
+    Args:
+        A: The operator.
+        stop: Whether an eigenvalue is good enough: its place, itself, the value of the iteration
+            before, and its residual.
+        limit: The most products for each eigenvalue.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: list[Tensor] = []
+    values, products = [], 0
+    for place in range(COUNT):
+        v = torch.randn(A.size, dtype=A.dtype, generator=generator).to(A.device)
+        before = math.nan
+        for _ in range(limit):
+            for _ in range(2):
+                for u in found:
+                    v = v - (u @ v) * u
+            v = v / v.norm()
+            product = A @ v
+            products += 1
+            for u in found:
+                product = product - (u @ product) * u
+            value = float(v @ product)
+            if stop(place, value, before, float((product - value * v).norm())):
+                break
+            before, v = value, product
+        found.append(v / v.norm())
+        values.append(value)
+    return values, products
+
+
+class Captured:
+    """Takes an operator out of the diagnostics, to give it to others."""
+
+    def __init__(self, problem: Any) -> None:
+        from torch_secondorder.replay import Surroundings
+
+        ((_, _, _, self.operator),) = problem.evaluations(Surroundings())
+        self.products = 0
+
+    def scipy(self, linalg: Any) -> Any:
+        """The operator as SciPy takes it."""
+        n = self.operator.size
+
+        def multiply(v: Any) -> Any:
+            self.products += 1
+            return (self.operator @ torch.from_numpy(v).flatten().float()).double().numpy()
+
+        return linalg.LinearOperator((n, n), matvec=multiply, dtype="float64")
+
+
+def _error(values: list[float], reference: Tensor) -> float:
+    """The largest relative error, both in order of magnitude."""
+    sorted_values = torch.tensor(sorted(values, key=abs, reverse=True), dtype=torch.float64)
+    return float(((sorted_values - reference) / reference).abs().max())
+
+
+def eigenvalues(options: Options, report: Report) -> None:
+    """Counts products to a relative error of a thousandth."""
+    diagnostics = load_peer("torch_secondorder.diagnostics")
+    if diagnostics is None:
+        return
+    model, x, y, data = trained_cnn(200 if options.quick else 500, 30 if options.quick else 150)
+    loss = nn.functional.cross_entropy
+    problem = diagnostics.from_model(model, loss, (x, y))
+    ours = diagnostics.eigenpairs(problem, COUNT, "magnitude", tolerance=TOLERANCE)
+    wide = diagnostics.from_model(model.double(), loss, (x.double(), y))
+    reference = diagnostics.eigenpairs(wide, COUNT, "magnitude", tolerance=1e-8).values
+    model.float()
+    operator = Captured(problem).operator
+    limit = 50 if options.quick else 400
+    rules: dict[str, Stop] = {
+        "value changes by 1e-3 (PyHessian's rule)": lambda _, value, before, __: (
+            abs(value - before) < TOLERANCE * abs(value)
+        ),
+        "residual below 1e-3 of the value": lambda _, value, __, residual: (
+            residual <= TOLERANCE * abs(value)
+        ),
+        "value right to 1e-3, told by an oracle": lambda place, value, _, __: (
+            abs(value - reference[place]) <= TOLERANCE * abs(reference[place])
+        ),
+    }
+    table = Table(
+        f"The {COUNT} eigenvalues of largest magnitude, {problem.size} parameters, {data}",
+        ["method", "products", "ours / these", "largest error"],
+    )
+
+    def add(name: str, products: int, values: list[float]) -> None:
+        error = _error(values, reference)
+        share = ours.products / products
+        table.add(name, products, number(share, 2), number(error, 2))
+        result = {"products": products, "ratio": share, "error": error}
+        report.record(f"diagnostics.eigenvalues.{name}", result)
+
+    add("eigenpairs, tolerance 1e-3", ours.products, ours.values.tolist())
+    for name in progress(list(rules), "power iteration"):
+        values, products = power_iteration(operator, rules[name], limit)
+        add(f"power iteration, {name}", products, values)
+    linalg = load_peer("scipy.sparse.linalg", "scipy")
+    if linalg is not None:
+        captured = Captured(problem)
+        values = linalg.eigsh(captured.scipy(linalg), COUNT, tol=TOLERANCE)[0].tolist()
+        add("SciPy's eigsh (ARPACK), tol 1e-3", captured.products, values)
+    report.show(table)
+
+
+def traces(options: Options, report: Report) -> None:
+    """Measures relative errors of traces, root mean square over draws."""
+    diagnostics = load_peer("torch_secondorder.diagnostics")
+    hutchinson = load_ours("torch_secondorder.curvature", "Hutchinson")
+    if diagnostics is None or hutchinson is None:
+        return
+    torch.manual_seed(0)
+    model = chain([10, 20, 20, 5], nn.Tanh).double()
+    x, y = torch.randn(200, 10, dtype=torch.float64), torch.randint(5, (200,))
+    problem = diagnostics.from_model(model, nn.functional.cross_entropy, (x, y))
+    operator = Captured(problem).operator
+    exact = diagnostics.trace(operator, operator.size).value
+    generator = torch.Generator().manual_seed(0)
+
+    def plain(count: int) -> float:
+        estimate: float = hutchinson(count)(operator, generator).sum().item()
+        return estimate
+
+    def plus(count: int) -> float:
+        estimate: float = diagnostics.trace(operator, count, generator=generator).value
+        return estimate
+
+    counts, draws = (12, 30, 90, 240), 3 if options.quick else 30
+    table = Table(
+        f"Relative error of a trace ({operator.size} parameters) by products",
+        ["method", *map(str, counts)],
+    )
+    for name, method in {"trace (Hutch++)": plus, "Hutchinson": plain}.items():
+        errors = []
+        for count in progress(counts, name):
+            squares = [(method(count) / exact - 1) ** 2 for _ in range(draws)]
+            errors.append(math.sqrt(sum(squares) / draws))
+        table.add(name, *map(partial(number, digits=2), errors))
+        report.record(f"diagnostics.trace.{name}", dict(zip(counts, errors, strict=True)))
+    report.show(table)
+
+
+PARTS = {"eigenvalues": eigenvalues, "trace": traces}
+
+
+@command("diagnostics", "products for eigenvalues, beside power iteration; traces", tuple(PARTS))
+def run(options: Options, report: Report) -> None:
+    """Runs the parts."""
+    for name, part in PARTS.items():
+        if options.wants(name):
+            part(options, report)
