@@ -82,6 +82,9 @@ def real(tensor: Tensor) -> Tensor:
 class Reference(ABC):
     """A diagonal optimizer as its paper has it.
 
+    Attributes:
+        warm_up: How many steps at the beginning all estimate, but no more than a period.
+
     Args:
         groups: Parameters and all hyperparameters.
         period: Steps from one estimate to the next.
@@ -89,6 +92,8 @@ class Reference(ABC):
         seed: Of the probes.
         maximize: Whether to maximize.
     """
+
+    warm_up = 1
 
     def __init__(
         self,
@@ -113,7 +118,7 @@ class Reference(ABC):
     def step(self, loss: Callable[[], Tensor], factor: float = 1.0) -> None:
         """One step; the gradient and the diagonal count `factor` times."""
         params = self.params
-        due = self.steps % self.period == 0
+        due = self.steps < min(self.period, self.warm_up) or self.steps % self.period == 0
         self.steps += 1
         value = loss()
         gradients = torch.autograd.grad(value, params, create_graph=due, allow_unused=True)
@@ -194,6 +199,8 @@ class Reference(ABC):
 
 class PlainAdaHessian(Reference):
     """Yao et al. 2021, algorithm 1."""
+
+    warm_up = 10
 
     def bend(self, group: dict[str, Any], state: dict[str, Any], h: Tensor, p: Tensor) -> None:
         magnitudes = h.abs().clone()

@@ -484,6 +484,18 @@ def test_what_has_no_gradient_may_be_frozen_or_thawed(kind: Any, freeze: bool) -
     assert_same(trained(True), trained(False))  # whatever the signs: the Hessian is diagonal
 
 
+def test_the_first_steps_all_estimate() -> None:
+    """One noisy estimate would lead astray until the next."""
+    for period, expected in ((1, [0, 1, 2]), (3, [0, 1, 2, 3, 6]), (15, [*range(10), 15])):
+        p = nn.Parameter(torch.ones(2, dtype=DOUBLE))
+        optimizer = AdaHessian([p], update_period=period)
+        due = []
+        for step in range(expected[-1] + 1):
+            due += [step] if optimizer.curvature_due else []
+            optimizer.step(standard(optimizer, lambda p=p: (p**4).sum()))
+        assert due == expected
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("kind", [AdaHessian, Sophia])
 def test_a_parameter_added_where_no_curvature_is_due_waits_for_it(
@@ -497,7 +509,8 @@ def test_a_parameter_added_where_no_curvature_is_due_waits_for_it(
         optimizer.step(standard(optimizer, lambda: (first**4).sum() + (late**4).sum()))
         return [q - p for p, q in zip(before, values([first, late]), strict=True)]
 
-    step()
+    for _ in range(4):  # the first three all estimate, and the fourth does
+        step()
     optimizer.add_param_group({"params": [late], "lr": 0.05})
     for _ in range(2):
         assert not optimizer.curvature_due

@@ -185,7 +185,8 @@ def test_a_loop_without_closure_is_the_same(kind: str, period: int) -> None:
         task = Task()
         optimizer = KINDS[kind](task.model.parameters(), update_period=period)
         for step in range(6):
-            assert optimizer.curvature_due is (step % period == 0)
+            due = step % period == 0 or (kind == "AdaHessian" and step < period)
+            assert optimizer.curvature_due is due
             if closure:
                 loss = optimizer.step(standard(optimizer, task.loss))
                 assert loss is not None
@@ -193,7 +194,7 @@ def test_a_loop_without_closure_is_the_same(kind: str, period: int) -> None:
                 optimizer.zero_grad()
                 task.loss().backward(create_graph=optimizer.curvature_due)
                 assert optimizer.step() is None
-                assert optimizer.info.products == (step % period == 0)
+                assert optimizer.info.products == due
             assert optimizer.info.status is StepStatus.MOVED
             for p in task.model.parameters():
                 assert p.grad is not None and p.grad.grad_fn is None
@@ -278,9 +279,11 @@ def test_what_was_accumulated_outside_counts_where_no_curvature_is_due(kind: str
     optimizer, expected = (
         KINDS[kind](t.model.parameters(), update_period=3) for t in (task, other)
     )
-    optimizer.step(standard(optimizer, lambda: eval_loss(task)))
-    expected.step(standard(expected, lambda: eval_loss(other)))
+    for _ in range(4):
+        optimizer.step(standard(optimizer, lambda: eval_loss(task)))
+        expected.step(standard(expected, lambda: eval_loss(other)))
     for _ in range(2):
+        assert not optimizer.curvature_due
         optimizer.zero_grad()
         eval_loss(task, slice(0, 3)).backward()
 
@@ -673,8 +676,10 @@ def test_unscaling_and_clipping_where_no_curvature_is_due(kind: str) -> None:
         KINDS[kind](t.model.parameters(), update_period=2) for t in (task, other)
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaled_step(task, optimizer, scaler, task.loss)
-    expected.step(standard(expected, other.loss))
+    for _ in range(3):
+        scaled_step(task, optimizer, scaler, task.loss)
+        expected.step(standard(expected, other.loss))
+    assert not optimizer.curvature_due
     optimizer.zero_grad()
     scaler.scale(task.loss()).backward()
     scaler.unscale_(optimizer)
@@ -813,7 +818,7 @@ def test_curvature_is_due_again_where_the_first_was_not_finite(kind: str) -> Non
     optimizer.step(standard(optimizer, lambda: kinked(p, 0.0)))
     assert optimizer.curvature_due
     optimizer.step(standard(optimizer, lambda: kinked(p, 1.0)))
-    assert not optimizer.curvature_due
+    assert optimizer.curvature_due is (kind == "AdaHessian")  # whose first ten all estimate
     assert p.all()
 
 

@@ -37,7 +37,8 @@ class AdaHessian(DiagonalOptimizer):
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
         hessian_power: `k`: one for Newton-like steps, less for steps closer to the gradient.
-        update_period: Steps from one estimate of the curvature to the next.
+        update_period: Steps from one estimate of the curvature to the next. The first of them, ten
+            at most, all estimate: with one noisy estimate to go by, the first steps go anywhere.
         average_block: `"spatial"` averages `|z * Hz|` over all dimensions of a parameter but the
             first two, which are the kernels of a convolution; an integer also over that many
             neighboring entries of parameters with one or two dimensions; None not at all.
@@ -77,6 +78,7 @@ class AdaHessian(DiagonalOptimizer):
 
     _recognized_by = "hessian_power"
     _magnitudes = True
+    _warm_up = 10
 
     def __init__(
         self,

@@ -39,6 +39,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _carried = (*SecondOrderOptimizer._carried, "estimator")
+    #: How many of the first steps all estimate the curvature, though no more than a period.
+    _warm_up = 1
     #: Whether an update takes absolute values of the diagonal.
     _magnitudes = False
 
@@ -73,7 +75,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
         For loops without a closure: `loss.backward(create_graph=optimizer.curvature_due)`.
         """
-        return self._overdue or self._steps % int(self.param_groups[0]["update_period"]) == 0
+        period = int(self.param_groups[0]["update_period"])
+        warming_up = self._steps < min(period, self._warm_up)
+        return self._overdue or warming_up or self._steps % period == 0
 
     def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step.
