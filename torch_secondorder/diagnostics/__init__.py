@@ -1,0 +1,28 @@
+"""What the curvature of a loss is like: eigenvalues, trace, spectrum, definiteness, information."""
+
+from torch_secondorder.diagnostics.definite import Definiteness, definiteness
+from torch_secondorder.diagnostics.eigen import Eigenpairs, eigenpairs
+from torch_secondorder.diagnostics.hutchpp import TraceEstimate, trace
+from torch_secondorder.diagnostics.information import ObservedInformation, observed_information
+from torch_secondorder.diagnostics.local import SecondOrderModel, second_order_model
+from torch_secondorder.diagnostics.problem import Problem
+from torch_secondorder.diagnostics.source import from_closure, from_model
+from torch_secondorder.diagnostics.spectrum import SpectralDensity, spectral_density
+
+__all__ = [
+    "Definiteness",
+    "Eigenpairs",
+    "ObservedInformation",
+    "Problem",
+    "SecondOrderModel",
+    "SpectralDensity",
+    "TraceEstimate",
+    "definiteness",
+    "eigenpairs",
+    "from_closure",
+    "from_model",
+    "observed_information",
+    "second_order_model",
+    "spectral_density",
+    "trace",
+]
