@@ -131,6 +131,16 @@ def find_fashion_mnist(data_dir: Path | None = None) -> Path:
     return directory
 
 
+def best_available(data_dir: Path | None = None) -> str:
+    """Names Fashion-MNIST where a directory is given or the files are found, else the digits."""
+    if data_dir is None:
+        try:
+            find_fashion_mnist()
+        except FileNotFoundError:
+            return "digits"
+    return "fashion-mnist"
+
+
 def read_idx(path: Path) -> Tensor:
     """Reads a file of unsigned bytes in the IDX format of the MNIST family.
 

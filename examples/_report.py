@@ -11,6 +11,8 @@ from typing import Any
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 
+Line = tuple[Sequence[float], Sequence[float]]
+
 
 @dataclass
 class Curve:
@@ -64,6 +66,28 @@ def plot_curves(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_spread(axes: Any, lines: Sequence[Line], i: int, label: str) -> None:
+    """Draws the mean of several lines, and shades where all of them are.
+
+    Args:
+        axes: Where to.
+        lines: The same quantity in several runs, each along its own rising abscissas.
+        i: Which look the line has, see `line_style`.
+        label: For the legend.
+    """
+    import numpy as np
+
+    # Only where all runs have been; each has points of its own.
+    start, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+    common = np.unique([v for x, _ in lines for v in x if start <= v <= end])
+    values = np.array([np.interp(common, x, y) for x, y in lines])
+    look = line_style(i)
+    axes.plot(common, values.mean(axis=0), label=label, **look)
+    axes.fill_between(
+        common, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.15, lw=0
+    )
 
 
 def pyplot() -> Any:

@@ -34,6 +34,16 @@ CONTENDERS = {
         "SGD, momentum 0.9", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9), batch_size=128
     ),
     "adam": Contender("Adam", lambda p: torch.optim.Adam(p, lr=1e-3), batch_size=128),
+    "adahessian": Contender(
+        "AdaHessian (ours)",
+        lambda p: torch_secondorder.AdaHessian(p, lr=0.03, update_period=10),
+        batch_size=128,
+    ),
+    "sophia": Contender(
+        "Sophia (ours)",
+        lambda p: torch_secondorder.Sophia(p, lr=3e-4, gamma=1.0, estimator="gnb"),
+        batch_size=128,
+    ),
     "torch-lbfgs": Contender(
         "torch.optim.LBFGS",
         lambda p: torch.optim.LBFGS(p, max_iter=10, line_search_fn="strong_wolfe"),

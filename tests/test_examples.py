@@ -60,11 +60,13 @@ def test_the_main_job_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:
     assert [row.split("  ")[0] for row in rows] == [
         "SGD, momentum 0.9",
         "Adam",
+        "AdaHessian (ours)",
+        "Sophia (ours)",
         "torch.optim.LBFGS",
         "LBFGS (ours)",
         "NewtonCG (ours)",
     ]
-    assert float(rows[-1].split()[-5]) < 1.0  # the loss fell, from 2.3
+    assert all(float(row.split()[-5]) < 2.3 for row in rows)  # where all begin
     plot = tmp_path / "compare_optimizers.png"
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "100%" in done.stderr  # a progress bar
@@ -171,3 +173,23 @@ def test_a_broken_idx_file_is_refused(tiny_fashion_mnist: Path) -> None:
     assert done.returncode == 1
     assert "train-images-idx3-ubyte.gz" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_classifier(tmp_path: Path) -> None:
+    done = run_example(
+        *("--dataset", "digits", "--optimizers", "adahessian,sgd", "--seeds", "2"),
+        *("--seconds", "0.3", "--tuning-seconds", "0.1"),
+        cwd=tmp_path,
+        script="train_classifier.py",
+    )
+    assert done.returncode == 0, done.stderr
+    header = ("learning rate", "steps", "time a step", "training loss", "test accuracy, %")
+    start = next(i for i, line in enumerate(done.stdout.splitlines()) if "learning rate " in line)
+    lines = done.stdout.splitlines()[start:]
+    assert all(name in lines[0] for name in header)
+    ours, sgd = lines[2:4]
+    assert ours.startswith("AdaHessian (ours)") and sgd.startswith("SGD, momentum 0.9")
+    assert "±" in ours
+    assert any(line.startswith("highest test accuracy: ") for line in lines)
+    assert (tmp_path / "train_classifier.png").read_bytes().startswith(b"\x89PNG")

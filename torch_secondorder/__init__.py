@@ -1,5 +1,6 @@
 """Second-order optimization for PyTorch, driven by the standard closure."""
 
+from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
 from torch_secondorder.capture import mark_outputs
 from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.optim import (
@@ -23,5 +24,11 @@ __all__ = [
     "Sophia",
     "StepInfo",
     "StepStatus",
+    "curvature",
+    "diagnostics",
+    "func",
+    "globalization",
     "mark_outputs",
+    "penalties",
+    "solvers",
 ]

@@ -3,7 +3,7 @@
 To add one: write a module with a function under `@command(...)`, and import it here.
 """
 
-from . import capture, diagnostics, diagonal, lbfgs, newton, products
+from . import capture, diagnostics, diagonal, jacobian, lbfgs, newton, penalties, products
 from .registry import COMMANDS, Command, Options, command
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "command",
     "diagnostics",
     "diagonal",
+    "jacobian",
     "lbfgs",
     "newton",
+    "penalties",
     "products",
 ]

@@ -1,0 +1,28 @@
+"""Derivatives of pure functions, in the style of `torch.func`.
+
+Functions take and return trees of tensors, and compose with `torch.func.vmap`, `grad` and
+`torch.compile`.
+"""
+
+from torch.func import jvp, vjp
+
+from torch_secondorder.func.batches import batch_jacobian
+from torch_secondorder.func.checks import DerivativeReport, Discrepancy, check_derivatives
+from torch_secondorder.func.jacobians import jacobian
+from torch_secondorder.func.modules import module_jacobian
+from torch_secondorder.func.products import ggnvp, hessian_diagonal, hvp, vhp
+
+__all__ = [
+    "DerivativeReport",
+    "Discrepancy",
+    "batch_jacobian",
+    "check_derivatives",
+    "ggnvp",
+    "hessian_diagonal",
+    "hvp",
+    "jacobian",
+    "jvp",
+    "module_jacobian",
+    "vhp",
+    "vjp",
+]

@@ -1,0 +1,86 @@
+"""The transformations of `torch.func` that the others are made of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import jvp, vjp, vmap
+
+__all__ = ["derivative", "pullback", "push", "vectorized"]
+
+
+def derivative(f: Callable[..., Any], inputs: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """The change of a function's value along a direction, in forward mode.
+
+    Raises:
+        NotImplementedError: An operation has no rule for forward mode.
+    """
+    if not torch.compiler.is_compiling():
+        _load_rules()
+    try:
+        return jvp(f, inputs, tangents)[1]
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            "an operation in the function has no forward mode: take `vhp` in the place of `hvp`, "
+            f"and mode='reverse' for a Jacobian ({error})"
+        ) from error
+
+
+def pullback(f: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
+    """The value of a function, and what multiplies with its Jacobian from the left."""
+    return cast("tuple[Any, Callable[..., tuple[Any, ...]]]", vjp(f, *inputs))
+
+
+@cache
+def _load_rules() -> None:
+    # Its first use makes torch compile some rules of forward mode, with a way of its own that it
+    # warns of. That is no business of our callers, who may have made warnings errors.
+    load = getattr(forward_ad, "_maybe_load_decompositions", None)  # it is not public
+    if load is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            load()
+
+
+def push(
+    f: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The products of the Jacobian with many directions.
+
+    Args:
+        f: A function of tensors, whose outputs are tensors.
+        inputs: Where its Jacobian is taken.
+        tangents: For each input a tensor of shape `(k, *input.shape)`.
+
+    Returns:
+        For each output a tensor of shape `(k, *output.shape)`.
+
+    Raises:
+        RuntimeError: `f` draws random numbers, or has an operation without forward mode.
+    """
+
+    def one(*tangents: Tensor) -> tuple[Tensor, ...]:
+        return cast("tuple[Tensor, ...]", derivative(f, tuple(inputs), tangents))
+
+    return cast("tuple[Tensor, ...]", vectorized(one, *tangents))
+
+
+def vectorized(f: Callable[..., Any], *arguments: Any) -> Any:
+    """`vmap(f)(*arguments)`, with an error that says what to do about random numbers."""
+    try:
+        return vmap(f)(*arguments)
+    except RuntimeError as error:
+        if "randomness" not in str(error):
+            raise
+        raise RuntimeError(
+            "the function draws random numbers (dropout in train mode?), which would differ from "
+            "one product to the next: put the module into eval mode, draw outside of the function "
+            "and close over the numbers, or take jacobian(..., mode='reverse'), which calls the "
+            "function once"
+        ) from error

@@ -1,0 +1,166 @@
+"""The penalty of the contractive autoencoder, in closed form where the encoder allows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_secondorder.penalties.chain import Chain, changes, largest, mean_squared_norm
+from torch_secondorder.penalties.checks import (
+    check_choice,
+    check_count,
+    check_fits,
+    check_outputs,
+    check_samples,
+    check_separate,
+)
+from torch_secondorder.penalties.jacobian import differentiated, exact_rows, projected_rows
+from torch_secondorder.penalties.layers import chain_of, slope_from_output, stack_of
+from torch_secondorder.penalties.squares import squared_sum
+
+__all__ = ["contractive_penalty"]
+
+# What "auto" spends, in bytes of the largest array. Products of a chain take a few large matrix
+# products; a Jacobian by differentiation a backward pass for each of its rows.
+_LARGEST_CHAIN = 2**28
+_LARGEST_JACOBIAN = 2**26
+
+
+def contractive_penalty(
+    encoder: Callable[[Tensor], Tensor],
+    x: Tensor,
+    method: Literal["auto", "exact", "projection"] = "auto",
+    *,
+    noise: float | None = None,
+    n_noise: int = 1,
+    n_projections: int = 1,
+    generator: torch.Generator | None = None,
+    code: Tensor | None = None,
+) -> Tensor:
+    """Squared Frobenius norm of an encoder's Jacobian, in the mean over the batch.
+
+    The penalty of the contractive autoencoder (Rifai et al. 2011, "Contractive auto-encoders:
+    explicit invariance during feature extraction"). With `noise`, that of the higher-order
+    contractive autoencoder instead, `E|J(x) - J(x + e)|^2` for `e` from `N(0, noise^2)`, which
+    holds the curvature down (Rifai et al. 2011, "Higher order contractive auto-encoder"); a loss
+    adds both, each with its own weight.
+
+    How it is computed depends on the encoder:
+
+    * a `Linear` with elementwise activations of `torch.nn`, in `Sequential`s or alone, maybe behind
+      a `Flatten`: in closed form, for sigmoid units `sum_i (h_i (1 - h_i))^2 sum_j W_ij^2`;
+    * several of them: the product of their Jacobians, from the end that makes it cheaper;
+    * anything else, and modules with hooks or replaced forwards: by differentiation, exactly where
+      the Jacobians of the batch take at most 64 MiB, else by random projections, see
+      `jacobian_penalty`. `"auto"` goes there as well from products that take more than 256 MiB.
+
+    It can be differentiated any number of times.
+
+    Args:
+        encoder: Maps a batch to a batch, each sample on its own.
+        x: Shape `(n, ...)`, real and floating-point.
+        method: `"auto"`; `"exact"`, for no projections whatever the size; or `"projection"`, for
+            nothing else.
+        noise: Standard deviation of the noise.
+        n_noise: Noisy copies of each sample.
+        n_projections: Random vectors for each sample.
+        generator: Where noise and random vectors come from.
+        code: What `encoder(x)` gave, where the loss has it already: for one layer of sigmoid, tanh
+            or ReLU units it saves calling the encoder again, which is most of the cost.
+
+    Returns:
+        A 0-dim tensor with a graph, unless gradients are disabled.
+
+    Raises:
+        TypeError: `x` or the encoder's output is not a real floating-point tensor.
+        ValueError: The encoder has BatchNorm that uses the statistics of the batch; its output, or
+            `code`, is not one for each sample, or has no graph; `"exact"` does not fit into memory;
+            `noise` is not positive, a number less than one, or `method` unknown.
+
+    >>> encoder = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Sigmoid())
+    >>> for p in encoder.parameters():
+    ...     _ = torch.nn.init.zeros_(p)
+    >>> _ = torch.nn.init.ones_(encoder[0].weight)
+    >>> contractive_penalty(encoder, torch.zeros(3, 2)).item()  # (1/4)^2 (1 + 1)
+    0.125
+    """
+    check_choice("method", method, ("auto", "exact", "projection"))
+    check_count("n_projections", n_projections)
+    check_count("n_noise", n_noise)
+    if noise is not None and not 0 < noise < math.inf:
+        raise ValueError(f"noise is a positive standard deviation, or None, got {noise!r}")
+    check_samples(x)
+    check_separate(encoder)
+    if code is not None:
+        check_outputs(code, len(x), "code")
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        points = x if noise is None else _with_noise(x, noise, n_noise, generator)
+        value = None
+        if method != "projection":
+            value = _in_closed_form(encoder, points, len(x), code, force=method == "exact")
+        if value is None:
+            value = _by_differentiation(encoder, points, len(x), method, n_projections, generator)
+    return value if differentiable else value.detach()
+
+
+def _with_noise(x: Tensor, noise: float, n_noise: int, generator: torch.Generator | None) -> Tensor:
+    """The batch, and noisy copies of it behind."""
+    shape = n_noise * len(x), *x.shape[1:]
+    drawn = torch.randn(shape, dtype=x.dtype, device=x.device, generator=generator)
+    copies = x.repeat(n_noise, *[1] * (x.dim() - 1))
+    return torch.cat([x, copies + noise * drawn])
+
+
+def _in_closed_form(
+    encoder: Callable[[Tensor], Tensor], points: Tensor, n: int, code: Tensor | None, *, force: bool
+) -> Tensor | None:
+    """From the layers of the encoder; None where it has others, or is too large and not forced."""
+    modules = stack_of(encoder, points)
+    if modules is None:
+        return None
+    weights = [m.weight for m in modules if isinstance(m, nn.Linear)]
+    numbers = largest(weights)
+    if force:
+        check_fits((len(points), numbers), weights[0])
+    elif len(weights) > 1 and len(points) * numbers * weights[0].element_size() > _LARGEST_CHAIN:
+        return None
+    slope = None if code is None else slope_from_output(modules, code)
+    if code is None or slope is None:
+        return mean_squared_norm(chain_of(modules, points), n)
+    if code.shape != (n, len(weights[0])):
+        raise ValueError(f"code has shape {tuple(code.shape)}, not {(n, len(weights[0]))}")
+    if weights[0].requires_grad and not code.requires_grad:
+        raise ValueError(
+            "code has no graph, and gradients would lack what passes through it: give what "
+            "encoder(x) returned, not detached"
+        )
+    if len(points) > n:
+        slope = torch.cat([slope, *chain_of(modules, points[n:]).slopes])
+    return mean_squared_norm(Chain(weights, [slope]), n)
+
+
+def _by_differentiation(
+    encoder: Callable[[Tensor], Tensor],
+    points: Tensor,
+    n: int,
+    method: str,
+    n_projections: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """From derivatives by the input."""
+    point = differentiated(points)
+    y = encoder(point)
+    check_outputs(y, len(points), "encoder(x)")
+    size = y.numel() * point[0].numel() * y.element_size()
+    if method == "exact" or (method == "auto" and size <= _LARGEST_JACOBIAN):
+        rows, scale = exact_rows(y, point), 1.0
+    else:
+        copies = len(points) // n
+        rows, scale = projected_rows(y, point, n_projections, generator, copies)
+    change = changes(rows.transpose(0, 1), n)
+    return squared_sum(change) * (scale / len(change))
