@@ -36,6 +36,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["newton", "--part", "problems"], "newton.problems.wood.", "NewtonCG / LBFGS (ours)"),
         (["newton", "--part", "autoencoder"], "newton.autoencoder.NewtonCG", "NewtonCG"),
         (["newton", "--part", "pinn"], "newton.pinn.NewtonCG", "NewtonCG"),
+        (["diagonal", "--part", "steps"], "diagonal.steps.", "AdaHessian/10"),
+        (["diagonal", "--part", "memory"], "diagonal.memory.", "Sophia-G"),
+        (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
+        (["diagonal", "--part", "scaling"], "diagonal.scaling.", "AdaHessian, 10 probes"),
+        (["jacobian"], "jacobian.one", "ours"),
     ],
 )
 def test_a_sub_command_prints_a_table_and_writes_json(
