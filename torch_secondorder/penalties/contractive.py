@@ -58,7 +58,7 @@ def contractive_penalty(
       the Jacobians of the batch take at most 64 MiB, else by random projections, see
       `jacobian_penalty`. `"auto"` goes there as well from products that take more than 256 MiB.
 
-    It can be differentiated any number of times.
+    It can be differentiated any number of times, in closed form by transforms of `torch.func` too.
 
     Args:
         encoder: Maps a batch to a batch, each sample on its own.

@@ -37,7 +37,8 @@ def jacobian_penalty(
     and needs one backward pass of `n_projections` times the batch (Hoffman, Roberts and Yaida 2019,
     "Robust learning with Jacobian regularization"; their loss has half of this value). `"exact"`
     takes all of the Jacobian, by rows or by columns, whichever are fewer. Either is one batched
-    pass, and can be differentiated any number of times, by parameters and by `x`.
+    pass, and can be differentiated any number of times, by parameters and by `x`. Inside transforms
+    of `torch.func`, `x` has to be what is differentiated by.
 
     Args:
         f: Maps a batch to a batch, each sample on its own. Its operations need two derivatives,
@@ -47,7 +48,7 @@ def jacobian_penalty(
         n_projections: Vectors for each sample.
         generator: Where they come from, on the device of the outputs.
         outputs: What `f(x)` gave, where the loss has it already and `x` required a gradient then:
-            saves another call of `f`, and half the cost of the penalty with one projection.
+            saves another call of `f`, about a third of what one projection costs.
 
     Returns:
         A 0-dim tensor with a graph, unless gradients are disabled.
