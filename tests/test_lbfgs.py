@@ -326,6 +326,7 @@ def test_every_ending_has_its_name(
 
 
 OF_OTHERS = {
+    StepStatus.NO_CURVATURE,
     StepStatus.NONFINITE_PRODUCTS,
     StepStatus.MOVED,
     StepStatus.MOVED_ON_OLD_CURVATURE,
