@@ -139,7 +139,7 @@ def describe(images: Images, model: nn.Sequential, seconds: float) -> str:
     return (
         f"{images.name}: {len(images.train_y):,} training and {len(images.test_y):,} test images; "
         f"network {widths} ({sum(p.numel() for p in model.parameters()):,} parameters); "
-        f"{seconds:g} s for each optimizer"
+        f"{seconds:.3g} s for each optimizer"
     )
 
 
