@@ -17,13 +17,13 @@ from .networks import chain
 from .registry import Options
 from .report import Report, Table, seconds
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 # Inputs, hidden units, and decades between the largest and the smallest unit.
 SIZES = ((2, 8, 3.0), (20, 30, 2.0))
 TARGETS = (0.1, 0.03)
 LIMIT = 600
 ADAM_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-RATES = (0.1, 0.15, 0.3, 0.6, 1.0, 2.0)
+RATES = (0.1, 0.15, 0.3, 0.6, 1.0, 2.0, 4.0)
 SOPHIA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
