@@ -30,7 +30,15 @@ from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.workspace import Workspace
 
-__all__ = ["GradientTrace", "Outcome", "SingleEvaluation", "Watch", "without_autocast"]
+__all__ = [
+    "GradientTrace",
+    "Outcome",
+    "SingleEvaluation",
+    "Watch",
+    "averaged",
+    "nonzero",
+    "without_autocast",
+]
 
 
 class Watch(Protocol):
@@ -100,7 +108,7 @@ class GradientTrace:
         if not any(self._marks):
             return True
         # Looked at only where there were gradients before.
-        return any(p.grad is not None and _any_nonzero(p.grad) for p in params)
+        return any(p.grad is not None and nonzero(p.grad) for p in params)
 
 
 class SingleEvaluation:
@@ -254,7 +262,7 @@ class _Relay:
         joined = _join(gradients, params, evaluation._workspace)
         if joined is None:
             copies = [None if g is None else g.detach().clone() for g in gradients]
-            return _averaged(copies, params, evaluation._surroundings)
+            return averaged(copies, params, evaluation._surroundings)
         joined = average(joined)
         views = list(_unflatten_dense_tensors(joined, params))
         evaluation._joined = joined, views
@@ -266,7 +274,7 @@ class _Relay:
         evaluation = self._evaluation
         # Zeros are what zero_grad(set_to_none=False) leaves.
         if evaluation._functional or not any(
-            p.grad is not None and _any_nonzero(p.grad) for p in evaluation._params
+            p.grad is not None and nonzero(p.grad) for p in evaluation._params
         ):
             return
         evaluation._accumulated = True
@@ -312,14 +320,14 @@ def _join(
     return torch.cat(pieces, out=workspace.empty("gradient", size, dtype, device))
 
 
-def _any_nonzero(gradient: Tensor) -> bool:
+def nonzero(gradient: Tensor) -> bool:
     """Whether any entry is not zero."""
     gradient = gradient.detach()
     values = gradient if gradient.layout is torch.strided else gradient.to_dense()
     return bool(values.any())
 
 
-def _averaged(
+def averaged(
     gradients: Sequence[Tensor | None], params: Sequence[Tensor], surroundings: Surroundings
 ) -> Sequence[Tensor | None]:
     """The mean over the ranks; one message for each dtype and device."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import ReferenceType, ref
@@ -16,6 +17,7 @@ from torch_secondorder.optim.arrangement import Arrangement
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
 from torch_secondorder.optim.blocks import Block, as_real
 from torch_secondorder.optim.info import StepInfo
+from torch_secondorder.optim.observation import Observation
 from torch_secondorder.optim.present import Scaling, present_gradients
 from torch_secondorder.optim.seen import Seen, Verdict, judge
 from torch_secondorder.single import GradientTrace, Outcome, SingleEvaluation
@@ -43,6 +45,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _warm_up = 1
     #: Whether an update takes absolute values of the diagonal.
     _magnitudes = False
+    _observation: Observation | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], estimator: DiagonalEstimator) -> None:
         self.estimator = estimator
@@ -73,11 +76,55 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def curvature_due(self) -> bool:
         """Whether the next step estimates the curvature.
 
-        For loops without a closure: `loss.backward(create_graph=optimizer.curvature_due)`.
+        For loops without a closure that leave `watching` out and keep the graph themselves:
+        `loss.backward(create_graph=optimizer.curvature_due)`.
         """
         period = int(self.param_groups[0]["update_period"])
         warming_up = self._steps < min(period, self._warm_up)
         return self._overdue or warming_up or self._steps % period == 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A context for forward and backward pass, in loops that call `step()` without a closure.
+
+        Where the coming step estimates the curvature, `loss.backward()` inside does what it does in
+        a closure: the estimate is taken while it runs, no graph is kept, and `p.grad` may be
+        clipped or changed afterwards. Else the context does nothing. Micro-batches may run in one
+        context, or each in one of its own; what they add to gradients and curvature adds up until
+        the step, or until the gradients are zeroed.
+
+        Raises:
+            RuntimeError: At `backward()`: a second derivative is missing, or there were gradients
+                already. A step whose gradients are not all from inside raises as well.
+
+        >>> from torch_secondorder import AdaHessian
+        >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> optimizer = AdaHessian([x], lr=1.0)
+        >>> with optimizer.watching():
+        ...     (500 * x[0] ** 2 + x[1] ** 2).backward()
+        >>> optimizer.step()
+        >>> bool(x.detach().abs().max() < 1e-4)
+        True
+        """
+        params = self._trainable
+        if not params or not self.curvature_due:
+            yield
+            return
+        if self._observation is not None and not self._observation.continues(params):
+            self._forget_observation()
+        if self._observation is None:
+            self._observation = Observation(params, self._watch(params), self._surroundings)
+        try:
+            with self._observation:
+                yield
+        except BaseException:
+            self._forget_observation()
+            raise
+
+    def _forget_observation(self) -> None:
+        if self._observation is not None:
+            self._observation.close()
+            self._observation = None
 
     def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step.
@@ -85,8 +132,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         Args:
             closure: The standard closure (zero the gradients, compute the loss, call `backward()`,
                 return the loss), or a `FunctionalObjective`. None where gradients are there
-                already: made by `loss.backward(create_graph=True)` for a step whose curvature is
-                due, see `curvature_due`.
+                already: made inside `watching()`, or by `loss.backward(create_graph=True)` for a
+                step whose curvature is due, see `curvature_due`.
 
         Returns:
             The closure's loss, detached; None without a closure.
@@ -102,13 +149,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         params = self._trainable
         if not params:
             raise RuntimeError("no parameter requires a gradient: all of them are frozen")
-        watch = self._watch(params) if self.curvature_due else None
         with torch.no_grad():
             if closure is None:
-                scaling = Scaling(self)
-                found = present_gradients(type(self).__name__, params, watch, scaling)
-                self._advance(params, Outcome(None, found), watch, scaling.inverse, None)
+                self._step_on_present(params)
                 return None
+            self._forget_observation()
+            watch = self._watch(params) if self.curvature_due else None
             evaluation = SingleEvaluation(
                 closure, params, self._surroundings, self._stale, self._workspace
             )
@@ -117,6 +163,19 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             factor = parts if outcome.accumulated else 1
             self._advance(params, outcome, watch, None, evaluation, factor)
             return outcome.loss
+
+    def _step_on_present(self, params: Sequence[Tensor]) -> None:
+        """A step without a closure."""
+        name, scaling, seen = type(self).__name__, Scaling(self), self._observation
+        self._forget_observation()
+        watch = None
+        if seen is not None and seen.calls:
+            seen.check(name, scaling)
+            found, watch = present_gradients(name, params, None, scaling), seen.watch
+        else:
+            watch = self._watch(params) if self.curvature_due else None
+            found = present_gradients(name, params, watch, scaling)
+        self._advance(params, Outcome(None, found), watch, scaling.inverse, None)
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
         if self._vector is None or not self._vector.matches(params, None):
@@ -228,6 +287,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._overdue = bool(state.get("overdue", False))
         self._stale = self._generator = None
         self._workspace = Workspace()
+        self._forget_observation()
         generator = state.get("generator")
         if generator is not None:
             device = ParameterVector(self._trainable).device
