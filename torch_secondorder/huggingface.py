@@ -2,7 +2,8 @@
 
 Needs `transformers` and `accelerate`; nothing else of the package imports this module.
 
-    trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(Sophia, {"lr": 1e-3}))
+    sophia = (Sophia, {"lr": 1e-3})
+    trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=sophia)
     trainer.add_callback(SecondOrderCallback(trainer))
     trainer.train()
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from transformers import Trainer, TrainerCallback
 
 from torch_secondorder.optim import SecondOrderOptimizer
@@ -24,7 +25,7 @@ __all__ = ["SecondOrderCallback", "unwrapped"]
 _ENGINES = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
 
 
-class SecondOrderCallback(TrainerCallback):  # type: ignore[misc]
+class SecondOrderCallback(TrainerCallback):
     """Lets AdaHessian and Sophia see the backward passes of a `transformers.Trainer`.
 
     While it trains, `trainer.training_step` runs inside `optimizer.watching()`: in steps where the
@@ -61,7 +62,7 @@ class SecondOrderCallback(TrainerCallback):  # type: ignore[misc]
         optimizer = unwrapped(self._trainer.optimizer)
         if not isinstance(optimizer, SecondOrderOptimizer):
             return
-        self._check(optimizer)
+        optimizer = self._checked(optimizer)
         training_step = self._trainer.training_step
 
         def watched_training_step(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +70,8 @@ class SecondOrderCallback(TrainerCallback):  # type: ignore[misc]
                 return training_step(*args, **kwargs)
 
         # On the instance: a context that callbacks opened and closed would survive an exception.
-        self._inside = self._trainer.training_step = watched_training_step
+        self._inside = watched_training_step
+        vars(self._trainer)["training_step"] = watched_training_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leaves the trainer as it was."""
@@ -77,10 +79,10 @@ class SecondOrderCallback(TrainerCallback):  # type: ignore[misc]
 
     def _leave(self) -> None:
         if self._inside is not None and vars(self._trainer).get("training_step") is self._inside:
-            del self._trainer.training_step
+            del vars(self._trainer)["training_step"]
         self._inside = None
 
-    def _check(self, optimizer: SecondOrderOptimizer) -> None:
+    def _checked(self, optimizer: SecondOrderOptimizer) -> DiagonalOptimizer:
         name, accelerator = type(optimizer).__name__, self._trainer.accelerator
         if not isinstance(optimizer, DiagonalOptimizer):
             raise RuntimeError(
@@ -99,6 +101,7 @@ class SecondOrderCallback(TrainerCallback):  # type: ignore[misc]
                 "show the gradients' graph, so that there would be no curvature; use "
                 "DistributedDataParallel"
             )
+        return optimizer
 
 
 def unwrapped(optimizer: Any) -> Any:
