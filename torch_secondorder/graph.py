@@ -16,6 +16,8 @@ __all__ = ["Graph", "LinearCall", "Output", "explained", "versions"]
 # The file of the wrapper that `once_differentiable` puts around a backward.
 _MARKED_IN = once_differentiable(lambda *_: None).__code__.co_filename
 
+_REENTRANT = "activation checkpointing with use_reentrant=True; False works"
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -128,9 +130,7 @@ class Graph:
             if node.name() == "torch::autograd::Error":
                 raise _no_second_derivative("a custom function marked once_differentiable")
             if node.name() == "CheckpointFunctionBackward":
-                raise _no_second_derivative(
-                    "activation checkpointing with use_reentrant=True; False works"
-                )
+                raise _no_second_derivative(_REENTRANT)
 
     def hessian_product(
         self, tangents: Sequence[Tensor], batched: bool = False, *, retain: bool = True
@@ -226,6 +226,8 @@ def explained(error: RuntimeError) -> RuntimeError:
     text = str(error)
     if "donated buffers" in text:  # torch says how to change a setting, which would not do either
         return _no_second_derivative("a module compiled by torch.compile")
+    if "use_reentrant=True" in text:
+        return _no_second_derivative(_REENTRANT)
     signs = ("is not implemented", "once_differentiable", "double backward")
     return _no_second_derivative(text) if any(sign in text for sign in signs) else error
 

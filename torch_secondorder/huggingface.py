@@ -90,16 +90,16 @@ class SecondOrderCallback(TrainerCallback):
                 "no closure, evaluates it once: use AdaHessian or Sophia here, or write the loop "
                 f"with accelerate, where optimizer.step(closure) works for {name}"
             )
-        if accelerator.scaler is not None or accelerator.mixed_precision == "fp16":
-            raise RuntimeError(
-                f"{name} with fp16=True: the scale of float16's losses cannot be taken out of the "
-                "curvature; train with bf16=True, which needs none"
-            )
         if accelerator.distributed_type in _ENGINES:
             raise RuntimeError(
                 f"{name} under {accelerator.distributed_type.value}: its backward pass does not "
                 "show the gradients' graph, so that there would be no curvature; use "
                 "DistributedDataParallel"
+            )
+        if accelerator.scaler is not None or accelerator.mixed_precision == "fp16":
+            raise RuntimeError(
+                f"{name} with fp16=True: the scale of float16's losses cannot be taken out of the "
+                "curvature; train with bf16=True, which needs none"
             )
         return optimizer
 
