@@ -22,7 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "replay": set(),
     "evaluation": {"vector", "func", "graph", "replay"},
     "contract": set(),
-    "objective": {"vector", "func", "graph", "capture", "contract", "replay", "evaluation"},
+    "compiled": {"graph", "capture", "contract"},
+    "objective": {
+        *("vector", "func", "graph", "capture", "compiled", "contract", "replay", "evaluation")
+    },
     "single": {"workspace", "graph", "capture", "contract", "replay", "objective"},
     "curvature": {"workspace", "vector", "func", "graph", "evaluation"},
     "solvers": {"vector", "func", "evaluation", "curvature"},

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
-__all__ = ["Graph", "LinearCall", "Output", "explained", "versions"]
+__all__ = ["Graph", "LinearCall", "Multiply", "Output", "explained", "versions"]
+
+#: A product with a curvature of the loss: parts of the direction, whether they are batched.
+Multiply: TypeAlias = Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]]
 
 # The file of the wrapper that `once_differentiable` puts around a backward.
 _MARKED_IN = once_differentiable(lambda *_: None).__code__.co_filename
@@ -114,6 +117,15 @@ class Graph:
         self.weights.append(weight)
         self.gradients.append(gradients)
         return gradients
+
+    def compiled(self, kind: Hashable, build: Callable[[Graph], Multiply]) -> Multiply | None:
+        """A product of some kind as compiled code; None where this is a graph that has no such.
+
+        Args:
+            kind: Tells the products of one evaluation apart.
+            build: Gives the product with another graph of the same evaluation.
+        """
+        return None
 
     def check_differentiable(self) -> None:
         """Raises where a second derivative would be silently zero.

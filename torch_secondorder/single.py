@@ -135,6 +135,7 @@ class SingleEvaluation:
         workspace: Workspace | None = None,
     ) -> None:
         self._functional = isinstance(source, FunctionalObjective)
+        self._compiled = source.bind_to(params) if self._functional else None
         self._source: Callable[[], Any] = source.source if self._functional else source
         check_callable(self._source)
         self._params = params
@@ -165,6 +166,8 @@ class SingleEvaluation:
             torch.clear_autocast_cache()
             with torch.enable_grad():
                 run = self._run if watch is None else partial(self._run_captured, watch)
+                if self._compiled is not None:
+                    run = partial(self._run_compiled, watch)
                 loss, gradients = run(accumulates)
         except BaseException:
             self.restore()
@@ -225,6 +228,15 @@ class SingleEvaluation:
         self._surroundings.note(source)
         self._surroundings.note(source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
+
+    def _run_compiled(
+        self, watch: Watch | None, accumulates: bool
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        assert self._compiled is not None
+        loss, graph = self._compiled(watch is not None)
+        if watch is None:
+            return loss, graph.gradients[0]
+        return loss, _Relay(self, watch, check=False, accumulates=True)(graph, False)
 
 
 class _Relay:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Literal
@@ -17,6 +18,7 @@ from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace, Tensors
 from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.evaluation import Evaluation, Slot
+from torch_secondorder.graph import Graph, Multiply
 
 __all__ = ["GaussNewton"]
 
@@ -43,7 +45,8 @@ class GaussNewton(Linearized):
             it out.
 
     Attributes:
-        bypassed: Whether a part of the loss bypasses the outputs.
+        bypassed: Whether a part of the loss bypasses the outputs; not there where the evaluation
+            was compiled.
 
     Raises:
         RuntimeError: No output was found.
@@ -66,11 +69,26 @@ class GaussNewton(Linearized):
         if remainder not in ("hessian", "ignore"):
             raise ValueError(f"remainder is 'hessian' or 'ignore', got {remainder!r}")
         super().__init__(evaluation)
-        self._space = OutputSpace(self._linearization.graph)
+        self._adds_remainder = remainder == "hessian"
+        self._whole: Multiply | None = None
+        graph = self._linearization.graph
+        self._whole = graph.compiled((type(self), remainder), self._built_on)
+        if self._whole is None:
+            self._attach(graph)
+
+    def _attach(self, graph: Graph) -> None:
+        self._space = OutputSpace(graph)
         self._curvature = LossCurvature(self._space)
         self.bypassed = self._curvature.bypassed
-        adds = self.bypassed and remainder == "hessian"
+        adds = self.bypassed and self._adds_remainder
         self._remainder = self._space.remainder() if adds else None
+
+    def _built_on(self, graph: Graph) -> Multiply:
+        """The same product, made from another graph of the same evaluation."""
+        twin = copy(self)
+        twin._whole = None
+        twin._attach(graph)
+        return twin._multiply
 
     @cached_property
     def _samples(self) -> Samples:
@@ -93,6 +111,7 @@ class GaussNewton(Linearized):
             Shape `(n,)`, not negative, regularization included.
         """
         self._linearization.check()
+        self._require_outputs()
         roots = [self._root(generator) for _ in range(n_samples)]
         return self._linearization.diagonal(self._space.pull_each(roots))
 
@@ -109,6 +128,7 @@ class GaussNewton(Linearized):
             One for each weight that `torch.nn.functional.linear` was called with.
         """
         self._linearization.check()
+        self._require_outputs()
         calls, root = self._linearization.graph.linear_calls(), self._root(generator)
         found = kronecker_factors(calls, self._space.tensors, root, largest)
         average = self._linearization.average
@@ -118,10 +138,15 @@ class GaussNewton(Linearized):
         """The place of each parameter in the vectors multiplied."""
         return self._linearization.slots()
 
+    def _require_outputs(self) -> None:
+        _ = self._linearization.graph.outputs  # a compiled evaluation says that it has none
+
     def _root(self, generator: torch.Generator | None) -> list[Tensor | None]:
         return random_root(self._space, self._curvature, generator, lambda: self._samples)
 
     def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Tensors:
+        if self._whole is not None:
+            return self._whole(tangents, batched)
         changes = self._space.push(tangents, batched)
         products = self._space.pull(self._at_outputs(changes, batched), batched)
         if self._remainder is None:
