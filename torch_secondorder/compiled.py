@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_secondorder.capture import Capture, uncaptured
+from torch_secondorder.capture import Capture, mark_outputs, uncaptured
 from torch_secondorder.contract import differentiable, scalar
 from torch_secondorder.graph import Graph, Multiply
 
@@ -78,6 +78,11 @@ class CompiledFunction:
         try:
             with torch.enable_grad(), switch:
                 result = self._front(self._function, tree)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise _not_compiled(
+                "it has become another one too often (torch._dynamo.config.recompile_limit); "
+                "numbers and objects that it refers to and that change have to be tensors"
+            ) from error
         except torch._dynamo.exc.TorchDynamoException as error:
             raise _not_compiled(str(error).strip().partition("\n\n")[0]) from error
         if _thread.received is None:  # there was nothing to compute
@@ -148,6 +153,7 @@ def _loss(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def _front_of(function: Callable[[Any], Any]) -> Callable[..., Any]:
     """`_loss`, compiled: one for each code of a function, for torch limits how often."""
+    torch._dynamo.allow_in_graph(mark_outputs)
     code = getattr(function, "__code__", None)
     front = None if code is None else _fronts.get(code)
     if front is None:
@@ -269,18 +275,21 @@ class _Code:
             return _detached([loss, *gradients, *products])
 
         before = [t._version for t in inputs]
-        whole = make_fx(run, tracing_mode="real")(inputs, tangents)
+        try:
+            whole = make_fx(run, tracing_mode="real")(inputs, tangents)
+        except RuntimeError as error:
+            if "tracing tensor" in str(error):
+                raise _not_compiled(
+                    "it looks at the value of a tensor, as float(x) does"
+                ) from error
+            raise
         if before != [t._version for t in inputs]:
             raise _not_compiled(
                 "it changes a tensor in place, as BatchNorm does with its running statistics; "
                 "model.eval() stops that"
             )
         for node in whole.graph.nodes:
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                raise _not_compiled(
-                    f"it draws random numbers ({node.target}), which compiled code draws anew at "
-                    "each evaluation of a step"
-                )
+            _check(node)
         whole.graph.eliminate_dead_code()
         return whole
 
@@ -297,13 +306,28 @@ class _WithoutZeroTensors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _check(node: fx.Node) -> None:
+    """Raises where an operation's result is not determined by what the graph was made for."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags:
+        raise _not_compiled(
+            f"it draws random numbers ({node.target}), which compiled code draws anew at each "
+            "evaluation of a step"
+        )
+    if torch.Tag.dynamic_output_shape in tags:
+        masks = [n for n in node.all_input_nodes if n.meta["val"].dtype == torch.bool]
+        if node.target is not _aten.index.Tensor or masks:  # whole numbers as indices are fine
+            raise _not_compiled(
+                f"the shape of a tensor depends on values ({node.target}); index with whole "
+                "numbers instead of a mask, or multiply by the mask"
+            )
+
+
 def _detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.detach() for t in tensors]
 
 
-def _split(
-    whole: fx.GraphModule, given: int, known: int
-) -> tuple[fx.GraphModule, fx.GraphModule]:
+def _split(whole: fx.GraphModule, given: int, known: int) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cuts a graph in two: what the first inputs determine, and what the others have a part in.
 
     Args:
@@ -341,6 +365,6 @@ def _split(
 
 def _not_compiled(why: str) -> RuntimeError:
     return RuntimeError(
-        f"the function cannot be compiled with its derivatives: {why}. Leave compile=True out, or "
-        "change the function"
+        "the function cannot be compiled with its derivatives; leave compile=True out, or change "
+        f"the function: {why}"
     )

@@ -19,6 +19,13 @@ Multiply: TypeAlias = Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]
 # The file of the wrapper that `once_differentiable` puts around a backward.
 _MARKED_IN = once_differentiable(lambda *_: None).__code__.co_filename
 
+_COMPILED = (
+    "a module compiled by torch.compile has no second derivative. Pass a pure function instead of "
+    "the closure, optimizer.step(FunctionalObjective(f, params, compile=True)), which compiles the "
+    "products as well; or leave the module as it is; or use products that need none (NewtonCG "
+    'takes curvature_products="finite_difference", Sophia and AdaHessian estimator="gnb"), or an '
+    "optimizer that needs gradients only"
+)
 _REENTRANT = "activation checkpointing with use_reentrant=True; False works"
 
 
@@ -236,8 +243,8 @@ def _once_differentiable(losses: Iterable[Tensor]) -> list[str]:
 def explained(error: RuntimeError) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
-    if "donated buffers" in text:  # torch says how to change a setting, which would not do either
-        return _no_second_derivative("a module compiled by torch.compile")
+    if "donated buffers" in text or "torch.compile with aot_autograd" in text:
+        return RuntimeError(_COMPILED)
     if "use_reentrant=True" in text:
         return _no_second_derivative(_REENTRANT)
     signs = ("is not implemented", "once_differentiable", "double backward")
