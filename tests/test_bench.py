@@ -30,6 +30,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["lbfgs", "--part", "direction"], "lbfgs.direction", "ours"),
         (["capture"], "capture.", "ours"),
+        (["compile"], "compile.Gauss-Newton product", "first call"),
         (["products"], "products.gauss_newton.", "ours"),
         (["newton", "--part", "cg"], "newton.cg.", "overhead"),
         (["newton", "--part", "softmax"], "newton.softmax.ratios", "NewtonCG / LBFGS (ours)"),

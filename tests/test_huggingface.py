@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 from tests.diagonal_references import assert_moved, assert_same, values
+from tests.test_examples import run_example
 from torch_secondorder import LBFGS, AdaHessian, NewtonCG, Sophia, StepStatus
 
 transformers = pytest.importorskip("transformers")
@@ -449,3 +450,15 @@ def test_the_package_itself_does_without() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path: Path) -> None:
+    arguments = ("--steps", "4", "--width", "8", "--optimizers", "sophia-gnb,adahessian")
+    done = run_example(*arguments, cwd=tmp_path, script="huggingface_trainer.py")
+    assert done.returncode == 0, done.stderr
+    header, _, ours, other = done.stdout.splitlines()[1:]
+    assert header.split()[0] == "optimizer" and "validation" in header
+    assert ours.startswith("Sophia gnb (ours)") and other.startswith("AdaHessian (ours)")
+    assert float(ours.split()[-2]) < 5.0
+    assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,20 @@
 """The Hugging Face Trainer: AdaHessian and Sophia in its loop, which has no closure.
 
-Needs `transformers` and `accelerate`; nothing else of the package imports this module.
-
     sophia = (Sophia, {"lr": 1e-3})
     trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=sophia)
     trainer.add_callback(SecondOrderCallback(trainer))
     trainer.train()
+
+Loops written with accelerate need nothing from here. Every optimizer takes a closure there, with
+`accelerator.backward(loss)` in the place of `loss.backward()` and all micro-batches inside:
+
+    model, optimizer = accelerator.prepare(model, LBFGS(model.parameters()))
+    optimizer.step(closure)
+
+AdaHessian and Sophia also go without: forward and backward pass of each micro-batch run inside
+`with accelerator.accumulate(model), sophia.watching():`, where `sophia` is what was prepared.
+
+This module needs `transformers` and `accelerate`; nothing else of the package imports it.
 """
 
 from __future__ import annotations

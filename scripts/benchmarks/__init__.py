@@ -3,7 +3,7 @@
 To add one: write a module with a function under `@command(...)`, and import it here.
 """
 
-from . import capture, diagnostics, diagonal, jacobian, lbfgs, newton, penalties, products
+from . import capture, compiled, diagnostics, diagonal, jacobian, lbfgs, newton, penalties, products
 from .registry import COMMANDS, Command, Options, command
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Options",
     "capture",
     "command",
+    "compiled",
     "diagnostics",
     "diagonal",
     "jacobian",
