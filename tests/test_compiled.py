@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -268,6 +269,30 @@ def test_outputs_that_are_not_shown() -> None:
         NewtonCG(task.net.parameters()).step(
             FunctionalObjective(task.unshown, task.params, compile=EAGER)
         )
+
+
+class Scaled:
+    """A function that is an object."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __call__(self, p: dict[str, Tensor]) -> Tensor:
+        return self.task.unshown(p)
+
+
+@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize("wrap", [Scaled, lambda task: partial(Task.unshown, task)])
+def test_functions_of_other_kinds_are_recognized(wrap: Any, anew: bool) -> None:
+    task = Task()
+    optimizer = LBFGS(task.net.parameters(), max_iter=2)
+    for step in range(3):
+        if step == 0 or anew:
+            objective = FunctionalObjective(wrap(task), task.params, compile=EAGER)
+        optimizer.step(objective)
+        if step == 0:
+            before = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == before
 
 
 def test_a_function_of_which_too_many_kinds_were_compiled() -> None:

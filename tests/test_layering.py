@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "replay": set(),
     "evaluation": {"vector", "func", "graph", "replay"},
     "contract": set(),
-    "compiled": {"graph", "capture", "contract"},
+    "traced": {"graph", "capture", "contract"},
+    "compiled": {"graph", "capture", "contract", "traced"},
     "objective": {
         *("vector", "func", "graph", "capture", "compiled", "contract", "replay", "evaluation")
     },

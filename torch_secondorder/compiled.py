@@ -10,22 +10,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from types import CodeType, FunctionType
+from functools import partial
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_secondorder.capture import Capture, mark_outputs, uncaptured
+from torch_secondorder.capture import mark_outputs
 from torch_secondorder.contract import differentiable, scalar
 from torch_secondorder.graph import Graph, Multiply
+from torch_secondorder.traced import not_compiled, split, traced
 
 __all__ = ["CompiledFunction", "CompiledGraph"]
-
-_aten = torch.ops.aten
 
 
 class CompiledFunction:
@@ -79,12 +77,12 @@ class CompiledFunction:
             with torch.enable_grad(), switch:
                 result = self._front(self._function, tree)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise _not_compiled(
+            raise not_compiled(
                 "it has become another one too often (torch._dynamo.config.recompile_limit); "
                 "numbers and objects that it refers to and that change have to be tensors"
             ) from error
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise _not_compiled(str(error).strip().partition("\n\n")[0]) from error
+            raise not_compiled(str(error).strip().partition("\n\n")[0]) from error
         if _thread.received is None:  # there was nothing to compute
             differentiable(scalar(result))
         received: tuple[_Program, Sequence[Tensor]] = _thread.received
@@ -142,7 +140,7 @@ def _hessian(graph: Graph) -> Multiply:
 # knows when that has changed.
 
 _thread = threading.local()
-_fronts: WeakKeyDictionary[CodeType, Callable[..., Any]] = WeakKeyDictionary()
+_fronts: WeakKeyDictionary[Any, Callable[..., Any]] = WeakKeyDictionary()
 
 
 def _loss(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -153,15 +151,15 @@ def _loss(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def _front_of(function: Callable[[Any], Any]) -> Callable[..., Any]:
     """`_loss`, compiled: one for each code of a function, for torch limits how often."""
-    torch._dynamo.allow_in_graph(mark_outputs)
-    code = getattr(function, "__code__", None)
-    front = None if code is None else _fronts.get(code)
-    if front is None:
+    inner = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    code = getattr(inner, "__code__", type(inner))
+    if code not in _fronts:
+        torch._dynamo.allow_in_graph(mark_outputs)
         own = FunctionType(_loss.__code__.replace(), _loss.__globals__)
-        front = torch.compile(own, backend=_Program, fullgraph=True, dynamic=False)
-        if code is not None:
-            _fronts[code] = front
-    return front
+        _fronts[code] = torch.compile(own, backend=_Program, fullgraph=True, dynamic=False)
+    return _fronts[code]
 
 
 class _Program:
@@ -244,127 +242,9 @@ class _Code:
         tangents: Sequence[Tensor],
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if kind not in self._made:
-            whole = self._traced(build, inputs, [t.detach() for t in tangents])
-            parts = _split(whole, len(inputs), 1 + len(tangents))
+            directions = [t.detach() for t in tangents]
+            whole = traced(self._module, self._places, build, inputs, directions)
+            parts = split(whole, len(inputs), 1 + len(tangents))
             compiled = [torch.compile(part, **self._options) for part in parts]
             self._made[kind] = compiled[0], compiled[1]
         return self._made[kind]
-
-    def _traced(
-        self,
-        build: Callable[[Graph], Multiply] | None,
-        inputs: Sequence[Tensor],
-        tangents: Sequence[Tensor],
-    ) -> fx.GraphModule:
-        """All operations from the inputs and a direction to loss, gradients and product."""
-
-        def run(inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
-            leaves = [*inputs]
-            params = []
-            for place, tangent in zip(self._places, tangents, strict=True):
-                p = (tangent if place is None else inputs[place]).detach().requires_grad_()
-                params.append(p)
-                if place is not None:
-                    leaves[place] = p
-            with uncaptured(), _WithoutZeroTensors(), torch.enable_grad():
-                with Capture(params) as capture:
-                    loss = scalar(self._module(*leaves)[0])
-                gradients = capture.differentiate(differentiable(loss))
-                capture.graph.check_differentiable()
-                products = () if build is None else build(capture.graph)(tangents, False)
-            return _detached([loss, *gradients, *products])
-
-        before = [t._version for t in inputs]
-        try:
-            whole = make_fx(run, tracing_mode="real")(inputs, tangents)
-        except RuntimeError as error:
-            if "tracing tensor" in str(error):
-                raise _not_compiled(
-                    "it looks at the value of a tensor, as float(x) does"
-                ) from error
-            raise
-        if before != [t._version for t in inputs]:
-            raise _not_compiled(
-                "it changes a tensor in place, as BatchNorm does with its running statistics; "
-                "model.eval() stops that"
-            )
-        for node in whole.graph.nodes:
-            _check(node)
-        whole.graph.eliminate_dead_code()
-        return whole
-
-
-class _WithoutZeroTensors(TorchDispatchMode):
-    """Forward mode makes tensors without memory, at which tracing in the real mode crashes."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _aten._efficientzerotensor.default:
-            func = _aten.zeros.default
-        return func(*args, **(kwargs or {}))
-
-
-def _check(node: fx.Node) -> None:
-    """Raises where an operation's result is not determined by what the graph was made for."""
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
-        raise _not_compiled(
-            f"it draws random numbers ({node.target}), which compiled code draws anew at each "
-            "evaluation of a step"
-        )
-    if torch.Tag.dynamic_output_shape in tags:
-        masks = [n for n in node.all_input_nodes if n.meta["val"].dtype == torch.bool]
-        if node.target is not _aten.index.Tensor or masks:  # whole numbers as indices are fine
-            raise _not_compiled(
-                f"the shape of a tensor depends on values ({node.target}); index with whole "
-                "numbers instead of a mask, or multiply by the mask"
-            )
-
-
-def _detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else t.detach() for t in tensors]
-
-
-def _split(whole: fx.GraphModule, given: int, known: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Cuts a graph in two: what the first inputs determine, and what the others have a part in.
-
-    Args:
-        whole: The graph.
-        given: How many inputs come first.
-        known: How many outputs come first, which these determine: loss and gradients.
-
-    Returns:
-        From the first inputs to the first outputs and what is kept; from what is kept, and the
-        other inputs, to the other outputs.
-    """
-    *nodes, end = whole.graph.nodes
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    along = dict.fromkeys(inputs[given:])
-    for node in nodes:
-        if any(n in along for n in node.all_input_nodes):
-            along[node] = None
-    outputs = end.args[0]
-    needed = [n for node in along for n in node.all_input_nodes]
-    needed += [n for n in outputs[known:] if n is not None]
-    kept = list(dict.fromkeys(n for n in needed if n not in along))
-
-    first, second = fx.Graph(), fx.Graph()
-    at: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        if node not in along:
-            at[node] = first.node_copy(node, at.__getitem__)
-    first.output(([n if n is None else at[n] for n in outputs[:known]], [at[n] for n in kept]))
-    then = {n: second.placeholder(f"kept_{i}") for i, n in enumerate(kept)}
-    for node in along:
-        then[node] = second.node_copy(node, then.__getitem__)
-    second.output([n if n is None else then[n] for n in outputs[known:]])
-    return fx.GraphModule(whole, first), fx.GraphModule(whole, second)
-
-
-def _not_compiled(why: str) -> RuntimeError:
-    return RuntimeError(
-        "the function cannot be compiled with its derivatives; leave compile=True out, or change "
-        f"the function: {why}"
-    )

@@ -156,7 +156,6 @@ class FunctionalObjective(Objective):
         *,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
-        self._compile = compile
         self._compiled: CompiledFunction | None = None
         if compile is not False:
             self._compiled = CompiledFunction(function, {} if compile is True else compile)
@@ -187,15 +186,11 @@ class FunctionalObjective(Objective):
         self, vector: ParameterVector, regularization: Regularization, master: Tensor | None
     ) -> FunctionalObjective:
         """The same function on an optimizer's own vector and terms, for one step."""
-        return FunctionalObjective(
-            self._function,
-            self._tree,
-            vector,
-            regularization,
-            master,
-            self._surroundings,
-            compile=self._compile,
+        bound = FunctionalObjective(
+            self._function, self._tree, vector, regularization, master, self._surroundings
         )
+        bound._compiled = self._compiled
+        return bound
 
     def bind_to(self, params: Sequence[Tensor]) -> Callable[[bool], tuple[Tensor, Graph]] | None:
         """Loss and graph at some parameters, where they stand; None where it is not compiled.
