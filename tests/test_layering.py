@@ -14,18 +14,19 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 #: What each layer may import of the package, besides itself. Later layers are here already.
 ALLOWED: dict[str, set[str]] = {
     "workspace": set(),
-    "vector": {"workspace"},
+    "space": set(),
+    "vector": {"space", "workspace"},
     "func": set(),
     "graph": set(),
     "convolution": set(),
     "capture": {"convolution", "graph"},
     "replay": set(),
-    "evaluation": {"vector", "func", "graph", "replay"},
+    "evaluation": {"space", "vector", "func", "graph", "replay"},
     "contract": set(),
     "objective": {"vector", "func", "graph", "capture", "contract", "replay", "evaluation"},
     "single": {"workspace", "graph", "capture", "contract", "replay", "objective"},
-    "curvature": {"workspace", "vector", "func", "graph", "evaluation"},
-    "solvers": {"vector", "func", "evaluation", "curvature"},
+    "curvature": {"space", "workspace", "vector", "func", "graph", "evaluation"},
+    "solvers": {"space", "vector", "func", "evaluation", "curvature"},
     "globalization": {"evaluation"},
     "penalties": {"func"},
 }

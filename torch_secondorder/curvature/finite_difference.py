@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.evaluation import Objective
-from torch_secondorder.vector import max_norm, to_host
+from torch_secondorder.vector import max_norm
 
 __all__ = ["FiniteDifference"]
 
@@ -38,18 +38,19 @@ class FiniteDifference(LinearOperator):
         self._objective = objective
         vector = objective.vector
         self.size, self.dtype, self.device = vector.size, vector.dtype, vector.device
+        self.space = vector.space
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
         objective = self._objective
-        norms = torch.linalg.vector_norm
-        scale = max_norm(v)
-        unit = v / scale  # the squares of v itself may leave the range of float32
-        largest, norm, size = to_host(scale, norms(unit), norms(objective.position))
+        (largest,) = self.space.to_host(largest=[max_norm(v)])
         if not 0 < largest < inf:
             return v * 0.0
+        unit = v / largest  # the squares of v itself may leave the range of float32
+        norms = torch.linalg.vector_norm
+        norm, size = self.space.to_host(norms=(norms(unit), norms(objective.position)))
         h = objective.vector.precision ** (1 / 3) * (1 + size) / norm
         step = unit.mul_(h)
         ahead = objective.trial(step).grad
         behind = objective.trial(-step).grad
-        return (ahead - behind).div_(2 * h).mul_(scale)
+        return (ahead - behind).div_(2 * h).mul_(largest)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.base import LinearOperator
+from torch_secondorder.space import WHOLE, Space
 
 __all__ = ["InverseBFGS"]
 
@@ -70,6 +71,9 @@ class InverseBFGS(LinearOperator):
         dtype: Of the work vectors.
         device: Of the work vectors.
         largest_scale: Whether `gamma` is the largest scale; else that of the newest pair.
+        space: Where the vectors live. Of sharded ones `n` is the length of the part here, and the
+            small matrices are the same on all processes; a product with `H` then takes two
+            messages of up to `2 m` numbers.
 
     Attributes:
         count: Pairs held, at most `m`.
@@ -89,7 +93,9 @@ class InverseBFGS(LinearOperator):
         device: torch.device | None = None,
         *,
         largest_scale: bool = True,
+        space: Space = WHOLE,
     ) -> None:
+        self.space = space
         self.largest_scale = largest_scale
         self.size = size
         self.history_size = history_size
@@ -122,13 +128,17 @@ class InverseBFGS(LinearOperator):
         """
         if self._pending:
             newest = self._cut.differences[self._newest]
-            self._enter(torch.mv(self._held.steps, newest), self._held.inverse)
+            of_y = self.space.total(torch.mv(self._held.steps, newest))
+            self._enter(of_y, self._held.inverse)
         if self.count == self.history_size:
             del self._scales[0]
         elif self.count == self._room:
             # Twenty at once: where the memory counts there are no more than twenty.
             self._grow(min(max(20, 2 * self.count), self.history_size))
-        self._scales.append(float(s @ y / (y @ y)) if scale is None else scale)
+        if scale is None:
+            s_y, y_y = self.space.totals(s @ y, y @ y)
+            scale = float(s_y / y_y)
+        self._scales.append(scale)
         self.count = len(self._scales)
         self._newest = (self._newest + 1) % self._room
         self._cut.steps[self._newest].copy_(s)
@@ -148,16 +158,18 @@ class InverseBFGS(LinearOperator):
             return sign * v
         steps, differences, inverse, diagonal = self._held
         if self._pending:
-            of_y, of_v = _two_products(steps, self._cut.differences[self._newest], v)
+            newest = self._cut.differences[self._newest]
+            of_y, of_v = self.space.totals(*_two_products(steps, newest, v))
             self._enter(of_y, inverse)
         else:
-            of_v = torch.mv(steps, v)
+            of_v = self.space.total(torch.mv(steps, v))
         gamma = max(self._scales) if self.largest_scale else self._scales[-1]
         work, small = self.dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
         # Scaled before anything is multiplied with Y: the square of a gradient may have no place.
         scaled = torch.addmv(v, differences.t(), p2.to(work), alpha=-1).mul_(gamma)
-        inner = torch.mul(diagonal, p2).sub_(torch.mv(differences, scaled))
+        of_scaled = self.space.total(torch.mv(differences, scaled))
+        inner = torch.mul(diagonal, p2).sub_(of_scaled)
         p1 = torch.mv(inverse.t(), inner)
         return torch.addmv(scaled, steps.t(), p1.to(work), beta=sign, alpha=sign)
 

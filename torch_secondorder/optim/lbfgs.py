@@ -15,7 +15,7 @@ from torch_secondorder.optim.base import check_number
 from torch_secondorder.optim.flat import FlatOptimizer, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.lbfgs_iteration import Iteration, Point, Settings
-from torch_secondorder.vector import ParameterVector, max_norm, to_host
+from torch_secondorder.vector import ParameterVector, max_norm
 
 __all__ = ["LBFGS"]
 
@@ -120,7 +120,9 @@ class LBFGS(FlatOptimizer):
 
     def _step(self, objective: Objective) -> Tensor:
         evaluation = objective.evaluate()
-        loss, grad_norm = to_host(evaluation.loss, max_norm(evaluation.grad))
+        grad_norm, loss = objective.vector.space.to_host(
+            largest=[max_norm(evaluation.grad)], whole=[evaluation.loss]
+        )
         start = Point(evaluation, loss, grad_norm)
         # A copy: a closure may use one tensor for all its losses.
         returned = evaluation.closure_loss.clone()

@@ -206,7 +206,7 @@ class NewtonCG(FlatOptimizer):
     def _step(self, objective: Objective) -> Tensor:
         captures = self.curvature_products == "autograd"
         evaluation = objective.evaluate(curvature=captures)
-        start = Point.of(evaluation)
+        start = Point.of(evaluation, objective.vector.space)
         # A copy: a closure may use one tensor for all its losses.
         returned = evaluation.closure_loss.clone()
         if not start.finite:
