@@ -7,6 +7,7 @@ loop that evaluates once; and under DistributedDataParallel every rank has to se
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -69,6 +70,7 @@ class Surroundings:
         self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
         self._norms: WeakSet[torch.nn.Module] = WeakSet()
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
+        self._sharded: WeakSet[Any] = WeakSet()  # those of `fully_shard`
         self._seen: set[object] = set()
 
     def knows(self, source: Callable[..., Any], what: str = "graph") -> bool:
@@ -93,6 +95,8 @@ class Surroundings:
         """
         compared: dict[_Slot, Tensor] = {}
         thread, modes = threading.get_ident(), self._modes
+        # Where there is a sharded module, this has been imported.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
 
         def note(module: torch.nn.Module, _: Any) -> None:
             # Compiled code is not to contain this; the compiled module itself has been noted.
@@ -110,6 +114,8 @@ class Surroundings:
                         self.process_groups.append(inner.process_group)
                 elif isinstance(inner, _NormBase):
                     self._norms.add(inner)
+                if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
+                    self._sharded.add(inner)
                 modes[id(inner)] = ref(inner), inner.training
                 compared.update(
                     (slot, before.get(slot, b.detach().clone())) for slot, b in _slots(inner)
@@ -133,6 +139,14 @@ class Surroundings:
         """The buffers that the coming evaluation may change."""
         # Of all normalization layers, in whatever mode: the closure may set them to train.
         return [pair for module in self._norms | self._stateful for pair in _slots(module)]
+
+    def reshard(self) -> None:
+        """Makes modules of `fully_shard` gather their parameters anew at their next call.
+
+        A forward pass that no backward pass follows leaves what it has gathered in place.
+        """
+        for module in self._sharded:
+            module.reshard()
 
     def average(self, tensor: Tensor) -> Tensor:
         """The mean over the ranks, where a DDP module was called; else the tensor itself."""
@@ -187,6 +201,7 @@ class Replay:
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
+        self._surroundings.reshard()
         first = self._evaluations == 1
         if not first:
             self._rewind()
@@ -218,6 +233,7 @@ class Replay:
         """
         for slot, value in (self._before if aborted else self._after or {}).items():
             slot.restore(value)
+        self._surroundings.reshard()
 
     def average(self, tensor: Tensor) -> Tensor:
         """See `Surroundings.average`."""

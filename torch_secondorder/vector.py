@@ -290,27 +290,43 @@ class ParameterVector:
 
     # Sharded tensors, for checkpoints.
 
-    def distribute(self, flat: Tensor) -> list[Tensor]:
-        """Cuts `(..., n)` into DTensors `(..., *parameter.shape)`, placed like the parameters.
+    def distribute(self, flat: Tensor, rows: int | None = None) -> list[Tensor]:
+        """Cuts `(n,)` or `(k, n)` into DTensors of the parameters' shapes and placements; copies.
 
-        In the work precision, and copies.
+        Args:
+            flat: In the work precision, which the result has as well.
+            rows: How many rows the result is to have; zeros below those that there are.
         """
+        batch = flat.shape[:-1]
+        result: list[Tensor] = []
         pieces = flat.split_with_sizes(self._counts, dim=-1)
-        return [
-            sharded_like(piece.reshape(*flat.shape[:-1], *s.shape).clone(), p)
-            for piece, s, p in zip(pieces, self._segments, self.params, strict=True)
-        ]
+        for p, segment, piece in zip(self.params, self._segments, pieces, strict=True):
+            whole = piece.new_zeros((*(batch if rows is None else (rows,)), *segment.shape))
+            part = whole if rows is None else whole[: len(flat)]
+            part.copy_(piece.reshape(*batch, *segment.shape))
+            result.append(sharded_like(whole.to(segment.device), p))
+        return result
 
     def collect(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What `distribute` cut up: `(..., n)`."""
-        pieces = [local(tensor) for tensor in tensors]
-        return torch.cat(
-            [
-                piece.reshape(*piece.shape[: piece.dim() - len(s.shape)], s.count)
-                for piece, s in zip(pieces, self._segments, strict=True)
-            ],
-            dim=-1,
-        ).to(self.device, self.dtype)
+        """What `distribute` cut up, or the same as plain tensors of whole parameters: `(..., n)`.
+
+        Raises:
+            ValueError: Their shapes or placements do not fit.
+        """
+        rows = []
+        for index, (p, tensor, s) in enumerate(
+            zip(self.params, tensors, self._segments, strict=True)
+        ):
+            part, dims = local(tensor), len(s.shape)
+            if tensor.shape[tensor.dim() - dims :] != p.shape or part.shape[-dims:] != s.shape:
+                raise ValueError(
+                    f"the state of parameter {index}, shape {tuple(tensor.shape)} with "
+                    f"{tuple(part.shape)} in this process, does not fit the parameter, shape "
+                    f"{tuple(p.shape)} with {tuple(s.shape)} here: load it into this optimizer's "
+                    "state_dict() by torch.distributed.checkpoint, which cuts it up anew"
+                )
+            rows.append(part.detach().reshape(*part.shape[: part.dim() - dims], s.count))
+        return torch.cat([row.to(self.device, self.dtype) for row in rows], dim=-1)
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:

@@ -223,6 +223,38 @@ class InverseBFGS(LinearOperator):
         buffers = [buffer.clone() for buffer in self._buffers or ()]
         return state | {"scales": list(self._scales), "buffers": buffers}
 
+    def split_state(self) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """The same with the vectors apart: numbers and small tensors, `S` and `Y`.
+
+        The small tensors have room for `m` pairs and are copies; `S` and `Y`, `(c, n)`, are not.
+        """
+        m, small = self.history_size, self._small_dtype
+        none = torch.zeros(0, self.size, dtype=self.dtype, device=self.device)
+        empty = torch.zeros(0, dtype=small, device=self.device)
+        held = self._buffers or _Buffers(none, none, empty.view(0, 0), empty)
+        state: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS if name != "size"}
+        scales = torch.tensor(self._scales, dtype=small, device=self.device)
+        state |= {"scales": _padded(scales, m), "inverse": _padded(held.inverse, m)}
+        state["diagonal"] = _padded(held.diagonal, m)
+        return state, held.steps, held.differences
+
+    @staticmethod
+    def join_state(state: dict[str, Any], steps: Tensor, differences: Tensor) -> dict[str, Any]:
+        """What `load_state_dict` takes, from the parts of `split_state`, vectors of any size."""
+        room, count = state["_room"], state["count"]
+        joined = {name: state[name] for name in _NUMBERS if name != "size"}
+        buffers = [
+            steps[:room].clone(),
+            differences[:room].clone(),
+            state["inverse"][:room, :room],
+            state["diagonal"][:room],
+        ]
+        return joined | {
+            "size": steps.shape[-1],
+            "scales": state["scales"][:count].tolist(),
+            "buffers": buffers if room else [],
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state, bit for bit; the tensors move to this operator's device.
 
@@ -244,6 +276,13 @@ class InverseBFGS(LinearOperator):
                     *(b.to(self.device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
                 )
             )
+
+
+def _padded(tensor: Tensor, size: int) -> Tensor:
+    """A copy with zeros after what there is, so that all dimensions are of that size."""
+    result = tensor.new_zeros((size,) * tensor.dim())
+    result[tuple(slice(length) for length in tensor.shape)] = tensor
+    return result
 
 
 def _two_products(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
