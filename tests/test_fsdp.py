@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from torch_secondorder import LBFGS
+from torch_secondorder import LBFGS, AdaHessian, Sophia
 
 RANKS = 2
 
@@ -58,6 +58,11 @@ class Share:
 
     def values(self) -> list[Tensor]:
         return [whole(p) for p in self.model.parameters()]
+
+
+def own_mesh(ranks: int) -> Any:
+    """For each rank a mesh of itself alone."""
+    return init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("copies", "one"))["one"]
 
 
 def whole(tensor: Any) -> Tensor:
@@ -138,8 +143,7 @@ def resharded(make: Callable[[Any], Any], kind: str, rank: int, ranks: int) -> l
         share = Share(0, 0)
         optimizer = make(share.model.parameters())
         return [[optimizer.step(share.closure).item() for _ in range(12)], share.values()]
-    # Each rank has a mesh of its own.
-    alone = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("copies", "one"))["one"]
+    alone = own_mesh(ranks)
     losses, path = [], ""
     for part, (mesh, name) in enumerate([(None, "two"), (alone, f"one{rank}"), (None, "back")]):
         share = Share(0, 1, mesh=alone) if mesh else Share(rank, ranks)
@@ -159,9 +163,51 @@ def reshard_lbfgs(rank: int, ranks: int) -> list[Any]:
     return found + resharded(lambda p: LBFGS(p, max_iter=1), "by name", rank, ranks)
 
 
+def diagonal(rank: int, ranks: int) -> list[Any]:
+    """The same on a mesh of two ranks and on one of one, where the same differences are taken."""
+    found: list[Any] = []
+    for share in (Share(rank, ranks), Share(0, 1, mesh=own_mesh(ranks))):
+        found.append([])
+        for make in (
+            lambda p: AdaHessian(p, lr=0.02, weight_decay=0.1, n_samples=2),
+            lambda p: AdaHessian(p, lr=0.02, update_period=3, average_block=None),
+            lambda p: Sophia(p, lr=0.05, gamma=1.0, update_period=3),
+        ):
+            optimizer = make(share.model.parameters())
+            found[-1] += [optimizer.step(share.closure).item() for _ in range(8)]
+            info = optimizer.info
+            found[-1] += [info.grad_norm, info.unclipped or 0.0, info.evaluations, info.products]
+            found[-1] += share.values()
+    return found
+
+
+def exact_diagonal(rank: int, ranks: int) -> list[Any]:
+    """With one parameter differences of gradients stand for the very products of one process."""
+    found: list[Any] = []
+    for make in (AdaHessian, lambda p: Sophia(p, lr=0.1, gamma=1.0, update_period=2)):
+        share = Share(0, 0)
+        share.model = nn.Linear(4, 5, bias=False).double()
+        if ranks:
+            fully_shard(share.model, mesh=init_device_mesh("cpu", (ranks,)))
+            share.x, share.y = (t.chunk(ranks)[rank] for t in (share.x, share.y))
+        share.y = share.y.expand(-1, 5).tanh()
+        share.loss = lambda share=share: F.mse_loss(share.model(share.x).tanh(), share.y)
+        optimizer = make(share.model.parameters())
+        found += [optimizer.step(share.closure).item() for _ in range(6)] + share.values()
+    return found
+
+
 FOLDER = ""
 CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
-    check.__name__: check for check in (lbfgs, lbfgs_in_groups, look_after_backward, reshard_lbfgs)
+    check.__name__: check
+    for check in (
+        lbfgs,
+        lbfgs_in_groups,
+        look_after_backward,
+        reshard_lbfgs,
+        diagonal,
+        exact_diagonal,
+    )
 }
 
 
@@ -199,15 +245,28 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
     """One list for each rank, and the ranks bit-identical."""
-    for found in ranks:
-        for failure in found.values():
-            assert not isinstance(failure, str), failure
+    failures = [f for found in ranks for f in found.values() if isinstance(f, str)]
+    assert not failures, "\n".join(failures)
     first, second = (found[name] for found in ranks)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     return first
 
 
-@pytest.mark.parametrize("name", CHECKS)
+SAME_AS_PLAIN = ("lbfgs", "lbfgs_in_groups", "look_after_backward", "reshard_lbfgs")
+
+
+def test_estimates_of_two_ranks_are_those_of_one(ranks: list[dict[str, Any]]) -> None:
+    two, one = results(ranks, "diagonal")
+    assert two[7] < 0.9 * two[0]
+    torch.testing.assert_close(two, one, rtol=1e-8, atol=1e-9)
+
+
+def test_differences_stand_for_products(ranks: list[dict[str, Any]]) -> None:
+    ours, expected = results(ranks, "exact_diagonal"), exact_diagonal(0, 0)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAME_AS_PLAIN)
 def test_two_ranks_do_what_one_process_does(ranks: list[dict[str, Any]], name: str) -> None:
     ours, expected = results(ranks, name), CHECKS[name](0, 0)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)

@@ -27,6 +27,7 @@ __all__ = [
     "is_distributed",
     "local",
     "max_norm",
+    "part_of",
     "sharded_like",
     "space_of",
     "to_host",
@@ -109,11 +110,22 @@ class ShardedSpace(Space):
         norms: Sequence[Tensor] = (),
         whole: Sequence[Tensor] = (),
     ) -> list[float]:
-        """See `Space.to_host`; one message, whatever is in it."""
+        """See `Space.to_host`."""
+        if not (sums or largest or norms):
+            return to_host(*whole)
+        result: list[float] = self.gathered(sums, largest, norms, whole).tolist()
+        return result
+
+    def gathered(
+        self,
+        sums: Sequence[Tensor] = (),
+        largest: Sequence[Tensor] = (),
+        norms: Sequence[Tensor] = (),
+        whole: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """What `to_host` reads, as one tensor; it takes one message, whatever is in it."""
         kinds = (sums, largest, norms, whole)
         counts = [len(kind) for kind in kinds]
-        if len(whole) == sum(counts):
-            return to_host(*whole)
         numbers = torch.stack([number.double() for kind in kinds for number in kind])
         for group in self._cutting:
             # Gathered, not reduced: sums, maxima and norms go together.
@@ -128,8 +140,7 @@ class ShardedSpace(Space):
                     of_whole[0],
                 )
             )
-        result: list[float] = numbers.tolist()
-        return result
+        return numbers
 
     def mean(self, tensor: Tensor) -> Tensor:
         """See `Space.mean`: over all processes of the mesh, each with a part of the batch."""
@@ -232,6 +243,15 @@ def sharded_like(part: Tensor, parameter: Tensor) -> DTensor:
     return DTensor.from_local(
         part.contiguous(), placed.mesh, placements, run_check=False, shape=shape, stride=stride
     )
+
+
+def part_of(whole: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a tensor that this process holds of a parameter of its shape."""
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = _Placed.of(parameter)
+    # Every process has it: nothing is sent.
+    return local(distribute_tensor(whole, placed.mesh, placed.placements, src_data_rank=None))
 
 
 def max_norm(v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,15 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parameter import is_lazy
 
-from torch_secondorder.space import WHOLE, local, max_norm, sharded_like, space_of, to_host
+from torch_secondorder.space import (
+    WHOLE,
+    local,
+    max_norm,
+    part_of,
+    sharded_like,
+    space_of,
+    to_host,
+)
 from torch_secondorder.workspace import Workspace
 
 __all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
@@ -288,7 +296,19 @@ class ParameterVector:
         else:
             torch._foreach_copy_([p.data for p in held], self.split(flat))
 
-    # Sharded tensors, for checkpoints.
+    # Sharded tensors.
+
+    def drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        """A random vector `(n,)` whose entries do not depend on how the parameters are sharded.
+
+        Each process draws whole parameters, one after the other, and keeps its part.
+
+        Args:
+            draw: Gives a flat vector of so many entries, the same in all processes.
+        """
+        if not self.sharded:
+            return draw(self.size)
+        return torch.cat([part_of(draw(p.numel()).view(p.shape), p).flatten() for p in self.params])
 
     def distribute(self, flat: Tensor, rows: int | None = None) -> list[Tensor]:
         """Cuts `(n,)` or `(k, n)` into DTensors of the parameters' shapes and placements; copies.

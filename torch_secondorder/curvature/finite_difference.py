@@ -8,10 +8,35 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.base import LinearOperator
+from torch_secondorder.curvature.diagonal import Hutchinson
+from torch_secondorder.curvature.probes import draw
 from torch_secondorder.evaluation import Objective
 from torch_secondorder.vector import max_norm
 
-__all__ = ["FiniteDifference"]
+__all__ = ["FiniteDifference", "diagonal_by_differences"]
+
+
+def diagonal_by_differences(
+    estimator: Hutchinson, objective: Objective, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hutchinson's estimate of the Hessian's diagonal where an objective stands, shape `(n,)`.
+
+    Its products are differences of gradients, two evaluations each, see `FiniteDifference`. The
+    random vectors do not depend on how the parameters are sharded.
+
+    Args:
+        estimator: Whose random vectors and whose mean.
+        objective: Ends at a trial; `settle` puts the parameters back.
+        generator: Where randomness comes from; torch's own by default.
+    """
+    operator, vector = FiniteDifference(objective), objective.vector
+    device = vector.device
+
+    def one(size: int) -> Tensor:
+        return draw(size, estimator.distribution, generator, dtype=vector.dtype, device=device)
+
+    probes = [vector.drawn(one) for _ in range(estimator.n_samples)]
+    return estimator.mean(probes, [operator.matvec(z) for z in probes])
 
 
 class FiniteDifference(LinearOperator):
