@@ -239,6 +239,11 @@ class Objective(ABC):
         """Device types for which a closure runs under autocast, as where this was made."""
         return self._replay.autocast
 
+    @property
+    def precision(self) -> float:
+        """The machine epsilon that gradients are computed with, as far as that is known."""
+        return max(self.vector.precision, self._replay.precision)
+
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """Loss and gradient where the parameters stand.
 

@@ -61,10 +61,13 @@ class Surroundings:
 
     Attributes:
         process_groups: Those of the DistributedDataParallel modules met.
+        precision: The largest machine epsilon that modules of `fully_shard` compute with by their
+            policy; 0 where none has one.
     """
 
     def __init__(self) -> None:
         self.process_groups: list[Any] = []
+        self.precision = 0.0
         # Modules met, by id, and whether they were training when their buffers were last compared.
         # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
         self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
@@ -116,6 +119,7 @@ class Surroundings:
                     self._norms.add(inner)
                 if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
                     self._sharded.add(inner)
+                    self.precision = max(self.precision, _policy_precision(inner))
                 modes[id(inner)] = ref(inner), inner.training
                 compared.update(
                     (slot, before.get(slot, b.detach().clone())) for slot, b in _slots(inner)
@@ -156,6 +160,13 @@ class Surroundings:
         tensor = tensor.clone()
         dist.all_reduce(tensor, group=group)
         return tensor.div_(dist.get_world_size(group))
+
+
+def _policy_precision(module: Any) -> float:
+    """The machine epsilon that a module of `fully_shard` computes with; 0 for the parameters'."""
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)  # it is not public
+    dtype = getattr(policy, "param_dtype", None)
+    return 0.0 if dtype is None else torch.finfo(dtype).eps
 
 
 def _identity(source: Any, depth: int = 4) -> object:
@@ -234,6 +245,12 @@ class Replay:
         for slot, value in (self._before if aborted else self._after or {}).items():
             slot.restore(value)
         self._surroundings.reshard()
+
+    @property
+    def precision(self) -> float:
+        """The largest machine epsilon that closures are known to compute with; 0 for none."""
+        dtypes = self.autocast.values()
+        return max(self._surroundings.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)
 
     def average(self, tensor: Tensor) -> Tensor:
         """See `Surroundings.average`."""

@@ -37,6 +37,9 @@ __all__ = [
 class Space:
     """Vectors that this process holds whole."""
 
+    #: How many processes share the parameters, each with a part of the batch.
+    processes = 1
+
     def totals(self, *parts: Tensor) -> Sequence[Tensor]:
         """Numbers of whole vectors, from the sums that each process has made over its part.
 
@@ -88,7 +91,7 @@ class ShardedSpace(Space):
     """
 
     def __init__(self, mesh: DeviceMesh, dims: Sequence[int]) -> None:
-        self.mesh = mesh
+        self.processes = mesh.size()
         self._cutting = [mesh.get_group(dim) for dim in dims]
         self._all = [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
@@ -147,7 +150,7 @@ class ShardedSpace(Space):
         tensor = tensor.clone()
         for group in self._all:
             dist.all_reduce(tensor, group=group)
-        return tensor.div_(self.mesh.size())
+        return tensor.div_(self.processes)
 
 
 def space_of(params: Sequence[Tensor]) -> Space:
@@ -176,9 +179,10 @@ def space_of(params: Sequence[Tensor]) -> Space:
                 "a real one, by torch.view_as_real"
             )
         for placement in placed.placements:
-            if type(placement).__name__ not in ("Shard", "Replicate"):
+            kind = type(placement).__name__
+            if kind not in ("Shard", "Replicate"):
                 raise ValueError(
-                    f"parameter {index} of shape {tuple(p.shape)} is placed as {placement}; only "
+                    f"parameter {index} of shape {tuple(p.shape)} is placed as {kind}; only "
                     "Shard and Replicate, what fully_shard makes by itself, can be optimized"
                 )
         if placed.mesh != first.mesh or placed.cutting != first.cutting:

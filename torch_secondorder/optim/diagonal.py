@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatch
-from torch_secondorder.objective import ClosureObjective
 from torch_secondorder.optim.arrangement import Arrangement
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
 from torch_secondorder.optim.blocks import Block, as_real
@@ -20,15 +19,14 @@ from torch_secondorder.optim.info import StepInfo
 from torch_secondorder.optim.present import Scaling, present_gradients
 from torch_secondorder.optim.seen import Seen, Verdict, judge
 from torch_secondorder.optim.sharded import (
-    by_differences,
+    ShardedEvaluation,
     check_closure,
     held_outcome,
     held_parts,
     part_states,
     whole_states,
-    without_adding,
 )
-from torch_secondorder.single import GradientTrace, Outcome, SingleEvaluation, without_autocast
+from torch_secondorder.single import GradientTrace, Outcome, SingleEvaluation
 from torch_secondorder.space import WHOLE, ShardedSpace, is_distributed
 from torch_secondorder.vector import ParameterVector, max_norm
 from torch_secondorder.workspace import Workspace
@@ -158,10 +156,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 self._advance(params, outcome, None, Effort(1, 0), undo=evaluation.restore)
                 surroundings.reshard()
                 return outcome.loss
-            closure = without_adding(closure, params, self._stale)
-            objective = ClosureObjective(closure, vector, surroundings=surroundings)
-            with objective, without_autocast(params):
-                outcome, diagonal = by_differences(objective, self.estimator, generator)
+            sharded = ShardedEvaluation(closure, vector, surroundings, self._stale)
+            with sharded.objective as objective:
+                outcome, diagonal = sharded.run(self.estimator, generator)
                 effort = Effort(objective.evaluations, self.estimator.n_samples)
                 self._advance(params, outcome, diagonal, effort, undo=objective.abandon)
             return outcome.loss

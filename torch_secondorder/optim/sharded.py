@@ -3,48 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from torch_secondorder.curvature.diagonal import DiagonalEstimator, Hutchinson
+from torch_secondorder.curvature.diagonal import (
+    DiagonalEstimator,
+    GaussNewtonBartlett,
+    Hutchinson,
+)
 from torch_secondorder.curvature.finite_difference import diagonal_by_differences
-from torch_secondorder.objective import ClosureObjective, FunctionalObjective
+from torch_secondorder.objective import ClosureObjective
 from torch_secondorder.optim.arrangement import prepare
 from torch_secondorder.optim.blocks import COUNTS, MOMENTS
-from torch_secondorder.single import GradientTrace, Outcome
+from torch_secondorder.optim.labels import DrawnLabels
+from torch_secondorder.replay import Surroundings
+from torch_secondorder.single import GradientTrace, Outcome, without_autocast
 from torch_secondorder.space import local, sharded_like
 from torch_secondorder.vector import ParameterVector
 
 __all__ = [
-    "by_differences",
+    "ShardedEvaluation",
     "check_averaging",
     "check_closure",
     "held_outcome",
     "held_parts",
     "part_states",
     "whole_states",
-    "without_adding",
 ]
 
 
 def check_closure(closure: Any, due: bool) -> None:
-    """Raises on what does not go with sharded parameters.
-
-    Args:
-        closure: What `step` was given.
-        due: Whether an estimate of the curvature is.
-
-    Raises:
-        RuntimeError: There is no closure, and an estimate is due.
-        TypeError: It is a `FunctionalObjective`.
-    """
-    if isinstance(closure, FunctionalObjective):
-        raise TypeError(
-            "a FunctionalObjective is a function of whole tensors, and these parameters are "
-            "sharded: pass a closure that calls the sharded module"
-        )
+    """Raises a RuntimeError where there is no closure and an estimate of the curvature is due."""
     if closure is None and due:
         raise RuntimeError(
             "the curvature is due at this step (optimizer.curvature_due), and on sharded "
@@ -52,7 +45,7 @@ def check_closure(closure: Any, due: bool) -> None:
         )
 
 
-def without_adding(
+def _without_adding(
     closure: Callable[[], Any], params: Sequence[Tensor], stale: GradientTrace | None
 ) -> Callable[[], Any]:
     """The closure, which raises where it adds to gradients from before the step.
@@ -105,34 +98,76 @@ def check_averaging(params: Sequence[Any], block: Any) -> None:
         )
 
 
-def by_differences(
-    objective: ClosureObjective, estimator: DiagonalEstimator, generator: torch.Generator
-) -> tuple[Outcome, Tensor]:
-    """Evaluates, and estimates the diagonal of the Hessian by differences of gradients.
+class ShardedEvaluation:
+    """An evaluation of a closure with an estimate of the curvature; a context for one step.
 
-    The hooks of `fully_shard` let no second derivative through; two further evaluations take the
-    place of each product. Parameters and gradients are then as after the first evaluation.
+    The hooks of `fully_shard` let neither a second derivative through nor one that `backward()`
+    does not take itself; so further evaluations take the place of products.
 
-    Returns:
-        What the first evaluation gave here, and the estimate, `(n,)`.
-
-    Raises:
-        RuntimeError: The estimator needs more than products.
+    Args:
+        closure: The closure.
+        vector: The parameters.
+        surroundings: See `Objective`.
+        stale: The gradients that the last step left; others that the closure adds to are refused.
     """
-    if not isinstance(estimator, Hutchinson):
-        raise RuntimeError(
-            f"{type(estimator).__name__} differentiates from the model's outputs, which the hooks "
-            "of fully_shard do not let through: use estimator='hutchinson', whose products are "
-            "differences of gradients on sharded parameters"
-        )
-    evaluation = objective.evaluate()
-    params = objective.vector.params
-    gradients = [p.grad for p in params]
-    diagonal = diagonal_by_differences(estimator, objective, generator)
-    objective.settle()
-    for p, gradient in zip(params, gradients, strict=True):
-        p.grad = gradient
-    return Outcome(evaluation.closure_loss, held_parts(gradients)), diagonal
+
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        vector: ParameterVector,
+        surroundings: Surroundings,
+        stale: GradientTrace | None,
+    ) -> None:
+        params = vector.params
+        self._labels = DrawnLabels(_without_adding(closure, params, stale), params)
+        self._vector = vector
+        self.objective = ClosureObjective(self._labels, vector, surroundings=surroundings)
+
+    def run(
+        self, estimator: DiagonalEstimator, generator: torch.Generator
+    ) -> tuple[Outcome, Tensor]:
+        """What one evaluation gives in this process, and the estimate, `(n,)`.
+
+        Parameters and gradients are then as after that evaluation.
+
+        Raises:
+            TypeError: The estimator is not one of this package's.
+        """
+        estimate: Callable[[], Tensor]
+        if isinstance(estimator, Hutchinson):
+            estimate = partial(diagonal_by_differences, estimator, self.objective, generator)
+        elif isinstance(estimator, GaussNewtonBartlett):
+            estimate = partial(self._by_labels, estimator.n_samples, generator)
+        else:
+            raise TypeError(
+                f"{type(estimator).__name__} works inside of backward(), which does not go with "
+                "sharded parameters: use estimator='hutchinson' or 'gnb'"
+            )
+        params = self._vector.params
+        with without_autocast(params):
+            evaluation = self.objective.evaluate()
+            gradients = [p.grad for p in params]
+            diagonal = estimate()
+            self.objective.settle()
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient
+        return Outcome(evaluation.closure_loss, held_parts(gradients)), diagonal
+
+    def _by_labels(self, n_samples: int, generator: torch.Generator) -> Tensor:
+        """See `GaussNewtonBartlett`: squares of gradients for labels drawn from the model.
+
+        The mean of `R` ranks' independent roots of their own curvatures is one of the mean
+        curvature, over the root of `R`.
+        """
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        own = torch.Generator(generator.device)
+        self._labels.generator = own.manual_seed(int(seed) + dist.get_rank())
+        total = torch.zeros_like(self.objective.position)
+        for _ in range(n_samples):
+            root = self.objective.evaluate().grad
+            total.addcmul_(root, root, value=self._vector.space.processes / n_samples)
+        self._labels.generator = None
+        return total
 
 
 def held_outcome(outcome: Outcome, vector: ParameterVector) -> Outcome:
