@@ -239,6 +239,11 @@ class Objective(ABC):
         """Device types for which a closure runs under autocast, as where this was made."""
         return self._replay.autocast
 
+    @property
+    def precision(self) -> float:
+        """The machine epsilon that gradients are computed with, as far as that is known."""
+        return max(self.vector.precision, self._replay.precision)
+
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """Loss and gradient where the parameters stand.
 
@@ -332,12 +337,12 @@ class Objective(ABC):
         vector = self.vector
         if loss.dtype != vector.dtype or loss.device != vector.device:
             loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
-        loss = self._replay.average(loss)
+        loss = vector.space.mean(self._replay.average(loss))
         closure_loss = loss
         if self._sign < 0:
             loss = -loss
         if self._decays:
-            loss = loss + 0.5 * ((self._decay * position) @ position)
+            loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
         linearization = None if raw.graph is None else Linearization(self, raw.graph)
         flatten = partial(self._flat_gradient, raw, position)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)

@@ -70,6 +70,11 @@ class ClosureObjective(Objective):
 
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
         params = self.vector.params
+        if curvature and self.vector.sharded:
+            raise RuntimeError(
+                "the hooks of fully_shard let no second derivative through: for sharded parameters "
+                "multiply with torch_secondorder.curvature.FiniteDifference(objective)"
+            )
         # Whatever is in `p.grad` is of another evaluation, whether or not the closure clears it.
         for p in params:
             p.grad = None
@@ -156,6 +161,11 @@ class FunctionalObjective(Objective):
                 if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
             )
         super().__init__(vector, regularization, master, surroundings)
+        if self.vector.sharded:
+            raise TypeError(
+                "a FunctionalObjective is a function of whole tensors, and these parameters are "
+                "sharded: use a closure that calls the sharded module"
+            )
         places = {id(p): i for i, p in enumerate(self.vector.params)}
         self._places = [places.get(id(leaf)) for leaf in self._leaves]
         if all(place is None for place in self._places):

@@ -7,6 +7,7 @@ loop that evaluates once; and under DistributedDataParallel every rank has to se
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -60,15 +61,19 @@ class Surroundings:
 
     Attributes:
         process_groups: Those of the DistributedDataParallel modules met.
+        precision: The largest machine epsilon that modules of `fully_shard` compute with by their
+            policy; 0 where none has one.
     """
 
     def __init__(self) -> None:
         self.process_groups: list[Any] = []
+        self.precision = 0.0
         # Modules met, by id, and whether they were training when their buffers were last compared.
         # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
         self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
         self._norms: WeakSet[torch.nn.Module] = WeakSet()
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
+        self._sharded: WeakSet[Any] = WeakSet()  # those of `fully_shard`
         self._seen: set[object] = set()
 
     def knows(self, source: Callable[..., Any], what: str = "graph") -> bool:
@@ -93,6 +98,8 @@ class Surroundings:
         """
         compared: dict[_Slot, Tensor] = {}
         thread, modes = threading.get_ident(), self._modes
+        # Where there is a sharded module, this has been imported.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
 
         def note(module: torch.nn.Module, _: Any) -> None:
             # Compiled code is not to contain this; the compiled module itself has been noted.
@@ -110,6 +117,9 @@ class Surroundings:
                         self.process_groups.append(inner.process_group)
                 elif isinstance(inner, _NormBase):
                     self._norms.add(inner)
+                if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
+                    self._sharded.add(inner)
+                    self.precision = max(self.precision, _policy_precision(inner))
                 modes[id(inner)] = ref(inner), inner.training
                 compared.update(
                     (slot, before.get(slot, b.detach().clone())) for slot, b in _slots(inner)
@@ -134,6 +144,14 @@ class Surroundings:
         # Of all normalization layers, in whatever mode: the closure may set them to train.
         return [pair for module in self._norms | self._stateful for pair in _slots(module)]
 
+    def reshard(self) -> None:
+        """Makes modules of `fully_shard` gather their parameters anew at their next call.
+
+        A forward pass that no backward pass follows leaves what it has gathered in place.
+        """
+        for module in self._sharded:
+            module.reshard()
+
     def average(self, tensor: Tensor) -> Tensor:
         """The mean over the ranks, where a DDP module was called; else the tensor itself."""
         if not self.process_groups:
@@ -142,6 +160,13 @@ class Surroundings:
         tensor = tensor.clone()
         dist.all_reduce(tensor, group=group)
         return tensor.div_(dist.get_world_size(group))
+
+
+def _policy_precision(module: Any) -> float:
+    """The machine epsilon that a module of `fully_shard` computes with; 0 for the parameters'."""
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)  # it is not public
+    dtype = getattr(policy, "param_dtype", None)
+    return 0.0 if dtype is None else torch.finfo(dtype).eps
 
 
 def _identity(source: Any, depth: int = 4) -> object:
@@ -187,6 +212,7 @@ class Replay:
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
+        self._surroundings.reshard()
         first = self._evaluations == 1
         if not first:
             self._rewind()
@@ -218,6 +244,13 @@ class Replay:
         """
         for slot, value in (self._before if aborted else self._after or {}).items():
             slot.restore(value)
+        self._surroundings.reshard()
+
+    @property
+    def precision(self) -> float:
+        """The largest machine epsilon that closures are known to compute with; 0 for none."""
+        dtypes = self.autocast.values()
+        return max(self._surroundings.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)
 
     def average(self, tensor: Tensor) -> Tensor:
         """See `Surroundings.average`."""

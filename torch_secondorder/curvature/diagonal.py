@@ -147,7 +147,7 @@ class Hutchinson(DiagonalEstimator):
             products = [operator.matvec(probes[0])]
         else:
             products = list(operator.matmat(torch.stack(probes, 1)).unbind(1))
-        return self._mean(probes, products)
+        return self.mean(probes, products)
 
     def watch(
         self,
@@ -173,7 +173,7 @@ class Hutchinson(DiagonalEstimator):
             for _ in range(self.n_samples)
         ]
 
-    def _mean(self, probes: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
+    def mean(self, probes: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
         """The estimate; the products may be somebody's, and are left alone."""
         total = products[0] * probes[0]
         for z, product in zip(probes[1:], products[1:], strict=True):
@@ -223,7 +223,7 @@ class _HutchinsonWatch(DiagonalWatch):
         products = [average(gather(parts)) for parts in self._sums]
         if magnitudes and len(products) == 1 and self._estimator.distribution == "rademacher":
             return products[0]  # a sign changes no magnitude
-        return self._estimator._mean(self._probes, products)
+        return self._estimator.mean(self._probes, products)
 
 
 class GaussNewtonBartlett(DiagonalEstimator):

@@ -20,7 +20,7 @@ from torch_secondorder.globalization import (
 )
 from torch_secondorder.optim.info import StepStatus
 from torch_secondorder.optim.progress import Progress
-from torch_secondorder.vector import max_norm, to_host
+from torch_secondorder.vector import max_norm
 
 __all__ = ["Iteration", "Point", "Settings"]
 
@@ -106,7 +106,8 @@ class Iteration:
         self._objective = objective
         self._history = history
         self._settings = settings
-        (self._size,) = to_host(torch.linalg.vector_norm(objective.position))
+        self._space = objective.vector.space
+        (self._size,) = self._space.to_host(norms=[torch.linalg.vector_norm(objective.position)])
         self._progress = Progress(start.loss, start.grad_norm, self._size)
 
     def run(self) -> StepStatus:
@@ -152,7 +153,7 @@ class Iteration:
         grad = self.point.evaluation.grad
         if self._history.count:
             direction = self._history.direction(grad)
-            slope, square = to_host(grad @ direction, direction @ direction)
+            slope, square = self._space.to_host(sums=(grad @ direction, direction @ direction))
             if -inf < slope < 0 and isfinite(square):
                 return _Line(direction, slope, square)
             self._forget("the history gave a direction of ascent")
@@ -161,7 +162,7 @@ class Iteration:
         # meet a loss of zero, at most as far as the parameters are long.
         loss, largest = self.point.loss, self.point.grad_norm
         unit = grad / -largest  # no square of it overflows
-        square, total = to_host(unit @ unit, unit.abs().sum())
+        square, total = self._space.to_host(sums=(unit @ unit, unit.abs().sum()))
         if isinstance(self._settings.line_search, FixedStep):
             length = min(largest, 1 / total)
         else:
@@ -180,8 +181,10 @@ class Iteration:
             evaluation = objective.trial(step)
             grad = evaluation.grad
             y = grad - before
-            loss, slope, grad_norm, y_y, y_d = to_host(
-                evaluation.loss, grad @ direction, max_norm(grad), y @ y, y @ direction
+            slope, y_y, y_d, grad_norm, loss = self._space.to_host(
+                sums=(grad @ direction, y @ y, y @ direction),
+                largest=(max_norm(grad),),
+                whole=(evaluation.loss,),
             )
             candidate = _Candidate(Point(evaluation, loss, grad_norm), step, y, y_y, y_d)
             return Trial(t, loss, slope if isfinite(grad_norm) else inf, candidate)
@@ -207,7 +210,7 @@ class Iteration:
         y, y_y = candidate.y, candidate.y_y
         precision = torch.finfo(self._objective.vector.dtype)
         if not precision.tiny < y_y < inf and y.dtype == torch.float32:  # its square has no place
-            (y_y,) = to_host(y.double() @ y.double())
+            (y_y,) = self._space.to_host(sums=[y.double() @ y.double()])
         s_y, s_s = t * candidate.y_d, t * t * line.square
         # H g = -d, so B s = -t g whatever B is, and the curvature that B expects is known.
         expected = -t * t * line.slope
