@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from torch_secondorder.graph import Graph
+from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Replay, Surroundings
 from torch_secondorder.vector import ParameterVector
 
@@ -153,26 +154,28 @@ class Linearization:
         products = multiply(vector.split(direction), v.dim() == 2)
         return self._objective.product(direction, products)
 
-    def diagonal(self, roots: Sequence[Tensor | None]) -> Tensor:
+    def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         """The diagonal of a curvature of the loss, from random roots of it.
 
         Args:
             roots: `k` samples `q` with `E[q q']` equal to the curvature, in parts `(k, ...)` shaped
-                like the parameters; None for zeros.
+                like the parameters; None for zeros. Those of other ranks are independent of them.
+            count: `k`.
 
         Returns:
             The mean of `q * q` with the diagonal of the regularization, `(n,)`, not negative.
         """
         self.check()
-        return self._objective.diagonal(roots)
+        return self._objective.diagonal(roots, count)
 
     def slots(self) -> list[Slot]:
         """The place of each parameter in the work vector."""
         return self._objective.slots()
 
-    def average(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks, where the closure called a DDP module; else the tensor."""
-        return self._objective.average(tensor)
+    @property
+    def ranks(self) -> Ranks:
+        """Those that the loss is the mean over."""
+        return self._objective.ranks
 
     def check(self) -> None:
         """Makes the graph usable: puts the parameters back to where it was made.
@@ -287,7 +290,7 @@ class Objective(ABC):
         flat = self.vector.gather(products, batch=direction.shape[:-1])
         if self._sign < 0:
             flat.neg_()
-        flat = self._replay.average(flat)
+        flat = self.ranks.average_(flat)
         if self._decays:
             flat.add_(self._decay * direction)
         return self.vector.scaled(flat)
@@ -299,15 +302,15 @@ class Objective(ABC):
         decays = decay if isinstance(decay, tuple) else (decay,) * len(slots)
         return [Slot(*slot, slot[2] ** 2 * d) for slot, d in zip(slots, decays, strict=True)]
 
-    def average(self, tensor: Tensor) -> Tensor:
-        """See `Linearization.average`."""
-        return self._replay.average(tensor)
+    @property
+    def ranks(self) -> Ranks:
+        """See `Linearization.ranks`."""
+        return self._surroundings.ranks
 
-    def diagonal(self, roots: Sequence[Tensor | None]) -> Tensor:
+    def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         """See `Linearization.diagonal`."""
-        count = next((len(root) for root in roots if root is not None), 1)
-        flat = self.vector.scaled(self.vector.gather(roots, batch=(count,)))
-        diagonal = self._replay.average(flat.square_().mean(0))
+        flat = self.ranks.join_roots_(self.vector.gather(roots, batch=(count,)))
+        diagonal = self.vector.scaled(flat).square_().mean(0)
         if self._decays:
             decay = self.vector.scaled(self.vector.scaled(torch.ones_like(diagonal)))
             diagonal.add_(decay.mul_(self._decay))
@@ -332,7 +335,7 @@ class Objective(ABC):
         vector = self.vector
         if loss.dtype != vector.dtype or loss.device != vector.device:
             loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
-        loss = self._replay.average(loss)
+        loss = self.ranks.average(loss)
         closure_loss = loss
         if self._sign < 0:
             loss = -loss
@@ -347,7 +350,7 @@ class Objective(ABC):
     def _flat_gradient(self, raw: RawEvaluation, position: Tensor) -> Tensor:
         grad = self.vector.gather(raw.grads)
         if not raw.averaged:
-            grad = self._replay.average(grad)
+            grad = self.ranks.average_(grad)
         if self._sign < 0:
             grad.neg_()
         if self._decays:

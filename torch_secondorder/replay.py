@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+
+from torch_secondorder.ranks import Ranks
 
 __all__ = ["Replay", "Surroundings"]
 
@@ -59,11 +60,11 @@ class Surroundings:
     """What closures call, found by watching, kept from step to step.
 
     Attributes:
-        process_groups: Those of the DistributedDataParallel modules met.
+        ranks: Those that share the work, from the DistributedDataParallel modules met.
     """
 
     def __init__(self) -> None:
-        self.process_groups: list[Any] = []
+        self.ranks = Ranks()
         # Modules met, by id, and whether they were training when their buffers were last compared.
         # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
         self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
@@ -106,8 +107,7 @@ class Surroundings:
             # All inside it as well: a compiled module hides the calls of its children.
             for inner in module.modules():
                 if isinstance(inner, DistributedDataParallel):
-                    if inner.process_group not in self.process_groups:
-                        self.process_groups.append(inner.process_group)
+                    self.ranks.note(inner)
                 elif isinstance(inner, _NormBase):
                     self._norms.add(inner)
                 modes[id(inner)] = ref(inner), inner.training
@@ -133,15 +133,6 @@ class Surroundings:
         """The buffers that the coming evaluation may change."""
         # Of all normalization layers, in whatever mode: the closure may set them to train.
         return [pair for module in self._norms | self._stateful for pair in _slots(module)]
-
-    def average(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks, where a DDP module was called; else the tensor itself."""
-        if not self.process_groups:
-            return tensor
-        group = self.process_groups[0]
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, group=group)
-        return tensor.div_(dist.get_world_size(group))
 
 
 def _identity(source: Any, depth: int = 4) -> object:
@@ -218,10 +209,6 @@ class Replay:
         """
         for slot, value in (self._before if aborted else self._after or {}).items():
             slot.restore(value)
-
-    def average(self, tensor: Tensor) -> Tensor:
-        """See `Surroundings.average`."""
-        return self._surroundings.average(tensor)
 
 
 def _random_state(device: torch.device) -> Tensor:

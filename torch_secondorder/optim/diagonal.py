@@ -124,7 +124,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if self._generator is None:
             self._generator = torch.Generator(self._vector.device)
             self._generator.manual_seed(int(self.param_groups[0]["seed"]))
-        return self.estimator.watch(self._vector, self._generator, self._workspace)
+        watch = self.estimator.watch(self._vector, self._generator, self._workspace)
+        watch.ranks = self._surroundings.ranks
+        return watch
 
     def _advance(
         self,
@@ -155,8 +157,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _diagonal(
         self, watch: DiagonalWatch, factor: float, inverse_scale: Tensor | None
     ) -> Tensor:
-        magnitudes = self._magnitudes
-        diagonal = watch.diagonal(self._surroundings.average, magnitudes=magnitudes)
+        diagonal = watch.diagonal(magnitudes=self._magnitudes)
         if inverse_scale is not None:
             # The products were with probes scaled by the root of the scale.
             diagonal.mul_(inverse_scale.to(diagonal).sqrt())
