@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,8 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self._modules: WeakSet[DistributedDataParallel] = WeakSet()
+        # In the order in which they were met, which is the same on all ranks.
+        self._modules: WeakKeyDictionary[DistributedDataParallel, None] = WeakKeyDictionary()
         self._any = False  # whether there ever was one, which is faster to ask
         # Those that are to leave gradients alone now, with what they held before.
         self._quiet: dict[DistributedDataParallel, dict[str, Any]] | None = None
@@ -65,7 +66,7 @@ class Ranks:
                     )
             elif known is not None:  # the group is gone, and its modules with it
                 self._modules.clear()
-            self._modules.add(module)
+            self._modules[module] = None
             self._any = True
         if self._quiet is not None:
             self._silence(module)
