@@ -223,8 +223,9 @@ class Objective(ABC):
         self.evaluations = 0
         self.generation = 0
         self._entry = self.position
-        self._placed = self.position  # what the parameters hold now: a trial leaves them there
-        self._tried: tuple[Tensor, Tensor] | None = None  # the last trial's step and position
+        # What the parameters hold now; None where the last trial has left them.
+        self._placed: Tensor | None = self.position
+        self._tried: tuple[Tensor, float] | None = None  # the last trial
         self._abandoned = False
         self._last: Callable[[], Evaluation | None] = lambda: None
         self._surroundings = surroundings or Surroundings()
@@ -250,7 +251,7 @@ class Objective(ABC):
         """
         return self._evaluate_at(self.position, curvature)
 
-    def trial(self, step: Tensor) -> Evaluation:
+    def trial(self, step: Tensor, t: float = 1.0) -> Evaluation:
         """Loss and gradient at a distance; `position` stays.
 
         The parameters go back there lazily: before the next product, evaluation or move of this
@@ -258,17 +259,30 @@ class Objective(ABC):
 
         Args:
             step: Shape `(n,)`, in the work space.
+            t: What it is multiplied by.
         """
-        position = self.position + self.vector.scaled(step)
-        self._tried = (step, position)
-        return self._evaluate_at(position, False)
+        self._tried = (step, t)
+        position = self._moved(step, t)
+        evaluation = self._evaluate_at(position, False)
+        if self._placed is position:
+            self._placed = None  # not kept: it is a vector, and made again where it is needed
+        return evaluation
 
-    def accept(self, step: Tensor) -> None:
-        """Moves the parameters by `step`, shape `(n,)`; earlier linearizations end here."""
-        if self._tried is not None and self._tried[0] is step:
-            self._go(self._tried[1])
-        else:
-            self._go(self.position + self.vector.scaled(step))
+    def accept(self, step: Tensor, t: float = 1.0) -> None:
+        """Moves the parameters by `t` times `step`, `(n,)`; earlier linearizations end here."""
+        tried, at = self._tried or (None, t)
+        there = self._placed is None and tried is step and at == t
+        if self.position is self._entry:
+            self._go(self._moved(step, t), there=there)
+            return
+        last = self._last()
+        if last is not None:
+            _ = last.grad  # before what it is made of changes
+        # In place: a vector's memory costs as much as the arithmetic.
+        self._go(self.position.add_(self.vector.scaled(step), alpha=t), there=there)
+
+    def _moved(self, step: Tensor, t: float) -> Tensor:
+        return torch.add(self.position, self.vector.scaled(step), alpha=t)
 
     def settle(self) -> None:
         """Puts the parameters back to `position` after a trial."""
@@ -342,18 +356,18 @@ class Objective(ABC):
         if self._decays:
             loss = loss + 0.5 * ((self._decay * position) @ position)
         linearization = None if raw.graph is None else Linearization(self, raw.graph)
-        flatten = partial(self._flat_gradient, raw, position)
+        flatten = partial(self._flat_gradient, raw, position if self._decays else None)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
         self._last = ref(evaluation)
         return evaluation
 
-    def _flat_gradient(self, raw: RawEvaluation, position: Tensor) -> Tensor:
+    def _flat_gradient(self, raw: RawEvaluation, position: Tensor | None) -> Tensor:
         grad = self.vector.gather(raw.grads)
         if not raw.averaged:
             grad = self.ranks.average_(grad)
         if self._sign < 0:
             grad.neg_()
-        if self._decays:
+        if position is not None:
             grad.add_(self._decay * position)
         return self.vector.scaled(grad)
 
@@ -363,8 +377,8 @@ class Objective(ABC):
             graph.check_differentiable()
             self._surroundings.note(source)
 
-    def _go(self, position: Tensor) -> None:
-        if self._placed is position:
+    def _go(self, position: Tensor, *, there: bool = False) -> None:
+        if there:
             # They are there already; a graph that saved them earlier still has to notice.
             increment_version(self.vector.params)
         else:
