@@ -107,7 +107,7 @@ class ClosureObjective(Objective):
     def _run_captured(self, closure: Callable[[], Any]) -> RawEvaluation:
         params = self.vector.params
         foreign: list[Tensor] = []  # what got a gradient that was not captured
-        with Capture(params) as capture, ExitStack() as stack:
+        with Capture(params) as capture, self.ranks.quiet(), ExitStack() as stack:
             if not self._surroundings.knows(closure):
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
@@ -204,10 +204,11 @@ class FunctionalObjective(Objective):
         ]
         tree = pytree.tree_unflatten(leaves, self._structure)
         if not curvature:
-            loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
+            with self.ranks.quiet():
+                loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
             gradients = torch.autograd.grad(loss, pieces, allow_unused=True)
             return RawEvaluation(loss, touched(gradients), None)
-        with Capture(pieces) as capture:
+        with Capture(pieces) as capture, self.ranks.quiet():
             loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
         grads = capture.differentiate(loss)
         self._check_once(self._function, capture.graph)
