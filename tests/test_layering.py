@@ -28,6 +28,19 @@ ALLOWED: dict[str, set[str]] = {
     "solvers": {"vector", "func", "evaluation", "curvature"},
     "globalization": {"evaluation"},
     "penalties": {"func"},
+    "progress": set(),
+    "dataset": {
+        "vector",
+        "graph",
+        "capture",
+        "contract",
+        "replay",
+        "evaluation",
+        "objective",
+        "single",
+        "curvature",
+        "progress",
+    },
 }
 BELOW_OPTIM = set(ALLOWED)
 ALLOWED["optim"] = BELOW_OPTIM
