@@ -126,18 +126,21 @@ class DatasetClosure:
         for module in (self.model, self.loss_fn):
             if isinstance(module, nn.Module):
                 module.zero_grad()
-        losses: list[Tensor] = []
+        total: Tensor | None = None
+        dtype = torch.float32
 
         def backward(compute: Callable[[], Tensor], weight: float) -> None:
+            nonlocal total, dtype
             loss = compute() * weight
             differentiable(loss).backward()
-            losses.append(loss.detach())
+            loss, dtype = loss.detach(), loss.dtype
+            # Added up in float64 where there is one: a line search looks at the last digits.
+            wide = loss if loss.device.type == "mps" else loss.double()
+            total = wide if total is None else total + wide
 
         over(backward, "loss and gradient")
-        # Added up in float64 where there is one: a line search looks at the last digits.
-        stacked = torch.stack(losses)
-        wide = stacked.dtype if stacked.device.type == "mps" else torch.float64
-        return stacked.sum(dtype=wide).to(stacked.dtype)
+        assert total is not None  # a loader without samples is refused
+        return total.to(dtype)
 
     def over(
         self, use: Use, label: str, look: Callable[[int, Any], None] = lambda index, batch: None
