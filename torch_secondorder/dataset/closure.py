@@ -212,9 +212,11 @@ class DatasetClosure:
 
     def _alone(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are averaged over the ranks once a pass, with the last batch."""
-        if last or not isinstance(self.model, DistributedDataParallel):
+        model = self.model
+        # With a static graph PyTorch cannot put it off, and averages with each batch.
+        if last or not isinstance(model, DistributedDataParallel) or model.static_graph:
             return nullcontext()
-        context: AbstractContextManager[Any] = self.model.no_sync()
+        context: AbstractContextManager[Any] = model.no_sync()
         return context
 
 
