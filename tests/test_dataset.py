@@ -536,10 +536,34 @@ def test_a_loader_that_changes_within_a_step_is_refused() -> None:
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
     closure = DatasetClosure(model, F.cross_entropy, DataLoader(Augmented(), batch_size=5))
-    with pytest.raises(RuntimeError, match="another batch 0 than before in the same step"):
+    with pytest.raises(RuntimeError, match="other batches than before in the same step"):
         LBFGS(model.parameters()).step(closure)
     close([p.detach() for p in model.parameters()], before, 0.0)
     AdaHessian(model.parameters()).step(closure)  # evaluates once
+
+
+class Noisy(Logged):
+    """Augments by PyTorch's random numbers, in whatever process."""
+
+    def __getitem__(self, i: int) -> Batch:
+        return self.x[i] + 0.1 * torch.randn(4, dtype=torch.float64), self.y[i]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}], ids=["here", "workers"])
+def test_augmentations_from_torch_are_the_same_for_a_step(options: dict[str, Any]) -> None:
+    model = network()
+    batches = DataLoader(Noisy(), batch_size=5, shuffle=True, **options)
+    optimizer = NewtonCG(model.parameters(), max_cg_iter=3)
+    closure = DatasetClosure(model, F.cross_entropy, batches)
+    losses = [optimizer.step(closure) for _ in range(2)]
+    assert losses[1] < losses[0]
+
+
+def test_persistent_workers_with_augmentation_are_refused() -> None:
+    model = network()
+    batches = DataLoader(Noisy(), batch_size=5, num_workers=1, persistent_workers=True)
+    with pytest.raises(RuntimeError, match="other batches than before"):
+        LBFGS(model.parameters()).step(DatasetClosure(model, F.cross_entropy, batches))
 
 
 # Errors.

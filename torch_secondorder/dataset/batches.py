@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,21 +60,29 @@ def moved(batch: Any, device: torch.device | None) -> Any:
     return pytree.tree_map(move, batch)
 
 
-def fingerprint(batch: Any) -> list[tuple[tuple[int, ...], float, float]]:
-    """Something that tells a batch from others: its tensors' shapes, first and last samples."""
-    return [
-        (tuple(t.shape), _number(t[0] if t.dim() else t), _number(t[-1] if t.dim() else t))
-        for t in _tensors(batch)
-        if t.layout is torch.strided and t.numel() and not t.is_quantized
-    ]
+def fingerprint(batch: Any) -> tuple[list[torch.Size], list[Tensor]]:
+    """Something that tells a batch from others: its tensors' shapes, and a number for each.
+
+    The numbers are 0-dim tensors where the batch is: reading them would wait for a device.
+    """
+    tensors = [t for t in _tensors(batch) if t.layout is torch.strided and not t.is_quantized]
+    return [t.shape for t in tensors], [_number(t) for t in tensors if t.numel()]
 
 
-def _number(sample: Tensor) -> float:
-    sample = sample.detach()
-    values = (torch.view_as_real(sample) if sample.is_complex() else sample).reshape(-1).double()
+def _number(tensor: Tensor) -> Tensor:
+    """Of the first and the last sample."""
+    tensor = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
+    ends = torch.stack([tensor[0], tensor[-1]]) if tensor.dim() else tensor
+    values = ends.detach().reshape(-1)
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
     # Weighted by their places: one-hot vectors all have the same sum.
-    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
-    return float(places.sqrt_() @ values.nan_to_num())
+    places = _places(len(values), dtype, values.device)
+    return torch.dot(places, values.to(dtype).nan_to_num())
+
+
+@lru_cache(maxsize=16)
+def _places(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, dtype=dtype, device=device).sqrt_()
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

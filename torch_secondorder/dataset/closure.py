@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_secondorder.contract import differentiable, scalar
-from torch_secondorder.dataset.batches import as_pair, call, fingerprint, moved
+from torch_secondorder.dataset.batches import as_pair, call, moved
 from torch_secondorder.dataset.loader import (
     batches_in,
     check_loader,
     counted,
-    generators,
     samples_in,
 )
 from torch_secondorder.progress import bar
 
-__all__ = ["DatasetClosure", "Passes", "Use"]
+__all__ = ["DatasetClosure", "Use"]
 
 #: Takes what computes the loss of a batch, and that batch's weight.
 Use = Callable[[Callable[[], Tensor], float], None]
@@ -142,16 +141,14 @@ class DatasetClosure:
         assert total is not None  # a loader without samples is refused
         return total.to(dtype)
 
-    def over(
-        self, use: Use, label: str, look: Callable[[int, Any], None] = lambda index, batch: None
-    ) -> None:
+    def over(self, use: Use, label: str, look: Callable[[Any], None] = lambda batch: None) -> None:
         """Goes over the loader once.
 
         Args:
             use: Called for each batch with a function that computes its loss, and with its weight.
                 The loss of the data set is the sum of losses times weights.
             label: What is done.
-            look: Called first with the batch's number and the batch.
+            look: Called first, with the batch.
 
         Raises:
             RuntimeError: The loader gave other samples than it held when they were counted.
@@ -161,11 +158,11 @@ class DatasetClosure:
         delay = 0.0 if self.progress else _SOON
         batches = batches_in(self.loader)
         with bar(self.progress, batches, label, unit="batch", delay=delay) as tell:
-            for index, batch in enumerate(self.loader):
-                look(index, batch)
+            for batch in self.loader:
+                look(batch)
                 n = counted(batch, self._count)
                 seen += n
-                last = math.isclose(seen, total)
+                last = _equal(seen, total)
                 if not last and seen > total:
                     break
                 if n:
@@ -173,7 +170,7 @@ class DatasetClosure:
                     with self._alone(last):
                         use(partial(self._loss, batch), weight)
                 tell(1)
-        if not math.isclose(seen, total):
+        if not _equal(seen, total):
             raise RuntimeError(
                 f"the loader gave {seen:g} samples or more in this pass, and {total:g} when they "
                 "were counted: a mean needs their number before it begins. Make a new "
@@ -220,44 +217,6 @@ class DatasetClosure:
         return context
 
 
-class Passes:
-    """A dataset closure for the length of one step: all passes see the same batches.
-
-    Args:
-        closure: The closure.
-    """
-
-    def __init__(self, closure: DatasetClosure) -> None:
-        self.closure = closure
-        self._states = [(g, g.get_state()) for g in generators(closure.loader)]
-        self._seen: list[Any] = []
-        self._complete = False
-
-    def __call__(self) -> Tensor:
-        """See `DatasetClosure.__call__`."""
-        return self.closure.accumulate(self.over)
-
-    def over(self, use: Use, label: str) -> None:
-        """See `DatasetClosure.over`.
-
-        Raises:
-            RuntimeError: The loader gave other batches than in the first pass.
-        """
-        for generator, state in self._states:
-            generator.set_state(state)
-        self.closure.over(use, label, self._look)
-        self._complete = True
-
-    def _look(self, index: int, batch: Any) -> None:
-        found = fingerprint(batch)
-        if not self._complete:
-            del self._seen[index:]
-            self._seen.append(found)
-        elif index >= len(self._seen) or self._seen[index] != found:
-            raise RuntimeError(
-                f"the loader gave another batch {index} than before in the same step: all "
-                "evaluations of a step have to see the same data in the same order. Orders and "
-                "augmentations drawn from PyTorch's generators are drawn again; those from NumPy, "
-                "Python's random or persistent workers are not: fix them for the step, or use an "
-                "optimizer that evaluates once (AdaHessian, Sophia)"
-            )
+def _equal(seen: float, total: float) -> bool:
+    """Whether all samples were seen; a sum of fractions depends on its order."""
+    return seen == total or (not total.is_integer() and math.isclose(seen, total, rel_tol=1e-5))

@@ -77,7 +77,7 @@ def samples_in(loader: Any, count: Callable[[Any], float] | None) -> float:
     known = _length_of_sampler(loader) if count is None else None
     if known is None:
         with _untouched(loader):
-            total = sum(counted(batch, count) for batch in loader)
+            total = float(sum(counted(batch, count) for batch in loader))
     else:
         total = float(known)
     if not total > 0:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torch_secondorder.capture import Capture
 from torch_secondorder.contract import differentiable
-from torch_secondorder.dataset.closure import DatasetClosure, Passes
+from torch_secondorder.dataset.closure import DatasetClosure
+from torch_secondorder.dataset.passes import Passes
 from torch_secondorder.evaluation import (
     Evaluation,
     Linearization,
