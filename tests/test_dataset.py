@@ -253,12 +253,10 @@ def test_products_are_those_of_all_data(kind: str, keep: int, reduction: str) ->
 def rich() -> nn.Sequential:
     """Whatever draws or remembers when it is called."""
     torch.manual_seed(5)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8))
+    first.parametrizations.weight[0]._u.normal_()  # far from what it goes to
     return nn.Sequential(
-        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)),
-        nn.BatchNorm1d(8),
-        nn.Tanh(),
-        nn.Dropout(0.4),
-        nn.Linear(8, 3),
+        first, nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 3)
     ).double()
 
 
@@ -336,6 +334,12 @@ def test_what_a_curvature_of_ones_own_draws_does_not_reach_the_model() -> None:
 
 def test_under_autocast_products_are_those_of_the_closure() -> None:
     found = []
+    seen = set()
+
+    def kind(evaluation: Evaluation, _: Any) -> LinearOperator:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return GaussNewton(evaluation)
+
     for by_hand in (False, True):
         model = network().float()
         batches = [(x.float(), y) for x, y in pieces()]
@@ -349,28 +353,33 @@ def test_under_autocast_products_are_those_of_the_closure() -> None:
                 objective = DatasetObjective(closure, model.parameters())
             with torch.autocast("cpu", enabled=False), objective:
                 evaluation = objective.evaluate(curvature=True)
-                operator = curvature_at(objective, evaluation, lambda e, _: GaussNewton(e))
+                operator = curvature_at(objective, evaluation, kind)
                 found.append([evaluation.grad, operator @ evaluation.grad])
     close(found[0], found[1], 1e-2)
+    assert seen == {False}  # it is for the model alone
 
 
 # What preconditioners ask for.
 
 
-def regression(batch_size: int) -> tuple[nn.Module, DatasetClosure, Callable[[], Tensor]]:
+def regression(
+    batch_size: int, reduction: str = "mean"
+) -> tuple[nn.Module, DatasetClosure, Callable[[], Tensor]]:
     """One output, so that random signs cancel in the second moments of samples."""
     model, (x, y) = network(1), data()
     target = y.double().unsqueeze(1)
     batches = DataLoader(TensorDataset(x, target), batch_size=batch_size)
 
-    def closure() -> Tensor:
-        return F.mse_loss(model(x), target)
+    def loss_fn(z: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(z, y, reduction=reduction)
 
-    return model, DatasetClosure(model, F.mse_loss, batches), closure
+    ours = DatasetClosure(model, loss_fn, batches, reduction=reduction)
+    return model, ours, lambda: loss_fn(model(x), target)
 
 
-def test_kronecker_factors_are_those_of_all_data() -> None:
-    model, ours, closure = regression(5)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_kronecker_factors_are_those_of_all_data(reduction: str) -> None:
+    model, ours, closure = regression(5, reduction)
     objective = DatasetObjective(ours, model.parameters())
     expected = GaussNewton(ClosureObjective(closure, model.parameters()).evaluate(curvature=True))
     with objective:

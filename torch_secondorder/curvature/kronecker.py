@@ -26,12 +26,14 @@ class KroneckerFactors:
             last input being one.
         outputs: The second moment `S` of the gradients by its outputs, summed over the samples,
             `(out, out)`.
+        rows: How many inputs the second moment `A` is the mean of.
     """
 
     weight: int
     bias: int | None
     inputs: Tensor
     outputs: Tensor
+    rows: int = 1
 
 
 def kronecker_factors(
@@ -74,7 +76,7 @@ def kronecker_factors(
         a, d = (torch.cat(rows) for rows in zip(*met, strict=True))
         if bias is not None:
             a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
-        found.append(KroneckerFactors(weight, bias, a.T @ a / len(a), d.T @ d))
+        found.append(KroneckerFactors(weight, bias, a.T @ a / len(a), d.T @ d, len(a)))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -126,26 +127,28 @@ class BatchSum(LinearOperator):
             TypeError: The batches' operators know no model outputs.
         """
         sums: dict[tuple[int, int | None], KroneckerFactors] = {}
-        met: dict[tuple[int, int | None], int] = {}
-        weights: list[float] = []
+        met: Counter[tuple[int, int | None]] = Counter()
+        batches = 0
 
         def add(operator: LinearOperator, weight: float) -> None:
-            weights.append(weight)
+            nonlocal batches
+            batches += 1
             for found in _from_outputs(operator).factors(generator, largest):
                 layer = found.weight, found.bias
-                met[layer] = met.get(layer, 0) + 1
-                inputs, outputs = weight * found.inputs, weight * found.outputs
+                met[layer] += 1
+                # The inputs are a mean over rows, the outputs a sum.
+                inputs, outputs, rows = found.inputs * found.rows, found.outputs * weight, 0
                 if layer in sums:
                     inputs, outputs = inputs + sums[layer].inputs, outputs + sums[layer].outputs
-                sums[layer] = replace(found, inputs=inputs, outputs=outputs)
+                    rows = sums[layer].rows
+                sums[layer] = replace(found, inputs=inputs, outputs=outputs, rows=rows + found.rows)
 
         self._over(add, "Kronecker factors")
-        average, whole = self._objective.average, sum(weights)
+        average = self._objective.average
         return [
-            # The inputs are a mean over the samples, the outputs a sum.
-            replace(f, inputs=average(f.inputs / whole), outputs=average(f.outputs))
+            replace(f, inputs=average(f.inputs / f.rows), outputs=average(f.outputs))
             for layer, f in sums.items()
-            if met[layer] == len(weights)
+            if met[layer] == batches
         ]
 
     # The passes.
