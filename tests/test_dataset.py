@@ -254,7 +254,8 @@ def rich() -> nn.Sequential:
     """Whatever draws or remembers when it is called."""
     torch.manual_seed(5)
     first = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8))
-    first.parametrizations.weight[0]._u.normal_()  # far from what it goes to
+    for buffer in first.parametrizations.buffers():
+        buffer.normal_()  # far from what it goes to
     return nn.Sequential(
         first, nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 3)
     ).double()
