@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import sys
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,6 +167,22 @@ def test_batches_of_other_structures(kind: str) -> None:
     else:
         closure = DatasetClosure(Scaled(model), F.cross_entropy, batches)
     close(closure(), whole(model)().detach())
+
+
+class Encoding(UserDict[str, Tensor]):
+    """A batch of a class of its own, such as those of tokenizers."""
+
+    def to(self, device: torch.device) -> Encoding:
+        return Encoding({name: t.to(device) for name, t in self.items()})
+
+
+def test_batches_of_a_class_of_their_own(device: torch.device) -> None:
+    model = network().to(device)
+    batches = [Encoding(x=x, y=y) for x, y in pieces()]
+    closure = DatasetClosure(
+        model, F.cross_entropy, batches, forward=lambda module, b: (module(b["x"]), b["y"])
+    )
+    close(closure().cpu(), whole(network())().detach())
 
 
 def test_a_forward_that_gives_the_loss_itself() -> None:
@@ -358,6 +375,18 @@ def test_under_autocast_products_are_those_of_the_closure() -> None:
                 found.append([evaluation.grad, operator @ evaluation.grad])
     close(found[0], found[1], 1e-2)
     assert seen == {False}  # it is for the model alone
+
+
+def test_a_trial_that_was_accepted_is_not_evaluated_again() -> None:
+    counts, values = [], []
+    for ours in (True, False):
+        model = network()
+        optimizer = NewtonCG(model.parameters(), max_iter=3, max_cg_iter=5)
+        optimizer.step(DatasetClosure(model, F.cross_entropy, loader()) if ours else whole(model))
+        counts.append(optimizer.info.evaluations)
+        values.append([p.detach() for p in model.parameters()])
+    close(values[0], values[1], 1e-10)
+    assert counts[0] == counts[1] - 2
 
 
 # What preconditioners ask for.

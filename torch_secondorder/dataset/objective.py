@@ -59,11 +59,19 @@ class DatasetObjective(ClosureObjective):
         super().__init__(own, vector, regularization, master, surroundings, other)
         source = own if other is None else other
         self.passes = source if isinstance(source, Passes) else None
+        self._at: Tensor | None = None  # where it was evaluated last
 
     @property
     def replay(self) -> Replay:
         """What all evaluations of the step start from."""
         return self._replay
+
+    def evaluate(self, *, curvature: bool = False) -> Evaluation:
+        """See `Objective.evaluate`; a trial that has become the position is not made again."""
+        last = self._last()
+        if last is not None and self._at is self.position and self.passes is not None:
+            return last
+        return super().evaluate(curvature=curvature)
 
     def over(self, use: Callable[[Callable[[], Evaluation], float], None], label: str) -> None:
         """Goes over the batches once more, where the parameters stand.
@@ -95,7 +103,10 @@ class DatasetObjective(ClosureObjective):
         return total
 
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
-        return super()._run(position, curvature and self.passes is None)
+        self._at = None
+        raw = super()._run(position, curvature and self.passes is None)
+        self._at = position
+        return raw
 
     def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
         assert self.passes is not None
