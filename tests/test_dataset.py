@@ -20,7 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import torch_secondorder
-from torch_secondorder import LBFGS, AdaHessian, DatasetClosure, NewtonCG, Sophia, StepStatus
+from torch_secondorder import (
+    LBFGS,
+    AdaHessian,
+    Contractive,
+    DatasetClosure,
+    NewtonCG,
+    Sophia,
+    StepStatus,
+)
 from torch_secondorder.curvature import (
     Damped,
     Fisher,
@@ -511,6 +519,30 @@ def test_either_closure_may_be_over_a_data_set() -> None:
         values.append([p.detach().clone() for p in model.parameters()])
     for other in values[1:]:
         close(other, values[0], 1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["LBFGS", "GGN", "AdaHessian"])
+def test_a_contractive_penalty_is_that_on_all_data(name: str, reduction: str) -> None:
+    values, losses = [], []
+    for ours in (True, False):
+        model = network()
+        encoder = nn.Sequential(*model[:2])
+        optimizer = Contractive(TRAININGS[name](model.parameters()), encoder, weight=0.3)
+        model = nn.Sequential(encoder, model[2])
+
+        def loss_fn(z: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(z, y, reduction=reduction)
+
+        closure: Any = whole(model, reduction)
+        if ours:
+            closure = DatasetClosure(model, loss_fn, loader(), reduction=reduction)
+        for _ in range(3):
+            loss = float(optimizer.step(closure))
+            losses.append([loss, optimizer.info.loss, optimizer.info.penalty])
+        values.append([p.detach().clone() for p in model.parameters()])
+    close(values[0], values[1], 1e-9)
+    close(losses[:3], losses[3:], 1e-9)
 
 
 def test_a_batch_that_is_not_finite_is_rejected() -> None:

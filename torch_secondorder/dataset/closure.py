@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any, Literal
 
@@ -23,10 +24,14 @@ from torch_secondorder.dataset.loader import (
 )
 from torch_secondorder.progress import bar
 
-__all__ = ["DatasetClosure", "Use"]
+__all__ = ["Amend", "DatasetClosure", "Use"]
 
 #: Takes what computes the loss of a batch, and that batch's weight.
 Use = Callable[[Callable[[], Tensor], float], None]
+
+#: Computes the loss of a batch with something added to it. Takes what computes the loss itself, its
+#: weight, the batch's share in the samples, and whether it is the last batch of a pass.
+Amend = Callable[[Callable[[], Tensor], float, float, bool], Tensor]
 
 _SOON = 2.0  # seconds; a pass that takes less shows no bar
 
@@ -106,6 +111,13 @@ class DatasetClosure:
         self._forward = forward
         self._count = count
         self._totals: tuple[float, float] | None = None
+        self._amend: Amend | None = None
+
+    def amended(self, amend: Amend) -> DatasetClosure:
+        """The same closure with a term added to the loss, see `Amend`."""
+        result = copy(self)
+        result._amend = amend
+        return result
 
     def __call__(self) -> Tensor:
         """Loss and gradient over the whole data set: the gradient in `p.grad`.
@@ -166,9 +178,13 @@ class DatasetClosure:
                 if not last and seen > total:
                     break
                 if n:
-                    weight = n / shared if self.reduction == "mean" else float(self._ranks)
+                    share = n / shared
+                    weight = share if self.reduction == "mean" else float(self._ranks)
+                    compute = partial(self._loss, batch)
+                    if self._amend is not None:
+                        compute = partial(self._amend, compute, weight, share, last)
                     with self._alone(last):
-                        use(partial(self._loss, batch), weight)
+                        use(compute, weight)
                 tell(1)
         if not _equal(seen, total):
             raise RuntimeError(
