@@ -31,6 +31,20 @@ ALLOWED: dict[str, set[str]] = {
     "solvers": {"space", "vector", "func", "evaluation", "curvature"},
     "globalization": {"evaluation"},
     "penalties": {"func"},
+    "progress": set(),
+    "dataset": {
+        "ranks",
+        "vector",
+        "graph",
+        "capture",
+        "contract",
+        "replay",
+        "evaluation",
+        "objective",
+        "single",
+        "curvature",
+        "progress",
+    },
 }
 BELOW_OPTIM = set(ALLOWED)
 ALLOWED["optim"] = BELOW_OPTIM

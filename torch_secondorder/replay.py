@@ -218,6 +218,28 @@ class Replay:
                 stack.enter_context(self._surroundings.watch(self._before))
             return closure()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is drawn inside is no part of the closure's randomness."""
+        states = [(device, _random_state(device)) for device, _ in self._random]
+        yield
+        for device, state in states:
+            _set_random_state(device, state)
+
+    def mark(self) -> Callable[[], None]:
+        """Notes where random state and buffers are within a closure; returns what goes there."""
+        states = [(device, _random_state(device)) for device, _ in self._random]
+        now = {slot: slot.read() for slot in self._before}
+        buffers = {slot: b.detach().clone() for slot, b in now.items() if b is not None}
+
+        def go() -> None:
+            for device, state in states:
+                _set_random_state(device, state)
+            for slot, value in buffers.items():
+                slot.restore(value)
+
+        return go
+
     def _rewind(self) -> None:
         if self._after is None:
             now = {slot: slot.read() for slot in self._before}

@@ -27,12 +27,14 @@ class KroneckerFactors:
             last input being one.
         outputs: The second moment `S` of the gradients by its outputs, summed over the samples,
             `(out, out)`.
+        rows: How many inputs the second moment `A` is the mean of.
     """
 
     weight: int
     bias: int | None
     inputs: Tensor
     outputs: Tensor
+    rows: int = 1
 
 
 def kronecker_factors(
@@ -132,7 +134,7 @@ def _factors(
     A, S = a.T @ a / sum(counts), d.T @ d
     if ranks is not None and ranks.count > 1:
         A, S = ranks.average_(A).mul_(ranks.count), ranks.average_(S)
-    return KroneckerFactors(weight, bias, A, S)
+    return KroneckerFactors(weight, bias, A, S, sum(counts))
 
 
 def _width(call: LinearCall, gradient: Tensor) -> int:
