@@ -14,24 +14,41 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 #: What each layer may import of the package, besides itself. Later layers are here already.
 ALLOWED: dict[str, set[str]] = {
     "workspace": set(),
-    "vector": {"workspace"},
+    "space": set(),
+    "vector": {"space", "workspace"},
     "func": set(),
     "graph": set(),
     "convolution": set(),
-    "capture": {"convolution", "graph"},
-    "replay": set(),
-    "evaluation": {"vector", "func", "graph", "replay"},
+    "interception": set(),
+    "capture": {"convolution", "graph", "interception"},
+    "ranks": set(),
+    "replay": {"ranks"},
+    "evaluation": {"space", "vector", "func", "graph", "ranks", "replay"},
     "contract": set(),
     "traced": {"graph", "capture", "contract"},
     "compiled": {"graph", "capture", "contract", "traced"},
     "objective": {
         *("vector", "func", "graph", "capture", "compiled", "contract", "replay", "evaluation")
     },
-    "single": {"workspace", "graph", "capture", "contract", "replay", "objective"},
-    "curvature": {"workspace", "vector", "func", "graph", "evaluation"},
-    "solvers": {"vector", "func", "evaluation", "curvature"},
+    "single": {"workspace", "graph", "capture", "contract", "ranks", "replay", "objective"},
+    "curvature": {"space", "workspace", "vector", "func", "graph", "ranks", "evaluation"},
+    "solvers": {"space", "vector", "func", "evaluation", "curvature"},
     "globalization": {"evaluation"},
     "penalties": {"func"},
+    "progress": set(),
+    "dataset": {
+        "ranks",
+        "vector",
+        "graph",
+        "capture",
+        "contract",
+        "replay",
+        "evaluation",
+        "objective",
+        "single",
+        "curvature",
+        "progress",
+    },
 }
 BELOW_OPTIM = set(ALLOWED)
 ALLOWED["optim"] = BELOW_OPTIM

@@ -134,6 +134,10 @@ class Graph:
         """
         return None
 
+    def nodes(self) -> Iterator[Any]:
+        """All nodes that the losses depend on."""
+        return _nodes(self.losses)
+
     def check_differentiable(self) -> None:
         """Raises where a second derivative would be silently zero.
 

@@ -50,8 +50,9 @@ class Observation:
     def __enter__(self) -> None:
         capture = Capture(self.params, self)
         with ExitStack() as stack:
-            stack.enter_context(self._surroundings.watch({}))
             stack.enter_context(capture)
+            stack.enter_context(self._surroundings.ranks.quiet())
+            stack.enter_context(self._surroundings.watch({}))
             self._stack = stack.pop_all()
         self.open = True
 
@@ -103,8 +104,9 @@ class Observation:
         with without_autocast(params):
             self.watch.observe(graph, retain)
         # Copies: the graph goes on using the gradients' memory.
-        copies = [None if g is None else g.detach().clone() for g in graph.gradients[0]]
-        return averaged(copies, params, self._surroundings)
+        if self._surroundings.ranks.count > 1:
+            return averaged(graph.gradients[0], params, self._surroundings.ranks)[0]
+        return [None if g is None else g.detach().clone() for g in graph.gradients[0]]
 
 
 def _is(first: Tensor, second: Tensor) -> bool:
