@@ -138,7 +138,6 @@ def test_killed_trainings_end_where_they_would_have(tmp_path: Path) -> None:
         if not missing.total():
             break
     assert not missing.total(), missing
-    print("STARTS", starts, len(starts))
     assert starts[0] == 0
     assert all(a < b for a, b in pairwise(starts))
 
