@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_secondorder.curvature.kronecker import KroneckerFactors
 from torch_secondorder.curvature.products import AT_ONCE, vectorizing_pays
 from torch_secondorder.evaluation import Evaluation, Slot
+from torch_secondorder.space import WHOLE, Space
 
 __all__ = ["Damped", "Diagonal", "FromOutputs", "LinearOperator", "Linearized"]
 
@@ -24,11 +25,13 @@ class LinearOperator(ABC):
         size: `n`.
         dtype: Of the vectors it multiplies.
         device: Of the vectors it multiplies.
+        space: Where these live: what their inner products are asked of.
     """
 
     size: int
     dtype: torch.dtype
     device: torch.device
+    space: Space = WHOLE
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -111,6 +114,7 @@ class Damped(LinearOperator):
         self.operator = operator
         self.damping = damping
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.space = operator.space
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""

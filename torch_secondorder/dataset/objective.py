@@ -21,6 +21,7 @@ from torch_secondorder.evaluation import (
     Regularization,
 )
 from torch_secondorder.objective import ClosureObjective
+from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Replay, Surroundings
 from torch_secondorder.vector import ParameterVector
 
@@ -59,7 +60,7 @@ class DatasetObjective(ClosureObjective):
         super().__init__(own, vector, regularization, master, surroundings, other)
         source = own if other is None else other
         self.passes = source if isinstance(source, Passes) else None
-        self._at: Tensor | None = None  # where it was evaluated last
+        self._here = False  # whether it was evaluated last where it stands
 
     @property
     def replay(self) -> Replay:
@@ -69,7 +70,7 @@ class DatasetObjective(ClosureObjective):
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """See `Objective.evaluate`; a trial that has become the position is not made again."""
         last = self._last()
-        if last is not None and self._at is self.position and self.passes is not None:
+        if last is not None and self._here and self.passes is not None:
             return last
         return super().evaluate(curvature=curvature)
 
@@ -96,17 +97,21 @@ class DatasetObjective(ClosureObjective):
             total: The sum, `(n,)` or `(k, n)`.
             direction: What was multiplied, of that shape.
         """
-        total = self._replay.average(total)
+        total = self.ranks.average(total)
         if self._decays:
             scaled = self.vector.scaled
             total.add_(scaled(self._decay * scaled(direction)))
         return total
 
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
-        self._at = None
+        self._here = False
         raw = super()._run(position, curvature and self.passes is None)
-        self._at = position
+        self._here = position is self.position
         return raw
+
+    def _go(self, position: Tensor, *, there: bool = False) -> None:
+        super()._go(position, there=there)
+        self._here = there
 
     def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
         assert self.passes is not None
@@ -138,13 +143,13 @@ class _OfBatch(Linearization):
         parts = multiply(vector.split(direction), v.dim() == 2)
         return self._objective._share(parts, direction.shape[:-1])
 
-    def diagonal(self, roots: Sequence[Tensor | None]) -> Tensor:
+    def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         self.check()
-        count = next((len(root) for root in roots if root is not None), 1)
         return self._objective._share(roots, (count,)).square_().mean(0)
 
-    def average(self, tensor: Tensor) -> Tensor:
-        return tensor
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks()
 
 
 def _for_one_step(closure: Callable[[], Any]) -> Callable[[], Any]:

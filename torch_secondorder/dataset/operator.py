@@ -144,7 +144,7 @@ class BatchSum(LinearOperator):
                 sums[layer] = replace(found, inputs=inputs, outputs=outputs, rows=rows + found.rows)
 
         self._over(add, "Kronecker factors")
-        average = self._objective.average
+        average = self._objective.ranks.average
         return [
             replace(f, inputs=average(f.inputs / f.rows), outputs=average(f.outputs))
             for layer, f in sums.items()
