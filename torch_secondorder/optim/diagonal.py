@@ -126,6 +126,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if not params or not self.curvature_due:
             yield
             return
+        if is_distributed(params[0]):
+            check_closure(None, True)
         if self._observation is not None and not self._observation.continues(params):
             self._forget_observation()
         if self._observation is None:
