@@ -36,9 +36,10 @@ from torch_secondorder import (
     Sophia,
     StepStatus,
 )
-from torch_secondorder.curvature import Hutchinson, InverseBFGS
+from torch_secondorder.curvature import Diagonal, Hutchinson, InverseBFGS
 from torch_secondorder.objective import ClosureObjective
-from torch_secondorder.space import WHOLE, ShardedSpace
+from torch_secondorder.solvers import CG, Minres, SolveStatus
+from torch_secondorder.space import WHOLE, ShardedSpace, Space
 
 RANKS = 2
 
@@ -249,6 +250,7 @@ def newton(rank: int, ranks: int) -> list[Any]:
         {},
         {"globalization": "damping", "damping": 0.1, "weight_decay": 0.01},
         {"globalization": "line_search", "solver": "minres", "damping": 0.1},
+        {"weight_decay": 0.05, "max_iter": 30, "tolerance_change": 0.02},
     ):
         share = Share(rank, ranks)
         optimizer = NewtonCG(
@@ -258,8 +260,10 @@ def newton(rank: int, ranks: int) -> list[Any]:
             max_cg_iter=5,
             **arguments,
         )
-        found += [optimizer.step(share.closure).item() for _ in range(6)]
-        found += [optimizer.info.grad_norm, optimizer.info.products, *share.values()]
+        for _ in range(4):
+            found.append(optimizer.step(share.closure).item())
+            found += [optimizer.info.products, optimizer.info.iterations]
+        found += [optimizer.info.grad_norm, *share.values()]
     return found
 
 
@@ -303,17 +307,47 @@ def lbfgs_on_tiny_numbers(rank: int, ranks: int) -> list[Any]:
 
 def history(rank: int, ranks: int) -> list[Any]:
     """Pairs that come without a product in between, and without their scale."""
-    torch.manual_seed(3)
-    vectors = torch.randn(6, 9, dtype=torch.float64)
-    space, part = WHOLE, slice(None)
-    if ranks:
-        space = ShardedSpace(init_device_mesh("cpu", (ranks,)), [0])
-        part = slice(0, 7) if rank == 0 else slice(7, 9)
+    space, part, vectors = cut_up(rank, ranks)
     inverse = InverseBFGS(vectors[0, part].numel(), 3, torch.float64, space=space)
     for v in vectors[:5, part]:
         inverse.push(v, v * torch.arange(2.0, 11.0)[part])
     product = inverse @ vectors[5, part]
     return [space.total(product @ product), space.total(product.sum())]
+
+
+def solve(rank: int, ranks: int) -> list[Any]:
+    """Every way through the solvers."""
+    space, part, vectors = cut_up(rank, ranks)
+    found: list[Any] = []
+
+    def diagonal(entries: Tensor) -> Diagonal:
+        operator = Diagonal(entries[part])
+        operator.space = space
+        return operator
+
+    definite, indefinite = vectors[0].square() + 0.1, vectors[0] + 0.5
+    b, x0, inverse = vectors[1, part], vectors[2, part], diagonal(1 / (vectors[3] ** 2 + 1))
+    through = Minres(4, stop_at_negative_curvature=False)
+    for solver in (CG(4, recompute=2), CG(4), Minres(4), through):
+        for operator in (diagonal(definite), diagonal(indefinite)):
+            for more in ({}, {"x0": x0}, {"preconditioner": inverse}, {"radius": 0.7}):
+                if "radius" in more and isinstance(solver, Minres):
+                    continue
+                result = solver(operator, b, **more)
+                found += [list(SolveStatus).index(result.status), result.iterations]
+                found += [result.residual_norm, result.decrease, result.length]
+                found += [result.negative_curvature, space.total(result.x @ b)]
+    return found
+
+
+def cut_up(rank: int, ranks: int) -> tuple[Space, slice, Tensor]:
+    """Six vectors of nine numbers, seven of which the first of two ranks has."""
+    torch.manual_seed(3)
+    vectors = torch.randn(6, 9, dtype=torch.float64)
+    if not ranks:
+        return WHOLE, slice(None), vectors
+    space = ShardedSpace(init_device_mesh("cpu", (ranks,)), [0])
+    return space, slice(0, 7) if rank == 0 else slice(7, 9), vectors
 
 
 def draw_labels(rank: int, ranks: int) -> list[Any]:
@@ -531,6 +565,7 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
         unsharded,
         lbfgs_on_tiny_numbers,
         history,
+        solve,
         draw_labels,
         meet_nan,
         half_precision,
@@ -590,6 +625,7 @@ SAME_AS_PLAIN = (
     "reshard_newton",
     "lbfgs_on_tiny_numbers",
     "history",
+    "solve",
 )
 
 
