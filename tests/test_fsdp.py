@@ -187,6 +187,8 @@ def resharded(make: Callable[[Any], Any], kind: str, rank: int, ranks: int) -> l
         save(kind, share, optimizer, path)
         path = path.replace(f"one{rank}", "one0")
         dist.barrier()
+    load(kind, share, optimizer, path)
+    save(kind, share, optimizer, f"{path}-again")
     return [losses, share.values()]
 
 
@@ -585,7 +587,7 @@ def run_rank(rank: int, folder: str) -> None:
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=RANKS,
-        timeout=datetime.timedelta(seconds=30),
+        timeout=datetime.timedelta(seconds=120),
     )
     found: dict[str, Any] = {}
     for name, check in CHECKS.items():

@@ -35,7 +35,12 @@ __all__ = [
 
 
 class Space:
-    """Vectors that this process holds whole."""
+    """Vectors that this process holds whole.
+
+    >>> v = torch.tensor([3.0, -4.0])
+    >>> WHOLE.to_host(sums=[v @ v], largest=[max_norm(v)])
+    [25.0, 4.0]
+    """
 
     #: How many processes share the parameters, each with a part of the batch.
     processes = 1
