@@ -2,10 +2,13 @@
 
 from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
 from torch_secondorder.capture import mark_outputs
+from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.optim import (
     LBFGS,
     AdaHessian,
+    Contractive,
+    ContractiveInfo,
     NewtonCG,
     SecondOrderOptimizer,
     Sophia,
@@ -18,6 +21,9 @@ __version__ = "0.1.0"
 __all__ = [
     "LBFGS",
     "AdaHessian",
+    "Contractive",
+    "ContractiveInfo",
+    "DatasetClosure",
     "FunctionalObjective",
     "NewtonCG",
     "SecondOrderOptimizer",

@@ -107,7 +107,7 @@ class ClosureObjective(Objective):
     def _run_captured(self, closure: Callable[[], Any]) -> RawEvaluation:
         params = self.vector.params
         foreign: list[Tensor] = []  # what got a gradient that was not captured
-        with Capture(params) as capture, ExitStack() as stack:
+        with Capture(params) as capture, self.ranks.quiet(), ExitStack() as stack:
             if not self._surroundings.knows(closure):
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
@@ -175,6 +175,15 @@ class FunctionalObjective(Objective):
             )
 
     @property
+    def function(self) -> Callable[[Any], Tensor]:
+        """What is evaluated, a function of the tree."""
+        return self._function
+
+    def with_function(self, function: Callable[[Any], Tensor]) -> FunctionalObjective:
+        """Another function of the same tree."""
+        return FunctionalObjective(function, self._tree)
+
+    @property
     def source(self) -> Callable[[], Any]:
         """The function of the very tensors of the tree, to be called without arguments."""
         return partial(self._function, self._tree)
@@ -195,10 +204,11 @@ class FunctionalObjective(Objective):
         ]
         tree = pytree.tree_unflatten(leaves, self._structure)
         if not curvature:
-            loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
+            with self.ranks.quiet():
+                loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
             gradients = torch.autograd.grad(loss, pieces, allow_unused=True)
             return RawEvaluation(loss, touched(gradients), None)
-        with Capture(pieces) as capture:
+        with Capture(pieces) as capture, self.ranks.quiet():
             loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
         grads = capture.differentiate(loss)
         self._check_once(self._function, capture.graph)

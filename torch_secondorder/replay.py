@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+
+from torch_secondorder.ranks import Ranks
 
 __all__ = ["Replay", "Surroundings"]
 
@@ -60,13 +61,13 @@ class Surroundings:
     """What closures call, found by watching, kept from step to step.
 
     Attributes:
-        process_groups: Those of the DistributedDataParallel modules met.
+        ranks: Those that share the work, from the DistributedDataParallel modules met.
         precision: The largest machine epsilon that modules of `fully_shard` compute with by their
             policy; 0 where none has one.
     """
 
     def __init__(self) -> None:
-        self.process_groups: list[Any] = []
+        self.ranks = Ranks()
         self.precision = 0.0
         # Modules met, by id, and whether they were training when their buffers were last compared.
         # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
@@ -113,8 +114,7 @@ class Surroundings:
             # All inside it as well: a compiled module hides the calls of its children.
             for inner in module.modules():
                 if isinstance(inner, DistributedDataParallel):
-                    if inner.process_group not in self.process_groups:
-                        self.process_groups.append(inner.process_group)
+                    self.ranks.note(inner)
                 elif isinstance(inner, _NormBase):
                     self._norms.add(inner)
                 if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
@@ -151,15 +151,6 @@ class Surroundings:
         """
         for module in self._sharded:
             module.reshard()
-
-    def average(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks, where a DDP module was called; else the tensor itself."""
-        if not self.process_groups:
-            return tensor
-        group = self.process_groups[0]
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, group=group)
-        return tensor.div_(dist.get_world_size(group))
 
 
 def _policy_precision(module: Any) -> float:
@@ -227,6 +218,28 @@ class Replay:
                 stack.enter_context(self._surroundings.watch(self._before))
             return closure()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is drawn inside is no part of the closure's randomness."""
+        states = [(device, _random_state(device)) for device, _ in self._random]
+        yield
+        for device, state in states:
+            _set_random_state(device, state)
+
+    def mark(self) -> Callable[[], None]:
+        """Notes where random state and buffers are within a closure; returns what goes there."""
+        states = [(device, _random_state(device)) for device, _ in self._random]
+        now = {slot: slot.read() for slot in self._before}
+        buffers = {slot: b.detach().clone() for slot, b in now.items() if b is not None}
+
+        def go() -> None:
+            for device, state in states:
+                _set_random_state(device, state)
+            for slot, value in buffers.items():
+                slot.restore(value)
+
+        return go
+
     def _rewind(self) -> None:
         if self._after is None:
             now = {slot: slot.read() for slot in self._before}
@@ -251,10 +264,6 @@ class Replay:
         """The largest machine epsilon that closures are known to compute with; 0 for none."""
         dtypes = self.autocast.values()
         return max(self._surroundings.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)
-
-    def average(self, tensor: Tensor) -> Tensor:
-        """See `Surroundings.average`."""
-        return self._surroundings.average(tensor)
 
 
 def _random_state(device: torch.device) -> Tensor:

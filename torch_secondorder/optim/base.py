@@ -132,7 +132,10 @@ class SecondOrderOptimizer(Optimizer):
     def _load(self, state_dict: dict[str, Any]) -> None:
         Optimizer.load_state_dict(self, state_dict)
         self._vector = None
-        for group in self.param_groups:  # a checkpoint of a peer lacks what only we have
+        # A checkpoint of a peer lacks what only we have. On loading torch adds a default of its
+        # own, which is none of ours: a state that was saved again would differ.
+        self.defaults.pop("differentiable", None)
+        for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 

@@ -173,7 +173,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         return self._vector, self._generator
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
-        return self.estimator.watch(*self._tools(params), self._workspace)
+        watch = self.estimator.watch(*self._tools(params), self._workspace)
+        watch.ranks = self._surroundings.ranks
+        return watch
 
     def _advance(
         self,
@@ -221,8 +223,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     ) -> Tensor | None:
         if watch is None:
             return None
-        magnitudes = self._magnitudes
-        diagonal = watch.diagonal(self._surroundings.average, magnitudes=magnitudes)
+        diagonal = watch.diagonal(magnitudes=self._magnitudes)
         if inverse_scale is not None:
             # The products were with probes scaled by the root of the scale.
             diagonal.mul_(inverse_scale.to(diagonal).sqrt())

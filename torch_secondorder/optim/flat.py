@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.contract import STANDARD_CLOSURE
+from torch_secondorder.dataset import DatasetClosure, DatasetObjective
 from torch_secondorder.evaluation import Objective, Regularization
 from torch_secondorder.objective import ClosureObjective, FunctionalObjective
 from torch_secondorder.optim.base import SecondOrderOptimizer, copied
@@ -100,9 +101,9 @@ class FlatOptimizer(SecondOrderOptimizer):
                     "a curvature_closure goes with a closure, not with a FunctionalObjective"
                 )
             return closure.bind(vector, regularization, master)
-        return ClosureObjective(
-            closure, vector, regularization, master, self._surroundings, curvature_closure
-        )
+        over_data = any(isinstance(c, DatasetClosure) for c in (closure, curvature_closure))
+        kind = DatasetObjective if over_data else ClosureObjective
+        return kind(closure, vector, regularization, master, self._surroundings, curvature_closure)
 
     def _per_parameter(self, name: str) -> list[float]:
         """A group hyperparameter, repeated for each trainable parameter."""

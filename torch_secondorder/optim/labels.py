@@ -7,6 +7,7 @@ For the diagonal of the Gauss-Newton matrix where only `backward()` itself gives
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from torch_secondorder.capture import Capture
 from torch_secondorder.contract import differentiable, scalar
-from torch_secondorder.curvature.gauss_newton import random_root
+from torch_secondorder.curvature.gauss_newton import random_roots
 from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace
+from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.graph import Graph
 
 __all__ = ["DrawnLabels"]
@@ -81,7 +83,9 @@ class _LabelCapture(Capture):
         self.calls += 1
         graph = Graph(self.graph.params, [loss], [gradient], outputs=[*self.graph.outputs])
         space = OutputSpace(graph)
-        roots = random_root(space, LossCurvature(space), self._generator)
+        curvature = LossCurvature(space)
+        samples = cache(partial(Samples, space, curvature.coefficients))
+        (roots,) = random_roots(space, curvature.likelihoods, samples, 1, self._generator)
         pairs = [(t, r) for t, r in zip(space.tensors, roots, strict=True) if r is not None]
         tensors, weights = zip(*pairs, strict=True)
         torch.autograd.backward(tensors, weights, retain_graph=retain_graph)

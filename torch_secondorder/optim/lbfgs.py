@@ -134,6 +134,7 @@ class LBFGS(FlatOptimizer):
         self._largest_gradient = max(self._largest_gradient, grad_norm)
         history = self._fitting_history(objective.vector)
         iteration = Iteration(objective, history, self._settings(), start)
+        del evaluation, start  # a gradient that is not needed for long
         status = iteration.run()
         self._reset_reason = iteration.reset_reason or self._reset_reason
         self._report(

@@ -17,6 +17,7 @@ from torch_secondorder.curvature import (
     Hessian,
     LinearOperator,
 )
+from torch_secondorder.dataset import curvature_at
 from torch_secondorder.evaluation import Evaluation, Objective
 from torch_secondorder.globalization import (
     Globalization,
@@ -284,6 +285,11 @@ class NewtonCG(FlatOptimizer):
         """The curvature at an evaluated point."""
         if self.curvature_products == "finite_difference":
             return FiniteDifference(objective)
+        return curvature_at(objective, evaluation, self._curvature_of, self._generator)
+
+    def _curvature_of(
+        self, evaluation: Evaluation, generator: torch.Generator | None
+    ) -> LinearOperator:
         if callable(self.curvature):
             return self.curvature(evaluation)
         if self.curvature == "hessian":
@@ -292,7 +298,7 @@ class NewtonCG(FlatOptimizer):
             return GaussNewton(evaluation)
         if self.curvature == "empirical_fisher":
             return Fisher(evaluation, labels="empirical")
-        return Fisher(evaluation, generator=self._generator)
+        return Fisher(evaluation, generator=generator)
 
     # State.
 
