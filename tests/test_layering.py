@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -108,6 +109,18 @@ def violations(root: Path) -> list[str]:
 
 def test_the_package_keeps_to_its_layers() -> None:
     assert violations(ROOT) == []
+
+
+def test_numbers_of_vectors_are_asked_of_the_space_they_live_in() -> None:
+    """An inner product read past its space would be that of one process's part."""
+    standing_alone = {"space.py", "vector.py", "lanczos.py"}
+    direct = [
+        path.name
+        for path in ROOT.rglob("*.py")
+        if path.name not in standing_alone
+        and re.search(r"(?<!\.)\bto_host\b", path.read_text(encoding="utf-8"))
+    ]
+    assert direct == []
 
 
 @pytest.mark.parametrize(

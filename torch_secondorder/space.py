@@ -35,7 +35,12 @@ __all__ = [
 
 
 class Space:
-    """Vectors that this process holds whole."""
+    """Vectors that this process holds whole.
+
+    >>> v = torch.tensor([3.0, -4.0])
+    >>> WHOLE.to_host(sums=[v @ v], largest=[max_norm(v)])
+    [25.0, 4.0]
+    """
 
     #: How many processes share the parameters, each with a part of the batch.
     processes = 1
@@ -92,14 +97,14 @@ class ShardedSpace(Space):
 
     def __init__(self, mesh: DeviceMesh, dims: Sequence[int]) -> None:
         self.processes = mesh.size()
-        self._cutting = [mesh.get_group(dim) for dim in dims]
-        self._all = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+        self._mesh = mesh
+        self._cutting = tuple(dims)
 
     def totals(self, *parts: Tensor) -> Sequence[Tensor]:
         """See `Space.totals`."""
         message = torch.stack(parts)
-        for group in self._cutting:
-            dist.all_reduce(message, group=group)
+        for dim in self._cutting:
+            dist.all_reduce(message, group=self._mesh.get_group(dim))
         return message.unbind()
 
     def total(self, part: Tensor) -> Tensor:
@@ -130,10 +135,10 @@ class ShardedSpace(Space):
         kinds = (sums, largest, norms, whole)
         counts = [len(kind) for kind in kinds]
         numbers = torch.stack([number.double() for kind in kinds for number in kind])
-        for group in self._cutting:
+        for dim in self._cutting:
             # Gathered, not reduced: sums, maxima and norms go together.
-            rows = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(rows, numbers, group=group)
+            rows = [torch.empty_like(numbers) for _ in range(self._mesh.size(dim))]
+            dist.all_gather(rows, numbers, group=self._mesh.get_group(dim))
             of_sums, of_largest, of_norms, of_whole = torch.stack(rows).split(counts, dim=1)
             numbers = torch.cat(
                 (
@@ -148,8 +153,8 @@ class ShardedSpace(Space):
     def mean(self, tensor: Tensor) -> Tensor:
         """See `Space.mean`: over all processes of the mesh, each with a part of the batch."""
         tensor = tensor.clone()
-        for group in self._all:
-            dist.all_reduce(tensor, group=group)
+        for dim in range(self._mesh.ndim):
+            dist.all_reduce(tensor, group=self._mesh.get_group(dim))
         return tensor.div_(self.processes)
 
 

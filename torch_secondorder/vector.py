@@ -124,8 +124,9 @@ class ParameterVector:
         self._counts = [s.count for s in self._segments]
         self.size = sum(self._counts)
         self.whole_size = sum(p.numel() * (1 + p.is_complex()) for p in self.params)
-        # What pieces are shaped like.
-        self._likes = [torch.empty_like(p) for p in self._held()] if self.sharded else self.params
+        self._likes = self.params  # what pieces are shaped like
+        if self.sharded:
+            self._likes = [torch.empty_like(p, device="meta") for p in self._held()]
         self.dtype = functools.reduce(
             torch.promote_types, (s.real_dtype for s in self._segments), torch.float32
         )

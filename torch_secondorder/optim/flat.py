@@ -132,6 +132,7 @@ class FlatOptimizer(SecondOrderOptimizer):
         if is_sharded_state(states) or is_distributed(self.param_groups[0]["params"][0]):
             states = [self._gathered_state(states)]
             self.state.clear()  # torch has left it there
+            _ = self._model_state  # see the constructor
         state = dict(states[0])
         master = state.pop("master", None)
         if master is not None:

@@ -172,8 +172,10 @@ class ShardedEvaluation:
 
 def held_outcome(outcome: Outcome, vector: ParameterVector) -> Outcome:
     """The part that this process holds, with the mean of the losses."""
-    assert outcome.loss is not None
-    return Outcome(vector.space.mean(outcome.loss), held_parts(outcome.gradients))
+    loss = outcome.loss
+    assert loss is not None
+    loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
+    return Outcome(vector.space.mean(loss), held_parts(outcome.gradients))
 
 
 def held_parts(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:

@@ -140,9 +140,10 @@ class Sophia(DiagonalOptimizer):
         blocks = self._arrangement.blocks
         if not blocks:
             return None
-        inside = [(_ratio(block).abs() < 1).sum().cpu() for block in blocks]
+        device = blocks[0].exp_avg.device
+        inside = [(_ratio(block).abs() < 1).sum().to(device) for block in blocks]
         entries = sum(block.exp_avg.numel() for block in blocks)
-        return torch.stack(inside).sum(), torch.tensor(entries)
+        return torch.stack(inside).sum(), torch.tensor(entries, device=device)
 
 
 def _ratio(block: Block) -> Tensor:
