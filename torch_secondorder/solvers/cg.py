@@ -225,10 +225,10 @@ class _Run:
         beta = r_z / self._r_z
         if recompute:
             # Only what p is made of is replaced: beta belongs to the recurrence.
-            # The product so far has done its part, but where it may be needed at the radius.
-            room = image if self._radius is None else torch.empty_like(image)
-            x = torch.addcmul(self.x, self._p, alpha, out=room)
-            torch.sub(self._b, self._multiply(x), out=r)
+            if self._radius is None:
+                image = r  # the product is needed at the radius only, and it is a vector
+            there = torch.addcmul(self.x, self._p, alpha, out=r)
+            torch.sub(self._b, self._multiply(there), out=r)
             z = self._preconditioned(r)
             r_z = r @ z
         r_r = r_z if self._preconditioner is None else r @ r
