@@ -41,6 +41,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["diagonal", "--part", "memory"], "diagonal.memory.", "Sophia-G"),
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
         (["diagonal", "--part", "scaling"], "diagonal.scaling.", "AdaHessian, 10 probes"),
+        (["distributed", "--part", "communication"], "distributed.communication.", "Sophia, gnb"),
+        (["distributed", "--part", "memory"], "distributed.memory.", "2m + "),
         (["jacobian"], "jacobian.one", "ours"),
         (["penalties"], "penalties.64-30", "contractive (code)"),
         (["diagnostics"], "diagnostics.eigenvalues.", "Hutch++"),

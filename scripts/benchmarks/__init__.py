@@ -3,7 +3,18 @@
 To add one: write a module with a function under `@command(...)`, and import it here.
 """
 
-from . import capture, compiled, diagnostics, diagonal, jacobian, lbfgs, newton, penalties, products
+from . import (
+    capture,
+    compiled,
+    diagnostics,
+    diagonal,
+    distributed,
+    jacobian,
+    lbfgs,
+    newton,
+    penalties,
+    products,
+)
 from .registry import COMMANDS, Command, Options, command
 
 __all__ = [
@@ -15,6 +26,7 @@ __all__ = [
     "compiled",
     "diagnostics",
     "diagonal",
+    "distributed",
     "jacobian",
     "lbfgs",
     "newton",
