@@ -1,0 +1,10 @@
+"""Callbacks for PyTorch Lightning; the optimizers themselves need none.
+
+Both `lightning.pytorch` and `pytorch_lightning` take them, whichever the trainer comes from.
+Importing this module imports what is installed of the two; `torch_secondorder` imports neither.
+"""
+
+from torch_secondorder.lightning.curvature import CurvatureMonitor
+from torch_secondorder.lightning.monitor import SecondOrderMonitor
+
+__all__ = ["CurvatureMonitor", "SecondOrderMonitor"]

@@ -1,0 +1,72 @@
+"""The base of the callbacks, which both packages of Lightning accept, and what they all ask."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from torch_secondorder.optim import SecondOrderOptimizer
+
+__all__ = ["Callback", "check_positive", "found_bases", "our_optimizers"]
+
+#: The same code under two names; an object of one is none of the other.
+_HOSTS = ("lightning.pytorch", "pytorch_lightning")
+
+
+def found_bases(hosts: tuple[str, ...] = _HOSTS) -> tuple[type, ...]:
+    """The `Callback` classes of all packages of Lightning that can be imported.
+
+    Args:
+        hosts: Their names.
+
+    Raises:
+        ImportError: There is none.
+    """
+    found = []
+    for name in hosts:
+        try:
+            found.append(importlib.import_module(f"{name}.callbacks").Callback)
+        except ImportError as error:
+            reason = error
+    if not found:
+        raise ImportError(
+            "torch_secondorder.lightning needs Lightning: pip install lightning"
+        ) from reason
+    return tuple(found)
+
+
+if TYPE_CHECKING:
+
+    class Callback:
+        """Lightning's base class, of whichever package."""
+
+else:
+    Callback = type(
+        "Callback",
+        found_bases(),
+        {"__doc__": "A callback of every Lightning installed.", "__module__": __name__},
+    )
+
+
+def our_optimizers(trainer: Any) -> dict[str, SecondOrderOptimizer]:
+    """This package's optimizers among the trainer's, each with a name of its own.
+
+    Args:
+        trainer: Of either package, with its optimizers set up.
+    """
+    found: dict[str, SecondOrderOptimizer] = {}
+    for optimizer in trainer.optimizers:
+        # `configure_optimizers` may return them in Lightning's wrapper.
+        bare = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(bare, SecondOrderOptimizer):
+            continue
+        name = type(bare).__name__
+        same = sum(type(other) is type(bare) for other in found.values())
+        found[f"{name}-{same}" if same else name] = bare
+    return found
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises a ValueError unless this is an integer of at least one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
