@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 
 
 class Batches:
-    """Batches of one data set by their number; knows where it is, for checkpoints within an epoch."""
+    """The same batches in each epoch; knows where it is, for checkpoints within one."""
 
     def __init__(self, count: int = 4, size: int = 8, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(3)

@@ -30,7 +30,14 @@ from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.workspace import Workspace
 
-__all__ = ["GradientTrace", "Outcome", "SingleEvaluation", "Watch", "without_autocast"]
+__all__ = [
+    "GradientTrace",
+    "IdleClosure",
+    "Outcome",
+    "SingleEvaluation",
+    "Watch",
+    "without_autocast",
+]
 
 
 class Watch(Protocol):
@@ -67,6 +74,10 @@ class Outcome(NamedTuple):
     gradients: Sequence[Tensor | None]
     whole: Tensor | None = None
     accumulated: bool = False
+
+
+class IdleClosure(Exception):
+    """A closure that returned nothing and did nothing, with gradients there from before it."""
 
 
 class GradientTrace:
@@ -149,6 +160,7 @@ class SingleEvaluation:
                 sees the graphs of this evaluation only.
 
         Raises:
+            IdleClosure: The closure did nothing, and gradients are there already.
             RuntimeError: No gradient reached the parameters, there is no second derivative, or
                 gradients had accumulated and must not.
         """
@@ -185,13 +197,21 @@ class SingleEvaluation:
             stack.enter_context(uncaptured())
             if not surroundings.knows(self._source, "modules"):
                 stack.enter_context(surroundings.watch(self._before))
-            loss = scalar(self._source())
+            loss = scalar(self._called(before))
             if self._functional:
                 gradients = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
             elif not before.shows_backward(params):
                 differentiable(loss).backward()
         surroundings.note(self._source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
+
+    def _called(self, before: GradientTrace) -> Any:
+        """What the closure returns."""
+        value = self._source()
+        nothing = value is None and not self._functional and before.matches(self._params)
+        if nothing and any(p.grad is not None for p in self._params):
+            raise IdleClosure
+        return value
 
     def _run_captured(
         self, watch: Watch, accumulates: bool
@@ -206,7 +226,7 @@ class SingleEvaluation:
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
             with self._surroundings.watch(self._before):
-                loss = scalar(source())
+                loss = scalar(self._called(before))
             if foreign or (not capture.calls and before.shows_backward(params)):
                 raise lost_graph()
             gradients: Sequence[Tensor | None] = ()

@@ -15,10 +15,10 @@ from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatc
 from torch_secondorder.optim.arrangement import Arrangement
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
 from torch_secondorder.optim.blocks import Block, as_real
-from torch_secondorder.optim.info import StepInfo
+from torch_secondorder.optim.info import LazyInfo, StepInfo
 from torch_secondorder.optim.present import Scaling, present_gradients
 from torch_secondorder.optim.seen import Seen, Verdict, judge
-from torch_secondorder.single import GradientTrace, Outcome, SingleEvaluation
+from torch_secondorder.single import GradientTrace, IdleClosure, Outcome, SingleEvaluation
 from torch_secondorder.vector import ParameterVector, max_norm
 from torch_secondorder.workspace import Workspace
 
@@ -105,18 +105,26 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         watch = self._watch(params) if self.curvature_due else None
         with torch.no_grad():
             if closure is None:
-                scaling = Scaling(self)
-                found = present_gradients(type(self).__name__, params, watch, scaling)
-                self._advance(params, Outcome(None, found), watch, scaling.inverse, None)
+                self._step_on_present(params, watch)
                 return None
             evaluation = SingleEvaluation(
                 closure, params, self._surroundings, self._stale, self._workspace
             )
             parts = int(self.param_groups[0]["accumulation_steps"])
-            outcome = evaluation.run(watch, accumulates=parts > 1)
+            try:
+                outcome = evaluation.run(watch, accumulates=parts > 1)
+            except IdleClosure:  # what Lightning passes for none
+                self._step_on_present(params, watch)
+                return None
             factor = parts if outcome.accumulated else 1
             self._advance(params, outcome, watch, None, evaluation, factor)
             return outcome.loss
+
+    def _step_on_present(self, params: Sequence[Tensor], watch: DiagonalWatch | None) -> None:
+        """A step on the gradients that are there already."""
+        scaling = Scaling(self)
+        found = present_gradients(type(self).__name__, params, watch, scaling)
+        self._advance(params, Outcome(None, found), watch, scaling.inverse, None)
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
         if self._vector is None or not self._vector.matches(params, None):
@@ -150,7 +158,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._stale = GradientTrace(params)
         products = 0 if watch is None else watch.products
         # Not a method of this object, which would keep itself alive.
-        self.info = partial(_report, ref(self), verdict, loss, params, self._stale, products)
+        make = partial(_report, ref(self), verdict, loss, params, self._stale, products)
+        self.info = LazyInfo(make)
 
     def _diagonal(
         self, watch: DiagonalWatch, factor: float, inverse_scale: Tensor | None
@@ -200,16 +209,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     @property
     def info(self) -> StepInfo | None:
         """The report of the last step, None before the first."""
-        if callable(self._info):
-            self._info = self._info()
-        info: StepInfo | None = self._info
+        # Nothing is set here: `self` may be a wrapper that stands for this object.
+        info: StepInfo | None = self._info() if isinstance(self._info, LazyInfo) else self._info
         return info
 
     @info.setter
     def info(self, info: Any) -> None:
         self._info = info
-
-    _info: Any = None
 
     # Checkpoints.
 
