@@ -54,15 +54,15 @@ def positive(number: type[int] | type[float]) -> Callable[[str], float]:
     return parse
 
 
-def names_among(contenders: Collection[str]) -> Callable[[str], list[str]]:
-    """Makes a parser of comma-separated names of optimizers."""
+def names_among(contenders: Collection[str], kind: str = "optimizer") -> Callable[[str], list[str]]:
+    """Makes a parser of comma-separated names of optimizers, or of another kind of thing."""
 
     def parse(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",")]
         for name in names:
             if name not in contenders:
                 raise argparse.ArgumentTypeError(
-                    f"unknown optimizer {name!r}; known: {', '.join(contenders)}"
+                    f"unknown {kind} {name!r}; known: {', '.join(contenders)}"
                 )
         return list(dict.fromkeys(names))
 

@@ -41,6 +41,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
         (["diagonal", "--part", "scaling"], "diagonal.scaling.", "AdaHessian, 10 probes"),
         (["jacobian"], "jacobian.one", "ours"),
+        (["penalties"], "penalties.64-30", "contractive (code)"),
+        (["diagnostics"], "diagnostics.eigenvalues.", "Hutch++"),
     ],
 )
 def test_a_sub_command_prints_a_table_and_writes_json(

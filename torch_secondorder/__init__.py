@@ -6,6 +6,8 @@ from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.optim import (
     LBFGS,
     AdaHessian,
+    Contractive,
+    ContractiveInfo,
     NewtonCG,
     SecondOrderOptimizer,
     Sophia,
@@ -18,6 +20,8 @@ __version__ = "0.1.0"
 __all__ = [
     "LBFGS",
     "AdaHessian",
+    "Contractive",
+    "ContractiveInfo",
     "FunctionalObjective",
     "NewtonCG",
     "SecondOrderOptimizer",

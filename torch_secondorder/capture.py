@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from torch_secondorder.convolution import CONVOLUTIONS, convolution
 from torch_secondorder.graph import Graph, Output, versions
+from torch_secondorder.interception import intercepting
 
 __all__ = ["Capture", "Receiver", "mark_outputs", "uncaptured"]
 
@@ -108,14 +108,15 @@ class Capture(TorchFunctionMode):
         if self._watches:
             super().__enter__()  # type: ignore[no-untyped-call]
         else:
-            _intercept.begin()
+            self._interception = intercepting(self._intercept)
+            self._interception.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self._watches:
             super().__exit__(*exception)  # type: ignore[no-untyped-call]
         else:
-            _intercept.end()
+            self._interception.__exit__(*exception)
         _active.reset(self._token)
         self._attention.__exit__(*exception)
 
@@ -174,6 +175,12 @@ class Capture(TorchFunctionMode):
                     # Not an alias: the graph goes on using the storage of `g`.
                     p.grad = g.clone() if self._receiver is None else g
 
+    def _intercept(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._suspended:
+            loss.backward(*args, **kwargs)
+        else:
+            self.backward(loss, *args, **kwargs)
+
     def differentiate(
         self, loss: Tensor, weight: Tensor | None = None, retain: bool = False
     ) -> Sequence[Tensor | None]:
@@ -222,44 +229,6 @@ def uncaptured() -> Iterator[None]:
         if capture is not None:
             capture._suspended = False
         _active.reset(token)
-
-
-class _Intercept:
-    """Puts a method in the place of `Tensor.backward` that asks whether its thread is captured."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._original: Callable[..., Any] = Tensor.backward
-
-    def begin(self) -> None:
-        """Starts, unless somebody has."""
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                original: Callable[..., Any] = Tensor.backward
-
-                @functools.wraps(original)
-                def backward(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-                    capture = _active.get()
-                    # A mode around comes to its own turn first.
-                    if capture is None or torch.overrides.has_torch_function_unary(tensor):
-                        original(tensor, *args, **kwargs)
-                    else:
-                        capture.backward(tensor, *args, **kwargs)
-
-                self._original = original
-                setattr(Tensor, "backward", backward)  # noqa: B010
-
-    def end(self) -> None:
-        """Ends with the last user."""
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                setattr(Tensor, "backward", self._original)  # noqa: B010
-
-
-_intercept = _Intercept()
 
 
 @functools.cache

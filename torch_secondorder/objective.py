@@ -165,6 +165,15 @@ class FunctionalObjective(Objective):
             )
 
     @property
+    def function(self) -> Callable[[Any], Tensor]:
+        """What is evaluated, a function of the tree."""
+        return self._function
+
+    def with_function(self, function: Callable[[Any], Tensor]) -> FunctionalObjective:
+        """Another function of the same tree."""
+        return FunctionalObjective(function, self._tree)
+
+    @property
     def source(self) -> Callable[[], Any]:
         """The function of the very tensors of the tree, to be called without arguments."""
         return partial(self._function, self._tree)

@@ -45,11 +45,12 @@ def trained_cnn(samples: int, steps: int) -> tuple[nn.Module, Tensor, Tensor, st
 Stop = Callable[[float, float, float], bool]
 
 
-def power_iteration(A: Any, stop: Stop, limit: int) -> tuple[list[float], int]:
+def power_iteration(A: Any, count: int, stop: Stop, limit: int) -> tuple[list[float], int]:
     """The eigenvalues of largest magnitude, one after the other, each orthogonal to the last ones.
 
     Args:
         A: The operator.
+        count: How many.
         stop: Whether an eigenvalue is good enough: itself, the value of the iteration before, and
             its residual.
         limit: The most products for each eigenvalue.
@@ -57,7 +58,7 @@ def power_iteration(A: Any, stop: Stop, limit: int) -> tuple[list[float], int]:
     generator = torch.Generator().manual_seed(0)
     found: list[Tensor] = []
     values, products = [], 0
-    for _ in range(COUNT):
+    for _ in range(count):
         v = torch.randn(A.size, dtype=A.dtype, generator=generator).to(A.device)
         before = math.nan
         for _ in range(limit):
@@ -107,15 +108,16 @@ def eigenvalues(options: Options, report: Report) -> None:
     diagnostics = load_peer("torch_secondorder.diagnostics")
     if diagnostics is None:
         return
-    model, x, y, data = trained_cnn(200 if options.quick else 500, 30 if options.quick else 150)
+    # Quickly is for a look at whether it runs: with few samples there are few large eigenvalues.
+    count, samples, steps, limit = (2, 20, 10, 10) if options.quick else (COUNT, 500, 150, 400)
+    model, x, y, data = trained_cnn(samples, steps)
     loss = nn.functional.cross_entropy
     problem = diagnostics.from_model(model, loss, (x, y))
-    ours = diagnostics.eigenpairs(problem, COUNT, "magnitude", tolerance=TOLERANCE)
+    ours = diagnostics.eigenpairs(problem, count, "magnitude", tolerance=TOLERANCE)
     wide = diagnostics.from_model(model.double(), loss, (x.double(), y))
-    reference = diagnostics.eigenpairs(wide, COUNT, "magnitude", tolerance=1e-8).values
+    reference = diagnostics.eigenpairs(wide, count, "magnitude", tolerance=1e-8).values
     model.float()
     operator = operator_of(problem)
-    limit = 50 if options.quick else 400
     rules: dict[str, Stop] = {
         "value changes by 1e-3 (PyHessian's rule)": lambda value, before, _: (
             abs(value - before) < TOLERANCE * abs(value)
@@ -125,7 +127,7 @@ def eigenvalues(options: Options, report: Report) -> None:
         ),
     }
     table = Table(
-        f"The {COUNT} eigenvalues of largest magnitude, {problem.size} parameters, {data}",
+        f"The {count} eigenvalues of largest magnitude, {problem.size} parameters, {data}",
         ["method", "products", "ours / these", "largest error"],
     )
 
@@ -138,12 +140,12 @@ def eigenvalues(options: Options, report: Report) -> None:
 
     add("eigenpairs, tolerance 1e-3", ours.products, ours.values.tolist())
     for name in progress(list(rules), "power iteration"):
-        values, products = power_iteration(operator, rules[name], limit)
+        values, products = power_iteration(operator, count, rules[name], limit)
         add(f"power iteration, {name}", products, values)
     linalg = load_peer("scipy.sparse.linalg", "scipy")
     if linalg is not None:
         counted = operator_of(problem)
-        values = linalg.eigsh(for_scipy(counted, linalg), COUNT, tol=TOLERANCE)[0].tolist()
+        values = linalg.eigsh(for_scipy(counted, linalg), count, tol=TOLERANCE)[0].tolist()
         add("SciPy's eigsh (ARPACK), tol 1e-3", counted.products, values)
     report.show(table)
 

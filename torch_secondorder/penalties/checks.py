@@ -19,6 +19,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_fits",
+    "check_noise",
     "check_outputs",
     "check_samples",
     "check_separate",
@@ -35,6 +36,12 @@ def check_count(name: str, value: int) -> None:
     """Raises ValueError where a number is not an integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is an integer of at least 1, got {value!r}")
+
+
+def check_noise(noise: float | None) -> None:
+    """Raises ValueError where a standard deviation is not positive and finite."""
+    if noise is not None and not 0 < noise < math.inf:
+        raise ValueError(f"noise is a positive standard deviation, or None, got {noise!r}")
 
 
 def check_samples(x: Tensor) -> None:

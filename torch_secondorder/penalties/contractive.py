@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch_secondorder.penalties.checks import (
     check_choice,
     check_count,
     check_fits,
+    check_noise,
     check_outputs,
     check_samples,
     check_separate,
@@ -91,8 +91,7 @@ def contractive_penalty(
     check_choice("method", method, ("auto", "exact", "projection"))
     check_count("n_projections", n_projections)
     check_count("n_noise", n_noise)
-    if noise is not None and not 0 < noise < math.inf:
-        raise ValueError(f"noise is a positive standard deviation, or None, got {noise!r}")
+    check_noise(noise)
     check_samples(x)
     check_separate(encoder)
     if code is not None:

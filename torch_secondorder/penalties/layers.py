@@ -5,7 +5,7 @@ No derivative is taken by the input: a module is looked at, and called layer by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,29 +82,33 @@ def _unrolled(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooks = (
+    replaced = "forward" in vars(module) or _forward_of(type(module)) is not _FORWARDS[type(module)]
+    return not replaced and not _hooked(
         *(module._forward_hooks, module._forward_pre_hooks),
         *(module._backward_hooks, module._backward_pre_hooks),
     )
-    replaced = "forward" in vars(module) or _forward_of(type(module)) is not _FORWARDS[type(module)]
-    return not replaced and not any(hooks)
 
 
 def _watched_globally() -> bool:
-    """Whether there are hooks on all modules, other than this package's own, which change nothing.
+    """Whether there are hooks on all modules."""
+    return _hooked(
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
 
-    Optimizers of this package set one to see which modules a closure calls.
+
+def _hooked(*hooks: Mapping[Any, Any]) -> bool:
+    """Whether there are hooks other than this package's own, which change nothing.
+
+    Optimizers of this package set some to see which modules a closure calls, and with what.
     """
     package = __name__.partition(".")[0]
     return any(
         getattr(hook, "__module__", "").partition(".")[0] != package
-        for hooks in (
-            torch_module._global_forward_hooks,
-            torch_module._global_forward_pre_hooks,
-            torch_module._global_backward_hooks,
-            torch_module._global_backward_pre_hooks,
-        )
-        for hook in hooks.values()
+        for some in hooks
+        for hook in some.values()
     )
 
 
