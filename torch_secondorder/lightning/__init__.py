@@ -6,5 +6,6 @@ Importing this module imports what is installed of the two; `torch_secondorder` 
 
 from torch_secondorder.lightning.curvature import CurvatureMonitor
 from torch_secondorder.lightning.monitor import SecondOrderMonitor
+from torch_secondorder.lightning.penalty import JacobianPenaltyCallback
 
-__all__ = ["CurvatureMonitor", "SecondOrderMonitor"]
+__all__ = ["CurvatureMonitor", "JacobianPenaltyCallback", "SecondOrderMonitor"]

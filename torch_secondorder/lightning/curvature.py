@@ -18,7 +18,8 @@ from torch_secondorder.diagnostics import (
     spectral_density,
     trace,
 )
-from torch_secondorder.lightning.host import Callback, check_positive
+from torch_secondorder.diagnostics.point import check_count
+from torch_secondorder.lightning.host import Callback
 from torch_secondorder.lightning.unnoticed import cloned, loss_of, unnoticed
 
 __all__ = ["CurvatureMonitor"]
@@ -67,13 +68,13 @@ class CurvatureMonitor(Callback):
         spectrum_products: int = 80,
     ) -> None:
         super().__init__()
-        check_positive("every_n_steps", every_n_steps)
+        check_count("every_n_steps", every_n_steps)
         if batch not in get_args(Batch):
             raise ValueError(f"batch must be one of {get_args(Batch)}, got {batch!r}")
-        check_positive("max_products", max_products)
-        check_positive("trace_products", trace_products)
+        check_count("max_products", max_products)
+        check_count("trace_products", trace_products, 3)
         if spectrum_products != 0:
-            check_positive("spectrum_products", spectrum_products)
+            check_count("spectrum_products", spectrum_products)
         self.every_n_steps = every_n_steps
         self.batch = batch
         self.max_products = max_products

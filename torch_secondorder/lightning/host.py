@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch_secondorder.optim import SecondOrderOptimizer
 
-__all__ = ["Callback", "check_positive", "found_bases", "our_optimizers"]
+__all__ = ["Callback", "found_bases", "our_optimizers"]
 
 #: The same code under two names; an object of one is none of the other.
 _HOSTS = ("lightning.pytorch", "pytorch_lightning")
@@ -64,9 +64,3 @@ def our_optimizers(trainer: Any) -> dict[str, SecondOrderOptimizer]:
         same = sum(type(other) is type(bare) for other in found.values())
         found[f"{name}-{same}" if same else name] = bare
     return found
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises a ValueError unless this is an integer of at least one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
