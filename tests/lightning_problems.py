@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
@@ -100,6 +101,16 @@ def trainer(host: Any, tmp_path: Any, **arguments: Any) -> Any:
         "default_root_dir": tmp_path,
     }
     return host.Trainer(**(usual | arguments))
+
+
+def saver(host: Any, step: int, path: Path) -> Any:
+    """A callback that saves a checkpoint after so many steps."""
+
+    def on_train_batch_end(self: Any, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == step:
+            trainer.save_checkpoint(path)
+
+    return type("Saver", (host.Callback,), {"on_train_batch_end": on_train_batch_end})()
 
 
 def by_hand(configure: Any, net: nn.Module, batches: Any, epochs: int = 1) -> list[Tensor]:

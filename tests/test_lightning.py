@@ -18,6 +18,7 @@ from tests.lightning_problems import (
     identical,
     module,
     network,
+    saver,
     trainer,
     weights,
 )
@@ -49,17 +50,6 @@ def test_the_weights_are_those_of_a_loop_by_hand(host: Any, configure: Any, tmp_
     assert fitted.global_step == 8  # steps, however often the closure was evaluated
 
 
-class SaveAt:
-    """Makes a callback that saves a checkpoint after so many steps."""
-
-    def __new__(cls, host: Any, step: int, path: Path) -> Any:
-        def on_train_batch_end(self: Any, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == step:
-                trainer.save_checkpoint(path)
-
-        return type("SaveAt", (host.Callback,), {"on_train_batch_end": on_train_batch_end})()
-
-
 @pytest.mark.parametrize("step", [4, 6], ids=["after an epoch", "within an epoch"])
 def test_a_resumed_training_ends_bit_for_bit_the_same(
     host: Any, configure: Any, step: int, tmp_path: Path
@@ -71,7 +61,7 @@ def test_a_resumed_training_ends_bit_for_bit_the_same(
 
     path = tmp_path / "middle.ckpt"
     whole = module(host, configured, nn.Tanh(), nn.BatchNorm1d(6))
-    first = trainer(host, tmp_path, max_epochs=3, callbacks=[SaveAt(host, step, path)])
+    first = trainer(host, tmp_path, max_epochs=3, callbacks=[saver(host, step, path)])
     first.fit(whole, Batches())
     resumed = module(host, configured, nn.Tanh(), nn.BatchNorm1d(6))
     second = trainer(host, tmp_path, max_epochs=3)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -26,6 +28,7 @@ from tests.lightning_problems import (
     weights,
 )
 from torch_secondorder.lightning import CurvatureMonitor
+from torch_secondorder.lightning.unnoticed import unnoticed
 
 pytestmark = NOISE
 FIGURES = ["top_eigenvalue", "trace", "trace_error", "lowest", "negative"]
@@ -56,9 +59,9 @@ def oracle(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def noisy_step(self: Any, batch: Any, batch_idx: int) -> Any:
-    """Does all that a training step may do beside its loss."""
+    """Does all that a training step may do beside its loss, changing its batch included."""
     x, y = batch
-    x += torch.rand(())  # augmented in place
+    x += torch.rand(()) + np.random.rand() + random.random()  # noqa: NPY002
     z = self.net(x)
     loss = F.cross_entropy(z, y)
     self.accuracy(z, y)
@@ -77,7 +80,8 @@ def test_training_is_bit_for_bit_unchanged(host: Any, name: str, tmp_path: Path)
         model.accuracy = torchmetrics.classification.MulticlassAccuracy(3)
         folder = tmp_path / str(len(callbacks))
         logger = host.loggers.CSVLogger(folder)
-        torch.manual_seed(2)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(2)
         fitted = trainer(
             host, folder, max_epochs=2, logger=logger, log_every_n_steps=1, callbacks=callbacks
         )
@@ -113,6 +117,15 @@ def test_figures_are_those_of_the_hessian(host: Any, batch: str, tmp_path: Path)
         assert error == 0
         assert float(values[0]) <= lowest + 1e-12 and negative == float(values[0] < -1e-9)
     assert fitted.callback_metrics["curvature/trace"] == pytest.approx(total)
+
+
+def test_nothing_is_logged_within(host: Any) -> None:
+    model = module(host, OPTIMIZERS["LBFGS"])
+    with unnoticed(model):
+        model.log("anything", 1.0)  # without a trainer this warns
+        model.log_dict({"anything": 1.0})
+    with pytest.raises(TypeError, match="Linear is no LightningModule"), unnoticed(model.net[0]):
+        pass
 
 
 def spectra(folder: Path) -> list[int]:
