@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,10 @@ from tests.lightning_problems import (
     trainer,
     weights,
 )
+from torch_secondorder.lightning import CurvatureMonitor, SecondOrderMonitor
 
 pytestmark = NOISE
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(params=HOSTS, ids=lambda host: host.__name__)
@@ -217,3 +222,57 @@ def test_manual_optimization_without_a_closure(host: Any, name: str, tmp_path: P
     assert identical(weights(model.net), by_hand(OPTIMIZERS[name], network(), Batches()))
     (optimizer,) = fitted.optimizers
     assert model.optimizers().info is optimizer.info is not None  # through Lightning's wrapper
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_whole_batches(tmp_path: Path) -> None:
+    """`strategy="ddp"`, with both monitors; see lightning_ddp_script.py."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.lightning_ddp_script", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, configure in OPTIMIZERS.items():
+        ours, figures = first[name]
+        assert identical(ours, second[name][0]) and figures == second[name][1]
+        model = module(HOSTS[0], configure).double()
+        monitors = [SecondOrderMonitor(), CurvatureMonitor(2, max_products=57, trace_products=57)]
+        fitted = trainer(HOSTS[0], tmp_path, callbacks=monitors)
+        fitted.fit(model, Batches(dtype=torch.float64))
+        for a, b in zip(ours, weights(model.net), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        for key, value in figures.items():
+            assert fitted.callback_metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-5)
+
+
+def test_without_lightning_the_package_is_the_same_and_says_what_is_missing() -> None:
+    code = """
+import sys, torch_secondorder
+assert not {"lightning", "pytorch_lightning"} & set(sys.modules)
+sys.modules["lightning"] = None
+import torch_secondorder.lightning as ours, pytorch_lightning
+assert issubclass(ours.SecondOrderMonitor, pytorch_lightning.Callback)
+for name in [name for name in sys.modules if name.startswith("torch_secondorder.lightning")]:
+    del sys.modules[name]
+sys.modules["pytorch_lightning"] = None
+try:
+    import torch_secondorder.lightning
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("needs Lightning: pip install lightning")
