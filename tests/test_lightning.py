@@ -260,7 +260,7 @@ import torch_secondorder.lightning as ours, pytorch_lightning
 assert issubclass(ours.SecondOrderMonitor, pytorch_lightning.Callback)
 for name in [name for name in sys.modules if name.startswith("torch_secondorder.lightning")]:
     del sys.modules[name]
-sys.modules["pytorch_lightning"] = None
+sys.modules["pytorch_lightning.callbacks"] = None
 try:
     import torch_secondorder.lightning
 except ImportError as error:
