@@ -257,10 +257,16 @@ import sys, torch_secondorder
 assert not {"lightning", "pytorch_lightning"} & set(sys.modules)
 sys.modules["lightning"] = None
 import torch_secondorder.lightning as ours, pytorch_lightning
+from lightning_utilities.core import rank_zero
+assert rank_zero.log.name.startswith("pytorch_lightning")
+del sys.modules["lightning"]
+ours.host.found_bases()  # whose logger it is stays, though another package came
+assert "lightning.pytorch" in sys.modules and rank_zero.log.name.startswith("pytorch_lightning")
 assert issubclass(ours.SecondOrderMonitor, pytorch_lightning.Callback)
 for name in [name for name in sys.modules if name.startswith("torch_secondorder.lightning")]:
     del sys.modules[name]
-sys.modules["pytorch_lightning.callbacks"] = None
+for name in ("lightning.pytorch", "pytorch_lightning"):
+    sys.modules[f"{name}.callbacks"] = None
 try:
     import torch_secondorder.lightning
 except ImportError as error:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch_secondorder.optim import SecondOrderOptimizer
@@ -22,10 +25,12 @@ def found_bases(hosts: tuple[str, ...] = _HOSTS) -> tuple[type, ...]:
     Raises:
         ImportError: There is none.
     """
-    found = []
+    found: list[type] = []
     for name in hosts:
         try:
-            found.append(importlib.import_module(f"{name}.callbacks").Callback)
+            first = not found and not any(host in sys.modules for host in hosts)
+            with nullcontext() if first else _messages_kept():
+                found.append(importlib.import_module(f"{name}.callbacks").Callback)
         except ImportError as error:
             reason = error
     if not found:
@@ -33,6 +38,17 @@ def found_bases(hosts: tuple[str, ...] = _HOSTS) -> tuple[type, ...]:
             "torch_secondorder.lightning needs Lightning: pip install lightning"
         ) from reason
     return tuple(found)
+
+
+@contextmanager
+def _messages_kept() -> Iterator[None]:
+    """What both packages log goes to the logger of the one imported last; here to that before."""
+    shared: Any = importlib.import_module("lightning_utilities.core.rank_zero")
+    before = shared.log
+    try:
+        yield
+    finally:
+        shared.log = before
 
 
 if TYPE_CHECKING:
