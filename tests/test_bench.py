@@ -41,6 +41,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
         (["diagonal", "--part", "scaling"], "diagonal.scaling.", "AdaHessian, 10 probes"),
         (["jacobian"], "jacobian.one", "ours"),
+        (["lightning"], "lightning.MLP", "Lightning's own"),
         (["penalties"], "penalties.64-30", "contractive (code)"),
         (["diagnostics"], "diagnostics.eigenvalues.", "Hutch++"),
     ],

@@ -3,7 +3,17 @@
 To add one: write a module with a function under `@command(...)`, and import it here.
 """
 
-from . import capture, diagnostics, diagonal, jacobian, lbfgs, newton, penalties, products
+from . import (
+    capture,
+    diagnostics,
+    diagonal,
+    jacobian,
+    lbfgs,
+    lightning,
+    newton,
+    penalties,
+    products,
+)
 from .registry import COMMANDS, Command, Options, command
 
 __all__ = [
@@ -16,6 +26,7 @@ __all__ = [
     "diagonal",
     "jacobian",
     "lbfgs",
+    "lightning",
     "newton",
     "penalties",
     "products",
