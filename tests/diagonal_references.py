@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.oracles import flat
-from torch_secondorder.curvature.gauss_newton import random_root
+from torch_secondorder.curvature.gauss_newton import random_roots
 from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace
 from torch_secondorder.curvature.probes import draw
+from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.objective import ClosureObjective
 
 CPU = torch.device("cpu")
@@ -265,8 +267,9 @@ class PlainSophiaG(PlainSophia):
         space = OutputSpace(evaluation.linearization.graph)
         curvature = LossCurvature(space)
         total = [torch.zeros_like(p.detach()) for p in params]
+        samples = partial(Samples, space, curvature.coefficients)
         for _ in range(self.samples):
-            roots = random_root(space, curvature, self.generator)
+            (roots,) = random_roots(space, curvature.likelihoods, samples, 1, self.generator)
             pulled = torch.autograd.grad(space.tensors, params, roots, retain_graph=True)
             total = [t + j**2 / self.samples for t, j in zip(total, pulled, strict=True)]
         return [self.sign * t for t in total]  # squares know no direction

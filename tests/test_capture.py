@@ -233,3 +233,26 @@ def test_captures_nest_and_restore() -> None:
             mark_outputs(p * 1)
         mark_outputs(p * 2)
     assert len(inner.graph.outputs) == len(outer.graph.outputs) == 1
+
+
+def test_spent_outputs_are_let_go_and_no_others() -> None:
+    model, x = nn.Linear(2, 3), torch.randn(4, 2)
+    counts: list[int] = []
+
+    class Receiver:
+        twice, outputs = False, True
+
+        def __call__(self, graph, retain):
+            counts.append(len(graph.outputs))
+            return graph.gradients[0]
+
+    with Capture(list(model.parameters()), Receiver()) as capture:
+        z = model(x)
+        losses = [z.square().sum(), F.mse_loss(z, x.new_zeros(4, 3))]
+        losses.append(F.mse_loss(model(x), x.new_zeros(4, 3)))
+        losses[1].backward(retain_graph=True)  # one output here, and one that is still to come
+        losses[1].backward()
+        losses[2].backward()
+        F.mse_loss(model(x), x.new_zeros(4, 3)).backward()
+    assert counts == [2, 2, 1, 1]
+    assert capture.graph.outputs == []

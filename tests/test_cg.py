@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_minres import Dense, Itself, check_numbers, spectrum, symmetric, vector_of
-from torch_secondorder import vector
+from torch_secondorder import space, vector
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.solvers import CG, SolveStatus
-from torch_secondorder.solvers import cg as cg_module
 
 EXACT = CG(1000, tolerance=1e-10)
 SIZES = [1, 2, 7, 40]
@@ -311,7 +310,7 @@ def test_the_device_is_waited_for_once_per_iteration(
         waits, numbers = waits + 1, numbers + len(scalars)
         return vector.to_host(*scalars)
 
-    monkeypatch.setattr(cg_module, "to_host", counting)
+    monkeypatch.setattr(space, "to_host", counting)
     eigenvalues = spectrum(20)
     if negative:
         eigenvalues[0] = -0.02

@@ -142,6 +142,8 @@ def test_a_checkpoint_goes_on_bit_for_bit(
     weights, state = torch.load(file, weights_only=True)
     other.model.load_state_dict(weights)
     resumed.load_state_dict(state)
+    again = resumed.state_dict()["param_groups"]
+    assert [group.keys() for group in again] == [group.keys() for group in state["param_groups"]]
     torch.set_rng_state(random)
     if on_device is not None:
         torch.cuda.set_rng_state(on_device)

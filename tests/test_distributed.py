@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import gc
 import math
-import traceback
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.ranks import Check, on_both, run_on_ranks
 from torch_secondorder import LBFGS, FunctionalObjective, NewtonCG, StepStatus
 from torch_secondorder.curvature import Fisher, GaussNewton, Hessian
 from torch_secondorder.objective import ClosureObjective
@@ -26,8 +22,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
 ]
-
-RANKS = 2
 
 
 class Share:
@@ -149,7 +143,7 @@ def meet_nan(rank: int, ranks: int) -> list[Any]:
     return found
 
 
-CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
+CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
         train_in_float64,
@@ -163,44 +157,9 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
 }
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """One process: what each check gives, or how it failed, goes to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=30),
-    )
-    found: dict[str, Any] = {}
-    for name, check in CHECKS.items():
-        try:
-            found[name] = check(rank, RANKS)
-        except Exception:
-            found[name] = traceback.format_exc()
-            break  # the ranks are out of step now
-    torch.save(found, f"{folder}/rank{rank}")
-    gc.collect()  # nothing of the group may outlive it, or its threads end the process
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every check gave on each rank."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
-
-
-def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
-    """One list for each rank, and the ranks bit-identical."""
-    for found in ranks:
-        for failure in found.values():
-            assert not isinstance(failure, str), failure
-    first, second = (found[name] for found in ranks)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    return first
+    return run_on_ranks([*CHECKS.values()], tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +174,7 @@ def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
 def test_training_equals_that_on_the_whole_batch(
     ranks: list[dict[str, Any]], name: str, tolerance: float
 ) -> None:
-    losses, values = results(ranks, name)
+    losses, values = on_both(ranks, name)
     expected_losses, expected = CHECKS[name](0, 1)
     assert losses[-1] < 0.7 * losses[0]
     assert losses == pytest.approx(expected_losses, rel=10 * tolerance)
@@ -224,12 +183,12 @@ def test_training_equals_that_on_the_whole_batch(
 
 @pytest.mark.parametrize("name", ["multiply", "call_a_function"])
 def test_losses_gradients_and_products_are_averages(ranks: list[dict[str, Any]], name: str) -> None:
-    ours, expected = results(ranks, name), CHECKS[name](0, 1)
+    ours, expected = on_both(ranks, name), CHECKS[name](0, 1)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_all_ranks_reject_what_one_finds_not_finite(ranks: list[dict[str, Any]]) -> None:
-    found = results(ranks, "meet_nan")
+    found = on_both(ranks, "meet_nan")
     numbers, evaluations, nonfinite, values = (found[i::4] for i in range(4))
     statuses = [list(StepStatus)[number] for number in numbers]
     assert statuses.pop(2) is StepStatus.NONFINITE_START

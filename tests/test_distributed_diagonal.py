@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import gc
 import math
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.test_distributed import RANKS, Share
+from tests.ranks import Check, on_both, run_on_ranks
+from tests.test_distributed import Share
 from torch_secondorder import AdaHessian, Sophia, StepStatus
 from torch_secondorder.curvature import Hutchinson
 
@@ -181,7 +178,7 @@ def bend_one(rank: int, ranks: int) -> list[Any]:
     return found
 
 
-CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
+CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
         train,
@@ -195,49 +192,14 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
 }
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """One process: what each check gives, or how it failed, goes to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=30),
-    )
-    found: dict[str, Any] = {}
-    for name, check in CHECKS.items():
-        try:
-            found[name] = check(rank, RANKS)
-        except Exception:
-            found[name] = traceback.format_exc()
-            break  # the ranks are out of step now
-    torch.save(found, f"{folder}/rank{rank}")
-    gc.collect()  # nothing of the group may outlive it, or its threads end the process
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every check gave on each rank."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
-
-
-def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
-    """What the first rank gave; the ranks bit-identical."""
-    for found in ranks:
-        assert name in found, found
-        assert not isinstance(found[name], str), found[name]
-    first, second = (found[name] for found in ranks)
-    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
-    return first
+    return run_on_ranks([*CHECKS.values()], tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", ["train", "train_without_backward"])
 def test_training_equals_that_on_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
-    losses, values = results(ranks, name)
+    losses, values = on_both(ranks, name)
     expected_losses, expected = CHECKS[name](0, 1)
     for ours, theirs, a, b in zip(losses, expected_losses, values, expected, strict=True):
         assert ours[-1] < ours[0]
@@ -246,17 +208,17 @@ def test_training_equals_that_on_the_whole_batch(ranks: list[dict[str, Any]], na
 
 
 def test_a_mix_of_dtypes_and_of_what_is_used(ranks: list[dict[str, Any]]) -> None:
-    ours, expected = results(ranks, "train_a_mix"), train_a_mix(0, 1)
+    ours, expected = on_both(ranks, "train_a_mix"), train_a_mix(0, 1)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_ranks_that_draw_labels_stay_together(ranks: list[dict[str, Any]]) -> None:
-    losses, _ = results(ranks, "draw_labels")
+    losses, _ = on_both(ranks, "draw_labels")
     assert losses[-1] < losses[0]
 
 
 def test_all_ranks_skip_what_one_finds_not_finite(ranks: list[dict[str, Any]]) -> None:
-    found = results(ranks, "meet_nan")
+    found = on_both(ranks, "meet_nan")
     for i in range(0, len(found), 12):
         statuses = [list(StepStatus)[number] for number in found[i : i + 12 : 2]]
         values = found[i + 1 : i + 12 : 2]
@@ -267,13 +229,13 @@ def test_all_ranks_skip_what_one_finds_not_finite(ranks: list[dict[str, Any]]) -
 
 
 def test_ranks_agree_on_a_loss_right_after_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
-    results(ranks, "resume_and_meet_infinity")
+    on_both(ranks, "resume_and_meet_infinity")
 
 
 def test_all_ranks_keep_their_curvature_where_one_products_are_not_finite(
     ranks: list[dict[str, Any]],
 ) -> None:
-    found = results(ranks, "bend_one")
+    found = on_both(ranks, "bend_one")
     statuses = [list(StepStatus)[number] for number in found[::2]]
     moved = StepStatus.MOVED
     assert statuses == [moved, StepStatus.MOVED_ON_OLD_CURVATURE, moved]

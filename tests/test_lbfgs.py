@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tests.oracles import make_case
 from tests.problems import make_problems
-from torch_secondorder import LBFGS, StepStatus
+from torch_secondorder import LBFGS, StepStatus, space
 from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.globalization import (
     FixedStep,
@@ -25,7 +25,6 @@ from torch_secondorder.globalization import (
     StrongWolfe,
     Trial,
 )
-from torch_secondorder.optim import lbfgs_iteration
 from torch_secondorder.vector import to_host
 
 SEARCHES = ["strong_wolfe", "hager_zhang", "armijo"]
@@ -419,9 +418,9 @@ def test_the_host_waits_once_an_iteration_outside_the_line_search(
         finally:
             searching = False
 
-    monkeypatch.setattr(lbfgs_iteration, "to_host", counted)
+    monkeypatch.setattr(space, "to_host", counted)
     optimizer.line_search = search
     optimizer.step(closure_of(optimizer, lambda: rosenbrock(x)))
     assert optimizer.info.iterations == 25
-    # The size of the parameters is read once, at the start.
-    assert waits <= 25 + 1
+    # At the start: loss and gradient, and the size of the parameters.
+    assert waits <= 25 + 2

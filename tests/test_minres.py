@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_secondorder import vector
+from torch_secondorder import space, vector
 from torch_secondorder.curvature import LinearOperator
-from torch_secondorder.solvers import minres_iteration
 from torch_secondorder.solvers.base import SolveResult, SolveStatus
 from torch_secondorder.solvers.minres import Minres
 from torch_secondorder.solvers.minres_scalars import MinresScalars
@@ -433,7 +432,7 @@ def test_the_device_is_waited_for_once_per_iteration(
         waits += 1
         return vector.to_host(*scalars)
 
-    monkeypatch.setattr(minres_iteration, "to_host", counting)
+    monkeypatch.setattr(space, "to_host", counting)
     a, b = symmetric(spectrum(20)).to(device), vector_of(20).to(device)
     for m in (None, Dense(torch.eye(20, dtype=torch.float64, device=device))):
         waits = 0

@@ -2,6 +2,7 @@
 
 from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
 from torch_secondorder.capture import mark_outputs
+from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.optim import (
     LBFGS,
@@ -22,6 +23,7 @@ __all__ = [
     "AdaHessian",
     "Contractive",
     "ContractiveInfo",
+    "DatasetClosure",
     "FunctionalObjective",
     "NewtonCG",
     "SecondOrderOptimizer",

@@ -196,7 +196,13 @@ class Capture(TorchFunctionMode):
             return self.graph.differentiate(loss, weight)
         graph = Graph(self.graph.params, outputs=[*self.graph.outputs])
         graph.differentiate(loss, weight, twice=self._receiver.twice)
-        return self._receiver(graph, retain)
+        gradients = self._receiver(graph, retain)
+        if self.graph.outputs and not retain:
+            # What is spent is let go, or the graphs of all micro-batches would pile up.
+            spent = set(graph.nodes())
+            kept = [o for o in self.graph.outputs if o.tensor.grad_fn not in spent]
+            self.graph.outputs[:] = kept
+        return gradients
 
     def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         bound = _signature(func).bind(*args, **kwargs)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from torch_secondorder.graph import Graph
+from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Replay, Surroundings
 from torch_secondorder.vector import ParameterVector
 
@@ -153,26 +154,28 @@ class Linearization:
         products = multiply(vector.split(direction), v.dim() == 2)
         return self._objective.product(direction, products)
 
-    def diagonal(self, roots: Sequence[Tensor | None]) -> Tensor:
+    def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         """The diagonal of a curvature of the loss, from random roots of it.
 
         Args:
             roots: `k` samples `q` with `E[q q']` equal to the curvature, in parts `(k, ...)` shaped
-                like the parameters; None for zeros.
+                like the parameters; None for zeros. Those of other ranks are independent of them.
+            count: `k`.
 
         Returns:
             The mean of `q * q` with the diagonal of the regularization, `(n,)`, not negative.
         """
         self.check()
-        return self._objective.diagonal(roots)
+        return self._objective.diagonal(roots, count)
 
     def slots(self) -> list[Slot]:
         """The place of each parameter in the work vector."""
         return self._objective.slots()
 
-    def average(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks, where the closure called a DDP module; else the tensor."""
-        return self._objective.average(tensor)
+    @property
+    def ranks(self) -> Ranks:
+        """Those that the loss is the mean over."""
+        return self._objective.ranks
 
     def check(self) -> None:
         """Makes the graph usable: puts the parameters back to where it was made.
@@ -220,8 +223,9 @@ class Objective(ABC):
         self.evaluations = 0
         self.generation = 0
         self._entry = self.position
-        self._placed = self.position  # what the parameters hold now: a trial leaves them there
-        self._tried: tuple[Tensor, Tensor] | None = None  # the last trial's step and position
+        # What the parameters hold now; None where the last trial has left them.
+        self._placed: Tensor | None = self.position
+        self._tried: tuple[Tensor, float] | None = None  # the last trial
         self._abandoned = False
         self._last: Callable[[], Evaluation | None] = lambda: None
         self._surroundings = surroundings or Surroundings()
@@ -239,6 +243,11 @@ class Objective(ABC):
         """Device types for which a closure runs under autocast, as where this was made."""
         return self._replay.autocast
 
+    @property
+    def precision(self) -> float:
+        """The machine epsilon that gradients are computed with, as far as that is known."""
+        return max(self.vector.precision, self._replay.precision)
+
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """Loss and gradient where the parameters stand.
 
@@ -247,7 +256,7 @@ class Objective(ABC):
         """
         return self._evaluate_at(self.position, curvature)
 
-    def trial(self, step: Tensor) -> Evaluation:
+    def trial(self, step: Tensor, t: float = 1.0) -> Evaluation:
         """Loss and gradient at a distance; `position` stays.
 
         The parameters go back there lazily: before the next product, evaluation or move of this
@@ -255,17 +264,30 @@ class Objective(ABC):
 
         Args:
             step: Shape `(n,)`, in the work space.
+            t: What it is multiplied by.
         """
-        position = self.position + self.vector.scaled(step)
-        self._tried = (step, position)
-        return self._evaluate_at(position, False)
+        self._tried = (step, t)
+        position = self._moved(step, t)
+        evaluation = self._evaluate_at(position, False)
+        if self._placed is position:
+            self._placed = None  # not kept: it is a vector, and made again where it is needed
+        return evaluation
 
-    def accept(self, step: Tensor) -> None:
-        """Moves the parameters by `step`, shape `(n,)`; earlier linearizations end here."""
-        if self._tried is not None and self._tried[0] is step:
-            self._go(self._tried[1])
-        else:
-            self._go(self.position + self.vector.scaled(step))
+    def accept(self, step: Tensor, t: float = 1.0) -> None:
+        """Moves the parameters by `t` times `step`, `(n,)`; earlier linearizations end here."""
+        tried, at = self._tried or (None, t)
+        there = self._placed is None and tried is step and at == t
+        if self.position is self._entry:
+            self._go(self._moved(step, t), there=there)
+            return
+        last = self._last()
+        if last is not None:
+            _ = last.grad  # before what it is made of changes
+        # In place: a vector's memory costs as much as the arithmetic.
+        self._go(self.position.add_(self.vector.scaled(step), alpha=t), there=there)
+
+    def _moved(self, step: Tensor, t: float) -> Tensor:
+        return torch.add(self.position, self.vector.scaled(step), alpha=t)
 
     def settle(self) -> None:
         """Puts the parameters back to `position` after a trial."""
@@ -287,7 +309,7 @@ class Objective(ABC):
         flat = self.vector.gather(products, batch=direction.shape[:-1])
         if self._sign < 0:
             flat.neg_()
-        flat = self._replay.average(flat)
+        flat = self.ranks.average_(flat)
         if self._decays:
             flat.add_(self._decay * direction)
         return self.vector.scaled(flat)
@@ -299,15 +321,15 @@ class Objective(ABC):
         decays = decay if isinstance(decay, tuple) else (decay,) * len(slots)
         return [Slot(*slot, slot[2] ** 2 * d) for slot, d in zip(slots, decays, strict=True)]
 
-    def average(self, tensor: Tensor) -> Tensor:
-        """See `Linearization.average`."""
-        return self._replay.average(tensor)
+    @property
+    def ranks(self) -> Ranks:
+        """See `Linearization.ranks`."""
+        return self._surroundings.ranks
 
-    def diagonal(self, roots: Sequence[Tensor | None]) -> Tensor:
+    def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         """See `Linearization.diagonal`."""
-        count = next((len(root) for root in roots if root is not None), 1)
-        flat = self.vector.scaled(self.vector.gather(roots, batch=(count,)))
-        diagonal = self._replay.average(flat.square_().mean(0))
+        flat = self.ranks.join_roots_(self.vector.gather(roots, batch=(count,)))
+        diagonal = self.vector.scaled(flat).square_().mean(0)
         if self._decays:
             decay = self.vector.scaled(self.vector.scaled(torch.ones_like(diagonal)))
             diagonal.add_(decay.mul_(self._decay))
@@ -332,25 +354,25 @@ class Objective(ABC):
         vector = self.vector
         if loss.dtype != vector.dtype or loss.device != vector.device:
             loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
-        loss = self._replay.average(loss)
+        loss = vector.space.mean(self.ranks.average(loss))
         closure_loss = loss
         if self._sign < 0:
             loss = -loss
         if self._decays:
-            loss = loss + 0.5 * ((self._decay * position) @ position)
+            loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
         linearization = None if raw.graph is None else Linearization(self, raw.graph)
-        flatten = partial(self._flat_gradient, raw, position)
+        flatten = partial(self._flat_gradient, raw, position if self._decays else None)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
         self._last = ref(evaluation)
         return evaluation
 
-    def _flat_gradient(self, raw: RawEvaluation, position: Tensor) -> Tensor:
+    def _flat_gradient(self, raw: RawEvaluation, position: Tensor | None) -> Tensor:
         grad = self.vector.gather(raw.grads)
         if not raw.averaged:
-            grad = self._replay.average(grad)
+            grad = self.ranks.average_(grad)
         if self._sign < 0:
             grad.neg_()
-        if self._decays:
+        if position is not None:
             grad.add_(self._decay * position)
         return self.vector.scaled(grad)
 
@@ -360,8 +382,8 @@ class Objective(ABC):
             graph.check_differentiable()
             self._surroundings.note(source)
 
-    def _go(self, position: Tensor) -> None:
-        if self._placed is position:
+    def _go(self, position: Tensor, *, there: bool = False) -> None:
+        if there:
             # They are there already; a graph that saved them earlier still has to notice.
             increment_version(self.vector.params)
         else:

@@ -113,6 +113,10 @@ class Graph:
         self.gradients.append(gradients)
         return gradients
 
+    def nodes(self) -> Iterator[Any]:
+        """All nodes that the losses depend on."""
+        return _nodes(self.losses)
+
     def check_differentiable(self) -> None:
         """Raises where a second derivative would be silently zero.
 

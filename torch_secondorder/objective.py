@@ -70,6 +70,11 @@ class ClosureObjective(Objective):
 
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
         params = self.vector.params
+        if curvature and self.vector.sharded:
+            raise RuntimeError(
+                "the hooks of fully_shard let no second derivative through: for sharded parameters "
+                "multiply with torch_secondorder.curvature.FiniteDifference(objective)"
+            )
         # Whatever is in `p.grad` is of another evaluation, whether or not the closure clears it.
         for p in params:
             p.grad = None
@@ -102,7 +107,7 @@ class ClosureObjective(Objective):
     def _run_captured(self, closure: Callable[[], Any]) -> RawEvaluation:
         params = self.vector.params
         foreign: list[Tensor] = []  # what got a gradient that was not captured
-        with Capture(params) as capture, ExitStack() as stack:
+        with Capture(params) as capture, self.ranks.quiet(), ExitStack() as stack:
             if not self._surroundings.knows(closure):
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
@@ -156,6 +161,11 @@ class FunctionalObjective(Objective):
                 if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
             )
         super().__init__(vector, regularization, master, surroundings)
+        if self.vector.sharded:
+            raise TypeError(
+                "a FunctionalObjective is a function of whole tensors, and these parameters are "
+                "sharded: use a closure that calls the sharded module"
+            )
         places = {id(p): i for i, p in enumerate(self.vector.params)}
         self._places = [places.get(id(leaf)) for leaf in self._leaves]
         if all(place is None for place in self._places):
@@ -194,10 +204,11 @@ class FunctionalObjective(Objective):
         ]
         tree = pytree.tree_unflatten(leaves, self._structure)
         if not curvature:
-            loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
+            with self.ranks.quiet():
+                loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
             gradients = torch.autograd.grad(loss, pieces, allow_unused=True)
             return RawEvaluation(loss, touched(gradients), None)
-        with Capture(pieces) as capture:
+        with Capture(pieces) as capture, self.ranks.quiet():
             loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
         grads = capture.differentiate(loss)
         self._check_once(self._function, capture.graph)

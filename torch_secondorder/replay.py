@@ -7,6 +7,7 @@ loop that evaluates once; and under DistributedDataParallel every rank has to se
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -16,12 +17,13 @@ from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+
+from torch_secondorder.ranks import Ranks
 
 __all__ = ["Replay", "Surroundings"]
 
@@ -59,16 +61,20 @@ class Surroundings:
     """What closures call, found by watching, kept from step to step.
 
     Attributes:
-        process_groups: Those of the DistributedDataParallel modules met.
+        ranks: Those that share the work, from the DistributedDataParallel modules met.
+        precision: The largest machine epsilon that modules of `fully_shard` compute with by their
+            policy; 0 where none has one.
     """
 
     def __init__(self) -> None:
-        self.process_groups: list[Any] = []
+        self.ranks = Ranks()
+        self.precision = 0.0
         # Modules met, by id, and whether they were training when their buffers were last compared.
         # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
         self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
         self._norms: WeakSet[torch.nn.Module] = WeakSet()
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
+        self._sharded: WeakSet[Any] = WeakSet()  # those of `fully_shard`
         self._seen: set[object] = set()
 
     def knows(self, source: Callable[..., Any], what: str = "graph") -> bool:
@@ -93,6 +99,8 @@ class Surroundings:
         """
         compared: dict[_Slot, Tensor] = {}
         thread, modes = threading.get_ident(), self._modes
+        # Where there is a sharded module, this has been imported.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
 
         def note(module: torch.nn.Module, _: Any) -> None:
             # Compiled code is not to contain this; the compiled module itself has been noted.
@@ -106,10 +114,12 @@ class Surroundings:
             # All inside it as well: a compiled module hides the calls of its children.
             for inner in module.modules():
                 if isinstance(inner, DistributedDataParallel):
-                    if inner.process_group not in self.process_groups:
-                        self.process_groups.append(inner.process_group)
+                    self.ranks.note(inner)
                 elif isinstance(inner, _NormBase):
                     self._norms.add(inner)
+                if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
+                    self._sharded.add(inner)
+                    self.precision = max(self.precision, _policy_precision(inner))
                 modes[id(inner)] = ref(inner), inner.training
                 compared.update(
                     (slot, before.get(slot, b.detach().clone())) for slot, b in _slots(inner)
@@ -134,14 +144,20 @@ class Surroundings:
         # Of all normalization layers, in whatever mode: the closure may set them to train.
         return [pair for module in self._norms | self._stateful for pair in _slots(module)]
 
-    def average(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks, where a DDP module was called; else the tensor itself."""
-        if not self.process_groups:
-            return tensor
-        group = self.process_groups[0]
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, group=group)
-        return tensor.div_(dist.get_world_size(group))
+    def reshard(self) -> None:
+        """Makes modules of `fully_shard` gather their parameters anew at their next call.
+
+        A forward pass that no backward pass follows leaves what it has gathered in place.
+        """
+        for module in self._sharded:
+            module.reshard()
+
+
+def _policy_precision(module: Any) -> float:
+    """The machine epsilon that a module of `fully_shard` computes with; 0 for the parameters'."""
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)  # it is not public
+    dtype = getattr(policy, "param_dtype", None)
+    return 0.0 if dtype is None else torch.finfo(dtype).eps
 
 
 def _identity(source: Any, depth: int = 4) -> object:
@@ -196,6 +212,7 @@ class Replay:
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
+        self._surroundings.reshard()
         first = self._evaluations == 1
         if not first:
             self._rewind()
@@ -209,6 +226,28 @@ class Replay:
             if first:
                 stack.enter_context(self._surroundings.watch(self._before))
             return closure()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is drawn inside is no part of the closure's randomness."""
+        states = [(device, _random_state(device)) for device, _ in self._random]
+        yield
+        for device, state in states:
+            _set_random_state(device, state)
+
+    def mark(self) -> Callable[[], None]:
+        """Notes where random state and buffers are within a closure; returns what goes there."""
+        states = [(device, _random_state(device)) for device, _ in self._random]
+        now = {slot: slot.read() for slot in self._before}
+        buffers = {slot: b.detach().clone() for slot, b in now.items() if b is not None}
+
+        def go() -> None:
+            for device, state in states:
+                _set_random_state(device, state)
+            for slot, value in buffers.items():
+                slot.restore(value)
+
+        return go
 
     def _rewind(self) -> None:
         if self._after is None:
@@ -227,10 +266,13 @@ class Replay:
         """
         for slot, value in (self._before if aborted else self._after or {}).items():
             slot.restore(value)
+        self._surroundings.reshard()
 
-    def average(self, tensor: Tensor) -> Tensor:
-        """See `Surroundings.average`."""
-        return self._surroundings.average(tensor)
+    @property
+    def precision(self) -> float:
+        """The largest machine epsilon that closures are known to compute with; 0 for none."""
+        dtypes = self.autocast.values()
+        return max(self._surroundings.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)
 
 
 def _random_state(device: torch.device) -> Tensor:

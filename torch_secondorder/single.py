@@ -27,6 +27,7 @@ from torch_secondorder.contract import (
 )
 from torch_secondorder.graph import Graph
 from torch_secondorder.objective import FunctionalObjective
+from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.workspace import Workspace
 
@@ -145,7 +146,7 @@ class SingleEvaluation:
         self._before = {slot: b.detach().clone() for slot, b in surroundings.moving_buffers()}
         self._workspace = workspace or Workspace()
         self._accumulated = False
-        self._joined: tuple[Tensor, Sequence[Tensor]] | None = None
+        self._joined: tuple[Tensor, Sequence[Tensor | None]] | None = None
         self._pointers: list[int] = []
         if stale is not None and stale.matches(params):
             for p in params:
@@ -173,12 +174,12 @@ class SingleEvaluation:
         except BaseException:
             self.restore()
             raise
-        loss = self._surroundings.average(loss.detach())
+        loss = self._surroundings.ranks.average(loss.detach())
         whole = None
         if self._joined is not None:
             vector, views = self._joined
             # The closure may have put other tensors there, or other memory under these.
-            pointers = [view.data_ptr() for view in views]
+            pointers = [0 if view is None else view.data_ptr() for view in views]
             if all(g is view for g, view in zip(gradients, views, strict=True)) and (
                 pointers == self._pointers
             ):
@@ -195,11 +196,14 @@ class SingleEvaluation:
         before = GradientTrace(params)
         with ExitStack() as stack:
             stack.enter_context(uncaptured())
+            if self._functional:
+                stack.enter_context(surroundings.ranks.quiet())
             if not surroundings.knows(self._source, "modules"):
                 stack.enter_context(surroundings.watch(self._before))
             loss = scalar(self._called(before))
             if self._functional:
-                gradients = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
+                found = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
+                gradients, _ = _averaged(found, params, surroundings.ranks)
             elif not before.shows_backward(params):
                 differentiable(loss).backward()
         surroundings.note(self._source, "modules")
@@ -221,7 +225,8 @@ class SingleEvaluation:
         before = GradientTrace(params)
         foreign: list[Tensor] = []  # what got a gradient that was not captured
         relay = _Relay(self, watch, check=not known, accumulates=accumulates or self._functional)
-        with Capture(params, relay) as capture, ExitStack() as stack:
+        quiet = self._surroundings.ranks.quiet()
+        with Capture(params, relay) as capture, quiet, ExitStack() as stack:
             if not known:
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
@@ -270,15 +275,17 @@ class _Relay:
         tensor to several parameters.
         """
         evaluation = self._evaluation
-        average = evaluation._surroundings.average
-        joined = _join(gradients, params, evaluation._workspace)
-        if joined is None:
-            copies = [None if g is None else g.detach().clone() for g in gradients]
-            return _averaged(copies, params, evaluation._surroundings)
-        joined = average(joined)
-        views = list(_unflatten_dense_tensors(joined, params))
-        evaluation._joined = joined, views
-        evaluation._pointers = [view.data_ptr() for view in views]
+        ranks = evaluation._surroundings.ranks
+        if ranks.count > 1:
+            views, joined = _averaged(gradients, params, ranks)
+        else:
+            joined = _join(gradients, params, evaluation._workspace)
+            if joined is None:
+                return [None if g is None else g.detach().clone() for g in gradients]
+            views = list(_unflatten_dense_tensors(joined, params))
+        if joined is not None:
+            evaluation._joined = joined, views
+            evaluation._pointers = [0 if view is None else view.data_ptr() for view in views]
         return views
 
     def _look_at_what_was_there(self) -> None:
@@ -340,29 +347,35 @@ def _any_nonzero(gradient: Tensor) -> bool:
 
 
 def _averaged(
-    gradients: Sequence[Tensor | None], params: Sequence[Tensor], surroundings: Surroundings
-) -> Sequence[Tensor | None]:
-    """The mean over the ranks; one message for each dtype and device."""
-    if not surroundings.process_groups:
-        return gradients
-    result: list[Tensor | None] = [*gradients]
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], ranks: Ranks
+) -> tuple[Sequence[Tensor | None], Tensor | None]:
+    """The mean over the ranks; one message for each dtype and device.
+
+    Returns:
+        The gradients, None where no rank has one; and the same as one vector that they are views
+        of, where they are of one kind and all there.
+    """
+    if ranks.count == 1:
+        return gradients, None
+    result: list[Tensor | None] = [None] * len(params)
     kinds: dict[Any, list[int]] = {}
     for i, p in enumerate(params):
         kinds.setdefault((p.dtype, p.device), []).append(i)
     for (dtype, device), places in kinds.items():
-        pieces = [_dense(gradients[i], params[i]) for i in places]
+        pieces = [_dense(gradients[i], params[i]).detach() for i in places]
         used = torch.tensor(
             [gradients[i] is not None for i in places], dtype=torch.float32, device=device
         )
         # Ranks may differ in what they used, not in what they send.
         message = torch.cat([piece.reshape(-1) for piece in pieces] + [used.to(dtype)])
-        message = surroundings.average(message)
+        message = ranks.average_(message)
         anywhere = message[len(message) - len(places) :]
         chunks = message.split([piece.numel() for piece in pieces] + [len(places)])
         for i, chunk, share in zip(places, chunks, anywhere, strict=False):
-            if gradients[i] is not None or share:
+            if gradients[i] is not None or bool(share):
                 result[i] = chunk.view_as(params[i])
-    return result
+    complete = len(kinds) == 1 and not message.is_complex() and all(g is not None for g in result)
+    return result, message[: len(message) - len(params)] if complete else None
 
 
 def _dense(gradient: Tensor | None, p: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Everything above this module computes with plain real vectors of length `n`. What makes parameters
 awkward (several dtypes and devices, complex numbers, sparse or missing gradients, low precision,
-learning rates that differ between groups) ends here.
+learning rates that differ between groups, parts of parameters on several processes) ends here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parameter import is_lazy
 
+from torch_secondorder.space import (
+    WHOLE,
+    local,
+    max_norm,
+    part_of,
+    sharded_like,
+    space_of,
+    to_host,
+)
 from torch_secondorder.workspace import Workspace
 
 __all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
@@ -37,6 +47,7 @@ class _Segment:
 
     @classmethod
     def of(cls, parameter: Tensor) -> _Segment:
+        """Of a parameter, or of the part of it that this process holds."""
         real = _real(parameter.detach())
         return cls(real.shape, real.numel(), parameter.dtype, real.dtype, parameter.device)
 
@@ -71,7 +82,8 @@ class ParameterVector:
     """Maps parameters to one flat work vector of `n` real numbers, and back.
 
     The work vector is float32 or wider: the widest real dtype among the parameters and float32, on
-    the device that holds most of them.
+    the device that holds most of them. Of sharded parameters (DTensors, as `fully_shard` makes
+    them) it has the part that this process holds.
 
     Args:
         params: The parameters: floating-point or complex leaves, none of them empty.
@@ -82,7 +94,9 @@ class ParameterVector:
 
     Attributes:
         params: The parameters, in order.
-        size: `n`, the number of real degrees of freedom.
+        space: Where the work vectors live; who needs an inner product of whole vectors asks it.
+        size: `n`, the number of real degrees of freedom, of those in this process.
+        whole_size: That of all processes together.
         dtype: Of the work vector.
         device: Of the work vector.
         devices: Of the parameters.
@@ -90,7 +104,8 @@ class ParameterVector:
 
     Raises:
         TypeError: A parameter is not a tensor, or neither floating-point nor complex.
-        ValueError: A parameter is empty or not yet initialized, or there are none.
+        ValueError: A parameter is empty or not yet initialized, there are none, or some are
+            sharded and others not.
 
     >>> w, b = torch.ones(2, 2), torch.zeros(1, dtype=torch.complex64)
     >>> vector = ParameterVector([w, b])
@@ -103,9 +118,14 @@ class ParameterVector:
     def __init__(self, params: Iterable[Tensor], scale: Sequence[float] | None = None) -> None:
         self.params: list[Tensor] = list(params)
         check_parameters(self.params)
-        self._segments = [_Segment.of(p) for p in self.params]
+        self.space = space_of(self.params)
+        self.sharded = self.space is not WHOLE
+        self._segments = [_Segment.of(p) for p in self._held()]
         self._counts = [s.count for s in self._segments]
         self.size = sum(self._counts)
+        self.whole_size = sum(p.numel() * (1 + p.is_complex()) for p in self.params)
+        # What pieces are shaped like.
+        self._likes = [torch.empty_like(p) for p in self._held()] if self.sharded else self.params
         self.dtype = functools.reduce(
             torch.promote_types, (s.real_dtype for s in self._segments), torch.float32
         )
@@ -124,14 +144,23 @@ class ParameterVector:
         self._factors = None if scale is None else tuple(scale)
         self._scale = None if scale is None else self.expand(scale)
 
+    def _held(self, tensors: Sequence[Any] | None = None) -> Sequence[Any]:
+        """What this process holds of tensors like the parameters, or of the parameters."""
+        tensors = self.params if tensors is None else tensors
+        if not self.sharded:
+            return tensors
+        return [None if tensor is None else local(tensor) for tensor in tensors]
+
     def matches(self, params: Sequence[Tensor], scale: Sequence[float] | None) -> bool:
         """Whether this vector still describes these parameters under this scale."""
         return (
             len(params) == len(self.params)
             and (None if scale is None else tuple(scale)) == self._factors
             and all(
-                p is q and s.describes(p)
-                for p, q, s in zip(params, self.params, self._segments, strict=True)
+                p is q and s.describes(held)
+                for p, held, q, s in zip(
+                    params, self._held(params), self.params, self._segments, strict=True
+                )
             )
         )
 
@@ -153,7 +182,8 @@ class ParameterVector:
         Returns:
             Shape `(*batch, n)`, without the scale applied.
         """
-        first = tensors[0]
+        tensors = self._held(tensors)
+        first: Tensor | None = tensors[0]
         if self._single and not batch and first is not None and first.layout is torch.strided:
             return first.detach().flatten().clone()
         if self._uniform and not batch and all(_is_dense(t) for t in tensors):
@@ -189,7 +219,7 @@ class ParameterVector:
         The pieces are views wherever dtype and device allow.
         """
         if self._uniform and flat.dim() == 1:
-            return list(_unflatten_dense_tensors(flat, self.params))
+            return list(_unflatten_dense_tensors(flat, self._likes))
         pieces = flat.split_with_sizes(self._counts, dim=-1)
         return [s.typed(p) for s, p in zip(self._segments, pieces, strict=True)]
 
@@ -199,7 +229,7 @@ class ParameterVector:
         A complex parameter's piece is real, `(..., 2)`. On the device of the parameter.
         """
         if self._uniform:
-            return list(_unflatten_dense_tensors(flat, self.params))
+            return list(_unflatten_dense_tensors(flat, self._likes))
         return [
             piece.view(s.shape).to(s.device)
             for s, piece in zip(self._segments, flat.split(self._counts), strict=True)
@@ -250,7 +280,7 @@ class ParameterVector:
     def write(self, flat: Tensor) -> None:
         """Sets the parameters, so that a graph that has saved them refuses to be used again."""
         with torch.no_grad():
-            torch._foreach_copy_(self.params, self.split(flat))
+            torch._foreach_copy_(list(self._held()), self.split(flat))
 
     def move(self, flat: Tensor) -> None:
         """Sets the parameters without a trace in their version counters.
@@ -259,11 +289,64 @@ class ParameterVector:
         before it is used.
         """
         # `.data` is an alias with a version counter of its own; `.detach()` would share it.
+        held = self._held()
         if self._single:
             shape = self._segments[0].shape
-            self.params[0].data.copy_(flat if len(shape) == 1 else flat.view(shape))
+            held[0].data.copy_(flat if len(shape) == 1 else flat.view(shape))
         else:
-            torch._foreach_copy_([p.data for p in self.params], self.split(flat))
+            torch._foreach_copy_([p.data for p in held], self.split(flat))
+
+    # Sharded tensors.
+
+    def drawn(self, draw: Callable[[int], Tensor]) -> Tensor:
+        """A random vector `(n,)` whose entries do not depend on how the parameters are sharded.
+
+        Each process draws whole parameters, one after the other, and keeps its part.
+
+        Args:
+            draw: Gives a flat vector of so many entries, the same in all processes.
+        """
+        if not self.sharded:
+            return draw(self.size)
+        return torch.cat([part_of(draw(p.numel()).view(p.shape), p).flatten() for p in self.params])
+
+    def distribute(self, flat: Tensor, rows: int | None = None) -> list[Tensor]:
+        """Cuts `(n,)` or `(k, n)` into DTensors of the parameters' shapes and placements; copies.
+
+        Args:
+            flat: In the work precision, which the result has as well.
+            rows: How many rows the result is to have; zeros below those that there are.
+        """
+        batch = flat.shape[:-1]
+        result: list[Tensor] = []
+        pieces = flat.split_with_sizes(self._counts, dim=-1)
+        for p, segment, piece in zip(self.params, self._segments, pieces, strict=True):
+            whole = piece.new_zeros((*(batch if rows is None else (rows,)), *segment.shape))
+            part = whole if rows is None else whole[: len(flat)]
+            part.copy_(piece.reshape(*batch, *segment.shape))
+            result.append(sharded_like(whole.to(segment.device), p))
+        return result
+
+    def collect(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What `distribute` cut up, or the same as plain tensors of whole parameters: `(..., n)`.
+
+        Raises:
+            ValueError: Their shapes or placements do not fit.
+        """
+        rows = []
+        for index, (p, tensor, s) in enumerate(
+            zip(self.params, tensors, self._segments, strict=True)
+        ):
+            part, dims = local(tensor), len(s.shape)
+            if tensor.shape[tensor.dim() - dims :] != p.shape or part.shape[-dims:] != s.shape:
+                raise ValueError(
+                    f"the state of parameter {index}, shape {tuple(tensor.shape)} with "
+                    f"{tuple(part.shape)} in this process, does not fit the parameter, shape "
+                    f"{tuple(p.shape)} with {tuple(s.shape)} here: load it into this optimizer's "
+                    "state_dict() by torch.distributed.checkpoint, which cuts it up anew"
+                )
+            rows.append(part.detach().reshape(*part.shape[: part.dim() - dims], s.count))
+        return torch.cat([row.to(self.device, self.dtype) for row in rows], dim=-1)
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
@@ -294,17 +377,3 @@ def check_parameters(params: Sequence[Tensor]) -> None:
                 f"parameter {index} of shape {tuple(p.shape)} was expanded: several entries share "
                 "one number; clone it before making it a parameter"
             )
-
-
-def max_norm(v: Tensor) -> Tensor:
-    """The largest absolute entry, 0-dim; NaN where there is one."""
-    norm: Tensor = torch.linalg.vector_norm(v, float("inf"))
-    return norm
-
-
-def to_host(*scalars: Tensor) -> list[float]:
-    """0-dim tensors as Python numbers, with one synchronization for all of them."""
-    if scalars[0].device.type == "cpu":
-        return [s.item() for s in scalars]
-    dtype = max((s.dtype for s in scalars), key=lambda d: torch.finfo(d).bits)
-    return torch.stack([s.to(dtype) for s in scalars]).tolist()

@@ -1,6 +1,6 @@
 """Curvature as matrix-free linear operators."""
 
-from torch_secondorder.curvature.base import Damped, Diagonal, LinearOperator
+from torch_secondorder.curvature.base import Damped, Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
     GaussNewtonBartlett,
@@ -20,6 +20,7 @@ __all__ = [
     "DiagonalEstimator",
     "FiniteDifference",
     "Fisher",
+    "FromOutputs",
     "GaussNewton",
     "GaussNewtonBartlett",
     "Hessian",

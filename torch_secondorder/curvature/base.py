@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from torch_secondorder.curvature.kronecker import KroneckerFactors
 from torch_secondorder.curvature.products import AT_ONCE, vectorizing_pays
-from torch_secondorder.evaluation import Evaluation
+from torch_secondorder.evaluation import Evaluation, Slot
+from torch_secondorder.space import WHOLE, Space
 
-__all__ = ["Damped", "Diagonal", "LinearOperator", "Linearized"]
+__all__ = ["Damped", "Diagonal", "FromOutputs", "LinearOperator", "Linearized"]
 
 
 class LinearOperator(ABC):
@@ -21,11 +25,13 @@ class LinearOperator(ABC):
         size: `n`.
         dtype: Of the vectors it multiplies.
         device: Of the vectors it multiplies.
+        space: Where these live: what their inner products are asked of.
     """
 
     size: int
     dtype: torch.dtype
     device: torch.device
+    space: Space = WHOLE
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -48,6 +54,25 @@ class LinearOperator(ABC):
                 f"this operator multiplies shapes ({self.size},) and ({self.size}, k), got "
                 f"{tuple(other.shape)}"
             )
+
+
+@runtime_checkable
+class FromOutputs(Protocol):
+    """A curvature made from model outputs: what preconditioners can ask of it."""
+
+    def slots(self) -> list[Slot]:
+        """The place of each parameter in the vectors multiplied."""
+        ...  # pragma: no cover - a protocol
+
+    def diagonal(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """See `GaussNewton.diagonal`."""
+        ...  # pragma: no cover - a protocol
+
+    def factors(
+        self, generator: torch.Generator | None = None, largest: float = math.inf
+    ) -> list[KroneckerFactors]:
+        """See `GaussNewton.factors`."""
+        ...  # pragma: no cover - a protocol
 
 
 class Diagonal(LinearOperator):
@@ -89,6 +114,7 @@ class Damped(LinearOperator):
         self.operator = operator
         self.damping = damping
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.space = operator.space
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""

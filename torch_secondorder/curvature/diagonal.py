@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.base import LinearOperator
-from torch_secondorder.curvature.gauss_newton import GaussNewton, random_root
+from torch_secondorder.curvature.gauss_newton import GaussNewton, random_roots
 from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace
 from torch_secondorder.curvature.probes import Distribution, draw
 from torch_secondorder.curvature.products import several_products
+from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.evaluation import Evaluation
 from torch_secondorder.graph import Graph
+from torch_secondorder.ranks import Ranks
 from torch_secondorder.vector import ParameterVector
 from torch_secondorder.workspace import Workspace
 
@@ -40,11 +42,13 @@ class DiagonalWatch(ABC):
         twice: Whether it needs gradients that can be differentiated again.
         outputs: Whether it needs the model's outputs.
         products: Products, or backward passes in their place, done so far.
+        ranks: Those that the loss is the mean over; None for one.
     """
 
     twice: bool
     outputs: bool
     products: int = 0
+    ranks: Ranks | None = None
 
     def scale_probes(self, factor: Tensor) -> None:
         """Multiplies random directions by a number: the products come out as many times larger."""
@@ -55,13 +59,10 @@ class DiagonalWatch(ABC):
         """Takes what one `backward()` adds; see `torch_secondorder.single.Watch`."""
 
     @abstractmethod
-    def diagonal(
-        self, average: Callable[[Tensor], Tensor] = lambda t: t, *, magnitudes: bool = False
-    ) -> Tensor:
-        """The estimate, `(n,)`, in the work precision of the vector.
+    def diagonal(self, *, magnitudes: bool = False) -> Tensor:
+        """The estimate for the loss of all ranks, `(n,)`, in the work precision of the vector.
 
         Args:
-            average: The mean over the ranks.
             magnitudes: Whether the caller takes absolute values, so that signs need not be right.
         """
 
@@ -147,7 +148,7 @@ class Hutchinson(DiagonalEstimator):
             products = [operator.matvec(probes[0])]
         else:
             products = list(operator.matmat(torch.stack(probes, 1)).unbind(1))
-        return self._mean(probes, products)
+        return self.mean(probes, products)
 
     def watch(
         self,
@@ -173,7 +174,7 @@ class Hutchinson(DiagonalEstimator):
             for _ in range(self.n_samples)
         ]
 
-    def _mean(self, probes: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
+    def mean(self, probes: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
         """The estimate; the products may be somebody's, and are left alone."""
         total = products[0] * probes[0]
         for z, product in zip(probes[1:], products[1:], strict=True):
@@ -216,14 +217,15 @@ class _HutchinsonWatch(DiagonalWatch):
         else:
             self._sums = [list(parts) for parts in products]
 
-    def diagonal(
-        self, average: Callable[[Tensor], Tensor] = lambda t: t, *, magnitudes: bool = False
-    ) -> Tensor:
+    def diagonal(self, *, magnitudes: bool = False) -> Tensor:
         gather = partial(self._vector.gather, workspace=self._workspace)
-        products = [average(gather(parts)) for parts in self._sums]
+        products = [gather(parts) for parts in self._sums]
+        if self.ranks is not None and self.ranks.count > 1:
+            # Each with its own probes, should they differ.
+            return self.ranks.average_(self._estimator.mean(self._probes, products))
         if magnitudes and len(products) == 1 and self._estimator.distribution == "rademacher":
             return products[0]  # a sign changes no magnitude
-        return self._estimator._mean(self._probes, products)
+        return self._estimator.mean(self._probes, products)
 
 
 class GaussNewtonBartlett(DiagonalEstimator):
@@ -301,17 +303,20 @@ class _BartlettWatch(DiagonalWatch):
     def observe(self, graph: Graph, retain: bool) -> None:
         space = OutputSpace(graph)
         curvature = LossCurvature(space)
-        roots = [random_root(space, curvature, self._generator) for _ in range(self._count)]
+        samples = cache(partial(Samples, space, curvature.coefficients))
+        roots = random_roots(
+            space, curvature.likelihoods, samples, self._count, self._generator, self.ranks
+        )
         # Micro-batches are independent: their roots add up to one of the sum.
         pulled = space.pull_each(roots)
         self.products += self._count
         self._sums = _sum(self._sums, pulled) if self._sums else list(pulled)
 
-    def diagonal(
-        self, average: Callable[[Tensor], Tensor] = lambda t: t, *, magnitudes: bool = False
-    ) -> Tensor:
+    def diagonal(self, *, magnitudes: bool = False) -> Tensor:
         flat = self._vector.gather(self._sums, batch=(self._count,))
-        return average(flat.square_().mean(0))
+        if self.ranks is not None:
+            flat = self.ranks.join_roots_(flat)
+        return flat.square_().mean(0)
 
 
 _NAMED: dict[str, Callable[[int], DiagonalEstimator]] = {

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature.gauss_newton import GaussNewton
+from torch_secondorder.curvature.draws import Draws
+from torch_secondorder.curvature.gauss_newton import GaussNewton, random_roots
 from torch_secondorder.curvature.output_space import Tensors
 from torch_secondorder.evaluation import Evaluation
 
@@ -66,7 +67,7 @@ class Fisher(GaussNewton):
 
     def _draw(self, n_samples: int, generator: torch.Generator | None) -> list[list[Tensor]]:
         """For each output, `n_samples` gradients for drawn labels."""
-        roots = []
+        likelihoods = []
         for output, likelihood in zip(
             self._space.outputs, self._curvature.likelihoods, strict=True
         ):
@@ -80,13 +81,27 @@ class Fisher(GaussNewton):
                     "gaussian_nll_loss) alone on its output; use curvature='ggn', or empirical "
                     "labels"
                 )
-            roots.append([likelihood.root(generator, labels=True) for _ in range(n_samples)])
-        return roots
+            likelihoods.append(likelihood)
+        needed = [likelihood.noise(labels=True) for likelihood in likelihoods]
+        draws = Draws(needed, generator, self._linearization.ranks)
+        sets = [
+            [
+                likelihood.root(drawn, labels=True)
+                for likelihood, drawn in zip(likelihoods, draws(), strict=True)
+                if drawn is not None
+            ]
+            for _ in range(n_samples)
+        ]
+        return [list(roots) for roots in zip(*sets, strict=True)]
 
-    def _root(self, generator: torch.Generator | None) -> list[Tensor | None]:
+    def _random_roots(self, count: int, generator: torch.Generator | None) -> list[Tensors]:
         if self._roots is not None:
-            return super()._root(generator)
-        return [self._samples.signed_root(i, generator) for i in range(len(self._space.outputs))]
+            return super()._random_roots(count, generator)
+        likelihoods = [None] * len(self._space.outputs)
+        ranks = self._linearization.ranks
+        return random_roots(
+            self._space, likelihoods, lambda: self._samples, count, generator, ranks
+        )
 
     def _at_outputs(self, changes: Tensors, batched: bool) -> Tensors:
         products: list[Tensor | None] = [None] * len(changes)

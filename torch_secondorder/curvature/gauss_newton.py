@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.base import Linearized
+from torch_secondorder.curvature.draws import Draws
 from torch_secondorder.curvature.kronecker import KroneckerFactors, kronecker_factors
+from torch_secondorder.curvature.likelihoods import Likelihood
 from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace, Tensors
 from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.evaluation import Evaluation, Slot
+from torch_secondorder.ranks import Ranks
 
 __all__ = ["GaussNewton"]
 
@@ -93,8 +95,8 @@ class GaussNewton(Linearized):
             Shape `(n,)`, not negative, regularization included.
         """
         self._linearization.check()
-        roots = [self._root(generator) for _ in range(n_samples)]
-        return self._linearization.diagonal(self._space.pull_each(roots))
+        roots = self._random_roots(n_samples, generator)
+        return self._linearization.diagonal(self._space.pull_each(roots), n_samples)
 
     def factors(
         self, generator: torch.Generator | None = None, largest: float = math.inf
@@ -108,18 +110,22 @@ class GaussNewton(Linearized):
         Returns:
             One for each weight that `torch.nn.functional.linear` was called with.
         """
-        self._linearization.check()
-        calls, root = self._linearization.graph.linear_calls(), self._root(generator)
-        found = kronecker_factors(calls, self._space.tensors, root, largest)
-        average = self._linearization.average
-        return [replace(f, inputs=average(f.inputs), outputs=average(f.outputs)) for f in found]
+        linearization = self._linearization
+        linearization.check()
+        (root,) = self._random_roots(1, generator)
+        return kronecker_factors(
+            linearization.graph, self._space.tensors, root, largest, linearization.ranks
+        )
 
     def slots(self) -> list[Slot]:
         """The place of each parameter in the vectors multiplied."""
         return self._linearization.slots()
 
-    def _root(self, generator: torch.Generator | None) -> list[Tensor | None]:
-        return random_root(self._space, self._curvature, generator, lambda: self._samples)
+    def _random_roots(self, count: int, generator: torch.Generator | None) -> list[Tensors]:
+        likelihoods, ranks = self._curvature.likelihoods, self._linearization.ranks
+        return random_roots(
+            self._space, likelihoods, lambda: self._samples, count, generator, ranks
+        )
 
     def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Tensors:
         changes = self._space.push(tangents, batched)
@@ -137,18 +143,39 @@ class GaussNewton(Linearized):
         return self._curvature.product(changes, batched)
 
 
-def random_root(
+def random_roots(
     space: OutputSpace,
-    curvature: LossCurvature,
+    likelihoods: Sequence[Likelihood | None],
+    samples: Callable[[], Samples],
+    count: int,
     generator: torch.Generator | None,
-    samples: Callable[[], Samples] | None = None,
-) -> list[Tensor | None]:
-    """A random `q` in output space with `E[q q'] = B`, see `GaussNewton.diagonal`."""
-    roots: list[Tensor | None] = []
-    for i, likelihood in enumerate(curvature.likelihoods):
+    ranks: Ranks | None = None,
+) -> list[Tensors]:
+    """Several random `q` in output space with `E[q q'] = B`, see `GaussNewton.diagonal`.
+
+    Args:
+        space: The outputs.
+        likelihoods: Theirs; for None the samples' gradients are taken with random signs.
+        samples: Gives these gradients.
+        count: How many.
+        generator: Where randomness comes from.
+        ranks: Who draws: all draw for all samples, see `Draws`.
+    """
+    draws = Draws(
+        [
+            samples().noise(i) if likelihood is None else likelihood.noise()
+            for i, likelihood in enumerate(likelihoods)
+        ],
+        generator,
+        ranks,
+    )
+
+    def root(place: int, drawn: Tensor | None) -> Tensor | None:
+        likelihood = likelihoods[place]
+        if drawn is None:
+            return None
         if likelihood is None:
-            samples = samples or cache(partial(Samples, space, curvature.coefficients))
-            roots.append(samples().signed_root(i, generator))
-        else:
-            roots.append(likelihood.root(generator).to(space.tensors[i].dtype))
-    return roots
+            return samples().signed_root(place, drawn)
+        return likelihood.root(drawn).to(space.tensors[place].dtype)
+
+    return [[root(i, drawn) for i, drawn in enumerate(draws())] for _ in range(count)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.base import LinearOperator
+from torch_secondorder.space import WHOLE, Space
 
 __all__ = ["InverseBFGS"]
 
@@ -70,6 +71,9 @@ class InverseBFGS(LinearOperator):
         dtype: Of the work vectors.
         device: Of the work vectors.
         largest_scale: Whether `gamma` is the largest scale; else that of the newest pair.
+        space: Where the vectors live. Of sharded ones `n` is the length of the part here, and the
+            small matrices are the same on all processes; a product with `H` then takes two
+            messages of up to `2 m` numbers.
 
     Attributes:
         count: Pairs held, at most `m`.
@@ -89,7 +93,9 @@ class InverseBFGS(LinearOperator):
         device: torch.device | None = None,
         *,
         largest_scale: bool = True,
+        space: Space = WHOLE,
     ) -> None:
+        self.space = space
         self.largest_scale = largest_scale
         self.size = size
         self.history_size = history_size
@@ -122,13 +128,17 @@ class InverseBFGS(LinearOperator):
         """
         if self._pending:
             newest = self._cut.differences[self._newest]
-            self._enter(torch.mv(self._held.steps, newest), self._held.inverse)
+            of_y = self.space.total(torch.mv(self._held.steps, newest))
+            self._enter(of_y, self._held.inverse)
         if self.count == self.history_size:
             del self._scales[0]
         elif self.count == self._room:
             # Twenty at once: where the memory counts there are no more than twenty.
             self._grow(min(max(20, 2 * self.count), self.history_size))
-        self._scales.append(float(s @ y / (y @ y)) if scale is None else scale)
+        if scale is None:
+            s_y, y_y = self.space.totals(s @ y, y @ y)
+            scale = float(s_y / y_y)
+        self._scales.append(scale)
         self.count = len(self._scales)
         self._newest = (self._newest + 1) % self._room
         self._cut.steps[self._newest].copy_(s)
@@ -148,16 +158,18 @@ class InverseBFGS(LinearOperator):
             return sign * v
         steps, differences, inverse, diagonal = self._held
         if self._pending:
-            of_y, of_v = _two_products(steps, self._cut.differences[self._newest], v)
+            newest = self._cut.differences[self._newest]
+            of_y, of_v = self.space.totals(*_two_products(steps, newest, v))
             self._enter(of_y, inverse)
         else:
-            of_v = torch.mv(steps, v)
+            of_v = self.space.total(torch.mv(steps, v))
         gamma = max(self._scales) if self.largest_scale else self._scales[-1]
         work, small = self.dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
         # Scaled before anything is multiplied with Y: the square of a gradient may have no place.
         scaled = torch.addmv(v, differences.t(), p2.to(work), alpha=-1).mul_(gamma)
-        inner = torch.mul(diagonal, p2).sub_(torch.mv(differences, scaled))
+        of_scaled = self.space.total(torch.mv(differences, scaled))
+        inner = torch.mul(diagonal, p2).sub_(of_scaled)
         p1 = torch.mv(inverse.t(), inner)
         return torch.addmv(scaled, steps.t(), p1.to(work), beta=sign, alpha=sign)
 
@@ -211,6 +223,38 @@ class InverseBFGS(LinearOperator):
         buffers = [buffer.clone() for buffer in self._buffers or ()]
         return state | {"scales": list(self._scales), "buffers": buffers}
 
+    def split_state(self) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """The same with the vectors apart: numbers and small tensors, `S` and `Y`.
+
+        The small tensors have room for `m` pairs and are copies; `S` and `Y`, `(c, n)`, are not.
+        """
+        m, small = self.history_size, self._small_dtype
+        none = torch.zeros(0, self.size, dtype=self.dtype, device=self.device)
+        empty = torch.zeros(0, dtype=small, device=self.device)
+        held = self._buffers or _Buffers(none, none, empty.view(0, 0), empty)
+        state: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS if name != "size"}
+        scales = torch.tensor(self._scales, dtype=small, device=self.device)
+        state |= {"scales": _padded(scales, m), "inverse": _padded(held.inverse, m)}
+        state["diagonal"] = _padded(held.diagonal, m)
+        return state, held.steps, held.differences
+
+    @staticmethod
+    def join_state(state: dict[str, Any], steps: Tensor, differences: Tensor) -> dict[str, Any]:
+        """What `load_state_dict` takes, from the parts of `split_state`, vectors of any size."""
+        room, count = state["_room"], state["count"]
+        joined = {name: state[name] for name in _NUMBERS if name != "size"}
+        buffers = [
+            steps[:room].clone(),
+            differences[:room].clone(),
+            state["inverse"][:room, :room],
+            state["diagonal"][:room],
+        ]
+        return joined | {
+            "size": steps.shape[-1],
+            "scales": state["scales"][:count].tolist(),
+            "buffers": buffers if room else [],
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state, bit for bit; the tensors move to this operator's device.
 
@@ -232,6 +276,13 @@ class InverseBFGS(LinearOperator):
                     *(b.to(self.device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
                 )
             )
+
+
+def _padded(tensor: Tensor, size: int) -> Tensor:
+    """A copy with zeros after what there is, so that all dimensions are of that size."""
+    result = tensor.new_zeros((size,) * tensor.dim())
+    result[tuple(slice(length) for length in tensor.shape)] = tensor
+    return result
 
 
 def _two_products(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

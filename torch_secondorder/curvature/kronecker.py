@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_secondorder.graph import LinearCall
+from torch_secondorder.graph import Graph, LinearCall
+from torch_secondorder.ranks import Ranks
 
 __all__ = ["KroneckerFactors", "kronecker_factors"]
 
@@ -26,19 +27,22 @@ class KroneckerFactors:
             last input being one.
         outputs: The second moment `S` of the gradients by its outputs, summed over the samples,
             `(out, out)`.
+        rows: How many inputs the second moment `A` is the mean of.
     """
 
     weight: int
     bias: int | None
     inputs: Tensor
     outputs: Tensor
+    rows: int = 1
 
 
 def kronecker_factors(
-    calls: Sequence[LinearCall],
+    graph: Graph,
     outputs: Sequence[Tensor],
     root: Sequence[Tensor | None],
     largest: float = math.inf,
+    ranks: Ranks | None = None,
 ) -> list[KroneckerFactors]:
     """The factors of Martens and Grosse 2015, "Optimizing neural networks with K-FAC".
 
@@ -47,35 +51,90 @@ def kronecker_factors(
     counts as one with more samples.
 
     Args:
-        calls: The calls met in an evaluation.
+        graph: Of an evaluation.
         outputs: The model's outputs.
         root: A random vector `q` in output space with `E[q q'] = B`.
         largest: Layers with more inputs or outputs are left out.
+        ranks: Those that the loss is the mean over; a layer counts that any of them has called.
     """
+    met = _met(graph.linear_calls(), outputs, root, largest)
+    together, rows = _on_all_ranks(met, ranks or Ranks(), graph.params[0].device)
+    # No parameter is in two blocks: a bias that is not always with one weight is in none.
+    uses = Counter(weight for weight, _ in together), Counter(bias for _, bias in together)
+    biases = {w: b for w, b in together if uses[0][w] == uses[1][b] == 1}
+    return [
+        _factors(
+            graph.params[weight], weight, biases.get(weight), met.get(weight, []), counts, ranks
+        )
+        for weight, counts in rows.items()
+    ]
+
+
+_Rows = list[tuple[int | None, Tensor, Tensor]]
+
+
+def _met(
+    calls: Sequence[LinearCall],
+    outputs: Sequence[Tensor],
+    root: Sequence[Tensor | None],
+    largest: float,
+) -> dict[int, _Rows]:
+    """For each weight the calls with it: the bias, the inputs, the gradients by the outputs."""
     pairs = [(z, q) for z, q in zip(outputs, root, strict=True) if q is not None]
+    layers: dict[int, _Rows] = {}
     if not calls or not pairs:
-        return []
+        return layers
     tensors, weights = zip(*pairs, strict=True)
     gradients = torch.autograd.grad(
         tensors, [c.output for c in calls], weights, retain_graph=True, allow_unused=True
     )
-    layers: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    together: set[tuple[int, int | None]] = set()
     for call, gradient in zip(calls, gradients, strict=True):
         if gradient is not None and _width(call, gradient) <= largest:
-            layers.setdefault(call.weight, []).append((_rows(call.input), _rows(gradient)))
-            together.add((call.weight, call.bias))
-    # No parameter is in two blocks: a bias that is not always with one weight is in none.
-    uses = Counter(weight for weight, _ in together), Counter(bias for _, bias in together)
-    biases = {w: b for w, b in together if uses[0][w] == uses[1][b] == 1}
-    found = []
-    for weight, met in layers.items():
-        bias = biases.get(weight)
-        a, d = (torch.cat(rows) for rows in zip(*met, strict=True))
-        if bias is not None:
-            a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
-        found.append(KroneckerFactors(weight, bias, a.T @ a / len(a), d.T @ d))
-    return found
+            rows = call.bias, _rows(call.input), _rows(gradient)
+            layers.setdefault(call.weight, []).append(rows)
+    return layers
+
+
+def _on_all_ranks(
+    met: dict[int, _Rows], ranks: Ranks, device: torch.device
+) -> tuple[set[tuple[int, int | None]], dict[int, list[int]]]:
+    """Pairs of weight and bias, and for each weight the number of rows on each rank."""
+    own = [
+        (weight, -1 if bias is None else bias, len(a))
+        for weight, calls in met.items()
+        for bias, a, _ in calls
+    ]
+    flat = [number for call in own for number in call]
+    found = ranks.gather(flat, device)
+    together: set[tuple[int, int | None]] = set()
+    rows: dict[int, list[int]] = {}
+    for rank, numbers in enumerate(found):
+        for weight, bias, count in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+            together.add((weight, None if bias < 0 else bias))
+            rows.setdefault(weight, [0] * len(found))[rank] += count
+    return together, rows
+
+
+def _factors(
+    param: Tensor,
+    weight: int,
+    bias: int | None,
+    met: _Rows,
+    counts: Sequence[int],
+    ranks: Ranks | None,
+) -> KroneckerFactors:
+    """The factors of one layer, from what this rank has of it and the others'."""
+    if met:
+        _, inputs, gradients = zip(*met, strict=True)
+        a, d = torch.cat(inputs), torch.cat(gradients)
+    else:
+        a, d = _rows(param)[:0], _rows(param.T)[:0]
+    if bias is not None:
+        a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+    A, S = a.T @ a / sum(counts), d.T @ d
+    if ranks is not None and ranks.count > 1:
+        A, S = ranks.average_(A).mul_(ranks.count), ranks.average_(S)
+    return KroneckerFactors(weight, bias, A, S, sum(counts))
 
 
 def _width(call: LinearCall, gradient: Tensor) -> int:

@@ -9,16 +9,28 @@ same products as the same model written with logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_secondorder.curvature.probes import rademacher
+from torch_secondorder.curvature.draws import Noise
 from torch_secondorder.graph import Output
 
-__all__ = ["Categorical", "Independent", "Likelihood", "likelihood_of", "signs"]
+__all__ = ["Categorical", "Independent", "Likelihood", "likelihood_of"]
+
+
+class _Labels(NamedTuple):
+    """How labels are drawn from the model.
+
+    Attributes:
+        noise: The random numbers that they are made from.
+        score: From these the gradient of the loss by the output, for unit information.
+    """
+
+    noise: Noise
+    score: Callable[[Tensor], Tensor]
 
 
 class Independent:
@@ -26,33 +38,36 @@ class Independent:
 
     Args:
         information: The second derivative of the total loss by each entry, shaped like the output.
-        draw: Draws what `root` returns, given a generator, for unit information; random signs by
-            default.
+        labels: How labels are drawn; None for random signs in their place.
     """
 
-    def __init__(
-        self, information: Tensor, draw: Callable[[torch.Generator | None], Tensor] | None = None
-    ) -> None:
+    def __init__(self, information: Tensor, labels: _Labels | None = None) -> None:
         self._information = information
-        self._draw = draw
+        self._labels = labels
 
     def product(self, tangent: Tensor) -> Tensor:
         """The curvature times `(..., *output.shape)`."""
         return self._information * tangent
 
-    def root(self, generator: torch.Generator | None, *, labels: bool = False) -> Tensor:
+    def noise(self, *, labels: bool = False) -> Noise:
+        """The random numbers that `root` is made from."""
+        if labels and self._labels is not None:
+            return self._labels.noise
+        return Noise.like(self._information)
+
+    def root(self, drawn: Tensor, *, labels: bool = False) -> Tensor:
         """A random tensor `q`, shaped like the output, with `E[q q']` equal to the curvature.
 
         Args:
-            generator: Where randomness comes from.
+            drawn: Of the kind that `noise` says.
             labels: Whether `q` is the gradient of the loss for a label drawn from the model; else
                 one of less variance, where there is one.
 
         A negative curvature, that of a loss to be maximized, counts by its magnitude.
         """
-        if labels and self._draw is not None:
-            return self._information.abs().sqrt() * self._draw(generator)
-        return self._information.abs().sqrt() * signs(self._information, generator)
+        if labels and self._labels is not None:
+            drawn = self._labels.score(drawn)
+        return self._information.abs().sqrt() * drawn
 
     def product_by_root(self, root: Tensor, tangent: Tensor) -> Tensor:
         """The curvature estimated from one root, times `(..., *output.shape)`."""
@@ -80,9 +95,13 @@ class Categorical:
         scaled = self._weighted * tangent
         return scaled.sub_(self._p * scaled.sum(self._dim, keepdim=True))
 
-    def root(self, generator: torch.Generator | None, *, labels: bool = True) -> Tensor:
+    def noise(self, *, labels: bool = True) -> Noise:
+        """See `Independent.noise`; always for labels."""
+        return _noise_of_class(self._p, self._dim)
+
+    def root(self, drawn: Tensor, *, labels: bool = True) -> Tensor:
         """See `Independent.root`; always from labels."""
-        label = _drawn_class(self._p, self._dim, generator)
+        label = _class(self._p, self._dim, drawn)
         root = self._p.scatter_add(self._dim, label, -torch.ones_like(label, dtype=self._p.dtype))
         return self._weight.abs().sqrt() * root
 
@@ -120,10 +139,7 @@ def _squared_error(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihoo
 
 
 def _gaussian(information: Tensor) -> Independent:
-    def draw(generator: torch.Generator | None) -> Tensor:
-        return _room(information, generator).normal_(generator=generator).to(information.device)
-
-    return Independent(information, draw)
+    return Independent(information, _Labels(Noise.like(information, "normal"), lambda drawn: drawn))
 
 
 def _gaussian_mean(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood | None:
@@ -148,7 +164,7 @@ def _bernoulli_logits(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likeli
         factor = factor * arguments["weight"]
     if arguments["pos_weight"] is not None:
         factor = factor * (1 + (arguments["pos_weight"] - 1) * target)
-    return Independent(factor * p * (1 - p), lambda generator: _score(p, generator))
+    return Independent(factor * p * (1 - p), _bernoulli_labels(p))
 
 
 def _bernoulli(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood:
@@ -157,14 +173,17 @@ def _bernoulli(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood:
         factor = factor * arguments["weight"]
     # At certainty the information is infinite, and what it multiplies zero.
     variance = (z * (1 - z)).clamp(min=torch.finfo(z.dtype).eps)
-    return Independent(factor / variance, lambda generator: _score(z, generator))
+    return Independent(factor / variance, _bernoulli_labels(z))
 
 
-def _score(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The standardized score of labels drawn with probabilities `p`."""
-    drawn = _room(p, generator).uniform_(generator=generator).to(p.device) < p
-    spread = (p * (1 - p)).clamp(min=torch.finfo(p.dtype).eps).sqrt()
-    return (p - drawn.to(p.dtype)) / spread
+def _bernoulli_labels(p: Tensor) -> _Labels:
+    """Labels drawn with probabilities `p`, and their standardized score."""
+
+    def score(drawn: Tensor) -> Tensor:
+        spread = (p * (1 - p)).clamp(min=torch.finfo(p.dtype).eps).sqrt()
+        return (p - (drawn < p).to(p.dtype)) / spread
+
+    return _Labels(Noise.like(p, "uniform"), score)
 
 
 def _cross_entropy(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood:
@@ -215,12 +234,12 @@ def _log_probabilities(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likel
         weight = weight / _mean_divisor(weight, arguments, dim)
     p = z.exp()
 
-    def draw(generator: torch.Generator | None) -> Tensor:
-        label = _drawn_class(p, dim, generator)
+    def score(drawn: Tensor) -> Tensor:
+        label = _class(p, dim, drawn)
         # What was not drawn is zero even where its probability is.
         return torch.zeros_like(p).scatter_(dim, label, p.gather(dim, label).rsqrt())
 
-    return Independent(weight * _at_positions(c, dim) * p, draw)
+    return Independent(weight * _at_positions(c, dim) * p, _Labels(_noise_of_class(p, dim), score))
 
 
 def _log_probabilities_of_kl(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood | None:
@@ -243,27 +262,18 @@ def _at_positions(c: Tensor, dim: int) -> Tensor:
     return c.unsqueeze(dim) if c.dim() else c
 
 
-def _drawn_class(p: Tensor, dim: int, generator: torch.Generator | None) -> Tensor:
-    """Class indices drawn with probabilities `p`, one entry along `dim`."""
+def _noise_of_class(p: Tensor, dim: int) -> Noise:
+    """A number for each position."""
+    return Noise.like(p.movedim(dim, -1)[..., :1], "uniform")
+
+
+def _class(p: Tensor, dim: int, drawn: Tensor) -> Tensor:
+    """Class indices with probabilities `p` from uniform numbers, one entry along `dim`."""
     last = p.movedim(dim, -1)
     cumulated = last.cumsum(-1)
     # Not `multinomial`: it takes several times as long, and at most 2**24 classes.
-    threshold = _room(cumulated[..., :1], generator).uniform_(generator=generator).to(p.device)
-    drawn = torch.searchsorted(cumulated, threshold * cumulated[..., -1:], right=True)
-    return drawn.clamp_(max=last.shape[-1] - 1).movedim(-1, dim)
-
-
-def signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random signs, shaped like a tensor."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    drawn = rademacher(like.numel(), generator, dtype=dtype, device=like.device)
-    return drawn.view(like.shape).to(like.dtype)
-
-
-def _room(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """An empty tensor where the generator can fill it, which need not be where `like` is."""
-    device = like.device if generator is None else generator.device
-    return torch.empty(like.shape, dtype=like.dtype, device=device)
+    chosen = torch.searchsorted(cumulated, drawn * cumulated[..., -1:], right=True)
+    return chosen.clamp_(max=last.shape[-1] - 1).movedim(-1, dim)
 
 
 _Make = Callable[[Tensor, dict[str, Any], Tensor], Likelihood | None]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_secondorder.curvature.likelihoods import signs
+from torch_secondorder.curvature.draws import Noise
 from torch_secondorder.curvature.output_space import OutputSpace, Tensors
 from torch_secondorder.graph import Output
 
@@ -50,15 +50,20 @@ class Samples:
             product = product.sum(dims, keepdim=True)
         return gradient * (product * self._inverse_weights[index]).to(gradient.dtype)
 
-    def signed_root(self, index: int, generator: torch.Generator | None) -> Tensor | None:
-        """A random `q` with `E[q q']` equal to that matrix: each sample with a random sign."""
+    def noise(self, index: int) -> Noise | None:
+        """The random signs that `signed_root` takes: one for each sample."""
         gradient = self._gradients[index]
         if gradient is None:
             return None
         dims = _sample_dims(self._outputs[index])
-        drawn = signs(gradient.sum(dims, keepdim=True) if dims else gradient, generator)
+        return Noise.like(gradient.sum(dims, keepdim=True) if dims else gradient)
+
+    def signed_root(self, index: int, signs: Tensor) -> Tensor:
+        """A random `q` with `E[q q']` equal to that matrix: each sample with a random sign."""
+        gradient = self._gradients[index]
+        assert gradient is not None
         scale = torch.as_tensor(self._inverse_weights[index]).abs().sqrt()
-        return gradient * (drawn * scale).to(gradient.dtype)
+        return gradient * (signs * scale).to(gradient.dtype)
 
 
 def _sample_dims(output: Output) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature.products import AT_ONCE
 from torch_secondorder.diagnostics.problem import Problem
-from torch_secondorder.diagnostics.progress import bar
 from torch_secondorder.diagnostics.source import as_problem
+from torch_secondorder.progress import bar
 
 __all__ = ["Counted", "Point", "check_count", "generator_of", "opened"]
 

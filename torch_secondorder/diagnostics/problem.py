@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
+from torch_secondorder.dataset import BatchSum, curvature_at
 from torch_secondorder.evaluation import Evaluation, Objective
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.vector import ParameterVector
@@ -109,8 +110,8 @@ class Problem:
             loss = evaluation.loss.item()
             if not isfinite(loss):
                 raise RuntimeError(f"the loss is {loss} here, and has no curvature")
-            operator = self._operator(evaluation)
-            if not self.retain:
+            operator = curvature_at(objective, evaluation, lambda e, _: self._operator(e))
+            if not self.retain and not isinstance(operator, BatchSum):
                 operator = _Remade(objective, self._operator, operator)
             yield weight, evaluation, operator
 

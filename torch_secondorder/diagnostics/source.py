@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from torch_secondorder.contract import check_callable
 from torch_secondorder.curvature import LinearOperator
+from torch_secondorder.dataset import DatasetClosure, DatasetObjective
+from torch_secondorder.dataset.batches import as_pair, call, length, moved
 from torch_secondorder.diagnostics.problem import Curvature, Problem
 from torch_secondorder.evaluation import Objective
 from torch_secondorder.objective import ClosureObjective, FunctionalObjective
@@ -40,10 +41,10 @@ def from_model(
         model: The model.
         loss_fn: Takes the model's output and the targets, returns a scalar.
         batches: One pair `(inputs, targets)`, or an iterable of such pairs (a `DataLoader`), which
-            is gone through once and kept. Inputs are a tensor, a tuple for several arguments or a
-            dict for named ones. Two pairs are two batches: put one batch whose inputs and targets
-            are pairs themselves into a list. Tensors are moved to the device of the parameters when
-            used.
+            is gone through once and kept. Inputs are a tensor, a tuple or list for several
+            arguments, or a dict for named ones. Two pairs are two batches: put one batch whose
+            inputs and targets are pairs themselves into a list. Tensors are moved to the device of
+            the parameters when used.
         params: Whose curvature; by default all of the model that require a gradient.
         reduction: What `loss_fn` does over a batch. For `"mean"` the losses are averaged with the
             batches' lengths as weights, for `"sum"` they are added: either way as if all data were
@@ -66,7 +67,8 @@ def from_model(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
-        pairs = [_pair(batch) for batch in ([batches] if _is_pair(batches) else batches)]
+        given = [batches] if _is_pair(batches) else batches
+        pairs = [as_pair(batch, "from_closure") for batch in given]
     named: list[tuple[str, Tensor]] = [
         (name, p) for name, p in model.named_parameters() if p.requires_grad
     ]
@@ -76,13 +78,12 @@ def from_model(
     device = named[0][1].device if named else None
 
     def loss(pair: tuple[Any, Any]) -> Tensor:
-        inputs, targets = pytree.tree_map_only(Tensor, lambda t: t.to(device), pair)
-        if isinstance(inputs, Mapping):
-            return loss_fn(model(**inputs), targets)
-        return loss_fn(model(*inputs) if isinstance(inputs, tuple) else model(inputs), targets)
+        inputs, targets = moved(pair, device)
+        return loss_fn(call(model, inputs), targets)
 
     makers = [partial(_closure_objective, partial(loss, pair)) for pair in pairs]
-    counts = [_length(pair) for pair in pairs] if reduction == "mean" else [1] * len(pairs)
+    found = [length(pair) if reduction == "mean" else 1 for pair in pairs]
+    counts = [1 if count is None else count for count in found]
     total = sum(counts) if reduction == "mean" else 1
     weights = [count / total for count in counts]
     tensors, labels = [p for _, p in named], [name for name, _ in named]
@@ -101,7 +102,8 @@ def from_closure(
 
     Args:
         closure: Called without arguments, returns the loss, with or without having called
-            `loss.backward()`. What else it changes (the mode of a model, gradients of parameters
+            `loss.backward()`; or a `DatasetClosure`, whose products need the memory of one
+            batch. What else it changes (the mode of a model, gradients of parameters
             that are not among `params`) stays changed.
         params: Whose curvature.
         curvature: See `Problem`.
@@ -153,7 +155,8 @@ def as_problem(source: Any) -> Problem:
 def _closure_objective(
     closure: Callable[[], Any], vector: ParameterVector, surroundings: Surroundings
 ) -> Objective:
-    return ClosureObjective(closure, vector, surroundings=surroundings)
+    kind = DatasetObjective if isinstance(closure, DatasetClosure) else ClosureObjective
+    return kind(closure, vector, surroundings=surroundings)
 
 
 def _is_pair(batches: Any) -> bool:
@@ -161,20 +164,3 @@ def _is_pair(batches: Any) -> bool:
     if not isinstance(batches, (tuple, list)) or len(batches) != 2:
         return False
     return not all(isinstance(batch, (tuple, list)) and len(batch) == 2 for batch in batches)
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"a batch must be a pair (inputs, targets), got {type(batch).__name__}; use "
-            "from_closure for anything else"
-        )
-    return batch[0], batch[1]
-
-
-def _length(pair: tuple[Any, Any]) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    for leaf in pytree.tree_leaves(pair):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return len(leaf)
-    return 1

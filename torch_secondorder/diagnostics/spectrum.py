@@ -12,8 +12,8 @@ from torch import Tensor
 
 from torch_secondorder.curvature.probes import draw
 from torch_secondorder.diagnostics.point import check_count, generator_of, opened
-from torch_secondorder.diagnostics.progress import optional
 from torch_secondorder.diagnostics.source import Source
+from torch_secondorder.progress import optional
 from torch_secondorder.solvers import lanczos
 
 __all__ = ["SpectralDensity", "spectral_density"]

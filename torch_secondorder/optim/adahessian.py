@@ -12,6 +12,8 @@ from torch_secondorder.optim.base import check_number
 from torch_secondorder.optim.blocks import Block
 from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
 from torch_secondorder.optim.seen import Seen, correction
+from torch_secondorder.optim.sharded import check_averaging
+from torch_secondorder.space import is_distributed
 
 __all__ = ["AdaHessian"]
 
@@ -127,6 +129,9 @@ class AdaHessian(DiagonalOptimizer):
             raise ValueError(
                 f"average_block must be 'spatial', an integer of at least 1 or None, got {block!r}"
             )
+
+        if is_distributed(group["params"][0]):
+            check_averaging(group["params"], block)
 
     def _update(self, block: Block, seen: Seen) -> None:
         group = block.group

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.optim.blocks import MOMENTS, Block, as_real
+from torch_secondorder.optim.blocks import COUNTS, MOMENTS, Block, as_real
 
-__all__ = ["Arrangement"]
+__all__ = ["Arrangement", "prepare"]
 
 
 class Arrangement:
@@ -56,12 +56,12 @@ class Arrangement:
         for place, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
             if gradient is not None:
                 state = states[p]
-                _prepare(state, p, on_device=on_device)
+                prepare(state, p, on_device=on_device)
                 if curved or bool(state["curvature_step"]):
                     members[id(p)] = place, state
                 else:
                     self._waiting = True
-        sizes = [p.numel() * (1 + p.is_complex()) for p in params]
+        sizes = [as_real(p).numel() for p in params]
         self.blocks = _blocks_of(groups, members, sizes)
         self._key = key
         return self.blocks
@@ -100,12 +100,12 @@ def _blocks_of(
     return blocks
 
 
-def _prepare(state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
+def prepare(state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
     """Makes the state of a parameter, or brings it to what the parameter is now."""
     real = as_real(p)
     dtype = torch.promote_types(real.dtype, torch.float32)
     device = p.device if on_device else torch.device("cpu")
-    for name in ("step", "curvature_step"):
+    for name in COUNTS:
         count = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32)
         state[name] = count.to(device)
     for name in MOMENTS:

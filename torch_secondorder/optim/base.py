@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from torch_secondorder.optim.info import StepInfo
 from torch_secondorder.replay import Surroundings
+from torch_secondorder.space import is_distributed
 from torch_secondorder.vector import ParameterVector, check_parameters
 
 __all__ = ["SecondOrderOptimizer", "check_number", "copied"]
@@ -46,6 +47,9 @@ class SecondOrderOptimizer(Optimizer):
         self._surroundings = Surroundings()
         self.info = None
         super().__init__(params, defaults)
+        if is_distributed(self.param_groups[0]["params"][0]):
+            # There is a state from now on, and distributed checkpoints need no step to make one.
+            _ = self._model_state
 
     # For subclasses.
 
@@ -102,8 +106,7 @@ class SecondOrderOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """See `torch.optim.Optimizer.state_dict`; loads with `torch.load(weights_only=True)`."""
         result: dict[str, Any] = super().state_dict()
-        # Under the first parameter; beside its own state, not in it: the tensors may be replaced.
-        result["state"][0] = {**result["state"].get(0, {}), **self._export_state()}
+        self._add_state(result["state"])
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,22 +124,34 @@ class SecondOrderOptimizer(Optimizer):
         before = self.state_dict()
         self._load(state_dict)
         try:
-            self._import(state_dict["state"].get(0, {}))
+            self._import(_by_parameter(state_dict))
         except (KeyError, ValueError):
             self._load(before)
-            self._import(before["state"][0])
+            self._import(_by_parameter(before))
             raise
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         Optimizer.load_state_dict(self, state_dict)
         self._vector = None
-        for group in self.param_groups:  # a checkpoint of a peer lacks what only we have
+        # A checkpoint of a peer lacks what only we have. On loading torch adds a default of its
+        # own, which is none of ours: a state that was saved again would differ.
+        self.defaults.pop("differentiable", None)
+        for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
-    def _import(self, state: dict[str, Any]) -> None:
-        """Takes whole-model state from the original: torch has cast it to the parameter's dtype."""
-        self._import_state({k: copied(v) for k, v in state.items()})
+    def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
+        """Adds whole-model state to a state dict, under the number of the first parameter."""
+        # Beside the parameter's own state, not in it: the tensors may be replaced.
+        states[0] = {**states.get(0, {}), **self._export_state()}
+
+    def _import(self, states: list[dict[str, Any]]) -> None:
+        """Takes whole-model state from the original: torch has cast it to the parameter's dtype.
+
+        Args:
+            states: One for each parameter.
+        """
+        self._import_state({k: copied(v) for k, v in states[0].items()})
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -156,6 +171,12 @@ class SecondOrderOptimizer(Optimizer):
                 self._import_state(model_state)
             except ValueError:  # parameters were frozen since the last step
                 self._import_state({})
+
+
+def _by_parameter(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states in the order of the parameters, which are numbers, or names in checkpoints."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    return [state_dict["state"].get(key, {}) for key in keys]
 
 
 def check_number(name: str, value: Any, *, low: float, integer: bool = False) -> None:

@@ -16,13 +16,17 @@ from torch import Tensor
 # From C++: views one by one take longer than the arithmetic on a small network.
 from torch._utils import _unflatten_dense_tensors
 
-__all__ = ["MOMENTS", "Block", "Number", "as_real", "nonfinite"]
+from torch_secondorder.space import local
+
+__all__ = ["COUNTS", "MOMENTS", "Block", "Number", "as_real", "nonfinite"]
 
 #: A number on the host, or a 0-dim tensor on the device.
 Number: TypeAlias = float | Tensor
 
 #: The moments that each parameter has.
 MOMENTS = ("exp_avg", "exp_hessian")
+#: What is counted for each parameter.
+COUNTS = ("step", "curvature_step")
 _ALMOST_ONE = 1 - 2.0**-53
 _fused: Callable[..., Any] | None = getattr(torch, "_fused_adam_", None)  # it is not public
 
@@ -76,7 +80,7 @@ class Block:
         self.curvature_step: Tensor = states[0]["curvature_step"]
         for state in states:
             state["step"], state["curvature_step"] = self.step, self.curvature_step
-        self._pointers = [p.data_ptr() for p in params]
+        self._pointers = [local(p).data_ptr() for p in params]
         self._dtypes = [p.dtype for p in params]
         self._own = [[id(state[name]) for state in states] for name in MOMENTS]
         # The fused kernel goes through memory from end to end; in double precision people count
@@ -101,7 +105,7 @@ class Block:
         """Whether parameters and the optimizer's state still are where they were."""
         return (
             states.get(self._params[0]) is self._states[0]
-            and [p.data_ptr() for p in self._params] == self._pointers
+            and [local(p).data_ptr() for p in self._params] == self._pointers
             and [p.dtype for p in self._params] == self._dtypes
             and [id(state.get("exp_avg")) for state in self._states] == self._own[0]
             and [id(state.get("exp_hessian")) for state in self._states] == self._own[1]
@@ -110,7 +114,7 @@ class Block:
     def dissolve(self) -> None:
         """Gives each parameter a state of its own again."""
         for state in self._states:
-            for name in ("step", "curvature_step", *MOMENTS, "master"):
+            for name in (*COUNTS, *MOMENTS, "master"):
                 if name in state:
                     state[name] = state[name].clone()
 
@@ -225,8 +229,11 @@ class Block:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """The tensor without a graph, dense and real, a complex number as a pair."""
-    tensor = tensor.detach()
+    """The tensor without a graph, dense and real, a complex number as a pair.
+
+    Of a sharded one the part that this process holds.
+    """
+    tensor = local(tensor).detach()
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -18,11 +18,27 @@ from torch_secondorder.optim.blocks import Block, as_real
 from torch_secondorder.optim.info import LazyInfo, StepInfo
 from torch_secondorder.optim.present import Scaling, present_gradients
 from torch_secondorder.optim.seen import Seen, Verdict, judge
+from torch_secondorder.optim.sharded import (
+    ShardedEvaluation,
+    check_closure,
+    held_outcome,
+    held_parts,
+    part_states,
+    whole_states,
+)
 from torch_secondorder.single import GradientTrace, IdleClosure, Outcome, SingleEvaluation
+from torch_secondorder.space import WHOLE, ShardedSpace, is_distributed
 from torch_secondorder.vector import ParameterVector, max_norm
 from torch_secondorder.workspace import Workspace
 
 __all__ = ["DiagonalOptimizer", "check_betas"]
+
+
+class Effort(NamedTuple):
+    """What a step took."""
+
+    evaluations: int
+    products: int
 
 
 class DiagonalOptimizer(SecondOrderOptimizer):
@@ -63,8 +79,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _update(self, block: Block, seen: Seen) -> None:
         """Moves the parameters and moments of a block."""
 
-    def _unclipped(self) -> float | None:
-        """See `StepInfo.unclipped`."""
+    def _inside(self) -> tuple[Tensor, Tensor] | None:
+        """What `StepInfo.unclipped` is the ratio of: entries not clipped, and all; 0-dim."""
         return None
 
     # The step.
@@ -102,6 +118,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         params = self._trainable
         if not params:
             raise RuntimeError("no parameter requires a gradient: all of them are frozen")
+        if is_distributed(params[0]):
+            return self._step_sharded(closure, params)
         watch = self._watch(params) if self.curvature_due else None
         with torch.no_grad():
             if closure is None:
@@ -116,39 +134,84 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             except IdleClosure:  # what Lightning passes for none
                 self._step_on_present(params, watch)
                 return None
-            factor = parts if outcome.accumulated else 1
-            self._advance(params, outcome, watch, None, evaluation, factor)
+            diagonal = self._diagonal(watch, parts if outcome.accumulated else 1.0, None)
+            effort = Effort(1, 0 if watch is None else watch.products)
+            self._advance(params, outcome, diagonal, effort, undo=evaluation.restore)
             return outcome.loss
 
     def _step_on_present(self, params: Sequence[Tensor], watch: DiagonalWatch | None) -> None:
         """A step on the gradients that are there already."""
         scaling = Scaling(self)
         found = present_gradients(type(self).__name__, params, watch, scaling)
-        self._advance(params, Outcome(None, found), watch, scaling.inverse, None)
+        diagonal = self._diagonal(watch, 1.0, scaling.inverse)
+        effort = Effort(0, 0 if watch is None else watch.products)
+        self._advance(params, Outcome(None, found), diagonal, effort, scaling.inverse)
 
-    def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
+    def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
+        """See `step`; this process has a part of each parameter, its gradient and state."""
+        vector, generator = self._tools(params)
+        surroundings, due = self._surroundings, self.curvature_due
+        check_closure(closure, due)
+        with torch.no_grad():
+            if closure is None:
+                scaling = Scaling(self)
+                found = held_parts(present_gradients("", params, None, scaling))
+                self._advance(params, Outcome(None, found), None, Effort(0, 0), scaling.inverse)
+                return None
+            if not due:
+                evaluation = SingleEvaluation(closure, params, surroundings, self._stale)
+                try:
+                    outcome = held_outcome(evaluation.run(), vector)
+                except IdleClosure:
+                    return self._step_sharded(None, params)
+                self._advance(params, outcome, None, Effort(1, 0), undo=evaluation.restore)
+                surroundings.reshard()
+                return outcome.loss
+            sharded = ShardedEvaluation(closure, vector, surroundings, self._stale)
+            with sharded.objective as objective:
+                outcome, diagonal = sharded.run(self.estimator, generator)
+                effort = Effort(objective.evaluations, self.estimator.n_samples)
+                self._advance(params, outcome, diagonal, effort, undo=objective.abandon)
+            return outcome.loss
+
+    def _tools(self, params: Sequence[Tensor]) -> tuple[ParameterVector, torch.Generator]:
+        """The vector of the parameters, and where randomness comes from."""
         if self._vector is None or not self._vector.matches(params, None):
             self._vector = ParameterVector(params)
         if self._generator is None:
             self._generator = torch.Generator(self._vector.device)
             self._generator.manual_seed(int(self.param_groups[0]["seed"]))
-        return self.estimator.watch(self._vector, self._generator, self._workspace)
+        return self._vector, self._generator
+
+    def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
+        watch = self.estimator.watch(*self._tools(params), self._workspace)
+        watch.ranks = self._surroundings.ranks
+        return watch
 
     def _advance(
         self,
         params: Sequence[Tensor],
         outcome: Outcome,
-        watch: DiagonalWatch | None,
-        inverse_scale: Tensor | None,
-        evaluation: SingleEvaluation | None,
-        factor: float = 1.0,
+        diagonal: Tensor | None,
+        effort: Effort,
+        inverse_scale: Tensor | None = None,
+        undo: Callable[[], None] | None = None,
     ) -> None:
-        """Updates everything, unless loss or gradient is not finite."""
+        """Updates everything, unless loss or gradient is not finite.
+
+        Args:
+            params: The trainable parameters.
+            outcome: Of the evaluation.
+            diagonal: The estimate, where one was due.
+            effort: What that took.
+            inverse_scale: What to multiply gradients by.
+            undo: Puts buffers back to where they were before the step.
+        """
         loss, gradients, whole = outcome.loss, outcome.gradients, outcome.whole
-        diagonal = None if watch is None else self._diagonal(watch, factor, inverse_scale)
-        verdict = judge(outcome, diagonal, inverse_scale, self._on_device)
-        if verdict.known_bad and evaluation is not None:
-            evaluation.restore()
+        space = WHOLE if self._vector is None else self._vector.space
+        verdict = judge(outcome, diagonal, inverse_scale, self._on_device, space)
+        if verdict.known_bad and undo is not None:
+            undo()
         if verdict.curvature_known_bad:
             diagonal = None
         if not verdict.known_bad:
@@ -156,16 +219,22 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             self._steps += moved
             self._overdue = not moved
         self._stale = GradientTrace(params)
-        products = 0 if watch is None else watch.products
         # Not a method of this object, which would keep itself alive.
-        make = partial(_report, ref(self), verdict, loss, params, self._stale, products)
-        self.info = LazyInfo(make)
+        report = partial(_report, ref(self), verdict, loss, params, self._stale, effort)
+        self.info = LazyInfo(report)
+        if isinstance(space, ShardedSpace):
+            # Now, for all processes are here; who reads the report may be alone.
+            largest = [max_norm(as_real(g)).double() for g in gradients if g is not None]
+            inside = [count.double() for count in self._inside() or ()]
+            numbers = space.gathered(sums=inside, largest=[torch.stack(largest).amax()])
+            self.info = LazyInfo(partial(report, numbers=numbers))
 
     def _diagonal(
-        self, watch: DiagonalWatch, factor: float, inverse_scale: Tensor | None
-    ) -> Tensor:
-        magnitudes = self._magnitudes
-        diagonal = watch.diagonal(self._surroundings.average, magnitudes=magnitudes)
+        self, watch: DiagonalWatch | None, factor: float, inverse_scale: Tensor | None
+    ) -> Tensor | None:
+        if watch is None:
+            return None
+        diagonal = watch.diagonal(magnitudes=self._magnitudes)
         if inverse_scale is not None:
             # The products were with probes scaled by the root of the scale.
             diagonal.mul_(inverse_scale.to(diagonal).sqrt())
@@ -225,6 +294,20 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             state["generator"] = self._generator.get_state()
         return state
 
+    def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not is_distributed(params[0]):
+            super()._add_state(states)
+        elif self._trainable:
+            self._tools(self._trainable)  # with a generator, for there has to be one to load into
+            states.update(whole_states(params, self.state, self._export_state()))
+
+    def _import(self, states: list[dict[str, Any]]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if is_distributed(params[0]):
+            states = [part_states(params, states, self.state)]
+        super()._import(states)
+
     def _import_state(self, state: dict[str, Any]) -> None:
         own = self.state[self.param_groups[0]["params"][0]]
         for name in ("steps", "overdue", "generator"):  # torch has left them there
@@ -260,25 +343,30 @@ def _report(
     loss: Tensor | None,
     params: Sequence[Tensor],
     trace: GradientTrace,
-    products: int,
+    effort: Effort,
+    numbers: Tensor | None = None,
 ) -> StepInfo:
     optimizer = owner()
     assert optimizer is not None
     value = float("nan") if loss is None else loss.item()
     norm = None
-    if trace.matches(params):
-        norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
-        norm = max(norms, default=None)
+    if numbers is not None:
+        *inside, norm = numbers.tolist()
+    else:
+        inside = [count.item() for count in optimizer._inside() or ()]
+        if trace.matches(params):
+            norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
+            norm = max(norms, default=None)
     return StepInfo(
         status=verdict.status,
         loss=-value if optimizer.param_groups[0]["maximize"] else value,
         loss_after=None,
         grad_norm=norm,
         iterations=int(verdict.moved),
-        evaluations=int(loss is not None),
+        evaluations=effort.evaluations,
         step_length=1.0,
-        products=products,
-        unclipped=optimizer._unclipped(),
+        products=effort.products,
+        unclipped=inside[0] / inside[1] if inside and inside[1] else None,
     )
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_secondorder.contract import STANDARD_CLOSURE
+from torch_secondorder.dataset import DatasetClosure, DatasetObjective
 from torch_secondorder.evaluation import Objective, Regularization
 from torch_secondorder.objective import ClosureObjective, FunctionalObjective
-from torch_secondorder.optim.base import SecondOrderOptimizer
+from torch_secondorder.optim.base import SecondOrderOptimizer, copied
+from torch_secondorder.space import is_distributed
 from torch_secondorder.vector import ParameterVector
 
-__all__ = ["FlatOptimizer", "check_size"]
+__all__ = ["FlatOptimizer", "Rows", "check_size"]
 
 
 class FlatOptimizer(SecondOrderOptimizer):
@@ -98,9 +101,9 @@ class FlatOptimizer(SecondOrderOptimizer):
                     "a curvature_closure goes with a closure, not with a FunctionalObjective"
                 )
             return closure.bind(vector, regularization, master)
-        return ClosureObjective(
-            closure, vector, regularization, master, self._surroundings, curvature_closure
-        )
+        over_data = any(isinstance(c, DatasetClosure) for c in (closure, curvature_closure))
+        kind = DatasetObjective if over_data else ClosureObjective
+        return kind(closure, vector, regularization, master, self._surroundings, curvature_closure)
 
     def _per_parameter(self, name: str) -> list[float]:
         """A group hyperparameter, repeated for each trainable parameter."""
@@ -125,13 +128,98 @@ class FlatOptimizer(SecondOrderOptimizer):
 
     # Checkpoints.
 
-    def _import(self, state: dict[str, Any]) -> None:
-        master = state.get("master")
+    def _import(self, states: list[dict[str, Any]]) -> None:
+        if is_sharded_state(states) or is_distributed(self.param_groups[0]["params"][0]):
+            states = [self._gathered_state(states)]
+            self.state.clear()  # torch has left it there
+        state = dict(states[0])
+        master = state.pop("master", None)
         if master is not None:
             vector = self._current_vector()
             check_size(master.numel(), vector)
             self._model_state["master"] = master.to(vector.device, copy=True)
-        super()._import({k: v for k, v in state.items() if k != "master"})
+        super()._import([state])
+
+    # Checkpoints of sharded parameters: vectors as DTensors, a part under each parameter, so that
+    # `torch.distributed.checkpoint` can cut them up anew. That loads into the tensors that a new
+    # optimizer shows: so all are there from the beginning, in full size, and numbers are tensors.
+
+    def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
+        """Whole-model state as numbers and small tensors, and vectors by their names."""
+        raise NotImplementedError
+
+    def _join_state(
+        self, small: dict[str, Any], vectors: dict[str, Tensor], vector: ParameterVector
+    ) -> dict[str, Any]:
+        """What `_import_state` takes, from what `_split_state` gave."""
+        raise NotImplementedError
+
+    def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not is_distributed(params[0]):
+            super()._add_state(states)
+            return
+        states.clear()
+        if not self._trainable:
+            return
+        vector = ParameterVector(self._trainable)
+        small, vectors = self._split_state(vector)
+        if vector.needs_master:
+            vectors["master"] = Rows(vector.read(self._model_state.get("master")))
+        numbers = [i for i, p in enumerate(params) if p.requires_grad]
+        # Under the first that is trained: distributed checkpoints leave out the others.
+        states[numbers[0]] = {name: _as_tensor(value) for name, value in small.items()}
+        for name, rows in vectors.items():
+            for number, part in zip(numbers, vector.distribute(*rows), strict=True):
+                states.setdefault(number, {})[_PREFIX + name] = part
+
+    def _gathered_state(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """What `_export_state` gave and a master copy, from a state that `_add_state` cut up."""
+        if not any(states) or not self._trainable:
+            return {}
+        params = [p for group in self.param_groups for p in group["params"]]
+        vector = ParameterVector(self._trainable)
+        found = [s for p, s in zip(params, states, strict=True) if p.requires_grad]
+        names = [name for name in found[0] if name.startswith(_PREFIX)]
+        if not names or any(name not in state for name in names for state in found):
+            raise ValueError(
+                "this state is not one of sharded parameters, or others were frozen when it was "
+                "saved: save it from an optimizer of parameters that are sharded (over one rank "
+                "is fine) and trained as here"
+            )
+        vectors = {
+            name.removeprefix(_PREFIX): vector.collect([state[name] for state in found])
+            for name in names
+        }
+        small = {k: _as_number(v) for k, v in found[0].items() if not k.startswith(_PREFIX)}
+        master = vectors.pop("master", None)
+        state = self._join_state(small, vectors, vector)
+        return state if master is None else state | {"master": master}
+
+
+class Rows(NamedTuple):
+    """A vector `(n,)`, or several `(k, n)` in a checkpoint that has room for `rows` of them."""
+
+    vectors: Tensor
+    rows: int | None = None
+
+
+#: What the names of cut-up vectors in a checkpoint begin with.
+_PREFIX = "flat_"
+
+
+def is_sharded_state(states: Sequence[dict[str, Any]]) -> bool:
+    """Whether states by parameter are those of sharded ones."""
+    return any(name.startswith(_PREFIX) for state in states for name in state)
+
+
+def _as_tensor(value: Any) -> Tensor:
+    dtype = torch.float64 if isinstance(value, float) else None
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+
+
+def _as_number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and not value.dim() else copied(value)
 
 
 def check_size(size: int, vector: ParameterVector) -> None:

@@ -12,10 +12,10 @@ from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.evaluation import Objective
 from torch_secondorder.globalization import FixedStep, LineSearch, resolve_line_search
 from torch_secondorder.optim.base import check_number
-from torch_secondorder.optim.flat import FlatOptimizer, check_size
+from torch_secondorder.optim.flat import FlatOptimizer, Rows, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.lbfgs_iteration import Iteration, Point, Settings
-from torch_secondorder.vector import ParameterVector, max_norm, to_host
+from torch_secondorder.vector import ParameterVector, max_norm
 
 __all__ = ["LBFGS"]
 
@@ -120,7 +120,9 @@ class LBFGS(FlatOptimizer):
 
     def _step(self, objective: Objective) -> Tensor:
         evaluation = objective.evaluate()
-        loss, grad_norm = to_host(evaluation.loss, max_norm(evaluation.grad))
+        grad_norm, loss = objective.vector.space.to_host(
+            largest=[max_norm(evaluation.grad)], whole=[evaluation.loss]
+        )
         start = Point(evaluation, loss, grad_norm)
         # A copy: a closure may use one tensor for all its losses.
         returned = evaluation.closure_loss.clone()
@@ -132,6 +134,7 @@ class LBFGS(FlatOptimizer):
         self._largest_gradient = max(self._largest_gradient, grad_norm)
         history = self._fitting_history(objective.vector)
         iteration = Iteration(objective, history, self._settings(), start)
+        del evaluation, start  # a gradient that is not needed for long
         status = iteration.run()
         self._reset_reason = iteration.reset_reason or self._reset_reason
         self._report(
@@ -181,13 +184,29 @@ class LBFGS(FlatOptimizer):
         if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
             self._forget("history_size or the trainable parameters changed")
         if self._inverse is None:
-            self._inverse = InverseBFGS(vector.size, size, vector.dtype, vector.device)
+            self._inverse = _history(vector, size)
         self._inverse.largest_scale = not isinstance(self.line_search, FixedStep)
         return self._inverse
 
     def _forget(self, reason: str) -> None:
         self._reset_reason = reason
         self._inverse = None
+
+    def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
+        size = self.param_groups[0]["history_size"] or _default_history_size(vector)
+        inverse = self._inverse
+        if inverse is None or (inverse.size, inverse.history_size) != (vector.size, size):
+            inverse = _history(vector, size)
+        small, steps, differences = inverse.split_state()
+        counts = self._counts | {"largest_gradient": self._largest_gradient}
+        return counts | small, {"steps": Rows(steps, size), "differences": Rows(differences, size)}
+
+    def _join_state(
+        self, small: dict[str, Any], vectors: dict[str, Tensor], vector: ParameterVector
+    ) -> dict[str, Any]:
+        names = ("n_iter", "func_evals", "largest_gradient")
+        history = InverseBFGS.join_state(small, vectors["steps"], vectors["differences"])
+        return {name: small[name] for name in names} | {"history": history}
 
     def _export_state(self) -> dict[str, Any]:
         history = {} if self._inverse is None else self._inverse.state_dict()
@@ -200,9 +219,7 @@ class LBFGS(FlatOptimizer):
         if history := state.get("history"):
             if self._trainable:
                 check_size(history["size"], vector)
-            inverse = InverseBFGS(
-                history["size"], history["history_size"], vector.dtype, vector.device
-            )
+            inverse = _history(vector, history["history_size"], history["size"])
             inverse.load_state_dict(history)
         elif state.get("old_stps"):
             size = self.param_groups[0]["history_size"] or _default_history_size(vector)
@@ -215,13 +232,19 @@ class LBFGS(FlatOptimizer):
 
 
 def _default_history_size(vector: ParameterVector) -> int:
-    pair = 2 * vector.size * torch.finfo(vector.dtype).bits // 8
+    # Of the whole vector: all ranks keep as many pairs, and so they do when they get fewer or more.
+    pair = 2 * vector.whole_size * torch.finfo(vector.dtype).bits // 8
     return max(20, min(200, _HISTORY_BYTES // pair))
+
+
+def _history(vector: ParameterVector, history_size: int, size: int | None = None) -> InverseBFGS:
+    size = vector.size if size is None else size
+    return InverseBFGS(size, history_size, vector.dtype, vector.device, space=vector.space)
 
 
 def _from_torch(state: dict[str, Any], history_size: int, vector: ParameterVector) -> InverseBFGS:
     """The history of a `torch.optim.LBFGS` checkpoint."""
-    inverse = InverseBFGS(vector.size, history_size, vector.dtype, vector.device)
+    inverse = _history(vector, history_size)
     for y, s in zip(state["old_dirs"], state["old_stps"], strict=True):
         check_size(s.numel(), vector)
         inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from math import isfinite
 from typing import Any
@@ -16,6 +17,7 @@ from torch_secondorder.curvature import (
     Hessian,
     LinearOperator,
 )
+from torch_secondorder.dataset import curvature_at
 from torch_secondorder.evaluation import Evaluation, Objective
 from torch_secondorder.globalization import (
     Globalization,
@@ -24,7 +26,7 @@ from torch_secondorder.globalization import (
     resolve_globalization,
 )
 from torch_secondorder.optim.base import check_number
-from torch_secondorder.optim.flat import FlatOptimizer, check_size
+from torch_secondorder.optim.flat import FlatOptimizer, Rows, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.newton_iteration import Iteration, Settings
 from torch_secondorder.optim.newton_model import Memory, Point
@@ -34,6 +36,7 @@ from torch_secondorder.solvers import (
     resolve_preconditioner,
     resolve_solver,
 )
+from torch_secondorder.space import is_distributed
 from torch_secondorder.vector import ParameterVector
 
 __all__ = ["NewtonCG"]
@@ -79,7 +82,8 @@ class NewtonCG(FlatOptimizer):
         maximize: Whether to maximize the closure's loss.
         curvature_products: `"autograd"`, or `"finite_difference"` for models with operations that
             cannot be differentiated twice. Differences of gradients are products with the Hessian
-            of the whole loss, whatever `curvature` says.
+            of the whole loss, whatever `curvature` says. Sharded parameters (`fully_shard`) always
+            get them.
         seed: Of the random numbers used by `"fisher"` and preconditioners.
 
     Raises:
@@ -147,21 +151,7 @@ class NewtonCG(FlatOptimizer):
                 f"{curvature_products!r}"
             )
         self.curvature = curvature
-        self.curvature_products = curvature_products
-        uses_hessian = curvature == "hessian" or curvature_products == "finite_difference"
-        self.globalization = resolve_globalization(globalization, damping, uses_hessian)
-        self.preconditioner = resolve_preconditioner(preconditioner)
-        self.solver = resolve_solver(solver, max_cg_iter)
-        if self.solver is not None and isinstance(self.globalization, TrustRegion):
-            raise ValueError(
-                f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"
-            )
-        self._constant_damping = damping or 0.0
         check_number("seed", seed, low=0, integer=True)
-        self._seed = seed
-        self._generator: torch.Generator | None = None  # made where the parameters are
-        self._largest_gradient = 0.0
-        self._memory = self._fresh_memory()
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -172,6 +162,23 @@ class NewtonCG(FlatOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
+        if is_distributed(self.param_groups[0]["params"][0]):
+            _check_sharded(curvature, preconditioner, curvature_products)
+            curvature_products = "finite_difference"
+        self.curvature_products = curvature_products
+        uses_hessian = curvature == "hessian" or curvature_products == "finite_difference"
+        self.globalization = resolve_globalization(globalization, damping, uses_hessian)
+        self.preconditioner = resolve_preconditioner(preconditioner)
+        self.solver = resolve_solver(solver, max_cg_iter)
+        if self.solver is not None and isinstance(self.globalization, TrustRegion):
+            raise ValueError(
+                f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"
+            )
+        self._constant_damping = damping or 0.0
+        self._seed = seed
+        self._generator: torch.Generator | None = None  # made where the parameters are
+        self._largest_gradient = 0.0
+        self._memory = self._fresh_memory()
 
     def step(  # type: ignore[override]
         self, closure: Any = None, curvature_closure: Callable[[], Any] | None = None
@@ -206,7 +213,7 @@ class NewtonCG(FlatOptimizer):
     def _step(self, objective: Objective) -> Tensor:
         captures = self.curvature_products == "autograd"
         evaluation = objective.evaluate(curvature=captures)
-        start = Point.of(evaluation)
+        start = Point.of(evaluation, objective.vector.space)
         # A copy: a closure may use one tensor for all its losses.
         returned = evaluation.closure_loss.clone()
         if not start.finite:
@@ -255,8 +262,6 @@ class NewtonCG(FlatOptimizer):
         tolerance_grad = group["tolerance_grad"]
         if tolerance_grad is None:
             tolerance_grad = 1e-7 * min(1.0, self._largest_gradient)
-        if self._generator is None or self._generator.device.type != vector.device.type:
-            self._generator = torch.Generator(vector.device).manual_seed(self._seed)
         return Settings(
             lr=self._learning_rate,
             max_iter=group["max_iter"],
@@ -268,13 +273,23 @@ class NewtonCG(FlatOptimizer):
             preconditioner=self.preconditioner,
             operator=self._operator,
             captures=self.curvature_products == "autograd",
-            generator=self._generator,
+            generator=self._current_generator(vector),
         )
+
+    def _current_generator(self, vector: ParameterVector) -> torch.Generator:
+        if self._generator is None or self._generator.device.type != vector.device.type:
+            self._generator = torch.Generator(vector.device).manual_seed(self._seed)
+        return self._generator
 
     def _operator(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
         """The curvature at an evaluated point."""
         if self.curvature_products == "finite_difference":
             return FiniteDifference(objective)
+        return curvature_at(objective, evaluation, self._curvature_of, self._generator)
+
+    def _curvature_of(
+        self, evaluation: Evaluation, generator: torch.Generator | None
+    ) -> LinearOperator:
         if callable(self.curvature):
             return self.curvature(evaluation)
         if self.curvature == "hessian":
@@ -283,7 +298,7 @@ class NewtonCG(FlatOptimizer):
             return GaussNewton(evaluation)
         if self.curvature == "empirical_fisher":
             return Fisher(evaluation, labels="empirical")
-        return Fisher(evaluation, generator=self._generator)
+        return Fisher(evaluation, generator=generator)
 
     # State.
 
@@ -313,6 +328,20 @@ class NewtonCG(FlatOptimizer):
             state["preconditioner"] = self.preconditioner.state_dict()
         return state
 
+    def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
+        self._current_generator(vector)
+        small = self._export_state()
+        direction = small.pop("direction", None)
+        fits = direction is not None and direction.numel() == vector.size
+        if not fits:
+            direction = torch.zeros(vector.size, dtype=vector.dtype, device=vector.device)
+        return small | {"has_direction": fits}, {"direction": Rows(direction)}
+
+    def _join_state(
+        self, small: dict[str, Any], vectors: dict[str, Tensor], vector: ParameterVector
+    ) -> dict[str, Any]:
+        return small | (vectors if small.pop("has_direction") else {})
+
     def _import_state(self, state: dict[str, Any]) -> None:
         self._generator = None
         self._largest_gradient = state.get("largest_gradient", 0.0)
@@ -331,3 +360,24 @@ class NewtonCG(FlatOptimizer):
             generator = torch.Generator(vector.device)
             generator.set_state(state["generator"].cpu())
             self._generator = generator
+
+
+def _check_sharded(curvature: Any, preconditioner: Any, curvature_products: str) -> None:
+    """Says what does not go with sharded parameters, whose products are finite differences."""
+    if callable(curvature):
+        raise ValueError(
+            "a curvature of one's own is made from a retained graph, and the hooks of fully_shard "
+            "leave none for sharded parameters: use curvature='hessian'"
+        )
+    if preconditioner is not None:
+        raise ValueError(
+            f"preconditioner={preconditioner!r} needs whole vectors or a retained graph, and there "
+            "are neither for sharded parameters: leave it out"
+        )
+    if curvature != "hessian" and curvature_products == "autograd":
+        warnings.warn(
+            f"for sharded parameters products are finite differences of gradients, and so with the "
+            f"Hessian of the whole loss instead of curvature={curvature!r}; say "
+            "curvature='hessian' to agree",
+            stacklevel=3,
+        )

@@ -17,7 +17,6 @@ from torch_secondorder.optim.newton_model import Memory, Model, Move, Point, Tal
 from torch_secondorder.optim.newton_moves import damped, searched, within_radius
 from torch_secondorder.optim.progress import Progress
 from torch_secondorder.solvers import CG, LinearSolver, Preconditioner, SolveResult
-from torch_secondorder.vector import to_host
 
 __all__ = ["Iteration", "Settings"]
 
@@ -74,7 +73,8 @@ class Iteration:
         self._objective = objective
         self._settings = settings
         self._memory = memory
-        (size,) = to_host(torch.linalg.vector_norm(objective.position))
+        self._space = objective.vector.space
+        (size,) = self._space.to_host(norms=[torch.linalg.vector_norm(objective.position)])
         self._progress = Progress(start.loss, start.grad_norm, size)
 
     def run(self) -> StepStatus:
@@ -85,7 +85,7 @@ class Iteration:
                 return status
             if self.count:  # the gradient is known from the trial, its graph is not
                 evaluation = self._objective.evaluate(curvature=self._settings.captures)
-                self.point = Point.of(evaluation)
+                self.point = Point.of(evaluation, self._space)
             found = self._move()
             self._memory.length = self.point.length
             if isinstance(found, StepStatus):
@@ -159,7 +159,7 @@ class Iteration:
         trial = move.trial
         point: Point = trial.payload.point
         self._objective.accept(trial.payload.step)
-        (length,) = to_host(torch.linalg.vector_norm(trial.payload.step))
+        (length,) = self._space.to_host(norms=[torch.linalg.vector_norm(trial.payload.step)])
         self._progress.note(self.point.loss, point.loss, point.grad_norm, length)
         self.point = point
         self.gain_ratio = move.gain_ratio

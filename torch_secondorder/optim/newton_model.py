@@ -15,7 +15,8 @@ from torch_secondorder.evaluation import Evaluation, Objective
 from torch_secondorder.globalization import SearchStatus, Trial
 from torch_secondorder.globalization.line_search import rounding_allowance
 from torch_secondorder.solvers import SolveResult, SolveStatus
-from torch_secondorder.vector import max_norm, to_host
+from torch_secondorder.space import Space
+from torch_secondorder.vector import max_norm
 
 __all__ = ["Candidate", "Line", "Memory", "Model", "Move", "Point", "Tally"]
 
@@ -29,13 +30,15 @@ class Point(NamedTuple):
     length: float  # Euclidean norm of the gradient
 
     @classmethod
-    def of(cls, evaluation: Evaluation) -> Point:
-        """Looks at an evaluation; one synchronization."""
+    def of(cls, evaluation: Evaluation, space: Space) -> Point:
+        """Looks at an evaluation of vectors in a space; one synchronization."""
         grad = evaluation.grad
-        return cls(
-            evaluation,
-            *to_host(evaluation.loss, max_norm(grad), torch.linalg.vector_norm(grad)),
+        grad_norm, length, loss = space.to_host(
+            largest=(max_norm(grad),),
+            norms=(torch.linalg.vector_norm(grad),),
+            whole=(evaluation.loss,),
         )
+        return cls(evaluation, loss, grad_norm, length)
 
     @property
     def finite(self) -> bool:
@@ -137,6 +140,7 @@ class Model:
         self.tally = tally
         self.precision = objective.vector.precision
         self._objective = objective
+        self._space = objective.vector.space
         self._operator = operator
         self._solve = solve
         self._inverse = inverse
@@ -166,7 +170,7 @@ class Model:
     def line(self, direction: Tensor, decrease: float, damping: float) -> Line:
         """A line along a solution of the damped system, whose quadratic fell by `decrease`."""
         grad = self.point.evaluation.grad
-        slope, square = to_host(grad @ direction, direction @ direction)
+        slope, square = self._space.to_host(sums=(grad @ direction, direction @ direction))
         return Line(direction, slope, decrease + 0.5 * damping * square)
 
     def trial(self, line: Line, t: float) -> Trial:
@@ -174,8 +178,11 @@ class Model:
         step = line.direction if t == 1.0 else line.direction * t
         evaluation = self._objective.trial(step)
         grad = evaluation.grad
-        loss, slope, grad_norm, length = to_host(
-            evaluation.loss, grad @ line.direction, max_norm(grad), torch.linalg.vector_norm(grad)
+        slope, grad_norm, length, loss = self._space.to_host(
+            sums=(grad @ line.direction,),
+            largest=(max_norm(grad),),
+            norms=(torch.linalg.vector_norm(grad),),
+            whole=(evaluation.loss,),
         )
         point = Point(evaluation, loss, grad_norm, length)
         if not point.finite:

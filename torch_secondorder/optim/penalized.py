@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.contract import check_callable, lost_graph, scalar
+from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.interception import intercepting
 from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.penalties.encoder import Calls, EncoderPenalty
@@ -33,6 +34,7 @@ class Penalized:
         self._penalty = penalty
         self._params: Sequence[Tensor] = ()
         self._factor, self._seed = 0.0, 0
+        self._so_far: tuple[Tensor, Tensor] | None = None  # in the first pass over a data set
 
     def begin(self, params: Sequence[Tensor], factor: float, seed: int) -> None:
         """Begins a step.
@@ -42,15 +44,17 @@ class Penalized:
             factor: What the penalty is multiplied by.
             seed: Of noise and random vectors in each evaluation of the step.
         """
-        self.first = None
+        self.first = self._so_far = None
         self._params, self._factor, self._seed = params, factor, seed
 
     def closure(self, closure: Any) -> Any:
-        """A closure or `FunctionalObjective` with the penalty."""
+        """A closure, `DatasetClosure` or `FunctionalObjective` with the penalty."""
         # Partial functions of methods of one object: what was learned of a closure in one step is
         # found again in the next.
         if isinstance(closure, FunctionalObjective):
             return closure.with_function(partial(self._evaluate_function, closure.function))
+        if isinstance(closure, DatasetClosure):
+            return closure.amended(self._evaluate_batch)
         check_callable(closure)
         return partial(self._evaluate, closure)
 
@@ -83,6 +87,19 @@ class Penalized:
         with self._penalty.watching(self.generator()) as calls:
             loss = scalar(function(tree))
         return self._sum(loss, _taken(calls))
+
+    def _evaluate_batch(
+        self, compute: Callable[[], Tensor], weight: float, share: float, last: bool
+    ) -> Tensor:
+        """The loss of a part of the data, with its part of the mean that the penalty is."""
+        with self._penalty.watching(self.generator()) as calls:
+            loss = compute()
+        penalty = _taken(calls)
+        if self.first is None:
+            so_far = self._so_far or (0.0, 0.0)
+            found = so_far[0] + weight * loss.detach(), so_far[1] + share * penalty.detach()
+            self._so_far, self.first = (None, found) if last else (found, None)
+        return loss + self._factor * (share / weight) * penalty
 
     def _sum(self, loss: Tensor, penalty: Tensor) -> Tensor:
         if self.first is None:

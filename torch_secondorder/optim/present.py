@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torch_secondorder.contract import STANDARD_CLOSURE, touched
@@ -88,9 +89,40 @@ def _check(
             "gradients: pass the closure, or call loss.backward(create_graph=True) before where "
             f"optimizer.curvature_due says so:\n{STANDARD_CLOSURE}"
         )
+    if _averaged_by_ddp(gradients):
+        raise RuntimeError(
+            f"{name}.step() finds gradients that DistributedDataParallel has averaged, and their "
+            "graph is of this rank's loss alone (PyTorch averages no graphs), so that each rank "
+            "would go its own way: pass the closure to step(), where curvature is averaged too "
+            f"and loss.backward() needs no create_graph=True:\n{STANDARD_CLOSURE}"
+        )
     if scaling.active and scaling.scale is None:
         raise RuntimeError(
             "the gradients were unscaled by scaler.unscale_(optimizer), but their graph was not, "
             "so that the curvature would be wrong: leave unscale_ out in steps where "
             "optimizer.curvature_due, or train in bfloat16, which needs no scaler"
         )
+
+
+def _averaged_by_ddp(gradients: Sequence[Tensor | None]) -> bool:
+    """Whether gradients with a graph have been through the buckets of DistributedDataParallel.
+
+    It copies each into a bucket, averages that behind autograd's back, and copies it back, or with
+    `gradient_as_bucket_view` makes the gradient a view of it.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return False
+    nodes = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
+    return any(
+        following is not None and (_kind(node), _kind(following)) in _THROUGH_BUCKETS
+        for node in nodes
+        for following, _ in node.next_functions
+    )
+
+
+_THROUGH_BUCKETS = {("CopyBackwards", "CopyBackwards"), ("AsStridedBackward0", "CopySlices")}
+
+
+def _kind(node: Any) -> str:
+    name: str = node.name()
+    return name.rsplit(":", 1)[-1]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_secondorder.optim.blocks import Block, Number, as_real, nonfinite
 from torch_secondorder.optim.info import StepStatus
 from torch_secondorder.single import Outcome
+from torch_secondorder.space import WHOLE, Space
 
 __all__ = ["Seen", "Verdict", "correction", "judge"]
 
@@ -65,7 +66,11 @@ class Verdict:
 
 
 def judge(
-    outcome: Outcome, estimate: Tensor | None, inverse_scale: Tensor | None, on_device: bool
+    outcome: Outcome,
+    estimate: Tensor | None,
+    inverse_scale: Tensor | None,
+    on_device: bool,
+    space: Space = WHOLE,
 ) -> Verdict:
     """Looks whether all is finite, and takes a scale out of the gradients.
 
@@ -74,6 +79,7 @@ def judge(
         estimate: Of the diagonal, if there is one.
         inverse_scale: What the gradients are multiplied by, in place.
         on_device: Whether nothing is to be read.
+        space: Where gradients and estimate live.
     """
     loss, whole = outcome.loss, outcome.whole
     if not on_device and loss is not None and whole is not None and estimate is not None:
@@ -89,9 +95,11 @@ def judge(
         bad = bad + torch.isnan(inverse_scale).to(bad)
     if loss is not None:
         bad = bad + (~torch.isfinite(loss)).to(bad)
+    if estimate is None:
+        return Verdict(space.total(bad), on_device)
+    bad, curvature_bad = space.totals(bad, nonfinite([estimate]).to(bad.device))
     verdict = Verdict(bad, on_device)
-    if estimate is not None:
-        verdict.add_curvature(nonfinite([estimate]))
+    verdict.add_curvature(curvature_bad)
     return verdict
 
 

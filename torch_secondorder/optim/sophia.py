@@ -136,10 +136,13 @@ class Sophia(DiagonalOptimizer):
         direction = _ratio(block).clamp_(-1.0, 1.0)
         block.move(-lr if group["maximize"] else lr, direction)
 
-    def _unclipped(self) -> float | None:
-        inside = sum(int((_ratio(block).abs() < 1).sum()) for block in self._arrangement.blocks)
-        entries = sum(block.exp_avg.numel() for block in self._arrangement.blocks)
-        return inside / entries if entries else None
+    def _inside(self) -> tuple[Tensor, Tensor] | None:
+        blocks = self._arrangement.blocks
+        if not blocks:
+            return None
+        inside = [(_ratio(block).abs() < 1).sum().cpu() for block in blocks]
+        entries = sum(block.exp_avg.numel() for block in blocks)
+        return torch.stack(inside).sum(), torch.tensor(entries)
 
 
 def _ratio(block: Block) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf, isfinite, sqrt
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers.base import Iterate, SolveResult, SolveStatus, check_system
-from torch_secondorder.vector import to_host
 
 __all__ = ["CG"]
 
@@ -147,7 +147,7 @@ class _Run:
         preconditioner: LinearOperator | None,
         radius: float | None,
     ) -> None:
-        self._A, self._b = A, b
+        self._A, self._b, self._space = A, b, A.space
         self._preconditioner = preconditioner
         self._radius = radius
         self.count = 0
@@ -162,19 +162,18 @@ class _Run:
         else:
             # As far along it as is best: a step that was right elsewhere may be too long here.
             image = self._multiply(x0)
-            curvature = x0 @ image
-            share = torch.where(curvature > 0, b @ x0 / curvature, 0.0)
+            curvature, slope = self._space.totals(x0 @ image, b @ x0)
+            share = torch.where(curvature > 0, slope / curvature, 0.0)
             kept = share > 0  # else what is multiplied with zero may still be no number
             self.x = torch.where(kept, share * x0, 0.0)
             self._r = torch.where(kept, b - share * image, b)
         self._spare = self._r if radius is None else torch.empty_like(self._r)
         self._p = self._preconditioned(self._r).clone()
-        self._r_z = self._r_p = self._r @ self._p
-        r_z, r_r, self.size_of_b, x_br = to_host(
-            self._r_z,
-            self._r @ self._r,
-            torch.linalg.vector_norm(b),
-            self.x @ torch.add(b, self._r),
+        self._r_z = self._r_p = self._space.total(self._r @ self._p)
+        r_r, x_br, self.size_of_b, r_z = self._space.to_host(
+            sums=(self._r @ self._r, self.x @ torch.add(b, self._r)),
+            norms=(torch.linalg.vector_norm(b),),
+            whole=(self._r_z,),
         )
         if not isfinite(self.size_of_b):
             raise ValueError(f"b must be finite, but its norm is {self.size_of_b}")
@@ -192,22 +191,23 @@ class _Run:
         if not 0 < self._host_r_z < inf:  # of the preconditioner, or beyond the range of numbers
             return SolveStatus.NONFINITE
         image = self._multiply(self._p)
-        p_A_p = self._p @ image
+        p_A_p = self._space.total(self._p @ image)
         # Curvature that is as good as none beside the largest one met: nothing moves then.
         least = self._precision * self._largest * self._p_p
         alpha = torch.where(p_A_p > least, self._r_p / p_A_p, 0.0)
         # In place, for the memory's sake, unless the step may have to end at the radius instead.
         r = torch.addcmul(self._r, image, alpha, value=-1, out=self._spare)
         z = self._preconditioned(r)
-        r_z = r @ z
+        r_z, r_r = self._products_of(r, z)
         beta = r_z / self._r_z
         if recompute:
             # Only what p is made of is replaced: beta belongs to the recurrence.
             torch.sub(self._b, self._multiply(torch.addcmul(self.x, self._p, alpha)), out=r)
             z = self._preconditioned(r)
-            r_z = r @ z
-        r_r = r_z if self._preconditioner is None else r @ r
-        curvature, step, share, new_r_z, new_r_r = to_host(p_A_p, alpha, beta, r_z, r_r)
+            r_z, r_r = self._products_of(r, z)
+        curvature, step, share, new_r_z, new_r_r = self._space.to_host(
+            whole=(p_A_p, alpha, beta, r_z, r_r)
+        )
         if not isfinite(curvature):
             return SolveStatus.NONFINITE
         if curvature <= least:
@@ -232,14 +232,16 @@ class _Run:
         torch.addcmul(z, self._p, beta, out=self._p)
         self._r_z, self._host_r_z = r_z, new_r_z
         # By recurrence the residual is orthogonal to the directions before; the true one is not.
-        self._r_p = r @ self._p if recompute else r_z
+        self._r_p = self._space.total(r @ self._p) if recompute else r_z
         return None
 
     def result(self, status: SolveStatus, iterates: list[Iterate]) -> SolveResult:
         """What was found."""
         decrease, residual = -self.quadratic, self.residual
         if status is not SolveStatus.NONFINITE:  # or r may not be either
-            decrease, r_r = to_host(0.5 * (self.x @ (self._b + self._r)), self._r @ self._r)
+            decrease, r_r = self._space.to_host(
+                sums=(0.5 * (self.x @ (self._b + self._r)), self._r @ self._r)
+            )
             residual = sqrt(r_r)
         direction, curvature = self._negative or (None, 0.0)
         return SolveResult(
@@ -262,13 +264,20 @@ class _Run:
     def _preconditioned(self, r: Tensor) -> Tensor:
         return r if self._preconditioner is None else self._preconditioner.matvec(r)
 
+    def _products_of(self, r: Tensor, z: Tensor) -> Sequence[Tensor]:
+        """`r'z` and `r'r`."""
+        if self._preconditioner is None:
+            r_r = self._space.total(r @ r)
+            return r_r, r_r
+        return self._space.totals(r @ z, r @ r)
+
     def _check(self, r_z: float, r_r: float) -> None:
         # Where r is tiny, a zero may have underflowed.
         if -inf < r_z < 0 < r_r or (r_z == 0 and r_r > torch.finfo(self.x.dtype).tiny ** 0.5):
             raise ValueError(f"the preconditioner is not positive definite: r'P r is {r_z}")
 
     def _note_negative(self, curvature: float) -> None:
-        (square,) = to_host(self._p @ self._p)
+        (square,) = self._space.to_host(sums=[self._p @ self._p])
         self._negative = self._p, min(curvature / square, 0.0) if square else 0.0
 
     def _beyond(self, step: float) -> bool:

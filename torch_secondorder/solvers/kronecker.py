@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature import GaussNewton, LinearOperator
+from torch_secondorder.curvature import FromOutputs, LinearOperator
 from torch_secondorder.evaluation import Slot
 from torch_secondorder.solvers.base import Preconditioner
 
@@ -51,10 +51,10 @@ class KFAC(Preconditioner):
         """See `Preconditioner.refresh`.
 
         Raises:
-            TypeError: The operator is neither `GaussNewton` nor `Fisher`.
+            TypeError: The operator is not made from model outputs.
             FloatingPointError: A factor or the diagonal was not finite.
         """
-        if not isinstance(operator, GaussNewton):
+        if not isinstance(operator, FromOutputs):
             raise TypeError(
                 f"the preconditioner 'kfac' is made from model outputs, which "
                 f"{type(operator).__name__} does not know; use curvature='ggn', or 'nystrom'"

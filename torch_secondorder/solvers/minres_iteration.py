@@ -10,7 +10,6 @@ from torch import Tensor
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers.base import SolveResult, SolveStatus
 from torch_secondorder.solvers.minres_scalars import MinresScalars
-from torch_secondorder.vector import to_host
 
 __all__ = ["MinresIteration"]
 
@@ -42,12 +41,14 @@ class MinresIteration:
         u: The newest Lanczos vector, before it is normalized with `beta`.
         z: The same multiplied by `M`.
         d: The direction in which `x` last moved.
+        space: Where all these live.
     """
 
     def __init__(
         self, A: LinearOperator, b: Tensor, x0: Tensor | None, M: LinearOperator | None
     ) -> None:
         self.A, self.b, self.M = A, b, M
+        self.space = A.space
         self.precision = torch.finfo(b.dtype).eps
         self.x = torch.zeros_like(b) if x0 is None else x0.to(b, copy=True)
         self.iterations = 0
@@ -65,17 +66,20 @@ class MinresIteration:
 
     def begin(self, target: float) -> SolveStatus | None:
         """Measures the first residual, and ends here where there is nothing to do."""
-        norms = [torch.linalg.vector_norm(t) for t in (self.b, self.u)]
-        self.b_norm, self.residual, u_z = to_host(*norms, torch.dot(self.u, self.z))
+        u_z, self.b_norm, self.residual = self.space.to_host(
+            sums=[torch.dot(self.u, self.z)],
+            norms=[torch.linalg.vector_norm(t) for t in (self.b, self.u)],
+        )
         if self.b_norm == 0.0:
             self.x.zero_()
             self.r.vector.zero_()
             return SolveStatus.CONVERGED
         if not isfinite(self.b_norm):
             raise ValueError(f"b must be finite, but its norm is {self.b_norm}")
-        if not (isfinite(self.residual) or bool(self.x.isfinite().all())):
-            raise ValueError("x0 must be finite")
         if not isfinite(self.residual):
+            (misfits,) = self.space.to_host(sums=[self.x.isfinite().logical_not_().sum()])
+            if misfits:
+                raise ValueError("x0 must be finite")
             return SolveStatus.NONFINITE
         if self.residual <= target * self.b_norm:
             return SolveStatus.CONVERGED
@@ -111,13 +115,19 @@ class MinresIteration:
         product = (self.A @ v).detach()
         self.products += 1
         u = torch.add(product, self.u_before, alpha=-self.beta, out=self.u_before)
-        alpha = torch.dot(v, u)
+        alpha = self.space.total(torch.dot(v, u))
         u.addcmul_(self.u, alpha, value=-1.0)
         self.u_before, self.u, self.z = self.u, u, self._precondition(u)
         u_norm = torch.linalg.vector_norm(u)
         if self.M is None:
-            return [*to_host(alpha, u_norm), 0.0, 0.0]  # the last two are not needed
-        return to_host(alpha, u_norm, torch.dot(u, self.z), torch.dot(self.r.vector, u))
+            length, curvature = self.space.to_host(norms=[u_norm], whole=[alpha])
+            return [curvature, length, 0.0, 0.0]  # the last two are not needed
+        u_z, r_u, length, curvature = self.space.to_host(
+            sums=(torch.dot(u, self.z), torch.dot(self.r.vector, u)),
+            norms=(u_norm,),
+            whole=(alpha,),
+        )
+        return [curvature, length, u_z, r_u]
 
     def _length(self, u_norm: float, u_z: float) -> float:
         """`sqrt(u'M u)`."""
@@ -136,7 +146,9 @@ class MinresIteration:
         a step could go anywhere.
         """
         t, p, u, u_next = self.scalars, self.p.vector, self.u_before, self.u
-        p_u, p_next, p_p = to_host(torch.dot(p, u), torch.dot(p, u_next), torch.dot(p, p))
+        p_u, p_next, p_p = self.space.to_host(
+            sums=(torch.dot(p, u), torch.dot(p, u_next), torch.dot(p, p))
+        )
         p_Ap = (t.gamma_bar * p_u - t.c * p_next) * t.phi * self.p.scale
         curvature = p_Ap / (t.phi * t.phi)
         if curvature > 0.0:
@@ -169,8 +181,9 @@ class MinresIteration:
     def result(self, status: SolveStatus) -> SolveResult:
         """What there is to say at the end."""
         r = self.r.vector.mul_(self.r.scale)
-        b_x, r_x, r_norm = to_host(
-            torch.dot(self.b, self.x), torch.dot(r, self.x), torch.linalg.vector_norm(r)
+        b_x, r_x, r_norm = self.space.to_host(
+            sums=(torch.dot(self.b, self.x), torch.dot(r, self.x)),
+            norms=(torch.linalg.vector_norm(r),),
         )
         negative = status is SolveStatus.NEGATIVE_CURVATURE
         if self.M is not None and negative:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature import Diagonal, GaussNewton, LinearOperator
+from torch_secondorder.curvature import Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.solvers.base import Preconditioner
 
 __all__ = ["Martens", "Nystrom", "NystromApproximation"]
@@ -40,9 +40,9 @@ class Martens(Preconditioner):
         """See `Preconditioner.refresh`.
 
         Raises:
-            TypeError: The operator is neither `GaussNewton` nor `Fisher`.
+            TypeError: The operator is not made from model outputs.
         """
-        if not isinstance(operator, GaussNewton):
+        if not isinstance(operator, FromOutputs):
             raise TypeError(
                 f"the preconditioner 'martens' is made from model outputs, which "
                 f"{type(operator).__name__} does not know; use curvature='ggn', or 'nystrom'"

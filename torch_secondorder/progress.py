@@ -29,17 +29,26 @@ def optional(module: str, package: str, purpose: str) -> Any:
 
 
 @contextmanager
-def bar(progress: bool | None, total: int | None, label: str) -> Iterator[Callable[[int], None]]:
+def bar(
+    progress: bool | None,
+    total: int | None,
+    label: str,
+    *,
+    unit: str = "product",
+    delay: float = 0.0,
+) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr.
 
     Args:
         progress: True for a bar, False for none, None for one where tqdm is installed and stderr is
             a terminal.
-        total: Products to come, at most; None if that is not known.
+        total: How much is to come, at most; None if that is not known.
         label: What is done.
+        unit: What is counted.
+        delay: Seconds before it appears: what is done sooner needs none.
 
     Yields:
-        What to call with the number of products just done.
+        What to call with the number just done.
 
     Raises:
         ImportError: `progress` is True, and tqdm is not installed.
@@ -54,5 +63,5 @@ def bar(progress: bool | None, total: int | None, label: str) -> Iterator[Callab
             raise
         yield lambda done: None
         return
-    with tqdm.tqdm(total=total, desc=label, unit="product", leave=False) as shown:
+    with tqdm.tqdm(total=total, desc=label, unit=unit, delay=delay, leave=False) as shown:
         yield lambda done: shown.update(done)

@@ -1,0 +1,57 @@
+"""Functions that run on two real processes of one gloo group, and what they gave."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RANKS = 2
+
+#: Called with a rank and the number of ranks; one of one is a process with the whole batch.
+Check = Callable[[int, int], Any]
+
+
+def _run(rank: int, checks: Sequence[Check], folder: str) -> None:
+    """One process: what each check gives, or how it failed, goes to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    found: dict[str, Any] = {}
+    for check in checks:
+        try:
+            found[check.__name__] = check(rank, RANKS)
+        except Exception:
+            found[check.__name__] = traceback.format_exc()
+            break  # the ranks are out of step now
+    torch.save(found, f"{folder}/rank{rank}")
+    gc.collect()  # nothing of the group may outlive it, or its threads end the process
+    dist.destroy_process_group()
+
+
+def run_on_ranks(checks: Sequence[Check], folder: Path) -> list[dict[str, Any]]:
+    """What every check gave on each rank, by its name; of one that failed, the traceback."""
+    torch.multiprocessing.spawn(_run, (list(checks), str(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
+
+
+def on_both(ranks: list[dict[str, Any]], name: str) -> Any:
+    """What a check gave, bit for bit the same on both ranks."""
+    for found in ranks:
+        for failure in found.values():
+            assert not isinstance(failure, str), failure
+        assert name in found, sorted(found)
+    first, second = (found[name] for found in ranks)
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    return first

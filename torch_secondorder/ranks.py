@@ -1,0 +1,171 @@
+"""The processes that share a batch: means over them, and what each of them has.
+
+They are found from the DistributedDataParallel modules that a closure calls. Where there is none
+nothing is sent, and everything here is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Ranks"]
+
+# What a DistributedDataParallel module looks at in its forward, and what it has to find there so
+# that it leaves gradients alone. The second is of its first backward pass under a static graph.
+_QUIET = {
+    "require_backward_grad_sync": False,
+    "_static_graph_delay_allreduce_enqueued": True,
+}
+# What it learns from a forward like that, and must not.
+_KEPT = ("require_forward_param_sync",)
+
+
+class Ranks:
+    """The ranks of the DistributedDataParallel modules that were noted.
+
+    A rank's loss is the mean over its own samples, and the loss of all is the mean of the ranks'
+    losses, as DistributedDataParallel has it: where batches are uneven, a sample of a small one
+    counts for more. Gradients and products are means likewise.
+
+    >>> Ranks().average(torch.ones(2)), Ranks().gather([3, 5])
+    (tensor([1., 1.]), [[3, 5]])
+    """
+
+    def __init__(self) -> None:
+        # In the order in which they were met, which is the same on all ranks.
+        self._modules: WeakKeyDictionary[DistributedDataParallel, None] = WeakKeyDictionary()
+        self._any = False  # whether there ever was one, which is faster to ask
+        # Those that are to leave gradients alone now, with what they held before.
+        self._quiet: dict[DistributedDataParallel, dict[str, Any]] | None = None
+
+    def note(self, module: DistributedDataParallel) -> None:
+        """Takes in a module, before its forward.
+
+        Raises:
+            RuntimeError: It is of other ranks than those noted before.
+        """
+        if module not in self._modules:
+            known = self.group
+            if known is not None and (others := _members(known)) is not None:
+                own = _members(module.process_group)
+                if own != others:
+                    raise RuntimeError(
+                        "the closure calls DistributedDataParallel modules over different process "
+                        f"groups, of ranks {others} and {own}: loss, gradient and curvature are "
+                        "averaged over one. Give all of them the same process_group, or let an "
+                        "optimizer of its own train each"
+                    )
+            elif known is not None:  # the group is gone, and its modules with it
+                self._modules.clear()
+            self._modules[module] = None
+            self._any = True
+        if self._quiet is not None:
+            self._silence(module)
+
+    @property
+    def group(self) -> Any:
+        """The process group; None without one."""
+        if not self._any:
+            return None
+        return next((module.process_group for module in self._modules), None)
+
+    @property
+    def count(self) -> int:
+        """How many ranks there are."""
+        group = self.group
+        return 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def own(self) -> int:
+        """Which of them this is."""
+        group = self.group
+        return 0 if group is None else dist.get_rank(group)
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks, a copy; the tensor itself where there is one rank."""
+        return tensor if self.count == 1 else self.average_(tensor.clone())
+
+    def average_(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks, in the place of a contiguous tensor."""
+        return self._sum(tensor, self.count)
+
+    def join_roots_(self, roots: Tensor) -> Tensor:
+        """A random root of the mean of the ranks' matrices, in the place of those of each.
+
+        Where `q_r` has mean zero and `E[q_r q_r'] = B_r`, and all are independent, the sum over
+        `sqrt(R)` of them has the second moment `(B_1 + ... + B_R) / R`.
+
+        Args:
+            roots: This rank's, contiguous.
+        """
+        return self._sum(roots, math.sqrt(self.count))
+
+    def gather(self, numbers: Sequence[int], device: torch.device | None = None) -> list[list[int]]:
+        """The integers that each rank has, in the order of the ranks.
+
+        Args:
+            numbers: This rank's; others may have more or fewer.
+            device: Where messages are made.
+        """
+        if self.count == 1:
+            return [list(numbers)]
+        lengths = [row[0] for row in self._gather([len(numbers)], device)]
+        padded = [*numbers, *[0] * (max(lengths) - len(numbers))]
+        rows = self._gather(padded, device) if padded else [[] for _ in lengths]
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def _gather(self, numbers: list[int], device: torch.device | None) -> list[list[int]]:
+        message = torch.tensor(numbers, dtype=torch.int64, device=device)
+        rows = [torch.empty_like(message) for _ in range(self.count)]
+        dist.all_gather(rows, message, group=self.group)
+        return [row.tolist() for row in rows]
+
+    def _sum(self, tensor: Tensor, divisor: float) -> Tensor:
+        group = self.group
+        if group is None or dist.get_world_size(group) == 1:
+            return tensor
+        dist.all_reduce(tensor, group=group)
+        return tensor.div_(divisor)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, the modules average no gradients, and expect none.
+
+        That is for evaluations whose gradients we make and average ourselves: a module that has
+        prepared for a backward pass, and sees none or only a part of it, may refuse the next one.
+        """
+        self._quiet, before = {}, self._quiet
+        try:
+            for module in list(self._modules):
+                self._silence(module)
+            yield
+        finally:
+            for module, held in self._quiet.items():
+                vars(module).update(held)
+            self._quiet = before
+
+    def _silence(self, module: DistributedDataParallel) -> None:
+        assert self._quiet is not None
+        if module not in self._quiet:
+            state = vars(module)
+            # What is quiet already is so for a reason that is not ours to end: no_sync(), say.
+            changed = {n: v for n, v in _QUIET.items() if n in state and state[n] is not v}
+            self._quiet[module] = {n: state[n] for n in (*changed, *_KEPT) if n in state}
+            state.update(changed)
+
+
+def _members(group: Any) -> list[int] | None:
+    """The global ranks of a group; None for one that was destroyed."""
+    try:
+        return dist.get_process_group_ranks(group)
+    except (KeyError, RuntimeError, ValueError):
+        return None
