@@ -50,4 +50,6 @@ if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = Path(sys.argv[1])
     found = {name: fit(name, folder) for name in OPTIMIZERS}
+    for name in ("AdaHessian", "Sophia"):
+        found[f"{name}, accumulated"] = fit(name, folder, accumulate_grad_batches=2)
     torch.save(found, folder / f"{os.environ.get('LOCAL_RANK', '0')}.pt")

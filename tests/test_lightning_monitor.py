@@ -237,13 +237,6 @@ def test_strategies_that_hide_the_parameters(host: Any, strategy: str) -> None:
         check_settings(made, model, optimizers)
 
 
-def test_accumulated_batches_on_several_processes(host: Any, tmp_path: Path) -> None:
-    made = trainer(host, tmp_path, strategy="ddp", devices=2, accumulate_grad_batches=2)
-    model = module(host, OPTIMIZERS["Sophia"])
-    with pytest.raises(ValueError, match="accumulate_grad_batches=2 on several processes"):
-        check_settings(made, model, {"Sophia": Sophia(model.parameters())})
-
-
 def test_several_optimizers_under_automatic_optimization(host: Any, tmp_path: Path) -> None:
     def configure_optimizers(self: Any) -> Any:
         return [AdaHessian(self.net[i].parameters()) for i in (0, 2)]

@@ -291,6 +291,12 @@ class _Relay:
     def _look_at_what_was_there(self) -> None:
         self._first = False
         evaluation = self._evaluation
+        params, ranks = evaluation._params, evaluation._surroundings.ranks
+        if ranks.count > 1 and any(p.grad is not None for p in params):
+            # Each rank's own, where they come from no_sync(); what is the mean already stays that.
+            averaged, _ = _averaged([p.grad for p in params], params, ranks)
+            for p, gradient in zip(params, averaged, strict=True):
+                p.grad = gradient
         # Zeros are what zero_grad(set_to_none=False) leaves.
         if evaluation._functional or not any(
             p.grad is not None and _any_nonzero(p.grad) for p in evaluation._params

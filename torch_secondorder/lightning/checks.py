@@ -72,16 +72,8 @@ def _of_all(trainer: Any) -> Iterator[str]:
 
 
 def _of_automatic(trainer: Any, pl_module: Any, optimizer: SecondOrderOptimizer) -> Iterator[str]:
-    """What goes wrong under automatic optimization, mostly with several evaluations a step."""
-    if not pl_module.automatic_optimization:
-        return
-    if not isinstance(optimizer, FlatOptimizer):
-        if accumulates(trainer) and trainer.world_size > 1:
-            yield (
-                f"accumulate_grad_batches={trainer.accumulate_grad_batches} on several processes: "
-                "where the curvature is estimated, only the last batch's gradient is averaged over "
-                "them; use accumulate_grad_batches=1 with larger batches"
-            )
+    """What an optimizer that evaluates several times a step does not work with."""
+    if not isinstance(optimizer, FlatOptimizer) or not pl_module.automatic_optimization:
         return
     if accumulates(trainer):
         yield (
