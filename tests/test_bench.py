@@ -44,6 +44,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["distributed", "--part", "communication"], "distributed.communication.", "Sophia, gnb"),
         (["distributed", "--part", "memory"], "distributed.memory.", "2m + "),
         (["jacobian"], "jacobian.one", "ours"),
+        (["lightning"], "lightning.MLP", "Lightning's own"),
         (["penalties"], "penalties.64-30", "contractive (code)"),
         (["diagnostics"], "diagnostics.eigenvalues.", "Hutch++"),
     ],

@@ -33,6 +33,7 @@ from torch_secondorder.workspace import Workspace
 
 __all__ = [
     "GradientTrace",
+    "IdleClosure",
     "Outcome",
     "SingleEvaluation",
     "Watch",
@@ -76,6 +77,10 @@ class Outcome(NamedTuple):
     gradients: Sequence[Tensor | None]
     whole: Tensor | None = None
     accumulated: bool = False
+
+
+class IdleClosure(Exception):
+    """A closure that returned nothing and did nothing, with gradients there from before it."""
 
 
 class GradientTrace:
@@ -159,6 +164,7 @@ class SingleEvaluation:
                 sees the graphs of this evaluation only.
 
         Raises:
+            IdleClosure: The closure did nothing, and gradients are there already.
             RuntimeError: No gradient reached the parameters, there is no second derivative, or
                 gradients had accumulated and must not.
         """
@@ -199,7 +205,7 @@ class SingleEvaluation:
                 stack.enter_context(surroundings.ranks.quiet())
             if not surroundings.knows(self._source, "modules"):
                 stack.enter_context(surroundings.watch(self._before))
-            loss = scalar(self._source())
+            loss = scalar(self._called(before))
             if self._functional:
                 found = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
                 gradients, _ = averaged(found, params, surroundings.ranks)
@@ -207,6 +213,14 @@ class SingleEvaluation:
                 differentiable(loss).backward()
         surroundings.note(self._source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
+
+    def _called(self, before: GradientTrace) -> Any:
+        """What the closure returns."""
+        value = self._source()
+        nothing = value is None and not self._functional and before.matches(self._params)
+        if nothing and any(p.grad is not None for p in self._params):
+            raise IdleClosure
+        return value
 
     def _run_captured(
         self, watch: Watch, accumulates: bool
@@ -222,7 +236,7 @@ class SingleEvaluation:
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
             with self._surroundings.watch(self._before):
-                loss = scalar(source())
+                loss = scalar(self._called(before))
             if foreign or (not capture.calls and before.shows_backward(params)):
                 raise lost_graph()
             gradients: Sequence[Tensor | None] = ()
@@ -292,6 +306,12 @@ class _Relay:
     def _look_at_what_was_there(self) -> None:
         self._first = False
         evaluation = self._evaluation
+        params, ranks = evaluation._params, evaluation._surroundings.ranks
+        if ranks.count > 1 and any(p.grad is not None for p in params):
+            # Each rank's own, where they come from no_sync(); what is the mean already stays that.
+            means, _ = averaged([p.grad for p in params], params, ranks)
+            for p, gradient in zip(params, means, strict=True):
+                p.grad = gradient
         # Zeros are what zero_grad(set_to_none=False) leaves.
         if evaluation._functional or not any(
             p.grad is not None and nonzero(p.grad) for p in evaluation._params

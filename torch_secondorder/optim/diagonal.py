@@ -16,7 +16,7 @@ from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatc
 from torch_secondorder.optim.arrangement import Arrangement
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
 from torch_secondorder.optim.blocks import Block, as_real
-from torch_secondorder.optim.info import StepInfo
+from torch_secondorder.optim.info import LazyInfo, StepInfo
 from torch_secondorder.optim.observation import Observation
 from torch_secondorder.optim.present import Scaling, present_gradients
 from torch_secondorder.optim.seen import Seen, Verdict, judge
@@ -28,7 +28,7 @@ from torch_secondorder.optim.sharded import (
     part_states,
     whole_states,
 )
-from torch_secondorder.single import GradientTrace, Outcome, SingleEvaluation
+from torch_secondorder.single import GradientTrace, IdleClosure, Outcome, SingleEvaluation
 from torch_secondorder.space import WHOLE, ShardedSpace, is_distributed
 from torch_secondorder.vector import ParameterVector, max_norm
 from torch_secondorder.workspace import Workspace
@@ -173,28 +173,34 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             if closure is None:
                 self._step_on_present(params)
                 return None
-            self._forget_observation()
             watch = self._watch(params) if self.curvature_due else None
             evaluation = SingleEvaluation(
                 closure, params, self._surroundings, self._stale, self._workspace
             )
             parts = int(self.param_groups[0]["accumulation_steps"])
-            outcome = evaluation.run(watch, accumulates=parts > 1)
+            try:
+                outcome = evaluation.run(watch, accumulates=parts > 1)
+            except IdleClosure:  # what Lightning passes for none
+                self._step_on_present(params, watch)
+                return None
+            self._forget_observation()
             diagonal = self._diagonal(watch, parts if outcome.accumulated else 1.0, None)
             effort = Effort(1, 0 if watch is None else watch.products)
             self._advance(params, outcome, diagonal, effort, undo=evaluation.restore)
             return outcome.loss
 
-    def _step_on_present(self, params: Sequence[Tensor]) -> None:
-        """A step without a closure."""
+    def _step_on_present(
+        self, params: Sequence[Tensor], watch: DiagonalWatch | None = None
+    ) -> None:
+        """A step without a closure; the watch is for gradients that nobody has watched."""
         name, scaling, seen = type(self).__name__, Scaling(self), self._observation
         self._forget_observation()
-        watch = None
         if seen is not None and seen.calls:
             seen.check(name, scaling)
             found, watch = present_gradients(name, params, None, scaling), seen.watch
         else:
-            watch = self._watch(params) if self.curvature_due else None
+            if watch is None and self.curvature_due:
+                watch = self._watch(params)
             found = present_gradients(name, params, watch, scaling)
         diagonal = self._diagonal(watch, 1.0, scaling.inverse)
         effort = Effort(0, 0 if watch is None else watch.products)
@@ -213,7 +219,10 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return None
             if not due:
                 evaluation = SingleEvaluation(closure, params, surroundings, self._stale)
-                outcome = held_outcome(evaluation.run(), vector)
+                try:
+                    outcome = held_outcome(evaluation.run(), vector)
+                except IdleClosure:
+                    return self._step_sharded(None, params)
                 self._advance(params, outcome, None, Effort(1, 0), undo=evaluation.restore)
                 surroundings.reshard()
                 return outcome.loss
@@ -271,13 +280,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._stale = GradientTrace(params)
         # Not a method of this object, which would keep itself alive.
         report = partial(_report, ref(self), verdict, loss, params, self._stale, effort)
-        self.info = report
+        self.info = LazyInfo(report)
         if isinstance(space, ShardedSpace):
             # Now, for all processes are here; who reads the report may be alone.
             largest = [max_norm(as_real(g)).double() for g in gradients if g is not None]
             inside = [count.double() for count in self._inside() or ()]
             numbers = space.gathered(sums=inside, largest=[torch.stack(largest).amax()])
-            self.info = partial(report, numbers=numbers)
+            self.info = LazyInfo(partial(report, numbers=numbers))
 
     def _diagonal(
         self, watch: DiagonalWatch | None, factor: float, inverse_scale: Tensor | None
@@ -328,16 +337,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     @property
     def info(self) -> StepInfo | None:
         """The report of the last step, None before the first."""
-        if callable(self._info):
-            self._info = self._info()
-        info: StepInfo | None = self._info
+        # Nothing is set here: `self` may be a wrapper that stands for this object.
+        info: StepInfo | None = self._info() if isinstance(self._info, LazyInfo) else self._info
         return info
 
     @info.setter
     def info(self, info: Any) -> None:
         self._info = info
-
-    _info: Any = None
 
     # Checkpoints.
 
