@@ -57,6 +57,9 @@ class Training:
             name: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
             for name, optimizer in self.optimizers.items()
         }
+        self.ballast = torch.randn(
+            2**20
+        )  # writing a checkpoint takes a while, as it does elsewhere
         self.steps = 0
         self.order = torch.empty(0, dtype=torch.long)
 
@@ -94,7 +97,8 @@ class Training:
             part: {name: owner.state_dict() for name, owner in owners.items()}
             for part, owners in parts.items()
         }
-        return {**state, "steps": self.steps, "order": self.order, "random": torch.get_rng_state()}
+        state |= {"steps": self.steps, "order": self.order, "ballast": self.ballast}
+        return {**state, "random": torch.get_rng_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in OPTIMIZERS:

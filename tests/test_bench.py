@@ -30,6 +30,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["lbfgs", "--part", "direction"], "lbfgs.direction", "ours"),
         (["capture"], "capture.", "ours"),
+        (["compile"], "compile.Gauss-Newton product", "first call"),
         (["products"], "products.gauss_newton.", "ours"),
         (["newton", "--part", "cg"], "newton.cg.", "overhead"),
         (["newton", "--part", "softmax"], "newton.softmax.ratios", "NewtonCG / LBFGS (ours)"),
@@ -40,7 +41,10 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["diagonal", "--part", "memory"], "diagonal.memory.", "Sophia-G"),
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
         (["diagonal", "--part", "scaling"], "diagonal.scaling.", "AdaHessian, 10 probes"),
+        (["distributed", "--part", "communication"], "distributed.communication.", "Sophia, gnb"),
+        (["distributed", "--part", "memory"], "distributed.memory.", "2m + "),
         (["jacobian"], "jacobian.one", "ours"),
+        (["lightning"], "lightning.MLP", "Lightning's own"),
         (["penalties"], "penalties.64-30", "contractive (code)"),
         (["diagnostics"], "diagnostics.eigenvalues.", "Hutch++"),
     ],

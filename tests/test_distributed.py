@@ -143,6 +143,26 @@ def meet_nan(rank: int, ranks: int) -> list[Any]:
     return found
 
 
+def count_bytes(rank: int, ranks: int) -> float:
+    """What an iteration of L-BFGS sends beside gradients, with twenty pairs."""
+    sent, all_reduce = 0, dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal sent
+        sent += tensor.numel() * tensor.element_size()
+        return all_reduce(tensor, *args, **kwargs)
+
+    share = Share(rank, ranks)
+    optimizer = LBFGS(share.model.parameters(), max_iter=1, max_eval=20, history_size=20)
+    dist.all_reduce = counted
+    try:
+        for _ in range(30):
+            optimizer.step(share.closure)
+    finally:
+        dist.all_reduce = all_reduce
+    return sent / 30
+
+
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
@@ -153,6 +173,7 @@ CHECKS: dict[str, Check] = {
         multiply,
         call_a_function,
         meet_nan,
+        count_bytes,
     )
 }
 
@@ -196,3 +217,7 @@ def test_all_ranks_reject_what_one_finds_not_finite(ranks: list[dict[str, Any]])
     assert evaluations[2] == 1
     assert nonfinite == [0, 0, 0, 0, 1, 0]
     torch.testing.assert_close(values[2], values[1], rtol=0, atol=0)
+
+
+def test_lbfgs_sends_nothing_but_losses_beside_gradients(ranks: list[dict[str, Any]]) -> None:
+    assert 8 <= on_both(ranks, "count_bytes") <= 100

@@ -24,10 +24,10 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL"),
 ]
 
-STEPS = 80  # no more than four an attempt
+STEPS = 56  # an attempt gets no further than four
 #: Kills that have to hit, while it trains and while it writes a checkpoint.
 WANTED = {"training": 5, "saving": 3}
-ATTEMPTS = 19
+ATTEMPTS = 14
 
 
 def train(path: Path, pipe: Connection) -> None:
@@ -61,6 +61,11 @@ class Victim:
     def go_on(self) -> None:
         self._pipe.send(None)
 
+    def wait_for(self, file: Path) -> None:
+        """Until the file is there, or it is too late for that."""
+        while not (file.exists() or self._pipe.poll(0)):
+            pass
+
     def kill(self) -> bool:
         """Whether that hit it at work, and not where it waits."""
         assert self.process.is_alive()
@@ -74,8 +79,14 @@ class Victim:
         return False
 
 
-def kill_at(victim: Victim, what: str, fraction: float) -> tuple[int, bool]:
+def kill_at(victim: Victim, what: str, fraction: float, temporary: Path) -> tuple[int, bool]:
     """Kills a training at some moment of a step or of the writing of a checkpoint.
+
+    Args:
+        victim: The training, just begun.
+        what: `"training"` or `"saving"`.
+        fraction: When, from 0 to 1; some are too late.
+        temporary: The file that a checkpoint is written to.
 
     Returns:
         The step that it began at, and whether it was at work.
@@ -91,7 +102,9 @@ def kill_at(victim: Victim, what: str, fraction: float) -> tuple[int, bool]:
         last[said] = time.perf_counter() - begun
         said, begun = following, time.perf_counter()
     victim.go_on()
-    time.sleep(fraction * last[what])
+    if what == "saving":
+        victim.wait_for(temporary)
+    time.sleep(fraction * last[what] / 2)
     return start, victim.kill()
 
 
@@ -116,7 +129,7 @@ def test_killed_trainings_end_where_they_would_have(tmp_path: Path) -> None:
     missing, starts = Counter(WANTED), []
     for _ in range(ATTEMPTS):
         what = moments.choice(sorted(missing.elements()))
-        start, hit = kill_at(Victim(killed), what, moments.random())
+        start, hit = kill_at(Victim(killed), what, moments.random(), temporary)
         starts.append(start)
         # A file that is left behind was being written.
         if hit and (what == "training" or temporary.exists()):

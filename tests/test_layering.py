@@ -26,7 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "replay": {"ranks"},
     "evaluation": {"space", "vector", "func", "graph", "ranks", "replay"},
     "contract": set(),
-    "objective": {"vector", "func", "graph", "capture", "contract", "replay", "evaluation"},
+    "traced": {"graph", "capture", "contract"},
+    "compiled": {"graph", "capture", "contract", "traced"},
+    "objective": {
+        *("vector", "func", "graph", "capture", "compiled", "contract", "replay", "evaluation")
+    },
     "single": {"workspace", "graph", "capture", "contract", "ranks", "replay", "objective"},
     "curvature": {"space", "workspace", "vector", "func", "graph", "ranks", "evaluation"},
     "solvers": {"space", "vector", "func", "evaluation", "curvature"},
@@ -51,10 +55,17 @@ BELOW_OPTIM = set(ALLOWED)
 ALLOWED["optim"] = BELOW_OPTIM
 ALLOWED["diagnostics"] = BELOW_OPTIM
 ALLOWED["lightning"] = BELOW_OPTIM | {"optim", "diagnostics"}
-ALLOWED["__init__"] = set(ALLOWED) - {"lightning"}
+ALLOWED["huggingface"] = BELOW_OPTIM | {"optim"}
+ALLOWED["__init__"] = set(ALLOWED) - {"lightning", "huggingface"}
 
 OUTSIDE = {"torch"}
-LIGHTNING = {"lightning", "pytorch_lightning"}
+#: What one module alone may import.
+RESERVED = {
+    "lightning": "lightning",
+    "pytorch_lightning": "lightning",
+    "accelerate": "huggingface",
+    "transformers": "huggingface",
+}
 
 
 def imported(path: Path) -> list[tuple[int, str]]:
@@ -88,9 +99,9 @@ def violations(root: Path) -> list[str]:
                 target = rest[0] if rest else "__init__"
                 if target not in ALLOWED[layer] | {layer}:
                     problems.append(f"{where}: {layer} may not import {name}")
-            elif top in LIGHTNING:
-                if layer != "lightning":
-                    problems.append(f"{where}: only lightning.py may import {name}")
+            elif top in RESERVED:
+                if layer != RESERVED[top]:
+                    problems.append(f"{where}: only {RESERVED[top]}.py may import {name}")
             elif top not in sys.stdlib_module_names | OUTSIDE:
                 problems.append(f"{where}: the core imports torch only, not {name}")
     return problems
@@ -120,6 +131,8 @@ def test_numbers_of_vectors_are_asked_of_the_space_they_live_in() -> None:
         ("solvers/cg.py", "from torch_secondorder.optim.base import X", "solvers may not import"),
         ("curvature/a.py", "def f():\n    import numpy", "core imports torch only, not numpy"),
         ("optim/a.py", "import lightning.pytorch", "only lightning.py may import"),
+        ("lightning.py", "import transformers", "only huggingface.py may import"),
+        ("__init__.py", "from torch_secondorder import huggingface", "__init__ may not import"),
         ("elsewhere.py", "", "has no place"),
     ],
 )

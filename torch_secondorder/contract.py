@@ -42,7 +42,7 @@ def scalar(loss: Any) -> Tensor:
             return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
         raise TypeError(
             f"the closure must return the loss, got {type(loss).__name__} ({loss!r:.60}); end it "
-            "with `return loss`"
+            "with `return loss`, and under manual optimization in Lightning pass it to step()"
         )
     if loss.numel() != 1 or loss.is_complex():
         raise ValueError(

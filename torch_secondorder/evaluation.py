@@ -12,22 +12,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from torch_secondorder.graph import Graph
+from torch_secondorder.graph import Graph, Multiply
 from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Replay, Surroundings
 from torch_secondorder.vector import ParameterVector
 
 __all__ = ["Evaluation", "Linearization", "Objective", "RawEvaluation", "Regularization"]
-
-#: A product with a curvature of the loss: parts of the direction, whether they are batched.
-Multiply: TypeAlias = Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)

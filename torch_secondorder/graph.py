@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
-__all__ = ["Graph", "LinearCall", "Output", "explained", "versions"]
+__all__ = ["Graph", "LinearCall", "Multiply", "Output", "explained", "versions"]
+
+#: A product with a curvature of the loss: parts of the direction, whether they are batched.
+Multiply: TypeAlias = Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]]
 
 # The file of the wrapper that `once_differentiable` puts around a backward.
 _MARKED_IN = once_differentiable(lambda *_: None).__code__.co_filename
+
+_COMPILED = (
+    "a module compiled by torch.compile has no second derivative. Pass a pure function instead of "
+    "the closure, optimizer.step(FunctionalObjective(f, params, compile=True)), which compiles the "
+    "products as well; or leave the module as it is; or use products that need none (NewtonCG "
+    'takes curvature_products="finite_difference", Sophia and AdaHessian estimator="gnb"), or an '
+    "optimizer that needs gradients only"
+)
+_REENTRANT = "activation checkpointing with use_reentrant=True; False works"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +125,15 @@ class Graph:
         self.gradients.append(gradients)
         return gradients
 
+    def compiled(self, kind: Hashable, build: Callable[[Graph], Multiply]) -> Multiply | None:
+        """A product of some kind as compiled code; None where this is a graph that has no such.
+
+        Args:
+            kind: Tells the products of one evaluation apart.
+            build: Gives the product with another graph of the same evaluation.
+        """
+        return None
+
     def nodes(self) -> Iterator[Any]:
         """All nodes that the losses depend on."""
         return _nodes(self.losses)
@@ -132,9 +153,7 @@ class Graph:
             if node.name() == "torch::autograd::Error":
                 raise _no_second_derivative("a custom function marked once_differentiable")
             if node.name() == "CheckpointFunctionBackward":
-                raise _no_second_derivative(
-                    "activation checkpointing with use_reentrant=True; False works"
-                )
+                raise _no_second_derivative(_REENTRANT)
 
     def hessian_product(
         self, tangents: Sequence[Tensor], batched: bool = False, *, retain: bool = True
@@ -228,8 +247,10 @@ def _once_differentiable(losses: Iterable[Tensor]) -> list[str]:
 def explained(error: RuntimeError) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
-    if "donated buffers" in text:  # torch says how to change a setting, which would not do either
-        return _no_second_derivative("a module compiled by torch.compile")
+    if "donated buffers" in text or "torch.compile with aot_autograd" in text:
+        return RuntimeError(_COMPILED)
+    if "use_reentrant=True" in text:
+        return _no_second_derivative(_REENTRANT)
     signs = ("is not implemented", "once_differentiable", "double backward")
     return _no_second_derivative(text) if any(sign in text for sign in signs) else error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_secondorder.capture import Capture, uncaptured
+from torch_secondorder.compiled import CompiledFunction
 from torch_secondorder.contract import (
     check_callable,
     differentiable,
@@ -135,6 +136,13 @@ class FunctionalObjective(Objective):
         regularization: See `Objective`.
         master: See `Objective`.
         surroundings: See `Objective`.
+        compile: Whether loss, gradient and products with the curvature are compiled, each as a
+            whole; or arguments for `torch.compile`, such as `{"backend": "aot_eager"}`. It pays
+            where operations are small and the same shapes come back for many steps. The function
+            must draw no random numbers and change no tensor in place.
+
+    Raises:
+        ValueError: The tree holds none of the parameters.
 
     >>> w = torch.tensor([1.0, 2.0])
     >>> objective = FunctionalObjective(lambda p: (p["w"] ** 4).sum(), {"w": w})
@@ -150,7 +158,12 @@ class FunctionalObjective(Objective):
         regularization: Regularization | None = None,
         master: Tensor | None = None,
         surroundings: Surroundings | None = None,
+        *,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
+        self._compiled: CompiledFunction | None = None
+        if compile is not False:
+            self._compiled = CompiledFunction(function, {} if compile is True else compile)
         self._function = function
         self._tree = params
         self._leaves, self._structure = pytree.tree_flatten(params)
@@ -192,17 +205,47 @@ class FunctionalObjective(Objective):
         self, vector: ParameterVector, regularization: Regularization, master: Tensor | None
     ) -> FunctionalObjective:
         """The same function on an optimizer's own vector and terms, for one step."""
-        return FunctionalObjective(
+        bound = FunctionalObjective(
             self._function, self._tree, vector, regularization, master, self._surroundings
         )
+        bound._compiled = self._compiled
+        return bound
+
+    def bind_to(self, params: Sequence[Tensor]) -> Callable[[bool], tuple[Tensor, Graph]] | None:
+        """Loss and graph at some parameters, where they stand; None where it is not compiled.
+
+        Args:
+            params: Some of the tree's tensors.
+
+        Returns:
+            A function that takes whether products are needed.
+        """
+        compiled = self._compiled
+        if compiled is None:
+            return None
+        places = {id(p): i for i, p in enumerate(params)}
+        found = [places.get(id(leaf)) for leaf in self._leaves]
+
+        def run(curvature: bool) -> tuple[Tensor, Graph]:
+            pieces = [p.detach().requires_grad_() for p in params]
+            return compiled(self._filled(pieces, found), pieces, curvature)
+
+        return run
+
+    def _filled(self, pieces: Sequence[Tensor], places: Sequence[int | None]) -> Any:
+        """The tree, with some of its leaves replaced."""
+        leaves = [
+            leaf if place is None else pieces[place]
+            for leaf, place in zip(self._leaves, places, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self._structure)
 
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
         pieces = [piece.detach().requires_grad_() for piece in self.vector.split(position)]
-        leaves = [
-            leaf if place is None else pieces[place]
-            for leaf, place in zip(self._leaves, self._places, strict=True)
-        ]
-        tree = pytree.tree_unflatten(leaves, self._structure)
+        tree = self._filled(pieces, self._places)
+        if self._compiled is not None:
+            loss, graph = self._compiled(tree, pieces, curvature)
+            return RawEvaluation(loss, touched(graph.gradients[0]), graph if curvature else None)
         if not curvature:
             with self.ranks.quiet():
                 loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))

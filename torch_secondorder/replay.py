@@ -161,18 +161,27 @@ def _policy_precision(module: Any) -> float:
 
 
 def _identity(source: Any, depth: int = 4) -> object:
-    """What a closure is made of: code, and the modules and functions that it closes over."""
+    """What a closure is made of: code, and the modules and functions that it holds."""
     if isinstance(source, partial):
         parts = (source.func, *source.args, *source.keywords.values())
         return tuple(_identity(part, depth - 1) for part in parts) if depth else id(source)
     code = getattr(source, "__code__", None)
     if code is None or not depth:
-        return id(source) if callable(source) else None
+        if not callable(source):
+            return None
+        if not depth or isinstance(source, (torch.nn.Module, type)) or not _has_attributes(source):
+            return id(source)
+        # An object made anew for each step, as Lightning does: what it holds stays the same.
+        return type(source), tuple(_identity(v, depth - 1) for v in vars(source).values())
     inner = []
     for cell in getattr(source, "__closure__", None) or ():
         with suppress(ValueError):  # a variable that has no value yet
             inner.append(_identity(cell.cell_contents, depth - 1))
     return code, id(getattr(source, "__self__", None)), tuple(inner)
+
+
+def _has_attributes(source: Any) -> bool:
+    return bool(getattr(source, "__dict__", None))
 
 
 class Replay:

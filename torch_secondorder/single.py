@@ -31,7 +31,16 @@ from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Surroundings
 from torch_secondorder.workspace import Workspace
 
-__all__ = ["GradientTrace", "Outcome", "SingleEvaluation", "Watch", "without_autocast"]
+__all__ = [
+    "GradientTrace",
+    "IdleClosure",
+    "Outcome",
+    "SingleEvaluation",
+    "Watch",
+    "averaged",
+    "nonzero",
+    "without_autocast",
+]
 
 
 class Watch(Protocol):
@@ -70,6 +79,10 @@ class Outcome(NamedTuple):
     accumulated: bool = False
 
 
+class IdleClosure(Exception):
+    """A closure that returned nothing and did nothing, with gradients there from before it."""
+
+
 class GradientTrace:
     """Remembers which gradients some parameters have, without keeping them.
 
@@ -101,7 +114,7 @@ class GradientTrace:
         if not any(self._marks):
             return True
         # Looked at only where there were gradients before.
-        return any(p.grad is not None and _any_nonzero(p.grad) for p in params)
+        return any(p.grad is not None and nonzero(p.grad) for p in params)
 
 
 class SingleEvaluation:
@@ -128,6 +141,7 @@ class SingleEvaluation:
         workspace: Workspace | None = None,
     ) -> None:
         self._functional = isinstance(source, FunctionalObjective)
+        self._compiled = source.bind_to(params) if self._functional else None
         self._source: Callable[[], Any] = source.source if self._functional else source
         check_callable(self._source)
         self._params = params
@@ -150,6 +164,7 @@ class SingleEvaluation:
                 sees the graphs of this evaluation only.
 
         Raises:
+            IdleClosure: The closure did nothing, and gradients are there already.
             RuntimeError: No gradient reached the parameters, there is no second derivative, or
                 gradients had accumulated and must not.
         """
@@ -158,6 +173,8 @@ class SingleEvaluation:
             torch.clear_autocast_cache()
             with torch.enable_grad():
                 run = self._run if watch is None else partial(self._run_captured, watch)
+                if self._compiled is not None:
+                    run = partial(self._run_compiled, watch)
                 loss, gradients = run(accumulates)
         except BaseException:
             self.restore()
@@ -188,14 +205,22 @@ class SingleEvaluation:
                 stack.enter_context(surroundings.ranks.quiet())
             if not surroundings.knows(self._source, "modules"):
                 stack.enter_context(surroundings.watch(self._before))
-            loss = scalar(self._source())
+            loss = scalar(self._called(before))
             if self._functional:
                 found = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
-                gradients, _ = _averaged(found, params, surroundings.ranks)
+                gradients, _ = averaged(found, params, surroundings.ranks)
             elif not before.shows_backward(params):
                 differentiable(loss).backward()
         surroundings.note(self._source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
+
+    def _called(self, before: GradientTrace) -> Any:
+        """What the closure returns."""
+        value = self._source()
+        nothing = value is None and not self._functional and before.matches(self._params)
+        if nothing and any(p.grad is not None for p in self._params):
+            raise IdleClosure
+        return value
 
     def _run_captured(
         self, watch: Watch, accumulates: bool
@@ -211,7 +236,7 @@ class SingleEvaluation:
                 for p in params:
                     stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
             with self._surroundings.watch(self._before):
-                loss = scalar(source())
+                loss = scalar(self._called(before))
             if foreign or (not capture.calls and before.shows_backward(params)):
                 raise lost_graph()
             gradients: Sequence[Tensor | None] = ()
@@ -222,6 +247,16 @@ class SingleEvaluation:
         self._surroundings.note(source)
         self._surroundings.note(source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
+
+    def _run_compiled(
+        self, watch: Watch | None, accumulates: bool
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        assert self._compiled is not None
+        loss, graph = self._compiled(watch is not None)
+        if watch is None:
+            found = graph.gradients[0]
+            return loss, averaged(found, self._params, self._surroundings.ranks)[0]
+        return loss, _Relay(self, watch, check=False, accumulates=True)(graph, False)
 
 
 class _Relay:
@@ -257,7 +292,7 @@ class _Relay:
         evaluation = self._evaluation
         ranks = evaluation._surroundings.ranks
         if ranks.count > 1:
-            views, joined = _averaged(gradients, params, ranks)
+            views, joined = averaged(gradients, params, ranks)
         else:
             joined = _join(gradients, params, evaluation._workspace)
             if joined is None:
@@ -271,9 +306,15 @@ class _Relay:
     def _look_at_what_was_there(self) -> None:
         self._first = False
         evaluation = self._evaluation
+        params, ranks = evaluation._params, evaluation._surroundings.ranks
+        if ranks.count > 1 and any(p.grad is not None for p in params):
+            # Each rank's own, where they come from no_sync(); what is the mean already stays that.
+            means, _ = averaged([p.grad for p in params], params, ranks)
+            for p, gradient in zip(params, means, strict=True):
+                p.grad = gradient
         # Zeros are what zero_grad(set_to_none=False) leaves.
         if evaluation._functional or not any(
-            p.grad is not None and _any_nonzero(p.grad) for p in evaluation._params
+            p.grad is not None and nonzero(p.grad) for p in evaluation._params
         ):
             return
         evaluation._accumulated = True
@@ -319,14 +360,14 @@ def _join(
     return torch.cat(pieces, out=workspace.empty("gradient", size, dtype, device))
 
 
-def _any_nonzero(gradient: Tensor) -> bool:
+def nonzero(gradient: Tensor) -> bool:
     """Whether any entry is not zero."""
     gradient = gradient.detach()
     values = gradient if gradient.layout is torch.strided else gradient.to_dense()
     return bool(values.any())
 
 
-def _averaged(
+def averaged(
     gradients: Sequence[Tensor | None], params: Sequence[Tensor], ranks: Ranks
 ) -> tuple[Sequence[Tensor | None], Tensor | None]:
     """The mean over the ranks; one message for each dtype and device.

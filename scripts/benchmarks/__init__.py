@@ -3,7 +3,19 @@
 To add one: write a module with a function under `@command(...)`, and import it here.
 """
 
-from . import capture, diagnostics, diagonal, jacobian, lbfgs, newton, penalties, products
+from . import (
+    capture,
+    compiled,
+    diagnostics,
+    diagonal,
+    distributed,
+    jacobian,
+    lbfgs,
+    lightning,
+    newton,
+    penalties,
+    products,
+)
 from .registry import COMMANDS, Command, Options, command
 
 __all__ = [
@@ -12,10 +24,13 @@ __all__ = [
     "Options",
     "capture",
     "command",
+    "compiled",
     "diagnostics",
     "diagonal",
+    "distributed",
     "jacobian",
     "lbfgs",
+    "lightning",
     "newton",
     "penalties",
     "products",

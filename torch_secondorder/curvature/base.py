@@ -162,13 +162,24 @@ class Linearized(LinearOperator):
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`; vectorized, some at once, where operations allow."""
-        if self._vectorizes and vectorizing_pays(self.size, self.device):
+        if not vectorizing_pays(self.size, self.device):
+            return super().matmat(V)
+        rows = V.T.contiguous().split(AT_ONCE)
+        return torch.cat([self._linearization.product(r, self._multiply_rows) for r in rows]).T
+
+    def _multiply_rows(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        """Some products; one by one where an operation has no batching rule.
+
+        Here, and not outside of `product`: all ranks average the same number of vectors, whichever
+        operations they have.
+        """
+        if self._vectorizes:
             try:
-                parts = [
-                    self._linearization.product(rows, self._multiply)
-                    for rows in V.T.contiguous().split(AT_ONCE)
-                ]
-                return torch.cat(parts).T
-            except (RuntimeError, NotImplementedError):  # an operation without a batching rule
+                return self._multiply(tangents, batched)
+            except (RuntimeError, NotImplementedError):
                 self._vectorizes = False
-        return super().matmat(V)
+        each = [self._multiply(parts, False) for parts in zip(*tangents, strict=True)]
+        return [
+            None if any(part is None for part in parts) else torch.stack(parts)
+            for parts in zip(*each, strict=True)
+        ]

@@ -78,5 +78,5 @@ class FiniteDifference(LinearOperator):
         h = objective.precision ** (1 / 3) * (1 + size) / norm
         step = unit.mul_(h)
         ahead = objective.trial(step).grad
-        behind = objective.trial(-step).grad
+        behind = objective.trial(step, -1.0).grad
         return (ahead - behind).div_(2 * h).mul_(largest)

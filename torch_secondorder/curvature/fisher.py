@@ -63,6 +63,8 @@ class Fisher(GaussNewton):
         if n_samples < 1:
             raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
         super().__init__(evaluation, remainder=remainder)
+        if labels == "sampled":
+            self._require_outputs()
         self._roots = None if labels == "empirical" else self._draw(n_samples, generator)
 
     def _draw(self, n_samples: int, generator: torch.Generator | None) -> list[list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Literal
 
@@ -18,6 +19,7 @@ from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace, Tensors
 from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.evaluation import Evaluation, Slot
+from torch_secondorder.graph import Graph, Multiply
 from torch_secondorder.ranks import Ranks
 
 __all__ = ["GaussNewton"]
@@ -45,7 +47,8 @@ class GaussNewton(Linearized):
             it out.
 
     Attributes:
-        bypassed: Whether a part of the loss bypasses the outputs.
+        bypassed: Whether a part of the loss bypasses the outputs; not there where the evaluation
+            was compiled.
 
     Raises:
         RuntimeError: No output was found.
@@ -68,11 +71,26 @@ class GaussNewton(Linearized):
         if remainder not in ("hessian", "ignore"):
             raise ValueError(f"remainder is 'hessian' or 'ignore', got {remainder!r}")
         super().__init__(evaluation)
-        self._space = OutputSpace(self._linearization.graph)
+        self._adds_remainder = remainder == "hessian"
+        self._whole: Multiply | None = None
+        graph = self._linearization.graph
+        self._whole = graph.compiled((type(self), remainder), self._built_on)
+        if self._whole is None:
+            self._attach(graph)
+
+    def _attach(self, graph: Graph) -> None:
+        self._space = OutputSpace(graph)
         self._curvature = LossCurvature(self._space)
         self.bypassed = self._curvature.bypassed
-        adds = self.bypassed and remainder == "hessian"
+        adds = self.bypassed and self._adds_remainder
         self._remainder = self._space.remainder() if adds else None
+
+    def _built_on(self, graph: Graph) -> Multiply:
+        """The same product, made from another graph of the same evaluation."""
+        twin = copy(self)
+        twin._whole = None
+        twin._attach(graph)
+        return twin._multiply
 
     @cached_property
     def _samples(self) -> Samples:
@@ -95,6 +113,7 @@ class GaussNewton(Linearized):
             Shape `(n,)`, not negative, regularization included.
         """
         self._linearization.check()
+        self._require_outputs()
         roots = self._random_roots(n_samples, generator)
         return self._linearization.diagonal(self._space.pull_each(roots), n_samples)
 
@@ -112,6 +131,7 @@ class GaussNewton(Linearized):
         """
         linearization = self._linearization
         linearization.check()
+        self._require_outputs()
         (root,) = self._random_roots(1, generator)
         return kronecker_factors(
             linearization.graph, self._space.tensors, root, largest, linearization.ranks
@@ -121,6 +141,9 @@ class GaussNewton(Linearized):
         """The place of each parameter in the vectors multiplied."""
         return self._linearization.slots()
 
+    def _require_outputs(self) -> None:
+        _ = self._linearization.graph.outputs  # a compiled evaluation says that it has none
+
     def _random_roots(self, count: int, generator: torch.Generator | None) -> list[Tensors]:
         likelihoods, ranks = self._curvature.likelihoods, self._linearization.ranks
         return random_roots(
@@ -128,6 +151,8 @@ class GaussNewton(Linearized):
         )
 
     def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Tensors:
+        if self._whole is not None:
+            return self._whole(tangents, batched)
         changes = self._space.push(tangents, batched)
         products = self._space.pull(self._at_outputs(changes, batched), batched)
         if self._remainder is None:

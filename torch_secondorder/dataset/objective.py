@@ -16,10 +16,10 @@ from torch_secondorder.dataset.passes import Passes
 from torch_secondorder.evaluation import (
     Evaluation,
     Linearization,
-    Multiply,
     RawEvaluation,
     Regularization,
 )
+from torch_secondorder.graph import Multiply
 from torch_secondorder.objective import ClosureObjective
 from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Replay, Surroundings

@@ -36,7 +36,7 @@ class SecondOrderOptimizer(Optimizer):
         ValueError: A parameter is empty, or a hyperparameter out of range.
     """
 
-    info: StepInfo | None = None
+    info: StepInfo | None  # of no class: Lightning's wrappers look there before they ask the object
     #: A hyperparameter that tells this optimizer's checkpoints, and those it can read, from others.
     _recognized_by = "lr"
     #: Attributes besides torch's own that pickling and `copy.deepcopy` carry along.
@@ -45,6 +45,7 @@ class SecondOrderOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._vector: ParameterVector | None = None
         self._surroundings = Surroundings()
+        self.info = None
         super().__init__(params, defaults)
         if is_distributed(self.param_groups[0]["params"][0]):
             # There is a state from now on, and distributed checkpoints need no step to make one.
@@ -160,6 +161,8 @@ class SecondOrderOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         model_state = state.pop("model_state", None)
+        if "info" in state:
+            self.info = state.pop("info")
         super().__setstate__(state)
         if model_state is not None:  # unpickled or copied; torch also comes here to load a state
             self._vector = None

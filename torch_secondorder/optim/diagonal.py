@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -15,7 +16,8 @@ from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatc
 from torch_secondorder.optim.arrangement import Arrangement
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
 from torch_secondorder.optim.blocks import Block, as_real
-from torch_secondorder.optim.info import StepInfo
+from torch_secondorder.optim.info import LazyInfo, StepInfo
+from torch_secondorder.optim.observation import Observation
 from torch_secondorder.optim.present import Scaling, present_gradients
 from torch_secondorder.optim.seen import Seen, Verdict, judge
 from torch_secondorder.optim.sharded import (
@@ -26,7 +28,7 @@ from torch_secondorder.optim.sharded import (
     part_states,
     whole_states,
 )
-from torch_secondorder.single import GradientTrace, Outcome, SingleEvaluation
+from torch_secondorder.single import GradientTrace, IdleClosure, Outcome, SingleEvaluation
 from torch_secondorder.space import WHOLE, ShardedSpace, is_distributed
 from torch_secondorder.vector import ParameterVector, max_norm
 from torch_secondorder.workspace import Workspace
@@ -59,6 +61,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _warm_up = 1
     #: Whether an update takes absolute values of the diagonal.
     _magnitudes = False
+    _observation: Observation | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], estimator: DiagonalEstimator) -> None:
         self.estimator = estimator
@@ -89,11 +92,57 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def curvature_due(self) -> bool:
         """Whether the next step estimates the curvature.
 
-        For loops without a closure: `loss.backward(create_graph=optimizer.curvature_due)`.
+        For loops without a closure that leave `watching` out and keep the graph themselves:
+        `loss.backward(create_graph=optimizer.curvature_due)`.
         """
         period = int(self.param_groups[0]["update_period"])
         warming_up = self._steps < min(period, self._warm_up)
         return self._overdue or warming_up or self._steps % period == 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A context for forward and backward pass, in loops that call `step()` without a closure.
+
+        Where the coming step estimates the curvature, `loss.backward()` inside does what it does in
+        a closure: the estimate is taken while it runs, no graph is kept, and `p.grad` may be
+        clipped or changed afterwards. Else the context does nothing. Micro-batches may run in one
+        context, or each in one of its own; what they add to gradients and curvature adds up until
+        the step, or until the gradients are zeroed.
+
+        Raises:
+            RuntimeError: At `backward()`: a second derivative is missing, or there were gradients
+                already. A step whose gradients are not all from inside raises as well.
+
+        >>> from torch_secondorder import AdaHessian
+        >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> optimizer = AdaHessian([x], lr=1.0)
+        >>> with optimizer.watching():
+        ...     (500 * x[0] ** 2 + x[1] ** 2).backward()
+        >>> optimizer.step()
+        >>> bool(x.detach().abs().max() < 1e-4)
+        True
+        """
+        params = self._trainable
+        if not params or not self.curvature_due:
+            yield
+            return
+        if is_distributed(params[0]):
+            check_closure(None, True)
+        if self._observation is not None and not self._observation.continues(params):
+            self._forget_observation()
+        if self._observation is None:
+            self._observation = Observation(params, self._watch(params), self._surroundings)
+        try:
+            with self._observation:
+                yield
+        except BaseException:
+            self._forget_observation()
+            raise
+
+    def _forget_observation(self) -> None:
+        if self._observation is not None:
+            self._observation.close()
+            self._observation = None
 
     def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step.
@@ -101,8 +150,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         Args:
             closure: The standard closure (zero the gradients, compute the loss, call `backward()`,
                 return the loss), or a `FunctionalObjective`. None where gradients are there
-                already: made by `loss.backward(create_graph=True)` for a step whose curvature is
-                due, see `curvature_due`.
+                already: made inside `watching()`, or by `loss.backward(create_graph=True)` for a
+                step whose curvature is due, see `curvature_due`.
 
         Returns:
             The closure's loss, detached; None without a closure.
@@ -120,24 +169,42 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             raise RuntimeError("no parameter requires a gradient: all of them are frozen")
         if is_distributed(params[0]):
             return self._step_sharded(closure, params)
-        watch = self._watch(params) if self.curvature_due else None
         with torch.no_grad():
             if closure is None:
-                scaling = Scaling(self)
-                found = present_gradients(type(self).__name__, params, watch, scaling)
-                diagonal = self._diagonal(watch, 1.0, scaling.inverse)
-                effort = Effort(0, 0 if watch is None else watch.products)
-                self._advance(params, Outcome(None, found), diagonal, effort, scaling.inverse)
+                self._step_on_present(params)
                 return None
+            watch = self._watch(params) if self.curvature_due else None
             evaluation = SingleEvaluation(
                 closure, params, self._surroundings, self._stale, self._workspace
             )
             parts = int(self.param_groups[0]["accumulation_steps"])
-            outcome = evaluation.run(watch, accumulates=parts > 1)
+            try:
+                outcome = evaluation.run(watch, accumulates=parts > 1)
+            except IdleClosure:  # what Lightning passes for none
+                self._step_on_present(params, watch)
+                return None
+            self._forget_observation()
             diagonal = self._diagonal(watch, parts if outcome.accumulated else 1.0, None)
             effort = Effort(1, 0 if watch is None else watch.products)
             self._advance(params, outcome, diagonal, effort, undo=evaluation.restore)
             return outcome.loss
+
+    def _step_on_present(
+        self, params: Sequence[Tensor], watch: DiagonalWatch | None = None
+    ) -> None:
+        """A step without a closure; the watch is for gradients that nobody has watched."""
+        name, scaling, seen = type(self).__name__, Scaling(self), self._observation
+        self._forget_observation()
+        if seen is not None and seen.calls:
+            seen.check(name, scaling)
+            found, watch = present_gradients(name, params, None, scaling), seen.watch
+        else:
+            if watch is None and self.curvature_due:
+                watch = self._watch(params)
+            found = present_gradients(name, params, watch, scaling)
+        diagonal = self._diagonal(watch, 1.0, scaling.inverse)
+        effort = Effort(0, 0 if watch is None else watch.products)
+        self._advance(params, Outcome(None, found), diagonal, effort, scaling.inverse)
 
     def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
         """See `step`; this process has a part of each parameter, its gradient and state."""
@@ -152,7 +219,10 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return None
             if not due:
                 evaluation = SingleEvaluation(closure, params, surroundings, self._stale)
-                outcome = held_outcome(evaluation.run(), vector)
+                try:
+                    outcome = held_outcome(evaluation.run(), vector)
+                except IdleClosure:
+                    return self._step_sharded(None, params)
                 self._advance(params, outcome, None, Effort(1, 0), undo=evaluation.restore)
                 surroundings.reshard()
                 return outcome.loss
@@ -210,13 +280,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._stale = GradientTrace(params)
         # Not a method of this object, which would keep itself alive.
         report = partial(_report, ref(self), verdict, loss, params, self._stale, effort)
-        self.info = report
+        self.info = LazyInfo(report)
         if isinstance(space, ShardedSpace):
             # Now, for all processes are here; who reads the report may be alone.
             largest = [max_norm(as_real(g)).double() for g in gradients if g is not None]
             inside = [count.double() for count in self._inside() or ()]
             numbers = space.gathered(sums=inside, largest=[torch.stack(largest).amax()])
-            self.info = partial(report, numbers=numbers)
+            self.info = LazyInfo(partial(report, numbers=numbers))
 
     def _diagonal(
         self, watch: DiagonalWatch | None, factor: float, inverse_scale: Tensor | None
@@ -267,16 +337,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     @property
     def info(self) -> StepInfo | None:
         """The report of the last step, None before the first."""
-        if callable(self._info):
-            self._info = self._info()
-        info: StepInfo | None = self._info
+        # Nothing is set here: `self` may be a wrapper that stands for this object.
+        info: StepInfo | None = self._info() if isinstance(self._info, LazyInfo) else self._info
         return info
 
     @info.setter
     def info(self, info: Any) -> None:
         self._info = info
-
-    _info: Any = None
 
     # Checkpoints.
 
@@ -309,6 +376,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._overdue = bool(state.get("overdue", False))
         self._stale = self._generator = None
         self._workspace = Workspace()
+        self._forget_observation()
         generator = state.get("generator")
         if generator is not None:
             device = ParameterVector(self._trainable).device

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from torch_secondorder.globalization import SearchStatus
 from torch_secondorder.solvers import SolveStatus
 
-__all__ = ["StepInfo", "StepStatus"]
+__all__ = ["LazyInfo", "StepInfo", "StepStatus"]
 
 
 class StepStatus(Enum):
@@ -103,3 +104,21 @@ class StepInfo:
     trust_radius: float = 0.0
     negative_curvature: float = 0.0
     unclipped: float | None = None
+
+
+class LazyInfo:
+    """A report that is made when it is first asked for, and kept.
+
+    Args:
+        make: Makes it.
+    """
+
+    def __init__(self, make: Callable[[], StepInfo]) -> None:
+        self._make: Callable[[], StepInfo] | None = make
+        self._made: StepInfo | None = None
+
+    def __call__(self) -> StepInfo | None:
+        """The report."""
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made

@@ -228,9 +228,11 @@ class NewtonCG(FlatOptimizer):
             )
             return returned
         self._largest_gradient = max(self._largest_gradient, start.grad_norm)
+        loss = start.loss
         iteration = Iteration(objective, self._settings(objective.vector), self._memory, start)
+        del evaluation, start  # a gradient and a graph that are not needed for long
         status = iteration.run()
-        self._report(iteration, status, start.loss, objective.evaluations)
+        self._report(iteration, status, loss, objective.evaluations)
         return returned
 
     def _report(

@@ -22,6 +22,8 @@ __all__ = ["Iteration", "Settings"]
 
 # Iterations without a new best loss or gradient after which only rounding error is left.
 _PATIENCE = 5
+# Iterates of conjugate gradients to choose from; each is a vector.
+_ITERATES = 4
 # Martens' rule for the end of conjugate gradients.
 _PROGRESS = 5e-4
 
@@ -80,17 +82,21 @@ class Iteration:
     def run(self) -> StepStatus:
         """Iterates; says why it ended."""
         while True:
-            status = self._ending()
+            status = self._ending() or self._iterate()
             if status is not None:
                 return status
-            if self.count:  # the gradient is known from the trial, its graph is not
-                evaluation = self._objective.evaluate(curvature=self._settings.captures)
-                self.point = Point.of(evaluation, self._space)
-            found = self._move()
-            self._memory.length = self.point.length
-            if isinstance(found, StepStatus):
-                return found
-            self._take(found)
+
+    def _iterate(self) -> StepStatus | None:
+        # Nothing of an iteration outlives it: its vectors, and its graph above all.
+        if self.count:  # the loss is known from the trial, the graph is not
+            evaluation = self._objective.evaluate(curvature=self._settings.captures)
+            self.point = Point.of(evaluation, self._space)
+        found = self._move()
+        self._memory.length = self.point.length
+        if isinstance(found, StepStatus):
+            return found
+        self._take(found)
+        return None
 
     def _ending(self) -> StepStatus | None:
         """Why the step is over at this point, if it is."""
@@ -119,6 +125,7 @@ class Iteration:
 
     def _model(self) -> Model:
         settings = self._settings
+        assert self.point.evaluation is not None
         operator = settings.operator(self._objective, self.point.evaluation)
         preconditioner = settings.preconditioner
         if preconditioner is not None:
@@ -145,21 +152,25 @@ class Iteration:
         fall = self.point.length / self._memory.length
         forcing = min(0.5, max(0.9 * fall**2, 1e-12))
         if not isinstance(settings.rule, LevenbergMarquardt):
-            return CG(settings.max_cg_iter, tolerance=forcing)
+            return CG(settings.max_cg_iter, tolerance=forcing, overwrites=True)
         return CG(
             settings.max_cg_iter,
             tolerance=1e-12,
             progress=_PROGRESS,
             slack=forcing,
             keep_iterates=True,
+            most_iterates=_ITERATES,
+            overwrites=True,
         )
 
     def _take(self, move: Move) -> None:
         """Goes where a move leads."""
         trial = move.trial
-        point: Point = trial.payload.point
-        self._objective.accept(trial.payload.step)
-        (length,) = self._space.to_host(norms=[torch.linalg.vector_norm(trial.payload.step)])
+        point: Point = trial.payload
+        direction = move.line.direction
+        self._objective.accept(direction, trial.t)
+        (norm,) = self._space.to_host(norms=[torch.linalg.vector_norm(direction)])
+        length = abs(trial.t) * norm
         self._progress.note(self.point.loss, point.loss, point.grad_norm, length)
         self.point = point
         self.gain_ratio = move.gain_ratio

@@ -18,13 +18,17 @@ from torch_secondorder.solvers import SolveResult, SolveStatus
 from torch_secondorder.space import Space
 from torch_secondorder.vector import max_norm
 
-__all__ = ["Candidate", "Line", "Memory", "Model", "Move", "Point", "Tally"]
+__all__ = ["Line", "Memory", "Model", "Move", "Point", "Tally"]
 
 
 class Point(NamedTuple):
-    """An evaluated point and what the host knows of it."""
+    """An evaluated point and what the host knows of it.
 
-    evaluation: Evaluation
+    That of a trial comes without its evaluation: the gradient is a vector, and who goes there needs
+    a graph as well.
+    """
+
+    evaluation: Evaluation | None
     loss: float
     grad_norm: float  # largest entry
     length: float  # Euclidean norm of the gradient
@@ -39,6 +43,12 @@ class Point(NamedTuple):
             whole=(evaluation.loss,),
         )
         return cls(evaluation, loss, grad_norm, length)
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient."""
+        assert self.evaluation is not None
+        return self.evaluation.grad
 
     @property
     def finite(self) -> bool:
@@ -92,19 +102,12 @@ class Line(NamedTuple):
         return -t * self.slope - t * t * (-self.slope - self.decrease)
 
 
-class Candidate(NamedTuple):
-    """What travels with a trial along a line."""
-
-    point: Point
-    step: Tensor
-
-
 class Move(NamedTuple):
     """A step that was found good.
 
     Attributes:
         line: The direction.
-        trial: How far along it, and what is there; its payload is a `Candidate`.
+        trial: How far along it, and what is there; its payload is a `Point`.
         gain_ratio: What the first trial gained over what the model promised.
         search_status: How the search ended, where there was one.
     """
@@ -151,12 +154,16 @@ class Model:
 
         Args:
             damping: Of at least zero.
-            more: Passed on to the solver.
+            more: Passed on to the solver; `x0` is used up.
         """
         operator = Damped(self._operator, damping) if damping else self._operator
         inverse = None if self._inverse is None else self._inverse(damping)
-        grad = self.point.evaluation.grad
-        result = self._solve(operator, -grad, preconditioner=inverse, **more)
+        # For the gradient itself, and then negated in place: a vector less.
+        if more.get("x0") is not None:
+            more["x0"].neg_()
+        result = self._solve(operator, self.point.grad, preconditioner=inverse, **more)
+        for x in (result.x, *(iterate.x for iterate in result.iterates)):
+            x.neg_()
         tally = self.tally
         tally.products += result.products
         tally.solver_iterations += result.iterations
@@ -169,14 +176,13 @@ class Model:
 
     def line(self, direction: Tensor, decrease: float, damping: float) -> Line:
         """A line along a solution of the damped system, whose quadratic fell by `decrease`."""
-        grad = self.point.evaluation.grad
+        grad = self.point.grad
         slope, square = self._space.to_host(sums=(grad @ direction, direction @ direction))
         return Line(direction, slope, decrease + 0.5 * damping * square)
 
     def trial(self, line: Line, t: float) -> Trial:
-        """Evaluates `t` along a line; the payload is a `Candidate`."""
-        step = line.direction if t == 1.0 else line.direction * t
-        evaluation = self._objective.trial(step)
+        """Evaluates `t` along a line; the payload is a `Point`."""
+        evaluation = self._objective.trial(line.direction, t)
         grad = evaluation.grad
         slope, grad_norm, length, loss = self._space.to_host(
             sums=(grad @ line.direction,),
@@ -184,10 +190,10 @@ class Model:
             norms=(torch.linalg.vector_norm(grad),),
             whole=(evaluation.loss,),
         )
-        point = Point(evaluation, loss, grad_norm, length)
+        point = Point(None, loss, grad_norm, length)
         if not point.finite:
             self.tally.nonfinite += 1
-        return Trial(t, loss, slope if isfinite(length) else inf, Candidate(point, step))
+        return Trial(t, loss, slope if isfinite(length) else inf, point)
 
     def start(self, line: Line) -> Trial:
         """The point itself, as a trial along a line."""

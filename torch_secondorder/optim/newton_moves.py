@@ -42,6 +42,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
         if not 0 < result.decrease < float("inf"):
             memory.direction = None
             if result.status is SolveStatus.NEGATIVE_CURVATURE:
+                del result
                 continue
             return _hopeless(result)
         memory.direction = result.x
@@ -49,7 +50,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
         found = _search(model, _BACKTRACKING, line, first)
         ratio = model.gain_ratio(line, first)
         if found.status.accepted:
-            after: float = found.trial.payload.point.length
+            after: float = found.trial.payload.length
             ratios = (ratio, after / model.point.length)
             if result.status is SolveStatus.NONFINITE:
                 memory.damping = rule.raised(damping)
@@ -60,6 +61,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
         if model.unresolved(line):
             return StepStatus.STALLED
         memory.damping = max(memory.damping, rule.raised(damping, 2 + failures))
+        del result, line  # and with them vectors, before there are others
     return StepStatus.NONFINITE_TRIALS if not first.finite else StepStatus.NO_DECREASE
 
 
@@ -93,6 +95,7 @@ def within_radius(model: Model, rule: TrustRegion, memory: Memory, lr: float) ->
             return Move(line, trial, ratio)
         if model.unresolved(line):
             return StepStatus.STALLED
+        del result, line  # and with them vectors, before there are others
     assert trial is not None
     return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 

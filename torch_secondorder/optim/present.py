@@ -16,6 +16,11 @@ from torch_secondorder.single import without_autocast
 
 __all__ = ["Scaling", "present_gradients"]
 
+_WATCHING = (
+    "run forward and backward pass in `with optimizer.watching():` (in a Hugging Face Trainer that "
+    "is what torch_secondorder.huggingface.SecondOrderCallback does)"
+)
+
 
 class Scaling:
     """What a `torch.amp.GradScaler` has left on the optimizer for this step.
@@ -80,21 +85,22 @@ def _check(
 ) -> None:
     if not watch.twice:
         raise RuntimeError(
-            f"{name}.step() needs a closure where it looks at the model's outputs:\n"
-            + STANDARD_CLOSURE
+            f"{name}.step() looks at the model's outputs at this step: {_WATCHING}, or pass the "
+            f"closure:\n{STANDARD_CLOSURE}"
         )
     if not any(g is not None and g.grad_fn is not None for g in gradients):
         raise RuntimeError(
             f"{name}.step() estimates the curvature at this step and finds no graph on the "
-            "gradients: pass the closure, or call loss.backward(create_graph=True) before where "
-            f"optimizer.curvature_due says so:\n{STANDARD_CLOSURE}"
+            f"gradients: {_WATCHING}, call loss.backward(create_graph=True) where "
+            f"optimizer.curvature_due says so, or pass the closure:\n{STANDARD_CLOSURE}"
         )
     if _averaged_by_ddp(gradients):
         raise RuntimeError(
             f"{name}.step() finds gradients that DistributedDataParallel has averaged, and their "
             "graph is of this rank's loss alone (PyTorch averages no graphs), so that each rank "
             "would go its own way: pass the closure to step(), where curvature is averaged too "
-            f"and loss.backward() needs no create_graph=True:\n{STANDARD_CLOSURE}"
+            "and loss.backward() needs no create_graph=True, or run forward and backward pass in "
+            f"`with optimizer.watching():`, likewise:\n{STANDARD_CLOSURE}"
         )
     if scaling.active and scaling.scale is None:
         raise RuntimeError(

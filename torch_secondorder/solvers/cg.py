@@ -40,6 +40,9 @@ class CG:
             0 for never.
         slack: That rule applies only where `|b - A x| <= slack |b|`.
         keep_iterates: Whether to keep some iterates on the way, for backtracking.
+        most_iterates: How many at most, 0 for any number. Where there are more, those remain that
+            lie ever further apart towards the start.
+        overwrites: Whether the memory of `x0` may be used for the solution.
         recompute: Iterations from one computation of the residual to the next; 0 for never.
 
     Raises:
@@ -56,9 +59,11 @@ class CG:
     slack: float = inf
     keep_iterates: bool = False
     recompute: int = 50
+    most_iterates: int = 0
+    overwrites: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("max_iterations", 1), ("recompute", 0)):
+        for name, least in (("max_iterations", 1), ("recompute", 0), ("most_iterates", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -83,7 +88,8 @@ class CG:
         Args:
             A: The operator.
             b: Shape `(n,)`.
-            x0: The solver begins where the quadratic is least along it; zero by default.
+            x0: The solver begins where the quadratic is least along it; zero by default. See
+                `overwrites`.
             preconditioner: Positive definite, close to the inverse of `A`.
             radius: The trust radius; it needs a start at zero.
 
@@ -97,14 +103,19 @@ class CG:
         if radius is not None and not 0 <= radius < inf:
             raise ValueError(f"the radius must be at least 0 and finite, got {radius!r}")
         start = None if x0 is None else x0.detach()
-        run = _Run(A, b.detach(), start, preconditioner, radius)
+        run = _Run(A, b.detach(), start, preconditioner, radius, overwrites=self.overwrites)
         quadratics, iterates = [run.quadratic], list[Iterate]()
-        next_kept, kept_at = float(_FIRST_KEPT), -1
+        next_kept, number, kept_at = float(_FIRST_KEPT), 0, -1
+        numbers: list[int] = []  # which of those that might be kept are
         status = SolveStatus.CONVERGED if run.residual <= self._target(run) else None
         while status is None:
             if self.keep_iterates and run.count >= ceil(next_kept):
+                if 0 < self.most_iterates <= len(iterates):
+                    least = _least_missed(numbers, number)
+                    del iterates[least], numbers[least]
                 iterates.append(Iterate(run.x.clone(), -run.quadratic))
-                next_kept, kept_at = next_kept * _SPACING, run.count
+                numbers.append(number)
+                next_kept, number, kept_at = next_kept * _SPACING, number + 1, run.count
             status = run.iterate(bool(self.recompute) and (run.count + 1) % self.recompute == 0)
             if status is None:
                 quadratics.append(run.quadratic)
@@ -128,6 +139,13 @@ class CG:
         return SolveStatus.MAX_ITERATIONS if run.count >= self.max_iterations else None
 
 
+def _least_missed(numbers: list[int], following: int) -> int:
+    """Which of some places leaves the smallest gap, as seen from the place that follows them."""
+    gaps = [b - a for a, b in zip([-1, *numbers], [*numbers[1:], following], strict=False)]
+    shares = [gap / (following - own) for gap, own in zip(gaps, numbers, strict=True)]
+    return shares.index(min(shares))
+
+
 class _Run:
     """The iteration: what lives on the device, and what the host knows of it.
 
@@ -146,6 +164,8 @@ class _Run:
         x0: Tensor | None,
         preconditioner: LinearOperator | None,
         radius: float | None,
+        *,
+        overwrites: bool,
     ) -> None:
         self._A, self._b, self._space = A, b, A.space
         self._preconditioner = preconditioner
@@ -166,6 +186,8 @@ class _Run:
             share = torch.where(curvature > 0, slope / curvature, 0.0)
             kept = share > 0  # else what is multiplied with zero may still be no number
             self.x = torch.where(kept, share * x0, 0.0)
+            if overwrites:
+                self.x = x0.copy_(self.x)
             self._r = torch.where(kept, b - share * image, b)
         self._spare = self._r if radius is None else torch.empty_like(self._r)
         self._p = self._preconditioned(self._r).clone()
@@ -202,7 +224,10 @@ class _Run:
         beta = r_z / self._r_z
         if recompute:
             # Only what p is made of is replaced: beta belongs to the recurrence.
-            torch.sub(self._b, self._multiply(torch.addcmul(self.x, self._p, alpha)), out=r)
+            if self._radius is None:
+                image = r  # the product is needed at the radius only, and it is a vector
+            there = torch.addcmul(self.x, self._p, alpha, out=r)
+            torch.sub(self._b, self._multiply(there), out=r)
             z = self._preconditioned(r)
             r_z, r_r = self._products_of(r, z)
         curvature, step, share, new_r_z, new_r_r = self._space.to_host(

@@ -1,0 +1,110 @@
+"""What the Lightning examples share: the package that is installed, a module, a quiet trainer."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+try:
+    import lightning.pytorch as host
+except ImportError:
+    try:
+        import pytorch_lightning as host
+    except ImportError:
+        sys.exit("error: this example needs Lightning: pip install lightning")
+
+CHUNK = 1000  # images that are tested at a time
+
+
+class Classifier(host.LightningModule):
+    """A module as anybody would write it: nothing in it knows what optimizer it gets.
+
+    Args:
+        network: Maps images to logits.
+        make: Makes the optimizer for its parameters.
+    """
+
+    def __init__(
+        self, network: nn.Module, make: Callable[[Iterable[nn.Parameter]], Optimizer]
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.make = make
+        self.evaluations = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        self.evaluations += 1
+        loss = F.cross_entropy(self.network(batch[0]), batch[1])
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        """See `LightningModule.configure_optimizers`."""
+        return self.make(self.parameters())
+
+
+class Batches:
+    """Batches of tensors, in a new order each epoch.
+
+    Args:
+        x: Samples.
+        y: Their targets.
+        size: Of a batch; None for all at once, in the order that they have.
+        seed: Of the order.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, size: int | None, seed: int = 0) -> None:
+        self.x, self.y, self.size = x, y, size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return 1 if self.size is None else -(-len(self.x) // self.size)
+
+    def __iter__(self) -> Any:
+        if self.size is None:
+            yield [self.x, self.y]
+            return
+        order = torch.randperm(len(self.x), generator=self._generator)
+        for indices in order.split(self.size):
+            yield [self.x[indices], self.y[indices]]
+
+
+def quiet() -> None:
+    """Keeps from the terminal what Lightning says of things that are meant so here."""
+    logging.getLogger(host.__name__).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers",
+        ".*isinstance\\(treespec, LeafSpec\\)",
+        ".*smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def trainer(epochs: int, callbacks: list[Any]) -> Any:
+    """A trainer with a progress bar, and without files."""
+    return host.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[host.callbacks.TQDMProgressBar(refresh_rate=5), *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=5,
+    )
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of images that are classified rightly."""
+    pairs = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
+    right = [(network(a).argmax(dim=1) == b).double().sum() for a, b in pairs]
+    return (torch.stack(right).sum() / len(x)).item()
