@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
@@ -134,18 +134,28 @@ def lbfgs_in_groups(rank: int, ranks: int) -> list[Any]:
 
 def look_after_backward(rank: int, ranks: int) -> list[Any]:
     """The closure ends with a forward pass without a backward one, which leaves gathered copies."""
-    share = Share(rank, ranks)
-    optimizer = LBFGS(share.model.parameters(), max_iter=4)
     seen: list[Any] = []
+    for make in (lambda p: LBFGS(p, max_iter=4), lambda p: Sophia(p, lr=0.01, update_period=2)):
+        share = Share(rank, ranks)
+        optimizer = make(share.model.parameters())
 
-    def closure() -> Tensor:
-        loss = share.closure()
-        with torch.no_grad():
-            assert torch.equal(share.loss(), loss)
-        return loss
+        def closure(share: Share = share) -> Tensor:
+            loss = share.closure()
+            with torch.no_grad():
+                assert torch.equal(share.loss(), loss)
+            return loss
 
-    for _ in range(4):
-        seen += [optimizer.step(closure).item(), *share.values()]
+        for _ in range(4):
+            loss = optimizer.step(closure).item()
+            with torch.no_grad():  # by a new forward pass, and from the parameters' parts
+                outputs = [share.model(share.x)]
+                for module in share.model.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
+                outputs += [share.model(share.x)]
+            assert torch.equal(*outputs)
+            if isinstance(optimizer, LBFGS):
+                seen += [loss, *share.values()]
     return seen
 
 
@@ -339,6 +349,10 @@ def solve(rank: int, ranks: int) -> list[Any]:
                 found += [list(SolveStatus).index(result.status), result.iterations]
                 found += [result.residual_norm, result.decrease, result.length]
                 found += [result.negative_curvature, space.total(result.x @ b)]
+    x0 = vectors[2].clone()
+    x0[8] = math.nan  # which the first of two ranks does not have
+    with pytest.raises(ValueError, match="x0 must be finite"):
+        Minres()(diagonal(definite), b, x0=x0[part])
     return found
 
 
@@ -392,6 +406,32 @@ def meet_nan(rank: int, ranks: int) -> list[Any]:
 
             optimizer.step(closure)
             found += [list(StepStatus).index(optimizer.info.status), share.values()]
+    return found
+
+
+def meet_infinity(rank: int, ranks: int) -> list[Any]:
+    """In the last rank's part of a gradient, in the third step; then in a difference of others."""
+    found: list[Any] = []
+    for make in (
+        lambda p: LBFGS(p, max_iter=2),
+        lambda p: AdaHessian(p, lr=0.02),
+        lambda p: Sophia(p, lr=0.02),
+    ):
+        share = Share(rank, ranks)
+        optimizer = make(share.model.parameters())
+        for step, bad in ((1, ()), (2, ()), (3, (1,)), (4, (2,)), (5, ())):
+            evaluations = 0
+
+            def closure(share: Share = share, bad: tuple[int, ...] = bad) -> Tensor:
+                nonlocal evaluations
+                evaluations += 1
+                loss = share.closure()
+                if evaluations in bad and rank == ranks - 1:
+                    share.model[0].weight.grad.to_local().fill_(math.inf)
+                return loss
+
+            optimizer.step(closure)
+            found += [step, list(StepStatus).index(optimizer.info.status), share.values()]
     return found
 
 
@@ -570,6 +610,7 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
         solve,
         draw_labels,
         meet_nan,
+        meet_infinity,
         half_precision,
         measure,
         refuse,
@@ -663,6 +704,18 @@ def test_all_ranks_reject_what_one_finds_not_finite(ranks: list[dict[str, Any]])
         ] * 2
         torch.testing.assert_close(values[2], values[1], rtol=0, atol=0)
         assert not torch.equal(values[3][0], values[2][0])
+
+
+def test_all_ranks_reject_what_is_not_finite_in_a_part_of_one(ranks: list[dict[str, Any]]) -> None:
+    found = results(ranks, "meet_infinity")
+    names = [list(StepStatus)[number].name for number in found[1::3]]
+    assert names[2] == "NONFINITE_START"
+    assert names[5:10] == [
+        *("MOVED", "MOVED", "NONFINITE_START", "MOVED_ON_OLD_CURVATURE", "MOVED")
+    ]
+    assert names[10:] == ["MOVED", "MOVED", "NONFINITE_START", "MOVED", "MOVED"]
+    for values in found[2::3]:
+        assert all(torch.isfinite(value).all() for value in values)
 
 
 def test_the_history_is_cut_up_and_little_is_sent(ranks: list[dict[str, Any]]) -> None:
