@@ -22,8 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
 
 from torch_secondorder.optim import SecondOrderOptimizer
