@@ -198,7 +198,8 @@ class SingleEvaluation:
             stack.enter_context(uncaptured())
             if self._functional:
                 stack.enter_context(surroundings.ranks.quiet())
-            if not surroundings.knows(self._source, "modules"):
+            known = surroundings.knows(self._source, "modules")
+            if not known:
                 stack.enter_context(surroundings.watch(self._before))
             loss = scalar(self._called(before))
             if self._functional:
@@ -206,7 +207,8 @@ class SingleEvaluation:
                 gradients, _ = _averaged(found, params, surroundings.ranks)
             elif not before.shows_backward(params):
                 differentiable(loss).backward()
-        surroundings.note(self._source, "modules")
+        if not known:
+            surroundings.note(self._source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
     def _called(self, before: GradientTrace) -> Any:
@@ -239,8 +241,9 @@ class SingleEvaluation:
                 gradients = capture.differentiate(differentiable(loss))
             elif not capture.calls:
                 capture.backward(differentiable(loss))
-        self._surroundings.note(source)
-        self._surroundings.note(source, "modules")
+        if not known:
+            self._surroundings.note(source)
+            self._surroundings.note(source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
 
