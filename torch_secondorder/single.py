@@ -203,7 +203,8 @@ class SingleEvaluation:
             stack.enter_context(uncaptured())
             if self._functional:
                 stack.enter_context(surroundings.ranks.quiet())
-            if not surroundings.knows(self._source, "modules"):
+            known = surroundings.knows(self._source, "modules")
+            if not known:
                 stack.enter_context(surroundings.watch(self._before))
             loss = scalar(self._called(before))
             if self._functional:
@@ -211,7 +212,8 @@ class SingleEvaluation:
                 gradients, _ = averaged(found, params, surroundings.ranks)
             elif not before.shows_backward(params):
                 differentiable(loss).backward()
-        surroundings.note(self._source, "modules")
+        if not known:
+            surroundings.note(self._source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
     def _called(self, before: GradientTrace) -> Any:
@@ -244,8 +246,9 @@ class SingleEvaluation:
                 gradients = capture.differentiate(differentiable(loss))
             elif not capture.calls:
                 capture.backward(differentiable(loss))
-        self._surroundings.note(source)
-        self._surroundings.note(source, "modules")
+        if not known:
+            self._surroundings.note(source)
+            self._surroundings.note(source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
     def _run_compiled(
