@@ -137,7 +137,7 @@ def test_the_autoencoder_takes_digits_where_there_is_nothing_else(tmp_path: Path
 @pytest.mark.slow
 def test_the_equation_is_solved(tmp_path: Path) -> None:
     done = run_example(
-        *("--optimizers", "newton-cg,adam", "--seconds", "3", "--target", "0.05"),
+        *("--optimizers", "newton-cg,adam", "--seconds", "6", "--target", "0.05"),
         cwd=tmp_path,
         script="pinn_poisson.py",
     )

@@ -39,24 +39,24 @@ def _products(A: LinearOperator, v: Tensor, count: int) -> None:
 
 def _syncs(solve: Callable[[int], SolveResult], iterations: int) -> float:
     """How often an iteration makes the host wait, from two runs of different length."""
-    module = importlib.import_module("torch_secondorder.solvers.cg")
-    original, calls = module.to_host, 0
+    kind = importlib.import_module("torch_secondorder.space").Space
+    original, calls = kind.to_host, 0
 
-    def counting(*scalars: Tensor) -> list[float]:
+    def counting(space: Any, *numbers: Any, **more: Any) -> list[float]:
         nonlocal calls
         calls += 1
-        result: list[float] = original(*scalars)
+        result: list[float] = original(space, *numbers, **more)
         return result
 
     found = []
-    module.to_host = counting
+    kind.to_host = counting
     try:
         for most in (iterations, 2 * iterations):
             before = calls
             done = solve(most).iterations
             found.append((calls - before, done))
     finally:
-        module.to_host = original
+        kind.to_host = original
     (fewer, short), (more, long) = found
     return (more - fewer) / (long - short) if long > short else float("nan")
 

@@ -61,6 +61,8 @@ class DatasetObjective(ClosureObjective):
         source = own if other is None else other
         self.passes = source if isinstance(source, Passes) else None
         self._here = False  # whether it was evaluated last where it stands
+        # Kept, though it holds a gradient: to make it again takes a pass over the data.
+        self._trial: Evaluation | None = None
 
     @property
     def replay(self) -> Replay:
@@ -73,6 +75,11 @@ class DatasetObjective(ClosureObjective):
         if last is not None and self._here and self.passes is not None:
             return last
         return super().evaluate(curvature=curvature)
+
+    def trial(self, step: Tensor, t: float = 1.0) -> Evaluation:
+        """See `Objective.trial`."""
+        self._trial = super().trial(step, t)
+        return self._trial
 
     def over(self, use: Callable[[Callable[[], Evaluation], float], None], label: str) -> None:
         """Goes over the batches once more, where the parameters stand.
@@ -104,7 +111,7 @@ class DatasetObjective(ClosureObjective):
         return total
 
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
-        self._here = False
+        self._here, self._trial = False, None
         raw = super()._run(position, curvature and self.passes is None)
         self._here = position is self.position
         return raw
