@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -534,7 +535,7 @@ def test_float32_goes_on_until_rounding(device: torch.device) -> None:
         {"preconditioner": Nystrom(5, 3)},
         {"max_cg_iter": 3},
     ],
-    ids=str,
+    ids=lambda arguments: re.sub(" object at \\w+", "", str(arguments)),  # the same in each process
 )
 def test_strategies(arguments: dict[str, Any], device: torch.device) -> None:
     made = make_case("mlp", device)
