@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
-from weakref import ReferenceType, ref
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatc
 from torch_secondorder.optim.arrangement import Arrangement
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
 from torch_secondorder.optim.blocks import Block, as_real
+from torch_secondorder.optim.diagonal_report import Effort, report_of
 from torch_secondorder.optim.info import LazyInfo, StepInfo
 from torch_secondorder.optim.observation import Observation
 from torch_secondorder.optim.present import Scaling, present_gradients
@@ -34,13 +35,6 @@ from torch_secondorder.vector import ParameterVector, max_norm
 from torch_secondorder.workspace import Workspace
 
 __all__ = ["DiagonalOptimizer", "check_betas"]
-
-
-class Effort(NamedTuple):
-    """What a step took."""
-
-    evaluations: int
-    products: int
 
 
 class DiagonalOptimizer(SecondOrderOptimizer):
@@ -279,7 +273,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             self._overdue = not moved
         self._stale = GradientTrace(params)
         # Not a method of this object, which would keep itself alive.
-        report = partial(_report, ref(self), verdict, loss, params, self._stale, effort)
+        report = partial(report_of, ref(self), verdict, loss, params, self._stale, effort)
         self.info = LazyInfo(report)
         if isinstance(space, ShardedSpace):
             # Now, for all processes are here; who reads the report may be alone.
@@ -395,39 +389,6 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and name in self.state[p]:
                     self.state[p][name] = value.to(p.device, copy=True)
-
-
-def _report(
-    owner: ReferenceType[DiagonalOptimizer],
-    verdict: Verdict,
-    loss: Tensor | None,
-    params: Sequence[Tensor],
-    trace: GradientTrace,
-    effort: Effort,
-    numbers: Tensor | None = None,
-) -> StepInfo:
-    optimizer = owner()
-    assert optimizer is not None
-    value = float("nan") if loss is None else loss.item()
-    norm = None
-    if numbers is not None:
-        *inside, norm = numbers.tolist()
-    else:
-        inside = [count.item() for count in optimizer._inside() or ()]
-        if trace.matches(params):
-            norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
-            norm = max(norms, default=None)
-    return StepInfo(
-        status=verdict.status,
-        loss=-value if optimizer.param_groups[0]["maximize"] else value,
-        loss_after=None,
-        grad_norm=norm,
-        iterations=int(verdict.moved),
-        evaluations=effort.evaluations,
-        step_length=1.0,
-        products=effort.products,
-        unclipped=inside[0] / inside[1] if inside and inside[1] else None,
-    )
 
 
 def check_betas(betas: Any) -> None:
