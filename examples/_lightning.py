@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import warnings
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from _data import Images, best_available, load_images
 
 try:
     import lightning.pytorch as host
@@ -108,3 +111,23 @@ def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
     pairs = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
     right = [(network(a).argmax(dim=1) == b).double().sum() for a, b in pairs]
     return (torch.stack(right).sum() / len(x)).item()
+
+
+def images_for(arguments: argparse.Namespace) -> Images:
+    """Readies torch and Lightning, and loads the images that a command line asks for.
+
+    Ends the program where they are not to be had.
+
+    Args:
+        arguments: With `threads`, `dataset`, `data_dir`, `seed`, and the number of training `images`.
+    """
+    quiet()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        dataset = arguments.dataset or best_available(arguments.data_dir)
+        found = load_images(dataset, arguments.data_dir, seed=arguments.seed)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    kept = slice(arguments.images)
+    return Images(found.name, found.train_x[kept], found.train_y[kept], found.test_x, found.test_y)

@@ -11,7 +11,6 @@ iterations, which is what an epoch is here; training ends as soon as the gradien
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from _command_line import positive
-from _data import DATASETS, Images, best_available, load_images
-from _lightning import Batches, Classifier, accuracy, host, quiet, trainer
+from _data import DATASETS, Images
+from _lightning import Batches, Classifier, accuracy, host, images_for, trainer
 from _report import format_table
 from torch_secondorder import LBFGS
 from torch_secondorder.lightning import SecondOrderMonitor
@@ -115,18 +114,7 @@ def statement(results: list[Result], tolerance: float) -> str:
 def main() -> None:
     """Trains with each optimizer in turn, then prints the table."""
     arguments = parse_arguments()
-    quiet()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        dataset = arguments.dataset or best_available(arguments.data_dir)
-        images = load_images(dataset, arguments.data_dir, seed=arguments.seed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    kept = slice(arguments.images)
-    images = Images(
-        images.name, images.train_x[kept], images.train_y[kept], images.test_x, images.test_y
-    )
+    images = images_for(arguments)
     print(f"{images.name}: {len(images.train_y):,} images in one batch, 20 iterations an epoch")
     results = [
         fit(label, images, arguments.epochs, arguments.tolerance, arguments.seed)

@@ -11,7 +11,6 @@ The module is an ordinary one: `configure_optimizers` returns the optimizer, and
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 
 from _command_line import names_among, positive
-from _data import DATASETS, Images, best_available, load_images
-from _lightning import Batches, Classifier, accuracy, quiet, trainer
+from _data import DATASETS, Images
+from _lightning import Batches, Classifier, accuracy, images_for, trainer
 from _report import format_table
 from torch_secondorder import LBFGS, AdaHessian, NewtonCG, Sophia
 from torch_secondorder.lightning import SecondOrderMonitor
@@ -94,18 +93,7 @@ def fit(name: str, images: Images, epochs: int, seed: int) -> list[str]:
 def main() -> None:
     """Trains with each optimizer in turn, then prints the table."""
     arguments = parse_arguments()
-    quiet()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        dataset = arguments.dataset or best_available(arguments.data_dir)
-        images = load_images(dataset, arguments.data_dir, seed=arguments.seed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    kept = slice(arguments.images)
-    images = Images(
-        images.name, images.train_x[kept], images.train_y[kept], images.test_x, images.test_y
-    )
+    images = images_for(arguments)
     size = sum(p.numel() for p in make_network(images, 0).parameters())
     print(
         f"{images.name}: {len(images.train_y):,} training and {len(images.test_y):,} test images; "
