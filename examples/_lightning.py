@@ -119,7 +119,7 @@ def images_for(arguments: argparse.Namespace) -> Images:
     Ends the program where they are not to be had.
 
     Args:
-        arguments: With `threads`, `dataset`, `data_dir`, `seed`, and the number of training `images`.
+        arguments: `threads`, `dataset`, `data_dir`, `seed`, and the number of training `images`.
     """
     quiet()
     if arguments.threads:
