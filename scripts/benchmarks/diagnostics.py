@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .harness import load_ours, load_peer, progress
-from .networks import chain, images
+from .networks import chain, images, small_cnn
 from .registry import Options, command
 from .report import Report, Table, number
 
@@ -23,16 +23,7 @@ def trained_cnn(samples: int, steps: int) -> tuple[nn.Module, Tensor, Tensor, st
     torch.manual_seed(0)
     x, y, name = images(samples)
     x = x.view(-1, 1, 28, 28)
-    model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 10),
-    )
+    model = small_cnn()
     optimizer = torch.optim.Adam(model.parameters())
     for _ in range(steps):
         chosen = torch.randint(len(x), (100,))

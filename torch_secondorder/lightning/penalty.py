@@ -6,12 +6,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from torch_secondorder.lightning.host import Callback
 from torch_secondorder.optim.base import check_number
-from torch_secondorder.penalties.encoder import Calls, EncoderPenalty
+from torch_secondorder.penalties.encoder import Calls, EncoderPenalty, seeded
 
 __all__ = ["JacobianPenaltyCallback"]
 
@@ -91,8 +90,7 @@ class JacobianPenaltyCallback(Callback):
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            generator = functools.partial(_generator, {}, self.seed + trainer.global_step)
-            with penalty.watching(generator) as calls:
+            with penalty.watching(seeded(self.seed + trainer.global_step)) as calls:
                 output = original(*args, **kwargs)
             return self._added(output, calls)
 
@@ -150,15 +148,6 @@ def _submodule(pl_module: Any, name: str) -> nn.Module:
             f"{type(pl_module).__name__} has no module {name!r} to penalize; it has {known}"
         )
     return module
-
-
-def _generator(
-    made: dict[torch.device, torch.Generator], seed: int, device: torch.device
-) -> torch.Generator:
-    """The generator of an evaluation on a device, always the same at first."""
-    if device not in made:
-        made[device] = torch.Generator(device).manual_seed(seed)
-    return made[device]
 
 
 def _put_back(own: dict[str, Any], before: Any) -> None:

@@ -13,7 +13,7 @@ from torch_secondorder.contract import check_callable, lost_graph, scalar
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.interception import intercepting
 from torch_secondorder.objective import FunctionalObjective
-from torch_secondorder.penalties.encoder import Calls, EncoderPenalty
+from torch_secondorder.penalties.encoder import Calls, EncoderPenalty, seeded
 from torch_secondorder.single import GradientTrace
 
 __all__ = ["Penalized", "not_called"]
@@ -60,14 +60,7 @@ class Penalized:
 
     def generator(self) -> Callable[[torch.device], torch.Generator]:
         """Random generators by device, always the same ones within a step."""
-        made: dict[torch.device, torch.Generator] = {}
-
-        def generator(device: torch.device) -> torch.Generator:
-            if device not in made:
-                made[device] = torch.Generator(device).manual_seed(self._seed)
-            return made[device]
-
-        return generator
+        return seeded(self._seed)
 
     def _evaluate(self, closure: Callable[[], Any]) -> Tensor:
         before = GradientTrace(self._params)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_secondorder.penalties.checks import check_choice, check_count, check_noise
 from torch_secondorder.penalties.contractive import contractive_penalty
 
-__all__ = ["Calls", "EncoderPenalty", "Recorder"]
+__all__ = ["Calls", "EncoderPenalty", "Recorder", "input_of", "seeded"]
 
 
 class Calls:
@@ -187,3 +187,15 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             "function of one tensor to the loss"
         )
     return given[0]
+
+
+def seeded(seed: int) -> Callable[[torch.device], torch.Generator]:
+    """New random generators by device, one for each, that begin at a seed."""
+    made: dict[torch.device, torch.Generator] = {}
+
+    def generator(device: torch.device) -> torch.Generator:
+        if device not in made:
+            made[device] = torch.Generator(device).manual_seed(seed)
+        return made[device]
+
+    return generator
