@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
-__all__ = ["Graph", "LinearCall", "Multiply", "Output", "explained", "versions"]
+__all__ = [
+    "Graph",
+    "LinearCall",
+    "MissingSecondDerivative",
+    "Multiply",
+    "Output",
+    "explained",
+    "versions",
+]
 
 #: A product with a curvature of the loss: parts of the direction, whether they are batched.
 Multiply: TypeAlias = Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]]
@@ -27,6 +35,10 @@ _COMPILED = (
     "optimizer that needs gradients only"
 )
 _REENTRANT = "activation checkpointing with use_reentrant=True; False works"
+
+
+class MissingSecondDerivative(RuntimeError):
+    """An operation inside the closure has no second derivative, or a wrong one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,15 +260,15 @@ def explained(error: RuntimeError) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
     if "donated buffers" in text or "torch.compile with aot_autograd" in text:
-        return RuntimeError(_COMPILED)
+        return MissingSecondDerivative(_COMPILED)
     if "use_reentrant=True" in text:
         return _no_second_derivative(_REENTRANT)
     signs = ("is not implemented", "once_differentiable", "double backward")
     return _no_second_derivative(text) if any(sign in text for sign in signs) else error
 
 
-def _no_second_derivative(what: str) -> RuntimeError:
-    return RuntimeError(
+def _no_second_derivative(what: str) -> MissingSecondDerivative:
+    return MissingSecondDerivative(
         f"an operation inside the closure has no second derivative: {what}. Use an implementation "
         "of it that has one, products that need none (NewtonCG takes "
         'curvature_products="finite_difference"), or an optimizer that needs gradients only'
