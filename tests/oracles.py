@@ -23,7 +23,8 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def dense_hessian(function: Callable[..., Tensor], params: Sequence[Tensor]) -> Tensor:
     """The Hessian over the flat real vector of all parameters, row by row through autograd."""
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention with a second derivative
+    # The only attention, and the only recurrent layers, with a second derivative.
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         return torch.autograd.functional.hessian(_of_vector(function, params), _reals(params))
 
 

@@ -177,7 +177,8 @@ def reference(a: Tensor, b: Tensor, progress: float, slack: float) -> tuple[int,
 def test_it_stops_where_the_quadratic_has_stopped_falling(
     progress: float, slack: float, device: torch.device
 ) -> None:
-    a, b = symmetric(torch.logspace(-2, 1, 90, dtype=torch.float64)), vector_of(90)
+    # Of a larger condition rounding decides how many iterations it takes.
+    a, b = symmetric(torch.logspace(-1, 1, 90, dtype=torch.float64)), vector_of(90)
     iteration, status = reference(a, b, progress, slack)
     solver = CG(1000, progress=progress, slack=slack, recompute=0)
     result = solver(Dense(a.to(device)), b.to(device))

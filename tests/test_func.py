@@ -347,6 +347,7 @@ def test_gauss_newton_products(device: torch.device) -> None:
 # --- composition ---
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_everything_composes_with_vmap_and_grad(device: torch.device) -> None:
     f, x = small(device)
     many = torch.stack([x, x / 2, -x])

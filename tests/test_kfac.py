@@ -362,7 +362,7 @@ def sharing(kind: str, device: torch.device) -> tuple[list[Tensor], Callable[[],
         "a weight transposed": ([w], lambda: F.linear(x, w.T)),
     }
     params, model = models[kind]
-    return params, lambda: F.mse_loss(model(), torch.ones((), device=device).expand(model().shape))
+    return params, lambda: F.mse_loss(model(), torch.ones_like(x[0, 0]).expand(model().shape))
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,8 @@ def test_float32(negative: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1e6, 1e15])
 def test_the_scales_of_a_and_b_do_not_matter(scale: float, device: torch.device) -> None:
-    a = symmetric(spectrum(20)).to(device, torch.float32)
+    # Of a larger condition rounding decides how many iterations it takes.
+    a = symmetric(torch.logspace(-1, 1, 20)).to(device, torch.float32)
     b = vector_of(20).to(device, torch.float32)
     plain = Minres(tolerance=1e-4)(Dense(a), b)
     other = Minres(tolerance=1e-4)(Dense(a * scale), b / scale**0.5)

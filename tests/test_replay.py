@@ -23,7 +23,7 @@ def run_step(objective: Objective, evaluations: int, curvature: bool = False) ->
     with objective:
         for _ in range(evaluations):
             losses.append(objective.evaluate(curvature=curvature).loss)
-            objective.trial(100 * torch.ones(objective.vector.size, dtype=objective.vector.dtype))
+            objective.trial(torch.full_like(objective.position, 100.0))
     return losses
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -275,5 +276,5 @@ def to_host(*scalars: Tensor) -> list[float]:
     """0-dim tensors as Python numbers, with one synchronization for all of them."""
     if scalars[0].device.type == "cpu":
         return [s.item() for s in scalars]
-    dtype = max((s.dtype for s in scalars), key=lambda d: torch.finfo(d).bits)
+    dtype = reduce(torch.promote_types, (s.dtype for s in scalars))
     return torch.stack([s.to(dtype) for s in scalars]).tolist()

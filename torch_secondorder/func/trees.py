@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torch_secondorder.twice import twice_differentiable
+
 __all__ = ["basis", "flatten", "flattened", "like", "named", "numels", "scalar", "unflatten"]
 
 _LEAF = pytree.tree_structure(0)
@@ -96,7 +98,9 @@ def flattened(
     specs: list[pytree.TreeSpec] = []
 
     def of_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
-        outputs, found = flatten(f(unflatten(leaves, spec)), "f(x)")
+        with twice_differentiable(leaves):
+            value = f(unflatten(leaves, spec))
+        outputs, found = flatten(value, "f(x)")
         specs[:] = [found]
         return tuple(outputs)
 
@@ -107,7 +111,8 @@ def scalar(f: Callable[[Any], Any]) -> Callable[[Any], Tensor]:
     """The function, with an error where it has no Hessian."""
 
     def checked(x: Any) -> Tensor:
-        value = f(x)
+        with twice_differentiable(pytree.tree_leaves(x)):
+            value = f(x)
         if not isinstance(value, Tensor) or value.shape != ():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
             raise ValueError(

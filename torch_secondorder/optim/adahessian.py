@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_secondorder.curvature.diagonal import DiagonalEstimator, resolve_estimator
 from torch_secondorder.optim.base import check_number
-from torch_secondorder.optim.blocks import Block
+from torch_secondorder.optim.blocks import Block, narrowed
 from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
 from torch_secondorder.optim.seen import Seen, correction
 from torch_secondorder.optim.sharded import check_averaging
@@ -156,11 +156,12 @@ class AdaHessian(DiagonalOptimizer):
             fast = power == 1.0 and not seen.on_device
             if fast and block.adam(float(rate), beta2, float(eps), roots):
                 return
-            block.exp_hessian.lerp_(roots.mul_(roots), (1 - beta2) * seen.bends)
+            weight = narrowed((1 - beta2) * seen.bends, roots)
+            block.exp_hessian.lerp_(roots.mul_(roots), weight)
             torch.sqrt(block.exp_hessian, out=roots)  # new memory costs as much as the arithmetic
         if power != 1.0:
             roots.pow_(power)
-        block.divide(rate, roots.add_(eps))
+        block.divide(rate, roots.add_(narrowed(eps, roots)))
 
 
 def average_blocks_(

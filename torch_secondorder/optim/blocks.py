@@ -18,7 +18,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from torch_secondorder.space import local
 
-__all__ = ["COUNTS", "MOMENTS", "Block", "Number", "as_real", "nonfinite"]
+__all__ = ["COUNTS", "MOMENTS", "Block", "Number", "as_real", "narrowed", "nonfinite"]
 
 #: A number on the host, or a 0-dim tensor on the device.
 Number: TypeAlias = float | Tensor
@@ -148,7 +148,8 @@ class Block:
         """
         if isinstance(weight, Tensor):
             gradient = self.part_of(whole, lambda: parts)
-            self.exp_avg.lerp_(torch.where(weight > 0, gradient, 0.0), weight)
+            gradient = torch.where(weight > 0, gradient, 0.0)
+            self.exp_avg.lerp_(gradient, narrowed(weight, gradient))
         elif whole is not None and self._span is not None:
             self.exp_avg.lerp_(self.part_of(whole, lambda: parts), weight)
         else:
@@ -161,10 +162,10 @@ class Block:
         """Multiplies the parameters."""
         if self.master is not None:
             self._catch_up()
-            self.master.mul_(factor)
+            self.master.mul_(narrowed(factor, self.master))
             self._hand_on()
         else:
-            torch._foreach_mul_(self._reals, factor)
+            torch._foreach_mul_(self._reals, narrowed(factor, self._reals[0]))
 
     def adam(self, rate: float, beta: float, eps: float, estimate: Tensor) -> bool:
         """`divide` by `sqrt(exp_hessian) + eps`, after that has taken in a new estimate's square.
@@ -208,7 +209,7 @@ class Block:
     def move(self, rate: Number, direction: Tensor) -> None:
         """`theta -= rate * direction`; the direction may be overwritten."""
         if isinstance(rate, Tensor):
-            direction.mul_(rate)
+            direction.mul_(narrowed(rate, direction))
             rate = 1.0
         if self.master is None:
             torch._foreach_add_(self._reals, self.cut(direction), alpha=-rate)
@@ -239,6 +240,15 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def narrowed(number: Number, like: Tensor) -> Number:
+    """A number on the device in the dtype of what it is to meet; others as they are.
+
+    Numbers are worked out in double precision there as on the host. Kernels that take two dtypes
+    are slower, and lists of tensors go one by one through them.
+    """
+    return number.to(like.dtype) if isinstance(number, Tensor) else number
+
+
 def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) -> Tensor:
     """Zero if all entries are finite, in one pass; multiplies them by a scale.
 
@@ -247,12 +257,21 @@ def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) ->
         inverse_scale: A number on a device; None for one.
     """
     total: Tensor | None = None
-    for (device, _), group in _by_kind(tensors).items():
+    for (device, dtype), group in _by_kind(tensors).items():
         found = torch.zeros((), dtype=torch.float32, device=device)
         inverse = _one(device)
         if inverse_scale is not None:
             inverse = inverse_scale.to(device, torch.float32)
-        torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse)
+        if dtype == torch.bfloat16:  # the kernel below does not take it everywhere
+            entries = [t for t in group if t.numel()]
+            if entries:
+                largest = torch.stack(torch._foreach_norm(entries, float("inf")))
+                found = (~largest.isfinite()).any().to(found)
+            if inverse_scale is not None:
+                for t in group:
+                    t.copy_(t.float().mul_(inverse))
+        else:
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse)
         total = found if total is None else total + found.to(total.device)
     assert total is not None
     return total

@@ -56,6 +56,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     #: Whether an update takes absolute values of the diagonal.
     _magnitudes = False
     _observation: Observation | None = None
+    # On a device: of the last step, until one is known to have moved.
+    _first: Verdict | None = None
+    _moved_once = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], estimator: DiagonalEstimator) -> None:
         self.estimator = estimator
@@ -89,6 +92,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         For loops without a closure that leave `watching` out and keep the graph themselves:
         `loss.backward(create_graph=optimizer.curvature_due)`.
         """
+        self._look_at_first()
         period = int(self.param_groups[0]["update_period"])
         warming_up = self._steps < min(period, self._warm_up)
         return self._overdue or warming_up or self._steps % period == 0
@@ -271,6 +275,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             moved = self._move(params, gradients, whole, diagonal, verdict)
             self._steps += moved
             self._overdue = not moved
+            if moved and verdict.on_device and not self._moved_once:
+                self._first = verdict
         self._stale = GradientTrace(params)
         # Not a method of this object, which would keep itself alive.
         report = partial(report_of, ref(self), verdict, loss, params, self._stale, effort)
@@ -281,6 +287,20 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             inside = [count.double() for count in self._inside() or ()]
             numbers = space.gathered(sums=inside, largest=[torch.stack(largest).amax()])
             self.info = LazyInfo(partial(report, numbers=numbers))
+
+    def _look_at_first(self) -> None:
+        """Waits for the device, once: without any curvature no step moves until the next estimate.
+
+        A step that came to nothing does not count, as where all decisions are made on the host.
+        """
+        verdict = self._first
+        if verdict is None or _capturing(self.param_groups[0]["params"][0]):
+            return
+        self._first = None
+        self._moved_once = verdict.moved
+        if not verdict.moved:
+            self._steps -= 1
+            self._overdue = True
 
     def _diagonal(
         self, watch: DiagonalWatch | None, factor: float, inverse_scale: Tensor | None
@@ -342,6 +362,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     # Checkpoints.
 
     def _export_state(self) -> dict[str, Any]:
+        self._look_at_first()
         state: dict[str, Any] = {"steps": self._steps, "overdue": self._overdue}
         if self._generator is not None:
             state["generator"] = self._generator.get_state()
@@ -368,7 +389,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._arrangement = Arrangement()
         self._steps = int(state.get("steps", 0))
         self._overdue = bool(state.get("overdue", False))
-        self._stale = self._generator = None
+        self._stale = self._generator = self._first = None
         self._workspace = Workspace()
         self._forget_observation()
         generator = state.get("generator")
@@ -389,6 +410,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and name in self.state[p]:
                     self.state[p][name] = value.to(p.device, copy=True)
+
+
+def _capturing(parameter: Tensor) -> bool:
+    """Whether a CUDA graph is being made, in which nothing can be looked at."""
+    return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_betas(betas: Any) -> None:

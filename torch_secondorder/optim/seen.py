@@ -47,7 +47,7 @@ class Verdict:
         """One, or zero on a device, for gradients and for a new estimate of the curvature."""
         if not self.on_device:
             return 1.0, 1.0
-        return (self._bad == 0).float(), (self._curvature_bad == 0).float()
+        return _wide(self._bad == 0), _wide(self._curvature_bad == 0)
 
     @property
     def status(self) -> StepStatus:
@@ -142,10 +142,9 @@ class Seen:
             self._moves = self._moves * (block.curvature_step > 0)
         block.step.add_(self._moves)
         verdict.moving.append(self._moves)
-        self.step: Number = block.step
-        self.curvature_step: Number = block.curvature_step
-        if not verdict.on_device:
-            self.step, self.curvature_step = block.step.item(), block.curvature_step.item()
+        read = _wide if verdict.on_device else Tensor.item
+        self.step: Number = read(block.step)
+        self.curvature_step: Number = read(block.curvature_step)
 
     def average_gradient(self, beta: float) -> None:
         """`exp_avg = beta * exp_avg + (1 - beta) * gradient`."""
@@ -155,6 +154,14 @@ class Seen:
     def rate(self, lr: float | Tensor) -> Number:
         """The learning rate; zero on a device for a step not made."""
         return lr * self._moves if isinstance(self._moves, Tensor) else float(lr)
+
+
+def _wide(number: Tensor) -> Tensor:
+    """A number on the device in double precision, where the device has it.
+
+    In single precision `1 - 0.999` is known to four digits.
+    """
+    return number.float() if number.device.type == "mps" else number.double()
 
 
 def correction(beta: float, count: Number) -> Number:

@@ -13,7 +13,7 @@ from torch_secondorder.curvature.diagonal import (
     resolve_estimator,
 )
 from torch_secondorder.optim.base import check_number
-from torch_secondorder.optim.blocks import Block
+from torch_secondorder.optim.blocks import Block, narrowed
 from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
 from torch_secondorder.optim.seen import Seen
 
@@ -130,7 +130,7 @@ class Sophia(DiagonalOptimizer):
         if seen.estimate is not None:
             flips = group["maximize"] and self.estimator.signed
             estimate = -seen.estimate if flips else seen.estimate
-            block.exp_hessian.lerp_(estimate, (1 - beta2) * seen.bends)
+            block.exp_hessian.lerp_(estimate, narrowed((1 - beta2) * seen.bends, estimate))
         if group["weight_decay"]:
             block.decay(1 - lr * group["weight_decay"])
         direction = _ratio(block).clamp_(-1.0, 1.0)

@@ -17,6 +17,7 @@ from torch_secondorder.penalties.checks import (
     check_separate,
 )
 from torch_secondorder.penalties.squares import squared_sum
+from torch_secondorder.twice import twice_differentiable
 
 __all__ = ["jacobian_penalty"]
 
@@ -71,7 +72,11 @@ def jacobian_penalty(
     with torch.enable_grad():
         # The alias: derivatives are by the argument alone, also where `f` holds `x` itself.
         point = x if outputs is not None else differentiated(x)
-        y = f(point) if outputs is None else outputs
+        if outputs is None:
+            with twice_differentiable([x]):
+                y = f(point)
+        else:
+            y = outputs
         check_outputs(y, len(x), "f(x)" if outputs is None else "outputs")
         n = len(x)
         if method == "exact":

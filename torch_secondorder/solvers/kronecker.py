@@ -229,4 +229,5 @@ def _inverse(matrix: Tensor, shift: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(shifted)
     if failed:  # where all of it is at the edge of what the dtype holds
         return shifted.diagonal().reciprocal().diag()
-    return torch.cholesky_inverse(factor)
+    inverse = torch.cholesky_inverse(factor)
+    return (inverse + inverse.T).div_(2)  # a device makes both halves by themselves
