@@ -17,12 +17,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from torch_secondorder.convolution import CONVOLUTIONS, convolution
 from torch_secondorder.graph import Graph, Output, versions
 from torch_secondorder.interception import intercepting
+from torch_secondorder.twice import REPLACEMENTS, twice_differentiable
 
 __all__ = ["Capture", "Receiver", "mark_outputs", "uncaptured"]
 
@@ -78,8 +77,8 @@ class Capture(TorchFunctionMode):
 
     Inside, `loss.backward()` becomes `torch.autograd.grad(loss, params, create_graph=True)`, and a
     *copy* of each gradient is added to `p.grad`: clipping or logging there cannot reach the graph.
-    Other leaves than `params` get no gradient. Scaled dot-product attention runs on its math
-    backend, the only one with a second derivative.
+    Other leaves than `params` get no gradient. Operations whose second derivative is missing or
+    wasteful are replaced, see `torch_secondorder.twice`.
 
     Args:
         params: The leaves to differentiate with respect to.
@@ -100,10 +99,10 @@ class Capture(TorchFunctionMode):
         self._twice = receiver is None or receiver.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
         self._watches = self._looks or any(p.dim() > 2 for p in params)
-        self._attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
+        self._kernels: AbstractContextManager[Any] = twice_differentiable()
 
     def __enter__(self) -> Capture:
-        self._attention.__enter__()
+        self._kernels.__enter__()
         self._token = _active.set(self)
         if self._watches:
             super().__enter__()  # type: ignore[no-untyped-call]
@@ -118,7 +117,7 @@ class Capture(TorchFunctionMode):
         else:
             self._interception.__exit__(*exception)
         _active.reset(self._token)
-        self._attention.__exit__(*exception)
+        self._kernels.__exit__(*exception)
 
     def __torch_function__(
         self,
@@ -133,8 +132,8 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is Tensor.backward:
             return self.backward(*args, **kwargs)
-        if func in CONVOLUTIONS and self._twice:
-            return convolution(func, *args, **kwargs)
+        if self._twice and func in REPLACEMENTS:
+            return REPLACEMENTS[func](*args, **kwargs)
         if not self._looks:
             return func(*args, **kwargs)
         if func in STANDARD_LOSSES:
