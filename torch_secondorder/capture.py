@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torch_secondorder.graph import Graph, Output, versions
+from torch_secondorder.graph import Graph, Output, added, versions
 from torch_secondorder.interception import intercepting
 from torch_secondorder.twice import REPLACEMENTS, twice_differentiable
 
@@ -169,7 +169,8 @@ class Capture(TorchFunctionMode):
                 if g is None:
                     continue
                 if p.grad is not None:
-                    p.grad = p.grad + g if p.grad.is_sparse or g.is_sparse else p.grad.add_(g)
+                    sparse = p.grad.is_sparse or g.is_sparse
+                    p.grad = added(p.grad, g) if sparse else p.grad.add_(g)
                 else:
                     # Not an alias: the graph goes on using the storage of `g`.
                     p.grad = g.clone() if self._receiver is None else g
