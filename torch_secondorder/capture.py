@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torch_secondorder.convolution import CONVOLUTIONS, convolution
-from torch_secondorder.graph import Graph, Output, versions
+from torch_secondorder.graph import Graph, Output, added, versions
 from torch_secondorder.interception import intercepting
-from torch_secondorder.twice import twice_differentiable
+from torch_secondorder.twice import REPLACEMENTS, twice_differentiable
 
 __all__ = ["Capture", "Receiver", "mark_outputs", "uncaptured"]
 
@@ -78,8 +77,8 @@ class Capture(TorchFunctionMode):
 
     Inside, `loss.backward()` becomes `torch.autograd.grad(loss, params, create_graph=True)`, and a
     *copy* of each gradient is added to `p.grad`: clipping or logging there cannot reach the graph.
-    Other leaves than `params` get no gradient. Layers run where they have second derivatives, see
-    `twice_differentiable`.
+    Other leaves than `params` get no gradient. Operations whose second derivative is missing or
+    wasteful are replaced, see `torch_secondorder.twice`.
 
     Args:
         params: The leaves to differentiate with respect to.
@@ -100,7 +99,7 @@ class Capture(TorchFunctionMode):
         self._twice = receiver is None or receiver.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
         self._watches = self._looks or any(p.dim() > 2 for p in params)
-        self._kernels: AbstractContextManager[None] = twice_differentiable(params)
+        self._kernels: AbstractContextManager[Any] = twice_differentiable()
 
     def __enter__(self) -> Capture:
         self._kernels.__enter__()
@@ -133,8 +132,8 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is Tensor.backward:
             return self.backward(*args, **kwargs)
-        if func in CONVOLUTIONS and self._twice:
-            return convolution(func, *args, **kwargs)
+        if self._twice and func in REPLACEMENTS:
+            return REPLACEMENTS[func](*args, **kwargs)
         if not self._looks:
             return func(*args, **kwargs)
         if func in STANDARD_LOSSES:
@@ -170,7 +169,8 @@ class Capture(TorchFunctionMode):
                 if g is None:
                     continue
                 if p.grad is not None:
-                    p.grad = p.grad + g if p.grad.is_sparse or g.is_sparse else p.grad.add_(g)
+                    sparse = p.grad.is_sparse or g.is_sparse
+                    p.grad = added(p.grad, g) if sparse else p.grad.add_(g)
                 else:
                     # Not an alias: the graph goes on using the storage of `g`.
                     p.grad = g.clone() if self._receiver is None else g

@@ -17,6 +17,7 @@ __all__ = [
     "MissingSecondDerivative",
     "Multiply",
     "Output",
+    "added",
     "explained",
     "versions",
 ]
@@ -254,6 +255,14 @@ def _once_differentiable(losses: Iterable[Tensor]) -> list[str]:
                 names.add(function.__name__)
             backward = getattr(backward, "__wrapped__", None)
     return sorted(names)
+
+
+def added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, dense or sparse; None for zeros."""
+    if first is None or second is None:
+        return second if first is None else first
+    # To a sparse tensor no dense one can be added.
+    return second + first if first.is_sparse else first + second
 
 
 def explained(error: RuntimeError) -> RuntimeError:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch_secondorder.capture import Capture, uncaptured
 from torch_secondorder.compiled import CompiledFunction
 from torch_secondorder.contract import (
+    backward_of,
     check_callable,
     differentiable,
     lost_graph,
@@ -88,7 +89,7 @@ class ClosureObjective(Objective):
             loss = scalar(self._replay.run(self._closure))
             grads = [p.grad for p in params]
             if grads[0] is None and all(g is None for g in grads):
-                differentiable(loss).backward()
+                backward_of(loss)
                 grads = [p.grad for p in params]
         graph = self._other_graph(grads) if curvature else None
         return RawEvaluation(loss, touched(grads), graph, averaged=True)
@@ -117,8 +118,9 @@ class ClosureObjective(Objective):
                 raise lost_graph()
             if not capture.calls:
                 capture.backward(differentiable(loss))
+        grads = touched([p.grad for p in params])
         self._check_once(closure, capture.graph)
-        return RawEvaluation(loss, touched([p.grad for p in params]), capture.graph)
+        return RawEvaluation(loss, grads, capture.graph)
 
 
 class FunctionalObjective(Objective):

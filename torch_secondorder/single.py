@@ -19,9 +19,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from torch_secondorder.capture import Capture, uncaptured
 from torch_secondorder.contract import (
+    backward_of,
     check_callable,
     differentiable,
     lost_graph,
+    no_gradient,
     scalar,
     touched,
 )
@@ -211,7 +213,9 @@ class SingleEvaluation:
                 found = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
                 gradients, _ = averaged(found, params, surroundings.ranks)
             elif not before.shows_backward(params):
-                differentiable(loss).backward()
+                backward_of(loss)
+                if before.matches(params):
+                    raise no_gradient()
         if not known:
             surroundings.note(self._source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
@@ -276,13 +280,16 @@ class _Relay:
         self._first = True
 
     def __call__(self, graph: Graph, retain: bool) -> Sequence[Tensor | None]:
+        gradients = graph.gradients[0]
+        if self._evaluation._surroundings.ranks.count == 1 and all(g is None for g in gradients):
+            return gradients  # a loss of other parameters
         if self._first:
             self._look_at_what_was_there()
         if self._check and self.twice:
             graph.check_differentiable()
         with without_autocast(graph.params):
             self._watch.observe(graph, retain)
-        return self._own(graph.gradients[0], graph.params)
+        return self._own(gradients, graph.params)
 
     def _own(
         self, gradients: Sequence[Tensor | None], params: Sequence[Tensor]

@@ -1,88 +1,156 @@
-"""Attention and recurrent layers in an implementation that can be differentiated twice."""
+"""What a forward pass needs so that it can be differentiated twice.
+
+Some of PyTorch's kernels have no second derivative, and others one that is wasteful. All that has
+to be different while a function runs whose derivatives are going to be differentiated stands here:
+switches between kernels, which cost nothing an operation, and operations that take the place of
+others, for those who look at every operation anyway.
+"""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.backends import cuda, mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["twice_differentiable"]
+from torch_secondorder.convolution import CONVOLUTIONS, convolution
 
-#: The layers that run on cuDNN as a whole.
-_RECURRENT: tuple[type[nn.Module], ...] = (nn.RNN, nn.LSTM, nn.GRU)
+__all__ = ["REPLACEMENTS", "twice_differentiable", "with_second_derivatives"]
 
-_wanted: ContextVar[bool] = ContextVar("twice_differentiable", default=False)
+#: Operations, and what a mode is to call with the same arguments in their place. Their own second
+#: derivatives are right; these are faster.
+REPLACEMENTS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    func: partial(convolution, func) for func in CONVOLUTIONS
+}
 
 
-@contextmanager
-def twice_differentiable(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """What runs forward inside, and in this thread, has second derivatives where PyTorch has any.
+def twice_differentiable() -> AbstractContextManager[Any]:
+    """A context for forward passes whose derivatives are differentiated again.
 
-    Scaled dot-product attention runs on its math backend, the only one with a second derivative;
-    `nn.RNN`, `nn.LSTM` and `nn.GRU` run on PyTorch's own kernels, for those of cuDNN have none.
-    Everything else (convolutions, which cuDNN differentiates twice) and all other settings of cuDNN
-    stay as they are. Does nothing inside `torch.compile`.
+    Scaled dot-product attention runs on its math backend, the only one that has a second derivative
+    and a forward mode; the attention layers of `torch.nn` leave out the fused forward pass that
+    they have for evaluation, for it has no derivatives; `nn.RNN`, `nn.LSTM` and `nn.GRU` run on
+    PyTorch's own kernels, for those of cuDNN have no second derivative. What was set before is set again in the
+    end. The switches are those of the process: other threads get the same kernels meanwhile.
+    Contexts may be nested, inside transforms of `torch.func` and `torch.compile` too, and those of
+    several threads may overlap.
 
-    Args:
-        tensors: What is differentiated by: recurrent layers are seen to where one is on a device.
-
-    >>> with twice_differentiable([]):
-    ...     y = nn.functional.scaled_dot_product_attention(*torch.ones(3, 1, 2, 2))
+    >>> q = torch.ones(1, 1, 2, 3, requires_grad=True)
+    >>> with twice_differentiable():
+    ...     y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    >>> (g,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+    >>> torch.autograd.grad(g.sum(), q)[0].shape
+    torch.Size([1, 1, 2, 3])
     """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with sdpa_kernel(SDPBackend.MATH):
-        if not any(t.is_cuda for t in tensors):
-            yield
-            return
-        token = _wanted.set(True)
-        _forwards.begin()
-        try:
-            yield
-        finally:
-            _forwards.end()
-            _wanted.reset(token)
+    if torch.compiler.is_compiling():  # which knows this one
+        return sdpa_kernel(SDPBackend.MATH)
+    return _switches
 
 
-class _Forwards:
-    """The `forward` methods that are there instead, as long as anybody needs them."""
+def with_second_derivatives(f: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, called within `twice_differentiable`."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with twice_differentiable():
+            return f(*args, **kwargs)
+
+    return called
+
+
+# Attention's backends: math, flash, memory-efficient, cuDNN, of another package; then the fused
+# forward pass of layers. `sdpa_kernel` sets the same, and takes five times as long: too much beside
+# a small Jacobian.
+_State: TypeAlias = tuple[bool, bool, bool, bool, bool, bool]
+_DIFFERENTIABLE: _State = (True, False, False, False, False, False)
+
+# The backend of another package has no public name.
+_overrideable: Callable[[], bool] = getattr(
+    torch._C, "_get_overrideable_sdp_enabled", lambda: False
+)
+_enable_overrideable: Callable[[bool], None] = getattr(
+    torch._C, "_set_sdp_use_overrideable", lambda enabled: None
+)
+
+
+def _read() -> _State:
+    return (
+        cuda.math_sdp_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        _overrideable(),
+        mha.get_fastpath_enabled(),
+    )
+
+
+def _write(state: _State) -> None:
+    math, flash, efficient, cudnn, overrideable, fused = state
+    cuda.enable_math_sdp(math)
+    cuda.enable_flash_sdp(flash)
+    cuda.enable_mem_efficient_sdp(efficient)
+    cuda.enable_cudnn_sdp(cudnn)
+    _enable_overrideable(overrideable)
+    mha.set_fastpath_enabled(fused)
+
+
+class _Switches:
+    """The context of `twice_differentiable`, one object for all.
+
+    Those of one thread end in the reverse order; those of several threads may not, and none may
+    take away what another one still needs. So each that ends takes back the newest change: in one
+    thread that is its own, and in several the last to leave takes back the first.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
-        self._originals: dict[type[nn.Module], Callable[..., Any]] = {}
+        self._before: list[_State] = []
 
-    def begin(self) -> None:
-        """Puts them there, unless they are."""
+    def __enter__(self) -> None:
         with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._originals = {kind: kind.forward for kind in _RECURRENT}
-                for kind, forward in self._originals.items():
-                    setattr(kind, "forward", _without_cudnn(forward))  # noqa: B010
+            if not self._before and torch.cuda.is_initialized():
+                _leave_cudnn()
+            self._before.append(_read())
+            _write(_DIFFERENTIABLE)
 
-    def end(self) -> None:
-        """Takes them away with the last user."""
+    def __exit__(self, *exception: object) -> None:
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                for kind, forward in self._originals.items():
-                    setattr(kind, "forward", forward)  # noqa: B010
+            _write(self._before.pop())
+            if not self._before and _recurrent_forwards:
+                _return_to_cudnn()
+
+
+_switches = _Switches()
+
+
+# The `forward` methods of recurrent layers while they are to run without cuDNN. All of cuDNN's
+# other kernels, convolutions above all, can be differentiated twice.
+_recurrent_forwards: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def _leave_cudnn() -> None:
+    for kind in (nn.RNN, nn.LSTM, nn.GRU):
+        _recurrent_forwards[kind] = kind.forward
+        setattr(kind, "forward", _without_cudnn(kind.forward))  # noqa: B010
+
+
+def _return_to_cudnn() -> None:
+    while _recurrent_forwards:
+        kind, forward = _recurrent_forwards.popitem()
+        setattr(kind, "forward", forward)  # noqa: B010
 
 
 def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         cudnn = torch.backends.cudnn
-        if not (_wanted.get() and cudnn.enabled):
+        if not cudnn.enabled:
             return forward(*args, **kwargs)
         # `cudnn.flags` would set all other flags as well.
         cudnn.enabled = False
@@ -92,6 +160,3 @@ def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
             cudnn.enabled = True
 
     return wrapper
-
-
-_forwards = _Forwards()

@@ -19,7 +19,7 @@ from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace, Tensors
 from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.evaluation import Evaluation, Slot
-from torch_secondorder.graph import Graph, Multiply
+from torch_secondorder.graph import Graph, Multiply, added
 from torch_secondorder.ranks import Ranks
 
 __all__ = ["GaussNewton"]
@@ -158,10 +158,7 @@ class GaussNewton(Linearized):
         if self._remainder is None:
             return products
         others = self._space.remainder_product(self._remainder, tangents, batched)
-        return [
-            a if b is None else b if a is None else a + b
-            for a, b in zip(products, others, strict=True)
-        ]
+        return list(map(added, products, others))
 
     def _at_outputs(self, changes: Tensors, batched: bool) -> Tensors:
         """The product with `B`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torch_secondorder.twice import twice_differentiable
+from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["basis", "flatten", "flattened", "like", "named", "numels", "scalar", "unflatten"]
 
@@ -96,11 +96,10 @@ def flattened(
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[pytree.TreeSpec]]:
     """The function from leaves to leaves, and a list that a call puts the output's structure in."""
     specs: list[pytree.TreeSpec] = []
+    f = with_second_derivatives(f)
 
     def of_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
-        with twice_differentiable(leaves):
-            value = f(unflatten(leaves, spec))
-        outputs, found = flatten(value, "f(x)")
+        outputs, found = flatten(f(unflatten(leaves, spec)), "f(x)")
         specs[:] = [found]
         return tuple(outputs)
 
@@ -109,10 +108,10 @@ def flattened(
 
 def scalar(f: Callable[[Any], Any]) -> Callable[[Any], Tensor]:
     """The function, with an error where it has no Hessian."""
+    f = with_second_derivatives(f)
 
     def checked(x: Any) -> Tensor:
-        with twice_differentiable(pytree.tree_leaves(x)):
-            value = f(x)
+        value = f(x)
         if not isinstance(value, Tensor) or value.shape != ():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
             raise ValueError(
