@@ -73,6 +73,21 @@ def test_bounds_hold() -> None:
     assert TrustRegion(largest=3.0).updated(2.0, 1.0, 2.0) == 3.0
 
 
+def test_bounds_are_relative_to_the_beginning() -> None:
+    rule = LevenbergMarquardt(smallest=0.5, largest=2.0)
+    assert rule.updated(1.9e-30, 0.0, 1.0, 1e-30) == rule.raised(1.9e-30, 1, 1e-30) == 2e-30
+    assert rule.updated(0.6e-30, 1.0, 1.0, 1e-30) == 0.5e-30
+    assert TrustRegion(largest=3.0).updated(2e30, 1.0, 2e30, 1e30) == pytest.approx(3e30)
+
+
+def test_where_rules_begin() -> None:
+    for scale in (1e-30, 1.0, 1e30):
+        assert LevenbergMarquardt().begun(scale) == pytest.approx(0.03 * scale)
+        assert TrustRegion().begun(scale) == pytest.approx(10 * scale)
+        assert LevenbergMarquardt(initial=3.0).begun(scale) == 3.0
+        assert TrustRegion(initial=3.0).begun(scale) == 3.0
+
+
 @given(damping=POSITIVE, gain_ratio=RATIOS, gradient_ratio=st.floats(0, 1e10))
 def test_the_damping_stays_in_bounds_and_goes_the_right_way(
     damping: float, gain_ratio: float, gradient_ratio: float
@@ -208,9 +223,11 @@ def test_damping_writes_to_nothing_that_was_given() -> None:
     assert (operator @ v[:, None]).tolist() == [[2.0], [2.0]] and v.tolist() == [1.0, 1.0]
 
 
-DAMPING = "the damping must be positive and finite, with smallest <= initial <= largest, got "
+DAMPING = "the damping must be positive and finite to begin with, got "
+BOUNDS = "bounds are relative to the damping to begin with, 0 < smallest <= 1 <= largest, got "
 FACTORS = r"decrease must lie in \(0, 1\) and increase above 1, got "
-RADIUS = "the radius must be positive and finite, with initial <= largest, got "
+RADIUS = "the radius must be positive and finite to begin with, got "
+LARGEST = "largest is relative to the radius to begin with, at least 1 and finite, got "
 SHRINK = r"shrink must lie in \(0, 1\) and grow above 1, got "
 ACCEPT = "gain ratios need 0 <= accept < poor < good, got "
 SHAPES = r"this operator multiplies shapes \(2,\) and \(2, k\), got "
@@ -219,12 +236,13 @@ SHAPES = r"this operator multiplies shapes \(2,\) and \(2, k\), got "
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LevenbergMarquardt(initial=0.0), DAMPING + "1e-20, 0.0, 1e[+]20"),
-        (lambda: LevenbergMarquardt(initial=NAN), DAMPING + "1e-20, nan"),
-        (lambda: LevenbergMarquardt(initial=1e21), DAMPING),
-        (lambda: LevenbergMarquardt(smallest=2.0), DAMPING + "2.0, 1.0"),
-        (lambda: LevenbergMarquardt(smallest=0.0), DAMPING),
-        (lambda: LevenbergMarquardt(largest=INF), DAMPING),
+        (lambda: LevenbergMarquardt(initial=0.0), DAMPING + "0.0"),
+        (lambda: LevenbergMarquardt(initial=NAN), DAMPING + "nan"),
+        (lambda: LevenbergMarquardt(initial=INF), DAMPING + "inf"),
+        (lambda: LevenbergMarquardt(smallest=2.0), BOUNDS + "2.0 and 1e[+]20"),
+        (lambda: LevenbergMarquardt(smallest=0.0), BOUNDS),
+        (lambda: LevenbergMarquardt(largest=0.5), BOUNDS + "1e-20 and 0.5"),
+        (lambda: LevenbergMarquardt(largest=INF), BOUNDS),
         (lambda: LevenbergMarquardt(increase=1.0), FACTORS + "0.66.* and 1.0"),
         (lambda: LevenbergMarquardt(increase=INF), FACTORS),
         (lambda: LevenbergMarquardt(decrease=1.0), FACTORS + "1.0 and 1.5"),
@@ -233,10 +251,11 @@ SHAPES = r"this operator multiplies shapes \(2,\) and \(2, k\), got "
         (lambda: LevenbergMarquardt(poor=0.75), "gain ratios need 0 < poor < good, got 0.75 and"),
         (lambda: LevenbergMarquardt(poor=0.0), "gain ratios need 0 < poor < good, got 0.0 and"),
         (lambda: LevenbergMarquardt(good=NAN), "gain ratios need 0 < poor < good, got 0.25 and"),
-        (lambda: TrustRegion(initial=0.0), RADIUS + "0.0, 1e[+]20"),
+        (lambda: TrustRegion(initial=0.0), RADIUS + "0.0"),
         (lambda: TrustRegion(initial=NAN), RADIUS + "nan"),
-        (lambda: TrustRegion(initial=2.0, largest=1.0), RADIUS + "2.0, 1.0"),
-        (lambda: TrustRegion(largest=INF), RADIUS),
+        (lambda: TrustRegion(initial=INF), RADIUS + "inf"),
+        (lambda: TrustRegion(largest=0.5), LARGEST + "0.5"),
+        (lambda: TrustRegion(largest=INF), LARGEST),
         (lambda: TrustRegion(shrink=0.0), SHRINK + "0.0 and 2.0"),
         (lambda: TrustRegion(shrink=1.0), SHRINK),
         (lambda: TrustRegion(grow=1.0), SHRINK + "0.25 and 1.0"),

@@ -757,7 +757,7 @@ def test_a_deep_autoencoder_takes_fewer_products(device: torch.device) -> None:
 
 def test_a_system_takes_several_times_fewer_iterations(device: torch.device) -> None:
     problem = Autoencoder(device)
-    problem.train(300)
+    problem.train(300, damping=1.0)
     params = [*problem.net.parameters()]
     evaluation = ClosureObjective(problem.value, params).evaluate(curvature=True)
     operator, damping = GaussNewton(evaluation), 1e-5

@@ -8,6 +8,7 @@ is asked of the space of the vector; with whole vectors it is what this process 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import reduce
@@ -76,6 +77,25 @@ class Space:
             whole: What is of the whole already.
         """
         return to_host(*sums, *largest, *norms, *whole)
+
+    def true_norm(self, v: Tensor, largest: float, norm: float) -> float:
+        """The Euclidean norm of a whole vector, where its squares leave the range of its dtype too.
+
+        Only then it is computed again, which takes a synchronization.
+
+        Args:
+            v: What this process has of it.
+            largest: Its largest absolute entry, that of the whole.
+            norm: Its norm as `torch.linalg.vector_norm` has it.
+        """
+        numbers = torch.finfo(v.dtype)
+        least = numbers.tiny**0.5 / numbers.eps  # smaller squares lose digits
+        if not 0.0 < largest < math.inf or least <= largest <= 1.0 / least:
+            return norm
+        unit = math.ldexp(1.0, math.frexp(largest)[1] - 1)
+        unit = min(max(unit, numbers.tiny), 1.0 / numbers.tiny)
+        (scaled,) = self.to_host(norms=[torch.linalg.vector_norm(v / unit)])
+        return scaled * unit
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over the processes that share the parameters, of a loss for instance."""

@@ -8,6 +8,10 @@ from math import inf
 __all__ = ["LevenbergMarquardt"]
 
 
+# Of the curvature along the gradient, for the damping to begin with.
+_SHARE = 0.03
+
+
 @dataclass(frozen=True, slots=True)
 class LevenbergMarquardt:
     """The rule of Levenberg and Marquardt, with the constants of Martens 2010, section 4.1.
@@ -19,13 +23,15 @@ class LevenbergMarquardt:
     Levenberg-Marquardt method without nonsingularity assumption").
 
     Args:
-        initial: The damping to begin with.
+        initial: The damping to begin with, in the units of the curvature; by default a share of the
+            curvature along the first gradient, `|A g| / |g|`, so that steps do not depend on the
+            units of the loss.
         increase: Factor of growth, above one.
         decrease: Factor of shrinking, below one.
         poor: Gain ratio below which it grows.
         good: Gain ratio above which it shrinks.
-        smallest: Least damping.
-        largest: Most damping.
+        smallest: Least damping, relative to the one that it began with.
+        largest: Most damping, relative to that.
 
     Raises:
         ValueError: A number is out of range.
@@ -35,7 +41,7 @@ class LevenbergMarquardt:
     (1.5, 1.5)
     """
 
-    initial: float = 1.0
+    initial: float | None = None
     increase: float = 1.5
     decrease: float = 2.0 / 3.0
     poor: float = 0.25
@@ -44,10 +50,14 @@ class LevenbergMarquardt:
     largest: float = 1e20
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.smallest <= self.initial <= self.largest < inf:
+        if self.initial is not None and not 0.0 < self.initial < inf:
             raise ValueError(
-                "the damping must be positive and finite, with smallest <= initial <= largest, got "
-                f"{self.smallest!r}, {self.initial!r}, {self.largest!r}"
+                f"the damping must be positive and finite to begin with, got {self.initial!r}"
+            )
+        if not 0.0 < self.smallest <= 1.0 <= self.largest < inf:
+            raise ValueError(
+                "bounds are relative to the damping to begin with, 0 < smallest <= 1 <= largest, "
+                f"got {self.smallest!r} and {self.largest!r}"
             )
         if not 0.0 < self.decrease < 1.0 < self.increase < inf:
             raise ValueError(
@@ -59,24 +69,32 @@ class LevenbergMarquardt:
                 f"gain ratios need 0 < poor < good, got {self.poor!r} and {self.good!r}"
             )
 
-    def updated(self, damping: float, gain_ratio: float, gradient_ratio: float = 1.0) -> float:
+    def begun(self, curvature: float) -> float:
+        """The damping to begin with, where the curvature along the gradient is this one."""
+        return _SHARE * curvature if self.initial is None else self.initial
+
+    def updated(
+        self, damping: float, gain_ratio: float, gradient_ratio: float = 1.0, start: float = 1.0
+    ) -> float:
         """The damping for the next system.
 
         Args:
             damping: That of the last one.
             gain_ratio: What the loss fell by over what the model promised; may be NaN.
             gradient_ratio: The gradient's norm after the step over the one before it.
+            start: The damping that it began with.
         """
         if not gain_ratio >= self.poor:
-            return self.raised(damping)
+            return self.raised(damping, 1, start)
         if gain_ratio > self.good:
-            return max(damping * min(self.decrease, gradient_ratio), self.smallest)
+            return max(damping * min(self.decrease, gradient_ratio), self.smallest * start)
         return damping
 
-    def raised(self, damping: float, times: int = 1) -> float:
+    def raised(self, damping: float, times: int = 1, start: float = 1.0) -> float:
         """The damping after so many failures in a row."""
+        smallest, largest = self.smallest * start, self.largest * start
         try:
             factor = self.increase**times
         except OverflowError:  # where a product would be infinite, a power raises
-            return self.largest
-        return min(max(damping, self.smallest) * factor, self.largest)
+            return largest
+        return min(max(damping, smallest) * factor, largest)

@@ -8,18 +8,24 @@ from math import inf
 __all__ = ["TrustRegion"]
 
 
+# Of the step along the gradient, for the radius to begin with.
+_MULTIPLE = 10.0
+
+
 @dataclass(frozen=True, slots=True)
 class TrustRegion:
     """The textbook's rule (Nocedal and Wright 2006, algorithm 4.1).
 
     Args:
-        initial: The radius to begin with.
+        initial: The radius to begin with, in the units of the parameters; by default a multiple of
+            the step along the gradient to the least of the first model, so that steps depend
+            neither on the units of the loss nor on those of the parameters.
         shrink: Factor for a step that kept too little of its promise.
         grow: Factor for a good step that was held back by the radius.
         poor: Gain ratio below which the radius shrinks.
         good: Gain ratio above which it may grow.
         accept: Gain ratio above which a step is taken.
-        largest: The largest radius.
+        largest: The largest radius, relative to the one that it began with.
 
     Raises:
         ValueError: A number is out of range.
@@ -31,7 +37,7 @@ class TrustRegion:
     0.2
     """
 
-    initial: float = 1.0
+    initial: float | None = None
     shrink: float = 0.25
     grow: float = 2.0
     poor: float = 0.25
@@ -40,10 +46,14 @@ class TrustRegion:
     largest: float = 1e20
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.initial <= self.largest < inf:
+        if self.initial is not None and not 0.0 < self.initial < inf:
             raise ValueError(
-                "the radius must be positive and finite, with initial <= largest, got "
-                f"{self.initial!r}, {self.largest!r}"
+                f"the radius must be positive and finite to begin with, got {self.initial!r}"
+            )
+        if not 1.0 <= self.largest < inf:
+            raise ValueError(
+                "largest is relative to the radius to begin with, at least 1 and finite, got "
+                f"{self.largest!r}"
             )
         if not 0.0 < self.shrink < 1.0 < self.grow < inf:
             raise ValueError(
@@ -55,16 +65,21 @@ class TrustRegion:
                 f"{self.accept!r}, {self.poor!r}, {self.good!r}"
             )
 
-    def updated(self, radius: float, gain_ratio: float, length: float) -> float:
+    def begun(self, length: float) -> float:
+        """The radius to begin with, where the model's step along the gradient is this long."""
+        return _MULTIPLE * length if self.initial is None else self.initial
+
+    def updated(self, radius: float, gain_ratio: float, length: float, start: float = 1.0) -> float:
         """The radius for the next model.
 
         Args:
             radius: That of the last one.
             gain_ratio: What the loss fell by over what the model promised; may be NaN.
             length: Of the last step, in the norm of the radius.
+            start: The radius that it began with.
         """
         if not gain_ratio >= self.poor:
             return self.shrink * min(radius, length)
         if gain_ratio > self.good and length >= 0.99 * radius:
-            return min(self.grow * radius, self.largest)
+            return min(self.grow * radius, self.largest * start)
         return radius

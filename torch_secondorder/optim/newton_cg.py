@@ -68,8 +68,9 @@ class NewtonCG(FlatOptimizer):
             `"line_search"` (the name of one is fine too), or an instance (`LevenbergMarquardt`,
             `TrustRegion`, a `LineSearch`).
             By default a trust region for the Hessian, and damping for all others.
-        damping: With damping what it begins with, 1 by default; else what is constantly added to
-            the curvature, 0 by default.
+        damping: With damping what it begins with, in the units of the curvature; by default 0.03
+            times the curvature along the first gradient, whatever the loss is measured in. Else
+            what is constantly added to the curvature, 0 by default.
         preconditioner: `"kfac"` (networks of linear layers), `"nystrom"` (few parameters, costly
             losses), `"martens"` (a diagonal), a `Preconditioner`, or None.
         solver: `"cg"`, `"minres"`, or a `LinearSolver`. A trust region needs conjugate gradients.
@@ -311,8 +312,10 @@ class NewtonCG(FlatOptimizer):
 
     def _fresh_memory(self) -> Memory:
         rule = self.globalization
-        damping = rule.initial if isinstance(rule, LevenbergMarquardt) else self._constant_damping
-        return Memory(damping, rule.initial if isinstance(rule, TrustRegion) else 0.0)
+        if isinstance(rule, LevenbergMarquardt):
+            return Memory(rule.initial or 0.0, 0.0, start=rule.initial or 0.0)
+        start = (rule.initial or 0.0) if isinstance(rule, TrustRegion) else 0.0
+        return Memory(self._constant_damping, start, start=start)
 
     def _export_state(self) -> dict[str, Any]:
         memory = self._memory
@@ -320,6 +323,8 @@ class NewtonCG(FlatOptimizer):
             "damping": memory.damping,
             "radius": memory.radius,
             "length": memory.length,
+            "forcing": memory.forcing,
+            "start": memory.start,
             "largest_gradient": self._largest_gradient,
         }
         if memory.direction is not None:
@@ -352,7 +357,14 @@ class NewtonCG(FlatOptimizer):
             self.preconditioner.load_state_dict(state.get("preconditioner", {}))
         if "damping" not in state:
             return
-        self._memory = Memory(state["damping"], state["radius"], None, state["length"])
+        self._memory = Memory(
+            state["damping"],
+            state["radius"],
+            length=state["length"],
+            # States of earlier releases have neither; their bounds were absolute.
+            forcing=state.get("forcing", 0.5),
+            start=state.get("start", 1.0),
+        )
         vector = ParameterVector(self._trainable or self.param_groups[0]["params"])
         direction = state.get("direction")
         if direction is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import nan
+from math import inf, nan
 
 import torch
 
@@ -26,6 +26,8 @@ _PATIENCE = 5
 _ITERATES = 4
 # Martens' rule for the end of conjugate gradients.
 _PROGRESS = 5e-4
+# The relative residual that the first system is solved to: nothing is known of the gradient's fall.
+_FIRST_FORCING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +151,12 @@ class Iteration:
         settings = self._settings
         if settings.solver is not None:
             return settings.solver
-        fall = self.point.length / self._memory.length
-        forcing = min(0.5, max(0.9 * fall**2, 1e-12))
+        memory = self._memory
+        forcing = _FIRST_FORCING
+        if memory.length < inf:
+            fall = self.point.length / memory.length
+            forcing = min(0.3, max(0.9 * fall**2, 1e-12))
+        memory.forcing = forcing
         if not isinstance(settings.rule, LevenbergMarquardt):
             return CG(settings.max_cg_iter, tolerance=forcing, overwrites=True)
         return CG(
@@ -171,7 +177,7 @@ class Iteration:
         self._objective.accept(direction, trial.t)
         (norm,) = self._space.to_host(norms=[torch.linalg.vector_norm(direction)])
         length = abs(trial.t) * norm
-        self._progress.note(self.point.loss, point.loss, point.grad_norm, length)
+        self._progress.note(self.point.loss, point.loss, point.grad_norm, length, move.line.held)
         self.point = point
         self.gain_ratio = move.gain_ratio
         self.step_length = trial.t

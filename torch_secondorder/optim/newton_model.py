@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import inf, isfinite, nan
+from dataclasses import dataclass, replace
+from math import inf, isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch_secondorder.curvature import Damped, LinearOperator
 from torch_secondorder.evaluation import Evaluation, Objective
 from torch_secondorder.globalization import SearchStatus, Trial
 from torch_secondorder.globalization.line_search import rounding_allowance
-from torch_secondorder.solvers import SolveResult, SolveStatus
+from torch_secondorder.solvers import CG, Iterate, SolveResult, SolveStatus
+from torch_secondorder.solvers.units import Rescaled, unit_of
 from torch_secondorder.space import Space
 from torch_secondorder.vector import max_norm
 
@@ -42,7 +43,7 @@ class Point(NamedTuple):
             norms=(torch.linalg.vector_norm(grad),),
             whole=(evaluation.loss,),
         )
-        return cls(evaluation, loss, grad_norm, length)
+        return cls(evaluation, loss, grad_norm, space.true_norm(grad, grad_norm, length))
 
     @property
     def grad(self) -> Tensor:
@@ -61,16 +62,20 @@ class Memory:
     """What goes on from one step to the next.
 
     Attributes:
-        damping: Of the next system.
-        radius: Of the next model.
+        damping: Of the next system; 0 as long as a rule has not begun.
+        radius: Of the next model; 0 likewise.
         direction: The last solution, where the next solver begins.
         length: Norm of the gradient at the start of the last iteration.
+        forcing: The relative residual that the last system was to reach.
+        start: The damping or radius that the rule began with.
     """
 
     damping: float
     radius: float
     direction: Tensor | None = None
     length: float = inf
+    forcing: float = 0.5
+    start: float = 0.0
 
 
 @dataclass(slots=True)
@@ -91,11 +96,13 @@ class Line(NamedTuple):
         direction: `d`.
         slope: `g'd`.
         decrease: What the undamped model promises for the whole of `d`.
+        held: Whether it is the damping or the radius that keeps `d` short.
     """
 
     direction: Tensor
     slope: float
     decrease: float
+    held: bool = False
 
     def promised(self, t: float) -> float:
         """What the model promises for `t d`: `-t g'd - t^2 d'A d / 2`."""
@@ -121,6 +128,10 @@ class Move(NamedTuple):
 class Model:
     """The quadratic model of the objective at a point, and trials of what it proposes.
 
+    Systems are solved in a unit of about the gradient's size (see `unit_of`), so that inner
+    products stay in the range of float32 whatever the loss is measured in. All that is given and
+    returned is in the loss's own.
+
     Args:
         objective: Stands at the point.
         point: Where that is.
@@ -144,7 +155,10 @@ class Model:
         self.precision = objective.vector.precision
         self._objective = objective
         self._space = objective.vector.space
-        self._operator = operator
+        self._unit = unit_of(point.length, operator.dtype)
+        self._operator = operator if self._unit == 1.0 else Rescaled(operator, self._unit)
+        self._grad = self._in_units(point.grad)
+        self._first: Tensor | None = None  # A P g with the last preconditioner P
         self._solve = solve
         self._inverse = inverse
         self._allowance = rounding_allowance(point.loss, self.precision)
@@ -156,44 +170,106 @@ class Model:
             damping: Of at least zero.
             more: Passed on to the solver; `x0` is used up.
         """
-        operator = Damped(self._operator, damping) if damping else self._operator
-        inverse = None if self._inverse is None else self._inverse(damping)
+        unit, operator = self._unit, self._operator
+        if damping:
+            operator = Damped(operator, damping / unit)
+        inverse, stretch = self._preconditioner(damping)
         # For the gradient itself, and then negated in place: a vector less.
         if more.get("x0") is not None:
             more["x0"].neg_()
-        result = self._solve(operator, self.point.grad, preconditioner=inverse, **more)
-        for x in (result.x, *(iterate.x for iterate in result.iterates)):
-            x.neg_()
+        elif self._first is not None and isinstance(self._solve, CG):
+            more["first_product"] = self._first
+        self._first = None
+        if more.get("radius"):
+            more["radius"] *= stretch
+        result = self._solve(operator, self._grad, preconditioner=inverse, **more)
+        iterates = tuple(
+            Iterate(x.neg_(), decrease * unit, length / stretch)
+            for x, decrease, length in result.iterates
+        )
+        result = replace(
+            result,
+            x=result.x.neg_(),
+            decrease=result.decrease * unit,
+            length=result.length / stretch,
+            negative_curvature=result.negative_curvature * unit,
+            iterates=iterates,
+        )
         tally = self.tally
         tally.products += result.products
         tally.solver_iterations += result.iterations
         tally.solver_status = result.status
-        if result.negative_direction is not None:
+        if result.negative_curvature < 0.0:
             # Of the operator itself: the damping has lifted what the solver saw.
             curvature = result.negative_curvature - damping
             tally.negative_curvature = min(tally.negative_curvature, curvature)
         return result
 
+    def _preconditioner(self, damping: float) -> tuple[LinearOperator | None, float]:
+        """The preconditioner, and by what it stretches the lengths that a radius is one of."""
+        if self._inverse is None:
+            return None, 1.0
+        inverse = self._inverse(damping)
+        if self._unit == 1.0:
+            return inverse, 1.0
+        before, after = self._space.to_host(
+            largest=(max_norm(self._grad), max_norm(inverse.matvec(self._grad)))
+        )
+        unit = unit_of(after / before if before else 1.0, inverse.dtype)
+        return Rescaled(inverse, unit), sqrt(unit)
+
+    def along_gradient(self, damping: float, metric: bool) -> tuple[float, float]:
+        """The curvature along the gradient, and the length of the step to where that leads.
+
+        The curvature is `|A g| / |g|`, which is positive even where `g'A g` is not; the step along
+        the gradient to the least of a quadratic with it is `|g|^2 / |A g|` long. Where there is no
+        curvature, the step is as long as the parameters are, or one. The product is used again in
+        the next system.
+
+        Args:
+            damping: What is added to `A`.
+            metric: Whether norms are the preconditioner's, and the gradient multiplied by it.
+        """
+        inverse, stretch = self._preconditioner(damping) if metric else (None, 1.0)
+        z = self._grad if inverse is None else inverse.matvec(self._grad)
+        image = self._operator.matvec(z)
+        if damping:
+            image = image.add(z, alpha=damping / self._unit)
+        self.tally.products += 1
+        if metric or self._inverse is None:
+            self._first = image
+        of_image = image if inverse is None else inverse.matvec(image)
+        numbers = self._space.to_host(sums=(self._grad @ z, image @ of_image))
+        norm, change = (sqrt(max(number, 0.0)) for number in numbers)
+        if 0.0 < change < inf and norm > 0.0:
+            return change / norm * self._unit, norm * (norm / change) / stretch
+        (size,) = self._space.to_host(norms=[torch.linalg.vector_norm(self._objective.position)])
+        return self.point.length / (size or 1.0), size or 1.0
+
+    def _in_units(self, grad: Tensor) -> Tensor:
+        return grad if self._unit == 1.0 else grad / self._unit
+
     def line(self, direction: Tensor, decrease: float, damping: float) -> Line:
         """A line along a solution of the damped system, whose quadratic fell by `decrease`."""
-        grad = self.point.grad
-        slope, square = self._space.to_host(sums=(grad @ direction, direction @ direction))
-        return Line(direction, slope, decrease + 0.5 * damping * square)
+        slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
+        slope, lifted = slope * self._unit, damping * square
+        # Of the curvature along the solution more than half is damping.
+        return Line(direction, slope, decrease + 0.5 * lifted, lifted > -0.5 * slope)
 
     def trial(self, line: Line, t: float) -> Trial:
         """Evaluates `t` along a line; the payload is a `Point`."""
         evaluation = self._objective.trial(line.direction, t)
         grad = evaluation.grad
         slope, grad_norm, length, loss = self._space.to_host(
-            sums=(grad @ line.direction,),
+            sums=(self._in_units(grad) @ line.direction,),
             largest=(max_norm(grad),),
             norms=(torch.linalg.vector_norm(grad),),
             whole=(evaluation.loss,),
         )
-        point = Point(None, loss, grad_norm, length)
+        point = Point(None, loss, grad_norm, self._space.true_norm(grad, grad_norm, length))
         if not point.finite:
             self.tally.nonfinite += 1
-        return Trial(t, loss, slope if isfinite(length) else inf, point)
+        return Trial(t, loss, slope * self._unit if isfinite(point.length) else inf, point)
 
     def start(self, line: Line) -> Trial:
         """The point itself, as a trial along a line."""

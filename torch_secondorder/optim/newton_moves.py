@@ -21,6 +21,8 @@ __all__ = ["damped", "searched", "within_radius"]
 
 # Systems that are solved at one point before it is given up.
 _ATTEMPTS = 12
+# By what damping falls that leaves no step to be seen in the loss.
+_RELIEF = 1e-2
 # Along a damped direction: what Martens 2010 asks for, in fewer trials.
 _BACKTRACKING = Armijo(c1=1e-2, max_evaluations=8)
 
@@ -32,16 +34,22 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
     last one backwards. Where no part of it lowers the loss enough, the damping is raised and the
     same system solved again.
     """
+    if not memory.damping:
+        curvature, _ = model.along_gradient(0.0, metric=False)
+        memory.damping = memory.start = rule.begun(curvature)
+    start = memory.start
     for failures in range(1, _ATTEMPTS + 1):
         damping = memory.damping
         result = model.solve(damping, x0=memory.direction)
-        if result.status is SolveStatus.NEGATIVE_CURVATURE:
+        indefinite = result.negative_curvature < 0
+        if indefinite:
             # As much as makes the direction that was met one of positive curvature.
-            lifted = max(rule.raised(damping), damping - 2 * result.negative_curvature)
-            memory.damping = min(lifted, rule.largest)
+            lifted = max(rule.raised(damping, 1, start), damping - 2 * result.negative_curvature)
+            memory.damping = min(lifted, rule.largest * start)
         if not 0 < result.decrease < float("inf"):
             memory.direction = None
             if result.status is SolveStatus.NEGATIVE_CURVATURE:
+                memory.damping = max(memory.damping, rule.raised(damping, 1, start))
                 del result
                 continue
             return _hopeless(result)
@@ -53,14 +61,19 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
             after: float = found.trial.payload.length
             ratios = (ratio, after / model.point.length)
             if result.status is SolveStatus.NONFINITE:
-                memory.damping = rule.raised(damping)
-            elif result.status is not SolveStatus.NEGATIVE_CURVATURE:
-                memory.damping = rule.updated(damping, *ratios)
+                memory.damping = rule.raised(damping, 1, start)
+            elif not indefinite:
+                memory.damping = rule.updated(damping, *ratios, start)
             return Move(line, found.trial, ratio, found.status)
         memory.direction = None
         if model.unresolved(line):
-            return StepStatus.STALLED
-        memory.damping = max(memory.damping, rule.raised(damping, 2 + failures))
+            if not line.held or damping <= rule.smallest * start:
+                return StepStatus.STALLED
+            # Nothing is known against the model: the damping leaves no step that could show it.
+            memory.damping = max(_RELIEF * damping, rule.smallest * start)
+        else:
+            raised = rule.raised(damping, 2 + failures, start)
+            memory.damping = max(memory.damping, raised)
         del result, line  # and with them vectors, before there are others
     return StepStatus.NONFINITE_TRIALS if not first.finite else StepStatus.NO_DECREASE
 
@@ -82,15 +95,29 @@ def _best_iterate(
 
 def within_radius(model: Model, rule: TrustRegion, memory: Memory, lr: float) -> Move | StepStatus:
     """A step within the trust radius, by Steihaug's conjugate gradients."""
+    if not memory.radius:
+        _, length = model.along_gradient(memory.damping, metric=True)
+        memory.radius = memory.start = rule.begun(length)
     trial = None
     for _ in range(2 * _ATTEMPTS):
-        result = model.solve(memory.damping, radius=memory.radius)
+        radius = memory.radius
+        result = model.solve(memory.damping, radius=radius)
         if not 0 < result.decrease < float("inf"):
             return _hopeless(result)
         line = model.line(result.x, result.decrease, memory.damping)
+        line = line._replace(held=result.length >= 0.99 * radius)
         trial = model.trial(line, lr)
         ratio = model.gain_ratio(line, trial)
-        memory.radius = rule.updated(memory.radius, ratio, result.length)
+        memory.radius = rule.updated(radius, ratio, result.length, memory.start)
+        if not ratio > rule.accept and result.iterates:
+            # What led to the radius was a direction of negative curvature, or of none but rounding;
+            # the iterate before it has nothing to do with that.
+            interior = result.iterates[-1]
+            line = model.line(interior.x, interior.decrease, memory.damping)._replace(held=False)
+            trial = model.trial(line, lr)
+            ratio = model.gain_ratio(line, trial)
+            if ratio > rule.accept:
+                memory.radius = max(memory.radius, interior.length)
         if ratio > rule.accept:
             return Move(line, trial, ratio)
         if model.unresolved(line):

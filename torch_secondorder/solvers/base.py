@@ -35,10 +35,14 @@ class SolveStatus(Enum):
 
 
 class Iterate(NamedTuple):
-    """A point that a solver passed, and how far the quadratic had fallen there."""
+    """A point that a solver passed, and how far the quadratic had fallen there.
+
+    Its length is that of `SolveResult`.
+    """
 
     x: Tensor
     decrease: float
+    length: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,10 @@ class SolveResult:
         residual_norm: `|b - A x| / |b|` in the Euclidean norm, as far as the solver knows it.
         decrease: `b'x - x'A x / 2`: how far the quadratic `x'A x / 2 - b'x` lies below zero.
         length: The norm of `x` in the metric of the trust radius, where there is one, else 0.
-        negative_direction: A direction `p` with `p'A p <= 0`, where one was met.
-        negative_curvature: `p'A p / p'p` for it, at most 0; else 0.
+        negative_direction: A direction `p` with `p'A p <= 0`, or no more than rounding above it,
+            where one was met.
+        negative_curvature: `p'A p / p'p` for it where that is below zero by more than rounding,
+            else 0.
         iterates: Earlier iterates that were kept, oldest first, `x` not among them.
     """
 

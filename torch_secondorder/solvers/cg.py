@@ -27,7 +27,10 @@ class CG:
     - It may stop when the quadratic has stopped falling rather than when the residual is small, by
       the rule of Martens 2010, "Deep learning via Hessian-free optimization".
     - It stops at a direction of negative curvature, and at a trust radius (Steihaug 1983), measured
-      in the norm of the inverse preconditioner.
+      in the norm of the inverse preconditioner. The iterate before a direction of negative
+      curvature is kept: what was found there does not depend on it.
+    - Curvature below the rounding of the largest that was met tells nothing. It is taken as large
+      as that rounding, and `x` goes along it only where that still leads to the radius.
     - The residual is computed anew every `recompute` iterations, for in float32 the recurrence
       drifts.
     - Scalars stay on the device, and are looked at once an iteration.
@@ -82,6 +85,7 @@ class CG:
         x0: Tensor | None = None,
         preconditioner: LinearOperator | None = None,
         radius: float | None = None,
+        first_product: Tensor | None = None,
     ) -> SolveResult:
         """Solves the system; see `LinearSolver`.
 
@@ -92,6 +96,8 @@ class CG:
                 `overwrites`.
             preconditioner: Positive definite, close to the inverse of `A`.
             radius: The trust radius; it needs a start at zero.
+            first_product: `A P b` with the preconditioner `P`, where that is known already: it is
+                the first product, if the start is zero. Its memory is used.
 
         Raises:
             ValueError: Shapes do not fit, `b` is not finite, the preconditioner is not positive
@@ -104,6 +110,8 @@ class CG:
             raise ValueError(f"the radius must be at least 0 and finite, got {radius!r}")
         start = None if x0 is None else x0.detach()
         run = _Run(A, b.detach(), start, preconditioner, radius, overwrites=self.overwrites)
+        if start is None:
+            run.known = first_product
         quadratics, iterates = [run.quadratic], list[Iterate]()
         next_kept, number, kept_at = float(_FIRST_KEPT), 0, -1
         numbers: list[int] = []  # which of those that might be kept are
@@ -122,6 +130,8 @@ class CG:
                 status = self._ending(run, quadratics)
         if kept_at == run.count:  # the last iteration went nowhere
             iterates.pop()
+        if run.interior is not None:
+            iterates.append(run.interior)
         return run.result(status, iterates)
 
     def _target(self, run: _Run) -> float:
@@ -155,6 +165,8 @@ class _Run:
         quadratic: `x'A x/2 - b'x`.
         residual: `|b - A x|`.
         size_of_b: `|b|`.
+        known: The product with the first direction, where it need not be made.
+        interior: The iterate from which a direction of negative curvature led to the radius.
     """
 
     def __init__(
@@ -171,6 +183,8 @@ class _Run:
         self._preconditioner = preconditioner
         self._radius = radius
         self.count = 0
+        self.known: Tensor | None = None
+        self.interior: Iterate | None = None
         self._products = 0
         self._negative: tuple[Tensor, float] | None = None
         # Squares of norms in the metric of the inverse preconditioner, by recurrence: of x, of p,
@@ -212,7 +226,9 @@ class _Run:
         """
         if not 0 < self._host_r_z < inf:  # of the preconditioner, or beyond the range of numbers
             return SolveStatus.NONFINITE
-        image = self._multiply(self._p)
+        image, self.known = self.known, None
+        if image is None:
+            image = self._multiply(self._p)
         p_A_p = self._space.total(self._p @ image)
         # Curvature that is as good as none beside the largest one met: nothing moves then.
         least = self._precision * self._largest * self._p_p
@@ -236,13 +252,18 @@ class _Run:
         if not isfinite(curvature):
             return SolveStatus.NONFINITE
         if curvature <= least:
-            self._note_negative(curvature)
-            if self._radius is not None:
+            negative = curvature < -least or not least
+            self._note_negative(curvature if negative else 0.0)
+            if self._radius is not None and (negative or self._beyond(self._host_r_z / least)):
+                if self.count:
+                    self.interior = Iterate(self.x.clone(), -self.quadratic, sqrt(self._x_x))
                 self._to_boundary(image)
             return SolveStatus.NEGATIVE_CURVATURE
-        if self._radius is not None and self._beyond(step):
-            self._to_boundary(image)
-            return SolveStatus.BOUNDARY
+        if self._radius is not None:
+            if self._beyond(step):
+                self._to_boundary(image)
+                return SolveStatus.BOUNDARY
+            self._x_x = self._square_after(step)
         if not (isfinite(step) and isfinite(new_r_r)):
             return SolveStatus.NONFINITE
         self._check(new_r_z, new_r_r)
@@ -305,14 +326,15 @@ class _Run:
         (square,) = self._space.to_host(sums=[self._p @ self._p])
         self._negative = self._p, min(curvature / square, 0.0) if square else 0.0
 
+    def _square_after(self, step: float) -> float:
+        """The square of the length of `x` after a step along `p`."""
+        return self._x_x + 2 * step * self._x_p + step * step * self._p_p
+
     def _beyond(self, step: float) -> bool:
-        """Whether a step along `p` crosses the trust radius; notes the new norm if not."""
+        """Whether a step along `p` crosses the trust radius."""
         assert self._radius is not None
-        x_x = self._x_x + 2 * step * self._x_p + step * step * self._p_p
-        if not x_x < self._radius**2:  # where the step is infinite, it is no number
-            return True
-        self._x_x = x_x
-        return False
+        # Where the step is infinite, the square is no number.
+        return not self._square_after(step) < self._radius**2
 
     def _to_boundary(self, image: Tensor) -> None:
         """Moves `x` along `p` to where that line meets the radius."""

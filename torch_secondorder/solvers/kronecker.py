@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_secondorder.curvature import FromOutputs, LinearOperator
 from torch_secondorder.evaluation import Slot
 from torch_secondorder.solvers.base import Preconditioner
+from torch_secondorder.solvers.units import power_of_two
 
 __all__ = ["KFAC"]
 
@@ -173,10 +174,9 @@ class _BlockInverse(LinearOperator):
         like: Tensor,
     ) -> None:
         self.size, self.dtype, self.device = slots[-1].stop, like.dtype, like.device
-        floor = torch.finfo(self.dtype).tiny ** 0.5
         self._elsewhere = None
         if diagonal is not None:
-            least = (_LEAST * diagonal.mean()).clamp_(min=floor)
+            least = (_LEAST * diagonal.mean()).clamp_(min=torch.finfo(self.dtype).tiny)
             self._elsewhere = torch.maximum(diagonal + damping, least).reciprocal_()
         self._blocks = [_inverted(layer, slots, damping) for layer in factors]
 
@@ -205,17 +205,20 @@ def _inverted(layer: _Layer, slots: list[Slot], damping: float) -> _Block:
         if bias is not None:
             scale[-1] = slots[bias].scale
         inputs = scale[:, None] * inputs * scale
+    # In units of their own: those of the outputs are the loss's, and may be very small or large.
+    unit_a, unit_s = (power_of_two(factor.diagonal().mean()) for factor in (inputs, outputs))
+    inputs, outputs = inputs / unit_a, outputs / unit_s
     mean_a, mean_s = inputs.diagonal().mean().sqrt(), outputs.diagonal().mean().sqrt()
     balance = torch.where((mean_a > 0) & (mean_s > 0), mean_a / mean_s, 1.0)
     # The product has to be positive definite in its own precision.
     rounding = _ROUNDING * len(inputs) * len(outputs) * torch.finfo(inputs.dtype).eps
     floor = max(_LEAST, rounding) ** 0.5 * mean_a * mean_s
-    root = floor.clamp(min=(damping + slot.decay) ** 0.5)
+    root = torch.maximum(floor, ((damping + slot.decay) / unit_a / unit_s).sqrt())
     return _Block(
         slice(slot.start, slot.stop),
         None if bias is None else slice(slots[bias].start, slots[bias].stop),
         _inverse(inputs, balance * root),
-        _inverse(outputs, root / balance),
+        _inverse(outputs, root / balance).div_(unit_a).div_(unit_s),
     )
 
 

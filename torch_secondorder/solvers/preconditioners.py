@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_secondorder.curvature import Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.solvers.base import Preconditioner
+from torch_secondorder.solvers.units import power_of_two
 
 __all__ = ["Martens", "Nystrom", "NystromApproximation"]
 
@@ -55,7 +56,9 @@ class Martens(Preconditioner):
         assert self._diagonal is not None
         damped = self._diagonal + damping
         # Where no sample has anything to say and nothing is damped, there is no scale to go by.
-        damped.clamp_(min=torch.finfo(damped.dtype).tiny ** 0.5)
+        tiny = torch.finfo(damped.dtype).tiny
+        least = (power_of_two(damped.mean()) * tiny**0.5).clamp_(min=tiny)
+        damped = torch.maximum(damped, least)
         return Diagonal(damped.pow_(-self._power))
 
     def state_dict(self) -> dict[str, Any]:
