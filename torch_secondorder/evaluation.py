@@ -291,6 +291,7 @@ class Objective(ABC):
         if self._placed is not self.position:
             self.vector.move(self.position)
             self._placed = self.position
+        self._tried = None  # it is a vector, and nothing stands there any more
 
     def abandon(self) -> None:
         """Says that the step comes to nothing: its end leaves buffers as they were before it."""

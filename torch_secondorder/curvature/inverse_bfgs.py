@@ -114,7 +114,7 @@ class InverseBFGS(LinearOperator):
         self._pending = False  # whether it is not in R^-1 yet
         self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
         self._buffers: _Buffers | None = None
-        self._cut: _Cut  # made with the buffers
+        self._cut = _Cut((), (), (), (), (), ())  # made with the buffers, whose memory it holds
 
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
