@@ -79,12 +79,10 @@ def test_keywords_of_newer_versions_mean_the_same() -> None:
         ends, returned = [], []
         for make in (torch.optim.LBFGS, LBFGS):
             x = start_at(-1.2, 1.0)
-            optimizer = make(
-                [x], line_search_fn=None, lr=1e-3, max_iter=3, **{name: known[name]}
-            )
+            optimizer = make([x], line_search_fn=None, lr=1e-3, max_iter=3, **{name: known[name]})
             loss = optimizer.step(closure_of(optimizer, lambda x=x: -rosenbrock(x)))
             ends.append(x.detach())
-            returned.append(float(loss))
+            returned.append(loss.item())
         torch.testing.assert_close(ends[1], ends[0])
         assert returned[1] == returned[0] == -24.2
 
