@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -152,18 +152,23 @@ def test_a_zero_right_hand_side(start: bool, device: torch.device) -> None:
 # Ends.
 
 
-def reference(a: Tensor, b: Tensor, progress: float, slack: float) -> tuple[int, SolveStatus]:
-    """Martens' rule on textbook iterations, with the quadratic computed from `x`."""
-    x, r, phis = torch.zeros_like(b), b, [0.0]
-    p, square = r, r @ r
-    for i in range(1, 1000):
-        image = a @ p
-        alpha = square / (p @ image)
-        x, r = x + alpha * p, r - alpha * image
-        square, old = r @ r, square
-        p = r + square / old * p
+def reference(
+    a: Tensor, b: Tensor, progress: float, slack: float, recompute: int
+) -> tuple[int, SolveStatus]:
+    """Martens' rule on the solver's own iterates, with quadratic and residual computed from `x`.
+
+    Not on those of another implementation: where rounding has spoilt the conjugacy of directions
+    (from some 40 iterations on in these systems), two sequences differ by a few iterations, in
+    amounts that depend on how the machine sums. They have to agree up to there only.
+    """
+    phis = [0.0]
+    for i, textbook in enumerate(textbook_iterates(a, b), 1):
+        # The same iterations bit for bit, up to the i-th.
+        x = CG(i, tolerance=0.0, recompute=recompute)(Dense(a), b).x
+        if i <= 20:
+            torch.testing.assert_close(x, textbook, rtol=1e-6, atol=1e-9)
         phis.append(quadratic(a, b, x))
-        size = float(r.norm() / b.norm())
+        size = float((b - a @ x).norm() / b.norm())
         k = max(10, math.ceil(0.1 * i))
         if size <= 1e-6:
             return i, SolveStatus.CONVERGED
@@ -172,27 +177,37 @@ def reference(a: Tensor, b: Tensor, progress: float, slack: float) -> tuple[int,
     raise AssertionError
 
 
+def textbook_iterates(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    x, r = torch.zeros_like(b), b
+    p, square = r, r @ r
+    while True:
+        image = a @ p
+        alpha = square / (p @ image)
+        x, r = x + alpha * p, r - alpha * image
+        square, old = r @ r, square
+        p = r + square / old * p
+        yield x
+
+
 @pytest.mark.parametrize("slack", [math.inf, 0.5, 0.03, 1e-3])
 @pytest.mark.parametrize("progress", [0.0, 1e-6, 5e-4, 1e-2])
 def test_it_stops_where_the_quadratic_has_stopped_falling(
     progress: float, slack: float, device: torch.device
 ) -> None:
-    # Of a larger condition rounding decides how many iterations it takes.
-    a, b = symmetric(torch.logspace(-1, 1, 90, dtype=torch.float64)), vector_of(90)
-    iteration, status = reference(a, b, progress, slack)
-    solver = CG(1000, progress=progress, slack=slack, recompute=0)
-    result = solver(Dense(a.to(device)), b.to(device))
-    assert result.status is status
-    assert result.iterations == pytest.approx(iteration, abs=iteration // 50)
-    check_numbers(result, a.to(device), b.to(device))
+    a, b = symmetric(torch.logspace(-2, 1, 90, dtype=torch.float64)), vector_of(90)
+    a, b = a.to(device), b.to(device)
+    iteration, status = reference(a, b, progress, slack, recompute=0)
+    result = CG(1000, progress=progress, slack=slack, recompute=0)(Dense(a), b)
+    assert (result.status, result.iterations) == (status, iteration)
+    check_numbers(result, a, b)
 
 
 def test_martens_looks_back_further_in_long_runs() -> None:
     a, b = symmetric(torch.logspace(-3.5, 1, 300, dtype=torch.float64)), vector_of(300)
-    iteration, status = reference(a, b, 1e-5, math.inf)
+    iteration, status = reference(a, b, 1e-5, math.inf, recompute=50)
     assert status is SolveStatus.SLOW_PROGRESS and iteration > 120
     result = CG(1000, progress=1e-5)(Dense(a), b)
-    assert result.status is status and result.iterations == pytest.approx(iteration, abs=2)
+    assert (result.status, result.iterations) == (status, iteration)
 
 
 @pytest.mark.parametrize("radius", [None, 1e9])

@@ -24,7 +24,7 @@ from torch_secondorder.func import (
 
 ONES = torch.ones(3)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 
 def total(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -249,6 +250,27 @@ def test_a_direction_does_not_wait_for_the_device(device: torch.device) -> None:
     finally:
         if on_cuda:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("size", [1, 7, 67])
+def test_what_is_multiplied_begins_where_it_does_after_loading(size: int) -> None:
+    """In memory of its own: sums may depend on where in a line of cache a vector begins."""
+    inverse = InverseBFGS(size, 30, torch.float32)
+    for s, y in make_pairs(25, size, torch.device("cpu"), torch.float32):  # grows once
+        inverse.push(s, y)
+    _, *vectors = inverse.split_state()
+    assert [v.storage_offset() for v in vectors] == [0, 0]
+
+
+def test_a_history_that_was_dropped_holds_no_memory() -> None:
+    inverse = InverseBFGS(7, 3)
+    for s, y in make_pairs(4, 7, torch.device("cpu"), torch.float32):
+        inverse.push(s, y)
+        inverse.direction(s)
+    vectors = [weakref.ref(v.untyped_storage()) for v in inverse.split_state()[1:]]
+    assert all(v() is not None for v in vectors)
+    inverse.reset()
+    assert all(v() is None for v in vectors)
 
 
 def test_other_shapes_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,16 @@ def test_a_trial_puts_the_parameters_back_and_products_still_hold(kind: str) -> 
     torch.testing.assert_close(objective.evaluate().loss, trial.loss, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="the parameters have moved"):
         Hessian(evaluation) @ v
+
+
+def test_a_step_that_was_tried_is_not_held_once_the_parameters_are_back() -> None:
+    objective = objective_of(make_case("mlp", torch.device("cpu")), "closure")
+    step = torch.full((objective.vector.size,), 1e-3, dtype=torch.float64)
+    held = weakref.ref(step)
+    objective.trial(step)
+    objective.settle()
+    del step
+    assert held() is None
 
 
 @pytest.mark.parametrize("where", ["evaluate", "trial", "after a move"])

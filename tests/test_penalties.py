@@ -528,7 +528,7 @@ def test_large_encoders_are_projected(monkeypatch: pytest.MonkeyPatch) -> None:
 # Transforms of torch.func.
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, in forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of PyTorch, in forward mode
 @pytest.mark.parametrize("widths", [(4, 3), (4, 5, 3)])
 def test_under_transforms(widths: tuple[int, ...]) -> None:
     encoder, x = stack(*widths), data("cpu", 5, 4)

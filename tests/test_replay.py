@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.oracles import make_case
-from torch_secondorder import LBFGS
+from torch_secondorder import LBFGS, NewtonCG
 from torch_secondorder.evaluation import Objective
 from torch_secondorder.objective import ClosureObjective, FunctionalObjective
 from torch_secondorder.replay import Surroundings
@@ -129,6 +130,189 @@ def test_spectral_norm_iterates_once_a_step() -> None:
         run_step(objective, 2)
     for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+# Buffers that the loss depends on move on with each iterate.
+
+
+def spectral() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)).double()
+
+
+@pytest.mark.parametrize("accepted", ["the last trial", "an earlier one"])
+def test_an_accepted_step_moves_them_as_one_evaluation_there_does(accepted: str) -> None:
+    model, plain, x = spectral(), spectral(), torch.randn(3, 4).double()
+    surroundings = Surroundings()
+    step = 0.3 * torch.randn(20).double()
+    for _ in range(2):
+        objective = ClosureObjective(
+            lambda: model(x).square().mean(), model.parameters(), surroundings=surroundings
+        )
+        with objective:
+            entry = [b.clone() for b in plain.buffers()]
+            assert objective.evaluate().loss == plain(x).square().mean()
+            assert all(map(torch.equal, model.buffers(), plain.buffers()))
+            for b, value in zip(plain.buffers(), entry, strict=True):  # trials begin there
+                b.copy_(value)
+            for _ in range(3):
+                before = [b.clone() for b in plain.buffers()]
+                objective.trial(step)
+                if accepted != "the last trial":
+                    objective.trial(-step)
+                objective.accept(step)
+                assert objective.renewed
+                torch.nn.utils.vector_to_parameters(
+                    torch.nn.utils.parameters_to_vector(plain.parameters()) + step,
+                    plain.parameters(),
+                )
+                # One evaluation there, and then another one begins where it ended.
+                plain(x)
+                found = objective.evaluate().loss
+                assert not objective.renewed
+                moved = [b.clone() for b in plain.buffers()]
+                assert not all(map(torch.equal, before, moved))
+                torch.testing.assert_close(found, plain(x).square().mean().detach())
+                for b, value in zip(plain.buffers(), moved, strict=True):
+                    b.copy_(value)
+        for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+class _Statistics(nn.Module):
+    """Keeps a running mean, and does not look at it; not one of PyTorch's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4).double())
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        self.batches += 1
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("make", [partial(LBFGS, max_iter=6), partial(NewtonCG, max_iter=4)])
+def test_running_statistics_of_any_layer_move_once_beside_them(make: Any) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(spectral(), _Statistics(), nn.BatchNorm1d(4), spectral()).double()
+    x, y = torch.randn(12, 4).double(), torch.randint(4, (12,))
+    optimizer = make(model.parameters())
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    extra = []
+    for step in range(1, 5):
+        before = [b.clone() for b in model[0].buffers()]
+        calls.clear()
+        optimizer.step(closure)
+        assert int(model[1].batches) == int(model[2].num_batches_tracked) == step
+        assert not all(map(torch.equal, model[0].buffers(), before))
+        assert optimizer.info.iterations > 1 and optimizer.info.evaluations == len(calls)
+        extra.append(optimizer.info.evaluations)
+    # Looking at two kinds of layers took three evaluations each, in the first step only.
+    assert extra[0] >= max(extra[1:])
+
+
+@pytest.mark.parametrize("make", [partial(LBFGS, max_iter=8), partial(NewtonCG, max_iter=2)])
+def test_a_resumed_run_moves_them_as_the_uninterrupted_one(make: Any) -> None:
+    """Looking at the layers, which is done anew, takes nothing of the budget of evaluations."""
+    x, y = torch.randn(12, 4).double(), torch.randint(4, (12,))
+
+    def training() -> tuple[nn.Module, Any, Any]:
+        model = nn.Sequential(spectral(), _Statistics(), spectral())
+        optimizer = make(model.parameters())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        return model, optimizer, closure
+
+    model, optimizer, closure = training()
+    for _ in range(2):
+        optimizer.step(closure)
+    other, resumed, other_closure = training()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(3):
+        optimizer.step(closure)
+        resumed.step(other_closure)
+        states = model.state_dict(), other.state_dict()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert resumed.info.iterations == optimizer.info.iterations
+
+
+def test_an_exception_leaves_them_as_before_the_step() -> None:
+    model, x = spectral(), torch.randn(3, 4).double()
+    before = [b.clone() for b in model.buffers()]
+    step = 0.3 * torch.randn(20).double()
+    objective = ClosureObjective(lambda: model(x).square().mean(), model.parameters())
+    with pytest.raises(KeyboardInterrupt), objective:
+        objective.evaluate()
+        for _ in range(2):
+            objective.trial(step)
+            objective.accept(step)
+        raise KeyboardInterrupt
+    assert all(map(torch.equal, model.buffers(), before))
+
+
+def test_they_stand_still_in_eval_mode() -> None:
+    model, x = spectral(), torch.randn(3, 4).double()
+    surroundings = Surroundings()
+    for training in (True, False):
+        model.train(training)
+        before = [b.clone() for b in model.buffers()]
+        objective = ClosureObjective(
+            lambda: model(x).square().mean(), model.parameters(), surroundings=surroundings
+        )
+        step = 0.3 * torch.randn(20).double()
+        with objective:
+            objective.evaluate()
+            objective.trial(step)
+            objective.accept(step)
+            assert objective.renewed is training
+            if not training:
+                assert objective.evaluations == 2
+        assert all(map(torch.equal, model.buffers(), before)) is not training
+
+
+@pytest.mark.parametrize("search", ["strong_wolfe", "hager_zhang", "armijo", None])
+def test_lbfgs_minimizes_what_is_trained(search: str | None) -> None:
+    """With vectors held for a whole step the loss after it is up to 0.4."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 3)
+        ).double()
+        x = torch.randn(64, 8).double()
+        y = (x @ torch.randn(8, 3).double()).argmax(1)
+        optimizer = LBFGS(
+            model.parameters(), max_eval=50, line_search_fn=search, lr=1 if search else 0.1
+        )
+
+        def closure(optimizer: Any = optimizer, model: Any = model, x: Any = x, y: Any = y) -> Any:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(4 if search else 8):
+            optimizer.step(closure)
+        with torch.no_grad():
+            for _ in range(30):
+                model(x)
+            model.eval()
+            assert F.cross_entropy(model(x), y) < (1e-4 if search else 0.05)
 
 
 def test_an_autocast_region_around_the_step_does_not_reuse_casts() -> None:

@@ -205,6 +205,9 @@ class Objective(ABC):
         vector: Maps the parameters to the work vector.
         position: Where the parameters are, shape `(n,)`, without the scale.
         evaluations: How many times the loss was evaluated.
+        examinations: How many of these were for looking at what moves the modules' buffers.
+        renewed: Whether the function is another one since the last evaluation: buffers that the
+            loss depends on have moved on with an accepted step.
         generation: Counts the moves; an evaluation's linearization is valid for one.
     """
 
@@ -217,7 +220,8 @@ class Objective(ABC):
     ) -> None:
         self.vector = vector if isinstance(vector, ParameterVector) else ParameterVector(vector)
         self.position = self.vector.read(master)
-        self.evaluations = 0
+        self.evaluations = self.examinations = 0
+        self.renewed = False
         self.generation = 0
         self._entry = self.position
         # What the parameters hold now; None where the last trial has left them.
@@ -251,6 +255,7 @@ class Objective(ABC):
         Args:
             curvature: Whether to retain the graph for second-order products.
         """
+        self.renewed = False
         return self._evaluate_at(self.position, curvature)
 
     def trial(self, step: Tensor, t: float = 1.0) -> Evaluation:
@@ -276,12 +281,43 @@ class Objective(ABC):
         there = self._placed is None and tried is step and at == t
         if self.position is self._entry:
             self._go(self._moved(step, t), there=there)
+        else:
+            last = self._last()
+            if last is not None:
+                _ = last.grad  # before what it is made of changes
+            # In place: a vector's memory costs as much as the arithmetic.
+            self._go(self.position.add_(self.vector.scaled(step), alpha=t), there=there)
+        self._move_buffers_on(there)
+
+    def _move_buffers_on(self, there: bool) -> None:
+        """Moves buffers that the loss depends on as one evaluation here would have moved them.
+
+        Args:
+            there: Whether the last evaluation was here.
+        """
+        for kind in self._surroundings.unknown_kinds():
+            self._examine(kind)
+            there = True
+        if not self._surroundings.buffers_in_loss():
             return
-        last = self._last()
-        if last is not None:
-            _ = last.grad  # before what it is made of changes
-        # In place: a vector's memory costs as much as the arithmetic.
-        self._go(self.position.add_(self.vector.scaled(step), alpha=t), there=there)
+        if not there:
+            self._evaluate_at(self.position, False)
+        self.renewed = self._replay.move_on()
+
+    def _examine(self, kind: type) -> None:
+        """Finds whether the loss depends on the buffers that modules of a class move."""
+        before = self.evaluations
+        first = self._loss_here()
+        with self._replay.moved(kind):
+            moved = self._loss_here()
+        repeated = self._loss_here()
+        self.examinations += self.evaluations - before
+        # What is not the same a second time, on devices that add in any order, shows nothing.
+        in_loss = abs(moved - first) > 10 * abs(repeated - first)
+        self._surroundings.note_kind(kind, in_loss)
+
+    def _loss_here(self) -> float:
+        return self._evaluate_at(self.position, False).loss.item()
 
     def _moved(self, step: Tensor, t: float) -> Tensor:
         return torch.add(self.position, self.vector.scaled(step), alpha=t)
@@ -291,6 +327,7 @@ class Objective(ABC):
         if self._placed is not self.position:
             self.vector.move(self.position)
             self._placed = self.position
+        self._tried = None  # it is a vector, and nothing stands there any more
 
     def abandon(self) -> None:
         """Says that the step comes to nothing: its end leaves buffers as they were before it."""

@@ -3,6 +3,10 @@
 A step may evaluate its closure many times. Dropout has to draw the same masks each time, or the
 evaluations are of different functions; running statistics have to move once, as they would in a
 loop that evaluates once; and under DistributedDataParallel every rank has to see the same loss.
+
+Buffers that the loss depends on, such as the vectors of spectral normalization, are another kind:
+a step of many iterations that held them would minimize something else than what is trained. They
+move on with each iterate, and stand still in between.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,6 +78,10 @@ class Surroundings:
         self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
         self._norms: WeakSet[torch.nn.Module] = WeakSet()
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
+        # Those whose buffers move when they train, and when they do not.
+        self._moving: dict[bool, WeakSet[torch.nn.Module]] = {m: WeakSet() for m in (False, True)}
+        # By class, whether the loss depends on the buffers that move.
+        self._in_loss: dict[type, bool] = {}
         self._sharded: WeakSet[Any] = WeakSet()  # those of `fully_shard`
         self._seen: set[object] = set()
 
@@ -138,11 +146,34 @@ class Surroundings:
                 now = slot.read()
                 if now is None or now.shape != old.shape or not torch.equal(now, old):
                     self._stateful.add(slot.module)
+                    self._moving[slot.module.training].add(slot.module)
 
     def moving_buffers(self) -> list[tuple[_Slot, Tensor]]:
         """The buffers that the coming evaluation may change."""
         # Of all normalization layers, in whatever mode: the closure may set them to train.
         return [pair for module in self._norms | self._stateful for pair in _slots(module)]
+
+    def unknown_kinds(self) -> set[type]:
+        """Classes of modules of whose moving buffers it is not known whether they are in the loss.
+
+        Normalization layers are known: what they move they do not read.
+        """
+        return {type(module) for module in self._movers()} - self._in_loss.keys()
+
+    def note_kind(self, kind: type, in_loss: bool) -> None:
+        """Says whether the loss depends on the buffers that modules of a class move."""
+        self._in_loss[kind] = in_loss
+
+    def buffers_in_loss(self) -> list[_Slot]:
+        """The buffers that move and that the loss depends on."""
+        found = [m for m in self._movers() if self._in_loss.get(type(m), False)]
+        return [slot for module in found for slot, _ in _slots(module)]
+
+    def _movers(self) -> Iterator[torch.nn.Module]:
+        for training, modules in self._moving.items():
+            for module in modules:
+                if module.training is training and module not in self._norms:
+                    yield module
 
     def reshard(self) -> None:
         """Makes modules of `fully_shard` gather their parameters anew at their next call.
@@ -207,6 +238,7 @@ class Replay:
         self._random = [(d, _random_state(d)) for d in {torch.device("cpu"), *devices}]
         self._before = {s: b.detach().clone() for s, b in surroundings.moving_buffers()}
         self._after: dict[_Slot, Tensor] | None = None
+        self._entry: dict[_Slot, Tensor] = {}  # what was before, of buffers that have moved on
         self._evaluations = 0
 
     def run(self, closure: Callable[[], Any]) -> Any:
@@ -249,10 +281,46 @@ class Replay:
 
         return go
 
-    def _rewind(self) -> None:
+    def move_on(self) -> bool:
+        """Lets buffers that the loss depends on stay where the last evaluation has left them.
+
+        Returns:
+            Whether there are any; the evaluations from here on are then of another function.
+        """
+        slots = self._surroundings.buffers_in_loss()
+        if not slots:
+            return False
+        after = self._note_after()
+        for slot, value in self._now(slots).items():
+            if slot in self._before:
+                self._entry.setdefault(slot, self._before[slot])
+            self._before[slot] = after[slot] = value
+        return True
+
+    @contextmanager
+    def moved(self, kind: type) -> Iterator[None]:
+        """Evaluations inside begin with the buffers of a class where the last one has left them."""
+        held = self._before
+        slots = [slot for slot in held if type(slot.module) is kind]
+        self._before = {**held, **self._now(slots)}
+        try:
+            yield
+        finally:
+            self._before = held
+
+    @staticmethod
+    def _now(slots: Iterable[_Slot]) -> dict[_Slot, Tensor]:
+        now = {slot: slot.read() for slot in slots}
+        return {slot: b.detach().clone() for slot, b in now.items() if b is not None}
+
+    def _note_after(self) -> dict[_Slot, Tensor]:
+        """Where the first evaluation has left the buffers."""
         if self._after is None:
-            now = {slot: slot.read() for slot in self._before}
-            self._after = {s: b.detach().clone() for s, b in now.items() if b is not None}
+            self._after = self._now(self._before)
+        return self._after
+
+    def _rewind(self) -> None:
+        self._note_after()
         for device, state in self._random:
             _set_random_state(device, state)
         for slot, value in self._before.items():
@@ -261,10 +329,13 @@ class Replay:
     def finish(self, *, aborted: bool = False) -> None:
         """Leaves the buffers as one evaluation at the start of the step would have.
 
+        Those that the loss depends on have moved on with each iterate.
+
         Args:
             aborted: Whether the step came to nothing: the buffers are then as before it.
         """
-        for slot, value in (self._before if aborted else self._after or {}).items():
+        held = {**self._before, **self._entry} if aborted else self._after or {}
+        for slot, value in held.items():
             slot.restore(value)
         self._surroundings.reshard()
 

@@ -114,7 +114,7 @@ class InverseBFGS(LinearOperator):
         self._pending = False  # whether it is not in R^-1 yet
         self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
         self._buffers: _Buffers | None = None
-        self._cut: _Cut  # made with the buffers
+        self._cut = _Cut((), (), (), (), (), ())  # made with the buffers, whose memory it holds
 
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
@@ -163,7 +163,7 @@ class InverseBFGS(LinearOperator):
             self._enter(of_y, inverse)
         else:
             of_v = self.space.total(torch.mv(steps, v))
-        gamma = max(self._scales) if self.largest_scale else self._scales[-1]
+        gamma = self._gamma()
         work, small = self.dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
         # Scaled before anything is multiplied with Y: the square of a gradient may have no place.
@@ -172,6 +172,10 @@ class InverseBFGS(LinearOperator):
         inner = torch.mul(diagonal, p2).sub_(of_scaled)
         p1 = torch.mv(inverse.t(), inner)
         return torch.addmv(scaled, steps.t(), p1.to(work), beta=sign, alpha=sign)
+
+    def _gamma(self) -> float:
+        """The scale of what no pair speaks of."""
+        return max(self._scales) if self.largest_scale else self._scales[-1]
 
     def _enter(self, of_y: Tensor, inverse: Tensor) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""
@@ -195,7 +199,9 @@ class InverseBFGS(LinearOperator):
     def _grow(self, room: int) -> None:
         """Makes room for more pairs."""
         small, work, device = self._small_dtype, self.dtype, self.device
-        steps, differences = torch.zeros(2, room, self.size, dtype=work, device=device).unbind()
+        # Each in memory of its own, as after loading: sums depend on where a vector begins.
+        steps = torch.zeros(room, self.size, dtype=work, device=device)
+        differences = torch.zeros_like(steps)
         inverse = torch.zeros(room, room, dtype=small, device=device)
         diagonal = torch.zeros(room, dtype=small, device=device)
         if self._buffers is not None:

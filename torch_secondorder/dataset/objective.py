@@ -120,6 +120,10 @@ class DatasetObjective(ClosureObjective):
         super()._go(position, there=there)
         self._here = there
 
+    def _move_buffers_on(self, there: bool) -> None:
+        super()._move_buffers_on(there)
+        self._here = self._here and not self.renewed
+
     def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
         assert self.passes is not None
         with Capture(self.vector.params) as capture:

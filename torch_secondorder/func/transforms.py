@@ -46,12 +46,13 @@ def pullback(f: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[..., tu
 
 @cache
 def _load_rules() -> None:
-    # Its first use makes torch compile some rules of forward mode, with a way of its own that it
-    # warns of. That is no business of our callers, who may have made warnings errors.
+    # Its first use makes torch compile some rules of forward mode, in a way of its own that it
+    # warns of, in categories that differ by version. That is no business of our callers, who may
+    # have made warnings errors.
     load = getattr(forward_ad, "_maybe_load_decompositions", None)  # it is not public
     if load is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore")
             load()
 
 

@@ -156,6 +156,10 @@ class Iteration:
                 return status
 
     def _iterate(self) -> StepStatus | None:
+        if self._objective.renewed:
+            self._renew()
+            if self.point.grad_norm <= self._settings.tolerance_grad:
+                return StepStatus.CONVERGED_GRADIENT
         line = self._line()
         result = self._search(line)
         self.search_status = result.status
@@ -185,9 +189,18 @@ class Iteration:
             return StepStatus.STALLED
         if self.count >= settings.max_iter:
             return StepStatus.MAX_ITERATIONS
-        if self._objective.evaluations >= settings.max_eval and self.count:
+        evaluations = self._objective.evaluations - self._objective.examinations
+        if evaluations >= settings.max_eval and self.count:
             return StepStatus.MAX_EVALUATIONS
         return None
+
+    def _renew(self) -> None:
+        """Evaluates anew: trials and pairs are to be of one function, and it has changed."""
+        evaluation = self._objective.evaluate()
+        grad_norm, loss = self._space.to_host(
+            largest=[max_norm(evaluation.grad)], whole=[evaluation.loss]
+        )
+        self.point = Point(evaluation, loss, grad_norm)
 
     def _line(self) -> _Line:
         """The direction, with what the host has to know of it; one synchronization."""
