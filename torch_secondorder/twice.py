@@ -37,10 +37,10 @@ def twice_differentiable() -> AbstractContextManager[Any]:
     Scaled dot-product attention runs on its math backend, the only one that has a second derivative
     and a forward mode; the attention layers of `torch.nn` leave out the fused forward pass that
     they have for evaluation, for it has no derivatives; `nn.RNN`, `nn.LSTM` and `nn.GRU` run on
-    PyTorch's own kernels, for those of cuDNN have no second derivative. What was set before is set again in the
-    end. The switches are those of the process: other threads get the same kernels meanwhile.
-    Contexts may be nested, inside transforms of `torch.func` and `torch.compile` too, and those of
-    several threads may overlap.
+    PyTorch's own kernels, for those of cuDNN have no second derivative. What was set before is set
+    again in the end. The switches are those of the process: other threads get the same kernels
+    meanwhile. Contexts may be nested, inside transforms of `torch.func` and `torch.compile` too,
+    and those of several threads may overlap.
 
     >>> q = torch.ones(1, 1, 2, 3, requires_grad=True)
     >>> with twice_differentiable():
