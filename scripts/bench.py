@@ -33,6 +33,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     common.add_argument("--quick", action="store_true", help="smaller sizes, shorter limits")
     common.add_argument("--repeat", type=int, metavar="N", help="timed rounds (default: 5)")
+    common.add_argument(
+        "--seconds", type=float, metavar="N", help="about how long runs against the clock may take"
+    )
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
@@ -57,8 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench: --repeat must be at least 1, not {repeat}", file=sys.stderr)
         return 2
     device = torch.device(given.device)
-    options = Options(device, repeat, given.quick, getattr(given, "part", None))
-    report = Report(device)
+    if device.type == "cuda":
+        # Convolutions would round to ten bits by default, and results could not be compared.
+        torch.backends.cudnn.allow_tf32 = False
+    options = Options(device, repeat, given.quick, getattr(given, "part", None), given.seconds)
+    report = Report(device, given.json)
     print("  ".join(f"{key} {value}" for key, value in report.environment.items()), flush=True)
     names = list(COMMANDS) if given.command == "all" else [given.command]
     parts = [(name, part) for name in names for part in COMMANDS[name].parts or (None,)]
@@ -74,8 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"bench: {title} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             failed.append(title)
             report.record(f"{title}.error", traceback.format_exc())
-        if given.json is not None:  # after each, so that an interrupted run leaves something
-            report.write(given.json)
+        report.write()
     if failed:
         print(f"bench: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

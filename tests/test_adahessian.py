@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.diagonal_references import (
     DEFAULTS,
@@ -35,6 +36,7 @@ from tests.diagonal_references import (
 from tests.oracles import CASES, make_case
 from torch_secondorder import AdaHessian, Sophia, StepStatus
 from torch_secondorder.curvature import Hutchinson
+from torch_secondorder.optim.blocks import nonfinite
 
 DOUBLE = torch.float64
 
@@ -394,14 +396,92 @@ def test_a_mix_of_dtypes(period: int, device: torch.device) -> None:
     assert_both_train(loss, *tensors, tolerance=1e-4, update_period=period)
 
 
-def test_first_moments_are_not_touched_by_the_curvature(device: torch.device) -> None:
+@pytest.mark.parametrize("capturable", [False, True])
+def test_first_moments_are_not_touched_by_the_curvature(
+    capturable: bool, device: torch.device
+) -> None:
     """However large it is beside them."""
     p = nn.Parameter(torch.tensor([1e-12], dtype=DOUBLE, device=device))
-    optimizer = AdaHessian([p], lr=0.0)
+    optimizer = AdaHessian([p], lr=0.0, capturable=capturable)
     for _ in range(50):
         optimizer.step(standard(optimizer, lambda: (1e12 * p**2 / 2).sum()))
     expected = 1 - 0.9**50
     assert optimizer.state[p]["exp_avg"].item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", [AdaHessian, Sophia])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_numbers_on_the_device_are_those_of_the_host(
+    kind: Any, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Both work them out in double precision, `1 - 0.999**t` among them."""
+    results = []
+    for capturable in (False, True):
+        start = torch.tensor([1.0, -2.0, 0.5], dtype=dtype, device=device)
+        p = nn.Parameter(start.clone())
+        optimizer = kind([p], lr=0.02, weight_decay=0.3, update_period=2, capturable=capturable)
+        for _ in range(6):
+            optimizer.step(standard(optimizer, lambda p=p: (p**4).sum()))
+        results.append(p.detach())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(*results, rtol=20 * eps, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", [AdaHessian, Sophia])
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_a_bad_step_on_the_device_does_not_count(
+    kind: Any, steps_before: int, device: torch.device
+) -> None:
+    """Without any curvature the next step estimates, as where the host decides."""
+    p = nn.Parameter(torch.ones(3, dtype=DOUBLE, device=device))
+    optimizer = kind([p], lr=0.02, update_period=100, capturable=True)
+    for _ in range(3):
+        optimizer.step(standard(optimizer, lambda: (p**4).sum() * math.nan))
+        assert optimizer.curvature_due and torch.equal(p, torch.ones_like(p))
+    for _ in range(steps_before):
+        optimizer.step(standard(optimizer, lambda: (p**4).sum()))
+    assert bool((p < 1).all()) is (steps_before > 0)
+    copied = kind([p], lr=0.02, update_period=100, capturable=True)
+    copied.load_state_dict(optimizer.state_dict())
+    assert copied.curvature_due is optimizer.curvature_due
+
+
+class _Reads(TorchDispatchMode):
+    """Counts numbers that leave for the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [AdaHessian, Sophia])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_on_the_device_wait_for_it_once(kind: Any, dtype: torch.dtype) -> None:
+    """Whether there is any curvature; from then on not at all."""
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = kind([p], lr=0.02, update_period=2, weight_decay=0.1, capturable=True)
+    closure = standard(optimizer, lambda: (p**4).sum())
+    reads = []
+    for _ in range(8):
+        with _Reads() as counted:
+            optimizer.step(closure)
+        reads.append(counted.count)
+    assert reads[2:] == [0] * 6 and sum(reads[:2]) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1.0])
+def test_what_is_not_finite_is_found(bad: float, dtype: torch.dtype, device: torch.device) -> None:
+    tensors = [torch.ones(2, 2), torch.zeros(0), torch.tensor([1.0, bad, 3.0])]
+    tensors = [t.to(device, dtype) for t in tensors]
+    assert bool(nonfinite(tensors)) is (bad != 1.0)
+    scale = torch.tensor(1 / 3, device=device)
+    assert bool(nonfinite(tensors, scale)) is (bad != 1.0)
+    torch.testing.assert_close(tensors[0], torch.full_like(tensors[0], 1 / 3))
 
 
 @pytest.mark.parametrize("kind", [AdaHessian, Sophia])

@@ -356,3 +356,20 @@ def test_names() -> None:
 def test_errors(make: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("deviation", [0.0, 30.0, 300.0, 3000.0])
+def test_sketches_whose_vectors_are_not_quite_orthonormal(deviation: float) -> None:
+    """As those of other libraries are, on a device say: what is left still is definite."""
+    eigenvalues = torch.logspace(-1, 1, 40, dtype=torch.float64)
+    eigenvalues[::4] = 0.0
+    a = Matrix(symmetric(eigenvalues))
+    exact = NystromApproximation.of(a, 40, torch.Generator().manual_seed(1))
+    noise = torch.randn(40, 40, dtype=torch.float64) * torch.finfo(torch.float64).eps / 40**0.5
+    preconditioner = Nystrom(40)
+    preconditioner.load_state_dict(
+        {"vectors": exact.vectors + deviation * noise, "values": exact.values}
+    )
+    b = a @ vector_of(40)
+    result = CG(1000)(a, b, preconditioner=preconditioner.inverse(0.0))
+    assert result.iterations <= CG(1000)(a, b).iterations / 2

@@ -174,3 +174,10 @@ def test_several_devices(device: torch.device) -> None:
     assert vector.read().tolist() == [1, 1, 1, 0]
     vector.write(torch.arange(4.0, device=vector.device))
     assert a.tolist() == [0, 1, 2] and b.tolist() == [3]
+
+
+def test_numbers_of_several_dtypes_come_together(device: torch.device) -> None:
+    numbers = [torch.tensor(x, device=device) for x in (2.5, 3, True)]
+    numbers.append(torch.tensor(0.1, dtype=torch.float64, device=device))
+    assert to_host(*numbers) == [2.5, 3, 1, 0.1]
+    assert to_host(numbers[1], numbers[2]) == [3, 1]

@@ -185,6 +185,7 @@ def compare(contest: Contest, options: Options, report: Report) -> None:
     inputs, labels, source = images(count)
     data = Data(inputs.to(options.device), labels.to(options.device))
     table, thresholds = contest.table, contest.thresholds
+    limit = options.share(limit, len(table) * min(options.repeat, 3))
     descend(next(iter(table.values())), data, thresholds, 1.0)  # warm-up
     runs: dict[str, list[Run]] = {name: [] for name in table}
     # A run lasts seconds: three tell as much as many of a short one.

@@ -255,6 +255,7 @@ def race(
 ) -> dict[str, Run]:
     """Trains with each contender in turn: 60 seconds each, 20 on a device, 1 to try it out."""
     limit = 1.0 if options.quick else 60.0 if options.device.type == "cpu" else 20.0
+    limit = options.share(limit, len(contenders))
     runs = {}
     for name, contender in progress(contenders.items(), title):
         train(task, contender, min(limit, 0.5), options.device, limit)  # the warm-up

@@ -19,16 +19,28 @@ class Options:
         repeat: Timed rounds; every candidate runs once in each.
         quick: Smaller sizes and shorter limits, to see that it works.
         part: The one part of the sub-command to run; None runs all.
+        seconds: About how long all runs against the clock together may take; None for as long as
+            they ask for.
     """
 
     device: torch.device
     repeat: int
     quick: bool = False
     part: str | None = None
+    seconds: float | None = None
 
     def wants(self, part: str | None) -> bool:
         """Whether a part is to run."""
         return self.part is None or self.part == part
+
+    def share(self, wanted: float, runs: int) -> float:
+        """How long one of several runs may take that each want so many seconds.
+
+        A quarter of the time is for what is done before and beside them.
+        """
+        if self.seconds is None:
+            return wanted
+        return min(wanted, 0.75 * self.seconds / max(runs, 1))
 
 
 Run = Callable[[Options, Report], None]

@@ -122,9 +122,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 class Report:
-    """Collects results under dotted names, prints tables as they come, and writes the JSON."""
+    """Collects results under dotted names, prints tables as they come, and writes the JSON.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where the work is done.
+        path: The JSON file, if there is to be one. It is written after each result, so that a run
+            that is ended leaves what it had.
+    """
+
+    def __init__(self, device: torch.device, path: Path | None = None) -> None:
+        self.path = path
         self.environment = environment(device)
         self.results: dict[str, Any] = {}
 
@@ -135,12 +142,17 @@ class Report:
     def record(self, name: str, value: Any) -> None:
         """Keeps a result for the JSON file."""
         self.results[name] = value
+        self.write()
 
-    def write(self, path: Path) -> None:
+    def write(self) -> None:
         """Writes what was recorded so far."""
+        if self.path is None:
+            return
         document = {"environment": self.environment, "results": self.results}
         # JSON has no NaN and no infinity: both become null.
-        path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+        beside = self.path.with_name(self.path.name + ".part")  # never half of it
+        beside.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+        beside.replace(self.path)
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -172,6 +173,13 @@ class NystromApproximation(LinearOperator):
         vectors, roots, _ = torch.linalg.svd(half, full_matrices=False)
         return cls(vectors, (roots.square() - shift).clamp_(min=0.0))
 
+    @cached_property
+    def deviation(self) -> Tensor:
+        """The largest entry of `U'U - I`, 0-dim; libraries differ in it."""
+        products = self.vectors.T @ self.vectors
+        products.diagonal().sub_(1.0)
+        return products.abs().amax()
+
     def fits(self, operator: LinearOperator) -> bool:
         """Whether it may stand for an operator: one of its size and kind."""
         return (
@@ -196,9 +204,10 @@ class _NystromInverse(LinearOperator):
         self.size, self.dtype, self.device = sketch.size, sketch.dtype, sketch.device
         self._vectors = sketch.vectors
         largest, smallest = sketch.values[0], sketch.values[-1]
-        # The columns of U are orthonormal up to a few eps: the least eigenvalue has to show.
+        # The columns of U are not quite orthonormal: the least eigenvalue has to show.
         numbers = torch.finfo(largest.dtype)
-        shift = damping + (50 * numbers.eps * largest).clamp(min=numbers.tiny)
+        rounding = (4 * sketch.deviation).clamp(min=50 * numbers.eps)
+        shift = damping + (rounding * largest).clamp(min=numbers.tiny)
         self._plain = (largest + shift) / (smallest + shift)
         self._excess = (largest + shift) / (sketch.values + shift) - self._plain
 
