@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +36,7 @@ from tests.oracles import CASES, make_case
 from torch_secondorder import AdaHessian, Sophia, StepStatus
 from torch_secondorder.curvature import Hutchinson
 from torch_secondorder.optim.blocks import nonfinite
+from torch_secondorder.twice import twice_differentiable
 
 DOUBLE = torch.float64
 
@@ -227,7 +227,7 @@ def test_models_of_any_kind(name: str, device: torch.device) -> None:
     reference = plain(PlainAdaHessian, [{"params": theirs.params()}], options)
 
     def value() -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # the only attention with a second derivative
+        with twice_differentiable():
             return theirs.value()
 
     for _ in range(8):

@@ -33,7 +33,8 @@ INNER: dict[str, Callable[..., Any]] = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     "torch_lbfgs": partial(torch.optim.LBFGS, line_search_fn="strong_wolfe", max_iter=4),
     "lbfgs": partial(LBFGS, max_iter=4),
-    "newton": NewtonCG,
+    # Few iterations: conjugate gradients enlarge rounding errors with each.
+    "newton": partial(NewtonCG, max_cg_iter=5),
     "newton_hessian": partial(NewtonCG, curvature="hessian"),
     "newton_differences": partial(NewtonCG, curvature_products="finite_difference"),
     "adahessian": AdaHessian,
