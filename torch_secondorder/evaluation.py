@@ -373,12 +373,6 @@ class Objective(ABC):
             grad.add_(self._decay * position)
         return self.vector.scaled(grad)
 
-    def _check_once(self, source: Callable[..., Any], graph: Graph) -> None:
-        """Looks over the graph of a closure or function that is new: it takes some time."""
-        if not self._surroundings.knows(source):
-            graph.check_differentiable()
-            self._surroundings.note(source)
-
     def _go(self, position: Tensor, *, there: bool = False) -> None:
         if there:
             # They are there already; a graph that saved them earlier still has to notice.

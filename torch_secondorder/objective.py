@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -107,17 +106,13 @@ class ClosureObjective(Objective):
 
     def _run_captured(self, closure: Callable[[], Any]) -> RawEvaluation:
         params = self.vector.params
-        foreign: list[Tensor] = []  # what got a gradient that was not captured
-        with Capture(params) as capture, self.ranks.quiet(), ExitStack() as stack:
-            if not self._surroundings.knows(closure):
-                for p in params:
-                    stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
+        with Capture(params) as capture, self.ranks.quiet():
             loss = scalar(self._replay.run(closure))
-            if foreign or (not capture.calls and any(p.grad is not None for p in params)):
+            if capture.foreign or (not capture.calls and any(p.grad is not None for p in params)):
                 raise lost_graph()
             if not capture.calls:
-                capture.backward(differentiable(loss))
-        self._check_once(closure, capture.graph)
+                capture.backward(differentiable(capture.checked(loss)))
+        capture.graph.check_once(self._surroundings.graphs)
         return RawEvaluation(loss, touched([p.grad for p in params]), capture.graph)
 
 
@@ -252,7 +247,7 @@ class FunctionalObjective(Objective):
             gradients = torch.autograd.grad(loss, pieces, allow_unused=True)
             return RawEvaluation(loss, touched(gradients), None)
         with Capture(pieces) as capture, self.ranks.quiet():
-            loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
-        grads = capture.differentiate(loss)
-        self._check_once(self._function, capture.graph)
+            loss = scalar(self._replay.run(lambda: self._function(tree)))
+        grads = capture.differentiate(differentiable(capture.checked(loss)))
+        capture.graph.check_once(self._surroundings.graphs)
         return RawEvaluation(loss, touched(grads), capture.graph)

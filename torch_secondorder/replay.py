@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from torch_secondorder.ranks import Ranks
 
-__all__ = ["Replay", "Surroundings"]
+__all__ = ["Replay", "Surroundings", "random_state", "set_random_state"]
 
 
 class _Slot(NamedTuple):
@@ -64,6 +64,7 @@ class Surroundings:
         ranks: Those that share the work, from the DistributedDataParallel modules met.
         precision: The largest machine epsilon that modules of `fully_shard` compute with by their
             policy; 0 where none has one.
+        graphs: The kinds of graphs that were looked over, see `Graph.check_once`.
     """
 
     def __init__(self) -> None:
@@ -76,19 +77,19 @@ class Surroundings:
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
         self._sharded: WeakSet[Any] = WeakSet()  # those of `fully_shard`
         self._seen: set[object] = set()
+        self.graphs: set[Hashable] = set()
 
-    def knows(self, source: Callable[..., Any], what: str = "graph") -> bool:
-        """Whether something about a closure like this one was noted.
+    def knows(self, source: Callable[..., Any]) -> bool:
+        """Whether the modules that a closure calls were noted.
 
         Args:
             source: The same code over the same modules is a closure like it.
-            what: What was looked at.
         """
-        return (what, _identity(source)) in self._seen
+        return _identity(source) in self._seen
 
-    def note(self, source: Callable[..., Any], what: str = "graph") -> None:
+    def note(self, source: Callable[..., Any]) -> None:
         """See `knows`."""
-        self._seen.add((what, _identity(source)))
+        self._seen.add(_identity(source))
 
     @contextmanager
     def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
@@ -204,7 +205,7 @@ class Replay:
         self.autocast = {
             t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)
         }
-        self._random = [(d, _random_state(d)) for d in {torch.device("cpu"), *devices}]
+        self._random = [(d, random_state(d)) for d in {torch.device("cpu"), *devices}]
         self._before = {s: b.detach().clone() for s, b in surroundings.moving_buffers()}
         self._after: dict[_Slot, Tensor] | None = None
         self._evaluations = 0
@@ -230,20 +231,20 @@ class Replay:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is drawn inside is no part of the closure's randomness."""
-        states = [(device, _random_state(device)) for device, _ in self._random]
+        states = [(device, random_state(device)) for device, _ in self._random]
         yield
         for device, state in states:
-            _set_random_state(device, state)
+            set_random_state(device, state)
 
     def mark(self) -> Callable[[], None]:
         """Notes where random state and buffers are within a closure; returns what goes there."""
-        states = [(device, _random_state(device)) for device, _ in self._random]
+        states = [(device, random_state(device)) for device, _ in self._random]
         now = {slot: slot.read() for slot in self._before}
         buffers = {slot: b.detach().clone() for slot, b in now.items() if b is not None}
 
         def go() -> None:
             for device, state in states:
-                _set_random_state(device, state)
+                set_random_state(device, state)
             for slot, value in buffers.items():
                 slot.restore(value)
 
@@ -254,7 +255,7 @@ class Replay:
             now = {slot: slot.read() for slot in self._before}
             self._after = {s: b.detach().clone() for s, b in now.items() if b is not None}
         for device, state in self._random:
-            _set_random_state(device, state)
+            set_random_state(device, state)
         for slot, value in self._before.items():
             slot.restore(value)
 
@@ -275,14 +276,14 @@ class Replay:
         return max(self._surroundings.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:

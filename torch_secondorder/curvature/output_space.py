@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.graph import Graph, Output, explained
+from torch_secondorder.graph import Graph, Output, Suspect, explained, refuse
 
 __all__ = ["OutputSpace", "Tensors"]
 
@@ -100,6 +100,7 @@ class OutputSpace:
         self, gradient: Tensors, tensors: Sequence[Tensor], tangents: Tensors, batched: bool
     ) -> Tensors:
         """The Hessian of the loss by some of the outputs times tangents, from their `gradient`."""
+        refuse(self._curving_above)
         with self._cut():
             return _derivative(gradient, tensors, tangents, batched)
 
@@ -132,8 +133,18 @@ class OutputSpace:
         self, remainder: Tensors, tangents: Sequence[Tensor], batched: bool
     ) -> Tensors:
         """The Hessian of the loss by the parameters at fixed outputs times a direction."""
+        refuse(self._curving_above)
         with self._cut():
             return _derivative(remainder, self._graph.params, tangents, batched)
+
+    @cached_property
+    def _curving_above(self) -> list[Suspect]:
+        """The custom functions on the way to the outputs that have a wrong second derivative."""
+        if not self._graph.curving:
+            return []
+        met = _walk(map(_place, self._graph.losses), self._ends) - self._ends
+        nodes = {node for node, _ in met}
+        return [suspect for suspect in self._graph.curving if suspect.node in nodes]
 
     @contextmanager
     def _cut(self) -> Iterator[None]:

@@ -123,9 +123,9 @@ class DatasetObjective(ClosureObjective):
     def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
         assert self.passes is not None
         with Capture(self.vector.params) as capture:
-            loss = differentiable(compute())
+            loss = differentiable(capture.checked(compute()))
             gradients = capture.differentiate(loss)
-        self._check_once(self.passes.closure, capture.graph)
+        capture.graph.check_once(self._surroundings.graphs)
         value = loss.detach()
         flatten = partial(self._share, gradients)
         return Evaluation(self._sign * value, value, flatten, _OfBatch(self, capture.graph))
