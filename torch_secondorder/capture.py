@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from torch_secondorder.graph import Graph, Output, added, versions
@@ -83,18 +84,26 @@ class Capture(TorchFunctionMode):
     Args:
         params: The leaves to differentiate with respect to.
         receiver: Gets the graphs one by one, so that none has to be kept.
+        copies: Whether the graph saves copies, which takes as much memory again. Whatever is then
+            written in place, it stays what it was; else products raise `Overwritten`.
 
     Attributes:
         graph: What was caught; without losses where there is a receiver.
         calls: How many times `backward()` was called.
+        copies: The same.
+        place: Copies of the parameters at the last `backward()`, for a graph of copies.
     """
 
-    def __init__(self, params: Sequence[Tensor], receiver: Receiver | None = None) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], receiver: Receiver | None = None, *, copies: bool = False
+    ) -> None:
         super().__init__()
         self.graph = Graph(params)
         self.calls = 0
+        self.place: list[Tensor] | None = None
         self._receiver = receiver
         self._suspended = False
+        self.copies = copies
         self._looks = receiver is None or receiver.outputs
         self._twice = receiver is None or receiver.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
@@ -103,6 +112,9 @@ class Capture(TorchFunctionMode):
 
     def __enter__(self) -> Capture:
         self._kernels.__enter__()
+        if self.copies:
+            self._saving = saved_tensors_hooks(_copied, _itself)
+            self._saving.__enter__()
         self._token = _active.set(self)
         if self._watches:
             super().__enter__()  # type: ignore[no-untyped-call]
@@ -117,6 +129,8 @@ class Capture(TorchFunctionMode):
         else:
             self._interception.__exit__(*exception)
         _active.reset(self._token)
+        if self.copies:
+            self._saving.__exit__(*exception)
         self._kernels.__exit__(*exception)
 
     def __torch_function__(
@@ -192,6 +206,8 @@ class Capture(TorchFunctionMode):
             retain: Whether the graph of the loss is needed again.
         """
         self.calls += 1
+        if self.copies:
+            self.place = [_copied(p) for p in self.graph.params]
         if self._receiver is None:
             return self.graph.differentiate(loss, weight)
         graph = Graph(self.graph.params, outputs=[*self.graph.outputs])
@@ -216,6 +232,10 @@ class Capture(TorchFunctionMode):
         value = func(*bound.args, **bound.kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
+        if self.copies:
+            for name in arguments.keys() - found:
+                if isinstance(arguments[name], Tensor):
+                    arguments[name] = _copied(arguments[name])
         before = versions(arguments)
         for name in found:
             output = Output(arguments[name], func, name, arguments, value, before)
@@ -240,6 +260,14 @@ def uncaptured() -> Iterator[None]:
 @functools.cache
 def _signature(func: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(func)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _not_a_leaf(tensor: Tensor) -> Tensor:

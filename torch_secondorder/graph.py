@@ -17,6 +17,7 @@ __all__ = [
     "MissingSecondDerivative",
     "Multiply",
     "Output",
+    "Overwritten",
     "added",
     "explained",
     "versions",
@@ -40,6 +41,15 @@ _REENTRANT = "activation checkpointing with use_reentrant=True; False works"
 
 class MissingSecondDerivative(RuntimeError):
     """An operation inside the closure has no second derivative, or a wrong one."""
+
+
+class Overwritten(RuntimeError):
+    """A tensor that a graph has saved was changed in place since.
+
+    Closures may do that: what is written once for each evaluation is harmless in a loop that uses
+    the graph at once, and here the graph of one evaluation is used after others. With a graph of
+    copies it is harmless as well, see `Capture`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +280,8 @@ def explained(error: RuntimeError) -> RuntimeError:
     text = str(error)
     if "donated buffers" in text or "torch.compile with aot_autograd" in text:
         return MissingSecondDerivative(_COMPILED)
+    if "modified by an inplace operation" in text:
+        return Overwritten(text)
     if "use_reentrant=True" in text:
         return _no_second_derivative(_REENTRANT)
     signs = ("is not implemented", "once_differentiable", "double backward")
