@@ -400,4 +400,8 @@ def test_a_jacobian_can_be_trained_on(device: torch.device) -> None:
 
 
 def test_torch_funcs_own_are_at_hand() -> None:
-    assert (jvp, vjp) == (torch.func.jvp, torch.func.vjp)
+    x, v = torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    close(jvp(torch.sin, (x,), (v,))[1], x.cos() * v)
+    (y, pull, aux), expected = vjp(lambda x: (x.sin(), x), x, has_aux=True), x.cos() * v
+    close(pull(v)[0], expected)
+    close(y, aux.sin())

@@ -18,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from torch_secondorder.convolution import CONVOLUTIONS, convolution
 from torch_secondorder.custom_functions import applied, trusted
-from torch_secondorder.graph import REENTRANT, Graph, Output, Suspect, reentrant, versions
+from torch_secondorder.graph import REENTRANT, Graph, Output, Suspect, added, reentrant, versions
 from torch_secondorder.interception import Substitution, intercepting
-from torch_secondorder.weight_norm import WEIGHT_NORM, replacing_weight_norm, weight_norm
+from torch_secondorder.twice import REPLACEMENTS, twice_differentiable
 
 __all__ = ["Capture", "Receiver", "mark_outputs", "uncaptured"]
 
@@ -82,39 +81,48 @@ class Capture(TorchFunctionMode):
 
     Inside, `loss.backward()` becomes `torch.autograd.grad(loss, params, create_graph=True)`, and a
     *copy* of each gradient is added to `p.grad`: clipping or logging there cannot reach the graph.
-    Other leaves than `params` get no gradient. Scaled dot-product attention runs on its math
-    backend, the only one with a second derivative. Custom autograd functions are examined where
-    they are applied, see `torch_secondorder.custom_functions`.
+    Other leaves than `params` get no gradient. Operations whose second derivative is missing, wrong
+    or wasteful are replaced, see `torch_secondorder.twice`. Custom autograd functions are examined
+    where they are applied, see `torch_secondorder.custom_functions`.
 
     Args:
         params: The leaves to differentiate with respect to.
         receiver: Gets the graphs one by one, so that none has to be kept.
+        copies: Whether the graph saves copies, which takes as much memory again. Whatever is then
+            written in place, it stays what it was; else products raise `Overwritten`.
 
     Attributes:
         graph: What was caught; without losses where there is a receiver.
         calls: How many times `backward()` was called.
         foreign: Whether parameters got gradients from somewhere else.
+        copies: The same.
+        place: Copies of the parameters at the last `backward()`, for a graph of copies.
     """
 
-    def __init__(self, params: Sequence[Tensor], receiver: Receiver | None = None) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], receiver: Receiver | None = None, *, copies: bool = False
+    ) -> None:
         super().__init__()
         self.graph = Graph(params)
         self.calls = 0
         self.foreign = False
+        self.place: list[Tensor] | None = None
         self._receiver = receiver
         self._suspended = False
         self._differentiates = False
         self._cut_off = False  # whether a reentrant checkpoint got nothing that has a graph
+        self.copies = copies
         self._looks = receiver is None or receiver.outputs
         self._twice = receiver is None or receiver.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
         self._watches = self._looks or any(p.dim() > 2 for p in params)
-        self._attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
-        self._norms: AbstractContextManager[Any] = replacing_weight_norm()
+        self._kernels: AbstractContextManager[Any] = twice_differentiable()
 
     def __enter__(self) -> Capture:
-        self._attention.__enter__()
-        self._norms.__enter__()
+        self._kernels.__enter__()
+        if self.copies:
+            self._saving = saved_tensors_hooks(_copied, _itself)
+            self._saving.__enter__()
         self._token = _active.set(self)
         _applications.begin()
         _accumulations.begin()
@@ -134,8 +142,9 @@ class Capture(TorchFunctionMode):
         _accumulations.end()
         _applications.end()
         _active.reset(self._token)
-        self._norms.__exit__(*exception)
-        self._attention.__exit__(*exception)
+        if self.copies:
+            self._saving.__exit__(*exception)
+        self._kernels.__exit__(*exception)
 
     def __torch_function__(
         self,
@@ -150,10 +159,8 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is Tensor.backward:
             return self.backward(*args, **kwargs)
-        if func in CONVOLUTIONS and self._twice:
-            return convolution(func, *args, **kwargs)
-        if func is WEIGHT_NORM:
-            return weight_norm(*args, **kwargs)
+        if self._twice and func in REPLACEMENTS:
+            return REPLACEMENTS[func](*args, **kwargs)
         if not self._looks:
             return func(*args, **kwargs)
         if func in STANDARD_LOSSES:
@@ -189,7 +196,8 @@ class Capture(TorchFunctionMode):
                 if g is None:
                     continue
                 if p.grad is not None:
-                    p.grad = p.grad + g if p.grad.is_sparse or g.is_sparse else p.grad.add_(g)
+                    sparse = p.grad.is_sparse or g.is_sparse
+                    p.grad = added(p.grad, g) if sparse else p.grad.add_(g)
                 else:
                     # Not an alias: the graph goes on using the storage of `g`.
                     p.grad = g.clone() if self._receiver is None else g
@@ -212,6 +220,8 @@ class Capture(TorchFunctionMode):
         """
         self.calls += 1
         self.checked(loss)
+        if self.copies:
+            self.place = [_copied(p) for p in self.graph.params]
         self._differentiates = True
         try:
             return self._differentiated(loss, weight, retain)
@@ -243,11 +253,12 @@ class Capture(TorchFunctionMode):
         )
         graph.differentiate(loss, weight, twice=self._receiver.twice)
         gradients = self._receiver(graph, retain)
-        if self.graph.outputs and not retain:
+        if (self.graph.outputs or self.graph.suspects) and not retain:
             # What is spent is let go, or the graphs of all micro-batches would pile up.
             spent = set(graph.nodes())
             kept = [o for o in self.graph.outputs if o.tensor.grad_fn not in spent]
             self.graph.outputs[:] = kept
+            self.graph.suspects[:] = [s for s in self.graph.suspects if s.node not in spent]
         return gradients
 
     def _apply(self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -287,6 +298,10 @@ class Capture(TorchFunctionMode):
         value = func(*bound.args, **bound.kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
+        if self.copies:
+            for name in arguments.keys() - found:
+                if isinstance(arguments[name], Tensor):
+                    arguments[name] = _copied(arguments[name])
         before = versions(arguments)
         for name in found:
             output = Output(arguments[name], func, name, arguments, value, before)
@@ -356,6 +371,14 @@ def uncaptured() -> Iterator[None]:
 @functools.cache
 def _signature(func: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(func)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _not_a_leaf(tensor: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 __all__ = [
     "STANDARD_CLOSURE",
+    "backward_of",
     "check_callable",
     "differentiable",
     "lost_graph",
+    "no_gradient",
     "scalar",
     "touched",
 ]
@@ -55,14 +57,29 @@ def scalar(loss: Any) -> Tensor:
 def differentiable(loss: Tensor) -> Tensor:
     """The loss; raises where it has no graph."""
     if not loss.requires_grad:
-        raise _no_gradient()
+        raise no_gradient()
     return loss
+
+
+def backward_of(loss: Tensor) -> None:
+    """Calls `backward()` for a closure that has left no gradient at the parameters.
+
+    Raises:
+        RuntimeError: The loss has no graph, or the closure has used it up: then it did call
+            `backward()`, and no gradient came to the parameters.
+    """
+    try:
+        differentiable(loss).backward()
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise no_gradient() from error
+        raise
 
 
 def touched(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The gradients; raises where there is none."""
     if grads[0] is None and all(g is None for g in grads):
-        raise _no_gradient()
+        raise no_gradient()
     return grads
 
 
@@ -75,10 +92,10 @@ def lost_graph() -> RuntimeError:
     )
 
 
-def _no_gradient() -> RuntimeError:
+def no_gradient() -> RuntimeError:
     """The error for a loss that no gradient comes from."""
     return RuntimeError(
         "no gradient reached any of the optimizer's parameters: the closure must compute its loss "
-        "from them (not from copies, nor under torch.no_grad()) and call loss.backward():\n"
-        + STANDARD_CLOSURE
+        "from them (not from copies, nor under torch.no_grad(), nor with a model that was made "
+        "after the optimizer) and call loss.backward():\n" + STANDARD_CLOSURE
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 __all__ = ["CONVOLUTIONS", "convolution"]
 
@@ -59,14 +59,24 @@ def _substituted(
         and not input.is_complex()
         and not torch.is_autocast_enabled(input.device.type)
         and not torch.compiler.is_compiling()
-        # Transforms of torch.func go by rules of their own.
-        and torch._C._functorch.peek_interpreter_stack() is None
+        # Transforms of torch.func go by rules of their own, and so does forward mode.
+        and not _transformed()
+        and forward_ad._current_level < 0
     )
     if not plain:
         return None
     geometry = (*(_each(n, dims) for n in (stride, padding, dilation)), groups)
     result: Tensor = _Convolution.apply(input, weight, bias, geometry)  # type: ignore[no-untyped-call]
     return result
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _batched(gradient: Tensor) -> bool:
+    """Whether this is several gradients, for `torch.func.vmap` or for `is_grads_batched`."""
+    return _transformed() or torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _each(value: Any, dims: int) -> list[int]:
@@ -121,7 +131,9 @@ class _Convolution(Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
         wanted = (_executes(ctx, 0), _executes(ctx, 1), _executes(ctx, 2))
-        derive = _ConvolutionBackward.apply if torch.is_grad_enabled() else _backward
+        # Where several gradients are made in one pass the graph of a function here would be lost.
+        again = torch.is_grad_enabled() and not _batched(g)
+        derive = _ConvolutionBackward.apply if again else _backward
         return (*derive(g, x, w, ctx.geometry, wanted), None)
 
 

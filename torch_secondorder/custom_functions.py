@@ -279,7 +279,9 @@ class _Examination:
             self.result = False, False, "whose backward leaves no graph"
             return
         # Each input has the same part in what is compared.
-        self._weights = [rerun.uniform(v) * v.sgn() / v.abs().sum().clamp(min=_tiny(v)) for v in values]
+        self._weights = [
+            rerun.uniform(v) * v.sgn() / v.abs().sum().clamp(min=_tiny(v)) for v in values
+        ]
         self._slopes, self._of_incoming = self._seconds(gradients, inputs)
         self._incoming = [g.detach() for g in self._incoming]
         self._eps = max(torch.finfo(p.dtype).eps for p in points)
@@ -396,7 +398,9 @@ class _Examination:
         if abs(again - difference) > 0.3 * max(abs(again), abs(difference)) + slack:
             return False
         # What oscillates changes by all of itself within the shortest step.
-        if abs(product) * _NEAREST * unit > 0.5 * _dot(self._weights, self._values):
+        parts = zip(self._weights, self._values, where, strict=True)
+        size = sum(float((_wide(w) * _wide(v)).abs()[mask].sum()) for w, v, mask in parts)
+        if abs(product) * _NEAREST * unit > 0.5 * size:
             return False
         if abs(difference) > 4 * rounding:
             return True

@@ -19,7 +19,9 @@ __all__ = [
     "MissingSecondDerivative",
     "Multiply",
     "Output",
+    "Overwritten",
     "Suspect",
+    "added",
     "explained",
     "reentrant",
     "refuse",
@@ -37,8 +39,8 @@ _COMPILED = (
     "optimizer that needs gradients only"
 )
 _REENTRANT = (
-    "activation checkpointing with use_reentrant=True; False works: the reentrant kind lets neither a "
-    "second derivative through nor a first one that loss.backward() does not take itself. Pass "
+    "activation checkpointing with use_reentrant=True; False works: the reentrant kind lets no "
+    "second derivative through, and no first one that loss.backward() does not take itself. Pass "
     "checkpoint(..., use_reentrant=False), or gradient_checkpointing_kwargs={'use_reentrant': "
     "False} where a trainer does it"
 )
@@ -67,8 +69,8 @@ class MissingSecondDerivative(RuntimeError):
     @classmethod
     def of(cls, operation: str, instead: str = _INSTEAD) -> MissingSecondDerivative:
         """The error for an operation, with what to do instead."""
-        message = f"an operation inside the closure has no second derivative: {operation}. {instead}"
-        return cls(message, operation)
+        what = f"an operation inside the closure has no second derivative: {operation}"
+        return cls(f"{what}. {instead}", operation)
 
     def instead(self, instead: str) -> MissingSecondDerivative:
         """The same error with another way out, where it depends on the optimizer."""
@@ -89,6 +91,15 @@ class Suspect(NamedTuple):
 
     node: Any
     finding: Finding
+
+
+class Overwritten(RuntimeError):
+    """A tensor that a graph has saved was changed in place since.
+
+    Closures may do that: what is written once for each evaluation is harmless in a loop that uses
+    the graph at once, and here the graph of one evaluation is used after others. With a graph of
+    copies it is harmless as well, see `Capture`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +262,7 @@ class Graph:
             MissingSecondDerivative: There is such an operation.
         """
         # Where what comes in is constant, nothing in the gradient's graph tells of the cut.
-        names = set()
+        names: set[str] = set()
         for node in self.nodes():
             if node.name() == "CheckpointFunctionBackward":
                 raise reentrant()
@@ -372,11 +383,21 @@ def _wrong(node: Any) -> Iterator[str]:
         yield _WRONG[node.name()]
 
 
+def added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, dense or sparse; None for zeros."""
+    if first is None or second is None:
+        return second if first is None else first
+    # To a sparse tensor no dense one can be added.
+    return second + first if first.is_sparse else first + second
+
+
 def explained(error: RuntimeError) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
     if "donated buffers" in text or "torch.compile with aot_autograd" in text:
         return MissingSecondDerivative(_COMPILED)
+    if "modified by an inplace operation" in text:
+        return Overwritten(text)
     if "use_reentrant=True" in text:
         return reentrant()
     signs = ("is not implemented", "once_differentiable", "double backward")

@@ -79,17 +79,18 @@ class Surroundings:
         self._seen: set[object] = set()
         self.graphs: set[Hashable] = set()
 
-    def knows(self, source: Callable[..., Any]) -> bool:
-        """Whether the modules that a closure calls were noted.
+    def knows(self, source: Callable[..., Any], what: str) -> bool:
+        """Whether something about a closure like this one was noted.
 
         Args:
             source: The same code over the same modules is a closure like it.
+            what: What was looked at.
         """
-        return _identity(source) in self._seen
+        return (what, _identity(source)) in self._seen
 
-    def note(self, source: Callable[..., Any]) -> None:
+    def note(self, source: Callable[..., Any], what: str) -> None:
         """See `knows`."""
-        self._seen.add(_identity(source))
+        self._seen.add((what, _identity(source)))
 
     @contextmanager
     def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
@@ -277,6 +278,7 @@ class Replay:
 
 
 def random_state(device: torch.device) -> Tensor:
+    """The state of a device's own random numbers."""
     if device.type == "cpu":
         return torch.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
@@ -284,6 +286,7 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Goes back to a state of a device's own random numbers."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:

@@ -19,9 +19,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from torch_secondorder.capture import Capture, uncaptured
 from torch_secondorder.contract import (
+    backward_of,
     check_callable,
     differentiable,
     lost_graph,
+    no_gradient,
     scalar,
     touched,
 )
@@ -203,7 +205,7 @@ class SingleEvaluation:
             stack.enter_context(uncaptured())
             if self._functional:
                 stack.enter_context(surroundings.ranks.quiet())
-            known = surroundings.knows(self._source)
+            known = surroundings.knows(self._source, "modules")
             if not known:
                 stack.enter_context(surroundings.watch(self._before))
             loss = scalar(self._called(before))
@@ -211,9 +213,11 @@ class SingleEvaluation:
                 found = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
                 gradients, _ = averaged(found, params, surroundings.ranks)
             elif not before.shows_backward(params):
-                differentiable(loss).backward()
+                backward_of(loss)
+                if before.matches(params):
+                    raise no_gradient()
         if not known:
-            surroundings.note(self._source)
+            surroundings.note(self._source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
     def _called(self, before: GradientTrace) -> Any:
@@ -240,7 +244,7 @@ class SingleEvaluation:
                 gradients = capture.differentiate(differentiable(capture.checked(loss)))
             elif not capture.calls:
                 capture.backward(differentiable(capture.checked(loss)))
-        self._surroundings.note(source)
+        self._surroundings.note(source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
     def _run_compiled(
@@ -257,9 +261,7 @@ class SingleEvaluation:
 class _Relay:
     """What `Capture` shows the graphs to: sees to the things that no watch need care for."""
 
-    def __init__(
-        self, evaluation: SingleEvaluation, watch: Watch, *, accumulates: bool
-    ) -> None:
+    def __init__(self, evaluation: SingleEvaluation, watch: Watch, *, accumulates: bool) -> None:
         self.twice, self.outputs = watch.twice, watch.outputs
         self._evaluation = evaluation
         self._watch = watch
@@ -267,12 +269,15 @@ class _Relay:
         self._first = True
 
     def __call__(self, graph: Graph, retain: bool) -> Sequence[Tensor | None]:
+        gradients = graph.gradients[0]
+        if self._evaluation._surroundings.ranks.count == 1 and all(g is None for g in gradients):
+            return gradients  # a loss of other parameters
         if self._first:
             self._look_at_what_was_there()
         graph.check_once(self._evaluation._surroundings.graphs, self.twice)
         with without_autocast(graph.params):
             self._watch.observe(graph, retain)
-        return self._own(graph.gradients[0], graph.params)
+        return self._own(gradients, graph.params)
 
     def _own(
         self, gradients: Sequence[Tensor | None], params: Sequence[Tensor]

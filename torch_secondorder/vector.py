@@ -197,9 +197,9 @@ class ParameterVector:
         if self._uniform:
             shape = (*batch, -1)
             pieces = [
-                t.reshape(shape)
-                if t is not None and t.layout is torch.strided
-                else self._filled(t, s).expand(*batch, s.count)
+                torch.zeros(s.count, dtype=self.dtype, device=self.device).expand(*batch, s.count)
+                if t is None
+                else (t if t.layout is torch.strided else t.to_dense()).reshape(shape)
                 for t, s in zip(tensors, self._segments, strict=True)
             ]
             return torch.cat(pieces, dim=-1).detach()
@@ -208,11 +208,6 @@ class ParameterVector:
             if tensor is not None:
                 piece.copy_(_real(tensor.detach()).reshape(piece.shape))
         return flat
-
-    def _filled(self, tensor: Tensor | None, segment: _Segment) -> Tensor:
-        if tensor is None:
-            return torch.zeros(segment.count, dtype=self.dtype, device=self.device)
-        return tensor.to_dense().reshape(-1)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Cuts `(..., n)` into pieces shaped `(..., *parameter.shape)` in the parameters' dtypes.
@@ -272,6 +267,13 @@ class ParameterVector:
             (end - count, end, factor)
             for end, count, factor in zip(ends, self._counts, factors, strict=True)
         ]
+
+    def holds(self, flat: Tensor) -> bool:
+        """Whether the parameters have these values, `(n,)`, as far as their precision goes."""
+        if self.device.type == "cpu":  # one by one, without a copy
+            return all(map(torch.equal, self._held(), self.split(flat)))
+        # A device would be waited for as many times.
+        return torch.equal(self.read(flat), flat)
 
     @property
     def needs_master(self) -> bool:

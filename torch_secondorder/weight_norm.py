@@ -7,15 +7,13 @@ PyTorch's fused operation saves the norms, and its second derivative takes them 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from torch_secondorder.interception import Substitution
 
-__all__ = ["WEIGHT_NORM", "replacing_weight_norm", "weight_norm"]
+__all__ = ["WEIGHT_NORM", "replace_weight_norm", "restore_weight_norm", "weight_norm"]
 
 #: The function that `weight_norm` stands in for.
 WEIGHT_NORM = torch._weight_norm
@@ -32,7 +30,12 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     Returns:
         Shaped like `v`.
     """
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    others = [i for i in range(v.dim()) if dim == -1 or i != dim % v.dim()]
+    if not others:
+        return v * (g / v.abs())
+    # Of operations that have all rules: those of `vector_norm` fail inside vmap of jvp.
+    squares = (v * v).sum(others, keepdim=dim != -1)
+    return v * (g / squares.sqrt())
 
 
 # The places where modules find the function when they are called.
@@ -44,16 +47,16 @@ _substitutions = [
 ]
 
 
-@contextmanager
-def replacing_weight_norm() -> Iterator[None]:
-    """Inside, modules of PyTorch that normalize weights call `weight_norm`.
+def replace_weight_norm() -> None:
+    """Lets modules of PyTorch that normalize weights call `weight_norm`, in all threads.
 
-    It costs nothing an operation, and holds for all threads.
+    It costs nothing an operation. Each call needs one of `restore_weight_norm`.
     """
     for substitution in _substitutions:
         substitution.begin()
-    try:
-        yield
-    finally:
-        for substitution in _substitutions:
-            substitution.end()
+
+
+def restore_weight_norm() -> None:
+    """Ends what `replace_weight_norm` began; with the last of them all is as it was."""
+    for substitution in _substitutions:
+        substitution.end()

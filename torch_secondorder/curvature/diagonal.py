@@ -18,7 +18,7 @@ from torch_secondorder.curvature.probes import Distribution, draw
 from torch_secondorder.curvature.products import several_products
 from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.evaluation import Evaluation
-from torch_secondorder.graph import Graph
+from torch_secondorder.graph import Graph, added
 from torch_secondorder.ranks import Ranks
 from torch_secondorder.vector import ParameterVector
 from torch_secondorder.workspace import Workspace
@@ -369,9 +369,7 @@ def exact_diagonal(operator: LinearOperator) -> Tensor:
 
 
 def _sum(first: Parts, second: Parts) -> list[Tensor | None]:
-    return [
-        a if b is None else b if a is None else a + b for a, b in zip(first, second, strict=True)
-    ]
+    return list(map(added, first, second))
 
 
 def _check_count(n_samples: int) -> None:

@@ -19,7 +19,7 @@ from torch_secondorder.curvature.loss_curvature import LossCurvature
 from torch_secondorder.curvature.output_space import OutputSpace, Tensors
 from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.evaluation import Evaluation, Slot
-from torch_secondorder.graph import Graph, Multiply
+from torch_secondorder.graph import Graph, Multiply, added
 from torch_secondorder.ranks import Ranks
 
 __all__ = ["GaussNewton"]
@@ -76,9 +76,10 @@ class GaussNewton(Linearized):
         graph = self._linearization.graph
         self._whole = graph.compiled((type(self), remainder), self._built_on)
         if self._whole is None:
-            self._attach(graph)
+            self._retried(lambda: self._attach(self._linearization.graph))
 
     def _attach(self, graph: Graph) -> None:
+        self.__dict__.pop("_samples", None)  # those of another graph
         self._space = OutputSpace(graph)
         self._curvature = LossCurvature(self._space)
         self.bypassed = self._curvature.bypassed
@@ -114,8 +115,9 @@ class GaussNewton(Linearized):
         """
         self._linearization.check()
         self._require_outputs()
-        roots = self._random_roots(n_samples, generator)
-        return self._linearization.diagonal(self._space.pull_each(roots), n_samples)
+        roots = self._retried(lambda: self._random_roots(n_samples, generator))
+        pulled = self._retried(lambda: self._space.pull_each(roots))
+        return self._linearization.diagonal(pulled, n_samples)
 
     def factors(
         self, generator: torch.Generator | None = None, largest: float = math.inf
@@ -132,9 +134,11 @@ class GaussNewton(Linearized):
         linearization = self._linearization
         linearization.check()
         self._require_outputs()
-        (root,) = self._random_roots(1, generator)
-        return kronecker_factors(
-            linearization.graph, self._space.tensors, root, largest, linearization.ranks
+        (root,) = self._retried(lambda: self._random_roots(1, generator))
+        return self._retried(
+            lambda: kronecker_factors(
+                linearization.graph, self._space.tensors, root, largest, linearization.ranks
+            )
         )
 
     def slots(self) -> list[Slot]:
@@ -158,10 +162,7 @@ class GaussNewton(Linearized):
         if self._remainder is None:
             return products
         others = self._space.remainder_product(self._remainder, tangents, batched)
-        return [
-            a if b is None else b if a is None else a + b
-            for a, b in zip(products, others, strict=True)
-        ]
+        return list(map(added, products, others))
 
     def _at_outputs(self, changes: Tensors, batched: bool) -> Tensors:
         """The product with `B`."""

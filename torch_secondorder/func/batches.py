@@ -13,6 +13,7 @@ from torch_secondorder.func.limits import Mode, check_chunk_size, check_mode, sp
 from torch_secondorder.func.recorded import composing
 from torch_secondorder.func.transforms import push
 from torch_secondorder.func.trees import flatten
+from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["batch_jacobian", "check_batch", "differs"]
 
@@ -55,6 +56,7 @@ def batch_jacobian(
     check_mode(mode)
     check_chunk_size(chunk_size)
     check_batch("x", x, None)
+    f = with_second_derivatives(f)
 
     def checked(x: Tensor) -> tuple[Tensor]:
         y = f(x)

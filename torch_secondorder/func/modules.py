@@ -15,6 +15,7 @@ from torch_secondorder.func.limits import check_chunk_size, spans
 from torch_secondorder.func.recorded import composing
 from torch_secondorder.func.transforms import pullback, vectorized
 from torch_secondorder.func.trees import basis, numels
+from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["module_jacobian"]
 
@@ -66,6 +67,7 @@ def module_jacobian(
             "the Jacobian is wanted for, or take wrt='inputs'"
         )
 
+    @with_second_derivatives
     def call(params: Parameters, x: Tensor) -> Tensor:
         return cast(Tensor, functional_call(model, {**buffers, **params}, (x,)))
 

@@ -12,6 +12,7 @@ from torch.func import grad
 from torch_secondorder.func.limits import check_chunk_size, check_size, spans
 from torch_secondorder.func.transforms import derivative, pullback, vectorized
 from torch_secondorder.func.trees import basis, flatten, like, numels, scalar, unflatten
+from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["ggnvp", "hessian_diagonal", "hvp", "vhp"]
 
@@ -96,6 +97,7 @@ def ggnvp(f: Callable[[Any], Any], loss: Callable[[Any], Tensor], x: Any, v: Any
     """
     leaves, spec = flatten(x, "x")
     like(v, leaves, spec, "v")
+    f = with_second_derivatives(f)
     outputs, pull = pullback(f, x)
     flatten(outputs, "f(x)")
     change = derivative(f, (x,), (v,))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import jvp, vjp, vmap
+from torch.func import vmap
 
-__all__ = ["derivative", "pullback", "push", "vectorized"]
+from torch_secondorder.twice import with_second_derivatives
+
+__all__ = ["derivative", "jvp", "pullback", "push", "vectorized", "vjp"]
+
+
+# Those of torch.func, with attention on the backend that has a forward mode and second derivatives.
+jvp = wraps(torch.func.jvp)(with_second_derivatives(torch.func.jvp))
+vjp = wraps(torch.func.vjp)(with_second_derivatives(torch.func.vjp))
 
 
 def derivative(f: Callable[..., Any], inputs: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
@@ -24,7 +31,7 @@ def derivative(f: Callable[..., Any], inputs: tuple[Any, ...], tangents: tuple[A
     if not torch.compiler.is_compiling():
         _load_rules()
     try:
-        return jvp(f, inputs, tangents)[1]
+        return torch.func.jvp(f, inputs, tangents)[1]
     except NotImplementedError as error:
         raise NotImplementedError(
             "an operation in the function has no forward mode: take `vhp` in the place of `hvp`, "
@@ -34,7 +41,7 @@ def derivative(f: Callable[..., Any], inputs: tuple[Any, ...], tangents: tuple[A
 
 def pullback(f: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
     """The value of a function, and what multiplies with its Jacobian from the left."""
-    return cast("tuple[Any, Callable[..., tuple[Any, ...]]]", vjp(f, *inputs))
+    return cast("tuple[Any, Callable[..., tuple[Any, ...]]]", torch.func.vjp(f, *inputs))
 
 
 @cache

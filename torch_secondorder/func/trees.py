@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torch_secondorder.twice import with_second_derivatives
+
 __all__ = ["basis", "flatten", "flattened", "like", "named", "numels", "scalar", "unflatten"]
 
 _LEAF = pytree.tree_structure(0)
@@ -94,6 +96,7 @@ def flattened(
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[pytree.TreeSpec]]:
     """The function from leaves to leaves, and a list that a call puts the output's structure in."""
     specs: list[pytree.TreeSpec] = []
+    f = with_second_derivatives(f)
 
     def of_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
         outputs, found = flatten(f(unflatten(leaves, spec)), "f(x)")
@@ -105,6 +108,7 @@ def flattened(
 
 def scalar(f: Callable[[Any], Any]) -> Callable[[Any], Tensor]:
     """The function, with an error where it has no Hessian."""
+    f = with_second_derivatives(f)
 
     def checked(x: Any) -> Tensor:
         value = f(x)

@@ -21,6 +21,7 @@ from torch_secondorder.penalties.checks import (
 from torch_secondorder.penalties.jacobian import differentiated, exact_rows, projected_rows
 from torch_secondorder.penalties.layers import chain_of, slope_from_output, stack_of
 from torch_secondorder.penalties.squares import squared_sum
+from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["contractive_penalty"]
 
@@ -153,7 +154,7 @@ def _by_differentiation(
 ) -> Tensor:
     """From derivatives by the input."""
     point = differentiated(points)
-    y = encoder(point)
+    y = with_second_derivatives(encoder)(point)
     check_outputs(y, len(points), "encoder(x)")
     size = y.numel() * point[0].numel() * y.element_size()
     if method == "exact" or (method == "auto" and size <= _LARGEST_JACOBIAN):

@@ -17,6 +17,7 @@ from torch_secondorder.penalties.checks import (
     check_separate,
 )
 from torch_secondorder.penalties.squares import squared_sum
+from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["jacobian_penalty"]
 
@@ -48,7 +49,9 @@ def jacobian_penalty(
         n_projections: Vectors for each sample.
         generator: Where they come from, on the device of the outputs.
         outputs: What `f(x)` gave, where the loss has it already and `x` required a gradient then:
-            saves another call of `f`, about a third of what one projection costs.
+            saves another call of `f`, about a third of what one projection costs. Attention in `f`
+            has to be on its math backend then (`torch.nn.attention.sdpa_kernel`), as it is in
+            calls from here.
 
     Returns:
         A 0-dim tensor with a graph, unless gradients are disabled.
@@ -71,7 +74,7 @@ def jacobian_penalty(
     with torch.enable_grad():
         # The alias: derivatives are by the argument alone, also where `f` holds `x` itself.
         point = x if outputs is not None else differentiated(x)
-        y = f(point) if outputs is None else outputs
+        y = with_second_derivatives(f)(point) if outputs is None else outputs
         check_outputs(y, len(x), "f(x)" if outputs is None else "outputs")
         n = len(x)
         if method == "exact":
