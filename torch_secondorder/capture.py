@@ -17,10 +17,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
-from torch_secondorder.graph import Graph, Output, added, versions
-from torch_secondorder.interception import intercepting
+from torch_secondorder.custom_functions import applied, trusted
+from torch_secondorder.graph import REENTRANT, Graph, Output, Suspect, added, reentrant, versions
+from torch_secondorder.interception import Substitution, intercepting
 from torch_secondorder.twice import REPLACEMENTS, twice_differentiable
 
 __all__ = ["Capture", "Receiver", "mark_outputs", "uncaptured"]
@@ -77,24 +81,37 @@ class Capture(TorchFunctionMode):
 
     Inside, `loss.backward()` becomes `torch.autograd.grad(loss, params, create_graph=True)`, and a
     *copy* of each gradient is added to `p.grad`: clipping or logging there cannot reach the graph.
-    Other leaves than `params` get no gradient. Operations whose second derivative is missing or
-    wasteful are replaced, see `torch_secondorder.twice`.
+    Other leaves than `params` get no gradient. Operations whose second derivative is missing, wrong
+    or wasteful are replaced, see `torch_secondorder.twice`. Custom autograd functions are examined
+    where they are applied, see `torch_secondorder.custom_functions`.
 
     Args:
         params: The leaves to differentiate with respect to.
         receiver: Gets the graphs one by one, so that none has to be kept.
+        copies: Whether the graph saves copies, which takes as much memory again. Whatever is then
+            written in place, it stays what it was; else products raise `Overwritten`.
 
     Attributes:
         graph: What was caught; without losses where there is a receiver.
         calls: How many times `backward()` was called.
+        foreign: Whether parameters got gradients from somewhere else.
+        copies: The same.
+        place: Copies of the parameters at the last `backward()`, for a graph of copies.
     """
 
-    def __init__(self, params: Sequence[Tensor], receiver: Receiver | None = None) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], receiver: Receiver | None = None, *, copies: bool = False
+    ) -> None:
         super().__init__()
         self.graph = Graph(params)
         self.calls = 0
+        self.foreign = False
+        self.place: list[Tensor] | None = None
         self._receiver = receiver
         self._suspended = False
+        self._differentiates = False
+        self._cut_off = False  # whether a reentrant checkpoint got nothing that has a graph
+        self.copies = copies
         self._looks = receiver is None or receiver.outputs
         self._twice = receiver is None or receiver.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
@@ -103,7 +120,13 @@ class Capture(TorchFunctionMode):
 
     def __enter__(self) -> Capture:
         self._kernels.__enter__()
+        if self.copies:
+            self._saving = saved_tensors_hooks(_copied, _itself)
+            self._saving.__enter__()
         self._token = _active.set(self)
+        _applications.begin()
+        _accumulations.begin()
+        self._begun = _sequence_number()
         if self._watches:
             super().__enter__()  # type: ignore[no-untyped-call]
         else:
@@ -116,7 +139,11 @@ class Capture(TorchFunctionMode):
             super().__exit__(*exception)  # type: ignore[no-untyped-call]
         else:
             self._interception.__exit__(*exception)
+        _accumulations.end()
+        _applications.end()
         _active.reset(self._token)
+        if self.copies:
+            self._saving.__exit__(*exception)
         self._kernels.__exit__(*exception)
 
     def __torch_function__(
@@ -192,17 +219,72 @@ class Capture(TorchFunctionMode):
             retain: Whether the graph of the loss is needed again.
         """
         self.calls += 1
+        self.checked(loss)
+        if self.copies:
+            self.place = [_copied(p) for p in self.graph.params]
+        self._differentiates = True
+        try:
+            return self._differentiated(loss, weight, retain)
+        finally:
+            self._differentiates = False
+            self._begun = _sequence_number()
+
+    def checked(self, loss: Tensor) -> Tensor:
+        """The loss; raises where a reentrant checkpoint has left it without a graph."""
+        if self._cut_off and not loss.requires_grad:
+            raise reentrant()
+        return loss
+
+    def _differentiated(
+        self, loss: Tensor, weight: Tensor | None, retain: bool
+    ) -> Sequence[Tensor | None]:
+        node = loss.grad_fn
+        # The length of the forward pass and its last operation: graphs of other operations have
+        # others, or are very much alike. To walk over the graph would take a hundred times as long.
+        kind = () if node is None else (node._sequence_nr() - self._begun, node.name())
         if self._receiver is None:
+            self.graph.kind += kind
             return self.graph.differentiate(loss, weight)
-        graph = Graph(self.graph.params, outputs=[*self.graph.outputs])
+        graph = Graph(
+            self.graph.params,
+            outputs=[*self.graph.outputs],
+            suspects=self.graph.suspects,
+            kind=kind,
+        )
         graph.differentiate(loss, weight, twice=self._receiver.twice)
         gradients = self._receiver(graph, retain)
-        if self.graph.outputs and not retain:
+        if (self.graph.outputs or self.graph.suspects) and not retain:
             # What is spent is let go, or the graphs of all micro-batches would pile up.
             spent = set(graph.nodes())
             kept = [o for o in self.graph.outputs if o.tensor.grad_fn not in spent]
             self.graph.outputs[:] = kept
+            self.graph.suspects[:] = [s for s in self.graph.suspects if s.node not in spent]
         return gradients
+
+    def _apply(self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """What `Function.apply` does here: the function is examined where that is new."""
+        if cls is CheckpointFunction:
+            result = apply(*args)
+            node = _node_of(result)
+            if node is None:
+                self._cut_off = torch.is_grad_enabled()
+            else:
+                self.graph.suspects.append(Suspect(node, REENTRANT))
+            return result
+        passes = (
+            self._suspended
+            or self._differentiates
+            or not self._twice
+            or not torch.is_grad_enabled()
+            or trusted(cls)
+        )
+        if passes or torch._C._functorch.peek_interpreter_stack() is not None:
+            return apply(*args)
+        with uncaptured():
+            result, finding = applied(cls, apply, args)
+        if finding is not None and not finding.curves:
+            self.graph.suspects.append(Suspect(_node_of(result), finding))
+        return result
 
     def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         bound = _signature(func).bind(*args, **kwargs)
@@ -216,11 +298,60 @@ class Capture(TorchFunctionMode):
         value = func(*bound.args, **bound.kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
+        if self.copies:
+            for name in arguments.keys() - found:
+                if isinstance(arguments[name], Tensor):
+                    arguments[name] = _copied(arguments[name])
         before = versions(arguments)
         for name in found:
             output = Output(arguments[name], func, name, arguments, value, before)
             self.graph.outputs.append(output)
         return value.clone() if found else value
+
+
+def _noticing_applications(_: Any) -> Any:
+    """An `apply` of custom functions that shows them to the capture of its thread."""
+
+    def apply(cls: Any, *args: Any) -> Any:
+        capture, inner = _active.get(), super(_SingleLevelFunction, cls).apply
+        return inner(*args) if capture is None else capture._apply(cls, inner, args)
+
+    return classmethod(apply)
+
+
+def _noticing_accumulation(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs backward passes, which tells the capture of its thread of new gradients."""
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        capture = _active.get()
+        if capture is None or not kwargs.get("accumulate_grad"):
+            return run(*args, **kwargs)
+        params = capture.graph.params
+        before = [(p.grad, 0 if p.grad is None else p.grad._version) for p in params]
+        result = run(*args, **kwargs)
+        capture.foreign = capture.foreign or any(
+            p.grad is not g or (g is not None and g._version != version)
+            for p, (g, version) in zip(params, before, strict=True)
+        )
+        return result
+
+    return backward
+
+
+# What all custom functions go through, also where somebody has kept `Function.apply`; and what
+# `torch.autograd.backward` does, which some call in the place of `Tensor.backward`.
+_applications = Substitution(_SingleLevelFunction, "apply", _noticing_applications)
+_accumulations = Substitution(torch.autograd, "_engine_run_backward", _noticing_accumulation)
+
+
+def _node_of(result: Any) -> Any:
+    """The node that made a function's results; None where they have no graph."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    nodes = (r.grad_fn for r in results if isinstance(r, Tensor))
+    return next((node for node in nodes if node is not None), None)
+
+
+_sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 @contextmanager
@@ -240,6 +371,14 @@ def uncaptured() -> Iterator[None]:
 @functools.cache
 def _signature(func: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(func)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _not_a_leaf(tensor: Tensor) -> Tensor:

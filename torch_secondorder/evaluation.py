@@ -27,6 +27,10 @@ from torch_secondorder.vector import ParameterVector
 __all__ = ["Evaluation", "Linearization", "Objective", "RawEvaluation", "Regularization"]
 
 
+# What is noted of closures that write what their graphs have saved.
+_WRITES = "writes"
+
+
 @dataclass(frozen=True, slots=True)
 class Regularization:
     """What is done to a loss before it is minimized: `sign * loss + sum(decay * theta**2) / 2`.
@@ -84,6 +88,8 @@ class RawEvaluation(NamedTuple):
     grads: Sequence[Tensor | None]
     graph: Graph | None
     averaged: bool = False  # whether a DDP module has averaged the gradients over the ranks
+    copies: bool = False  # whether the graph has saved copies
+    place: Tensor | None = None  # where it was made, if the closure has moved parameters
 
 
 class Slot(NamedTuple):
@@ -112,8 +118,16 @@ class Linearization:
         graph: The retained graph.
     """
 
-    def __init__(self, objective: Objective, graph: Graph) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        graph: Graph,
+        *,
+        copies: bool = False,
+        place: Tensor | None = None,
+    ) -> None:
         self.graph = graph
+        self._copies, self._place = copies, place
         self._objective = objective
         self._generation = objective.generation
 
@@ -185,7 +199,19 @@ class Linearization:
                 "this evaluation belongs to an earlier point: the parameters have moved since, "
                 "evaluate(curvature=True) again"
             )
-        self._objective.settle()
+        self._objective.settle(self._place)
+
+    def renew(self) -> bool:
+        """Makes the graph again, of copies that nobody writes; says whether it is another one.
+
+        For graphs whose products raise `Overwritten`.
+        """
+        self.check()
+        raw = None if self._copies else self._objective.evaluated_again()
+        if raw is None or raw.graph is None:
+            return False
+        self.graph, self._copies, self._place = raw.graph, raw.copies, raw.place
+        return True
 
 
 class Objective(ABC):
@@ -322,12 +348,44 @@ class Objective(ABC):
     def _moved(self, step: Tensor, t: float) -> Tensor:
         return torch.add(self.position, self.vector.scaled(step), alpha=t)
 
-    def settle(self) -> None:
-        """Puts the parameters back to `position` after a trial."""
-        if self._placed is not self.position:
-            self.vector.move(self.position)
-            self._placed = self.position
+    def settle(self, place: Tensor | None = None) -> None:
+        """Puts the parameters back to `position` after a trial.
+
+        Args:
+            place: Another one, for a graph that was made there.
+        """
+        place = self.position if place is None else place
+        if self._placed is not place:
+            self.vector.move(place)
+            self._placed = place
         self._tried = None  # it is a vector, and nothing stands there any more
+
+    def evaluated_again(self) -> RawEvaluation | None:
+        """The evaluation at `position` with a graph of copies; None where there can be none."""
+        source = self._captured_source
+        if source is None:
+            return None
+        self._note_writes(source)
+        last = self._last()
+        if last is not None:
+            _ = last.grad  # before what it is made of changes
+        self.settle()
+        with torch.enable_grad():
+            raw = self._run(self.position, True)
+        self.evaluations += 1
+        return raw
+
+    @property
+    def _captured_source(self) -> Callable[..., Any] | None:
+        """What graphs come from; None where they cannot be made again."""
+        return None
+
+    def _copies(self, source: Callable[..., Any]) -> bool:
+        """Whether graphs of a closure or function have to be of copies."""
+        return self._surroundings.knows(source, _WRITES)
+
+    def _note_writes(self, source: Callable[..., Any]) -> None:
+        self._surroundings.note(source, _WRITES)
 
     def abandon(self) -> None:
         """Says that the step comes to nothing: its end leaves buffers as they were before it."""
@@ -394,7 +452,9 @@ class Objective(ABC):
             loss = -loss
         if self._decays:
             loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
-        linearization = None if raw.graph is None else Linearization(self, raw.graph)
+        linearization = None
+        if raw.graph is not None:
+            linearization = Linearization(self, raw.graph, copies=raw.copies, place=raw.place)
         flatten = partial(self._flat_gradient, raw, position if self._decays else None)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
         self._last = ref(evaluation)
@@ -409,12 +469,6 @@ class Objective(ABC):
         if position is not None:
             grad.add_(self._decay * position)
         return self.vector.scaled(grad)
-
-    def _check_once(self, source: Callable[..., Any], graph: Graph) -> None:
-        """Looks over the graph of a closure or function that is new: it takes some time."""
-        if not self._surroundings.knows(source):
-            graph.check_differentiable()
-            self._surroundings.note(source)
 
     def _go(self, position: Tensor, *, there: bool = False) -> None:
         if there:

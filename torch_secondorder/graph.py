@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
+from torch_secondorder.custom_functions import Finding, marked_once_differentiable
+
 __all__ = [
+    "REENTRANT",
     "Graph",
     "LinearCall",
     "MissingSecondDerivative",
     "Multiply",
     "Output",
+    "Overwritten",
+    "Suspect",
     "added",
     "explained",
+    "reentrant",
+    "refuse",
     "versions",
 ]
 
 #: A product with a curvature of the loss: parts of the direction, whether they are batched.
 Multiply: TypeAlias = Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]]
-
-# The file of the wrapper that `once_differentiable` puts around a backward.
-_MARKED_IN = once_differentiable(lambda *_: None).__code__.co_filename
 
 _COMPILED = (
     "a module compiled by torch.compile has no second derivative. Pass a pure function instead of "
@@ -35,11 +38,68 @@ _COMPILED = (
     'takes curvature_products="finite_difference", Sophia and AdaHessian estimator="gnb"), or an '
     "optimizer that needs gradients only"
 )
-_REENTRANT = "activation checkpointing with use_reentrant=True; False works"
+_REENTRANT = (
+    "activation checkpointing with use_reentrant=True; False works: the reentrant kind lets no "
+    "second derivative through, and no first one that loss.backward() does not take itself. Pass "
+    "checkpoint(..., use_reentrant=False), or gradient_checkpointing_kwargs={'use_reentrant': "
+    "False} where a trainer does it"
+)
+#: What is noted of a reentrant checkpoint.
+REENTRANT = Finding("CheckpointFunction", False, False, "use_reentrant=True")
+
+
+_INSTEAD = (
+    "Use an implementation of it that has one, products that need none (NewtonCG takes "
+    'curvature_products="finite_difference"), or an optimizer that needs gradients only'
+)
 
 
 class MissingSecondDerivative(RuntimeError):
-    """An operation inside the closure has no second derivative, or a wrong one."""
+    """An operation inside the closure has no second derivative, or a wrong one.
+
+    Attributes:
+        operation: Which one, and what is wrong with it; empty where there is a way out for this
+            one alone, which the message tells.
+    """
+
+    def __init__(self, message: str, operation: str = "") -> None:
+        super().__init__(message)
+        self.operation = operation
+
+    @classmethod
+    def of(cls, operation: str, instead: str = _INSTEAD) -> MissingSecondDerivative:
+        """The error for an operation, with what to do instead."""
+        what = f"an operation inside the closure has no second derivative: {operation}"
+        return cls(f"{what}. {instead}", operation)
+
+    def instead(self, instead: str) -> MissingSecondDerivative:
+        """The same error with another way out, where it depends on the optimizer."""
+        return type(self).of(self.operation, instead) if self.operation else self
+
+
+#: Operations of PyTorch itself, by their nodes.
+_WRONG = {"WeightNormInterfaceBackward0": "torch._weight_norm, whose norms count as constants"}
+
+
+class Suspect(NamedTuple):
+    """A custom function in a graph that is not differentiated rightly.
+
+    Attributes:
+        node: Where it is.
+        finding: What is wrong.
+    """
+
+    node: Any
+    finding: Finding
+
+
+class Overwritten(RuntimeError):
+    """A tensor that a graph has saved was changed in place since.
+
+    Closures may do that: what is written once for each evaluation is harmless in a loop that uses
+    the graph at once, and here the graph of one evaluation is used after others. With a graph of
+    copies it is harmless as well, see `Capture`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +157,10 @@ class Graph:
             `backward()`; the evaluation's gradient is their sum.
         outputs: The outputs met, in order.
         linear: Calls of `torch.nn.functional.linear`, in order: node and arguments.
+        suspects: Custom functions met that are not differentiated rightly.
+        curving: Those between losses and parameters that have the wrong second derivative, but can
+            be multiplied with as a Jacobian; all others are refused.
+        kind: Tells graphs of different operations apart, as far as that costs nothing.
     """
 
     params: Sequence[Tensor]
@@ -105,6 +169,9 @@ class Graph:
     gradients: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     linear: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    suspects: list[Suspect] = field(default_factory=list)
+    curving: list[Suspect] = field(default_factory=list)
+    kind: tuple[Hashable, ...] = ()
 
     def linear_calls(self) -> list[LinearCall]:
         """The linear layers met whose weights are among the parameters."""
@@ -121,7 +188,13 @@ class Graph:
             loss: What `backward()` was called on.
             weight: The `gradient` argument of `backward()`, of the loss's shape.
             twice: Whether the gradients get a graph of their own.
+
+        Raises:
+            MissingSecondDerivative: There is a reentrant checkpoint on the way to the parameters,
+                or, with `twice`, a custom function whose backward cannot be differentiated at all.
         """
+        if self.suspects:
+            self._judge(loss, twice)
         try:
             gradients = torch.autograd.grad(
                 loss,
@@ -138,6 +211,18 @@ class Graph:
         self.gradients.append(gradients)
         return gradients
 
+    def _judge(self, loss: Tensor, twice: bool) -> None:
+        met = set(_nodes([loss]))
+        found = [s for s in self.suspects if s.node in met]
+        if any(s.finding.name == REENTRANT.name for s in found):
+            raise reentrant()
+        if not twice:
+            return
+        params = {id(p) for p in self.params}
+        found = [s for s in found if _reaches(s.node, params)]
+        refuse([s for s in found if not s.finding.transposes])
+        self.curving += found
+
     def compiled(self, kind: Hashable, build: Callable[[Graph], Multiply]) -> Multiply | None:
         """A product of some kind as compiled code; None where this is a graph that has no such.
 
@@ -151,22 +236,47 @@ class Graph:
         """All nodes that the losses depend on."""
         return _nodes(self.losses)
 
-    def check_differentiable(self) -> None:
-        """Raises where a second derivative would be silently zero.
+    def check_once(self, known: set[Hashable], twice: bool = True) -> None:
+        """Calls `check_differentiable` where this is a graph of a kind that is new.
+
+        Args:
+            known: The kinds that were looked over; this one is added.
+            twice: Whether second derivatives are needed.
+        """
+        kind = self.kind, twice
+        if kind not in known:
+            self.check_differentiable(twice)
+            known.add(kind)
+
+    def check_differentiable(self, twice: bool = True) -> None:
+        """Looks at each operation, and raises where a derivative would be silently wrong.
 
         PyTorch cuts the graph at the backward of a function marked `once_differentiable`, and at
         reentrant checkpoints, and never reports it in `torch.autograd.grad`: gradients or products
         would lack what passes through there.
+
+        Args:
+            twice: Whether second derivatives are needed.
+
+        Raises:
+            MissingSecondDerivative: There is such an operation.
         """
         # Where what comes in is constant, nothing in the gradient's graph tells of the cut.
-        names = _once_differentiable(self.losses)
+        names: set[str] = set()
+        for node in self.nodes():
+            if node.name() == "CheckpointFunctionBackward":
+                raise reentrant()
+            if twice:
+                names.update(_wrong(node))
         if names:
-            raise _no_second_derivative(f"{', '.join(names)}, marked once_differentiable")
+            raise MissingSecondDerivative.of(", ".join(sorted(names)))
+        if not twice:
+            return
         for node in _nodes(g for gs in self.gradients for g in gs if g is not None):
             if node.name() == "torch::autograd::Error":
-                raise _no_second_derivative("a custom function marked once_differentiable")
+                raise MissingSecondDerivative.of("a custom function marked once_differentiable")
             if node.name() == "CheckpointFunctionBackward":
-                raise _no_second_derivative(_REENTRANT)
+                raise reentrant()
 
     def hessian_product(
         self, tangents: Sequence[Tensor], batched: bool = False, *, retain: bool = True
@@ -181,7 +291,11 @@ class Graph:
 
         Returns:
             `P` tensors shaped like the tangents, None where the loss is linear in the parameter.
+
+        Raises:
+            MissingSecondDerivative: A custom function has a wrong one.
         """
+        refuse(self.curving)
         pairs = [
             (gradient, tangent)
             for gradients in self.gradients
@@ -232,7 +346,12 @@ def _linear_call(
 
 def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """All nodes of the graph below some tensors."""
-    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    return _below(t.grad_fn for t in tensors if t.grad_fn is not None)
+
+
+def _below(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Some nodes, and all that a graph has below them."""
+    waiting = list(nodes)
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
@@ -243,18 +362,25 @@ def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
                 waiting.append(following)
 
 
-def _once_differentiable(losses: Iterable[Tensor]) -> list[str]:
-    """The custom functions in a graph whose backward is marked `once_differentiable`."""
-    names = set()
-    for node in _nodes(losses):
-        function: Any = getattr(type(node), "_forward_cls", None)
-        backward = getattr(function, "backward", None)
-        while backward is not None:
-            code = getattr(backward, "__code__", None)
-            if code is not None and code.co_filename == _MARKED_IN:
-                names.add(function.__name__)
-            backward = getattr(backward, "__wrapped__", None)
-    return sorted(names)
+def _reaches(node: Any, params: Collection[int]) -> bool:
+    """Whether a way goes from a node to one of some leaves, given by their ids."""
+    return any(id(getattr(n, "variable", None)) in params for n in _below([node]))
+
+
+def refuse(suspects: Sequence[Suspect]) -> None:
+    """Raises `MissingSecondDerivative` with the names of the custom functions, if there are any."""
+    if suspects:
+        names = sorted({str(s.finding) for s in suspects})
+        raise MissingSecondDerivative.of("; ".join(names))
+
+
+def _wrong(node: Any) -> Iterator[str]:
+    """The name of an operation whose second derivative is known to be wrong."""
+    function = getattr(type(node), "_forward_cls", None)
+    if function is not None and marked_once_differentiable(function):
+        yield f"{function.__name__}, marked once_differentiable"
+    if node.name() in _WRONG:
+        yield _WRONG[node.name()]
 
 
 def added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -270,18 +396,17 @@ def explained(error: RuntimeError) -> RuntimeError:
     text = str(error)
     if "donated buffers" in text or "torch.compile with aot_autograd" in text:
         return MissingSecondDerivative(_COMPILED)
+    if "modified by an inplace operation" in text:
+        return Overwritten(text)
     if "use_reentrant=True" in text:
-        return _no_second_derivative(_REENTRANT)
+        return reentrant()
     signs = ("is not implemented", "once_differentiable", "double backward")
-    return _no_second_derivative(text) if any(sign in text for sign in signs) else error
+    return MissingSecondDerivative.of(text) if any(sign in text for sign in signs) else error
 
 
-def _no_second_derivative(what: str) -> MissingSecondDerivative:
-    return MissingSecondDerivative(
-        f"an operation inside the closure has no second derivative: {what}. Use an implementation "
-        "of it that has one, products that need none (NewtonCG takes "
-        'curvature_products="finite_difference"), or an optimizer that needs gradients only'
-    )
+def reentrant() -> MissingSecondDerivative:
+    """The error for reentrant checkpoints."""
+    return MissingSecondDerivative(_REENTRANT)
 
 
 def versions(arguments: dict[str, Any]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What stands in the place of `Tensor.backward` while somebody wants to see it called."""
+"""Attributes that stand in the place of others for a time: `Tensor.backward` above all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["intercepting"]
+__all__ = ["Substitution", "intercepting"]
 
 #: Takes what `Tensor.backward` takes, the tensor first.
 Handler: TypeAlias = Callable[..., None]
@@ -57,28 +57,42 @@ def _modes() -> int:
     return int(torch._C._len_torch_function_stack())
 
 
-class _Method:
-    """The method that is there instead, as long as anybody needs it."""
+class Substitution:
+    """Another attribute in the place of one, as long as anybody needs it.
 
-    def __init__(self) -> None:
+    Args:
+        owner: What has the attribute, by itself or from a base class.
+        name: Its name.
+        make: Takes what is there and gives what is to be there instead.
+    """
+
+    def __init__(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        self._owner, self._name, self._make = owner, name, make
         self._lock = threading.Lock()
         self._users = 0
-        self._original: Callable[..., Any] = Tensor.backward
+        self._original: Any = None
 
     def begin(self) -> None:
         """Puts it there, unless it is."""
         with self._lock:
             self._users += 1
             if self._users == 1:
-                self._original = Tensor.backward
-                setattr(Tensor, "backward", _dispatching(self._original))  # noqa: B010
+                self._original = vars(self._owner).get(self._name, _MISSING)
+                found = getattr(self._owner, self._name, None)
+                setattr(self._owner, self._name, self._make(found))
 
     def end(self) -> None:
         """Takes it away with the last user."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                setattr(Tensor, "backward", self._original)  # noqa: B010
+                if self._original is _MISSING:
+                    delattr(self._owner, self._name)
+                else:
+                    setattr(self._owner, self._name, self._original)
+
+
+_MISSING = object()
 
 
 def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,4 +119,4 @@ def _others_first(tensor: Tensor, depth: int) -> bool:
     return modes > depth or (modes == 0 and torch.overrides.has_torch_function_unary(tensor))
 
 
-_method = _Method()
+_method = Substitution(Tensor, "backward", _dispatching)

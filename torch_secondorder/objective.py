@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -84,43 +83,74 @@ class ClosureObjective(Objective):
             self.vector.move(position)
             self._placed = position
         if curvature and self._curvature_closure is None:
-            return self._run_captured(self._closure)
+            return self._run_captured(self._closure, position)
         with uncaptured():
             loss = scalar(self._replay.run(self._closure))
             grads = [p.grad for p in params]
             if grads[0] is None and all(g is None for g in grads):
                 backward_of(loss)
                 grads = [p.grad for p in params]
-        graph = self._other_graph(grads) if curvature else None
-        return RawEvaluation(loss, touched(grads), graph, averaged=True)
+        raw = RawEvaluation(loss, touched(grads), None, averaged=True)
+        if curvature:
+            other = self._other_evaluation(grads)
+            raw = raw._replace(graph=other.graph, copies=other.copies, place=other.place)
+        return raw
 
-    def _other_graph(self, grads: Sequence[Tensor | None]) -> Graph | None:
-        """The graph of the curvature closure; leaves the gradients of the closure in place."""
+    def _other_evaluation(self, grads: Sequence[Tensor | None]) -> RawEvaluation:
+        """That of the curvature closure; leaves the gradients of the closure in place."""
         assert self._curvature_closure is not None
+        start = self.position
+        if not self.vector.holds(start):  # the closure has moved them
+            start = self.vector.gather(self.vector.params)
         for p in self.vector.params:
             p.grad = None
         try:
             self.evaluations += 1
-            return self._run_captured(self._curvature_closure).graph
+            return self._run_captured(self._curvature_closure, start)
         finally:
             for p, grad in zip(self.vector.params, grads, strict=True):
                 p.grad = grad
 
-    def _run_captured(self, closure: Callable[[], Any]) -> RawEvaluation:
+    @property
+    def _captured_source(self) -> Callable[..., Any]:
+        return self._closure if self._curvature_closure is None else self._curvature_closure
+
+    def _run_captured(self, closure: Callable[[], Any], start: Tensor) -> RawEvaluation:
+        """Evaluates a closure where the parameters are, at `start`."""
+        raw = self._captured(closure)
+        if self.vector.holds(start):
+            return raw if start is self.position else raw._replace(place=start)
+        if not raw.copies:
+            # It moves parameters, which the graph has saved.
+            self._note_writes(closure)
+            self.vector.move(start)
+            for p in self.vector.params:
+                p.grad = None
+            self.evaluations += 1
+            raw = self._captured(closure)
+        self._placed = self._tried = None
+        return raw
+
+    def _captured(self, closure: Callable[[], Any]) -> RawEvaluation:
         params = self.vector.params
-        foreign: list[Tensor] = []  # what got a gradient that was not captured
-        with Capture(params) as capture, self.ranks.quiet(), ExitStack() as stack:
-            if not self._surroundings.knows(closure):
-                for p in params:
-                    stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
+        capture = Capture(params, copies=self._copies(closure))
+        with capture, self.ranks.quiet():
             loss = scalar(self._replay.run(closure))
-            if foreign or (not capture.calls and any(p.grad is not None for p in params)):
+            if capture.foreign or (not capture.calls and any(p.grad is not None for p in params)):
                 raise lost_graph()
             if not capture.calls:
-                capture.backward(differentiable(loss))
+                capture.backward(differentiable(capture.checked(loss)))
         grads = touched([p.grad for p in params])
-        self._check_once(closure, capture.graph)
-        return RawEvaluation(loss, grads, capture.graph)
+        capture.graph.check_once(self._surroundings.graphs)
+        place = self._place_of(capture)
+        return RawEvaluation(loss, grads, capture.graph, copies=capture.copies, place=place)
+
+    def _place_of(self, capture: Capture) -> Tensor | None:
+        """Where parameters were when a graph of copies was made, if that is not `position`."""
+        if capture.place is None:
+            return None
+        place = self.vector.gather(capture.place)
+        return None if torch.equal(place, self.position) else place
 
 
 class FunctionalObjective(Objective):
@@ -234,6 +264,10 @@ class FunctionalObjective(Objective):
 
         return run
 
+    @property
+    def _captured_source(self) -> Callable[..., Any] | None:
+        return None if self._compiled is not None else self._function
+
     def _filled(self, pieces: Sequence[Tensor], places: Sequence[int | None]) -> Any:
         """The tree, with some of its leaves replaced."""
         leaves = [
@@ -253,8 +287,8 @@ class FunctionalObjective(Objective):
                 loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
             gradients = torch.autograd.grad(loss, pieces, allow_unused=True)
             return RawEvaluation(loss, touched(gradients), None)
-        with Capture(pieces) as capture, self.ranks.quiet():
-            loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
-        grads = capture.differentiate(loss)
-        self._check_once(self._function, capture.graph)
-        return RawEvaluation(loss, touched(grads), capture.graph)
+        with Capture(pieces, copies=self._copies(self._function)) as capture, self.ranks.quiet():
+            loss = scalar(self._replay.run(lambda: self._function(tree)))
+        grads = capture.differentiate(differentiable(capture.checked(loss)))
+        capture.graph.check_once(self._surroundings.graphs)
+        return RawEvaluation(loss, touched(grads), capture.graph, copies=capture.copies)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from torch_secondorder.ranks import Ranks
 
-__all__ = ["Replay", "Surroundings"]
+__all__ = ["Replay", "Surroundings", "random_state", "set_random_state"]
 
 
 class _Slot(NamedTuple):
@@ -68,6 +68,7 @@ class Surroundings:
         ranks: Those that share the work, from the DistributedDataParallel modules met.
         precision: The largest machine epsilon that modules of `fully_shard` compute with by their
             policy; 0 where none has one.
+        graphs: The kinds of graphs that were looked over, see `Graph.check_once`.
     """
 
     def __init__(self) -> None:
@@ -84,8 +85,9 @@ class Surroundings:
         self._in_loss: dict[type, bool] = {}
         self._sharded: WeakSet[Any] = WeakSet()  # those of `fully_shard`
         self._seen: set[object] = set()
+        self.graphs: set[Hashable] = set()
 
-    def knows(self, source: Callable[..., Any], what: str = "graph") -> bool:
+    def knows(self, source: Callable[..., Any], what: str) -> bool:
         """Whether something about a closure like this one was noted.
 
         Args:
@@ -94,7 +96,7 @@ class Surroundings:
         """
         return (what, _identity(source)) in self._seen
 
-    def note(self, source: Callable[..., Any], what: str = "graph") -> None:
+    def note(self, source: Callable[..., Any], what: str) -> None:
         """See `knows`."""
         self._seen.add((what, _identity(source)))
 
@@ -235,7 +237,7 @@ class Replay:
         self.autocast = {
             t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)
         }
-        self._random = [(d, _random_state(d)) for d in {torch.device("cpu"), *devices}]
+        self._random = [(d, random_state(d)) for d in {torch.device("cpu"), *devices}]
         self._before = {s: b.detach().clone() for s, b in surroundings.moving_buffers()}
         self._after: dict[_Slot, Tensor] | None = None
         self._entry: dict[_Slot, Tensor] = {}  # what was before, of buffers that have moved on
@@ -262,20 +264,20 @@ class Replay:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is drawn inside is no part of the closure's randomness."""
-        states = [(device, _random_state(device)) for device, _ in self._random]
+        states = [(device, random_state(device)) for device, _ in self._random]
         yield
         for device, state in states:
-            _set_random_state(device, state)
+            set_random_state(device, state)
 
     def mark(self) -> Callable[[], None]:
         """Notes where random state and buffers are within a closure; returns what goes there."""
-        states = [(device, _random_state(device)) for device, _ in self._random]
+        states = [(device, random_state(device)) for device, _ in self._random]
         now = {slot: slot.read() for slot in self._before}
         buffers = {slot: b.detach().clone() for slot, b in now.items() if b is not None}
 
         def go() -> None:
             for device, state in states:
-                _set_random_state(device, state)
+                set_random_state(device, state)
             for slot, value in buffers.items():
                 slot.restore(value)
 
@@ -322,7 +324,7 @@ class Replay:
     def _rewind(self) -> None:
         self._note_after()
         for device, state in self._random:
-            _set_random_state(device, state)
+            set_random_state(device, state)
         for slot, value in self._before.items():
             slot.restore(value)
 
@@ -346,14 +348,16 @@ class Replay:
         return max(self._surroundings.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
+    """The state of a device's own random numbers."""
     if device.type == "cpu":
         return torch.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Goes back to a state of a device's own random numbers."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:

@@ -232,27 +232,19 @@ class SingleEvaluation:
         self, watch: Watch, accumulates: bool
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         params, source = self._params, self._source
-        known = self._surroundings.knows(source)
         before = GradientTrace(params)
-        foreign: list[Tensor] = []  # what got a gradient that was not captured
-        relay = _Relay(self, watch, check=not known, accumulates=accumulates or self._functional)
-        quiet = self._surroundings.ranks.quiet()
-        with Capture(params, relay) as capture, quiet, ExitStack() as stack:
-            if not known:
-                for p in params:
-                    stack.callback(p.register_post_accumulate_grad_hook(foreign.append).remove)
+        relay = _Relay(self, watch, accumulates=accumulates or self._functional)
+        with Capture(params, relay) as capture, self._surroundings.ranks.quiet():
             with self._surroundings.watch(self._before):
                 loss = scalar(self._called(before))
-            if foreign or (not capture.calls and before.shows_backward(params)):
+            if capture.foreign or (not capture.calls and before.shows_backward(params)):
                 raise lost_graph()
             gradients: Sequence[Tensor | None] = ()
             if self._functional:
-                gradients = capture.differentiate(differentiable(loss))
+                gradients = capture.differentiate(differentiable(capture.checked(loss)))
             elif not capture.calls:
-                capture.backward(differentiable(loss))
-        if not known:
-            self._surroundings.note(source)
-            self._surroundings.note(source, "modules")
+                capture.backward(differentiable(capture.checked(loss)))
+        self._surroundings.note(source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
     def _run_compiled(
@@ -263,19 +255,16 @@ class SingleEvaluation:
         if watch is None:
             found = graph.gradients[0]
             return loss, averaged(found, self._params, self._surroundings.ranks)[0]
-        return loss, _Relay(self, watch, check=False, accumulates=True)(graph, False)
+        return loss, _Relay(self, watch, accumulates=True)(graph, False)
 
 
 class _Relay:
     """What `Capture` shows the graphs to: sees to the things that no watch need care for."""
 
-    def __init__(
-        self, evaluation: SingleEvaluation, watch: Watch, *, check: bool, accumulates: bool
-    ) -> None:
+    def __init__(self, evaluation: SingleEvaluation, watch: Watch, *, accumulates: bool) -> None:
         self.twice, self.outputs = watch.twice, watch.outputs
         self._evaluation = evaluation
         self._watch = watch
-        self._check = check
         self._accumulates = accumulates
         self._first = True
 
@@ -285,8 +274,7 @@ class _Relay:
             return gradients  # a loss of other parameters
         if self._first:
             self._look_at_what_was_there()
-        if self._check and self.twice:
-            graph.check_differentiable()
+        graph.check_once(self._evaluation._surroundings.graphs, self.twice)
         with without_autocast(graph.params):
             self._watch.observe(graph, retain)
         return self._own(gradients, graph.params)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeAlias
@@ -21,13 +21,21 @@ from torch.backends import cuda, mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secondorder.convolution import CONVOLUTIONS, convolution
+from torch_secondorder.interception import Substitution
+from torch_secondorder.weight_norm import (
+    WEIGHT_NORM,
+    replace_weight_norm,
+    restore_weight_norm,
+    weight_norm,
+)
 
 __all__ = ["REPLACEMENTS", "twice_differentiable", "with_second_derivatives"]
 
-#: Operations, and what a mode is to call with the same arguments in their place. Their own second
-#: derivatives are right; these are faster.
+#: Operations, and what a mode is to call with the same arguments in their place. The second
+#: derivatives of convolutions are right, and these are faster; weight norm's is wrong.
 REPLACEMENTS: Mapping[Callable[..., Any], Callable[..., Any]] = {
-    func: partial(convolution, func) for func in CONVOLUTIONS
+    WEIGHT_NORM: weight_norm,
+    **{func: partial(convolution, func) for func in CONVOLUTIONS},
 }
 
 
@@ -36,11 +44,12 @@ def twice_differentiable() -> AbstractContextManager[Any]:
 
     Scaled dot-product attention runs on its math backend, the only one that has a second derivative
     and a forward mode; the attention layers of `torch.nn` leave out the fused forward pass that
-    they have for evaluation, for it has no derivatives; `nn.RNN`, `nn.LSTM` and `nn.GRU` run on
-    PyTorch's own kernels, for those of cuDNN have no second derivative. What was set before is set
-    again in the end. The switches are those of the process: other threads get the same kernels
-    meanwhile. Contexts may be nested, inside transforms of `torch.func` and `torch.compile` too,
-    and those of several threads may overlap.
+    they have for evaluation, for it has no derivatives. `nn.RNN`, `nn.LSTM` and `nn.GRU` run on
+    PyTorch's own kernels, for those of cuDNN have no second derivative. Weight normalization is
+    done by operations whose second derivatives are right. What was set before is set again in the
+    end. The switches are those of the process: other threads get the same kernels meanwhile.
+    Contexts may be nested, inside transforms of `torch.func` and `torch.compile` too, and those of
+    several threads may overlap.
 
     >>> q = torch.ones(1, 1, 2, 3, requires_grad=True)
     >>> with twice_differentiable():
@@ -111,42 +120,36 @@ class _Switches:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._before: list[_State] = []
+        self._substituted: Sequence[Substitution] = ()
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._before and torch.cuda.is_initialized():
-                _leave_cudnn()
+            if not self._before:
+                self._substituted = _recurrent if torch.cuda.is_initialized() else ()
+                for substitution in self._substituted:
+                    substitution.begin()
             self._before.append(_read())
             _write(_DIFFERENTIABLE)
+            replace_weight_norm()
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             _write(self._before.pop())
-            if not self._before and _recurrent_forwards:
-                _return_to_cudnn()
+            restore_weight_norm()
+            if not self._before:
+                for substitution in self._substituted:
+                    substitution.end()
 
 
 _switches = _Switches()
 
 
-# The `forward` methods of recurrent layers while they are to run without cuDNN. All of cuDNN's
-# other kernels, convolutions above all, can be differentiated twice.
-_recurrent_forwards: dict[type[nn.Module], Callable[..., Any]] = {}
-
-
-def _leave_cudnn() -> None:
-    for kind in (nn.RNN, nn.LSTM, nn.GRU):
-        _recurrent_forwards[kind] = kind.forward
-        setattr(kind, "forward", _without_cudnn(kind.forward))  # noqa: B010
-
-
-def _return_to_cudnn() -> None:
-    while _recurrent_forwards:
-        kind, forward = _recurrent_forwards.popitem()
-        setattr(kind, "forward", forward)  # noqa: B010
-
-
 def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `forward` of a recurrent layer on PyTorch's own kernels.
+
+    All of cuDNN's other kernels, convolutions above all, can be differentiated twice.
+    """
+
     @functools.wraps(forward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         cudnn = torch.backends.cudnn
@@ -160,3 +163,6 @@ def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
             cudnn.enabled = True
 
     return wrapper
+
+
+_recurrent = [Substitution(kind, "forward", _without_cudnn) for kind in (nn.RNN, nn.LSTM, nn.GRU)]

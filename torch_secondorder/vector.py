@@ -268,6 +268,13 @@ class ParameterVector:
             for end, count, factor in zip(ends, self._counts, factors, strict=True)
         ]
 
+    def holds(self, flat: Tensor) -> bool:
+        """Whether the parameters have these values, `(n,)`, as far as their precision goes."""
+        if self.device.type == "cpu":  # one by one, without a copy
+            return all(map(torch.equal, self._held(), self.split(flat)))
+        # A device would be waited for as many times.
+        return torch.equal(self.read(flat), flat)
+
     @property
     def needs_master(self) -> bool:
         """Whether some parameter is held in less precision than the work vector."""

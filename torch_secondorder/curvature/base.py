@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from torch import Tensor
 from torch_secondorder.curvature.kronecker import KroneckerFactors
 from torch_secondorder.curvature.products import AT_ONCE, vectorizing_pays
 from torch_secondorder.evaluation import Evaluation, Slot
+from torch_secondorder.graph import Graph, Overwritten
 from torch_secondorder.space import WHOLE, Space
+
+_T = TypeVar("_T")
 
 __all__ = ["Damped", "Diagonal", "FromOutputs", "LinearOperator", "Linearized"]
 
@@ -158,14 +161,30 @@ class Linearized(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-        return self._linearization.product(v, self._multiply)
+        return self._retried(lambda: self._linearization.product(v, self._multiply))
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`; vectorized, some at once, where operations allow."""
         if not vectorizing_pays(self.size, self.device):
             return super().matmat(V)
         rows = V.T.contiguous().split(AT_ONCE)
-        return torch.cat([self._linearization.product(r, self._multiply_rows) for r in rows]).T
+        return torch.cat([self._product_with_rows(r) for r in rows]).T
+
+    def _product_with_rows(self, rows: Tensor) -> Tensor:
+        return self._retried(lambda: self._linearization.product(rows, self._multiply_rows))
+
+    def _retried(self, use: Callable[[], _T]) -> _T:
+        """Uses the graph; once more with a graph of copies if the closure has written into it."""
+        try:
+            return use()
+        except Overwritten:
+            if not self._linearization.renew():
+                raise
+            self._attach(self._linearization.graph)
+            return use()
+
+    def _attach(self, graph: Graph) -> None:
+        """Takes what it needs of a graph; most keep nothing."""
 
     def _multiply_rows(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         """Some products; one by one where an operation has no batching rule.
@@ -176,6 +195,8 @@ class Linearized(LinearOperator):
         if self._vectorizes:
             try:
                 return self._multiply(tangents, batched)
+            except Overwritten:
+                raise
             except (RuntimeError, NotImplementedError):
                 self._vectorizes = False
         each = [self._multiply(parts, False) for parts in zip(*tangents, strict=True)]

@@ -76,9 +76,10 @@ class GaussNewton(Linearized):
         graph = self._linearization.graph
         self._whole = graph.compiled((type(self), remainder), self._built_on)
         if self._whole is None:
-            self._attach(graph)
+            self._retried(lambda: self._attach(self._linearization.graph))
 
     def _attach(self, graph: Graph) -> None:
+        self.__dict__.pop("_samples", None)  # those of another graph
         self._space = OutputSpace(graph)
         self._curvature = LossCurvature(self._space)
         self.bypassed = self._curvature.bypassed
@@ -114,8 +115,9 @@ class GaussNewton(Linearized):
         """
         self._linearization.check()
         self._require_outputs()
-        roots = self._random_roots(n_samples, generator)
-        return self._linearization.diagonal(self._space.pull_each(roots), n_samples)
+        roots = self._retried(lambda: self._random_roots(n_samples, generator))
+        pulled = self._retried(lambda: self._space.pull_each(roots))
+        return self._linearization.diagonal(pulled, n_samples)
 
     def factors(
         self, generator: torch.Generator | None = None, largest: float = math.inf
@@ -132,9 +134,11 @@ class GaussNewton(Linearized):
         linearization = self._linearization
         linearization.check()
         self._require_outputs()
-        (root,) = self._random_roots(1, generator)
-        return kronecker_factors(
-            linearization.graph, self._space.tensors, root, largest, linearization.ranks
+        (root,) = self._retried(lambda: self._random_roots(1, generator))
+        return self._retried(
+            lambda: kronecker_factors(
+                linearization.graph, self._space.tensors, root, largest, linearization.ranks
+            )
         )
 
     def slots(self) -> list[Slot]:

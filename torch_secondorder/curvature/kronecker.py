@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_secondorder.graph import Graph, LinearCall
+from torch_secondorder.graph import Graph, LinearCall, explained
 from torch_secondorder.ranks import Ranks
 
 __all__ = ["KroneckerFactors", "kronecker_factors"]
@@ -85,9 +85,12 @@ def _met(
     if not calls or not pairs:
         return layers
     tensors, weights = zip(*pairs, strict=True)
-    gradients = torch.autograd.grad(
-        tensors, [c.output for c in calls], weights, retain_graph=True, allow_unused=True
-    )
+    try:
+        gradients = torch.autograd.grad(
+            tensors, [c.output for c in calls], weights, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        raise explained(error) from error
     for call, gradient in zip(calls, gradients, strict=True):
         if gradient is not None and _width(call, gradient) <= largest:
             rows = call.bias, _rows(call.input), _rows(gradient)

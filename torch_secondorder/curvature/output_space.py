@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.graph import Graph, Output, explained
+from torch_secondorder.graph import Graph, Output, Overwritten, Suspect, explained, refuse
 
 __all__ = ["OutputSpace", "Tensors"]
 
@@ -56,11 +56,7 @@ class OutputSpace:
     def _pulled(self) -> tuple[Tensors, Sequence[Tensor]]:
         """`J'w` and `w`: differentiated by `w` it gives `J` (the double-vjp trick)."""
         weights = [torch.zeros_like(t).requires_grad_() for t in self.tensors]
-        with torch.enable_grad():
-            pulled = torch.autograd.grad(
-                self.tensors, self._graph.params, weights, create_graph=True, allow_unused=True
-            )
-        return pulled, weights
+        return _differentiated(self.tensors, self._graph.params, weights), weights
 
     def push(self, tangents: Sequence[Tensor], batched: bool = False) -> Tensors:
         """`J v`: from directions shaped like the parameters to changes of the outputs."""
@@ -73,6 +69,8 @@ class OutputSpace:
         stacked = [None if any(q is None for q in c) else torch.stack(c) for c in columns]
         try:
             return self.pull(stacked, batched=True)
+        except Overwritten:
+            raise
         except (RuntimeError, NotImplementedError):  # an operation without a batching rule
             products = zip(*map(self.pull, cotangents), strict=True)
             return [None if c[0] is None else torch.stack(c) for c in products]
@@ -87,19 +85,14 @@ class OutputSpace:
         """Derivatives of the loss by tensors between it and the outputs, at fixed outputs."""
         if not tensors:
             return ()
-        with self._cut(), torch.enable_grad():
-            return torch.autograd.grad(
-                self._graph.losses,
-                tensors,
-                self._graph.weights,
-                create_graph=True,
-                allow_unused=True,
-            )
+        with self._cut():
+            return _differentiated(self._graph.losses, tensors, self._graph.weights)
 
     def product_at_fixed_parameters(
         self, gradient: Tensors, tensors: Sequence[Tensor], tangents: Tensors, batched: bool
     ) -> Tensors:
         """The Hessian of the loss by some of the outputs times tangents, from their `gradient`."""
+        refuse(self._curving_above)
         with self._cut():
             return _derivative(gradient, tensors, tangents, batched)
 
@@ -132,8 +125,18 @@ class OutputSpace:
         self, remainder: Tensors, tangents: Sequence[Tensor], batched: bool
     ) -> Tensors:
         """The Hessian of the loss by the parameters at fixed outputs times a direction."""
+        refuse(self._curving_above)
         with self._cut():
             return _derivative(remainder, self._graph.params, tangents, batched)
+
+    @cached_property
+    def _curving_above(self) -> list[Suspect]:
+        """The custom functions on the way to the outputs that have a wrong second derivative."""
+        if not self._graph.curving:
+            return []
+        met = _walk(map(_place, self._graph.losses), self._ends) - self._ends
+        nodes = {node for node, _ in met}
+        return [suspect for suspect in self._graph.curving if suspect.node in nodes]
 
     @contextmanager
     def _cut(self) -> Iterator[None]:
@@ -154,6 +157,19 @@ class _Without:
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         return (*gradients[: self._index], None, *gradients[self._index + 1 :])
+
+
+def _differentiated(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Tensors
+) -> Tensors:
+    """Derivatives with a graph of their own."""
+    try:
+        with torch.enable_grad():
+            return torch.autograd.grad(
+                outputs, inputs, weights, create_graph=True, allow_unused=True
+            )
+    except RuntimeError as error:
+        raise explained(error) from error
 
 
 def _derivative(
@@ -198,7 +214,7 @@ def _relevant(graph: Graph) -> list[Output]:
             continue
         if not all(output.intact for output in outputs):
             name = getattr(outputs[0].loss, "__name__", "a loss")
-            raise RuntimeError(
+            raise Overwritten(
                 f"an argument of {name} was changed in place after the loss took it, so the "
                 "curvature there is lost: write z = z * 2, not z *= 2"
             )

@@ -19,7 +19,7 @@ from torch_secondorder.evaluation import (
     RawEvaluation,
     Regularization,
 )
-from torch_secondorder.graph import Multiply
+from torch_secondorder.graph import Multiply, Overwritten
 from torch_secondorder.objective import ClosureObjective
 from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Replay, Surroundings
@@ -126,13 +126,28 @@ class DatasetObjective(ClosureObjective):
 
     def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
         assert self.passes is not None
-        with Capture(self.vector.params) as capture:
-            loss = differentiable(compute())
+        closure = self.passes.closure
+        self.settle()
+        copies = self._copies(closure)
+        with Capture(self.vector.params, copies=copies) as capture:
+            loss = differentiable(capture.checked(compute()))
             gradients = capture.differentiate(loss)
-        self._check_once(self.passes.closure, capture.graph)
+        if closure.keep_graphs and not copies and not self.vector.holds(self.position):
+            raise Overwritten("the closure moves parameters that its graph has saved")
+        capture.graph.check_once(self._surroundings.graphs)
         value = loss.detach()
         flatten = partial(self._share, gradients)
-        return Evaluation(self._sign * value, value, flatten, _OfBatch(self, capture.graph))
+        place = self._place_of(capture)
+        linearization = _OfBatch(self, capture.graph, copies=copies, place=place)
+        return Evaluation(self._sign * value, value, flatten, linearization)
+
+    def copy_saved(self) -> bool:
+        """Lets graphs be of copies from now on; says whether they were not."""
+        assert self.passes is not None
+        if self._copies(self.passes.closure):
+            return False
+        self._note_writes(self.passes.closure)
+        return True
 
     def _share(self, parts: Sequence[Tensor | None], batch: Sequence[int] = ()) -> Tensor:
         """What parts shaped like the parameters add to the objective's gradient or product."""
@@ -153,6 +168,9 @@ class _OfBatch(Linearization):
         direction = vector.scaled(v)
         parts = multiply(vector.split(direction), v.dim() == 2)
         return self._objective._share(parts, direction.shape[:-1])
+
+    def renew(self) -> bool:
+        return False  # the other batches' are no better: `BatchSum` sees to it
 
     def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         self.check()

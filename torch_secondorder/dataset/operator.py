@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from torch import Tensor
 from torch_secondorder.curvature import FromOutputs, KroneckerFactors, LinearOperator
 from torch_secondorder.dataset.objective import DatasetObjective
 from torch_secondorder.evaluation import Evaluation, Linearization, Objective, Slot
-from torch_secondorder.graph import Graph
+from torch_secondorder.graph import Graph, Overwritten
 from torch_secondorder.single import without_autocast
 
 __all__ = ["BatchSum", "Kind", "curvature_at"]
 
 #: Makes the curvature of an evaluation; the generator is for what it draws.
 Kind: TypeAlias = Callable[[Evaluation, torch.Generator | None], LinearOperator]
+
+_T = TypeVar("_T")
 
 _PRODUCT = "product with the curvature"
 
@@ -79,23 +81,31 @@ class BatchSum(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-        total = torch.zeros_like(v)
 
-        def add(operator: LinearOperator, weight: float) -> None:
-            total.add_(operator.matvec(v), alpha=weight)
+        def summed() -> Tensor:
+            total = torch.zeros_like(v)
 
-        self._over(add, _PRODUCT)
-        return self._objective.whole(total, v)
+            def add(operator: LinearOperator, weight: float) -> None:
+                total.add_(operator.matvec(v), alpha=weight)
+
+            self._over(add, _PRODUCT)
+            return total
+
+        return self._objective.whole(self._retried(summed), v)
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`; one pass over the loader for all."""
-        total = torch.zeros_like(V)
 
-        def add(operator: LinearOperator, weight: float) -> None:
-            total.add_(operator.matmat(V), alpha=weight)
+        def summed() -> Tensor:
+            total = torch.zeros_like(V)
 
-        self._over(add, _PRODUCT)
-        return self._objective.whole(total.T, V.T).T
+            def add(operator: LinearOperator, weight: float) -> None:
+                total.add_(operator.matmat(V), alpha=weight)
+
+            self._over(add, _PRODUCT)
+            return total
+
+        return self._objective.whole(self._retried(summed).T, V.T).T
 
     # What preconditioners ask of curvatures made from model outputs.
 
@@ -109,13 +119,18 @@ class BatchSum(LinearOperator):
         Raises:
             TypeError: The batches' operators know no model outputs.
         """
-        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
-        def add(operator: LinearOperator, weight: float) -> None:
-            diagonal = _from_outputs(operator).diagonal(n_samples, generator)
-            total.add_(diagonal, alpha=weight)
+        def summed() -> Tensor:
+            total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
-        self._over(add, "diagonal of the curvature")
+            def add(operator: LinearOperator, weight: float) -> None:
+                diagonal = _from_outputs(operator).diagonal(n_samples, generator)
+                total.add_(diagonal, alpha=weight)
+
+            self._over(add, "diagonal of the curvature")
+            return total
+
+        total = self._retried(summed)
         return self._objective.whole(total, torch.ones_like(total))
 
     def factors(
@@ -126,6 +141,9 @@ class BatchSum(LinearOperator):
         Raises:
             TypeError: The batches' operators know no model outputs.
         """
+        return self._retried(lambda: self._factors(generator, largest))
+
+    def _factors(self, generator: torch.Generator | None, largest: float) -> list[KroneckerFactors]:
         sums: dict[tuple[int, int | None], KroneckerFactors] = {}
         met: Counter[tuple[int, int | None]] = Counter()
         batches = 0
@@ -152,6 +170,17 @@ class BatchSum(LinearOperator):
         ]
 
     # The passes.
+
+    def _retried(self, summed: Callable[[], _T]) -> _T:
+        """A sum; made again with graphs of copies if the closure has written into one kept."""
+        try:
+            return summed()
+        except Overwritten:
+            if not self._objective.copy_saved():
+                raise
+            self._kept.clear()
+            self._all_kept = False
+            return summed()
 
     def _over(self, use: Callable[[LinearOperator, float], None], label: str) -> None:
         """Calls `use` with the operator of each batch, and its weight.

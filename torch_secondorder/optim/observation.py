@@ -97,10 +97,7 @@ class Observation:
         if not self.calls and any(p.grad is not None and nonzero(p.grad) for p in params):
             raise _partly("there were gradients before it")
         self.calls += 1
-        known = self._surroundings.knows(Observation)
-        if self.twice and not known:
-            graph.check_differentiable()
-        self._surroundings.note(Observation)
+        graph.check_once(self._surroundings.graphs, self.twice)
         with without_autocast(params):
             self.watch.observe(graph, retain)
         # Copies: the graph goes on using the gradients' memory.
