@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
+from torch_secondorder.subclass import plain, plainly
+
 __all__ = [
     "Graph",
     "LinearCall",
@@ -57,10 +59,11 @@ class Output:
     """A model output that a captured evaluation met.
 
     Attributes:
-        tensor: The output, with its graph; never a leaf.
+        tensor: The output, with its graph; never a leaf. What the closure has, class and all.
         loss: The standard loss that took it as an argument, or None where it was marked by hand.
         argument: The argument's name, `"input"` for most.
-        arguments: The loss's arguments by name, defaults included (`target`, `reduction`, ...).
+        arguments: The loss's arguments by name, defaults included (`target`, `reduction`, ...);
+            plain tensors.
         value: What the loss returned; None where it was marked by hand. The closure has a copy, so
             that `loss += penalty` cannot reach it.
         versions: Version counters of the tensors among the arguments.
@@ -72,6 +75,11 @@ class Output:
     arguments: dict[str, Any] = field(default_factory=dict)
     value: Tensor | None = None
     versions: tuple[int, ...] = ()
+
+    @property
+    def values(self) -> Tensor:
+        """The output without its graph."""
+        return plain(self.tensor).detach()
 
     @property
     def intact(self) -> bool:
@@ -132,15 +140,17 @@ class Graph:
             weight: The `gradient` argument of `backward()`, of the loss's shape.
             twice: Whether the gradients get a graph of their own.
         """
+        loss, weight = plain(loss), plain(weight)
         try:
-            gradients = torch.autograd.grad(
-                loss,
-                self.params,
-                weight,
-                retain_graph=True,
-                create_graph=twice,
-                allow_unused=True,
-            )
+            with plainly():
+                gradients = torch.autograd.grad(
+                    loss,
+                    self.params,
+                    weight,
+                    retain_graph=True,
+                    create_graph=twice,
+                    allow_unused=True,
+                )
         except RuntimeError as error:
             raise explained(error) from error
         self.losses.append(loss)
@@ -210,14 +220,15 @@ class Graph:
                     outputs, weights, retain, False, tuple(self.params), True, accumulate_grad=False
                 )
                 return products
-            return torch.autograd.grad(
-                outputs,
-                self.params,
-                weights,
-                retain_graph=retain,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
+            with plainly():
+                return torch.autograd.grad(
+                    outputs,
+                    self.params,
+                    weights,
+                    retain_graph=retain,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
         except RuntimeError as error:
             raise explained(error) from error
 
@@ -229,7 +240,7 @@ def _linear_call(
     if place is None or node is None or weight.dim() != 2 or weight.is_complex():
         return None
     try:
-        input = input.detach()
+        input = plain(input).detach()
     except RuntimeError:  # a tensor of a torch.func transform that is over
         return None
     if input.layout is not torch.strided:
