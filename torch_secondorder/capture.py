@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch_secondorder.custom_functions import applied, trusted
 from torch_secondorder.graph import REENTRANT, Graph, Output, Suspect, added, reentrant, versions
 from torch_secondorder.interception import Substitution, intercepting
+from torch_secondorder.subclass import like, plain, plainly, snapshot
 from torch_secondorder.twice import REPLACEMENTS, twice_differentiable
 
 __all__ = ["Capture", "Receiver", "mark_outputs", "uncaptured"]
@@ -121,7 +122,7 @@ class Capture(TorchFunctionMode):
     def __enter__(self) -> Capture:
         self._kernels.__enter__()
         if self.copies:
-            self._saving = saved_tensors_hooks(_copied, _itself)
+            self._saving = saved_tensors_hooks(snapshot, _itself)
             self._saving.__enter__()
         self._token = _active.set(self)
         _applications.begin()
@@ -168,7 +169,7 @@ class Capture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.linear and self._receiver is None and not torch.compiler.is_compiling():
             # Looked at where somebody asks for it: networks make many such calls.
-            self.graph.linear.append((result.grad_fn, args, kwargs))
+            self.graph.linear.append((_node(result), args, kwargs))
         return result
 
     def backward(
@@ -221,7 +222,7 @@ class Capture(TorchFunctionMode):
         self.calls += 1
         self.checked(loss)
         if self.copies:
-            self.place = [_copied(p) for p in self.graph.params]
+            self.place = [snapshot(p) for p in self.graph.params]
         self._differentiates = True
         try:
             return self._differentiated(loss, weight, retain)
@@ -238,7 +239,7 @@ class Capture(TorchFunctionMode):
     def _differentiated(
         self, loss: Tensor, weight: Tensor | None, retain: bool
     ) -> Sequence[Tensor | None]:
-        node = loss.grad_fn
+        node = _node(loss)
         # The length of the forward pass and its last operation: graphs of other operations have
         # others, or are very much alike. To walk over the graph would take a hundred times as long.
         kind = () if node is None else (node._sequence_nr() - self._begun, node.name())
@@ -256,7 +257,7 @@ class Capture(TorchFunctionMode):
         if (self.graph.outputs or self.graph.suspects) and not retain:
             # What is spent is let go, or the graphs of all micro-batches would pile up.
             spent = set(graph.nodes())
-            kept = [o for o in self.graph.outputs if o.tensor.grad_fn not in spent]
+            kept = [o for o in self.graph.outputs if _node(o.tensor) not in spent]
             self.graph.outputs[:] = kept
             self.graph.suspects[:] = [s for s in self.graph.suspects if s.node not in spent]
         return gradients
@@ -288,25 +289,30 @@ class Capture(TorchFunctionMode):
 
     def _run_loss(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         bound = _signature(func).bind(*args, **kwargs)
-        found = [
-            name
-            for name, value in bound.arguments.items()
-            if isinstance(value, Tensor) and value.requires_grad
-        ]
+        with plainly():
+            found = [
+                name
+                for name, value in bound.arguments.items()
+                if isinstance(value, Tensor) and value.requires_grad
+            ]
         for name in found:
             bound.arguments[name] = _not_a_leaf(bound.arguments[name])
         value = func(*bound.args, **bound.kwargs)
         bound.apply_defaults()
-        arguments = dict(bound.arguments)
+        arguments = {name: plain(argument) for name, argument in bound.arguments.items()}
         if self.copies:
             for name in arguments.keys() - found:
                 if isinstance(arguments[name], Tensor):
-                    arguments[name] = _copied(arguments[name])
+                    arguments[name] = snapshot(arguments[name])
         before = versions(arguments)
         for name in found:
-            output = Output(arguments[name], func, name, arguments, value, before)
+            output = Output(bound.arguments[name], func, name, arguments, value, before)
             self.graph.outputs.append(output)
-        return value.clone() if found else value
+        if not found:
+            return value
+        with plainly():
+            copy = Tensor.clone(value)
+        return like(copy, value)
 
 
 def _noticing_applications(_: Any) -> Any:
@@ -373,17 +379,22 @@ def _signature(func: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(func)
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def _not_a_leaf(tensor: Tensor) -> Tensor:
     """The tensor, or a view of a leaf: a place of its own in the graph."""
-    return tensor.view_as(tensor) if tensor.grad_fn is None else tensor
+    if _node(tensor) is not None:
+        return tensor
+    with plainly():
+        view = Tensor.view_as(tensor, tensor)
+    return like(view, tensor)
+
+
+def _node(tensor: Tensor) -> Any:
+    with plainly():
+        return tensor.grad_fn
 
 
 def mark_outputs(outputs: Tensor) -> Tensor:
@@ -411,8 +422,11 @@ def mark_outputs(outputs: Tensor) -> Tensor:
             "one by one"
         )
     capture = _active.get()
-    if capture is None or not capture._looks or not outputs.requires_grad:
+    if capture is None or not capture._looks:
         return outputs
+    with plainly():
+        if not outputs.requires_grad:
+            return outputs
     outputs = _not_a_leaf(outputs)
     capture.graph.outputs.append(Output(outputs))
     return outputs

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder.subclass import plain
+
 __all__ = [
     "STANDARD_CLOSURE",
     "backward_of",
@@ -39,6 +41,7 @@ def check_callable(closure: Any) -> None:
 
 def scalar(loss: Any) -> Tensor:
     """The loss as a 0-dim tensor."""
+    loss = plain(loss)
     if not isinstance(loss, Tensor):
         if hasattr(loss, "__float__") and not isinstance(loss, bool):  # NumPy's numbers as well
             return torch.tensor(float(loss), dtype=torch.float64, device="cpu")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 from torch_secondorder.custom_functions import Finding, marked_once_differentiable
+from torch_secondorder.subclass import plain, plainly
 
 __all__ = [
     "REENTRANT",
@@ -107,10 +108,11 @@ class Output:
     """A model output that a captured evaluation met.
 
     Attributes:
-        tensor: The output, with its graph; never a leaf.
+        tensor: The output, with its graph; never a leaf. What the closure has, class and all.
         loss: The standard loss that took it as an argument, or None where it was marked by hand.
         argument: The argument's name, `"input"` for most.
-        arguments: The loss's arguments by name, defaults included (`target`, `reduction`, ...).
+        arguments: The loss's arguments by name, defaults included (`target`, `reduction`, ...);
+            plain tensors.
         value: What the loss returned; None where it was marked by hand. The closure has a copy, so
             that `loss += penalty` cannot reach it.
         versions: Version counters of the tensors among the arguments.
@@ -122,6 +124,11 @@ class Output:
     arguments: dict[str, Any] = field(default_factory=dict)
     value: Tensor | None = None
     versions: tuple[int, ...] = ()
+
+    @property
+    def values(self) -> Tensor:
+        """The output without its graph."""
+        return plain(self.tensor).detach()
 
     @property
     def intact(self) -> bool:
@@ -193,17 +200,19 @@ class Graph:
             MissingSecondDerivative: There is a reentrant checkpoint on the way to the parameters,
                 or, with `twice`, a custom function whose backward cannot be differentiated at all.
         """
+        loss, weight = plain(loss), plain(weight)
         if self.suspects:
             self._judge(loss, twice)
         try:
-            gradients = torch.autograd.grad(
-                loss,
-                self.params,
-                weight,
-                retain_graph=True,
-                create_graph=twice,
-                allow_unused=True,
-            )
+            with plainly():
+                gradients = torch.autograd.grad(
+                    loss,
+                    self.params,
+                    weight,
+                    retain_graph=True,
+                    create_graph=twice,
+                    allow_unused=True,
+                )
         except RuntimeError as error:
             raise explained(error) from error
         self.losses.append(loss)
@@ -314,14 +323,15 @@ class Graph:
                     outputs, weights, retain, False, tuple(self.params), True, accumulate_grad=False
                 )
                 return products
-            return torch.autograd.grad(
-                outputs,
-                self.params,
-                weights,
-                retain_graph=retain,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
+            with plainly():
+                return torch.autograd.grad(
+                    outputs,
+                    self.params,
+                    weights,
+                    retain_graph=retain,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
         except RuntimeError as error:
             raise explained(error) from error
 
@@ -333,7 +343,7 @@ def _linear_call(
     if place is None or node is None or weight.dim() != 2 or weight.is_complex():
         return None
     try:
-        input = input.detach()
+        input = plain(input).detach()
     except RuntimeError:  # a tensor of a torch.func transform that is over
         return None
     if input.layout is not torch.strided:

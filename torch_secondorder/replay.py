@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from torch_secondorder.ranks import Ranks
+from torch_secondorder.subclass import plain, snapshot
 
 __all__ = ["Replay", "Surroundings", "random_state", "set_random_state"]
 
@@ -49,7 +50,7 @@ class _Slot(NamedTuple):
         else:
             # Through `.data`: a retained graph may have saved the buffer, and its value is the
             # same again once the evaluation is over.
-            tensor.data.copy_(value)
+            plain(tensor).data.copy_(value)
 
 
 def _slots(module: torch.nn.Module) -> Iterator[tuple[_Slot, Tensor]]:
@@ -131,9 +132,7 @@ class Surroundings:
                     self._sharded.add(inner)
                     self.precision = max(self.precision, _policy_precision(inner))
                 modes[id(inner)] = ref(inner), inner.training
-                compared.update(
-                    (slot, before.get(slot, b.detach().clone())) for slot, b in _slots(inner)
-                )
+                compared.update((slot, before.get(slot, snapshot(b))) for slot, b in _slots(inner))
 
         handle = register_module_forward_pre_hook(note)
         try:
@@ -146,7 +145,7 @@ class Surroundings:
             for slot, old in compared.items():
                 before.setdefault(slot, old)
                 now = slot.read()
-                if now is None or now.shape != old.shape or not torch.equal(now, old):
+                if now is None or now.shape != old.shape or not torch.equal(plain(now), old):
                     self._stateful.add(slot.module)
                     self._moving[slot.module.training].add(slot.module)
 
@@ -238,7 +237,7 @@ class Replay:
             t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)
         }
         self._random = [(d, random_state(d)) for d in {torch.device("cpu"), *devices}]
-        self._before = {s: b.detach().clone() for s, b in surroundings.moving_buffers()}
+        self._before = {s: snapshot(b) for s, b in surroundings.moving_buffers()}
         self._after: dict[_Slot, Tensor] | None = None
         self._entry: dict[_Slot, Tensor] = {}  # what was before, of buffers that have moved on
         self._evaluations = 0
@@ -273,7 +272,7 @@ class Replay:
         """Notes where random state and buffers are within a closure; returns what goes there."""
         states = [(device, random_state(device)) for device, _ in self._random]
         now = {slot: slot.read() for slot in self._before}
-        buffers = {slot: b.detach().clone() for slot, b in now.items() if b is not None}
+        buffers = {slot: snapshot(b) for slot, b in now.items() if b is not None}
 
         def go() -> None:
             for device, state in states:
@@ -313,7 +312,7 @@ class Replay:
     @staticmethod
     def _now(slots: Iterable[_Slot]) -> dict[_Slot, Tensor]:
         now = {slot: slot.read() for slot in slots}
-        return {slot: b.detach().clone() for slot, b in now.items() if b is not None}
+        return {slot: snapshot(b) for slot, b in now.items() if b is not None}
 
     def _note_after(self) -> dict[_Slot, Tensor]:
         """Where the first evaluation has left the buffers."""

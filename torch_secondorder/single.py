@@ -31,6 +31,7 @@ from torch_secondorder.graph import Graph
 from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Surroundings
+from torch_secondorder.subclass import all_plain, plainly, snapshot
 from torch_secondorder.workspace import Workspace
 
 __all__ = [
@@ -148,7 +149,7 @@ class SingleEvaluation:
         check_callable(self._source)
         self._params = params
         self._surroundings = surroundings
-        self._before = {slot: b.detach().clone() for slot, b in surroundings.moving_buffers()}
+        self._before = {slot: snapshot(b) for slot, b in surroundings.moving_buffers()}
         self._workspace = workspace or Workspace()
         self._accumulated = False
         self._joined: tuple[Tensor, Sequence[Tensor | None]] | None = None
@@ -210,7 +211,8 @@ class SingleEvaluation:
                 stack.enter_context(surroundings.watch(self._before))
             loss = scalar(self._called(before))
             if self._functional:
-                found = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
+                with plainly():
+                    found = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
                 gradients, _ = averaged(found, params, surroundings.ranks)
             elif not before.shows_backward(params):
                 backward_of(loss)
@@ -295,7 +297,7 @@ class _Relay:
             joined = _join(gradients, params, evaluation._workspace)
             if joined is None:
                 return [None if g is None else g.detach().clone() for g in gradients]
-            views = list(_unflatten_dense_tensors(joined, params))
+            views = list(_unflatten_dense_tensors(joined, all_plain(params)))
         if joined is not None:
             evaluation._joined = joined, views
             evaluation._pointers = [0 if view is None else view.data_ptr() for view in views]

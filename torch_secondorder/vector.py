@@ -30,6 +30,7 @@ from torch_secondorder.space import (
     space_of,
     to_host,
 )
+from torch_secondorder.subclass import all_plain
 from torch_secondorder.workspace import Workspace
 
 __all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
@@ -124,7 +125,7 @@ class ParameterVector:
         self._counts = [s.count for s in self._segments]
         self.size = sum(self._counts)
         self.whole_size = sum(p.numel() * (1 + p.is_complex()) for p in self.params)
-        self._likes = self.params  # what pieces are shaped like
+        self._likes = self._held()  # what pieces are shaped like
         if self.sharded:
             self._likes = [torch.empty_like(p, device="meta") for p in self._held()]
         self.dtype = functools.reduce(
@@ -149,7 +150,7 @@ class ParameterVector:
         """What this process holds of tensors like the parameters, or of the parameters."""
         tensors = self.params if tensors is None else tensors
         if not self.sharded:
-            return tensors
+            return all_plain(tensors)
         return [None if tensor is None else local(tensor) for tensor in tensors]
 
     def matches(self, params: Sequence[Tensor], scale: Sequence[float] | None) -> bool:

@@ -202,6 +202,6 @@ def random_roots(
             return None
         if likelihood is None:
             return samples().signed_root(place, drawn)
-        return likelihood.root(drawn).to(space.tensors[place].dtype)
+        return likelihood.root(drawn).to(space.values[place].dtype)
 
     return [[root(i, drawn) for i, drawn in enumerate(draws())] for _ in range(count)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_secondorder.graph import Graph, LinearCall, explained
 from torch_secondorder.ranks import Ranks
+from torch_secondorder.subclass import plainly
 
 __all__ = ["KroneckerFactors", "kronecker_factors"]
 
@@ -86,9 +87,10 @@ def _met(
         return layers
     tensors, weights = zip(*pairs, strict=True)
     try:
-        gradients = torch.autograd.grad(
-            tensors, [c.output for c in calls], weights, retain_graph=True, allow_unused=True
-        )
+        with plainly():
+            gradients = torch.autograd.grad(
+                tensors, [c.output for c in calls], weights, retain_graph=True, allow_unused=True
+            )
     except RuntimeError as error:
         raise explained(error) from error
     for call, gradient in zip(calls, gradients, strict=True):

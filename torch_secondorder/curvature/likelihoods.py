@@ -126,7 +126,7 @@ def likelihood_of(output: Output, coefficient: Tensor) -> Likelihood | None:
     # The two older ways of choosing a reduction are left to automatic differentiation.
     if make is None or any(arguments.get(k) is not None for k in ("size_average", "reduce")):
         return None
-    z = output.tensor.detach()
+    z = output.values
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
     return make(z, arguments, coefficient.detach().to(z.dtype))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.graph import Graph, Output, Overwritten, Suspect, explained, refuse
+from torch_secondorder.subclass import plainly
 
 __all__ = ["OutputSpace", "Tensors"]
 
@@ -37,6 +38,9 @@ class OutputSpace:
         outputs: Those that the loss depends on, each tensor once. Of two that lie behind one
             another the nearer to the loss counts, or the one that was marked.
 
+        tensors: They themselves.
+        values: The same without graph.
+
     Raises:
         RuntimeError: There is none, or one was changed in place.
         ValueError: An output is complex.
@@ -47,15 +51,16 @@ class OutputSpace:
         self.outputs = _relevant(graph)
         if not self.outputs:
             raise RuntimeError(_NO_OUTPUT)
-        if any(o.tensor.is_complex() for o in self.outputs):
-            raise ValueError("model outputs must be real: mark torch.view_as_real(z) instead")
         self.tensors = [o.tensor for o in self.outputs]
+        self.values = [o.values for o in self.outputs]
+        if any(z.is_complex() for z in self.values):
+            raise ValueError("model outputs must be real: mark torch.view_as_real(z) instead")
         self._ends = {_place(t) for t in self.tensors}
 
     @cached_property
     def _pulled(self) -> tuple[Tensors, Sequence[Tensor]]:
         """`J'w` and `w`: differentiated by `w` it gives `J` (the double-vjp trick)."""
-        weights = [torch.zeros_like(t).requires_grad_() for t in self.tensors]
+        weights = [torch.zeros_like(z).requires_grad_() for z in self.values]
         return _differentiated(self.tensors, self._graph.params, weights), weights
 
     def push(self, tangents: Sequence[Tensor], batched: bool = False) -> Tensors:
@@ -164,7 +169,7 @@ def _differentiated(
 ) -> Tensors:
     """Derivatives with a graph of their own."""
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), plainly():
             return torch.autograd.grad(
                 outputs, inputs, weights, create_graph=True, allow_unused=True
             )
@@ -176,25 +181,28 @@ def _derivative(
     outputs: Tensors, inputs: Sequence[Tensor], weights: Tensors, batched: bool
 ) -> Tensors:
     """`torch.autograd.grad` over what has a graph; None where there is no derivative."""
-    pairs = [
-        (o, w)
-        for o, w in zip(outputs, weights, strict=True)
-        if o is not None and w is not None and o.requires_grad
-    ]
+    with plainly():
+        pairs = [
+            (o, w)
+            for o, w in zip(outputs, weights, strict=True)
+            if o is not None and w is not None and o.requires_grad
+        ]
     if not pairs:
         return [None] * len(inputs)
     kept, chosen = zip(*pairs, strict=True)
     try:
-        return torch.autograd.grad(
-            kept, inputs, chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+        with plainly():
+            return torch.autograd.grad(
+                kept, inputs, chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
     except RuntimeError as error:
         raise explained(error) from error
 
 
 def _place(tensor: Tensor) -> tuple[Any, int]:
     """Where a tensor that is no leaf stands in the graph."""
-    return tensor.grad_fn, tensor.output_nr
+    with plainly():
+        return tensor.grad_fn, tensor.output_nr
 
 
 def _relevant(graph: Graph) -> list[Output]:

@@ -68,7 +68,7 @@ class Samples:
 
 def _sample_dims(output: Output) -> tuple[int, ...]:
     """The dimensions of one sample's own entries, counted from the end."""
-    dims = output.tensor.dim()
+    dims = output.values.dim()
     if output.loss in _CLASSIFYING:
         return (-1 if dims == 1 else 1 - dims,)
     return tuple(range(1 - dims, 0))
@@ -95,7 +95,8 @@ def _count(output: Output) -> Tensor | int:
     if output.loss in _CLASSIFYING and target is not None and not target.is_floating_point():
         counted: Tensor = target != output.arguments["ignore_index"]
         return counted.sum()
-    count = output.tensor.numel()
+    values = output.values
+    count = values.numel()
     for dim in _sample_dims(output):
-        count //= output.tensor.shape[dim]
+        count //= values.shape[dim]
     return count

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torch_secondorder.subclass import plain
+
 __all__ = ["as_pair", "call", "fingerprint", "length", "moved"]
 
 
@@ -53,7 +55,8 @@ def moved(batch: Any, device: torch.device | None) -> Any:
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf.to(device, non_blocking=background)
+            there = plain(leaf).device == device
+            return leaf if there else leaf.to(device, non_blocking=background)
         # Batches of a class of their own, such as those of tokenizers.
         return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
@@ -88,6 +91,6 @@ def _places(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _tensors(batch: Any) -> Iterator[Tensor]:
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):
-            yield leaf
+            yield plain(leaf)
         elif isinstance(leaf, Mapping):  # one that pytrees do not know
             yield from _tensors(dict(leaf))

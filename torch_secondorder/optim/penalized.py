@@ -15,6 +15,7 @@ from torch_secondorder.interception import intercepting
 from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.penalties.encoder import Calls, EncoderPenalty, seeded
 from torch_secondorder.single import GradientTrace
+from torch_secondorder.subclass import plain
 
 __all__ = ["Penalized", "not_called"]
 
@@ -104,6 +105,7 @@ class Penalized:
     ) -> None:
         """What `loss.backward()` does inside a closure."""
         penalty = calls.take()
+        loss, gradient = plain(loss), plain(gradient)
         if penalty is not None:
             if gradient is not None:
                 loss, gradient = (loss * gradient).sum(), None

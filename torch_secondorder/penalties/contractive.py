@@ -21,6 +21,7 @@ from torch_secondorder.penalties.checks import (
 from torch_secondorder.penalties.jacobian import differentiated, exact_rows, projected_rows
 from torch_secondorder.penalties.layers import chain_of, slope_from_output, stack_of
 from torch_secondorder.penalties.squares import squared_sum
+from torch_secondorder.subclass import like, plain
 from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["contractive_penalty"]
@@ -93,9 +94,11 @@ def contractive_penalty(
     check_count("n_projections", n_projections)
     check_count("n_noise", n_noise)
     check_noise(noise)
+    x, given = plain(x), x
     check_samples(x)
     check_separate(encoder)
     if code is not None:
+        code = plain(code)
         check_outputs(code, len(x), "code")
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -104,7 +107,11 @@ def contractive_penalty(
         if method != "projection":
             value = _in_closed_form(encoder, points, len(x), code, force=method == "exact")
         if value is None:
-            value = _by_differentiation(encoder, points, len(x), method, n_projections, generator)
+
+            def called(points: Tensor) -> Tensor:
+                return encoder(like(points, given))
+
+            value = _by_differentiation(called, points, len(x), method, n_projections, generator)
     return value if differentiable else value.detach()
 
 
@@ -154,7 +161,7 @@ def _by_differentiation(
 ) -> Tensor:
     """From derivatives by the input."""
     point = differentiated(points)
-    y = with_second_derivatives(encoder)(point)
+    y = plain(with_second_derivatives(encoder)(point))
     check_outputs(y, len(points), "encoder(x)")
     size = y.numel() * point[0].numel() * y.element_size()
     if method == "exact" or (method == "auto" and size <= _LARGEST_JACOBIAN):

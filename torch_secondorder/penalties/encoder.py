@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torch_secondorder.penalties.checks import check_choice, check_count, check_noise
 from torch_secondorder.penalties.contractive import contractive_penalty
+from torch_secondorder.subclass import plain, plainly
 
 __all__ = ["Calls", "EncoderPenalty", "Recorder", "input_of", "seeded"]
 
@@ -126,9 +127,11 @@ class EncoderPenalty:
             if busy or not torch.is_grad_enabled():
                 return
             x = input_of(args, kwargs)
+            values = plain(x)
             busy = True  # the penalty may call the encoder itself
             try:
-                calls.add(len(x), self.at(x, code=code, generator=generator(x.device)))
+                penalty = self.at(x, code=code, generator=generator(values.device))
+                calls.add(len(values), penalty)
             finally:
                 busy = False
 
@@ -160,10 +163,11 @@ class Recorder:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, code: Any) -> None:
         """Waits for the backward pass of a call."""
-        if not (self.active and isinstance(code, Tensor) and code.requires_grad):
+        if not (self.active and isinstance(code, Tensor)) or module is not self._encoder():
             return
-        if module is self._encoder():
-            code.register_hook(partial(self._note, input_of(args, kwargs)))
+        with plainly():
+            if code.requires_grad:
+                code.register_hook(partial(self._note, input_of(args, kwargs)))
 
     def _note(self, x: Tensor, _: Tensor) -> None:
         self.inputs.append(x)

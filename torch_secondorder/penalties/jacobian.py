@@ -17,6 +17,7 @@ from torch_secondorder.penalties.checks import (
     check_separate,
 )
 from torch_secondorder.penalties.squares import squared_sum
+from torch_secondorder.subclass import like, plain, plainly
 from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["jacobian_penalty"]
@@ -68,15 +69,15 @@ def jacobian_penalty(
     """
     check_choice("method", method, ("exact", "projection"))
     check_count("n_projections", n_projections)
-    check_samples(x)
+    check_samples(plain(x))
     check_separate(f)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # The alias: derivatives are by the argument alone, also where `f` holds `x` itself.
-        point = x if outputs is not None else differentiated(x)
-        y = with_second_derivatives(f)(point) if outputs is None else outputs
-        check_outputs(y, len(x), "f(x)" if outputs is None else "outputs")
-        n = len(x)
+        point = x if outputs is not None else differentiated(plain(x))
+        y = with_second_derivatives(f)(like(point, x)) if outputs is None else outputs
+        y, n = plain(y), len(plain(x))
+        check_outputs(y, n, "f(x)" if outputs is None else "outputs")
         if method == "exact":
             value = squared_sum(exact_rows(y, point)) / n
         else:
@@ -103,13 +104,14 @@ def exact_rows(y: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: Too large, or `y` does not depend on `x`.
     """
-    count, d = y[0].numel(), x[0].numel()
-    check_fits((len(x), count, d), y)
+    sample = plain(x)[0]
+    count, d = y[0].numel(), sample.numel()
+    check_fits((len(y), count, d), y)
     if count <= 2 * d:
         return pulled(y, x, _units(y))
     # Columns: the product `J'u` is linear in `u`, and its derivative by `u` along `t` is `J t`.
     u = torch.zeros_like(y).requires_grad_()
-    return pulled(pulled(y, x, u.unsqueeze(0))[0], u, _units(x))
+    return pulled(pulled(y, x, u.unsqueeze(0))[0], u, _units(plain(x)))
 
 
 def projected_rows(
@@ -154,15 +156,16 @@ def pulled(y: Tensor, x: Tensor, v: Tensor) -> Tensor:
         ValueError: `y` does not depend on `x`.
     """
     found: tuple[Tensor | None, ...] = (None,)
-    linked = y.requires_grad and x.requires_grad
-    if linked and len(v) == 1:
-        # No batching rules are needed, which few functions lack.
-        found = torch.autograd.grad(y, x, v[0], create_graph=True, allow_unused=True)
-        found = tuple(None if g is None else g.unsqueeze(0) for g in found)
-    elif linked:
-        found = torch.autograd.grad(
-            y, x, v, create_graph=True, allow_unused=True, is_grads_batched=True
-        )
+    with plainly():
+        linked = y.requires_grad and x.requires_grad
+        if linked and len(v) == 1:
+            # No batching rules are needed, which few functions lack.
+            found = torch.autograd.grad(y, x, v[0], create_graph=True, allow_unused=True)
+            found = tuple(None if g is None else g.unsqueeze(0) for g in found)
+        elif linked:
+            found = torch.autograd.grad(
+                y, x, v, create_graph=True, allow_unused=True, is_grads_batched=True
+            )
     if found[0] is None:
         raise ValueError(
             "f(x) does not depend on x through differentiable operations: detach(), no_grad() or "
