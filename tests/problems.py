@@ -50,18 +50,22 @@ class Problem:
 
     def is_minimum(self, value: float, rtol: float = 1e-4, atol: float = 1e-6) -> bool:
         """Whether a function value is that of one of the known minima."""
-        return any(abs(value - minimum) <= rtol * minimum + atol for minimum in self.minima)
+        return any(abs(value - minimum) <= rtol * abs(minimum) + atol for minimum in self.minima)
 
 
 Builder = Callable[[Make], tuple[Function, Tensor]]
-_BUILDERS: list[tuple[str, float | None, tuple[float, ...], Builder]] = []
+Builders = list[tuple[str, float | None, tuple[float, ...], Builder]]
+_BUILDERS: Builders = []
+_NONCONVEX: Builders = []
 
 
-def _problem(name: str, start_value: float | None, *minima: float) -> Callable[[Builder], Builder]:
-    """Enters a builder, which gets a maker of float64 tensors, in the table."""
+def _problem(
+    name: str, start_value: float | None, *minima: float, table: Builders = _BUILDERS
+) -> Callable[[Builder], Builder]:
+    """Enters a builder, which gets a maker of float64 tensors, in a table."""
 
     def register(builder: Builder) -> Builder:
-        _BUILDERS.append((name, start_value, minima, builder))
+        table.append((name, start_value, minima, builder))
         return builder
 
     return register
@@ -433,19 +437,73 @@ def _ill_conditioned_quadratic(make: Make) -> tuple[Function, Tensor]:
     return function, make([0.0] * 200)
 
 
-def make_problems(device: torch.device | str = "cpu") -> tuple[Problem, ...]:
-    """Builds the table with its constants and starting points on a device."""
+# Functions of the CUTEst collection with much negative curvature, by their names there.
+
+
+@_problem("cosine", 999 * math.cos(0.5), -999.0, table=_NONCONVEX)
+def _cosine(make: Make) -> tuple[Function, Tensor]:
+    """N. Gould; n = 1,000."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.cos(x[:-1] * x[:-1] - 0.5 * x[1:]).sum()
+
+    return function, make([1.0] * 1000)
+
+
+@_problem("indefm", 920.339791661, table=_NONCONVEX)
+def _indefm(make: Make) -> tuple[Function, Tensor]:
+    """Lukšan, Matonoha and Vlček, TR 1081, problem 37, alpha = 0.5, n = 1,000; many minima."""
+
+    def function(x: Tensor) -> Tensor:
+        waves = torch.cos(2.0 * x[1:-1] - x[-1] - x[0]).sum()
+        return 100.0 * torch.sin(0.01 * x).sum() + 0.5 * waves
+
+    return function, make(range(1, 1001)) / 1001.0
+
+
+@_problem("chainwoo", 371954.1, 1.0, 4.57276719, table=_NONCONVEX)
+def _chainwoo(make: Make) -> tuple[Function, Tensor]:
+    """Conn, Gould and Toint (1988), problem 8, n = 100; Wood's function, chained, plus one."""
+
+    def function(x: Tensor) -> Tensor:
+        a, b = x.view(-1, 2).unbind(1)
+        low, high = b[:-1], b[1:]
+        first = 100.0 * _squares(low - a[:-1] * a[:-1]) + _squares(1.0 - a[:-1])
+        second = 90.0 * _squares(high - a[1:] * a[1:]) + _squares(1.0 - a[1:])
+        return 1.0 + first + second + 10.0 * _squares(low + high - 2.0) + 0.1 * _squares(low - high)
+
+    return function, make([-3.0, -1.0, -3.0, -1.0] + [-2.0] * 96)
+
+
+@_problem("loghairy", 6.55251979193, math.log(1.2), table=_NONCONVEX)
+def _loghairy(make: Make) -> tuple[Function, Tensor]:
+    """Ph. Toint; hills of height 30 around a valley, under a logarithm."""
+
+    def function(x: Tensor) -> Tensor:
+        a, b = x.unbind()
+        hair = 30.0 * (torch.sin(7.0 * a) * torch.cos(7.0 * b)).square()
+        bowls = torch.sqrt(0.01 + (a - b).square()) + torch.sqrt(0.01 + a * a)
+        return torch.log((100.0 + hair + 100.0 * bowls) / 100.0)
+
+    return function, make([-500.0, -700.0])
+
+
+def make_problems(
+    device: torch.device | str = "cpu", builders: Builders = _BUILDERS
+) -> tuple[Problem, ...]:
+    """Builds a table with its constants and starting points on a device."""
 
     def make(values: Sequence[float] | Tensor) -> Tensor:
         data = values if isinstance(values, Tensor) else list(values)
         return torch.as_tensor(data, dtype=torch.float64, device=device)
 
     table = []
-    for name, start_value, minima, builder in _BUILDERS:
+    for name, start_value, minima, builder in builders:
         function, start = builder(make)
         table.append(Problem(name, function, start, start_value, minima))
     return tuple(table)
 
 
 PROBLEMS: tuple[Problem, ...] = make_problems()
+NONCONVEX: tuple[Problem, ...] = make_problems(builders=_NONCONVEX)
 PROBLEMS_BY_NAME: dict[str, Problem] = {problem.name: problem for problem in PROBLEMS}

@@ -35,7 +35,8 @@ def make_pairs(
 
 
 def gamma_of(pairs: Sequence[Pair]) -> Tensor:
-    return torch.stack([s @ y / (y @ y) for s, y in pairs]).max()
+    scales = torch.stack([s @ y / (y @ y) for s, y in pairs])
+    return torch.minimum(scales.max(), 5 * scales[-1])
 
 
 def two_loops(pairs: Sequence[Pair], v: Tensor) -> Tensor:

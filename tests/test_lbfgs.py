@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.oracles import make_case
-from tests.problems import make_problems
+from tests.problems import NONCONVEX, make_problems
 from torch_secondorder import LBFGS, StepStatus, space
 from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.globalization import (
@@ -183,6 +183,33 @@ def test_the_ill_conditioned_quadratic(search: str) -> None:
     optimizer.step(closure_of(optimizer, lambda: problem.function(x)))
     assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT, optimizer.info
     assert optimizer.info.evaluations <= 3000
+
+
+@pytest.mark.parametrize("name", ["cosine", "indefm", "chainwoo", "loghairy"])
+def test_negative_curvature_on_the_way_does_not_make_steps_too_long(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest scale of all pairs would take up to four times the evaluations of the newest.
+
+    Where functions have many minima, the way to one of them is decided by rounding: so means are
+    compared, over starts that differ in their last digits.
+    """
+    problem = next(p for p in NONCONVEX if p.name == name)
+
+    def evaluations() -> float:
+        generator, counts = torch.Generator().manual_seed(0), []
+        for _ in range(4):
+            noise = torch.randn(problem.size, dtype=torch.float64, generator=generator)
+            x = nn.Parameter(problem.start * (1 + 1e-13 * noise))
+            optimizer = LBFGS([x], max_iter=2000, max_eval=2000, tolerance_grad=1e-5)
+            optimizer.step(closure_of(optimizer, lambda x=x: problem.function(x)))
+            assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT
+            counts.append(math.log(optimizer.info.evaluations))
+        return math.exp(sum(counts) / len(counts))
+
+    found = evaluations()
+    monkeypatch.setattr("torch_secondorder.curvature.inverse_bfgs._BOLDEST", 1.0)
+    assert found <= 2.5 * evaluations()
 
 
 # Pairs.

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.oracles import make_case
-from tests.test_lbfgs import SEARCHES, rosenbrock, start_at
+from tests.test_lbfgs import SEARCHES, closure_of, rosenbrock, start_at
 from torch_secondorder import LBFGS, StepStatus
 
 # Numbers that are not finite.
@@ -158,3 +159,71 @@ def test_no_graph_outlives_a_step() -> None:
     assert not loss.requires_grad
     assert all(p.grad is not None and p.grad.grad_fn is None for p in case.params())
     assert counts[-1] == counts[0]
+
+
+# Losses without a lower bound.
+
+FALLING = {
+    "linear": lambda x: x.sum(),
+    "parabola": lambda x: -x.square().sum(),
+    "saddle": lambda x: x[0] ** 2 - x[1] ** 2,
+    "exponential": lambda x: -x.exp().sum(),
+    "wave": lambda x: (x + x.sin()).sum(),
+}
+BOUNDED = {
+    "exponential": lambda x: (-x).exp().sum(),
+    "softplus": lambda x: F.softplus(x).sum(),
+    "reciprocal": lambda x: 1 / x.abs().sum(),
+    "two wells": lambda x: (x**4 - x**2).sum(),
+    "far away": lambda x: (1e-12 * x - 1).square().sum(),
+    "far and steep": lambda x: (x - 1e8).square().sum(),
+    "hinge": lambda x: (F.relu(1 - x) + 0.1 * F.relu(x)).sum(),
+    "large offset": lambda x: x.square().sum() - 1e12,
+    # These fall for ever, and ever more slowly: nothing tells them from the first ones above.
+    "logarithm": lambda x: -x.square().log1p().sum(),
+    "root": lambda x: -(1 + x.abs()).sqrt().sum(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("search", ["strong_wolfe", "hager_zhang"])
+@pytest.mark.parametrize("name", FALLING)
+def test_a_loss_that_falls_without_end(
+    name: str, search: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = torch.tensor([1.0, 2.0], dtype=dtype, device=device, requires_grad=True)
+    optimizer = LBFGS([x], line_search_fn=search, max_iter=60, max_eval=1000)
+    closure = closure_of(optimizer, lambda: FALLING[name](x))
+    optimizer.step(closure)
+    info = optimizer.info
+    assert info.status is StepStatus.UNBOUNDED and "without end" in info.status.value
+    assert x.isfinite().all() and math.isfinite(info.loss_after)
+    assert info.loss_after < -1e10
+    assert closure().item() == info.loss_after
+    for _ in range(8):  # and from there on
+        optimizer.step(closure)
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("search", [*SEARCHES, None])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_bounded_loss_is_not_called_unbounded(
+    name: str, search: str | None, dtype: torch.dtype
+) -> None:
+    x = torch.tensor([1.0, 2.0], dtype=dtype, requires_grad=True)
+    optimizer = LBFGS([x], line_search_fn=search, lr=1.0 if search else 0.1)
+    closure = closure_of(optimizer, lambda: BOUNDED[name](x))
+    for _ in range(5):
+        optimizer.step(closure)
+        assert optimizer.info.status is not StepStatus.UNBOUNDED
+        assert optimizer.info.loss_after <= optimizer.info.loss or search is None
+        assert x.isfinite().all()
+
+
+def test_steps_without_a_search_end_at_minus_infinity() -> None:
+    x = torch.tensor([80.0], requires_grad=True)
+    optimizer = LBFGS([x], line_search_fn=None, lr=1.0, max_iter=100, max_eval=1000)
+    optimizer.step(closure_of(optimizer, lambda: -x.exp().sum()))
+    assert optimizer.info.status is StepStatus.UNBOUNDED
+    assert x.isfinite().all() and math.isfinite(optimizer.info.loss_after)

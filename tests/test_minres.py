@@ -103,9 +103,23 @@ def test_regular_systems(size: int, negative: bool, device: torch.device) -> Non
     operator = Dense(a)
     result = OFF(operator, b)
     assert result.status is SolveStatus.CONVERGED
-    assert result.products == operator.products == result.iterations
+    # Long runs compute the residual once in the end.
+    assert result.products == operator.products == result.iterations + (result.iterations >= 50)
     torch.testing.assert_close(result.x, torch.linalg.solve(a, b), rtol=1e-7, atol=1e-7)
     assert result.residual_norm <= OFF.tolerance
+    check_numbers(result, a, b)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_true_residual_is_as_small_as_was_asked_for(seed: int, device: torch.device) -> None:
+    """By recursion alone it would be up to 300 times as large at a condition of 1e7."""
+    eigenvalues = torch.logspace(-7, 0, 40, dtype=torch.float64)
+    a, b = symmetric(eigenvalues, seed).to(device), vector_of(40, seed).to(device)
+    operator = Dense(a)
+    result = Minres(2000, 1e-8)(operator, b)
+    assert result.status is SolveStatus.CONVERGED
+    assert (b - a @ result.x).norm() <= 1.01e-8 * b.norm()
+    assert result.products == operator.products == result.iterations + 1
     check_numbers(result, a, b)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -693,3 +694,39 @@ def test_the_gauss_newton_matrix_ignores_what_it_is_told_to() -> None:
     optimizer = NewtonCG([x], curvature=without, globalization="line_search")
     optimizer.step(closure_of(value, x))
     assert optimizer.info.gain_ratio == pytest.approx(0, abs=1e-9)
+
+
+# Losses without a lower bound.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_loss_that_falls_without_end(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.tensor([1.0, 2.0], dtype=dtype, device=device, requires_grad=True)
+    optimizer = NewtonCG([x], curvature="hessian", globalization="line_search", max_iter=60)
+    closure = closure_of(lambda: -x.exp().sum(), x)
+    optimizer.step(closure)
+    info = optimizer.info
+    assert info.status is StepStatus.UNBOUNDED
+    assert x.isfinite().all() and math.isfinite(info.loss_after) and info.loss_after < -1e3
+
+
+@pytest.mark.parametrize("globalization", GLOBALIZATIONS)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (-x).exp().sum(),
+        lambda x: F.softplus(x).sum(),
+        lambda x: (x**4 - x**2).sum(),
+        lambda x: x.square().sum() - 1e12,
+        lambda x: -x.square().log1p().sum(),
+    ],
+)
+def test_a_bounded_loss_is_not_called_unbounded(
+    function: Callable[[Tensor], Tensor], globalization: str
+) -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    optimizer = NewtonCG([x], curvature="hessian", globalization=globalization, max_iter=20)
+    for _ in range(3):
+        optimizer.step(closure_of(lambda: function(x), x))
+        assert optimizer.info.status is not StepStatus.UNBOUNDED
+        assert x.isfinite().all()

@@ -14,6 +14,8 @@ __all__ = ["InverseBFGS"]
 
 # Columns that are multiplied while they lie in cache, for several vectors at once.
 _BLOCK = 1 << 16
+# How many times the newest scale the largest may count.
+_BOLDEST = 5.0
 
 
 _NUMBERS = ("size", "history_size", "count", "_room", "_newest", "_pending")
@@ -61,16 +63,17 @@ class InverseBFGS(LinearOperator):
     one zeroes a row and a column, and neither touches the others: so rounding does not add up, and
     rows may stay in the order of the rings.
 
-    `gamma`, the scale of what no pair speaks of, is the largest `s'y / y'y` of the pairs held: see
-    "Design decisions" in CONTRIBUTING.md for what that gains over the textbook's, that of the
-    newest pair. Without a line search to rein it in it is too bold.
+    `gamma`, the scale of what no pair speaks of, is the largest `s'y / y'y` of the pairs held, but
+    at most five times that of the newest pair, which is the textbook's: see "Design decisions" in
+    CONTRIBUTING.md for what that gains. Without a line search to rein it in it is too bold.
 
     Args:
         size: `n`.
         history_size: `m`. The history grows as it fills, up to `2 m n` numbers.
         dtype: Of the work vectors.
         device: Of the work vectors.
-        largest_scale: Whether `gamma` is the largest scale; else that of the newest pair.
+        largest_scale: Whether `gamma` follows the largest scale; else it is that of the newest
+            pair.
         space: Where the vectors live. Of sharded ones `n` is the length of the part here, and the
             small matrices are the same on all processes; a product with `H` then takes two
             messages of up to `2 m` numbers.
@@ -175,7 +178,8 @@ class InverseBFGS(LinearOperator):
 
     def _gamma(self) -> float:
         """The scale of what no pair speaks of."""
-        return max(self._scales) if self.largest_scale else self._scales[-1]
+        newest = self._scales[-1]
+        return min(max(self._scales), _BOLDEST * newest) if self.largest_scale else newest
 
     def _enter(self, of_y: Tensor, inverse: Tensor) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""

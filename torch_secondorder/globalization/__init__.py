@@ -9,6 +9,7 @@ from torch_secondorder.globalization.line_search import (
     SearchResult,
     SearchStatus,
     Trial,
+    falls_without_end,
 )
 from torch_secondorder.globalization.named import (
     Globalization,
@@ -31,6 +32,7 @@ __all__ = [
     "StrongWolfe",
     "Trial",
     "TrustRegion",
+    "falls_without_end",
     "resolve_globalization",
     "resolve_line_search",
 ]

@@ -80,6 +80,17 @@ class SearchResult:
     nonfinite: int
 
 
+def falls_without_end(slope: float, result: SearchResult) -> bool:
+    """Whether the loss falls at the longest step allowed as steeply as at the start of the line.
+
+    Args:
+        slope: That at the start.
+        result: What the search found.
+    """
+    unbounded = result.status is SearchStatus.UNBOUNDED
+    return unbounded and result.trial.slope <= _AS_STEEP * slope
+
+
 class LineSearch(Protocol):
     """Anything that finds a step; the classes here are frozen dataclasses without state."""
 
@@ -105,6 +116,8 @@ SHORTEST = 1e-20
 
 LONGEST = 1e10
 """A first step scaled up by this much ends the search."""
+
+_AS_STEEP = 0.999
 
 COLLAPSED = 1e-3
 """Relative width at which a bracket is given up: what is left in it is a kink or a jump."""

@@ -36,6 +36,11 @@ class StepStatus(Enum):
         "neither the loss nor the gradient has improved for several iterations: what is left is "
         "rounding error; a wider dtype can get further"
     )
+    UNBOUNDED = (
+        "the loss falls without end: a trial gave minus infinity, or ten orders of magnitude "
+        "farther than the first trial the loss still fell as steeply as at the start; the "
+        "parameters are at the lowest point found where all is finite"
+    )
     NO_DECREASE = (
         "no lower loss was found, not even along the negative gradient with the history dropped; "
         "the parameters are at the best point found"

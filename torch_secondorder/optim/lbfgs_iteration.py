@@ -17,6 +17,7 @@ from torch_secondorder.globalization import (
     SearchResult,
     SearchStatus,
     Trial,
+    falls_without_end,
 )
 from torch_secondorder.optim.info import StepStatus
 from torch_secondorder.optim.progress import Progress
@@ -147,6 +148,7 @@ class Iteration:
         self._space = objective.vector.space
         (self._size,) = self._space.to_host(norms=[torch.linalg.vector_norm(objective.position)])
         self._progress = Progress(start.loss, start.grad_norm, self._size)
+        self._bottomless = False  # whether a trial gave minus infinity
 
     def run(self) -> StepStatus:
         """Iterates; says why it ended."""
@@ -164,9 +166,18 @@ class Iteration:
         result = self._search(line)
         self.search_status = result.status
         self.nonfinite += result.nonfinite
+        unbounded = self._bottomless or falls_without_end(line.slope, result)
         if result.status.accepted:
             self._move(line, result)
-        elif self._history.count:
+        if unbounded:
+            return StepStatus.UNBOUNDED
+        if result.status.accepted:
+            return None
+        return self._failed(result)
+
+    def _failed(self, result: SearchResult) -> StepStatus | None:
+        """Drops the history after a search in vain; without one the step is over."""
+        if self._history.count:
             self._forget(f"the line search ended with {result.status.name}")
         elif result.status is SearchStatus.NONFINITE:
             self._forget("no trial of a line search was finite")
@@ -254,6 +265,7 @@ class Iteration:
             largest=(max_norm(grad),),
             whole=(evaluation.loss,),
         )
+        self._bottomless = self._bottomless or loss == -inf
         candidate = _Candidate(Point(evaluation, loss, grad_norm), y, y_y, y_d)
         return Trial(t, loss, slope if isfinite(grad_norm) else inf, candidate)
 

@@ -95,10 +95,11 @@ class Iteration:
             self.point = Point.of(evaluation, self._space)
         found = self._move()
         self._memory.length = self.point.length
-        if isinstance(found, StepStatus):
-            return found
-        self._take(found)
-        return None
+        if not isinstance(found, StepStatus):
+            self._take(found)
+        if self.tally.unbounded:
+            return StepStatus.UNBOUNDED
+        return found if isinstance(found, StepStatus) else None
 
     def _ending(self) -> StepStatus | None:
         """Why the step is over at this point, if it is."""

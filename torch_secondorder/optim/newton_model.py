@@ -87,6 +87,7 @@ class Tally:
     solver_status: SolveStatus | None = None
     nonfinite: int = 0
     negative_curvature: float = 0.0
+    unbounded: bool = False  # whether the loss was seen to fall without end
 
 
 class Line(NamedTuple):
@@ -269,6 +270,7 @@ class Model:
         point = Point(None, loss, grad_norm, self._space.true_norm(grad, grad_norm, length))
         if not point.finite:
             self.tally.nonfinite += 1
+            self.tally.unbounded |= loss == -inf
         return Trial(t, loss, slope * self._unit if isfinite(point.length) else inf, point)
 
     def start(self, line: Line) -> Trial:

@@ -12,6 +12,7 @@ from torch_secondorder.globalization import (
     SearchStatus,
     Trial,
     TrustRegion,
+    falls_without_end,
 )
 from torch_secondorder.optim.info import StepStatus
 from torch_secondorder.optim.newton_model import Line, Memory, Model, Move
@@ -156,7 +157,9 @@ def _search(model: Model, search: LineSearch, line: Line, first: Trial) -> Searc
     def phi(t: float) -> Trial:
         return first if t == first.t else model.trial(line, t)
 
-    return search(phi, model.start(line), first.t, precision=model.precision)
+    found = search(phi, model.start(line), first.t, precision=model.precision)
+    model.tally.unbounded |= falls_without_end(line.slope, found)
+    return found
 
 
 def _hopeless(result: SolveResult) -> StepStatus:

@@ -89,6 +89,17 @@ class MinresIteration:
         self.scalars = MinresScalars(self.beta)
         return None
 
+    def restart(self, target: float) -> SolveStatus | None:
+        """Computes the residual, and begins anew from there unless it is small enough."""
+        self.products += 1
+        self.u = self.b - (self.A @ self.x).detach()
+        self.z = self._precondition(self.u)
+        self.r = _Scaled(self.u.clone())
+        self.p = self.r if self.M is None else _Scaled(self.z.clone())
+        for vector in (self.u_before, self.d, self.d_before):
+            vector.zero_()
+        return self.begin(target)
+
     def iterate(self, target: float, stop_at_negative_curvature: bool) -> SolveStatus | None:
         """One iteration, unless the product shows that it should not be done."""
         # M may give its own memory away, or its argument, and so may A below: a product is never
