@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, nan
 
 import torch
@@ -115,24 +115,10 @@ class Iteration:
 
     def _move(self) -> Move | StepStatus:
         settings, memory = self._settings, self._memory
-        try:
-            model = self._model()
-        except FloatingPointError:  # what a preconditioner is made of was not finite
-            return StepStatus.NONFINITE_PRODUCTS
-        if isinstance(settings.rule, LevenbergMarquardt):
-            return damped(model, settings.rule, memory, settings.lr)
-        if isinstance(settings.rule, TrustRegion):
-            return within_radius(model, settings.rule, memory, settings.lr)
-        return searched(model, settings.rule, memory, settings.lr)
-
-    def _model(self) -> Model:
-        settings = self._settings
         assert self.point.evaluation is not None
         operator = settings.operator(self._objective, self.point.evaluation)
-        preconditioner = settings.preconditioner
-        if preconditioner is not None:
-            self.tally.products += preconditioner.refresh(operator, settings.generator)
-        return Model(
+        preconditioner = self._preconditioner(operator)
+        model = Model(
             self._objective,
             self.point,
             operator,
@@ -140,6 +126,26 @@ class Iteration:
             None if preconditioner is None else preconditioner.inverse,
             self.tally,
         )
+        if isinstance(settings.rule, LevenbergMarquardt):
+            return damped(model, settings.rule, memory, settings.lr)
+        if isinstance(settings.rule, TrustRegion):
+            if preconditioner is not settings.preconditioner:
+                # The radius is a length in the metric of the one that was left out.
+                memory = replace(memory, radius=0.0)
+            return within_radius(model, settings.rule, memory, settings.lr)
+        return searched(model, settings.rule, memory, settings.lr)
+
+    def _preconditioner(self, operator: LinearOperator) -> Preconditioner | None:
+        """The preconditioner, made for an operator; None where what it is made of is not finite."""
+        preconditioner = self._settings.preconditioner
+        if preconditioner is None:
+            return None
+        try:
+            self.tally.products += preconditioner.refresh(operator, self._settings.generator)
+        except FloatingPointError:
+            self.tally.repair = "what the preconditioner is made of was not finite, it was left out"
+            return None
+        return preconditioner
 
     def _solver(self) -> Callable[..., SolveResult]:
         """Conjugate gradients that solve as well as this point deserves.
@@ -175,9 +181,13 @@ class Iteration:
         point: Point = trial.payload
         direction = move.line.direction
         self._objective.accept(direction, trial.t)
-        (norm,) = self._space.to_host(norms=[torch.linalg.vector_norm(direction)])
-        length = abs(trial.t) * norm
-        self._progress.note(self.point.loss, point.loss, point.grad_norm, length, move.line.held)
+        norm, size = self._space.to_host(
+            norms=[torch.linalg.vector_norm(v) for v in (direction, self._objective.position)]
+        )
+        moved = abs(trial.t) * norm
+        # What is lost in the rounding of the parameters is no step that was kept short.
+        held = move.line.held and moved > self._objective.vector.precision * size
+        self._progress.note(self.point.loss, point.loss, point.grad_norm, moved, held)
         self.point = point
         self.gain_ratio = move.gain_ratio
         self.step_length = trial.t
