@@ -26,8 +26,9 @@ _PATIENCE = 5
 _ITERATES = 4
 # Martens' rule for the end of conjugate gradients.
 _PROGRESS = 5e-4
-# The relative residual that the first system is solved to: nothing is known of the gradient's fall.
-_FIRST_FORCING = 0.5
+# The largest relative residual that a system is solved to, and that of the first one: nothing is
+# known of the gradient's fall there.
+_FORCING, _FIRST_FORCING = 0.3, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Iteration:
         forcing = _FIRST_FORCING
         if memory.length < inf:
             fall = self.point.length / memory.length
-            forcing = min(0.3, max(0.9 * fall**2, 1e-12))
+            forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
         memory.forcing = forcing
         if not isinstance(settings.rule, LevenbergMarquardt):
             return CG(settings.max_cg_iter, tolerance=forcing, overwrites=True)
