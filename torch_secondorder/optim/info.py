@@ -87,6 +87,8 @@ class StepInfo:
         trust_radius: The radius that the next model begins with; 0 without one.
         unclipped: The share of entries whose update `Sophia` did not clip; None elsewhere.
         negative_curvature: The lowest curvature `p'A p / p'p` along a direction met, if negative.
+        repair: What of the curvature or its preconditioner was not finite, and what `NewtonCG` did
+            about it, the last time in the step; empty if all was finite.
     """
 
     status: StepStatus
@@ -109,6 +111,7 @@ class StepInfo:
     trust_radius: float = 0.0
     negative_curvature: float = 0.0
     unclipped: float | None = None
+    repair: str = ""
 
 
 class LazyInfo:

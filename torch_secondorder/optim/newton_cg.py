@@ -258,6 +258,7 @@ class NewtonCG(FlatOptimizer):
             damping=memory.damping,
             trust_radius=memory.radius if trusts else 0.0,
             negative_curvature=tally.negative_curvature,
+            repair=tally.repair,
         )
 
     def _settings(self, vector: ParameterVector) -> Settings:

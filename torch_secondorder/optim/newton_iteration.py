@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, nan
 
 import torch
@@ -26,8 +26,9 @@ _PATIENCE = 5
 _ITERATES = 4
 # Martens' rule for the end of conjugate gradients.
 _PROGRESS = 5e-4
-# The relative residual that the first system is solved to: nothing is known of the gradient's fall.
-_FIRST_FORCING = 0.5
+# The largest relative residual that a system is solved to, and that of the first one: nothing is
+# known of the gradient's fall there.
+_FORCING, _FIRST_FORCING = 0.3, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,24 +117,10 @@ class Iteration:
 
     def _move(self) -> Move | StepStatus:
         settings, memory = self._settings, self._memory
-        try:
-            model = self._model()
-        except FloatingPointError:  # what a preconditioner is made of was not finite
-            return StepStatus.NONFINITE_PRODUCTS
-        if isinstance(settings.rule, LevenbergMarquardt):
-            return damped(model, settings.rule, memory, settings.lr)
-        if isinstance(settings.rule, TrustRegion):
-            return within_radius(model, settings.rule, memory, settings.lr)
-        return searched(model, settings.rule, memory, settings.lr)
-
-    def _model(self) -> Model:
-        settings = self._settings
         assert self.point.evaluation is not None
         operator = settings.operator(self._objective, self.point.evaluation)
-        preconditioner = settings.preconditioner
-        if preconditioner is not None:
-            self.tally.products += preconditioner.refresh(operator, settings.generator)
-        return Model(
+        preconditioner = self._preconditioner(operator)
+        model = Model(
             self._objective,
             self.point,
             operator,
@@ -141,6 +128,26 @@ class Iteration:
             None if preconditioner is None else preconditioner.inverse,
             self.tally,
         )
+        if isinstance(settings.rule, LevenbergMarquardt):
+            return damped(model, settings.rule, memory, settings.lr)
+        if isinstance(settings.rule, TrustRegion):
+            if preconditioner is not settings.preconditioner:
+                # The radius is a length in the metric of the one that was left out.
+                memory = replace(memory, radius=0.0)
+            return within_radius(model, settings.rule, memory, settings.lr)
+        return searched(model, settings.rule, memory, settings.lr)
+
+    def _preconditioner(self, operator: LinearOperator) -> Preconditioner | None:
+        """The preconditioner, made for an operator; None where what it is made of is not finite."""
+        preconditioner = self._settings.preconditioner
+        if preconditioner is None:
+            return None
+        try:
+            self.tally.products += preconditioner.refresh(operator, self._settings.generator)
+        except FloatingPointError:
+            self.tally.repair = "what the preconditioner is made of was not finite, it was left out"
+            return None
+        return preconditioner
 
     def _solver(self) -> Callable[..., SolveResult]:
         """Conjugate gradients that solve as well as this point deserves.
@@ -156,7 +163,7 @@ class Iteration:
         forcing = _FIRST_FORCING
         if memory.length < inf:
             fall = self.point.length / memory.length
-            forcing = min(0.3, max(0.9 * fall**2, 1e-12))
+            forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
         memory.forcing = forcing
         if not isinstance(settings.rule, LevenbergMarquardt):
             return CG(settings.max_cg_iter, tolerance=forcing, overwrites=True)
@@ -176,9 +183,13 @@ class Iteration:
         point: Point = trial.payload
         direction = move.line.direction
         self._objective.accept(direction, trial.t)
-        (norm,) = self._space.to_host(norms=[torch.linalg.vector_norm(direction)])
-        length = abs(trial.t) * norm
-        self._progress.note(self.point.loss, point.loss, point.grad_norm, length, move.line.held)
+        norm, size = self._space.to_host(
+            norms=[torch.linalg.vector_norm(v) for v in (direction, self._objective.position)]
+        )
+        moved = abs(trial.t) * norm
+        # What is lost in the rounding of the parameters is no step that was kept short.
+        held = move.line.held and moved > self._objective.vector.precision * size
+        self._progress.note(self.point.loss, point.loss, point.grad_norm, moved, held)
         self.point = point
         self.gain_ratio = move.gain_ratio
         self.step_length = trial.t
