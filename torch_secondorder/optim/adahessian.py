@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature.diagonal import DiagonalEstimator, resolve_estimator
+from torch_secondorder.curvature.diagonal import (
+    DiagonalEstimator,
+    GaussNewtonBartlett,
+    resolve_estimator,
+)
 from torch_secondorder.optim.base import check_number
 from torch_secondorder.optim.blocks import Block
 from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
@@ -16,6 +21,9 @@ from torch_secondorder.optim.sharded import check_averaging
 from torch_secondorder.space import is_distributed
 
 __all__ = ["AdaHessian"]
+
+#: Labels drawn for the first estimate. One leaves it next to zero in some coordinates, by chance.
+_FIRST_SAMPLES = 10
 
 
 class AdaHessian(DiagonalOptimizer):
@@ -129,9 +137,15 @@ class AdaHessian(DiagonalOptimizer):
             raise ValueError(
                 f"average_block must be 'spatial', an integer of at least 1 or None, got {block!r}"
             )
-
-        if is_distributed(group["params"][0]):
+        if any(is_distributed(p) for p in group["params"][:1]):
             check_averaging(group["params"], block)
+
+    def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
+        estimator = self.estimator
+        first = not self._steps or self._out_of_turn(params)
+        if not first or type(estimator) is not GaussNewtonBartlett:
+            return estimator
+        return GaussNewtonBartlett(max(_FIRST_SAMPLES, estimator.n_samples))
 
     def _update(self, block: Block, seen: Seen) -> None:
         group = block.group
