@@ -20,7 +20,7 @@ from torch_secondorder.single import nonzero
 from torch_secondorder.space import is_distributed
 from torch_secondorder.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "check_number", "copied"]
+__all__ = ["SecondOrderOptimizer", "check_number", "copied", "makes_state_only"]
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -154,16 +154,6 @@ class SecondOrderOptimizer(Optimizer):
         status = StepStatus.NOTHING_TO_TRAIN
         self.info = StepInfo(status, value, value, None, evaluations=evaluations)
         return loss
-
-    def _makes_state_only(self, params: Sequence[Tensor]) -> bool:
-        """Whether a step without a closure now moves nothing, whatever the curvature.
-
-        Gradients and learning rates of zero are how `torch.distributed.checkpoint` asks a new
-        optimizer for its state.
-        """
-        return all(float(group["lr"]) == 0 for group in self.param_groups) and all(
-            p.grad is not None and p.grad.grad_fn is None and not nonzero(p.grad) for p in params
-        )
 
     # Checkpoints, pickling, copying.
 
@@ -305,10 +295,26 @@ class SecondOrderOptimizer(Optimizer):
                 self._import_state({})
 
 
+def makes_state_only(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a step without a closure now moves nothing, whatever the curvature.
+
+    Gradients and learning rates of zero are how `torch.distributed.checkpoint` asks a new optimizer
+    for its state.
+    """
+    params = [p for group in groups for p in group["params"] if p.requires_grad]
+    return all(float(group["lr"]) == 0 for group in groups) and all(
+        p.grad is not None and p.grad.grad_fn is None and not nonzero(p.grad) for p in params
+    )
+
+
 def _by_parameter(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     """The states in the order of the parameters, which are numbers, or names in checkpoints."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    return [state_dict["state"].get(key, {}) for key in keys]
+    found = [state_dict["state"].get(key, {}) for key in keys]
+    # What a flattened checkpoint has not comes out of it as an empty dict.
+    return [
+        {name: v for name, v in state.items() if not isinstance(v, dict) or v} for state in found
+    ]
 
 
 def check_number(name: str, value: Any, *, low: float, integer: bool = False) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatch
 from torch_secondorder.optim.arrangement import Arrangement, prepare
-from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
+from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, makes_state_only
 from torch_secondorder.optim.blocks import Block, as_real
 from torch_secondorder.optim.diagonal_report import Effort, report_of
 from torch_secondorder.optim.info import LazyInfo, StepInfo
@@ -204,7 +204,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if not params:
             result: Tensor | None = self._pass(closure)
             return result
-        if closure is None and self._observation is None and self._makes_state_only(params):
+        fresh = closure is None and self._observation is None and not self._steps
+        if fresh and makes_state_only(self.param_groups):
             self._make_state(params)
             return None
         if is_distributed(params[0]):

@@ -16,7 +16,7 @@ from torch_secondorder.contract import STANDARD_CLOSURE
 from torch_secondorder.dataset import DatasetClosure, DatasetObjective
 from torch_secondorder.evaluation import Objective, Regularization
 from torch_secondorder.objective import ClosureObjective, FunctionalObjective
-from torch_secondorder.optim.base import SecondOrderOptimizer, copied
+from torch_secondorder.optim.base import SecondOrderOptimizer, copied, makes_state_only
 from torch_secondorder.optim.present import Scaling
 from torch_secondorder.vector import ParameterVector
 
@@ -77,7 +77,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             loss = self._run(self._objective(closure, curvature_closure))
             self._show_names()
             return loss
-        if not self._makes_state_only(params):
+        if not makes_state_only(self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
                 f"closure:\n{STANDARD_CLOSURE}"
@@ -203,9 +203,10 @@ class FlatOptimizer(SecondOrderOptimizer):
         named = self._named
         super()._show_names()
         if self._named is not named and self._cuts_up and self._trainable:
-            _, vectors = self._split_state(ParameterVector(self._trainable))
-            for p in self._trainable:
-                self.state[p].update(dict.fromkeys(_PREFIX + name for name in (*vectors, "master")))
+            vector = ParameterVector(self._trainable)
+            names = [*self._split_state(vector)[1], *(["master"] if vector.needs_master else [])]
+            for p in vector.params:
+                self.state[p].update(dict.fromkeys(_PREFIX + name for name in names))
 
     def _hide_names(self) -> None:
         super()._hide_names()
