@@ -142,8 +142,9 @@ class AdaHessian(DiagonalOptimizer):
 
     def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
         estimator = self.estimator
-        first = not self._steps or self._out_of_turn(params)
-        if not first or type(estimator) is not GaussNewtonBartlett:
+        if type(estimator) is not GaussNewtonBartlett:
+            return estimator
+        if self._steps and not self._out_of_turn(params):
             return estimator
         return GaussNewtonBartlett(max(_FIRST_SAMPLES, estimator.n_samples))
 

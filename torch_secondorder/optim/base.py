@@ -226,18 +226,22 @@ class SecondOrderOptimizer(Optimizer):
         """The names of whole-model state, in checkpoints."""
         return {*self._whole_state(), *self._optional_names, *self._foreign_names}
 
-    def _show_names(self) -> None:
+    def _show_names(self, params: Sequence[Tensor] | None = None) -> None:
         """Puts the names of whole-model state where `torch.distributed.checkpoint` looks for them.
 
         It finds in a flattened checkpoint only what `optimizer.state` has a name for. There is None
         under each; `state_dict` gives values.
+
+        Args:
+            params: The trainable parameters, if they are at hand.
         """
-        for p in (self._trainable or self._parameters)[:1]:
-            if self._named is None or self.state.get(p) is not self._named:
-                self._hide_names()
-                self._named = self.state[p]
-                names = self._whole_names().difference(self._foreign_names)
-                self._named.update(dict.fromkeys(sorted(names)))
+        params = params or self._trainable or self._parameters
+        if not params or (self._named is not None and self.state.get(params[0]) is self._named):
+            return
+        self._hide_names()
+        self._named = self.state[params[0]]
+        names = self._whole_names().difference(self._foreign_names)
+        self._named.update(dict.fromkeys(sorted(names)))
 
     def _hide_names(self) -> None:
         names = self._whole_names()
@@ -251,16 +255,16 @@ class SecondOrderOptimizer(Optimizer):
 
         Distributed checkpoints leave the state of others out, and want one of each that is trained.
         """
-        params, names = self._parameters, self._whole_names()
+        params, whole = self._parameters, self._whole_state()
+        names = {*whole, *self._optional_names, *self._foreign_names}
         trained = [number for number, p in enumerate(params) if p.requires_grad]
         for number in trained or range(len(params))[:1]:
             states.setdefault(number, {})
         # Beside the parameter's own state, not in it: the tensors may be replaced.
         for number, state in states.items():
-            if names.intersection(state):
-                states[number] = {k: v for k, v in state.items() if k not in names}
+            states[number] = {k: v for k, v in state.items() if k not in names and v is not None}
         for number in (trained or range(len(params)))[:1]:
-            states[number] = states[number] | self._whole_state()
+            states[number] = states[number] | whole
 
     def _import(self, states: list[dict[str, Any]]) -> None:
         """Takes whole-model state from the original: torch has cast it to the parameter's dtype.
@@ -313,7 +317,12 @@ def _by_parameter(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     found = [state_dict["state"].get(key, {}) for key in keys]
     # What a flattened checkpoint has not comes out of it as an empty dict.
     return [
-        {name: v for name, v in state.items() if not isinstance(v, dict) or v} for state in found
+        {
+            name: v
+            for name, v in state.items()
+            if v is not None and not (isinstance(v, dict) and not v)
+        }
+        for state in found
     ]
 
 

@@ -325,7 +325,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             else:
                 self._overdue = max(self._overdue, 1)
         self._stale = GradientTrace(params)
-        self._show_names()
+        self._show_names(params)
         # Not a method of this object, which would keep itself alive.
         report = partial(report_of, ref(self), verdict, loss, params, self._stale, effort)
         self.info = LazyInfo(report)

@@ -75,7 +75,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             return result
         if closure is not None:
             loss = self._run(self._objective(closure, curvature_closure))
-            self._show_names()
+            self._show_names(params)
             return loss
         if not makes_state_only(self.param_groups):
             raise RuntimeError(
@@ -199,9 +199,9 @@ class FlatOptimizer(SecondOrderOptimizer):
             names.update(self._split_state(ParameterVector(self._trainable))[0])
         return names
 
-    def _show_names(self) -> None:
+    def _show_names(self, params: Sequence[Tensor] | None = None) -> None:
         named = self._named
-        super()._show_names()
+        super()._show_names(params)
         if self._named is not named and self._cuts_up and self._trainable:
             vector = ParameterVector(self._trainable)
             names = [*self._split_state(vector)[1], *(["master"] if vector.needs_master else [])]
