@@ -52,9 +52,12 @@ class AdaHessian(DiagonalOptimizer):
         average_block: `"spatial"` averages `|z * Hz|` over all dimensions of a parameter but the
             first two, which are the kernels of a convolution; an integer also over that many
             neighboring entries of parameters with one or two dimensions; None not at all.
-        estimator: `"hutchinson"` for `|z * Hz|`, the authors' choice; `"gnb"` for the diagonal of
-            the Gauss-Newton matrix as in `Sophia`; or a
-            `torch_secondorder.curvature.DiagonalEstimator`.
+        estimator: `"hutchinson"` for `|z * Hz|`, the authors' choice; `"gnb"` for the same of the
+            Gauss-Newton matrix, from labels drawn from the model as in `Sophia`; or a
+            `torch_secondorder.curvature.DiagonalEstimator`. What counts is the norm of a row of the
+            matrix, the root mean square of `|z * Hz|`, not its diagonal entry: steps by the
+            diagonal alone are too long where coordinates move together. The first estimate of
+            `"gnb"` draws ten labels for each sample.
         n_samples: Random vectors for each estimate, where the estimator is given by name.
         seed: Of the random signs. They come from a generator of its own, which checkpoints carry.
         accumulation_steps: Where closures do not zero the gradients and only the last of so many
