@@ -29,6 +29,7 @@ from torch.optim.optimizer import (
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 from torch_secondorder import LBFGS, AdaHessian, Contractive, NewtonCG, Sophia, StepStatus
+from torch_secondorder.curvature.diagonal import row_norms
 
 PLAIN: dict[str, Callable[..., Any]] = {
     "LBFGS": lambda params, **more: LBFGS(params, **{"max_iter": 2, **more}),
@@ -953,3 +954,12 @@ def test_the_first_gauss_newton_steps_do_not_run_away(
     assert max(losses) < 1.5 * losses[0]
     assert losses[-1] < 0.9 * losses[0]
     assert optimizer.info.products == samples
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-15, 1.0, 1e15])
+def test_row_norms_are_those_of_the_matrix(factor: float) -> None:
+    """Also where the square of a curvature has no place in single precision."""
+    roots = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    dense = torch.linalg.vector_norm(roots.double().T @ roots.double() / 4, dim=1)
+    found = row_norms(factor * roots).double()
+    torch.testing.assert_close(found, factor**2 * dense, rtol=1e-5, atol=0)
