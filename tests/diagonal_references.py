@@ -111,6 +111,8 @@ class Reference(ABC):
         self.sign = -1.0 if maximize else 1.0
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.steps = 0
+        self.known: list[Tensor] | None = None
+        self.overdue = 0
         self.generator = torch.Generator(self.groups[0]["params"][0].device).manual_seed(seed)
 
     @property
@@ -120,8 +122,13 @@ class Reference(ABC):
     def step(self, loss: Callable[[], Tensor], factor: float = 1.0) -> None:
         """One step; the gradient and the diagonal count `factor` times."""
         params = self.params
-        due = self.steps < min(self.period, self.warm_up) or self.steps % self.period == 0
+        new = self.known is not None and not {*map(id, params)} <= {*map(id, self.known)}
+        self.first = self.steps == 0 or new or self.overdue > 0
+        warming_up = self.steps < min(self.period, self.warm_up)
+        due = self.first or warming_up or self.steps % self.period == 0
         self.steps += 1
+        self.known = params
+        waits = serves = False
         value = loss()
         gradients = torch.autograd.grad(value, params, create_graph=due, allow_unused=True)
         diagonals = self.estimate(params, gradients, loss) if due else [None] * len(params)
@@ -131,9 +138,11 @@ class Reference(ABC):
                     continue
                 state = self.state.setdefault(p, self.begin(p))
                 if h is not None:
+                    serves |= state["s"] == 0 and self.overdue > 0
                     state["s"] += 1
                     self.bend(self.group_of(p), state, self.sign * factor * h, p)
                 if state["s"] == 0:  # waits for its first curvature
+                    waits = True
                     continue
                 state["t"] += 1
                 g = self.sign * factor * real(g.detach()).to(state["m"].dtype)
@@ -143,6 +152,11 @@ class Reference(ABC):
                     state["theta"] = real(p).clone()
                 state["theta"] = self.moved(self.group_of(p), state, state["theta"])
                 real(p).copy_(state["theta"])
+        self.overdue = max(self.overdue - 1, 0)
+        if new or serves:
+            self.overdue = min(self.period, self.warm_up) - 1
+        if waits:
+            self.overdue = self.period
 
     def begin(self, p: Tensor) -> dict[str, Any]:
         wide = real(p.detach()).to(torch.promote_types(real(p).dtype, torch.float32), copy=True)
@@ -263,22 +277,43 @@ class PlainSophiaG(PlainSophia):
         gradients: Sequence[Tensor | None],
         loss: Callable[[], Tensor],
     ) -> list[Tensor | None]:
-        evaluation = ClosureObjective(loss, params).evaluate(curvature=True)
-        space = OutputSpace(evaluation.linearization.graph)
-        curvature = LossCurvature(space)
         total = [torch.zeros_like(p.detach()) for p in params]
-        samples = partial(Samples, space, curvature.coefficients)
         for _ in range(self.samples):
-            (roots,) = random_roots(space, curvature.likelihoods, samples, 1, self.generator)
-            pulled = torch.autograd.grad(space.tensors, params, roots, retain_graph=True)
+            pulled = gradient_for_drawn_labels(params, loss, self.generator)
             total = [t + j**2 / self.samples for t, j in zip(total, pulled, strict=True)]
         return [self.sign * t for t in total]  # squares know no direction
+
+
+def gradient_for_drawn_labels(
+    params: Sequence[Tensor], loss: Callable[[], Tensor], generator: torch.Generator
+) -> Sequence[Tensor]:
+    """`J'q`, for the very root `q` that the package draws."""
+    evaluation = ClosureObjective(loss, params).evaluate(curvature=True)
+    space = OutputSpace(evaluation.linearization.graph)
+    curvature = LossCurvature(space)
+    samples = partial(Samples, space, curvature.coefficients)
+    (roots,) = random_roots(space, curvature.likelihoods, samples, 1, generator)
+    return torch.autograd.grad(space.tensors, params, roots)
 
 
 class PlainAdaHessianG(PlainAdaHessian):
     """The same estimates in the place of Hutchinson's."""
 
-    estimate = PlainSophiaG.estimate
+    def estimate(
+        self,
+        params: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        loss: Callable[[], Tensor],
+    ) -> list[Tensor | None]:
+        """The norms of the rows of the mean of `(J'q)(J'q)'`, which is written out."""
+        samples = max(10, self.samples) if self.first else self.samples
+        matrix = torch.zeros(())
+        for _ in range(samples):
+            root = flat(gradient_for_drawn_labels(params, loss, self.generator))
+            matrix = matrix + root.outer(root) / samples
+        norms = torch.linalg.vector_norm(matrix, dim=1)
+        pieces = norms.split([p.numel() for p in params])
+        return [piece.view_as(p) for p, piece in zip(params, pieces, strict=True)]
 
 
 def values(model: nn.Module | Sequence[Tensor]) -> list[Tensor]:

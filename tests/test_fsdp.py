@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -509,6 +510,8 @@ def refuse(rank: int, ranks: int) -> list[Any]:
     adapted = AdaHessian(others)
     adapted.step(plain.closure)
     lbfgs_of = LBFGS(params)
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        alone = trained.state_dict()  # as one process saves it
 
     def add() -> Tensor:
         loss = share.loss()
@@ -536,6 +539,7 @@ def refuse(rank: int, ranks: int) -> list[Any]:
         lambda: AdaHessian([_three_dimensional(share.mesh)]),
         lambda: AdaHessian(params, estimator=_Other()).step(share.closure),
         add_to_a_gradient,
+        lambda: lbfgs_of.load_state_dict(alone),
         lambda: lbfgs_of.load_state_dict(trained.state_dict()),
         lambda: trained.load_state_dict(lbfgs_of.state_dict()),
         lambda: LBFGS(elsewhere).load_state_dict(lbfgs_of.state_dict()),
@@ -571,6 +575,7 @@ REFUSALS = (
     "TypeError: _Other works inside of backward()",
     "RuntimeError: the closure adds to gradients from before this step",
     "ValueError: this state is not one of sharded parameters",
+    "ValueError: the state of parameter 0",
     "ValueError: the state of parameter 0",
     "ValueError: the state of parameter 0",
     "ValueError: exp_avg of parameter 0 has shape (5, 4) in this process",

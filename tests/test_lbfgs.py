@@ -372,6 +372,7 @@ def test_every_ending_has_its_name(
 
 
 OF_OTHERS = {
+    StepStatus.NOTHING_TO_TRAIN,
     StepStatus.NO_CURVATURE,
     StepStatus.NONFINITE_PRODUCTS,
     StepStatus.MOVED,

@@ -276,7 +276,6 @@ def test_bad_hyperparameters(arguments: dict, kind: type[Exception], message: st
     [
         (lambda: [], ValueError, "empty parameter list"),
         (lambda: [torch.ones(2, dtype=torch.int64)], TypeError, "parameter 0 .*torch.int64"),
-        (lambda: [torch.ones(2), torch.ones(0, 3)], ValueError, r"parameter 1 .*\(0, 3\) is empty"),
         (lambda: nn.LazyLinear(3).parameters(), ValueError, "not initialized"),
         (lambda: [torch.ones(2, requires_grad=True) * 2], ValueError, "non-leaf"),
         (lambda: ["w"], TypeError, "str"),
@@ -295,7 +294,6 @@ def test_bad_parameters(params: Callable, kind: type[Exception], message: str) -
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be .*-1.0"),
         ({"lr": math.nan}, ValueError, "lr must be .*nan"),
         ({"params": [torch.ones(2, dtype=torch.int32)]}, TypeError, "torch.int32"),
-        ({"params": [torch.ones(0)]}, ValueError, "is empty"),
     ],
 )
 def test_a_bad_group_is_not_added(group: dict, kind: type[Exception], message: str) -> None:
@@ -359,7 +357,7 @@ def test_all_parameters_frozen() -> None:
     case = make_case("mlp", torch.device("cpu"))
     optimizer = LBFGS(case.model.parameters())
     case.model.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="all of them are frozen"):
+    with pytest.raises(RuntimeError, match="does not require grad"):  # from backward() itself
         optimizer.step(case.closure())
     case.model.requires_grad_(True)
     optimizer.step(case.closure())

@@ -315,7 +315,7 @@ class ParameterVector:
         return torch.cat([part_of(draw(p.numel()).view(p.shape), p).flatten() for p in self.params])
 
     def distribute(self, flat: Tensor, rows: int | None = None) -> list[Tensor]:
-        """Cuts `(n,)` or `(k, n)` into DTensors of the parameters' shapes and placements; copies.
+        """Cuts `(n,)` or `(k, n)` into copies of the parameters' shapes, DTensors as these are.
 
         Args:
             flat: In the work precision, which the result has as well.
@@ -328,7 +328,8 @@ class ParameterVector:
             whole = piece.new_zeros((*(batch if rows is None else (rows,)), *segment.shape))
             part = whole if rows is None else whole[: len(flat)]
             part.copy_(piece.reshape(*batch, *segment.shape))
-            result.append(sharded_like(whole.to(segment.device), p))
+            whole = whole.to(segment.device)
+            result.append(sharded_like(whole, p) if self.sharded else whole)
         return result
 
     def collect(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -342,7 +343,11 @@ class ParameterVector:
             zip(self.params, tensors, self._segments, strict=True)
         ):
             part, dims = local(tensor), len(s.shape)
-            if tensor.shape[tensor.dim() - dims :] != p.shape or part.shape[-dims:] != s.shape:
+            shape = p.shape if self.sharded else s.shape
+            if (tensor.shape[tensor.dim() - dims :], part.shape[part.dim() - dims :]) != (
+                shape,
+                s.shape,
+            ):
                 raise ValueError(
                     f"the state of parameter {index}, shape {tuple(tensor.shape)} with "
                     f"{tuple(part.shape)} in this process, does not fit the parameter, shape "

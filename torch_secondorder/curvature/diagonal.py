@@ -20,6 +20,7 @@ from torch_secondorder.curvature.samples import Samples
 from torch_secondorder.evaluation import Evaluation
 from torch_secondorder.graph import Graph, added
 from torch_secondorder.ranks import Ranks
+from torch_secondorder.space import WHOLE, Space
 from torch_secondorder.vector import ParameterVector
 from torch_secondorder.workspace import Workspace
 
@@ -30,6 +31,7 @@ __all__ = [
     "Hutchinson",
     "exact_diagonal",
     "resolve_estimator",
+    "row_norms",
 ]
 
 Parts = Sequence[Tensor | None]
@@ -63,7 +65,8 @@ class DiagonalWatch(ABC):
         """The estimate for the loss of all ranks, `(n,)`, in the work precision of the vector.
 
         Args:
-            magnitudes: Whether the caller takes absolute values, so that signs need not be right.
+            magnitudes: Whether the caller takes the root mean square of `|z * A z|` over random
+                signs `z`, the norms of the rows of `A`. Signs need not be right then.
         """
 
 
@@ -316,7 +319,7 @@ class _BartlettWatch(DiagonalWatch):
         flat = self._vector.gather(self._sums, batch=(self._count,))
         if self.ranks is not None:
             flat = self.ranks.join_roots_(flat)
-        return flat.square_().mean(0)
+        return row_norms(flat) if magnitudes else flat.square_().mean(0)
 
 
 _NAMED: dict[str, Callable[[int], DiagonalEstimator]] = {
@@ -370,6 +373,22 @@ def exact_diagonal(operator: LinearOperator) -> Tensor:
 
 def _sum(first: Parts, second: Parts) -> list[Tensor | None]:
     return list(map(added, first, second))
+
+
+def row_norms(roots: Tensor, space: Space = WHOLE) -> Tensor:
+    """The norms of the rows of `A = mean_k r_k r_k'`, shape `(n,)`.
+
+    Args:
+        roots: The `r_k`, shape `(k, n)`.
+        space: Where they live.
+    """
+    count = len(roots)
+    inner = space.total(roots @ roots.T)
+    # Divided by the largest, or squares of curvatures may have no place.
+    largest = inner.diagonal().amax().sqrt().clamp(min=torch.finfo(roots.dtype).tiny)
+    scaled, inner = roots / largest, inner / largest / largest
+    squares = torch.mul(inner @ scaled, scaled).sum(0)
+    return squares.clamp_(min=0).sqrt_().mul_(largest).mul_(largest / count)
 
 
 def _check_count(n_samples: int) -> None:

@@ -228,10 +228,11 @@ class InverseBFGS(LinearOperator):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors, numbers and lists: a copy, for rows are overwritten in place."""
-        state = {name: getattr(self, name) for name in _NUMBERS}
-        buffers = [buffer.clone() for buffer in self._buffers or ()]
-        return state | {"scales": list(self._scales), "buffers": buffers}
+        """Everything, as tensors, numbers and dicts: a copy, for rows are overwritten in place."""
+        state: dict[str, Any] = {name: getattr(self, name) for name in _NUMBERS}
+        if self._buffers is not None:
+            state["buffers"] = {name: b.clone() for name, b in self._buffers._asdict().items()}
+        return state | {"scales": torch.tensor(self._scales, dtype=torch.float64)}
 
     def split_state(self) -> tuple[dict[str, Any], Tensor, Tensor]:
         """The same with the vectors apart: numbers and small tensors, `S` and `Y`.
@@ -277,15 +278,14 @@ class InverseBFGS(LinearOperator):
             )
         for name in _NUMBERS:
             setattr(self, name, state[name])
-        self._scales = list(state["scales"])
+        self._scales = [float(scale) for scale in state["scales"]]
         self._buffers = None
-        if state["buffers"]:
+        buffers = state.get("buffers")
+        if buffers:
+            # A list in checkpoints of version 0.1; the order is the same.
+            held = buffers.values() if isinstance(buffers, dict) else buffers
             dtypes = (self.dtype, self.dtype, self._small_dtype, self._small_dtype)
-            self._hold(
-                _Buffers(
-                    *(b.to(self.device, d) for b, d in zip(state["buffers"], dtypes, strict=True))
-                )
-            )
+            self._hold(_Buffers(*(b.to(self.device, d) for b, d in zip(held, dtypes, strict=True))))
 
 
 def _padded(tensor: Tensor, size: int) -> Tensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature.diagonal import DiagonalEstimator, resolve_estimator
+from torch_secondorder.curvature.diagonal import (
+    DiagonalEstimator,
+    GaussNewtonBartlett,
+    resolve_estimator,
+)
 from torch_secondorder.optim.base import check_number
 from torch_secondorder.optim.blocks import Block, narrowed
 from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
@@ -16,6 +21,9 @@ from torch_secondorder.optim.sharded import check_averaging
 from torch_secondorder.space import is_distributed
 
 __all__ = ["AdaHessian"]
+
+#: Labels drawn for the first estimate. One leaves it next to zero in some coordinates, by chance.
+_FIRST_SAMPLES = 10
 
 
 class AdaHessian(DiagonalOptimizer):
@@ -44,9 +52,12 @@ class AdaHessian(DiagonalOptimizer):
         average_block: `"spatial"` averages `|z * Hz|` over all dimensions of a parameter but the
             first two, which are the kernels of a convolution; an integer also over that many
             neighboring entries of parameters with one or two dimensions; None not at all.
-        estimator: `"hutchinson"` for `|z * Hz|`, the authors' choice; `"gnb"` for the diagonal of
-            the Gauss-Newton matrix as in `Sophia`; or a
-            `torch_secondorder.curvature.DiagonalEstimator`.
+        estimator: `"hutchinson"` for `|z * Hz|`, the authors' choice; `"gnb"` for the same of the
+            Gauss-Newton matrix, from labels drawn from the model as in `Sophia`; or a
+            `torch_secondorder.curvature.DiagonalEstimator`. What counts is the norm of a row of the
+            matrix, the root mean square of `|z * Hz|`, not its diagonal entry: steps by the
+            diagonal alone are too long where coordinates move together. The first estimate of
+            `"gnb"` draws ten labels for each sample.
         n_samples: Random vectors for each estimate, where the estimator is given by name.
         seed: Of the random signs. They come from a generator of its own, which checkpoints carry.
         accumulation_steps: Where closures do not zero the gradients and only the last of so many
@@ -129,9 +140,16 @@ class AdaHessian(DiagonalOptimizer):
             raise ValueError(
                 f"average_block must be 'spatial', an integer of at least 1 or None, got {block!r}"
             )
-
-        if is_distributed(group["params"][0]):
+        if any(is_distributed(p) for p in group["params"][:1]):
             check_averaging(group["params"], block)
+
+    def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
+        estimator = self.estimator
+        if type(estimator) is not GaussNewtonBartlett:
+            return estimator
+        if self._steps and not self._out_of_turn(params):
+            return estimator
+        return GaussNewtonBartlett(max(_FIRST_SAMPLES, estimator.n_samples))
 
     def _update(self, block: Block, seen: Seen) -> None:
         group = block.group

@@ -15,12 +15,19 @@ __all__ = ["Arrangement", "prepare"]
 
 
 class Arrangement:
-    """Puts parameters into blocks, and leaves them there as long as nothing changes."""
+    """Puts parameters into blocks, and leaves them there as long as nothing changes.
+
+    Attributes:
+        blocks: The blocks of the last step.
+        waiting: Whether a parameter had a gradient in the last step, and no curvature.
+        served: Whether one got its first curvature, looked at where somebody waits for that.
+    """
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
+        self.waiting = False
+        self.served = False
         self._key: object = None
-        self._waiting = False
 
     def of(
         self,
@@ -31,6 +38,7 @@ class Arrangement:
         *,
         curved: bool,
         on_device: bool,
+        expected: bool = False,
     ) -> list[Block]:
         """Blocks of those that have a gradient; one without any curvature waits for it.
 
@@ -41,26 +49,30 @@ class Arrangement:
             gradients: Theirs.
             curved: Whether there is a new estimate of the curvature.
             on_device: Whether counts are kept on the device.
+            expected: Whether some are known to wait for a curvature.
         """
+        self.served = False
         key = (
             on_device,
             [(id(group), len(group["params"])) for group in groups],
             [0 if g is None else id(p) for p, g in zip(params, gradients, strict=True)],
         )
-        settled = key == self._key and not (self._waiting and curved)
+        settled = key == self._key and not (self.waiting and curved)
         if settled and all(block.intact(states) for block in self.blocks):
             return self.blocks
         for block in self.blocks:
             block.dissolve()
-        members, self._waiting = {}, False
+        members, self.waiting = {}, False
         for place, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
             if gradient is not None:
                 state = states[p]
                 prepare(state, p, on_device=on_device)
                 if curved or bool(state["curvature_step"]):
                     members[id(p)] = place, state
+                    if expected and curved and not self.served:
+                        self.served = not bool(state["curvature_step"])
                 else:
-                    self._waiting = True
+                    self.waiting = True
         sizes = [as_real(p).numel() for p in params]
         self.blocks = _blocks_of(groups, members, sizes)
         self._key = key

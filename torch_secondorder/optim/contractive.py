@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,12 +13,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_secondorder.contract import STANDARD_CLOSURE
-from torch_secondorder.optim.base import check_number
+from torch_secondorder.optim.base import check_number, makes_state_only
 from torch_secondorder.optim.info import StepInfo
 from torch_secondorder.optim.penalized import Penalized, not_called
+from torch_secondorder.optim.present import Scaling
 from torch_secondorder.penalties.encoder import Calls, EncoderPenalty, Recorder
 
 __all__ = ["Contractive", "ContractiveInfo"]
+
+_NAME = "contractive"  # in checkpoints
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +102,7 @@ class Contractive(Optimizer):
     True
     """
 
-    # A scaler would leave what it knows on this object; it unscales the gradients itself instead.
-    _step_supports_amp_scaling = False
+    _step_supports_amp_scaling = True  # else a `GradScaler` would not let itself be noticed
 
     def __init__(
         self,
@@ -106,7 +116,7 @@ class Contractive(Optimizer):
         n_projections: int = 1,
         seed: int = 0,
     ) -> None:
-        # Not `super().__init__()`: groups, state and hooks are those of the optimizer inside.
+        # Not `super().__init__()`: groups and state are those of the optimizer inside.
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer is what trains the model, got {type(optimizer).__name__}: make it "
@@ -129,6 +139,9 @@ class Contractive(Optimizer):
         self._listen()
 
     def _listen(self) -> None:
+        for name in _HOOKS:
+            setattr(self, name, OrderedDict())
+        self._patch_step_function()
         self._recorder = Recorder(self.penalty.encoder)
         handle = self.penalty.encoder.register_forward_hook(self._recorder, with_kwargs=True)
         weakref.finalize(self, handle.remove)
@@ -191,12 +204,18 @@ class Contractive(Optimizer):
             ValueError: See `contractive_penalty`; `weight` is out of range.
         """
         check_number("weight", self.weight, low=0.0)
+        if closure is not None:
+            Scaling(self).refuse_closure()
+        elif not self._recorder.inputs and makes_state_only(self.param_groups):
+            return self.optimizer.step(**more)
         params = [p for group in self.param_groups for p in group["params"]]
         sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
         self._penalized.begin(params, sign * self.weight, self._seed + self._steps)
         self._recorder.active = False
         try:
             if closure is None:
+                if not self._unscale(params):
+                    return None
                 penalty = self._add_to_gradients(params, sign)
                 self._penalized.first = penalty.new_tensor(torch.nan), penalty
                 result = self.optimizer.step(**more)
@@ -209,6 +228,24 @@ class Contractive(Optimizer):
             self._recorder.inputs.clear()
         self._steps += 1
         return result
+
+    def _unscale(self, params: list[Tensor]) -> bool:
+        """Takes out what a `GradScaler` has multiplied `p.grad` by; False where the step is not."""
+        scaling = Scaling(self)
+        if scaling.inverse is None:
+            return True
+        gradients = [p.grad for p in params if p.grad is not None]
+        if any(g.grad_fn is not None for g in gradients):
+            scaling.forget()
+            raise RuntimeError(
+                "the gradients have a graph, which a GradScaler's scale cannot be taken out of: "
+                "train in bfloat16, which needs no scaler"
+            )
+        if bool(scaling.inverse.isnan()):
+            return False
+        for g in gradients:
+            g.mul_(scaling.inverse.to(g.device))
+        return True
 
     def _add_to_gradients(self, params: list[Tensor], sign: float) -> Tensor:
         """Adds the penalty of what the encoder has got to `p.grad`; returns its value."""
@@ -237,8 +274,21 @@ class Contractive(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """That of the optimizer inside, with the weight and what random numbers depend on."""
-        own = {"weight": self.weight, "seed": self._seed, "steps": self._steps}
-        return {**self.optimizer.state_dict(), "contractive": own}
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result: dict[str, Any] = dict(self.optimizer.state_dict())
+        own: dict[str, Any] = {"weight": self.weight, "seed": self._seed, "steps": self._steps}
+        if _NAME in result:
+            own["inside"] = result[_NAME]
+        result[_NAME] = own
+        for group in result["param_groups"]:
+            if group["params"]:  # all that distributed checkpoints leave of this
+                group[_NAME] = dict(own)
+                break
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, or a checkpoint of the optimizer inside alone.
@@ -247,15 +297,25 @@ class Contractive(Optimizer):
             ValueError: The state does not fit the optimizer inside.
         """
         inner = dict(state_dict)
-        own = inner.pop("contractive", None)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, inner)
+            inner = inner if changed is None else dict(changed)
+        groups = inner["param_groups"]
+        found = [inner.pop(_NAME, None), *(group.get(_NAME) for group in groups)]
+        own = next((dict(value) for value in found if value), None)
+        inner["param_groups"] = [{k: v for k, v in g.items() if k != _NAME} for g in groups]
+        if own is not None and "inside" in own:
+            inner[_NAME] = own["inside"]
         self.optimizer.load_state_dict(inner)
         if own is not None:
             self.weight, self._seed, self._steps = own["weight"], own["seed"], own["steps"]
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        del state["_recorder"]
-        return state
+        # Neither hooks nor the `step` of a scheduler, as in torch: they are of this object.
+        names = ("optimizer", "penalty", "weight", "_seed", "_steps", "_penalized")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatch
-from torch_secondorder.optim.arrangement import Arrangement
-from torch_secondorder.optim.base import SecondOrderOptimizer, check_number
+from torch_secondorder.optim.arrangement import Arrangement, prepare
+from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, makes_state_only
 from torch_secondorder.optim.blocks import Block, as_real
 from torch_secondorder.optim.diagonal_report import Effort, report_of
 from torch_secondorder.optim.info import LazyInfo, StepInfo
@@ -51,6 +52,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _carried = (*SecondOrderOptimizer._carried, "estimator")
+    _optional_names: tuple[str, ...] = ("generator",)
     #: How many of the first steps all estimate the curvature, though no more than a period.
     _warm_up = 1
     #: Whether an update takes absolute values of the diagonal.
@@ -63,7 +65,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], estimator: DiagonalEstimator) -> None:
         self.estimator = estimator
         self._steps = 0
-        self._overdue = False  # because what has a gradient now has no curvature
+        self._overdue = 0  # how many of the next steps estimate out of turn
+        self._known: Sequence[Tensor] | None = None  # what was trained, frozen parameters left out
         self._generator: torch.Generator | None = None
         self._stale: GradientTrace | None = None
         self._workspace = Workspace()
@@ -90,12 +93,49 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """Whether the next step estimates the curvature.
 
         For loops without a closure that leave `watching` out and keep the graph themselves:
-        `loss.backward(create_graph=optimizer.curvature_due)`.
+        `loss.backward(create_graph=optimizer.curvature_due)`. So it is whenever a parameter was
+        added or thawed since the last step.
         """
+        return self._is_due(self._trainable)
+
+    @property
+    def _first_steps(self) -> int:
+        """How many of the first steps of a parameter all estimate the curvature."""
+        return min(int(self.param_groups[0]["update_period"]), self._warm_up)
+
+    def _is_due(self, params: Sequence[Tensor]) -> bool:
         self._look_at_first()
         period = int(self.param_groups[0]["update_period"])
-        warming_up = self._steps < min(period, self._warm_up)
-        return self._overdue or warming_up or self._steps % period == 0
+        in_turn = self._steps % period == 0 or self._steps < self._first_steps
+        return bool(params) and (in_turn or self._out_of_turn(params))
+
+    def _out_of_turn(self, params: Sequence[Tensor]) -> bool:
+        """Whether there are parameters that cannot wait for the next estimate."""
+        return self._overdue > 0 or (self._known is not None and self._has_new(params))
+
+    def _has_new(self, params: Sequence[Tensor]) -> bool:
+        """Whether some of the parameters were not trained when the last step was made."""
+        known = self._known or ()
+        if len(params) == len(known) and all(map(is_, params, known)):
+            return False
+        return not {id(p) for p in known}.issuperset(map(id, params))
+
+    def _count_step(self, params: Sequence[Tensor]) -> None:
+        """Counts a step that moved something."""
+        period, arrangement = int(self.param_groups[0]["update_period"]), self._arrangement
+        if arrangement.served or (self._known is not None and self._has_new(params)):
+            self._overdue = self._first_steps - 1  # this is one of them
+        else:
+            self._overdue = max(self._overdue - 1, 0)
+        if arrangement.waiting:
+            # Until it has a gradient again where there is an estimate, or this is in turn.
+            self._overdue = period
+        self._known = params
+        self._steps += 1
+
+    def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
+        """What estimates the curvature in the coming step."""
+        return self.estimator
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -121,7 +161,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         True
         """
         params = self._trainable
-        if not params or not self.curvature_due:
+        if not self._is_due(params):
             yield
             return
         if is_distributed(params[0]):
@@ -163,15 +203,22 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         for group in self.param_groups:
             self._check_group(group)
         params = self._trainable
+        if closure is not None:
+            Scaling(self).refuse_closure()
         if not params:
-            raise RuntimeError("no parameter requires a gradient: all of them are frozen")
+            result: Tensor | None = self._pass(closure)
+            return result
+        fresh = closure is None and self._observation is None and not self._steps
+        if fresh and makes_state_only(self.param_groups):
+            self._make_state(params)
+            return None
         if is_distributed(params[0]):
             return self._step_sharded(closure, params)
         with torch.no_grad():
             if closure is None:
                 self._step_on_present(params)
                 return None
-            watch = self._watch(params) if self.curvature_due else None
+            watch = self._watch(params) if self._is_due(params) else None
             evaluation = SingleEvaluation(
                 closure, params, self._surroundings, self._stale, self._workspace
             )
@@ -193,13 +240,17 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """A step without a closure; the watch is for gradients that nobody has watched."""
         name, scaling, seen = type(self).__name__, Scaling(self), self._observation
         self._forget_observation()
-        if seen is not None and seen.calls:
-            seen.check(name, scaling)
-            found, watch = present_gradients(name, params, None, scaling), seen.watch
-        else:
-            if watch is None and self.curvature_due:
-                watch = self._watch(params)
-            found = present_gradients(name, params, watch, scaling)
+        try:
+            if seen is not None and seen.calls:
+                seen.check(name, scaling)
+                found, watch = present_gradients(name, params, None, scaling), seen.watch
+            else:
+                if watch is None and self._is_due(params):
+                    watch = self._watch(params)
+                found = present_gradients(name, params, watch, scaling)
+        except BaseException:
+            scaling.forget()
+            raise
         diagonal = self._diagonal(watch, 1.0, scaling.inverse)
         effort = Effort(0, 0 if watch is None else watch.products)
         self._advance(params, Outcome(None, found), diagonal, effort, scaling.inverse)
@@ -207,7 +258,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
         """See `step`; this process has a part of each parameter, its gradient and state."""
         vector, generator = self._tools(params)
-        surroundings, due = self._surroundings, self.curvature_due
+        surroundings, due = self._surroundings, self._is_due(params)
         check_closure(closure, due)
         with torch.no_grad():
             if closure is None:
@@ -226,8 +277,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return outcome.loss
             sharded = ShardedEvaluation(closure, vector, surroundings, self._stale)
             with sharded.objective as objective:
-                outcome, diagonal = sharded.run(self.estimator, generator)
-                effort = Effort(objective.evaluations, self.estimator.n_samples)
+                estimator = self._estimator_for(params)
+                outcome, diagonal = sharded.run(estimator, generator, self._magnitudes)
+                effort = Effort(objective.evaluations, estimator.n_samples)
                 self._advance(params, outcome, diagonal, effort, undo=objective.abandon)
             return outcome.loss
 
@@ -241,7 +293,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         return self._vector, self._generator
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
-        watch = self.estimator.watch(*self._tools(params), self._workspace)
+        watch = self._estimator_for(params).watch(*self._tools(params), self._workspace)
         watch.ranks = self._surroundings.ranks
         return watch
 
@@ -272,12 +324,14 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if verdict.curvature_known_bad:
             diagonal = None
         if not verdict.known_bad:
-            moved = self._move(params, gradients, whole, diagonal, verdict)
-            self._steps += moved
-            self._overdue = not moved
-            if moved and verdict.on_device and not self._moved_once:
-                self._first = verdict
+            if self._move(params, gradients, whole, diagonal, verdict):
+                self._count_step(params)
+                if verdict.on_device and not self._moved_once:
+                    self._first = verdict
+            else:
+                self._overdue = max(self._overdue, 1)
         self._stale = GradientTrace(params)
+        self._show_names(params)
         # Not a method of this object, which would keep itself alive.
         report = partial(report_of, ref(self), verdict, loss, params, self._stale, effort)
         self.info = LazyInfo(report)
@@ -294,13 +348,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         A step that came to nothing does not count, as where all decisions are made on the host.
         """
         verdict = self._first
-        if verdict is None or _capturing(self.param_groups[0]["params"][0]):
+        if verdict is None or any(map(_capturing, self._trainable[:1])):
             return
         self._first = None
         self._moved_once = verdict.moved
         if not verdict.moved:
             self._steps -= 1
-            self._overdue = True
+            self._overdue = max(self._overdue, 1)
 
     def _diagonal(
         self, watch: DiagonalWatch | None, factor: float, inverse_scale: Tensor | None
@@ -318,7 +372,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """Whether all that a step decides stays on the device."""
         capturable = self.param_groups[0]["capturable"]
         if capturable is None:
-            return str(self.param_groups[0]["params"][0].device.type) != "cpu"
+            return any(p.device.type != "cpu" for p in self._parameters[:1])
         return bool(capturable)
 
     def _move(
@@ -337,6 +391,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             gradients,
             curved=diagonal is not None,
             on_device=verdict.on_device,
+            expected=self._overdue > 0,
         )
         for block in blocks:
             estimate = None
@@ -361,55 +416,59 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     # Checkpoints.
 
+    def _make_state(self, params: Sequence[Tensor]) -> None:
+        """Gives each parameter a state, of a step that has not been."""
+        for p in params:
+            prepare(self.state[p], p, on_device=self._on_device)
+        self._show_names()
+
     def _export_state(self) -> dict[str, Any]:
         self._look_at_first()
-        state: dict[str, Any] = {"steps": self._steps, "overdue": self._overdue}
+        if self._generator is None and self._trainable:
+            self._tools(self._trainable)  # there has to be one to load into
+        overdue = self._overdue
+        if self._known is not None and self._has_new(self._trainable):
+            overdue = max(overdue, self._first_steps)
+        state: dict[str, Any] = {"steps": self._steps, "overdue": overdue}
         if self._generator is not None:
             state["generator"] = self._generator.get_state()
         return state
 
     def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        if not is_distributed(params[0]):
+        if not self._sharded:
             super()._add_state(states)
         elif self._trainable:
-            self._tools(self._trainable)  # with a generator, for there has to be one to load into
-            states.update(whole_states(params, self.state, self._export_state()))
+            states.update(whole_states(self._parameters, self.state, self._export_state()))
 
     def _import(self, states: list[dict[str, Any]]) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        if is_distributed(params[0]):
-            states = [part_states(params, states, self.state)]
+        if self._sharded:
+            states = [part_states(self._parameters, states, self.state)]
         super()._import(states)
 
     def _import_state(self, state: dict[str, Any]) -> None:
-        own = self.state[self.param_groups[0]["params"][0]]
-        for name in ("steps", "overdue", "generator"):  # torch has left them there
-            own.pop(name, None)
+        vector, saved = self._known_vector(), state.get("generator")
+        self._forget_observation()
         self._arrangement = Arrangement()
         self._steps = int(state.get("steps", 0))
-        self._overdue = bool(state.get("overdue", False))
+        self._overdue = int(state.get("overdue", 0))
+        self._known = self._trainable if self._steps else None
         self._stale = self._generator = self._first = None
         self._workspace = Workspace()
-        self._forget_observation()
-        generator = state.get("generator")
-        if generator is not None:
-            device = ParameterVector(self._trainable).device
-            self._generator = torch.Generator(device)
+        if saved is not None and vector is not None:
+            self._generator = torch.Generator(vector.device)
             try:
-                self._generator.set_state(generator.cpu())
+                self._generator.set_state(saved.cpu())
             except RuntimeError:  # from a device of another type: other probes, as good
                 self._generator.manual_seed(int(self.param_groups[0]["seed"]) + self._steps)
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        super()._load(state_dict)
+    def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         # torch casts state to the parameters' dtype, and a narrow one would lose the rest.
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, params, strict=True):
+        for index, p in zip(saved, self._parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and name in self.state[p]:
                     self.state[p][name] = value.to(p.device, copy=True)
+        super()._finish_loading(state_dict)
 
 
 def _capturing(parameter: Tensor) -> bool:

@@ -9,14 +9,15 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torch_secondorder.contract import STANDARD_CLOSURE
 from torch_secondorder.dataset import DatasetClosure, DatasetObjective
 from torch_secondorder.evaluation import Objective, Regularization
 from torch_secondorder.objective import ClosureObjective, FunctionalObjective
-from torch_secondorder.optim.base import SecondOrderOptimizer, copied
-from torch_secondorder.space import is_distributed
+from torch_secondorder.optim.base import SecondOrderOptimizer, copied, makes_state_only
+from torch_secondorder.optim.present import Scaling
 from torch_secondorder.vector import ParameterVector
 
 __all__ = ["FlatOptimizer", "Rows", "check_size"]
@@ -33,6 +34,14 @@ class FlatOptimizer(SecondOrderOptimizer):
         defaults: Hyperparameters.
     """
 
+    _step_supports_amp_scaling = True  # else a `GradScaler` would not let itself be noticed
+    _carried = (*SecondOrderOptimizer._carried, "_master")
+    _optional_names: tuple[str, ...] = ("master",)
+    #: The position in work precision, where parameters are held in less.
+    _master: Tensor | None = None
+    #: Whether `torch.distributed.checkpoint` has asked for the state.
+    _for_distributed = False
+
     @abstractmethod
     def _step(self, objective: Objective) -> Tensor:
         """One step; sets `self.info`, returns the closure's loss at the start."""
@@ -41,7 +50,7 @@ class FlatOptimizer(SecondOrderOptimizer):
     def _forget(self, reason: str) -> None:
         """Drops what was learned of a parameter vector that is no more."""
 
-    def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step.
 
         Args:
@@ -56,12 +65,26 @@ class FlatOptimizer(SecondOrderOptimizer):
             TypeError: The closure returned something else than a loss.
             ValueError: The closure's loss is not a scalar.
         """
-        if closure is None:
+        return self._start(closure)
+
+    def _start(self, closure: Any, curvature_closure: Any = None) -> Tensor | None:
+        Scaling(self).refuse_closure()
+        params = self._trainable
+        if not params:
+            result: Tensor | None = self._pass(closure)
+            return result
+        if closure is not None:
+            loss = self._run(self._objective(closure, curvature_closure))
+            self._show_names(params)
+            return loss
+        if not makes_state_only(self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
                 f"closure:\n{STANDARD_CLOSURE}"
             )
-        return self._run(self._objective(closure))
+        self._for_distributed = True
+        self._show_names()
+        return None
 
     def _run(self, objective: Objective) -> Tensor:
         """Performs one step on an objective."""
@@ -71,16 +94,16 @@ class FlatOptimizer(SecondOrderOptimizer):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             loss = self._step(objective)
         if objective.vector.needs_master:
-            self._model_state["master"] = objective.position
+            self._master = objective.position
         return loss
 
     @property
     def _learning_rate(self) -> float:
         """The largest of the groups'; the others are relative to it through the vector's scale."""
-        return max(float(group["lr"]) for group in self.param_groups)
+        return max(self._per_parameter("lr"))
 
     def _objective(self, closure: Any, curvature_closure: Any = None) -> Objective:
-        groups = self.param_groups
+        groups = [group for group in self.param_groups if group["params"]]
         maximize = {bool(group["maximize"]) for group in groups}
         if len(maximize) > 1:
             raise ValueError(
@@ -94,7 +117,7 @@ class FlatOptimizer(SecondOrderOptimizer):
         regularization = Regularization(
             maximize.pop(), decay[0] if len(set(decay)) == 1 else tuple(decay)
         )
-        master = self._model_state.get("master")
+        master = self._master
         if isinstance(closure, FunctionalObjective):
             if curvature_closure is not None:
                 raise TypeError(
@@ -107,13 +130,16 @@ class FlatOptimizer(SecondOrderOptimizer):
 
     def _per_parameter(self, name: str) -> list[float]:
         """A group hyperparameter, repeated for each trainable parameter."""
-        return [float(g[name]) for g in self.param_groups for p in g["params"] if p.requires_grad]
+        return [
+            float(group[name])
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad and p.numel()
+        ]
 
     def _current_vector(self) -> ParameterVector:
         """The vector of what is trainable now; what was learned of another one is dropped."""
         params = self._trainable
-        if not params:
-            raise RuntimeError("no parameter requires a gradient: all of them are frozen")
         scale, rates = None, self._per_parameter("lr")
         if len(set(rates)) > 1:
             # Rounded: a scheduler that multiplies all rates leaves their ratios alone but for the
@@ -122,28 +148,36 @@ class FlatOptimizer(SecondOrderOptimizer):
         if self._vector is None or not self._vector.matches(params, scale):
             if self._vector is not None:
                 self._forget("the trainable parameters or their relative learning rates changed")
-                self._model_state.pop("master", None)
+                self._master = None
             self._vector = ParameterVector(params, scale)
+            if self._master is not None and self._master.numel() != self._vector.size:
+                self._master = None  # what is trained has changed since it was loaded
         return self._vector
 
     # Checkpoints.
 
     def _import(self, states: list[dict[str, Any]]) -> None:
-        if is_sharded_state(states) or is_distributed(self.param_groups[0]["params"][0]):
+        if is_cut_up(states) or self._sharded:
             states = [self._gathered_state(states)]
-            self.state.clear()  # torch has left it there
-            _ = self._model_state  # see the constructor
-        state = dict(states[0])
-        master = state.pop("master", None)
-        if master is not None:
-            vector = self._current_vector()
-            check_size(master.numel(), vector)
-            self._model_state["master"] = master.to(vector.device, copy=True)
-        super()._import([state])
+        master = next((s["master"] for s in states if s.get("master") is not None), None)
+        vector = self._known_vector()
+        if master is not None and vector is not None:
+            if self._trainable:
+                check_size(master.numel(), vector)
+            master = master.to(vector.device, vector.dtype, copy=True)
+        self._master = master
+        super()._import(states)
 
     # Checkpoints of sharded parameters: vectors as DTensors, a part under each parameter, so that
     # `torch.distributed.checkpoint` can cut them up anew. That loads into the tensors that a new
     # optimizer shows: so all are there from the beginning, in full size, and numbers are tensors.
+    # So are those of whole parameters where there are several processes.
+
+    @property
+    def _cuts_up(self) -> bool:
+        """Whether checkpoints have a part of each vector under each parameter."""
+        several = dist.is_available() and dist.is_initialized()
+        return self._sharded or self._for_distributed or several
 
     def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
         """Whole-model state as numbers and small tensors, and vectors by their names."""
@@ -155,32 +189,58 @@ class FlatOptimizer(SecondOrderOptimizer):
         """What `_import_state` takes, from what `_split_state` gave."""
         raise NotImplementedError
 
+    def _whole_state(self) -> dict[str, Any]:
+        master = {} if self._master is None else {"master": self._master.clone()}
+        return self._export_state() | master
+
+    def _whole_names(self) -> set[str]:
+        names = super()._whole_names()
+        if self._cuts_up and self._trainable:
+            names.update(self._split_state(ParameterVector(self._trainable))[0])
+        return names
+
+    def _show_names(self, params: Sequence[Tensor] | None = None) -> None:
+        named = self._named
+        super()._show_names(params)
+        if self._named is not named and self._cuts_up and self._trainable:
+            vector = ParameterVector(self._trainable)
+            names = [*self._split_state(vector)[1], *(["master"] if vector.needs_master else [])]
+            for p in vector.params:
+                self.state[p].update(dict.fromkeys(_PREFIX + name for name in names))
+
+    def _hide_names(self) -> None:
+        super()._hide_names()
+        for state in self.state.values():
+            for name in [name for name in state if name.startswith(_PREFIX)]:
+                del state[name]
+
     def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
-        params = [p for group in self.param_groups for p in group["params"]]
-        if not is_distributed(params[0]):
+        if not self._cuts_up or not self._trainable:
             super()._add_state(states)
             return
         states.clear()
-        if not self._trainable:
-            return
+        params = self._parameters
         vector = ParameterVector(self._trainable)
         small, vectors = self._split_state(vector)
         if vector.needs_master:
-            vectors["master"] = Rows(vector.read(self._model_state.get("master")))
-        numbers = [i for i, p in enumerate(params) if p.requires_grad]
+            vectors["master"] = Rows(vector.read(self._master))
+        numbers = [i for i, p in enumerate(params) if p.requires_grad and p.numel()]
         # Under the first that is trained: distributed checkpoints leave out the others.
         states[numbers[0]] = {name: _as_tensor(value) for name, value in small.items()}
         for name, rows in vectors.items():
             for number, part in zip(numbers, vector.distribute(*rows), strict=True):
                 states.setdefault(number, {})[_PREFIX + name] = part
+        for number, p in enumerate(params):
+            if p.requires_grad:
+                states.setdefault(number, {})
 
     def _gathered_state(self, states: list[dict[str, Any]]) -> dict[str, Any]:
         """What `_export_state` gave and a master copy, from a state that `_add_state` cut up."""
         if not any(states) or not self._trainable:
             return {}
-        params = [p for group in self.param_groups for p in group["params"]]
         vector = ParameterVector(self._trainable)
-        found = [s for p, s in zip(params, states, strict=True) if p.requires_grad]
+        trained = {id(p) for p in vector.params}
+        found = [s for p, s in zip(self._parameters, states, strict=True) if id(p) in trained]
         names = [name for name in found[0] if name.startswith(_PREFIX)]
         if not names or any(name not in state for name in names for state in found):
             raise ValueError(
@@ -209,14 +269,15 @@ class Rows(NamedTuple):
 _PREFIX = "flat_"
 
 
-def is_sharded_state(states: Sequence[dict[str, Any]]) -> bool:
-    """Whether states by parameter are those of sharded ones."""
+def is_cut_up(states: Sequence[dict[str, Any]]) -> bool:
+    """Whether states by parameter have parts of vectors."""
     return any(name.startswith(_PREFIX) for state in states for name in state)
 
 
-def _as_tensor(value: Any) -> Tensor:
+def _as_tensor(value: Any) -> Any:
+    """A number as a tensor; what is a tensor, or a dict of them, as it is."""
     dtype = torch.float64 if isinstance(value, float) else None
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+    return torch.tensor(value, dtype=dtype) if isinstance(value, (int, float)) else value
 
 
 def _as_number(value: Any) -> Any:

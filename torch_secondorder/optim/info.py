@@ -24,6 +24,9 @@ class StepStatus(Enum):
         "no parameter with a gradient has a curvature yet; the parameters were left alone, and the "
         "next step estimates it"
     )
+    NOTHING_TO_TRAIN = (
+        "no parameter requires a gradient; the closure was evaluated once and nothing else was done"
+    )
     ZERO_LEARNING_RATE = "lr is zero: the loss was evaluated and nothing was moved"
     MAX_ITERATIONS = "all max_iter iterations were done; call step() again to go on"
     MAX_EVALUATIONS = "max_eval closure evaluations were used; call step() again to go on"

@@ -75,6 +75,10 @@ class LBFGS(FlatOptimizer):
     """
 
     _recognized_by = "max_iter"
+    _foreign_names = (
+        *("d", "t", "ro", "al", "H_diag", "old_dirs", "old_stps"),
+        *("prev_flat_grad", "prev_loss"),
+    )
     _carried = (*FlatOptimizer._carried, "line_search", "_reset_reason")
 
     def __init__(
@@ -117,6 +121,8 @@ class LBFGS(FlatOptimizer):
             "damping": damping,
         }
         super().__init__(params, defaults)
+        if self._sharded:
+            self._show_names()
 
     def _step(self, objective: Objective) -> Tensor:
         evaluation = objective.evaluate()
@@ -215,8 +221,10 @@ class LBFGS(FlatOptimizer):
     def _import_state(self, state: dict[str, Any]) -> None:
         inverse = None
         # With all parameters frozen there is nothing to hold it against; the next step does.
-        vector = ParameterVector(self._trainable or self.param_groups[0]["params"])
-        if history := state.get("history"):
+        vector = self._known_vector()
+        if vector is None:
+            pass
+        elif history := state.get("history"):
             if self._trainable:
                 check_size(history["size"], vector)
             inverse = _history(vector, history["history_size"], history["size"])
@@ -224,8 +232,6 @@ class LBFGS(FlatOptimizer):
         elif state.get("old_stps"):
             size = self.param_groups[0]["history_size"] or _default_history_size(vector)
             inverse = _from_torch(state, size, vector)
-        for name in set(self._model_state) - {"master"}:  # what it is made of is not kept twice
-            del self._model_state[name]
         self._inverse = inverse
         self._largest_gradient = state.get("largest_gradient", 0.0)
         self._counts = {name: state.get(name, 0) for name in ("n_iter", "func_evals")}

@@ -36,7 +36,6 @@ from torch_secondorder.solvers import (
     resolve_preconditioner,
     resolve_solver,
 )
-from torch_secondorder.space import is_distributed
 from torch_secondorder.vector import ParameterVector
 
 __all__ = ["NewtonCG"]
@@ -105,6 +104,7 @@ class NewtonCG(FlatOptimizer):
     """
 
     _recognized_by = "max_cg_iter"
+    _optional_names = (*FlatOptimizer._optional_names, "direction", "generator", "preconditioner")
     _carried = (
         *FlatOptimizer._carried,
         "curvature",
@@ -163,7 +163,7 @@ class NewtonCG(FlatOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
-        if is_distributed(self.param_groups[0]["params"][0]):
+        if self._sharded:
             _check_sharded(curvature, preconditioner, curvature_products)
             curvature_products = "finite_difference"
         self.curvature_products = curvature_products
@@ -180,10 +180,12 @@ class NewtonCG(FlatOptimizer):
         self._generator: torch.Generator | None = None  # made where the parameters are
         self._largest_gradient = 0.0
         self._memory = self._fresh_memory()
+        if self._sharded:
+            self._show_names()
 
     def step(  # type: ignore[override]
         self, closure: Any = None, curvature_closure: Callable[[], Any] | None = None
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Performs one step.
 
         Args:
@@ -209,7 +211,7 @@ class NewtonCG(FlatOptimizer):
                 "curvature_closure does not go with curvature_products='finite_difference': its "
                 "products are differences of the closure's own gradients"
             )
-        return self._run(self._objective(closure, curvature_closure))
+        return self._start(closure, curvature_closure)
 
     def _step(self, objective: Objective) -> Tensor:
         captures = self.curvature_products == "autograd"
@@ -351,30 +353,28 @@ class NewtonCG(FlatOptimizer):
         return small | (vectors if small.pop("has_direction") else {})
 
     def _import_state(self, state: dict[str, Any]) -> None:
-        self._generator = None
+        vector, memory = self._known_vector(), self._fresh_memory()
+        generator: torch.Generator | None = None
+        if vector is not None and "damping" in state:
+            memory = Memory(
+                state["damping"],
+                state["radius"],
+                length=state["length"],
+                # States of earlier releases have neither; their bounds were absolute.
+                forcing=state.get("forcing", 0.5),
+                start=state.get("start", 1.0),
+            )
+            direction = state.get("direction")
+            if direction is not None:
+                check_size(direction.numel(), vector)
+                memory.direction = direction.to(vector.device, vector.dtype)
+            if "generator" in state:
+                generator = torch.Generator(vector.device)
+                generator.set_state(state["generator"].cpu())
+        self._memory, self._generator = memory, generator
         self._largest_gradient = state.get("largest_gradient", 0.0)
-        self._memory = self._fresh_memory()
         if self.preconditioner is not None:
             self.preconditioner.load_state_dict(state.get("preconditioner", {}))
-        if "damping" not in state:
-            return
-        self._memory = Memory(
-            state["damping"],
-            state["radius"],
-            length=state["length"],
-            # States of earlier releases have neither; their bounds were absolute.
-            forcing=state.get("forcing", 0.5),
-            start=state.get("start", 1.0),
-        )
-        vector = ParameterVector(self._trainable or self.param_groups[0]["params"])
-        direction = state.get("direction")
-        if direction is not None:
-            check_size(direction.numel(), vector)
-            self._memory.direction = direction.to(vector.device, vector.dtype)
-        if "generator" in state:
-            generator = torch.Generator(vector.device)
-            generator.set_state(state["generator"].cpu())
-            self._generator = generator
 
 
 def _check_sharded(curvature: Any, preconditioner: Any, curvature_products: str) -> None:

@@ -46,6 +46,28 @@ class Scaling:
             self.scale, found = optimizer.grad_scale, optimizer.found_inf
             inverse = torch.ones_like(found) if self.scale is None else 1 / self.scale.to(found)
             self.inverse = torch.where(found > 0, torch.nan, inverse)
+        self._optimizer = optimizer
+
+    def refuse_closure(self) -> None:
+        """Raises a RuntimeError if a scaler is at work, for a step that was given a closure.
+
+        What `scaler.scale(loss)` makes inside are gradients of another loss than is returned.
+        """
+        if not self.active:
+            return
+        self.forget()
+        raise RuntimeError(
+            f"{type(self._optimizer).__name__}.step() was called by a GradScaler, whose scale "
+            "would be in the gradients of the closure but not in its loss: call "
+            "optimizer.step(closure) yourself and loss.backward() without a scaler, and train in "
+            "bfloat16, which needs none (AdaHessian and Sophia also take scaled gradients without "
+            "a closure)"
+        )
+
+    def forget(self) -> None:
+        """Takes from the optimizer what the scaler left, which it does not do after an error."""
+        if self.active:
+            del self._optimizer.grad_scale, self._optimizer.found_inf
 
 
 def present_gradients(

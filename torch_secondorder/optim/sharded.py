@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
     GaussNewtonBartlett,
     Hutchinson,
+    row_norms,
 )
 from torch_secondorder.curvature.finite_difference import diagonal_by_differences
 from torch_secondorder.objective import ClosureObjective
@@ -124,11 +126,16 @@ class ShardedEvaluation:
         self.objective = ClosureObjective(self._labels, vector, surroundings=surroundings)
 
     def run(
-        self, estimator: DiagonalEstimator, generator: torch.Generator
+        self, estimator: DiagonalEstimator, generator: torch.Generator, magnitudes: bool = False
     ) -> tuple[Outcome, Tensor]:
         """What one evaluation gives in this process, and the estimate, `(n,)`.
 
         Parameters and gradients are then as after that evaluation.
+
+        Args:
+            estimator: Estimates the diagonal.
+            generator: Where randomness comes from.
+            magnitudes: See `torch_secondorder.curvature.diagonal.DiagonalWatch.diagonal`.
 
         Raises:
             TypeError: The estimator is not one of this package's.
@@ -137,7 +144,7 @@ class ShardedEvaluation:
         if isinstance(estimator, Hutchinson):
             estimate = partial(diagonal_by_differences, estimator, self.objective, generator)
         elif isinstance(estimator, GaussNewtonBartlett):
-            estimate = partial(self._by_labels, estimator.n_samples, generator)
+            estimate = partial(self._by_labels, estimator.n_samples, generator, magnitudes)
         else:
             raise TypeError(
                 f"{type(estimator).__name__} works inside of backward(), which does not go with "
@@ -153,7 +160,7 @@ class ShardedEvaluation:
             p.grad = gradient
         return Outcome(evaluation.closure_loss, held_parts(gradients)), diagonal
 
-    def _by_labels(self, n_samples: int, generator: torch.Generator) -> Tensor:
+    def _by_labels(self, n_samples: int, generator: torch.Generator, magnitudes: bool) -> Tensor:
         """See `GaussNewtonBartlett`: squares of gradients for labels drawn from the model.
 
         The mean of `R` ranks' independent roots of their own curvatures is one of the mean
@@ -162,12 +169,17 @@ class ShardedEvaluation:
         seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         own = torch.Generator(generator.device)
         self._labels.generator = own.manual_seed(int(seed) + dist.get_rank())
+        space = self._vector.space
         total = torch.zeros_like(self.objective.position)
+        roots = []
         for _ in range(n_samples):
             root = self.objective.evaluate().grad
-            total.addcmul_(root, root, value=self._vector.space.processes / n_samples)
+            if magnitudes:
+                roots.append(root * math.sqrt(space.processes))
+            else:
+                total.addcmul_(root, root, value=space.processes / n_samples)
         self._labels.generator = None
-        return total
+        return row_norms(torch.stack(roots), space) if magnitudes else total
 
 
 def held_outcome(outcome: Outcome, vector: ParameterVector) -> Outcome:
@@ -200,8 +212,9 @@ def whole_states(
         # Whole-model state is under the first that is trained: others may be left out.
         shared = {} if result else {n: torch.as_tensor(v) for n, v in model_state.items()}
         result[number] = shared | {
-            name: value.clone() if name in COUNTS else sharded_like(value.clone(), p)
-            for name, value in state.items()
+            name: state[name].clone() if name in COUNTS else sharded_like(state[name].clone(), p)
+            for name in (*COUNTS, *MOMENTS, "master")
+            if name in state
         }
     return result
 
