@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from torch_secondorder.graph import Graph, Output, explained
 
@@ -83,14 +84,14 @@ class OutputSpace:
 
     # The loss around the outputs.
 
-    def gradient(self, tensors: Sequence[Tensor]) -> Tensors:
+    def gradient(self, tensors: Sequence[Tensor | GradientEdge]) -> Tensors:
         """Derivatives of the loss by tensors between it and the outputs, at fixed outputs."""
         if not tensors:
             return ()
         with self._cut(), torch.enable_grad():
             return torch.autograd.grad(
                 self._graph.losses,
-                tensors,
+                tensors,  # type: ignore[arg-type]  # of both kinds
                 self._graph.weights,
                 create_graph=True,
                 allow_unused=True,
@@ -103,7 +104,7 @@ class OutputSpace:
         with self._cut():
             return _derivative(gradient, tensors, tangents, batched)
 
-    def reaches(self, stops: Collection[Tensor]) -> tuple[list[bool], bool]:
+    def reaches(self, stops: Collection[Tensor | GradientEdge]) -> tuple[list[bool], bool]:
         """What lies on the ways from the loss to the parameters.
 
         Args:
@@ -119,7 +120,7 @@ class OutputSpace:
         bypassed = any(id(getattr(node, "variable", None)) in params for node, _ in met)
         return [_place(t) in met for t in self.tensors], bypassed
 
-    def depends(self, tensor: Tensor, others: Collection[Tensor]) -> bool:
+    def depends(self, tensor: Tensor, others: Collection[Tensor | GradientEdge]) -> bool:
         """Whether a tensor is made from one of the outputs or of some others."""
         ends = self._ends | {_place(t) for t in others}
         return not ends.isdisjoint(_walk([_place(tensor)], ends))
@@ -176,8 +177,10 @@ def _derivative(
         raise explained(error) from error
 
 
-def _place(tensor: Tensor) -> tuple[Any, int]:
+def _place(tensor: Tensor | GradientEdge) -> tuple[Any, int]:
     """Where a tensor that is no leaf stands in the graph."""
+    if isinstance(tensor, GradientEdge):
+        return tensor.node, tensor.output_nr
     return tensor.grad_fn, tensor.output_nr
 
 

@@ -59,7 +59,8 @@ class FlatOptimizer(SecondOrderOptimizer):
         if closure is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
-                f"closure:\n{STANDARD_CLOSURE}"
+                f"closure:\n{STANDARD_CLOSURE}\nIn a loop that passes none, use AdaHessian or "
+                "Sophia, which need none."
             )
         return self._run(self._objective(closure))
 
