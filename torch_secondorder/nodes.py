@@ -94,7 +94,14 @@ class _Recomputed:
         if cotangents[0] is None:
             return None
         with torch.enable_grad():
-            value, inputs = self._formula(self._node)
+            try:
+                value, inputs = self._formula(self._node)
+            except RuntimeError as error:
+                # A checkpoint, for one, gives what was saved only once.
+                raise MissingSecondDerivative(
+                    f"{type(self._node).__name__} has no (right) second derivative of its own, and "
+                    f"what it has saved is not there: {error}"
+                ) from error
             wanted = [
                 x if d is not None else None for x, d in zip(inputs, derivatives, strict=False)
             ]
@@ -112,10 +119,7 @@ class _Recomputed:
 
 def _attention(node: Any) -> tuple[Tensor, list[Any]]:
     if node._saved_dropout_p:
-        raise MissingSecondDerivative(
-            f"{type(node).__name__} with dropout_p={node._saved_dropout_p} has no second "
-            "derivative, and its mask is gone"
-        )
+        raise RuntimeError(f"the mask of dropout_p={node._saved_dropout_p}")
     query, key, value = node._saved_query, node._saved_key, node._saved_value
     bias = getattr(node, "_saved_attn_mask", None)
     if bias is None:

@@ -87,9 +87,10 @@ class _Watchers(Listeners):
             nodes = [] if root is None else nodes_of(root[:1])
             leaves = leaves_of(nodes) if inputs is None else _leaves_among(inputs)
             reached = {id(leaf) for leaf in leaves}
+            left_out = set() if inputs is None else {id(p) for p in leaves_of(nodes)} - reached
             found = [w.observation_of(reached) for w in watchers] if nodes and reached else []
             observations = [o for o in found if o is not None]
-            if root is not None and self._can_observe(observations, inputs is not None):
+            if root is not None and self._can_observe(observations, left_out):
                 retain = bool(create_graph if retain_graph is None else retain_graph)
                 gradients = _differentiated(root, nodes, leaves, observations, retain)
                 if gradients is not None:
@@ -99,7 +100,7 @@ class _Watchers(Listeners):
                     return
         original(tensors, *more)
 
-    def _can_observe(self, observations: Sequence[Observation], chosen: bool) -> bool:
+    def _can_observe(self, observations: Sequence[Observation], left_out: set[int]) -> bool:
         """Whether a pass goes by way of the observations; why not is noted there."""
         late = self._modules is None and _several_processes()
         if late:
@@ -120,7 +121,7 @@ class _Watchers(Listeners):
                     "inside `with optimizer.watching()` under DistributedDataParallel a backward "
                     "pass begins with loss.backward(), not with torch.autograd.backward(loss)"
                 )
-            elif chosen and not observation.twice:
+            elif not observation.twice and any(id(p) in left_out for p in observation.params):
                 observation.refuse(
                     "loss.backward(inputs=...) differentiates by some parameters, and this "
                     "estimator takes the curvature by all of them"
