@@ -6,8 +6,6 @@ import contextlib
 import copy
 import gc
 import pickle
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
@@ -785,3 +783,89 @@ def test_losses_that_show_no_outputs() -> None:
     (p**2).sum().backward()
     with pytest.raises(RuntimeError, match="no model output was found"):
         optimizer.step()
+
+
+# Several processes.
+
+
+def train(rank: int, ranks: int) -> list[Any]:
+    """Two micro-batches a step, the first without synchronization; gradients are clipped."""
+    found = []
+    for kind, options in ((AdaHessian, {}), (Sophia, {}), (Sophia, {"estimator": "gnb"})):
+        for how in ({}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+            share = Share(rank, ranks)
+            model: Any = share.plain if ranks == 1 else DistributedDataParallel(share.plain, **how)
+            share.model = model
+            optimizer = kind(model.parameters(), lr=0.02, update_period=3, **options)
+            for _ in range(6):
+                with model.no_sync() if ranks > 1 else contextlib.nullcontext():
+                    (share.loss() / 4).backward()
+                (share.loss() * 0.75).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=not how)
+            found += share.values()
+    return found
+
+
+def train_as_with_closures(rank: int, ranks: int) -> list[bool]:
+    """Gradients that PyTorch averages are those that we average."""
+    same = []
+    for kind, options in ((AdaHessian, {}), (Sophia, {"update_period": 1})):
+        results = []
+        for closes in (True, False):
+            share = Share(rank, ranks)
+            optimizer = kind(share.model.parameters(), lr=0.02, **options)
+            for _ in range(4):
+                if closes:
+                    optimizer.step(share.closure)
+                else:
+                    share.closure()
+                    optimizer.step()
+            results.append(share.values())
+        same.append(all(torch.allclose(a, b, 1e-12, 1e-12) for a, b in zip(*results, strict=True)))
+    return same
+
+
+def train_statically(rank: int, ranks: int) -> list[Tensor]:
+    """The first pass has a way out, and the others need none."""
+    share = Share(rank, ranks)
+    model = DistributedDataParallel(share.plain, static_graph=True)
+    share.model = model
+    optimizer = AdaHessian(model.parameters(), lr=0.02)
+    share.closure()
+    with pytest.raises(RuntimeError, match=r"static_graph=True\)(.|\n)*watching"):
+        optimizer.step()
+    for _ in range(3):
+        share.closure()
+        optimizer.step()
+    return share.values()
+
+
+def train_after_a_late_start(rank: int, ranks: int) -> list[Tensor]:
+    """The optimizer was made when no one knew of processes."""
+    share = Share(rank, ranks)
+    counting, dist.get_world_size = dist.get_world_size, lambda *_: 1
+    try:
+        optimizer = AdaHessian(share.model.parameters(), lr=0.02)
+    finally:
+        dist.get_world_size = counting
+    share.closure()
+    with pytest.raises(RuntimeError, match="initialized after the optimizer was made"):
+        optimizer.step()
+    for _ in range(2):
+        share.closure()
+        optimizer.step()
+    return share.values()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+def test_two_ranks_are_one_with_the_whole_batch(tmp_path: Path) -> None:
+    checks = [train, train_as_with_closures, train_statically, train_after_a_late_start]
+    ranks = run_on_ranks(checks, tmp_path)
+    ours = on_both(ranks, "train")
+    torch.testing.assert_close(ours, train(0, 1), rtol=1e-12, atol=1e-12)
+    assert on_both(ranks, "train_as_with_closures") == [True, True]
+    on_both(ranks, "train_statically")
+    on_both(ranks, "train_after_a_late_start")

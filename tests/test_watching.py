@@ -281,17 +281,6 @@ def test_all_by_torch_autograd(kind: str) -> None:
 
 
 @every
-def test_a_gradient_scaler(kind: str) -> None:
-    task = Task()
-    optimizer = KINDS[kind](task.model.parameters())
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with optimizer.watching():
-        scaler.scale(task.loss()).backward()
-    with pytest.raises(RuntimeError, match="does not go with a GradScaler"):
-        scaler.step(optimizer)
-
-
-@every
 def test_an_exception_inside_leaves_nothing_behind(kind: str) -> None:
     task, other = Task(), Task()
     optimizer = KINDS[kind](task.model.parameters())
