@@ -246,7 +246,7 @@ def test_a_step_inside_the_context(kind: str) -> None:
 @pytest.mark.parametrize("when", ["before", "between", "after", "inside, by torch.autograd"])
 def test_gradients_from_elsewhere(kind: str, when: str) -> None:
     task = Task()
-    optimizer = KINDS[kind](task.model.parameters())
+    optimizer = KINDS[kind](task.model.parameters(), watch=False)
     before = values(task.model)
     if when == "before":
         task.loss().backward()
@@ -273,22 +273,11 @@ def test_gradients_from_elsewhere(kind: str, when: str) -> None:
 @twice
 def test_all_by_torch_autograd(kind: str) -> None:
     task = Task()
-    optimizer = KINDS[kind](task.model.parameters())
+    optimizer = KINDS[kind](task.model.parameters(), watch=False)
     with optimizer.watching():
         torch.autograd.backward(task.loss())
-    with pytest.raises(RuntimeError, match=r"no graph on the gradients: run forward and backward"):
+    with pytest.raises(RuntimeError, match=r"no graph on the gradients(.|\n)*: run forward and"):
         optimizer.step()
-
-
-@every
-def test_a_gradient_scaler(kind: str) -> None:
-    task = Task()
-    optimizer = KINDS[kind](task.model.parameters())
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with optimizer.watching():
-        scaler.scale(task.loss()).backward()
-    with pytest.raises(RuntimeError, match="does not go with a GradScaler"):
-        scaler.step(optimizer)
 
 
 @every

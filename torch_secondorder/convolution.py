@@ -8,14 +8,14 @@ each is one call of a kernel made for it, where it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-__all__ = ["CONVOLUTIONS", "convolution"]
+__all__ = ["CONVOLUTIONS", "convolution", "with_second_derivatives"]
 
 #: The functions that `convolution` stands in for, with the number of spatial dimensions.
 CONVOLUTIONS: dict[Callable[..., Any], int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -77,6 +77,36 @@ def _transformed() -> bool:
 def _batched(gradient: Tensor) -> bool:
     """Whether this is several gradients, for `torch.func.vmap` or for `is_grads_batched`."""
     return _transformed() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def with_second_derivatives(
+    node: Any, derivatives: Sequence[Tensor | None], cotangent: Tensor
+) -> tuple[Tensor | None, ...] | None:
+    """The derivatives that a convolution's node has computed, with the faster second derivatives.
+
+    Args:
+        node: `ConvolutionBackward0`.
+        derivatives: By input, weight and bias.
+        cotangent: What the node was given.
+
+    Returns:
+        The same values; None for a convolution that is left as it is.
+    """
+    try:
+        x, w = node._saved_input, node._saved_weight
+    except RuntimeError:  # inside a checkpoint, which gives what was saved only once
+        return None
+    if node._saved_transposed or not 3 <= x.dim() <= 5 or x.dtype != w.dtype or x.is_complex():
+        return None
+    geometry = (
+        *(list(n) for n in (node._saved_stride, node._saved_padding, node._saved_dilation)),
+        node._saved_groups,
+    )
+    wanted = (*(d is not None for d in derivatives),)
+    found: tuple[Tensor | None, ...] = _KnownBackward.apply(  # type: ignore[no-untyped-call]
+        cotangent, x, w, geometry, wanted, [None if d is None else d.detach() for d in derivatives]
+    )
+    return found
 
 
 def _each(value: Any, dims: int) -> list[int]:
@@ -164,6 +194,29 @@ class _ConvolutionBackward(Function):
         if v_x is not None and _executes(ctx, 2):
             by_w = _backward(g, v_x, w, geometry, (False, True, False))[1]
         return by_g, by_x, by_w, None, None
+
+
+class _KnownBackward(_ConvolutionBackward):
+    """The same where the values are there already."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        w: Tensor,
+        geometry: _Geometry,
+        wanted: tuple[bool, bool, bool],
+        values: list[Tensor | None],
+    ) -> Any:
+        ctx.save_for_backward(g, x, w)
+        ctx.set_materialize_grads(False)
+        ctx.geometry = geometry
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return (*_ConvolutionBackward.backward(ctx, *cotangents), None)
 
 
 def _pushed(

@@ -113,8 +113,8 @@ class Output:
         argument: The argument's name, `"input"` for most.
         arguments: The loss's arguments by name, defaults included (`target`, `reduction`, ...);
             plain tensors.
-        value: What the loss returned; None where it was marked by hand. The closure has a copy, so
-            that `loss += penalty` cannot reach it.
+        value: What the loss returned, or its place in the graph; None where it was marked by hand.
+            The closure has a copy, so that `loss += penalty` cannot reach it.
         versions: Version counters of the tensors among the arguments.
     """
 
@@ -122,7 +122,7 @@ class Output:
     loss: Callable[..., Any] | None = None
     argument: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
-    value: Tensor | None = None
+    value: Tensor | GradientEdge | None = None
     versions: tuple[int, ...] = ()
 
     @property

@@ -1,4 +1,7 @@
-"""Attributes that stand in the place of others for a time: `Tensor.backward` above all."""
+"""Attributes that stand in the place of others for a time: `Tensor.backward` above all.
+
+`torch.autograd.backward` is below it: `Tensor.backward` goes through it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-__all__ = ["Substitution", "intercepting"]
+__all__ = ["Listeners", "Substitution", "intercepting"]
 
 #: Takes what `Tensor.backward` takes, the tensor first.
 Handler: TypeAlias = Callable[..., None]
@@ -120,3 +124,94 @@ def _others_first(tensor: Tensor, depth: int) -> bool:
 
 
 _method = Substitution(Tensor, "backward", _dispatching)
+
+
+class Listeners:
+    """Objects that see every backward pass of the process for as long as they live and listen.
+
+    While there is one, `torch.autograd.backward`, through which `Tensor.backward` goes as well, is
+    a function that asks the handler. Without any it is PyTorch's own. Objects are held weakly. What
+    `intercepting` handles without a backward pass is not seen, nor are passes inside others.
+
+    Args:
+        handler: Takes the listeners, PyTorch's own function, and what that takes.
+
+    >>> listeners = Listeners(lambda those, own, *args, **kwargs: own(*args, **kwargs))
+    >>> before, someone = torch.autograd.backward, set([1])
+    >>> listeners.add(someone)
+    >>> torch.autograd.backward is before
+    False
+    >>> del someone
+    >>> torch.autograd.backward is before
+    True
+    """
+
+    def __init__(self, handler: Callable[..., None]) -> None:
+        self._handler = handler
+        self._lock = threading.RLock()  # a reference may die in here and come back to `discard`
+        self._references: dict[int, ref[Any]] = {}
+        self._original: Callable[..., Any] | None = None
+        self._replacement: Callable[..., Any] | None = None
+
+    def __contains__(self, listener: object) -> bool:
+        found = self._references.get(id(listener))
+        return found is not None and found() is listener
+
+    def __iter__(self) -> Iterator[Any]:
+        with self._lock:
+            found = [reference() for reference in self._references.values()]
+        return iter([listener for listener in found if listener is not None])
+
+    def add(self, listener: Any) -> None:
+        """Lets an object see backward passes from now on."""
+        if listener in self:
+            return
+        key = id(listener)
+
+        def forget(reference: ref[Any]) -> None:
+            with self._lock:
+                if self._references.get(key) is reference:
+                    del self._references[key]
+                    self._update()
+
+        with self._lock:
+            self._references[key] = ref(listener, forget)
+            self._update()
+
+    def discard(self, listener: Any) -> None:
+        """Lets an object see no more of them."""
+        if listener in self:
+            with self._lock:
+                self._references.pop(id(listener), None)
+                self._update()
+
+    def _update(self) -> None:
+        if self._references and self._replacement is None:
+            self._original = torch.autograd.backward
+            self._replacement = self._asking(self._original)
+            setattr(torch.autograd, "backward", self._replacement)  # noqa: B010
+        elif not self._references and self._replacement is not None:
+            # Else somebody has wrapped it: what is inside of that lets everything through.
+            if torch.autograd.backward is self._replacement:
+                setattr(torch.autograd, "backward", self._original)  # noqa: B010
+            self._original = self._replacement = None
+
+    def _asking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def backward(*args: Any, **kwargs: Any) -> None:
+            # Inside a pass a part of it is computed anew, as for a checkpoint, by any thread.
+            nested = _handling.get() or torch._C._current_graph_task_id() != -1
+            listeners = () if nested else tuple(self)
+            if not listeners:
+                original(*args, **kwargs)
+                return
+            token = _handling.set(True)
+            try:
+                self._handler(listeners, original, *args, **kwargs)
+            finally:
+                _handling.reset(token)
+
+        return backward
+
+
+_handling: ContextVar[bool] = ContextVar("backward_handled", default=False)

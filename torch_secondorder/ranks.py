@@ -90,6 +90,14 @@ class Ranks:
         group = self.group
         return 0 if group is None else dist.get_rank(group)
 
+    @property
+    def delays_averaging(self) -> bool:
+        """Whether a module with a static graph has yet to see its first backward pass."""
+        return self._any and any(
+            module.static_graph and not module._static_graph_delay_allreduce_enqueued
+            for module in self._modules
+        )
+
     def average(self, tensor: Tensor) -> Tensor:
         """The mean over the ranks, a copy; the tensor itself where there is one rank."""
         return tensor if self.count == 1 else self.average_(tensor.clone())

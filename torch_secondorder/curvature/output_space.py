@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from torch_secondorder.graph import Graph, Output, Overwritten, Suspect, explained, refuse
 from torch_secondorder.subclass import plainly
@@ -86,7 +87,7 @@ class OutputSpace:
 
     # The loss around the outputs.
 
-    def gradient(self, tensors: Sequence[Tensor]) -> Tensors:
+    def gradient(self, tensors: Sequence[Tensor | GradientEdge]) -> Tensors:
         """Derivatives of the loss by tensors between it and the outputs, at fixed outputs."""
         if not tensors:
             return ()
@@ -101,7 +102,7 @@ class OutputSpace:
         with self._cut():
             return _derivative(gradient, tensors, tangents, batched)
 
-    def reaches(self, stops: Collection[Tensor]) -> tuple[list[bool], bool]:
+    def reaches(self, stops: Collection[Tensor | GradientEdge]) -> tuple[list[bool], bool]:
         """What lies on the ways from the loss to the parameters.
 
         Args:
@@ -117,7 +118,7 @@ class OutputSpace:
         bypassed = any(id(getattr(node, "variable", None)) in params for node, _ in met)
         return [_place(t) in met for t in self.tensors], bypassed
 
-    def depends(self, tensor: Tensor, others: Collection[Tensor]) -> bool:
+    def depends(self, tensor: Tensor, others: Collection[Tensor | GradientEdge]) -> bool:
         """Whether a tensor is made from one of the outputs or of some others."""
         ends = self._ends | {_place(t) for t in others}
         return not ends.isdisjoint(_walk([_place(tensor)], ends))
@@ -165,13 +166,17 @@ class _Without:
 
 
 def _differentiated(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Tensors
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor | GradientEdge], weights: Tensors
 ) -> Tensors:
     """Derivatives with a graph of their own."""
     try:
         with torch.enable_grad(), plainly():
             return torch.autograd.grad(
-                outputs, inputs, weights, create_graph=True, allow_unused=True
+                outputs,
+                inputs,  # type: ignore[arg-type]  # of both kinds
+                weights,
+                create_graph=True,
+                allow_unused=True,
             )
     except RuntimeError as error:
         raise explained(error) from error
@@ -199,8 +204,10 @@ def _derivative(
         raise explained(error) from error
 
 
-def _place(tensor: Tensor) -> tuple[Any, int]:
+def _place(tensor: Tensor | GradientEdge) -> tuple[Any, int]:
     """Where a tensor that is no leaf stands in the graph."""
+    if isinstance(tensor, GradientEdge):
+        return tensor.node, tensor.output_nr
     with plainly():
         return tensor.grad_fn, tensor.output_nr
 

@@ -65,6 +65,9 @@ class AdaHessian(DiagonalOptimizer):
         maximize: Whether to maximize the loss.
         capturable: Whether nothing of a step is to be looked at on the host, so that a CUDA graph
             can hold it and nothing waits for the device. None for on a device, not on the CPU.
+        watch: Whether the optimizer sees backward passes by itself, so that `step()` needs no
+            closure: where an estimate is due, `loss.backward()` takes the product also outside of a
+            closure, as long as the optimizer is alive.
 
     Attributes:
         estimator: The estimator that is used.
@@ -110,6 +113,7 @@ class AdaHessian(DiagonalOptimizer):
         accumulation_steps: int = 1,
         maximize: bool = False,
         capturable: bool | None = None,
+        watch: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -124,7 +128,7 @@ class AdaHessian(DiagonalOptimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, resolve_estimator(estimator, n_samples))
+        super().__init__(params, defaults, resolve_estimator(estimator, n_samples), watch=watch)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

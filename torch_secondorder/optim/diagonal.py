@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import is_
@@ -12,11 +12,17 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatch
+from torch_secondorder.curvature.diagonal import (
+    DiagonalEstimator,
+    DiagonalWatch,
+    GaussNewtonBartlett,
+)
 from torch_secondorder.optim.arrangement import Arrangement, prepare
 from torch_secondorder.optim.base import SecondOrderOptimizer, check_number, makes_state_only
 from torch_secondorder.optim.blocks import Block, as_real
+from torch_secondorder.optim.closureless import WATCHERS
 from torch_secondorder.optim.diagonal_report import Effort, report_of
 from torch_secondorder.optim.info import LazyInfo, StepInfo
 from torch_secondorder.optim.observation import Observation
@@ -48,10 +54,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         params: See `SecondOrderOptimizer`.
         defaults: Hyperparameters.
         estimator: How the diagonal is estimated.
+        watch: Whether backward passes outside of closures and contexts are seen.
     """
 
     _step_supports_amp_scaling = True  # see `Scaling`
-    _carried = (*SecondOrderOptimizer._carried, "estimator")
+    _carried = (*SecondOrderOptimizer._carried, "estimator", "_watches")
     _optional_names: tuple[str, ...] = ("generator",)
     #: How many of the first steps all estimate the curvature, though no more than a period.
     _warm_up = 1
@@ -61,9 +68,19 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     # On a device: of the last step, until one is known to have moved.
     _first: Verdict | None = None
     _moved_once = False
+    _watches = True
+    _before: GradientTrace | None = None  # the gradients when it began to see backward passes
 
-    def __init__(self, params: Any, defaults: dict[str, Any], estimator: DiagonalEstimator) -> None:
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        estimator: DiagonalEstimator,
+        *,
+        watch: bool = True,
+    ) -> None:
         self.estimator = estimator
+        self._watches = watch
         self._steps = 0
         self._overdue = 0  # how many of the next steps estimate out of turn
         self._known: Sequence[Tensor] | None = None  # what was trained, frozen parameters left out
@@ -72,6 +89,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._workspace = Workspace()
         self._arrangement = Arrangement()
         super().__init__(params, defaults)
+        self._listen()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -92,7 +110,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def curvature_due(self) -> bool:
         """Whether the next step estimates the curvature.
 
-        For loops without a closure that leave `watching` out and keep the graph themselves:
+        For loops without a closure that were told `watch=False` and keep the graph themselves:
         `loss.backward(create_graph=optimizer.curvature_due)`. So it is whenever a parameter was
         added or thawed since the last step.
         """
@@ -137,9 +155,65 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """What estimates the curvature in the coming step."""
         return self.estimator
 
+    @property
+    def is_second_order(self) -> bool:
+        """Whether loops that ask may call `loss.backward(create_graph=True)`, as timm's do.
+
+        That gives the same steps as without, and is needed with `watch=False` only.
+        """
+        return self.curvature_due and not isinstance(self.estimator, GaussNewtonBartlett)
+
+    # Backward passes without a closure.
+
+    def _listen(self) -> None:
+        """Sees backward passes from now on if the next step needs them, and none if not."""
+        params = (p for group in self.param_groups for p in group["params"])
+        first = next(params, None)
+        if (
+            self._watches
+            and self.curvature_due
+            and first is not None
+            and not is_distributed(first)
+            # Else micro-batches outside of the closure are not to cost an estimate each.
+            and self.param_groups[0]["accumulation_steps"] == 1
+        ):
+            if self not in WATCHERS:
+                self._before = GradientTrace(self._trainable)
+                WATCHERS.add(self)
+        else:
+            WATCHERS.discard(self)
+
+    def observation_of(self, reached: Collection[int]) -> Observation | None:
+        """See `torch_secondorder.optim.closureless.Watcher`."""
+        params = self._trainable
+        if not any(id(p) in reached for p in params):
+            return None
+        with torch.no_grad():
+            return self._current_observation(params)
+
+    def note_module(self, module: DistributedDataParallel) -> None:
+        """See `torch_secondorder.optim.closureless.Watcher`."""
+        own = {id(p) for p in self._trainable}
+        if any(id(p) in own for p in module.parameters()):
+            self._surroundings.ranks.note(module)
+
+    def _current_observation(self, params: Sequence[Tensor]) -> Observation:
+        """The observation of the coming step; a new one if what was seen is no more."""
+        if self._observation is not None and not self._observation.continues(params):
+            self._forget_observation()
+        if self._observation is None:
+            self._observation = Observation(
+                params, self._watch(params), self._surroundings, everywhere=self in WATCHERS
+            )
+        return self._observation
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """A context for forward and backward pass, in loops that call `step()` without a closure.
+
+        It is needed with `watch=False`, under `DistributedDataParallel(static_graph=True)`, and
+        where a forward pass is to choose implementations that have second derivatives: outside of
+        it backward passes are seen as well.
 
         Where the coming step estimates the curvature, `loss.backward()` inside does what it does in
         a closure: the estimate is taken while it runs, no graph is kept, and `p.grad` may be
@@ -166,12 +240,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             return
         if is_distributed(params[0]):
             check_closure(None, True)
-        if self._observation is not None and not self._observation.continues(params):
-            self._forget_observation()
-        if self._observation is None:
-            self._observation = Observation(params, self._watch(params), self._surroundings)
         try:
-            with self._observation:
+            with self._current_observation(params):
                 yield
         except BaseException:
             self._forget_observation()
@@ -188,8 +258,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         Args:
             closure: The standard closure (zero the gradients, compute the loss, call `backward()`,
                 return the loss), or a `FunctionalObjective`. None where gradients are there
-                already: made inside `watching()`, or by `loss.backward(create_graph=True)` for a
-                step whose curvature is due, see `curvature_due`.
+                already: made by `loss.backward()`.
 
         Returns:
             The closure's loss, detached; None without a closure.
@@ -202,6 +271,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """
         for group in self.param_groups:
             self._check_group(group)
+        WATCHERS.discard(self)  # what runs in here is seen by other ways
+        try:
+            return self._one_step(closure)
+        finally:
+            self._listen()
+
+    def _one_step(self, closure: Any) -> Tensor | None:
         params = self._trainable
         if closure is not None:
             Scaling(self).refuse_closure()
@@ -239,21 +315,52 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     ) -> None:
         """A step without a closure; the watch is for gradients that nobody has watched."""
         name, scaling, seen = type(self).__name__, Scaling(self), self._observation
+        due = self._is_due(params)
+        early = due and self._is_too_early(params)
         self._forget_observation()
+        unscaling = scaling.inverse
         try:
-            if seen is not None and seen.calls:
+            if seen is not None and (seen.calls or seen.failure is not None):
+                found = present_gradients(name, params, None, scaling)
                 seen.check(name, scaling)
-                found, watch = present_gradients(name, params, None, scaling), seen.watch
+                watch, unscaling = seen.watch, seen.unscaling(scaling)
+            elif early:
+                watch, found = None, present_gradients(name, params, None, scaling)
             else:
-                if watch is None and self._is_due(params):
+                if watch is None and due:
                     watch = self._watch(params)
-                found = present_gradients(name, params, watch, scaling)
+                found = present_gradients(name, params, watch, scaling, self._why_unseen())
+                unscaling = None if unscaling is None else unscaling.sqrt()  # so were the probes
         except BaseException:
             scaling.forget()
             raise
-        diagonal = self._diagonal(watch, 1.0, scaling.inverse)
+        diagonal = self._diagonal(watch, 1.0, unscaling)
         effort = Effort(0, 0 if watch is None else watch.products)
         self._advance(params, Outcome(None, found), diagonal, effort, scaling.inverse)
+        self._overdue = max(self._overdue, int(early))
+
+    def _is_too_early(self, params: Sequence[Tensor]) -> bool:
+        """Whether the gradients are from before anybody could know that they would be needed.
+
+        Loops that make optimizers as parameters appear have them then, Pyro's for one, and loops
+        that thaw parameters between estimates. The step goes by older curvature, parameters without
+        any wait, and the next one estimates.
+        """
+        thawed = self._known is not None and self._has_new(params)
+        before = self._before is not None and self._before.matches(params)
+        return (self._watches and (thawed or before)) and any(
+            p.grad is not None and p.grad.grad_fn is None for p in params
+        )
+
+    def _why_unseen(self) -> str:
+        if not self._watches:
+            return "it was made with watch=False"
+        if self.param_groups[0]["accumulation_steps"] != 1:
+            return "accumulation_steps says that a closure comes with each step"
+        return (
+            "the gradients are not from loss.backward() or torch.autograd.backward(), or from one "
+            "that ran before the curvature was due (update_period may have been changed since)"
+        )
 
     def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
         """See `step`; this process has a part of each parameter, its gradient and state."""
@@ -363,8 +470,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             return None
         diagonal = watch.diagonal(magnitudes=self._magnitudes)
         if inverse_scale is not None:
-            # The products were with probes scaled by the root of the scale.
-            diagonal.mul_(inverse_scale.to(diagonal).sqrt())
+            diagonal.mul_(inverse_scale.to(diagonal))
         return diagonal if factor == 1.0 else diagonal.mul_(factor)
 
     @property
@@ -454,6 +560,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._known = self._trainable if self._steps else None
         self._stale = self._generator = self._first = None
         self._workspace = Workspace()
+        WATCHERS.discard(self)
+        self._listen()
         if saved is not None and vector is not None:
             self._generator = torch.Generator(vector.device)
             try:

@@ -9,17 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_secondorder.contract import STANDARD_CLOSURE, touched
+from torch_secondorder.contract import STANDARD_CLOSURE
 from torch_secondorder.curvature.diagonal import DiagonalWatch
 from torch_secondorder.graph import Graph
 from torch_secondorder.single import without_autocast
 
-__all__ = ["Scaling", "present_gradients"]
+__all__ = ["Scaling", "present_gradients", "unscaled"]
 
-_WATCHING = (
-    "run forward and backward pass in `with optimizer.watching():` (in a Hugging Face Trainer that "
-    "is what torch_secondorder.huggingface.SecondOrderCallback does)"
-)
+_WATCHING = "run forward and backward pass in `with optimizer.watching():`"
 
 
 class Scaling:
@@ -71,7 +68,11 @@ class Scaling:
 
 
 def present_gradients(
-    name: str, params: Sequence[Tensor], watch: DiagonalWatch | None, scaling: Scaling
+    name: str,
+    params: Sequence[Tensor],
+    watch: DiagonalWatch | None,
+    scaling: Scaling,
+    unseen: str = "",
 ) -> Sequence[Tensor | None]:
     """What `p.grad` holds; a graph that it has is shown to the watch and dropped.
 
@@ -80,13 +81,20 @@ def present_gradients(
         params: The parameters.
         watch: Estimates the curvature; None where that is not due.
         scaling: Of the gradients.
+        unseen: Why the optimizer has not seen the backward pass that made them.
 
     Raises:
         RuntimeError: There is no gradient, or no graph where one is needed.
     """
-    gradients = touched([p.grad for p in params])
+    gradients = [p.grad for p in params]
+    if all(g is None for g in gradients):
+        raise RuntimeError(
+            "no gradient reached any of the optimizer's parameters: without a closure "
+            f"{name}.step() comes after loss.backward() of a loss that is computed from them, and "
+            "zero_grad() not between"
+        )
     if watch is not None:
-        _check(name, gradients, watch, scaling)
+        _check(name, gradients, watch, scaling, unseen)
         if scaling.scale is not None:
             # Between gradients, which the scale keeps from underflow, and the loss itself.
             watch.scale_probes(scaling.scale.rsqrt())
@@ -103,18 +111,24 @@ def present_gradients(
 
 
 def _check(
-    name: str, gradients: Sequence[Tensor | None], watch: DiagonalWatch, scaling: Scaling
+    name: str,
+    gradients: Sequence[Tensor | None],
+    watch: DiagonalWatch,
+    scaling: Scaling,
+    unseen: str,
 ) -> None:
     if not watch.twice:
         raise RuntimeError(
-            f"{name}.step() looks at the model's outputs at this step: {_WATCHING}, or pass the "
-            f"closure:\n{STANDARD_CLOSURE}"
+            f"{name}.step() looks at the model's outputs at this step, and the optimizer has seen "
+            f"no backward pass, for {unseen}: {_WATCHING}, or pass the closure:\n"
+            f"{STANDARD_CLOSURE}"
         )
     if not any(g is not None and g.grad_fn is not None for g in gradients):
         raise RuntimeError(
             f"{name}.step() estimates the curvature at this step and finds no graph on the "
-            f"gradients: {_WATCHING}, call loss.backward(create_graph=True) where "
-            f"optimizer.curvature_due says so, or pass the closure:\n{STANDARD_CLOSURE}"
+            f"gradients, and the optimizer has not seen the backward pass, for {unseen}: "
+            f"{_WATCHING}, call loss.backward(create_graph=True) where optimizer.curvature_due "
+            f"says so, or pass the closure:\n{STANDARD_CLOSURE}"
         )
     if _averaged_by_ddp(gradients):
         raise RuntimeError(
@@ -125,11 +139,16 @@ def _check(
             f"`with optimizer.watching():`, likewise:\n{STANDARD_CLOSURE}"
         )
     if scaling.active and scaling.scale is None:
-        raise RuntimeError(
-            "the gradients were unscaled by scaler.unscale_(optimizer), but their graph was not, "
-            "so that the curvature would be wrong: leave unscale_ out in steps where "
-            "optimizer.curvature_due, or train in bfloat16, which needs no scaler"
-        )
+        raise unscaled()
+
+
+def unscaled() -> RuntimeError:
+    """The error for gradients that were unscaled behind the curvature's back."""
+    return RuntimeError(
+        "the gradients were unscaled by scaler.unscale_(optimizer), but their graph was not, so "
+        "that the curvature would be wrong: leave unscale_ out in steps where "
+        "optimizer.curvature_due, or train in bfloat16, which needs no scaler"
+    )
 
 
 def _averaged_by_ddp(gradients: Sequence[Tensor | None]) -> bool:

@@ -56,6 +56,7 @@ class Sophia(DiagonalOptimizer):
         accumulation_steps: See `AdaHessian`.
         maximize: Whether to maximize the loss.
         capturable: See `AdaHessian`.
+        watch: See `AdaHessian`.
 
     Attributes:
         estimator: The estimator that is used.
@@ -97,6 +98,7 @@ class Sophia(DiagonalOptimizer):
         accumulation_steps: int = 1,
         maximize: bool = False,
         capturable: bool | None = None,
+        watch: bool = True,
     ) -> None:
         used = resolve_estimator(estimator)
         usual = _GAMMA_HUTCHINSON if isinstance(used, Hutchinson) else _GAMMA_GNB
@@ -112,7 +114,7 @@ class Sophia(DiagonalOptimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, used)
+        super().__init__(params, defaults, used, watch=watch)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
