@@ -8,9 +8,11 @@
 # pinned by constraints.txt. pip's own configuration is honoured: set PIP_INDEX_URL,
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to install from elsewhere, for instance to take
 # PyTorch's smaller CPU-only build.
+#
+# TORCH_VERSION takes another torch than the pinned one, in .venv-torch-$TORCH_VERSION.
 
 REPO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV_DIR="$REPO_ROOT/.venv"
+VENV_DIR="$REPO_ROOT/.venv${TORCH_VERSION:+-torch-$TORCH_VERSION}"
 VENV_PYTHON="$VENV_DIR/bin/python"
 
 say() { printf '==> %s\n' "$*" >&2; }
@@ -19,7 +21,7 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 _check_python() { # $1: interpreter
     command -v "$1" >/dev/null || die "no '$1' found. Install Python 3.10 or newer, or set PYTHON=/path/to/python3."
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die \
-        "$("$1" --version 2>&1) ($1) is too old: Python 3.10 or newer is needed. Set PYTHON=/path/to/python3 (and remove .venv if it was made with the old one)."
+        "$("$1" --version 2>&1) ($1) is too old: Python 3.10 or newer is needed. Set PYTHON=/path/to/python3 (and remove $VENV_DIR if it was made with the old one)."
 }
 
 _make_venv() {
@@ -27,18 +29,28 @@ _make_venv() {
     _check_python "$python"
     "$python" -c 'import ensurepip, venv' 2>/dev/null || die \
         "$python has no working 'venv' module. On Debian or Ubuntu: apt install python3-venv"
-    say "making .venv with $("$python" --version)"
+    say "making $(basename "$VENV_DIR") with $("$python" --version)"
     "$python" -m venv "$VENV_DIR" || { rm -rf "$VENV_DIR"; die "'$python -m venv' failed; see above."; }
 }
 
+_constraints() { # without torch, and what its versions bound, where it is not the pinned one
+    if [ -z "${TORCH_VERSION:-}" ]; then
+        cat "$REPO_ROOT/constraints.txt"
+    else
+        echo "torch==$TORCH_VERSION"
+        grep -vE '^(torch|setuptools)==' "$REPO_ROOT/constraints.txt"
+    fi
+}
+
 _fingerprint() { # $1: extras
-    { echo "$REPO_ROOT $1"; cat "$REPO_ROOT/pyproject.toml" "$REPO_ROOT/constraints.txt"; } |
+    { echo "$REPO_ROOT $1"; cat "$REPO_ROOT/pyproject.toml"; _constraints; } |
         "$VENV_PYTHON" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
 _pip_install() {
+    _constraints >"$VENV_DIR/constraints.txt"
     "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$REPO_ROOT/constraints.txt" "$@" || die "pip install $* failed; see above."
+        --constraint "$VENV_DIR/constraints.txt" "$@" || die "pip install $* failed; see above."
 }
 
 ensure_venv() { # $1: extras, comma-separated

@@ -332,6 +332,14 @@ def sloped(x: Tensor) -> Callable[[], Tensor]:
     return closure
 
 
+def endless(x: Tensor) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        x.grad = torch.ones_like(x)
+        return x.detach().sum()
+
+    return closure
+
+
 @pytest.mark.parametrize(
     ("status", "make", "arguments", "moves"),
     [
@@ -350,6 +358,7 @@ def sloped(x: Tensor) -> Callable[[], Tensor]:
         (StepStatus.NONFINITE_START, lambda x: lambda: x.sum() * math.nan, {}, False),
         (StepStatus.NONFINITE_TRIALS, finite_once, {}, False),
         (StepStatus.NONFINITE_TRIALS, finite_once, {"line_search_fn": None}, False),
+        (StepStatus.UNBOUNDED, endless, {}, True),
     ],
     ids=lambda value: value.name if isinstance(value, StepStatus) else None,
 )
@@ -365,7 +374,9 @@ def test_every_ending_has_its_name(
     assert len(info.status.value.split()) > 5
     assert torch.equal(x, before) is not moves
     assert (info.iterations > 0) is moves
-    if moves and status is not StepStatus.STALLED:
+    if status is StepStatus.UNBOUNDED:
+        assert info.loss_after < info.loss and info.search_status is SearchStatus.UNBOUNDED
+    elif moves and status is not StepStatus.STALLED:
         assert info.loss_after < info.loss
         assert info.search_status is SearchStatus.WOLFE  # it got to finish
         assert info.evaluations > 1
