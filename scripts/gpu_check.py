@@ -56,7 +56,7 @@ class Check:
 
     def left(self) -> float:
         """Seconds that are left, less what it takes to come to an end."""
-        return self.end - time.monotonic() - 2 * GRACE
+        return self.end - time.monotonic() - 3 * GRACE
 
     def write(self) -> None:
         """Writes what is known so far; never half of it."""
