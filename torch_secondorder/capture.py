@@ -23,7 +23,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from torch_secondorder.custom_functions import applied, trusted
-from torch_secondorder.graph import REENTRANT, Graph, Output, Suspect, added, reentrant, versions
+from torch_secondorder.graph import (
+    INSTEAD_OF_ESTIMATES,
+    REENTRANT,
+    Graph,
+    Output,
+    Suspect,
+    added,
+    reentrant,
+    versions,
+)
 from torch_secondorder.interception import Substitution, intercepting
 from torch_secondorder.subclass import like, plain, plainly, snapshot
 from torch_secondorder.twice import REPLACEMENTS, twice_differentiable
@@ -251,6 +260,7 @@ class Capture(TorchFunctionMode):
             outputs=[*self.graph.outputs],
             suspects=self.graph.suspects,
             kind=kind,
+            instead=INSTEAD_OF_ESTIMATES,
         )
         graph.differentiate(loss, weight, twice=self._receiver.twice)
         gradients = self._receiver(graph, retain)

@@ -288,7 +288,8 @@ class _Examination:
         whole = _dot(self._weights, values)
         error = abs(_dot(self._of_incoming, self._incoming) - whole)
         transposes = error <= (_TOLERANCE_OF_WHOLE + 4 * len(values) * self._eps)
-        curves = self._curves(along_incoming=not transposes)
+        # Not linear in what comes in: what clips gradients is not, and has a second derivative.
+        curves = (transposes or self._follows_incoming()) and self._curves()
         if not (transposes and curves):
             reason = "whose backward is not differentiated rightly by its inputs"
             self.result = transposes, curves, reason if transposes else _NOT_LINEAR
@@ -309,10 +310,18 @@ class _Examination:
         found = torch.autograd.grad(kept, by, chosen, allow_unused=True)
         return found[: len(inputs)], found[len(inputs) :]
 
-    def _curves(self, along_incoming: bool) -> bool:
+    def _follows_incoming(self) -> bool:
+        """Whether the derivative by the incoming gradients is a difference."""
+        still = [torch.zeros_like(p) for p in self._points]
+        incoming = [g * self._rerun.uniform(g) for g in self._incoming]
+        every = [torch.ones_like(w, dtype=torch.bool) for w in self._weights]
+        view = self._view(still, incoming, every)
+        return view.agrees and view.telling
+
+    def _curves(self) -> bool:
         """Whether products with the second derivative are differences."""
         direction = [self._direction(p, s) for p, s in zip(self._points, self._slopes, strict=True)]
-        incoming = [g * self._rerun.uniform(g) * along_incoming for g in self._incoming]
+        incoming = [torch.zeros_like(g) for g in self._incoming]
         every = [torch.ones_like(w, dtype=torch.bool) for w in self._weights]
         first = self._view(direction, incoming, every)
         self.telling = first.telling

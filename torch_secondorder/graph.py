@@ -14,6 +14,7 @@ from torch_secondorder.custom_functions import Finding, marked_once_differentiab
 from torch_secondorder.subclass import plain, plainly
 
 __all__ = [
+    "INSTEAD_OF_ESTIMATES",
     "REENTRANT",
     "Graph",
     "LinearCall",
@@ -45,13 +46,20 @@ _REENTRANT = (
     "checkpoint(..., use_reentrant=False), or gradient_checkpointing_kwargs={'use_reentrant': "
     "False} where a trainer does it"
 )
+_SOME_MARKED = "a custom function marked once_differentiable"
 #: What is noted of a reentrant checkpoint.
 REENTRANT = Finding("CheckpointFunction", False, False, "use_reentrant=True")
 
 
 _INSTEAD = (
     "Use an implementation of it that has one, products that need none (NewtonCG takes "
-    'curvature_products="finite_difference"), or an optimizer that needs gradients only'
+    'curvature_products="finite_difference"), or an optimizer that needs gradients only (LBFGS)'
+)
+#: The same for optimizers that evaluate once a step.
+INSTEAD_OF_ESTIMATES = (
+    'Use estimator="gnb", which needs none (the loss is one of torch.nn.functional, or outputs are '
+    "marked with mark_outputs), an implementation of it that has one, or an optimizer that needs "
+    "gradients only (LBFGS)"
 )
 
 
@@ -72,10 +80,6 @@ class MissingSecondDerivative(RuntimeError):
         """The error for an operation, with what to do instead."""
         what = f"an operation inside the closure has no second derivative: {operation}"
         return cls(f"{what}. {instead}", operation)
-
-    def instead(self, instead: str) -> MissingSecondDerivative:
-        """The same error with another way out, where it depends on the optimizer."""
-        return type(self).of(self.operation, instead) if self.operation else self
 
 
 #: Operations of PyTorch itself, by their nodes.
@@ -168,6 +172,7 @@ class Graph:
         curving: Those between losses and parameters that have the wrong second derivative, but can
             be multiplied with as a Jacobian; all others are refused.
         kind: Tells graphs of different operations apart, as far as that costs nothing.
+        instead: What to do where an operation has no second derivative.
     """
 
     params: Sequence[Tensor]
@@ -179,6 +184,7 @@ class Graph:
     suspects: list[Suspect] = field(default_factory=list)
     curving: list[Suspect] = field(default_factory=list)
     kind: tuple[Hashable, ...] = ()
+    instead: str = _INSTEAD
 
     def linear_calls(self) -> list[LinearCall]:
         """The linear layers met whose weights are among the parameters."""
@@ -214,7 +220,7 @@ class Graph:
                     allow_unused=True,
                 )
         except RuntimeError as error:
-            raise explained(error) from error
+            raise explained(error, self.instead) from error
         self.losses.append(loss)
         self.weights.append(weight)
         self.gradients.append(gradients)
@@ -229,7 +235,7 @@ class Graph:
             return
         params = {id(p) for p in self.params}
         found = [s for s in found if _reaches(s.node, params)]
-        refuse([s for s in found if not s.finding.transposes])
+        refuse([s for s in found if not s.finding.transposes], self.instead)
         self.curving += found
 
     def compiled(self, kind: Hashable, build: Callable[[Graph], Multiply]) -> Multiply | None:
@@ -278,12 +284,12 @@ class Graph:
             if twice:
                 names.update(_wrong(node))
         if names:
-            raise MissingSecondDerivative.of(", ".join(sorted(names)))
+            raise MissingSecondDerivative.of(", ".join(sorted(names)), self.instead)
         if not twice:
             return
         for node in _nodes(g for gs in self.gradients for g in gs if g is not None):
             if node.name() == "torch::autograd::Error":
-                raise MissingSecondDerivative.of("a custom function marked once_differentiable")
+                raise MissingSecondDerivative.of(_SOME_MARKED, self.instead)
             if node.name() == "CheckpointFunctionBackward":
                 raise reentrant()
 
@@ -304,7 +310,7 @@ class Graph:
         Raises:
             MissingSecondDerivative: A custom function has a wrong one.
         """
-        refuse(self.curving)
+        refuse(self.curving, self.instead)
         pairs = [
             (gradient, tangent)
             for gradients in self.gradients
@@ -333,7 +339,7 @@ class Graph:
                     is_grads_batched=batched,
                 )
         except RuntimeError as error:
-            raise explained(error) from error
+            raise explained(error, self.instead) from error
 
 
 def _linear_call(
@@ -377,11 +383,11 @@ def _reaches(node: Any, params: Collection[int]) -> bool:
     return any(id(getattr(n, "variable", None)) in params for n in _below([node]))
 
 
-def refuse(suspects: Sequence[Suspect]) -> None:
+def refuse(suspects: Sequence[Suspect], instead: str = _INSTEAD) -> None:
     """Raises `MissingSecondDerivative` with the names of the custom functions, if there are any."""
     if suspects:
         names = sorted({str(s.finding) for s in suspects})
-        raise MissingSecondDerivative.of("; ".join(names))
+        raise MissingSecondDerivative.of("; ".join(names), instead)
 
 
 def _wrong(node: Any) -> Iterator[str]:
@@ -401,7 +407,7 @@ def added(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second + first if first.is_sparse else first + second
 
 
-def explained(error: RuntimeError) -> RuntimeError:
+def explained(error: RuntimeError, instead: str = _INSTEAD) -> RuntimeError:
     """Says what to do where an operation of the model cannot be differentiated twice."""
     text = str(error)
     if "donated buffers" in text or "torch.compile with aot_autograd" in text:
@@ -411,7 +417,7 @@ def explained(error: RuntimeError) -> RuntimeError:
     if "use_reentrant=True" in text:
         return reentrant()
     signs = ("is not implemented", "once_differentiable", "double backward")
-    return MissingSecondDerivative.of(text) if any(sign in text for sign in signs) else error
+    return MissingSecondDerivative.of(text, instead) if any(s in text for s in signs) else error
 
 
 def reentrant() -> MissingSecondDerivative:
