@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "func": set(),
     "graph": set(),
     "convolution": set(),
+    "nodes": {"convolution", "graph"},
     "interception": set(),
     "capture": {"convolution", "graph", "interception"},
     "ranks": set(),
