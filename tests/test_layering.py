@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "space": set(),
     "vector": {"space", "subclass", "workspace"},
     "convolution": set(),
+    "nodes": {"convolution", "graph"},
     "interception": set(),
     "weight_norm": {"interception"},
     "twice": {"convolution", "interception", "weight_norm"},

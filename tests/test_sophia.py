@@ -367,7 +367,7 @@ def test_a_loss_of_ones_own_needs_a_mark_for_labels() -> None:
 
 def test_labels_need_the_closure() -> None:
     task = Task()
-    optimizer = Sophia(task.model.parameters(), estimator="gnb")
+    optimizer = Sophia(task.model.parameters(), estimator="gnb", watch=False)
     task.loss().backward()
     with pytest.raises(RuntimeError, match=r"looks at the model.s outputs(.|\n)*watching"):
         optimizer.step()

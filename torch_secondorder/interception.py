@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,7 +169,9 @@ class Listeners:
             return
         key = id(listener)
 
-        def forget(reference: ref[Any]) -> None:
+        def forget(reference: ref[Any], finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+            if finalizing():  # modules may be gone
+                return
             with self._lock:
                 if self._references.get(key) is reference:
                     del self._references[key]
