@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -216,3 +218,20 @@ CASES: dict[str, Callable[[], tuple[Any, Tensor, Any]]] = {
     "rnn": lambda: (LastState(), torch.randn(4, 6, 4), F.mse_loss),
     "pinn": lambda: (Residual(), torch.randn(6, 1), F.mse_loss),
 }
+
+
+@cache
+def compiles_gradients() -> bool:
+    """Whether this torch compiles functions that call `torch.autograd.grad`; 2.11 does not."""
+
+    def slope(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(x.sin().sum(), x, create_graph=True)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.compile(slope, fullgraph=True, backend="eager")(torch.ones(2))
+        except torch._dynamo.exc.TorchDynamoException:
+            return False
+    return True
