@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "convolution": set(),
     "nodes": {"convolution", "graph"},
     "interception": set(),
-    "weight_norm": {"interception"},
+    "weight_norm": set(),
     "twice": {"convolution", "interception", "weight_norm"},
     "func": {"twice"},
     "ranks": set(),

@@ -121,22 +121,23 @@ class _Switches:
         self._lock = threading.Lock()
         self._before: list[_State] = []
         self._substituted: Sequence[Substitution] = ()
+        self._weight_norms: list[Any] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._before:
+                self._weight_norms = replace_weight_norm()
                 self._substituted = _recurrent if torch.cuda.is_initialized() else ()
                 for substitution in self._substituted:
                     substitution.begin()
             self._before.append(_read())
             _write(_DIFFERENTIABLE)
-            replace_weight_norm()
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             _write(self._before.pop())
-            restore_weight_norm()
             if not self._before:
+                restore_weight_norm(self._weight_norms)
                 for substitution in self._substituted:
                     substitution.end()
 

@@ -7,11 +7,10 @@ PyTorch's fused operation saves the norms, and its second derivative takes them 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from torch_secondorder.interception import Substitution
 
 __all__ = ["WEIGHT_NORM", "replace_weight_norm", "restore_weight_norm", "weight_norm"]
 
@@ -38,25 +37,26 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / squares.sqrt())
 
 
-# The places where modules find the function when they are called.
-_substitutions = [
-    Substitution(torch, "_weight_norm", lambda _: weight_norm),
-    Substitution(
-        importlib.import_module("torch.nn.utils.weight_norm"), "_weight_norm", lambda _: weight_norm
-    ),
-]
+# The modules of PyTorch that look the function up when they are called.
+_HOLDERS = (torch, importlib.import_module("torch.nn.utils.weight_norm"))
 
 
-def replace_weight_norm() -> None:
+def replace_weight_norm() -> list[Any]:
     """Lets modules of PyTorch that normalize weights call `weight_norm`, in all threads.
 
-    It costs nothing an operation. Each call needs one of `restore_weight_norm`.
+    It costs nothing an operation.
+
+    Returns:
+        The functions that were there, for `restore_weight_norm`.
     """
-    for substitution in _substitutions:
-        substitution.begin()
+    # Assignments alone: they are made around each small Jacobian.
+    before = [holder._weight_norm for holder in _HOLDERS]
+    for holder in _HOLDERS:
+        setattr(holder, "_weight_norm", weight_norm)  # noqa: B010
+    return before
 
 
-def restore_weight_norm() -> None:
-    """Ends what `replace_weight_norm` began; with the last of them all is as it was."""
-    for substitution in _substitutions:
-        substitution.end()
+def restore_weight_norm(before: list[Any]) -> None:
+    """Puts back the functions that `replace_weight_norm` found."""
+    for holder, function in zip(_HOLDERS, before, strict=True):
+        setattr(holder, "_weight_norm", function)  # noqa: B010
