@@ -226,9 +226,9 @@ def compiles_gradients() -> bool:
 
     def slope(x: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
-        return torch.autograd.grad(x.sin().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(x.sin().sum(), x, create_graph=True)[0].detach()
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch._dynamo.config.patch(trace_autograd_ops=True):
         warnings.simplefilter("ignore")
         try:
             torch.compile(slope, fullgraph=True, backend="eager")(torch.ones(2))
