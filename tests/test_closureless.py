@@ -332,7 +332,7 @@ def test_inputs_of_others_are_none_of_ours() -> None:
     model = nn.Linear(3, 2)
     optimizer = AdaHessian(model.parameters())
     x = torch.ones(1, 3, requires_grad=True)
-    for inputs in (x, [x], {"x": x}):
+    for inputs in (x, [x]):
         model(x).square().sum().backward(inputs=inputs)
     assert model.weight.grad is None
     assert optimizer._observation is None
