@@ -90,6 +90,10 @@ class Surroundings:
         """See `knows`."""
         self._seen.add((what, _identity(source)))
 
+    def forget(self, source: Callable[..., Any], what: str = "graph") -> None:
+        """Takes a note back, see `knows`."""
+        self._seen.discard((what, _identity(source)))
+
     @contextmanager
     def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
         """Notes every module called inside.
@@ -208,6 +212,7 @@ class Replay:
         self._before = {s: b.detach().clone() for s, b in surroundings.moving_buffers()}
         self._after: dict[_Slot, Tensor] | None = None
         self._evaluations = 0
+        self._failed = False  # whether the last evaluation was broken off
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
@@ -218,6 +223,12 @@ class Replay:
             self._rewind()
         # An autocast region around caches casts of parameters that have moved since.
         torch.clear_autocast_cache()
+        self._failed = True
+        result = self._called(closure, first)
+        self._failed = False
+        return result
+
+    def _called(self, closure: Callable[[], Any], first: bool) -> Any:
         if not (first or self.autocast):
             return closure()
         with ExitStack() as stack:
@@ -250,7 +261,7 @@ class Replay:
         return go
 
     def _rewind(self) -> None:
-        if self._after is None:
+        if self._after is None and not self._failed:
             now = {slot: slot.read() for slot in self._before}
             self._after = {s: b.detach().clone() for s, b in now.items() if b is not None}
         for device, state in self._random:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_secondorder.graph import Graph, Output, explained
 
-__all__ = ["OutputSpace", "Tensors"]
+__all__ = ["OutputSpace", "Tensors", "UnknownOutputs"]
 
 Tensors = Sequence[Tensor | None]
 
@@ -25,6 +25,10 @@ no model output was found that the loss depends on: Gauss-Newton and Fisher prod
 losses of torch.nn and torch.nn.functional show theirs; mark the output of any other with
     z = torch_secondorder.mark_outputs(model(x))
 where a loss is a sum of squared residuals, mark the residuals; or use curvature="hessian"."""
+
+
+class UnknownOutputs(RuntimeError):
+    """No model output was found that curvature could be taken by."""
 
 
 class OutputSpace:
@@ -38,7 +42,7 @@ class OutputSpace:
             another the nearer to the loss counts, or the one that was marked.
 
     Raises:
-        RuntimeError: There is none, or one was changed in place.
+        UnknownOutputs: There is none, or one was changed in place.
         ValueError: An output is complex.
     """
 
@@ -46,7 +50,7 @@ class OutputSpace:
         self._graph = graph
         self.outputs = _relevant(graph)
         if not self.outputs:
-            raise RuntimeError(_NO_OUTPUT)
+            raise UnknownOutputs(_NO_OUTPUT)
         if any(o.tensor.is_complex() for o in self.outputs):
             raise ValueError("model outputs must be real: mark torch.view_as_real(z) instead")
         self.tensors = [o.tensor for o in self.outputs]
@@ -198,7 +202,7 @@ def _relevant(graph: Graph) -> list[Output]:
             continue
         if not all(output.intact for output in outputs):
             name = getattr(outputs[0].loss, "__name__", "a loss")
-            raise RuntimeError(
+            raise UnknownOutputs(
                 f"an argument of {name} was changed in place after the loss took it, so the "
                 "curvature there is lost: write z = z * 2, not z *= 2"
             )

@@ -97,6 +97,10 @@ class BatchSum(LinearOperator):
         self._over(add, _PRODUCT)
         return self._objective.whole(total.T, V.T).T
 
+    def look(self) -> None:
+        """Makes the operators of all batches once, and nothing with them."""
+        self._over(lambda operator, weight: None, "curvature")
+
     # What preconditioners ask of curvatures made from model outputs.
 
     def slots(self) -> list[Slot]:

@@ -25,8 +25,8 @@ __all__ = ["Line", "Memory", "Model", "Move", "Point", "Tally"]
 class Point(NamedTuple):
     """An evaluated point and what the host knows of it.
 
-    That of a trial comes without its evaluation: the gradient is a vector, and who goes there needs
-    a graph as well.
+    That of a trial comes without its evaluation, unless that has a graph: the gradient is a vector,
+    and who goes there needs both.
     """
 
     evaluation: Evaluation | None
@@ -68,6 +68,8 @@ class Memory:
         length: Norm of the gradient at the start of the last iteration.
         forcing: The relative residual that the last system was to reach.
         start: The damping or radius that the rule began with.
+        sizes: The largest absolute values of the parameters at iterations so far; None where
+            products are not differences.
     """
 
     damping: float
@@ -76,6 +78,15 @@ class Memory:
     length: float = inf
     forcing: float = 0.5
     start: float = 0.0
+    sizes: Tensor | None = None
+
+    def noted_sizes(self, position: Tensor) -> Tensor:
+        """The sizes, after another position was noted."""
+        now = position.abs()
+        if self.sizes is not None and self.sizes.shape == now.shape:
+            torch.maximum(now, self.sizes.to(now), out=now)
+        self.sizes = now
+        return now
 
 
 @dataclass(slots=True)
@@ -139,6 +150,9 @@ class Model:
         solve: Solves a system with it, see `LinearSolver`.
         inverse: Gives a preconditioner for a damping; None for none.
         tally: What is counted.
+        goes_on: Whether an accepted trial is where the next model is made. The graph of the first
+            trial is kept then: most of these are accepted, and to keep it costs much less than an
+            evaluation.
     """
 
     def __init__(
@@ -149,7 +163,9 @@ class Model:
         solve: Callable[..., SolveResult],
         inverse: Callable[[float], LinearOperator] | None,
         tally: Tally,
+        goes_on: bool = False,
     ) -> None:
+        self._keeps_graph = goes_on
         self.point = point
         self.tally = tally
         self.precision = objective.vector.precision
@@ -258,7 +274,8 @@ class Model:
 
     def trial(self, line: Line, t: float) -> Trial:
         """Evaluates `t` along a line; the payload is a `Point`."""
-        evaluation = self._objective.trial(line.direction, t)
+        keeps, self._keeps_graph = self._keeps_graph, False
+        evaluation = self._objective.trial(line.direction, t, curvature=keeps)
         grad = evaluation.grad
         slope, grad_norm, length, loss = self._space.to_host(
             sums=(self._in_units(grad) @ line.direction,),
@@ -266,7 +283,8 @@ class Model:
             norms=(torch.linalg.vector_norm(grad),),
             whole=(evaluation.loss,),
         )
-        point = Point(None, loss, grad_norm, self._space.true_norm(grad, grad_norm, length))
+        kept = None if evaluation.linearization is None else evaluation
+        point = Point(kept, loss, grad_norm, self._space.true_norm(grad, grad_norm, length))
         if not point.finite:
             self.tally.nonfinite += 1
         return Trial(t, loss, slope * self._unit if isfinite(point.length) else inf, point)
