@@ -323,20 +323,14 @@ class NewtonCG(FlatOptimizer):
         """Globalization and preconditioner for the curvature that was found."""
         found = self._found
         rule = self._rules[found.kind in ("hessian", DIFFERENCES)]
-        if rule is not self.globalization:
-            former, self.globalization = self._memory, rule
-            self._memory_begins_anew(former)
+        self.globalization = rule
+        if self._memory.rule is not rule:
+            self._memory.begin_anew(self._fresh_memory())
         if self._chosen is not None:
             name = suited_preconditioner(found, size)
             if (name or "") != self._chosen:
                 self._chosen, self.preconditioner = name or "", resolve_preconditioner(name)
         return rule, self.preconditioner
-
-    def _memory_begins_anew(self, memory: Memory) -> None:
-        """Leaves of a step's memory what has nothing to do with how steps are kept short."""
-        fresh = self._fresh_memory()
-        memory.damping, memory.radius, memory.start = fresh.damping, fresh.radius, fresh.start
-        memory.direction = None
 
     # State.
 
@@ -348,9 +342,9 @@ class NewtonCG(FlatOptimizer):
     def _fresh_memory(self) -> Memory:
         rule = self.globalization
         if isinstance(rule, LevenbergMarquardt):
-            return Memory(rule.initial or 0.0, 0.0, start=rule.initial or 0.0)
+            return Memory(rule.initial or 0.0, 0.0, start=rule.initial or 0.0, rule=rule)
         start = (rule.initial or 0.0) if isinstance(rule, TrustRegion) else 0.0
-        return Memory(self._constant_damping, start, start=start)
+        return Memory(self._constant_damping, start, start=start, rule=rule)
 
     def _export_state(self) -> dict[str, Any]:
         memory = self._memory
@@ -393,7 +387,7 @@ class NewtonCG(FlatOptimizer):
     def _import_state(self, state: dict[str, Any]) -> None:
         self._generator = None
         self._largest_gradient = state.get("largest_gradient", 0.0)
-        kind = KINDS[int(state.get("kind", 0))]
+        kind = KINDS[int(state.get("kind", 0))]  # earlier releases went by what they were told
         self._found.kind, self._found.indefinite = kind, bool(state.get("indefinite", False))
         if kind:
             self.globalization = self._rules[kind in ("hessian", DIFFERENCES)]
@@ -412,6 +406,7 @@ class NewtonCG(FlatOptimizer):
             # States of earlier releases have neither; their bounds were absolute.
             forcing=state.get("forcing", 0.5),
             start=state.get("start", 1.0),
+            rule=self.globalization,
         )
         vector = ParameterVector(self._trainable or self.param_groups[0]["params"])
         direction = state.get("direction")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, nan
 
 import torch
@@ -128,6 +128,7 @@ class Iteration:
         settings = self._settings
         while True:
             drawn = settings.generator.get_state() if settings.curvature.automatic else None
+            before = replace(self._memory)
             try:
                 return self._move()
             except EvaluationsSpent:
@@ -137,8 +138,9 @@ class Iteration:
             except (MissingSecondDerivative, UnknownOutputs) as error:
                 if not settings.curvature.falls_back(error, self._objective):
                     raise
-            self._memory.direction = None  # the solver may have been at work on it
-            if drawn is not None:  # as if that had not been tried: it may not be another time
+            # As if that had not been tried: another time it may not be.
+            self._memory.begin_anew(before)
+            if drawn is not None:
                 settings.generator.set_state(drawn)
 
     def _move(self) -> Move | StepStatus:

@@ -70,6 +70,7 @@ class Memory:
         start: The damping or radius that the rule began with.
         sizes: The largest absolute values of the parameters at iterations so far; None where
             products are not differences.
+        rule: Whose damping or radius this is.
     """
 
     damping: float
@@ -79,6 +80,12 @@ class Memory:
     forcing: float = 0.5
     start: float = 0.0
     sizes: Tensor | None = None
+    rule: object = None
+
+    def begin_anew(self, fresh: Memory) -> None:
+        """Takes another's damping and radius; the last solution has nothing to do with these."""
+        self.damping, self.radius, self.start = fresh.damping, fresh.radius, fresh.start
+        self.rule, self.direction = fresh.rule, None
 
     def noted_sizes(self, position: Tensor) -> Tensor:
         """The sizes, after another position was noted."""
@@ -150,9 +157,8 @@ class Model:
         solve: Solves a system with it, see `LinearSolver`.
         inverse: Gives a preconditioner for a damping; None for none.
         tally: What is counted.
-        goes_on: Whether an accepted trial is where the next model is made. The graph of the first
-            trial is kept then: most of these are accepted, and to keep it costs much less than an
-            evaluation.
+        keeps_graphs: Whether trials keep their graph, for one that is accepted and is where the
+            next model is made: to keep it costs much less than an evaluation.
     """
 
     def __init__(
@@ -163,9 +169,9 @@ class Model:
         solve: Callable[..., SolveResult],
         inverse: Callable[[float], LinearOperator] | None,
         tally: Tally,
-        goes_on: bool = False,
+        keeps_graphs: bool = False,
     ) -> None:
-        self._keeps_graph = goes_on
+        self._keeps_graphs = keeps_graphs
         self.point = point
         self.tally = tally
         self.precision = objective.vector.precision
@@ -274,8 +280,7 @@ class Model:
 
     def trial(self, line: Line, t: float) -> Trial:
         """Evaluates `t` along a line; the payload is a `Point`."""
-        keeps, self._keeps_graph = self._keeps_graph, False
-        evaluation = self._objective.trial(line.direction, t, curvature=keeps)
+        evaluation = self._objective.trial(line.direction, t, curvature=self._keeps_graphs)
         grad = evaluation.grad
         slope, grad_norm, length, loss = self._space.to_host(
             sums=(self._in_units(grad) @ line.direction,),
