@@ -80,6 +80,16 @@ def test_bounds_are_relative_to_the_beginning() -> None:
     assert TrustRegion(largest=3.0).updated(2e30, 1.0, 2e30, 1e30) == pytest.approx(3e30)
 
 
+@pytest.mark.parametrize(
+    ("curvature", "damping"), [(INF, 2 / 3), (2.0, 2 / 3), (0.5, 0.5), (0.01, 0.1), (-1.0, 0.1)]
+)
+def test_damping_above_the_curvature_falls_fast(curvature: float, damping: float) -> None:
+    rule = LevenbergMarquardt()
+    assert rule.updated(1.0, 1.0, 1.0, 1.0, curvature) == pytest.approx(damping)
+    assert rule.updated(1.0, 0.5, 1.0, 1.0, curvature) == 1.0
+    assert rule.updated(1.0, 0.1, 1.0, 1.0, curvature) == 1.5
+
+
 def test_where_rules_begin() -> None:
     for scale in (1e-30, 1.0, 1e30):
         assert LevenbergMarquardt().begun(scale) == pytest.approx(0.03 * scale)

@@ -37,6 +37,7 @@ from torch_secondorder import (
     StepStatus,
 )
 from torch_secondorder.curvature import Diagonal, Hutchinson, InverseBFGS
+from torch_secondorder.globalization import LevenbergMarquardt
 from torch_secondorder.objective import ClosureObjective
 from torch_secondorder.solvers import CG, Minres, SolveStatus
 from torch_secondorder.space import WHOLE, ShardedSpace, Space
@@ -285,8 +286,8 @@ def reshard_newton(rank: int, ranks: int) -> list[Any]:
             params,
             curvature="hessian",
             curvature_products="finite_difference",
-            globalization="damping",
-            damping=0.1,
+            # Damping that stays: less of it amplifies the rounding of differences.
+            globalization=LevenbergMarquardt(initial=0.1, smallest=0.5),
             max_cg_iter=5,
         )
 

@@ -10,6 +10,8 @@ __all__ = ["LevenbergMarquardt"]
 
 # Of the curvature along the gradient, for the damping to begin with.
 _SHARE = 0.03
+# What damping that decides alone is lowered by at most.
+_RELIEF = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,9 @@ class LevenbergMarquardt:
     damping grows; where it fell by more than `good` of that, it shrinks. Near a minimum where the
     gradient falls faster than the damping would, the damping falls with it, for only then is the
     convergence that of Newton's method (Fan and Yuan 2005, "On the quadratic convergence of the
-    Levenberg-Marquardt method without nonsingularity assumption").
+    Levenberg-Marquardt method without nonsingularity assumption"). Where it is larger than the
+    curvature along a good step, and so decides alone how long that is, it falls to a tenth, or to
+    that curvature.
 
     Args:
         initial: The damping to begin with, in the units of the curvature; by default a share of the
@@ -71,10 +75,19 @@ class LevenbergMarquardt:
 
     def begun(self, curvature: float) -> float:
         """The damping to begin with, where the curvature along the gradient is this one."""
-        return _SHARE * curvature if self.initial is None else self.initial
+        return self.relative(curvature) if self.initial is None else self.initial
+
+    def relative(self, curvature: float) -> float:
+        """The damping to begin with by default."""
+        return _SHARE * curvature
 
     def updated(
-        self, damping: float, gain_ratio: float, gradient_ratio: float = 1.0, start: float = 1.0
+        self,
+        damping: float,
+        gain_ratio: float,
+        gradient_ratio: float = 1.0,
+        start: float = 1.0,
+        curvature: float = inf,
     ) -> float:
         """The damping for the next system.
 
@@ -83,11 +96,15 @@ class LevenbergMarquardt:
             gain_ratio: What the loss fell by over what the model promised; may be NaN.
             gradient_ratio: The gradient's norm after the step over the one before it.
             start: The damping that it began with.
+            curvature: The undamped curvature along the step.
         """
         if not gain_ratio >= self.poor:
             return self.raised(damping, 1, start)
         if gain_ratio > self.good:
-            return max(damping * min(self.decrease, gradient_ratio), self.smallest * start)
+            lowered = min(
+                damping * min(self.decrease, gradient_ratio), max(curvature, _RELIEF * damping)
+            )
+            return max(lowered, self.smallest * start)
         return damping
 
     def raised(self, damping: float, times: int = 1, start: float = 1.0) -> float:

@@ -85,6 +85,8 @@ class StepInfo:
         curvature: What `NewtonCG` multiplied with last: `"ggn"`, `"hessian"`,
             `"hessian by differences"`, `"fisher"`, `"empirical_fisher"`, or `"own"`.
         preconditioner: The class of its preconditioner; empty for none.
+        repair: What of the curvature or its preconditioner was not finite, and what `NewtonCG` did
+            about it, the last time in the step; empty if all was finite.
     """
 
     status: StepStatus
@@ -109,6 +111,7 @@ class StepInfo:
     unclipped: float | None = None
     curvature: str = ""
     preconditioner: str = ""
+    repair: str = ""
 
 
 class LazyInfo:

@@ -295,6 +295,7 @@ class NewtonCG(FlatOptimizer):
             negative_curvature=tally.negative_curvature,
             curvature=self._found.kind,
             preconditioner=type(self.preconditioner).__name__ if self.preconditioner else "",
+            repair=tally.repair,
         )
 
     def _settings(self, vector: ParameterVector) -> Settings:

@@ -8,6 +8,7 @@ from math import inf, nan
 
 import torch
 
+from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature.output_space import UnknownOutputs
 from torch_secondorder.evaluation import EvaluationsSpent, Objective
 from torch_secondorder.globalization import (
@@ -32,8 +33,9 @@ _PATIENCE = 5
 _ITERATES = 4
 # Martens' rule for the end of conjugate gradients.
 _PROGRESS = 5e-4
-# The relative residual that the first system is solved to: nothing is known of the gradient's fall.
-_FIRST_FORCING = 0.5
+# The largest relative residual that a system is solved to, and that of the first one: nothing is
+# known of the gradient's fall there.
+_FORCING, _FIRST_FORCING = 0.3, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,6 @@ class Iteration:
                 return self._move()
             except EvaluationsSpent:
                 return StepStatus.MAX_EVALUATIONS
-            except FloatingPointError:  # what a preconditioner is made of was not finite
-                return StepStatus.NONFINITE_PRODUCTS
             except (MissingSecondDerivative, UnknownOutputs) as error:
                 if not settings.curvature.falls_back(error, self._objective):
                     raise
@@ -151,9 +151,8 @@ class Iteration:
         if not (curvature.captures(objective) or objective.vector.sharded):
             sizes = memory.noted_sizes(objective.position)
         operator = curvature.operator(objective, self.point.evaluation, settings.generator, sizes)
-        rule, preconditioner = settings.suited(operator.size)
-        if preconditioner is not None:
-            self.tally.products += preconditioner.refresh(operator, settings.generator)
+        rule, suited = settings.suited(operator.size)
+        preconditioner = self._refreshed(suited, operator)
         model = Model(
             objective,
             self.point,
@@ -163,6 +162,9 @@ class Iteration:
             self.tally,
             self.count + 1 < settings.max_iter and self._keeps_graphs(),
         )
+        if preconditioner is not suited and isinstance(rule, TrustRegion):
+            # The radius is a length in the metric of the one that was left out.
+            memory = replace(memory, radius=0.0)
         try:
             if isinstance(rule, LevenbergMarquardt):
                 return damped(model, rule, memory, settings.lr)
@@ -171,6 +173,19 @@ class Iteration:
             return searched(model, rule, memory, settings.lr)
         finally:
             curvature.met(self.tally.negative_curvature)
+
+    def _refreshed(
+        self, preconditioner: Preconditioner | None, operator: LinearOperator
+    ) -> Preconditioner | None:
+        """The preconditioner, made for an operator; None where what it is made of is not finite."""
+        if preconditioner is None:
+            return None
+        try:
+            self.tally.products += preconditioner.refresh(operator, self._settings.generator)
+        except FloatingPointError:
+            self.tally.repair = "what the preconditioner is made of was not finite, it was left out"
+            return None
+        return preconditioner
 
     def _solver(
         self, rule: Globalization, preconditioner: Preconditioner | None
@@ -188,7 +203,7 @@ class Iteration:
         forcing = _FIRST_FORCING
         if memory.length < inf:
             fall = self.point.length / memory.length
-            forcing = min(0.3, max(0.9 * fall**2, 1e-12))
+            forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
         memory.forcing = forcing
         most = self._most_cg_iterations(preconditioner)
         if not isinstance(rule, LevenbergMarquardt):
@@ -225,9 +240,13 @@ class Iteration:
         point: Point = trial.payload
         direction = move.line.direction
         self._objective.accept(direction, trial.t, point.evaluation)
-        (norm,) = self._space.to_host(norms=[torch.linalg.vector_norm(direction)])
-        length = abs(trial.t) * norm
-        self._progress.note(self.point.loss, point.loss, point.grad_norm, length, move.line.held)
+        norm, size = self._space.to_host(
+            norms=[torch.linalg.vector_norm(v) for v in (direction, self._objective.position)]
+        )
+        moved = abs(trial.t) * norm
+        # What is lost in the rounding of the parameters is no step that was kept short.
+        held = move.line.held and moved > self._objective.vector.precision * size
+        self._progress.note(self.point.loss, point.loss, point.grad_norm, moved, held)
         self.point = point
         self.gain_ratio = move.gain_ratio
         self.step_length = trial.t

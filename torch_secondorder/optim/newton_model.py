@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature import Damped, LinearOperator
+from torch_secondorder.curvature.masked import Masked
 from torch_secondorder.evaluation import Evaluation, Objective
 from torch_secondorder.globalization import SearchStatus, Trial
 from torch_secondorder.globalization.line_search import rounding_allowance
+from torch_secondorder.optim.newton_repair import repaired
 from torch_secondorder.solvers import CG, Iterate, SolveResult, SolveStatus
 from torch_secondorder.solvers.units import Rescaled, unit_of
 from torch_secondorder.space import Space
@@ -105,6 +107,7 @@ class Tally:
     solver_status: SolveStatus | None = None
     nonfinite: int = 0
     negative_curvature: float = 0.0
+    repair: str = ""
 
 
 class Line(NamedTuple):
@@ -115,12 +118,14 @@ class Line(NamedTuple):
         slope: `g'd`.
         decrease: What the undamped model promises for the whole of `d`.
         held: Whether it is the damping or the radius that keeps `d` short.
+        curvature: `d'A d / d'd`.
     """
 
     direction: Tensor
     slope: float
     decrease: float
     held: bool = False
+    curvature: float = inf
 
     def promised(self, t: float) -> float:
         """What the model promises for `t d`: `-t g'd - t^2 d'A d / 2`."""
@@ -181,6 +186,8 @@ class Model:
         self._operator = operator if self._unit == 1.0 else Rescaled(operator, self._unit)
         self._grad = self._in_units(point.grad)
         self._first: Tensor | None = None  # A P g with the last preconditioner P
+        self._repaired = False
+        self._kept: Tensor | None = None  # coordinates with a curvature, if not all have one
         self._solve = solve
         self._inverse = inverse
         self._allowance = rounding_allowance(point.loss, self.precision)
@@ -192,6 +199,29 @@ class Model:
             damping: Of at least zero.
             more: Passed on to the solver; `x0` is used up.
         """
+        result = self._solved(damping, **more)
+        if result.status is SolveStatus.NONFINITE and not result.iterations and self._repair():
+            more.pop("x0", None)
+            del result
+            result = self._solved(damping, **more)
+        return result
+
+    def _repair(self) -> bool:
+        """Goes on without what is not finite, see `repaired`; whether that was of any use."""
+        if self._repaired:
+            return False
+        self._repaired = True
+        repair = repaired(self._operator, self._objective, self._grad, self._unit)
+        self._operator, self._kept = repair.operator, repair.kept
+        self.tally.products += repair.products
+        report = repair.report
+        if not report and self._inverse is not None:
+            self._inverse = None
+            report = "a product of the preconditioner was not finite, it was left out"
+        self.tally.repair = report or self.tally.repair
+        return bool(report)
+
+    def _solved(self, damping: float, **more: Any) -> SolveResult:
         unit, operator = self._unit, self._operator
         if damping:
             operator = Damped(operator, damping / unit)
@@ -232,6 +262,10 @@ class Model:
         if self._inverse is None:
             return None, 1.0
         inverse = self._inverse(damping)
+        if self._kept is not None:
+            v = torch.where(self._kept, self._grad, 0.0)
+            before, after = self._space.to_host(largest=(max_norm(v), max_norm(inverse.matvec(v))))
+            inverse = Masked(inverse, self._kept, after / before if before and after else 1.0)
         if self._unit == 1.0:
             return inverse, 1.0
         before, after = self._space.to_host(
@@ -258,12 +292,18 @@ class Model:
         if damping:
             image = image.add(z, alpha=damping / self._unit)
         self.tally.products += 1
+        (largest,) = self._space.to_host(largest=(max_norm(image),))
+        if not isfinite(largest) and self._repair():
+            return self.along_gradient(damping, metric)
         if metric or self._inverse is None:
             self._first = image
-        of_image = image if inverse is None else inverse.matvec(image)
-        numbers = self._space.to_host(sums=(self._grad @ z, image @ of_image))
-        norm, change = (sqrt(max(number, 0.0)) for number in numbers)
+        unit = unit_of(largest, image.dtype)
+        scaled = image / unit
+        of_scaled = scaled if inverse is None else inverse.matvec(scaled)
+        squares = self._space.to_host(sums=(self._grad @ z, scaled @ of_scaled))
+        norm, change = (sqrt(max(square, 0.0)) for square in squares)
         if 0.0 < change < inf and norm > 0.0:
+            change *= unit
             return change / norm * self._unit, norm * (norm / change) / stretch
         (size,) = self._space.to_host(norms=[torch.linalg.vector_norm(self._objective.position)])
         return self.point.length / (size or 1.0), size or 1.0
@@ -276,7 +316,9 @@ class Model:
         slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
         slope, lifted = slope * self._unit, damping * square
         # Of the curvature along the solution more than half is damping.
-        return Line(direction, slope, decrease + 0.5 * lifted, lifted > -0.5 * slope)
+        decrease += 0.5 * lifted
+        curvature = -2.0 * (slope + decrease) / square if square else inf
+        return Line(direction, slope, decrease, lifted > -0.5 * slope, curvature)
 
     def trial(self, line: Line, t: float) -> Trial:
         """Evaluates `t` along a line; the payload is a `Point`."""

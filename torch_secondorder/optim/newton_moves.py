@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 
 from torch_secondorder.globalization import (
     Armijo,
@@ -21,8 +21,6 @@ __all__ = ["damped", "searched", "within_radius"]
 
 # Systems that are solved at one point before it is given up.
 _ATTEMPTS = 12
-# By what damping falls that leaves no step to be seen in the loss.
-_RELIEF = 1e-2
 # Along a damped direction: what Martens 2010 asks for, in fewer trials.
 _BACKTRACKING = Armijo(c1=1e-2, max_evaluations=8)
 
@@ -37,7 +35,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
     if not memory.damping:
         curvature, _ = model.along_gradient(0.0, metric=False)
         memory.damping = memory.start = rule.begun(curvature)
-    start = memory.start
+    start, first = memory.start, None
     for failures in range(1, _ATTEMPTS + 1):
         damping = memory.damping
         result = model.solve(damping, x0=memory.direction)
@@ -49,7 +47,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
         if not 0 < result.decrease < float("inf"):
             memory.direction = None
             if result.status is SolveStatus.NEGATIVE_CURVATURE:
-                memory.damping = max(memory.damping, rule.raised(damping, 1, start))
+                memory.damping = max(memory.damping, rule.raised(damping, 2 + failures, start))
                 del result
                 continue
             return _hopeless(result)
@@ -63,19 +61,21 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
             if result.status is SolveStatus.NONFINITE:
                 memory.damping = rule.raised(damping, 1, start)
             elif not indefinite:
-                memory.damping = rule.updated(damping, *ratios, start)
+                memory.damping = rule.updated(damping, *ratios, start, line.curvature)
             return Move(line, found.trial, ratio, found.status)
         memory.direction = None
         if model.unresolved(line):
-            if not line.held or damping <= rule.smallest * start:
+            anew = rule.relative(model.along_gradient(0.0, metric=False)[0]) if line.held else inf
+            if not anew < damping:
                 return StepStatus.STALLED
             # Nothing is known against the model: the damping leaves no step that could show it.
-            memory.damping = max(_RELIEF * damping, rule.smallest * start)
+            memory.damping = memory.start = start = anew
         else:
             raised = rule.raised(damping, 2 + failures, start)
             memory.damping = max(memory.damping, raised)
         del result, line  # and with them vectors, before there are others
-    return StepStatus.NONFINITE_TRIALS if not first.finite else StepStatus.NO_DECREASE
+    hopeful = first is None or first.finite
+    return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
 
 
 def _best_iterate(

@@ -42,13 +42,17 @@ class Martens(Preconditioner):
 
         Raises:
             TypeError: The operator is not made from model outputs.
+            FloatingPointError: The diagonal was not finite.
         """
         if not isinstance(operator, FromOutputs):
             raise TypeError(
                 f"the preconditioner 'martens' is made from model outputs, which "
                 f"{type(operator).__name__} does not know; use curvature='ggn', or 'nystrom'"
             )
-        self._diagonal = operator.diagonal(self._n_samples, generator)
+        diagonal = operator.diagonal(self._n_samples, generator)
+        if not bool(torch.isfinite(diagonal).all()):
+            raise FloatingPointError("the diagonal was not finite")
+        self._diagonal = diagonal
         return self._n_samples
 
     def inverse(self, damping: float) -> LinearOperator:
