@@ -148,10 +148,10 @@ def test_differences_take_the_place_of_all(device: torch.device) -> None:
 
 @pytest.mark.parametrize("globalization", GLOBALIZATIONS)
 def test_where_differences_are_no_numbers_either(globalization: str, device: torch.device) -> None:
-    x = nn.Parameter(torch.tensor([1e-9, 2.0], dtype=torch.float64, device=device))
+    x = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64, device=device))
 
-    def value() -> Tensor:  # no number on the other side of zero
-        return Broken.apply(x - 3).sum() + 1e-3 * x.sqrt().sum()
+    def value() -> Tensor:  # no number beyond a wall that is closer than any step
+        return Broken.apply(x - 3).sum() + 1e-8 * (x[0] - (1 - 1e-12)).sqrt()
 
     optimizer = NewtonCG([x], curvature="hessian", globalization=globalization)
     optimizer.step(closure_of(value, x))

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -24,7 +25,18 @@ from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Replay, Surroundings
 from torch_secondorder.vector import ParameterVector
 
-__all__ = ["Evaluation", "Linearization", "Objective", "RawEvaluation", "Regularization"]
+__all__ = [
+    "Evaluation",
+    "EvaluationsSpent",
+    "Linearization",
+    "Objective",
+    "RawEvaluation",
+    "Regularization",
+]
+
+
+class EvaluationsSpent(Exception):
+    """A step has made all the evaluations that it may make."""
 
 
 # What is noted of closures that write what their graphs have saved.
@@ -131,6 +143,14 @@ class Linearization:
         self._objective = objective
         self._generation = objective.generation
 
+    def suspend(self) -> None:
+        """Marks this as of a point where the objective does not stand yet."""
+        self._generation = -1
+
+    def resume(self) -> None:
+        """Marks this as of where the objective stands now."""
+        self._generation = self._objective.generation
+
     @property
     def size(self) -> int:
         """`n`."""
@@ -232,6 +252,7 @@ class Objective(ABC):
         position: Where the parameters are, shape `(n,)`, without the scale.
         evaluations: How many times the loss was evaluated.
         examinations: How many of these were for looking at what moves the modules' buffers.
+        limit: How many times it may be; one more raises `EvaluationsSpent`.
         renewed: Whether the function is another one since the last evaluation: buffers that the
             loss depends on have moved on with an accepted step.
         generation: Counts the moves; an evaluation's linearization is valid for one.
@@ -247,6 +268,7 @@ class Objective(ABC):
         self.vector = vector if isinstance(vector, ParameterVector) else ParameterVector(vector)
         self.position = self.vector.read(master)
         self.evaluations = self.examinations = 0
+        self.limit: float = inf
         self.renewed = False
         self.generation = 0
         self._entry = self.position
@@ -254,6 +276,7 @@ class Objective(ABC):
         self._placed: Tensor | None = self.position
         self._tried: tuple[Tensor, float] | None = None  # the last trial
         self._abandoned = False
+        self._unseen = False  # whether the parameters moved without a trace
         self._last: Callable[[], Evaluation | None] = lambda: None
         self._surroundings = surroundings or Surroundings()
         self._replay = Replay(self._surroundings, self.vector.devices)
@@ -271,6 +294,16 @@ class Objective(ABC):
         return self._replay.autocast
 
     @property
+    def surroundings(self) -> Surroundings:
+        """What earlier steps learned of the modules that are called, and of closures."""
+        return self._surroundings
+
+    @property
+    @abstractmethod
+    def source(self) -> Callable[..., Any]:
+        """What products come from, for `Surroundings.knows`."""
+
+    @property
     def precision(self) -> float:
         """The machine epsilon that gradients are computed with, as far as that is known."""
         return max(self.vector.precision, self._replay.precision)
@@ -284,7 +317,7 @@ class Objective(ABC):
         self.renewed = False
         return self._evaluate_at(self.position, curvature)
 
-    def trial(self, step: Tensor, t: float = 1.0) -> Evaluation:
+    def trial(self, step: Tensor, t: float = 1.0, *, curvature: bool = False) -> Evaluation:
         """Loss and gradient at a distance; `position` stays.
 
         The parameters go back there lazily: before the next product, evaluation or move of this
@@ -293,27 +326,41 @@ class Objective(ABC):
         Args:
             step: Shape `(n,)`, in the work space.
             t: What it is multiplied by.
+            curvature: Whether to retain the graph for the case that this is accepted, see `accept`;
+                until then no product can be made from it.
         """
         self._tried = (step, t)
         position = self._moved(step, t)
-        evaluation = self._evaluate_at(position, False)
+        evaluation = self._evaluate_at(position, curvature)
+        if evaluation.linearization is not None:
+            evaluation.linearization.suspend()
         if self._placed is position:
             self._placed = None  # not kept: it is a vector, and made again where it is needed
         return evaluation
 
-    def accept(self, step: Tensor, t: float = 1.0) -> None:
-        """Moves the parameters by `t` times `step`, `(n,)`; earlier linearizations end here."""
+    def accept(self, step: Tensor, t: float = 1.0, trial: Evaluation | None = None) -> None:
+        """Moves the parameters by `t` times `step`, `(n,)`; earlier linearizations end here.
+
+        Args:
+            step: As given to `trial`.
+            t: As given to `trial`.
+            trial: What was evaluated there. If it has a graph, products are made from that now.
+        """
         tried, at = self._tried or (None, t)
         there = self._placed is None and tried is step and at == t
+        graph = None if trial is None else trial.linearization
         if self.position is self._entry:
-            self._go(self._moved(step, t), there=there)
+            self._go(self._moved(step, t), there=there, unseen=graph is not None)
         else:
             last = self._last()
             if last is not None:
                 _ = last.grad  # before what it is made of changes
             # In place: a vector's memory costs as much as the arithmetic.
-            self._go(self.position.add_(self.vector.scaled(step), alpha=t), there=there)
+            position = self.position.add_(self.vector.scaled(step), alpha=t)
+            self._go(position, there=there, unseen=graph is not None)
         self._move_buffers_on(there)
+        if graph is not None:
+            graph.resume()
 
     def _move_buffers_on(self, there: bool) -> None:
         """Moves buffers that the loss depends on as one evaluation here would have moved them.
@@ -387,6 +434,21 @@ class Objective(ABC):
     def _note_writes(self, source: Callable[..., Any]) -> None:
         self._surroundings.note(source, _WRITES)
 
+    def has_room_for_a_graph(self) -> bool:
+        """Whether a graph may be kept beside that of the position: if all in use fits twice.
+
+        Where buffers move on with an accepted step, that of a trial is of another function.
+        """
+        if self._surroundings.buffers_in_loss() or any(self._surroundings.unknown_kinds()):
+            return False
+        for device in self.vector.devices:
+            if device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(device)
+                used = torch.cuda.memory_allocated(device)
+                if free + torch.cuda.memory_reserved(device) < 2 * used:
+                    return False
+        return True
+
     def abandon(self) -> None:
         """Says that the step comes to nothing: its end leaves buffers as they were before it."""
         self._abandoned = True
@@ -432,6 +494,8 @@ class Objective(ABC):
         """Evaluates at `position`."""
 
     def _evaluate_at(self, position: Tensor, curvature: bool) -> Evaluation:
+        if self.evaluations >= self.limit:
+            raise EvaluationsSpent
         last = self._last()
         if last is not None:
             _ = last.grad  # before what it is made of changes
@@ -470,8 +534,13 @@ class Objective(ABC):
             grad.add_(self._decay * position)
         return self.vector.scaled(grad)
 
-    def _go(self, position: Tensor, *, there: bool = False) -> None:
-        if there:
+    def _go(self, position: Tensor, *, there: bool = False, unseen: bool = False) -> None:
+        if unseen:
+            # A graph that was made there is going to be used: others notice at the end.
+            if not there:
+                self.vector.move(position)
+            self._unseen = True
+        elif there:
             # They are there already; a graph that saved them earlier still has to notice.
             increment_version(self.vector.params)
         else:
@@ -486,6 +555,8 @@ class Objective(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.settle()
+        if self._unseen:
+            increment_version(self.vector.params)
         if kind is not None and self.position is not self._entry:
             self._go(self._entry)
         self._replay.finish(aborted=self._abandoned or kind is not None)

@@ -69,6 +69,11 @@ class ClosureObjective(Objective):
         self._closure = closure
         self._curvature_closure = curvature_closure
 
+    @property
+    def source(self) -> Callable[[], Any]:
+        """See `Objective.source`."""
+        return self._curvature_closure or self._closure
+
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
         params = self.vector.params
         if curvature and self.vector.sharded:

@@ -101,6 +101,10 @@ class Surroundings:
         """See `knows`."""
         self._seen.add((what, _identity(source)))
 
+    def forget(self, source: Callable[..., Any], what: str = "graph") -> None:
+        """Takes a note back, see `knows`."""
+        self._seen.discard((what, _identity(source)))
+
     @contextmanager
     def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
         """Notes every module called inside.
@@ -241,6 +245,7 @@ class Replay:
         self._after: dict[_Slot, Tensor] | None = None
         self._entry: dict[_Slot, Tensor] = {}  # what was before, of buffers that have moved on
         self._evaluations = 0
+        self._failed = False  # whether the last evaluation was broken off
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
@@ -251,6 +256,12 @@ class Replay:
             self._rewind()
         # An autocast region around caches casts of parameters that have moved since.
         torch.clear_autocast_cache()
+        self._failed = True
+        result = self._called(closure, first)
+        self._failed = False
+        return result
+
+    def _called(self, closure: Callable[[], Any], first: bool) -> Any:
         if not (first or self.autocast):
             return closure()
         with ExitStack() as stack:
@@ -321,7 +332,8 @@ class Replay:
         return self._after
 
     def _rewind(self) -> None:
-        self._note_after()
+        if not self._failed:
+            self._note_after()
         for device, state in self._random:
             set_random_state(device, state)
         for slot, value in self._before.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class GaussNewton(Linearized):
             was compiled.
 
     Raises:
-        RuntimeError: No output was found.
+        UnknownOutputs: No output was found, a RuntimeError.
         ValueError: The evaluation was made without curvature, `remainder` is unknown, or an output
             is complex.
 
@@ -77,6 +77,21 @@ class GaussNewton(Linearized):
         self._whole = graph.compiled((type(self), remainder), self._built_on)
         if self._whole is None:
             self._retried(lambda: self._attach(self._linearization.graph))
+
+    @property
+    def semidefinite(self) -> bool:
+        """Whether it is known to be positive semidefinite, whatever the parameters are."""
+        return self._whole is None and not self.bypassed and not self._curvature.unknown
+
+    def vanishes(self, linear: Collection[Callable[..., Any]]) -> bool:
+        """Whether it is zero: all of the loss are standard ones that are linear in the outputs.
+
+        Args:
+            linear: These losses.
+        """
+        if self._whole is not None or self.bypassed:
+            return False
+        return all(output.loss in linear for output in self._space.outputs)
 
     def _attach(self, graph: Graph) -> None:
         self.__dict__.pop("_samples", None)  # those of another graph

@@ -44,6 +44,11 @@ class LossCurvature:
         self._tensors = [space.tensors[i] for i in self._rest]
         self._gradient = space.gradient(self._tensors) if self._rest else ()
 
+    @property
+    def unknown(self) -> bool:
+        """Whether the curvature by some outputs is not in closed form."""
+        return bool(self._rest)
+
     def product(self, tangents: Tensors, batched: bool = False) -> Tensors:
         """`B t`, shaped like the outputs; with `batched` each with a leading dimension."""
         result: list[Tensor | None] = [None] * len(tangents)

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from torch_secondorder.graph import Graph, Output, Overwritten, Suspect, explained, refuse
 from torch_secondorder.subclass import plainly
 
-__all__ = ["OutputSpace", "Tensors"]
+__all__ = ["OutputSpace", "Tensors", "UnknownOutputs"]
 
 Tensors = Sequence[Tensor | None]
 
@@ -27,6 +27,10 @@ no model output was found that the loss depends on: Gauss-Newton and Fisher prod
 losses of torch.nn and torch.nn.functional show theirs; mark the output of any other with
     z = torch_secondorder.mark_outputs(model(x))
 where a loss is a sum of squared residuals, mark the residuals; or use curvature="hessian"."""
+
+
+class UnknownOutputs(RuntimeError):
+    """No model output was found that curvature could be taken by."""
 
 
 class OutputSpace:
@@ -43,7 +47,7 @@ class OutputSpace:
         values: The same without graph.
 
     Raises:
-        RuntimeError: There is none, or one was changed in place.
+        UnknownOutputs: There is none, or one was changed in place.
         ValueError: An output is complex.
     """
 
@@ -51,7 +55,7 @@ class OutputSpace:
         self._graph = graph
         self.outputs = _relevant(graph)
         if not self.outputs:
-            raise RuntimeError(_NO_OUTPUT)
+            raise UnknownOutputs(_NO_OUTPUT)
         self.tensors = [o.tensor for o in self.outputs]
         self.values = [o.values for o in self.outputs]
         if any(z.is_complex() for z in self.values):

@@ -76,9 +76,9 @@ class DatasetObjective(ClosureObjective):
             return last
         return super().evaluate(curvature=curvature)
 
-    def trial(self, step: Tensor, t: float = 1.0) -> Evaluation:
+    def trial(self, step: Tensor, t: float = 1.0, *, curvature: bool = False) -> Evaluation:
         """See `Objective.trial`."""
-        self._trial = super().trial(step, t)
+        self._trial = super().trial(step, t, curvature=curvature)
         return self._trial
 
     def over(self, use: Callable[[Callable[[], Evaluation], float], None], label: str) -> None:
@@ -116,8 +116,8 @@ class DatasetObjective(ClosureObjective):
         self._here = position is self.position
         return raw
 
-    def _go(self, position: Tensor, *, there: bool = False) -> None:
-        super()._go(position, there=there)
+    def _go(self, position: Tensor, *, there: bool = False, unseen: bool = False) -> None:
+        super()._go(position, there=there, unseen=unseen)
         self._here = there
 
     def _move_buffers_on(self, there: bool) -> None:

@@ -107,6 +107,10 @@ class BatchSum(LinearOperator):
 
         return self._objective.whole(self._retried(summed).T, V.T).T
 
+    def look(self) -> None:
+        """Makes the operators of all batches once, and nothing with them."""
+        self._over(lambda operator, weight: None, "curvature")
+
     # What preconditioners ask of curvatures made from model outputs.
 
     def slots(self) -> list[Slot]:

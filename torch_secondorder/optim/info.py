@@ -90,6 +90,9 @@ class StepInfo:
         trust_radius: The radius that the next model begins with; 0 without one.
         unclipped: The share of entries whose update `Sophia` did not clip; None elsewhere.
         negative_curvature: The lowest curvature `p'A p / p'p` along a direction met, if negative.
+        curvature: What `NewtonCG` multiplied with last: `"ggn"`, `"hessian"`,
+            `"hessian by differences"`, `"fisher"`, `"empirical_fisher"`, or `"own"`.
+        preconditioner: The class of its preconditioner; empty for none.
         repair: What of the curvature or its preconditioner was not finite, and what `NewtonCG` did
             about it, the last time in the step; empty if all was finite.
     """
@@ -114,6 +117,8 @@ class StepInfo:
     trust_radius: float = 0.0
     negative_curvature: float = 0.0
     unclipped: float | None = None
+    curvature: str = ""
+    preconditioner: str = ""
     repair: str = ""
 
 

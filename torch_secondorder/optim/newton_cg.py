@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature import (
-    FiniteDifference,
-    Fisher,
-    GaussNewton,
-    Hessian,
-    LinearOperator,
-)
-from torch_secondorder.dataset import curvature_at
-from torch_secondorder.evaluation import Evaluation, Objective
+from torch_secondorder.evaluation import Objective
 from torch_secondorder.globalization import (
     Globalization,
     LevenbergMarquardt,
@@ -28,6 +20,15 @@ from torch_secondorder.globalization import (
 from torch_secondorder.optim.base import check_number
 from torch_secondorder.optim.flat import FlatOptimizer, Rows, check_size
 from torch_secondorder.optim.info import StepInfo, StepStatus
+from torch_secondorder.optim.newton_choice import (
+    CURVATURES,
+    DIFFERENCES,
+    KINDS,
+    SUITED,
+    Curvature,
+    Factory,
+    suited_preconditioner,
+)
 from torch_secondorder.optim.newton_iteration import Iteration, Settings
 from torch_secondorder.optim.newton_model import Memory, Point
 from torch_secondorder.solvers import (
@@ -40,9 +41,13 @@ from torch_secondorder.vector import ParameterVector
 
 __all__ = ["NewtonCG"]
 
-_CURVATURES = ("ggn", "hessian", "fisher", "empirical_fisher")
 _PRODUCTS = ("autograd", "finite_difference")
-Factory = Callable[[Evaluation], LinearOperator]
+# Of a solver by name.
+_MOST_ITERATIONS = 250
+
+
+#: The vectors of `Memory` that checkpoints have, where they are there.
+_VECTORS = ("direction", "sizes")
 
 
 class NewtonCG(FlatOptimizer):
@@ -59,21 +64,30 @@ class NewtonCG(FlatOptimizer):
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
         lr: The share of each solution that is tried first; 1 for Newton's step. Where groups
             differ, each group's part of the metric is scaled by its share of the largest.
-        curvature: `"ggn"` for the Gauss-Newton matrix, which is positive semidefinite for convex
-            losses; `"hessian"`; `"fisher"` (labels drawn from the model) or `"empirical_fisher"`;
-            or a function that takes an `Evaluation` and returns a `LinearOperator`.
+        curvature: `"auto"` for what the closure allows: the Gauss-Newton matrix where the model's
+            outputs are found, else the Hessian, by differences of gradients where the graph has no
+            second derivative; `info.curvature` says which. Where a part of the loss bypasses the
+            outputs, the first direction of negative curvature changes it to the Hessian.
+            `"ggn"` for the Gauss-Newton matrix, which is positive semidefinite for convex losses;
+            `"hessian"`; `"fisher"` (labels drawn from the model) or `"empirical_fisher"`; or a
+            function that takes an `Evaluation` and returns a `LinearOperator`.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         globalization: `"damping"` for Levenberg-Marquardt damping, `"trust_region"`,
             `"line_search"` (the name of one is fine too), or an instance (`LevenbergMarquardt`,
             `TrustRegion`, a `LineSearch`).
-            By default a trust region for the Hessian, and damping for all others.
+            By default a trust region for the Hessian, and damping for all others; where `"auto"`
+            changes the curvature, it changes with it and begins anew.
         damping: With damping what it begins with, in the units of the curvature; by default 0.03
             times the curvature along the first gradient, whatever the loss is measured in. Else
             what is constantly added to the curvature, 0 by default.
-        preconditioner: `"kfac"` (networks of linear layers), `"nystrom"` (few parameters, costly
-            losses), `"martens"` (a diagonal), a `Preconditioner`, or None.
+        preconditioner: `"auto"` for what suits curvature and model, see `suited_preconditioner`;
+            `"kfac"` (networks of linear layers), `"nystrom"` (few parameters, costly losses),
+            `"martens"` (a diagonal), a `Preconditioner`, or None for none.
         solver: `"cg"`, `"minres"`, or a `LinearSolver`. A trust region needs conjugate gradients.
-        max_cg_iter: Most iterations of the solver for one system.
+        max_cg_iter: Most iterations of the solver for one system; by default 5 with `"kfac"`, after
+            which a step is good, and 250 else.
+        max_eval: Most evaluations of the closure per `step()`, those of differences included; by
+            default as many as it takes.
         tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
             times the largest entry seen so far where that is below one.
         tolerance_change: The step ends once an iteration changes both the loss and the parameters
@@ -91,7 +105,7 @@ class NewtonCG(FlatOptimizer):
         ValueError: A hyperparameter is out of range, or a name unknown.
 
     >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
-    >>> optimizer = NewtonCG([x], curvature="hessian", max_iter=50)
+    >>> optimizer = NewtonCG([x], max_iter=50)
     >>> def closure():
     ...     optimizer.zero_grad()
     ...     loss = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
@@ -101,10 +115,12 @@ class NewtonCG(FlatOptimizer):
     24.2
     >>> optimizer.info.status.name, [round(v, 6) for v in x.tolist()]
     ('CONVERGED_GRADIENT', [1.0, 1.0])
+    >>> optimizer.info.curvature
+    'hessian'
     """
 
     _recognized_by = "max_cg_iter"
-    _optional_names = (*FlatOptimizer._optional_names, "direction", "generator", "preconditioner")
+    _optional_names = (*FlatOptimizer._optional_names, *_VECTORS, "generator", "preconditioner")
     _carried = (
         *FlatOptimizer._carried,
         "curvature",
@@ -113,6 +129,9 @@ class NewtonCG(FlatOptimizer):
         "preconditioner",
         "solver",
         "_constant_damping",
+        "_found",
+        "_chosen",
+        "_rules",
         "_seed",
     )
 
@@ -120,14 +139,15 @@ class NewtonCG(FlatOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1.0,
-        curvature: str | Factory = "ggn",
+        curvature: str | Factory = "auto",
         max_iter: int = 1,
         *,
         globalization: str | Globalization | None = None,
         damping: float | None = None,
-        preconditioner: str | Preconditioner | None = None,
+        preconditioner: str | Preconditioner | None = "auto",
         solver: str | LinearSolver = "cg",
-        max_cg_iter: int = 250,
+        max_cg_iter: int | None = None,
+        max_eval: int | None = None,
         tolerance_grad: float | None = None,
         tolerance_change: float = 1e-9,
         weight_decay: float = 0.0,
@@ -136,14 +156,16 @@ class NewtonCG(FlatOptimizer):
         seed: int = 0,
     ) -> None:
         check_number("max_iter", max_iter, low=1, integer=True)
-        check_number("max_cg_iter", max_cg_iter, low=1, integer=True)
+        for name, count in (("max_cg_iter", max_cg_iter), ("max_eval", max_eval)):
+            if count is not None:
+                check_number(name, count, low=1, integer=True)
         check_number("tolerance_change", tolerance_change, low=0.0)
         for name, value in (("tolerance_grad", tolerance_grad), ("damping", damping)):
             if value is not None:
                 check_number(name, value, low=0.0)
-        if not callable(curvature) and curvature not in _CURVATURES:
+        if not callable(curvature) and curvature not in CURVATURES:
             raise ValueError(
-                f"unknown curvature {curvature!r}; known: {', '.join(map(repr, _CURVATURES))}, or "
+                f"unknown curvature {curvature!r}; known: {', '.join(map(repr, CURVATURES))}, or "
                 "a function from an Evaluation to a LinearOperator"
             )
         if curvature_products not in _PRODUCTS:
@@ -157,6 +179,7 @@ class NewtonCG(FlatOptimizer):
             "lr": lr,
             "max_iter": max_iter,
             "max_cg_iter": max_cg_iter,
+            "max_eval": max_eval,
             "tolerance_grad": tolerance_grad,
             "tolerance_change": tolerance_change,
             "weight_decay": weight_decay,
@@ -166,11 +189,25 @@ class NewtonCG(FlatOptimizer):
         if self._sharded:
             _check_sharded(curvature, preconditioner, curvature_products)
             curvature_products = "finite_difference"
+            preconditioner = None
         self.curvature_products = curvature_products
+        self._found = Curvature(curvature, curvature_products == "finite_difference")
+        self.solver = resolve_solver(
+            solver, _MOST_ITERATIONS if max_cg_iter is None else max_cg_iter
+        )
+        trusts = self.solver is None or curvature == "hessian"  # else it says what to do
+        trusts = trusts or curvature_products == "finite_difference"
+        #: Without and with a curvature that may be indefinite.
+        self._rules = (
+            resolve_globalization(globalization, damping, False),
+            resolve_globalization(globalization, damping, trusts),
+        )
         uses_hessian = curvature == "hessian" or curvature_products == "finite_difference"
-        self.globalization = resolve_globalization(globalization, damping, uses_hessian)
-        self.preconditioner = resolve_preconditioner(preconditioner)
-        self.solver = resolve_solver(solver, max_cg_iter)
+        self.globalization = self._rules[uses_hessian]
+        self._chosen = "" if preconditioner == "auto" else None
+        self.preconditioner = resolve_preconditioner(
+            None if self._chosen is not None else preconditioner
+        )
         if self.solver is not None and isinstance(self.globalization, TrustRegion):
             raise ValueError(
                 f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"
@@ -214,8 +251,10 @@ class NewtonCG(FlatOptimizer):
         return self._start(closure, curvature_closure)
 
     def _step(self, objective: Objective) -> Tensor:
-        captures = self.curvature_products == "autograd"
-        evaluation = objective.evaluate(curvature=captures)
+        most = self.param_groups[0].get("max_eval")  # older checkpoints have none
+        objective.limit = inf if most is None else most
+        self._found.begin(objective)
+        evaluation = self._found.evaluate(objective)
         start = Point.of(evaluation, objective.vector.space)
         # A copy: a closure may use one tensor for all its losses.
         returned = evaluation.closure_loss.clone()
@@ -228,6 +267,7 @@ class NewtonCG(FlatOptimizer):
                 start.loss,
                 start.grad_norm,
                 evaluations=objective.evaluations,
+                curvature=self._found.kind,
             )
             return returned
         self._largest_gradient = max(self._largest_gradient, start.grad_norm)
@@ -260,6 +300,8 @@ class NewtonCG(FlatOptimizer):
             damping=memory.damping,
             trust_radius=memory.radius if trusts else 0.0,
             negative_curvature=tally.negative_curvature,
+            curvature=self._found.kind,
+            preconditioner=type(self.preconditioner).__name__ if self.preconditioner else "",
             repair=tally.repair,
         )
 
@@ -274,11 +316,9 @@ class NewtonCG(FlatOptimizer):
             tolerance_grad=tolerance_grad,
             tolerance_change=group["tolerance_change"],
             max_cg_iter=group["max_cg_iter"],
-            rule=self.globalization,
             solver=self.solver,
-            preconditioner=self.preconditioner,
-            operator=self._operator,
-            captures=self.curvature_products == "autograd",
+            curvature=self._found,
+            suited=self._suited,
             generator=self._current_generator(vector),
         )
 
@@ -287,24 +327,18 @@ class NewtonCG(FlatOptimizer):
             self._generator = torch.Generator(vector.device).manual_seed(self._seed)
         return self._generator
 
-    def _operator(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
-        """The curvature at an evaluated point."""
-        if self.curvature_products == "finite_difference":
-            return FiniteDifference(objective)
-        return curvature_at(objective, evaluation, self._curvature_of, self._generator)
-
-    def _curvature_of(
-        self, evaluation: Evaluation, generator: torch.Generator | None
-    ) -> LinearOperator:
-        if callable(self.curvature):
-            return self.curvature(evaluation)
-        if self.curvature == "hessian":
-            return Hessian(evaluation)
-        if self.curvature == "ggn":
-            return GaussNewton(evaluation)
-        if self.curvature == "empirical_fisher":
-            return Fisher(evaluation, labels="empirical")
-        return Fisher(evaluation, generator=generator)
+    def _suited(self, size: int) -> tuple[Globalization, Preconditioner | None]:
+        """Globalization and preconditioner for the curvature that was found."""
+        found = self._found
+        rule = self._rules[found.kind in ("hessian", DIFFERENCES)]
+        self.globalization = rule
+        if self._memory.rule is not rule:
+            self._memory.begin_anew(self._fresh_memory())
+        if self._chosen is not None:
+            name = suited_preconditioner(found, size)
+            if (name or "") != self._chosen:
+                self._chosen, self.preconditioner = name or "", resolve_preconditioner(name)
+        return rule, self.preconditioner
 
     # State.
 
@@ -316,9 +350,9 @@ class NewtonCG(FlatOptimizer):
     def _fresh_memory(self) -> Memory:
         rule = self.globalization
         if isinstance(rule, LevenbergMarquardt):
-            return Memory(rule.initial or 0.0, 0.0, start=rule.initial or 0.0)
+            return Memory(rule.initial or 0.0, 0.0, start=rule.initial or 0.0, rule=rule)
         start = (rule.initial or 0.0) if isinstance(rule, TrustRegion) else 0.0
-        return Memory(self._constant_damping, start, start=start)
+        return Memory(self._constant_damping, start, start=start, rule=rule)
 
     def _export_state(self) -> dict[str, Any]:
         memory = self._memory
@@ -329,9 +363,15 @@ class NewtonCG(FlatOptimizer):
             "forcing": memory.forcing,
             "start": memory.start,
             "largest_gradient": self._largest_gradient,
+            "kind": KINDS.index(self._found.kind),
+            "indefinite": self._found.indefinite,
         }
-        if memory.direction is not None:
-            state["direction"] = memory.direction.clone()
+        if self._chosen is not None:
+            state["chosen"] = SUITED.index(self._chosen)
+        for name in _VECTORS:
+            vector = getattr(memory, name)
+            if vector is not None:
+                state[name] = vector.clone()
         if self._generator is not None:
             state["generator"] = self._generator.get_state()
         if self.preconditioner is not None:
@@ -340,17 +380,20 @@ class NewtonCG(FlatOptimizer):
 
     def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
         self._current_generator(vector)
-        small = self._export_state()
-        direction = small.pop("direction", None)
-        fits = direction is not None and direction.numel() == vector.size
-        if not fits:
-            direction = torch.zeros(vector.size, dtype=vector.dtype, device=vector.device)
-        return small | {"has_direction": fits}, {"direction": Rows(direction)}
+        small, vectors = self._export_state(), {}
+        for name in _VECTORS:
+            found = small.pop(name, None)
+            fits = found is not None and found.numel() == vector.size
+            if not fits:
+                found = torch.zeros(vector.size, dtype=vector.dtype, device=vector.device)
+            small[f"has_{name}"], vectors[name] = fits, Rows(found)
+        return small, vectors
 
     def _join_state(
         self, small: dict[str, Any], vectors: dict[str, Tensor], vector: ParameterVector
     ) -> dict[str, Any]:
-        return small | (vectors if small.pop("has_direction") else {})
+        there = {name for name in _VECTORS if small.pop(f"has_{name}", False)}
+        return small | {name: v for name, v in vectors.items() if name in there}
 
     def _import_state(self, state: dict[str, Any]) -> None:
         vector, memory = self._known_vector(), self._fresh_memory()
@@ -364,15 +407,23 @@ class NewtonCG(FlatOptimizer):
                 forcing=state.get("forcing", 0.5),
                 start=state.get("start", 1.0),
             )
-            direction = state.get("direction")
-            if direction is not None:
-                check_size(direction.numel(), vector)
-                memory.direction = direction.to(vector.device, vector.dtype)
+            for name in _VECTORS:
+                if name in state:
+                    check_size(state[name].numel(), vector)
+                    setattr(memory, name, state[name].to(vector.device, vector.dtype))
             if "generator" in state:
                 generator = torch.Generator(vector.device)
                 generator.set_state(state["generator"].cpu())
-        self._memory, self._generator = memory, generator
+        self._generator = generator
         self._largest_gradient = state.get("largest_gradient", 0.0)
+        kind = KINDS[int(state.get("kind", 0))]  # earlier releases went by what they were told
+        self._found.kind, self._found.indefinite = kind, bool(state.get("indefinite", False))
+        if kind:
+            self.globalization = self._rules[kind in ("hessian", DIFFERENCES)]
+        memory.rule, self._memory = self.globalization, memory
+        if self._chosen is not None:
+            self._chosen = SUITED[int(state.get("chosen", 0))]
+            self.preconditioner = resolve_preconditioner(self._chosen or None)
         if self.preconditioner is not None:
             self.preconditioner.load_state_dict(state.get("preconditioner", {}))
 
@@ -384,12 +435,12 @@ def _check_sharded(curvature: Any, preconditioner: Any, curvature_products: str)
             "a curvature of one's own is made from a retained graph, and the hooks of fully_shard "
             "leave none for sharded parameters: use curvature='hessian'"
         )
-    if preconditioner is not None:
+    if preconditioner not in ("auto", None):
         raise ValueError(
             f"preconditioner={preconditioner!r} needs whole vectors or a retained graph, and there "
             "are neither for sharded parameters: leave it out"
         )
-    if curvature != "hessian" and curvature_products == "autograd":
+    if curvature not in ("auto", "hessian") and curvature_products == "autograd":
         warnings.warn(
             f"for sharded parameters products are finite differences of gradients, and so with the "
             f"Hessian of the whole loss instead of curvature={curvature!r}; say "

@@ -9,10 +9,17 @@ from math import inf, nan
 import torch
 
 from torch_secondorder.curvature import LinearOperator
-from torch_secondorder.evaluation import Evaluation, Objective
-from torch_secondorder.globalization import LevenbergMarquardt, SearchStatus, TrustRegion
-from torch_secondorder.globalization.line_search import LineSearch
+from torch_secondorder.curvature.output_space import UnknownOutputs
+from torch_secondorder.evaluation import EvaluationsSpent, Objective
+from torch_secondorder.globalization import (
+    Globalization,
+    LevenbergMarquardt,
+    SearchStatus,
+    TrustRegion,
+)
+from torch_secondorder.graph import MissingSecondDerivative
 from torch_secondorder.optim.info import StepStatus
+from torch_secondorder.optim.newton_choice import DIFFERENCES, Curvature, most_iterations
 from torch_secondorder.optim.newton_model import Memory, Model, Move, Point, Tally
 from torch_secondorder.optim.newton_moves import damped, searched, within_radius
 from torch_secondorder.optim.progress import Progress
@@ -39,12 +46,10 @@ class Settings:
     max_iter: int
     tolerance_grad: float
     tolerance_change: float
-    max_cg_iter: int
-    rule: LevenbergMarquardt | TrustRegion | LineSearch
+    max_cg_iter: int | None  # None for what suits the preconditioner
     solver: LinearSolver | None  # None for conjugate gradients as each iteration needs them
-    preconditioner: Preconditioner | None
-    operator: Callable[[Objective, Evaluation], LinearOperator]
-    captures: bool  # whether the operator is made from a captured evaluation
+    curvature: Curvature
+    suited: Callable[[int], tuple[Globalization, Preconditioner | None]]
     generator: torch.Generator
 
 
@@ -91,10 +96,13 @@ class Iteration:
 
     def _iterate(self) -> StepStatus | None:
         # Nothing of an iteration outlives it: its vectors, and its graph above all.
-        if self.count:  # the loss is known from the trial, the graph is not
-            evaluation = self._objective.evaluate(curvature=self._settings.captures)
+        if self.point.evaluation is None:  # the loss is known from the trial, the graph is not
+            try:
+                evaluation = self._settings.curvature.evaluate(self._objective)
+            except EvaluationsSpent:
+                return StepStatus.MAX_EVALUATIONS
             self.point = Point.of(evaluation, self._space)
-        found = self._move()
+        found = self._found()
         self._memory.length = self.point.length
         if not isinstance(found, StepStatus):
             self._take(found)
@@ -113,33 +121,64 @@ class Iteration:
             return StepStatus.CONVERGED_CHANGE
         if self._progress.stalled >= _PATIENCE:
             return StepStatus.STALLED
-        return StepStatus.MAX_ITERATIONS if self.count >= settings.max_iter else None
+        if self.count >= settings.max_iter:
+            return StepStatus.MAX_ITERATIONS
+        spent = self._objective.evaluations >= self._objective.limit
+        return StepStatus.MAX_EVALUATIONS if spent else None
+
+    def _found(self) -> Move | StepStatus:
+        """A move by the curvature that was asked for, or by the next that has products."""
+        settings = self._settings
+        while True:
+            drawn = settings.generator.get_state() if settings.curvature.automatic else None
+            before = replace(self._memory)
+            try:
+                return self._move()
+            except EvaluationsSpent:
+                return StepStatus.MAX_EVALUATIONS
+            except (MissingSecondDerivative, UnknownOutputs) as error:
+                if not settings.curvature.falls_back(error, self._objective):
+                    raise
+            # As if that had not been tried: another time it may not be.
+            self._memory.begin_anew(before)
+            if drawn is not None:
+                settings.generator.set_state(drawn)
 
     def _move(self) -> Move | StepStatus:
-        settings, memory = self._settings, self._memory
+        settings, memory, objective = self._settings, self._memory, self._objective
         assert self.point.evaluation is not None
-        operator = settings.operator(self._objective, self.point.evaluation)
-        preconditioner = self._preconditioner(operator)
+        curvature = settings.curvature
+        sizes = None
+        if not (curvature.captures(objective) or objective.vector.sharded):
+            sizes = memory.noted_sizes(objective.position)
+        operator = curvature.operator(objective, self.point.evaluation, settings.generator, sizes)
+        rule, suited = settings.suited(operator.size)
+        preconditioner = self._refreshed(suited, operator)
         model = Model(
-            self._objective,
+            objective,
             self.point,
             operator,
-            self._solver(),
+            self._solver(rule, preconditioner),
             None if preconditioner is None else preconditioner.inverse,
             self.tally,
+            self.count + 1 < settings.max_iter and self._keeps_graphs(),
         )
-        if isinstance(settings.rule, LevenbergMarquardt):
-            return damped(model, settings.rule, memory, settings.lr)
-        if isinstance(settings.rule, TrustRegion):
-            if preconditioner is not settings.preconditioner:
-                # The radius is a length in the metric of the one that was left out.
-                memory = replace(memory, radius=0.0)
-            return within_radius(model, settings.rule, memory, settings.lr)
-        return searched(model, settings.rule, memory, settings.lr)
+        if preconditioner is not suited and isinstance(rule, TrustRegion):
+            # The radius is a length in the metric of the one that was left out.
+            memory = replace(memory, radius=0.0)
+        try:
+            if isinstance(rule, LevenbergMarquardt):
+                return damped(model, rule, memory, settings.lr)
+            if isinstance(rule, TrustRegion):
+                return within_radius(model, rule, memory, settings.lr)
+            return searched(model, rule, memory, settings.lr)
+        finally:
+            curvature.met(self.tally.negative_curvature)
 
-    def _preconditioner(self, operator: LinearOperator) -> Preconditioner | None:
+    def _refreshed(
+        self, preconditioner: Preconditioner | None, operator: LinearOperator
+    ) -> Preconditioner | None:
         """The preconditioner, made for an operator; None where what it is made of is not finite."""
-        preconditioner = self._settings.preconditioner
         if preconditioner is None:
             return None
         try:
@@ -149,7 +188,9 @@ class Iteration:
             return None
         return preconditioner
 
-    def _solver(self) -> Callable[..., SolveResult]:
+    def _solver(
+        self, rule: Globalization, preconditioner: Preconditioner | None
+    ) -> Callable[..., SolveResult]:
         """Conjugate gradients that solve as well as this point deserves.
 
         The relative residual to reach falls with the square of the gradient's own fall (Eisenstat
@@ -165,10 +206,11 @@ class Iteration:
             fall = self.point.length / memory.length
             forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
         memory.forcing = forcing
-        if not isinstance(settings.rule, LevenbergMarquardt):
-            return CG(settings.max_cg_iter, tolerance=forcing, overwrites=True)
+        most = self._most_cg_iterations(preconditioner)
+        if not isinstance(rule, LevenbergMarquardt):
+            return CG(most, tolerance=forcing, overwrites=True)
         return CG(
-            settings.max_cg_iter,
+            most,
             tolerance=1e-12,
             progress=_PROGRESS,
             slack=forcing,
@@ -177,12 +219,28 @@ class Iteration:
             overwrites=True,
         )
 
+    def _most_cg_iterations(self, preconditioner: Preconditioner | None) -> int:
+        most = self._settings.max_cg_iter
+        if most is None:
+            most = most_iterations(preconditioner)
+        objective = self._objective
+        if self._settings.curvature.kind == DIFFERENCES and objective.limit < inf:
+            # A product takes two evaluations for each size of variables, and a trial one.
+            most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
+        return most
+
+    def _keeps_graphs(self) -> bool:
+        """Whether the graph of a trial has room beside that of the point."""
+        if self._settings.curvature.kind == DIFFERENCES:
+            return False
+        return self._objective.has_room_for_a_graph()
+
     def _take(self, move: Move) -> None:
         """Goes where a move leads."""
         trial = move.trial
         point: Point = trial.payload
         direction = move.line.direction
-        self._objective.accept(direction, trial.t)
+        self._objective.accept(direction, trial.t, point.evaluation)
         norm, size = self._space.to_host(
             norms=[torch.linalg.vector_norm(v) for v in (direction, self._objective.position)]
         )

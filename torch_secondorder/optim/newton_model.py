@@ -27,8 +27,8 @@ __all__ = ["Line", "Memory", "Model", "Move", "Point", "Tally"]
 class Point(NamedTuple):
     """An evaluated point and what the host knows of it.
 
-    That of a trial comes without its evaluation: the gradient is a vector, and who goes there needs
-    a graph as well.
+    That of a trial comes without its evaluation, unless that has a graph: the gradient is a vector,
+    and who goes there needs both.
     """
 
     evaluation: Evaluation | None
@@ -70,6 +70,9 @@ class Memory:
         length: Norm of the gradient at the start of the last iteration.
         forcing: The relative residual that the last system was to reach.
         start: The damping or radius that the rule began with.
+        sizes: The largest absolute values of the parameters at iterations so far; None where
+            products are not differences.
+        rule: Whose damping or radius this is.
     """
 
     damping: float
@@ -78,6 +81,21 @@ class Memory:
     length: float = inf
     forcing: float = 0.5
     start: float = 0.0
+    sizes: Tensor | None = None
+    rule: object = None
+
+    def begin_anew(self, fresh: Memory) -> None:
+        """Takes another's damping and radius; the last solution has nothing to do with these."""
+        self.damping, self.radius, self.start = fresh.damping, fresh.radius, fresh.start
+        self.rule, self.direction = fresh.rule, None
+
+    def noted_sizes(self, position: Tensor) -> Tensor:
+        """The sizes, after another position was noted."""
+        now = position.abs()
+        if self.sizes is not None and self.sizes.shape == now.shape:
+            torch.maximum(now, self.sizes.to(now), out=now)
+        self.sizes = now
+        return now
 
 
 @dataclass(slots=True)
@@ -145,6 +163,8 @@ class Model:
         solve: Solves a system with it, see `LinearSolver`.
         inverse: Gives a preconditioner for a damping; None for none.
         tally: What is counted.
+        keeps_graphs: Whether trials keep their graph, for one that is accepted and is where the
+            next model is made: to keep it costs much less than an evaluation.
     """
 
     def __init__(
@@ -155,7 +175,9 @@ class Model:
         solve: Callable[..., SolveResult],
         inverse: Callable[[float], LinearOperator] | None,
         tally: Tally,
+        keeps_graphs: bool = False,
     ) -> None:
+        self._keeps_graphs = keeps_graphs
         self.point = point
         self.tally = tally
         self.precision = objective.vector.precision
@@ -301,7 +323,7 @@ class Model:
 
     def trial(self, line: Line, t: float) -> Trial:
         """Evaluates `t` along a line; the payload is a `Point`."""
-        evaluation = self._objective.trial(line.direction, t)
+        evaluation = self._objective.trial(line.direction, t, curvature=self._keeps_graphs)
         grad = evaluation.grad
         slope, grad_norm, length, loss = self._space.to_host(
             sums=(self._in_units(grad) @ line.direction,),
@@ -309,7 +331,8 @@ class Model:
             norms=(torch.linalg.vector_norm(grad),),
             whole=(evaluation.loss,),
         )
-        point = Point(None, loss, grad_norm, self._space.true_norm(grad, grad_norm, length))
+        kept = None if evaluation.linearization is None else evaluation
+        point = Point(kept, loss, grad_norm, self._space.true_norm(grad, grad_norm, length))
         if not point.finite:
             self.tally.nonfinite += 1
             self.tally.unbounded |= loss == -inf

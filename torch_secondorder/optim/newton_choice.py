@@ -1,0 +1,234 @@
+"""The curvature of Newton-CG, and what `"auto"` stands for: it follows what a closure allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_secondorder.curvature import (
+    FiniteDifference,
+    Fisher,
+    FromOutputs,
+    GaussNewton,
+    Hessian,
+    LinearOperator,
+)
+from torch_secondorder.curvature.output_space import UnknownOutputs
+from torch_secondorder.dataset import BatchSum, curvature_at
+from torch_secondorder.evaluation import Evaluation, Objective
+from torch_secondorder.graph import MissingSecondDerivative
+from torch_secondorder.solvers import KFAC, Preconditioner
+
+__all__ = [
+    "CURVATURES",
+    "DIFFERENCES",
+    "KINDS",
+    "SUITED",
+    "Curvature",
+    "Factory",
+    "most_iterations",
+    "suited_preconditioner",
+]
+
+Factory = Callable[[Evaluation], LinearOperator]
+
+CURVATURES = ("auto", "ggn", "hessian", "fisher", "empirical_fisher")
+DIFFERENCES = "hessian by differences"
+#: All that may be found, as numbers in checkpoints count them.
+KINDS = ("", "ggn", "hessian", DIFFERENCES, "fisher", "empirical_fisher", "own")
+
+#: The preconditioners that `"auto"` may stand for, likewise; none at first.
+SUITED = ("", "kfac")
+
+# What is noted of a compiled function whose first product found no outputs.
+_NO_OUTPUTS = "no outputs"
+# Steps after which a closure that needed differences is looked at again: finding out takes about
+# two evaluations, and a step by differences never less than five.
+_LOOK_AGAIN = 20
+# Standard losses that are piecewise linear: their second derivative by the outputs is zero.
+_LINEAR = (F.l1_loss, F.multi_margin_loss, F.multilabel_margin_loss)
+# Fewer parameters than this are left to conjugate gradients alone, see `suited_preconditioner`.
+_FEW = 1_000
+# What conjugate gradients make at most: with Kronecker factors a step is good after few.
+_MOST_ITERATIONS = 250
+_WITH_FACTORS = 5
+# The share of the parameters that has to belong to linear layers for Kronecker factors.
+_MOST = 0.5
+
+
+class Curvature:
+    """Makes the curvature at a point, of the kind that was asked for or that suits the closure.
+
+    With `"auto"` this is the Gauss-Newton matrix where model outputs are found; else the Hessian;
+    and where the graph has no second derivative, the Hessian by differences of gradients. Where a
+    part of the loss bypasses the outputs, or the loss is of an unknown form, the Gauss-Newton
+    matrix may be indefinite: from the first direction of negative curvature on, the Hessian takes
+    its place.
+
+    Args:
+        spec: One of `CURVATURES`, or a function from an `Evaluation` to a `LinearOperator`.
+        by_differences: Whether products are differences of gradients in any case.
+
+    Attributes:
+        kind: What the last operator was, one of `KINDS`.
+        indefinite: Whether the Gauss-Newton matrix has met negative curvature.
+        linear_share: The share of the parameters that are weights of linear layers, as far as the
+            last operator shows them.
+    """
+
+    def __init__(self, spec: str | Factory, by_differences: bool) -> None:
+        self.kind = ""
+        self.indefinite = False
+        self.linear_share = 0.0
+        self._spec = spec
+        self._by_differences = by_differences
+        self._semidefinite = False
+        self._age = 0
+        self._seen_batches = False
+
+    @property
+    def automatic(self) -> bool:
+        """Whether another kind may take the place of one that does not do."""
+        return self._spec == "auto" and not self._by_differences
+
+    def begin(self, objective: Objective) -> None:
+        """Begins a step."""
+        if self.automatic and self._needs_differences(objective):
+            self._age += 1
+            if self._age % _LOOK_AGAIN == 0:
+                objective.surroundings.forget(objective.source, DIFFERENCES)
+
+    def captures(self, objective: Objective) -> bool:
+        """Whether products come from the graph of an evaluation."""
+        if self._by_differences:
+            return False
+        return not (self.automatic and self._needs_differences(objective))
+
+    def evaluate(self, objective: Objective) -> Evaluation:
+        """Evaluates where an objective stands, with a graph where products need one."""
+        if not self.captures(objective):
+            return objective.evaluate()
+        try:
+            return objective.evaluate(curvature=True)
+        except MissingSecondDerivative as error:
+            if not self.falls_back(error, objective):
+                raise
+            return objective.evaluate()
+
+    def falls_back(self, error: RuntimeError, objective: Objective) -> bool:
+        """Whether another kind of curvature is there for one whose graph or product raised."""
+        if not self.automatic:
+            return False
+        if isinstance(error, MissingSecondDerivative):
+            objective.surroundings.note(objective.source, DIFFERENCES)
+            self._age = 0
+            return True
+        objective.surroundings.note(objective.source, _NO_OUTPUTS)
+        return isinstance(error, UnknownOutputs) and self.kind == "ggn"
+
+    def operator(
+        self,
+        objective: Objective,
+        evaluation: Evaluation,
+        generator: torch.Generator,
+        sizes: Tensor | None = None,
+    ) -> LinearOperator:
+        """The curvature at an evaluated point.
+
+        Args:
+            objective: Stands there.
+            evaluation: Made by `evaluate`.
+            generator: Where what a Fisher matrix draws comes from.
+            sizes: Those of the parameters, for differences.
+        """
+        if not self.captures(objective):
+            self.kind, self.linear_share = DIFFERENCES, 0.0
+            return FiniteDifference(objective, sizes)
+        operator = curvature_at(objective, evaluation, partial(self._of, objective), generator)
+        if isinstance(operator, BatchSum) and not self._seen_batches:
+            operator.look()  # what the batches have is known once they were evaluated
+            self._seen_batches = True
+        return operator
+
+    def met(self, negative_curvature: float) -> None:
+        """Takes note of the lowest curvature that a step has met."""
+        if self.automatic and self.kind == "ggn" and not self._semidefinite:
+            self.indefinite = self.indefinite or negative_curvature < 0.0
+
+    def _needs_differences(self, objective: Objective) -> bool:
+        return objective.surroundings.knows(objective.source, DIFFERENCES)
+
+    def _of(
+        self, objective: Objective, evaluation: Evaluation, generator: torch.Generator | None
+    ) -> LinearOperator:
+        spec = self._spec
+        operator: LinearOperator
+        if callable(spec):
+            self.kind, operator = "own", spec(evaluation)
+        elif spec == "auto":
+            operator = self._best(objective, evaluation)
+        else:
+            self.kind = spec
+            if spec == "hessian":
+                operator = Hessian(evaluation)
+            elif spec == "ggn":
+                operator = GaussNewton(evaluation)
+            elif spec == "empirical_fisher":
+                operator = Fisher(evaluation, labels="empirical")
+            else:
+                operator = Fisher(evaluation, generator=generator)
+        self.linear_share = _linear_share(operator, evaluation)
+        return operator
+
+    def _best(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
+        """The Gauss-Newton matrix where it says something, else the Hessian."""
+        found = None
+        known = objective.surroundings.knows(objective.source, _NO_OUTPUTS)
+        if not (known or self.indefinite):
+            with suppress(UnknownOutputs, ValueError):  # none, or complex ones
+                found = GaussNewton(evaluation)
+        if found is not None and found.vanishes(_LINEAR):
+            found = None
+        linearization = evaluation.linearization
+        assert linearization is not None
+        ranks = linearization.ranks
+        if ranks.count > 1:  # all take the same, or they would wait for each other
+            answers = ranks.gather([int(found is not None)], evaluation.grad.device)
+            found = found if all(answer for (answer,) in answers) else None
+        if found is None:
+            self.kind = "hessian"
+            return Hessian(evaluation)
+        self.kind, self._semidefinite = "ggn", found.semidefinite
+        return found
+
+
+def _linear_share(operator: LinearOperator, evaluation: Evaluation) -> float:
+    """The share of the parameters that Kronecker factors of an operator would cover."""
+    linearization = evaluation.linearization
+    if linearization is None or not isinstance(operator, FromOutputs):
+        return 0.0
+    graph = linearization.graph
+    weights = {call.weight for call in graph.linear_calls()}
+    return sum(graph.params[i].numel() for i in weights) / max(linearization.size, 1)
+
+
+def most_iterations(preconditioner: Preconditioner | None) -> int:
+    """How many iterations conjugate gradients make at most, where nothing else is said."""
+    return _WITH_FACTORS if isinstance(preconditioner, KFAC) else _MOST_ITERATIONS
+
+
+def suited_preconditioner(curvature: Curvature, size: int) -> str | None:
+    """The name of the preconditioner that `"auto"` stands for.
+
+    Args:
+        curvature: As the last operator was.
+        size: Parameters.
+    """
+    if size < _FEW or curvature.kind not in ("ggn", "fisher", "empirical_fisher"):
+        return None
+    return "kfac" if curvature.linear_share >= _MOST else None
