@@ -402,6 +402,31 @@ def test_an_operation_of_a_library_is_a_custom_function() -> None:
         Hessian(objective.evaluate(curvature=True)) @ torch.ones(2)
 
 
+class SavedCube(Function):
+    """One that torch.compile can see into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(3 * x**2)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        result: Tensor = ctx.saved_tensors[0] * g
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_inside_a_compiled_function() -> None:
+    objective = FunctionalObjective(
+        lambda x: SavedCube.apply(x).sum(), torch.ones(2), compile={"backend": "aot_eager"}
+    )
+    evaluation = objective.evaluate(curvature=True)
+    assert evaluation.grad.tolist() == [3, 3]
+    with pytest.raises(MissingSecondDerivative, match="Leave compile out"):
+        Hessian(evaluation) @ torch.ones(2)
+
+
 # Checks go by the graph.
 
 

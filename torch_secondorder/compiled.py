@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from torch_secondorder.capture import mark_outputs
 from torch_secondorder.contract import differentiable, scalar
-from torch_secondorder.graph import Graph, Multiply
+from torch_secondorder.graph import Graph, MissingSecondDerivative, Multiply
 from torch_secondorder.traced import not_compiled, split, traced
 
 __all__ = ["CompiledFunction", "CompiledGraph"]
@@ -109,6 +109,7 @@ class CompiledGraph(Graph):
     ) -> None:
         self.params, self.gradients = params, [tuple(gradients)]
         self.losses, self.weights, self.linear = [], [], []
+        self.suspects, self.curving = [], []
         self._product = product
 
     @property
@@ -120,6 +121,9 @@ class CompiledGraph(Graph):
             "curvature='ggn', 'hessian' or 'empirical_fisher', estimator='hutchinson', or leave "
             "compile out"
         )
+
+    def check_once(self, known: set[Hashable], twice: bool = True) -> None:
+        """Nothing: the operations were looked over when they were compiled."""
 
     def compiled(self, kind: Hashable, build: Callable[[Graph], Multiply]) -> Multiply:
         """See `Graph.compiled`."""
@@ -242,9 +246,22 @@ class _Code:
         tangents: Sequence[Tensor],
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if kind not in self._made:
+            if build is not None:
+                _check_functions(self._module)
             directions = [t.detach() for t in tangents]
             whole = traced(self._module, self._places, build, inputs, directions)
             parts = split(whole, len(inputs), 1 + len(tangents))
             compiled = [torch.compile(part, **self._options) for part in parts]
             self._made[kind] = compiled[0], compiled[1]
         return self._made[kind]
+
+
+def _check_functions(module: fx.GraphModule) -> None:
+    """Raises where there is a custom autograd function, whose second derivative would be lost."""
+    for node in module.graph.nodes:
+        if "autograd_function_apply" in str(node.target):
+            raise MissingSecondDerivative.of(
+                "a custom autograd function, in a function that is compiled",
+                "Leave compile out, where such functions are examined one by one, or use an "
+                "implementation without them",
+            )
