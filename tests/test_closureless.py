@@ -555,6 +555,24 @@ def test_optimizers_that_are_made_after_the_backward_pass(kind: str) -> None:
     assert optimizer.info.products == 1
 
 
+@every
+def test_a_closure_that_does_nothing(kind: str) -> None:
+    """Lightning passes one under manual optimization; the model is one whose memory is kept."""
+
+    def run(idle: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 3))
+        x, y = torch.randn(8, 300), torch.randint(3, (8,))
+        optimizer = KINDS[kind](model.parameters())
+        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step((lambda: None) if idle else None)
+            optimizer.zero_grad()
+        return values(model)
+
+    assert_same(run(True), run(False), 0)
+
+
 # Mixed precision.
 
 

@@ -294,6 +294,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             if closure is None:
                 self._step_on_present(params)
                 return None
+            # What has seen backward passes has drawn its probes, should the closure be idle.
+            drawn = self._generator if self._observation is not None else None
+            state = None if drawn is None else drawn.get_state()
             watch = self._watch(params) if self._is_due(params) else None
             evaluation = SingleEvaluation(
                 closure, params, self._surroundings, self._stale, self._workspace
@@ -302,6 +305,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             try:
                 outcome = evaluation.run(watch, accumulates=parts > 1)
             except IdleClosure:  # what Lightning passes for none
+                if drawn is not None and state is not None:
+                    drawn.set_state(state)
                 self._step_on_present(params, watch)
                 return None
             self._forget_observation()
