@@ -134,7 +134,7 @@ class BatchSum(LinearOperator):
             self._over(add, "diagonal of the curvature")
             return total
 
-        total = self._retried(summed)
+        total = self._retried(summed, generator)
         return self._objective.whole(total, torch.ones_like(total))
 
     def factors(
@@ -145,7 +145,7 @@ class BatchSum(LinearOperator):
         Raises:
             TypeError: The batches' operators know no model outputs.
         """
-        return self._retried(lambda: self._factors(generator, largest))
+        return self._retried(lambda: self._factors(generator, largest), generator)
 
     def _factors(self, generator: torch.Generator | None, largest: float) -> list[KroneckerFactors]:
         sums: dict[tuple[int, int | None], KroneckerFactors] = {}
@@ -175,13 +175,21 @@ class BatchSum(LinearOperator):
 
     # The passes.
 
-    def _retried(self, summed: Callable[[], _T]) -> _T:
-        """A sum; made again with graphs of copies if the closure has written into one kept."""
+    def _retried(self, summed: Callable[[], _T], generator: torch.Generator | None = None) -> _T:
+        """A sum; made again with graphs of copies if the closure has written into one kept.
+
+        Args:
+            summed: Makes it.
+            generator: Where it draws from: the same numbers the second time.
+        """
+        state = None if generator is None else generator.get_state()
         try:
             return summed()
         except Overwritten:
             if not self._objective.copy_saved():
                 raise
+            if generator is not None and state is not None:
+                generator.set_state(state)
             self._kept.clear()
             self._all_kept = False
             return summed()
