@@ -287,7 +287,8 @@ class Objective(ABC):
                 _ = last.grad  # before what it is made of changes
             # In place: a vector's memory costs as much as the arithmetic.
             self._go(self.position.add_(self.vector.scaled(step), alpha=t), there=there)
-        self._move_buffers_on(there)
+        if self._surroundings.moving:
+            self._move_buffers_on(there)
 
     def _move_buffers_on(self, there: bool) -> None:
         """Moves buffers that the loss depends on as one evaluation here would have moved them.
