@@ -358,7 +358,8 @@ class Objective(ABC):
             # In place: a vector's memory costs as much as the arithmetic.
             position = self.position.add_(self.vector.scaled(step), alpha=t)
             self._go(position, there=there, unseen=graph is not None)
-        self._move_buffers_on(there)
+        if self._surroundings.moving:
+            self._move_buffers_on(there)
         if graph is not None:
             graph.resume()
 
@@ -439,7 +440,8 @@ class Objective(ABC):
 
         Where buffers move on with an accepted step, that of a trial is of another function.
         """
-        if self._surroundings.buffers_in_loss() or any(self._surroundings.unknown_kinds()):
+        around = self._surroundings
+        if around.moving and (around.buffers_in_loss() or around.unknown_kinds()):
             return False
         for device in self.vector.devices:
             if device.type == "cuda":

@@ -70,11 +70,13 @@ class Surroundings:
         precision: The largest machine epsilon that modules of `fully_shard` compute with by their
             policy; 0 where none has one.
         graphs: The kinds of graphs that were looked over, see `Graph.check_once`.
+        moving: Whether modules other than PyTorch's normalization layers were seen to move buffers.
     """
 
     def __init__(self) -> None:
         self.ranks = Ranks()
         self.precision = 0.0
+        self.moving = False
         # Modules met, by id, and whether they were training when their buffers were last compared.
         # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
         self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
@@ -152,6 +154,7 @@ class Surroundings:
                 if now is None or now.shape != old.shape or not torch.equal(plain(now), old):
                     self._stateful.add(slot.module)
                     self._moving[slot.module.training].add(slot.module)
+                    self.moving = self.moving or slot.module not in self._norms
 
     def moving_buffers(self) -> list[tuple[_Slot, Tensor]]:
         """The buffers that the coming evaluation may change."""
