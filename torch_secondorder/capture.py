@@ -178,7 +178,11 @@ class Capture(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.linear and self._receiver is None and not torch.compiler.is_compiling():
             # Looked at where somebody asks for it: networks make many such calls.
-            self.graph.linear.append((_node(result), args, kwargs))
+            taken = args[0] if args else kwargs["input"]
+            if self.copies:
+                taken = snapshot(taken)
+                args, kwargs = (taken, *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
+            self.graph.linear.append((_node(result), versions([taken]), args, kwargs))
         return result
 
     def backward(
@@ -314,7 +318,7 @@ class Capture(TorchFunctionMode):
             for name in arguments.keys() - found:
                 if isinstance(arguments[name], Tensor):
                     arguments[name] = snapshot(arguments[name])
-        before = versions(arguments)
+        before = versions(arguments.values())
         for name in found:
             output = Output(bound.arguments[name], func, name, arguments, value, before)
             self.graph.outputs.append(output)

@@ -137,7 +137,7 @@ class Output:
     @property
     def intact(self) -> bool:
         """Whether the loss's arguments still are what it was given."""
-        return self.versions == versions(self.arguments)
+        return self.versions == versions(self.arguments.values())
 
 
 class LinearCall(NamedTuple):
@@ -148,12 +148,14 @@ class LinearCall(NamedTuple):
         weight: Which of the parameters.
         bias: Which of the parameters; None for none, or for one that is not among them.
         output: Where the output stands in the graph; its values are not kept.
+        intact: Whether the input still is what was multiplied.
     """
 
     input: Tensor
     weight: int
     bias: int | None
     output: GradientEdge
+    intact: bool
 
 
 @dataclass(slots=True)
@@ -167,7 +169,8 @@ class Graph:
         gradients: One list of `P` gradients (None where a parameter had no part) for each
             `backward()`; the evaluation's gradient is their sum.
         outputs: The outputs met, in order.
-        linear: Calls of `torch.nn.functional.linear`, in order: node and arguments.
+        linear: Calls of `torch.nn.functional.linear`, in order: node, the input's version counter,
+            and arguments.
         suspects: Custom functions met that are not differentiated rightly.
         curving: Those between losses and parameters that have the wrong second derivative, but can
             be multiplied with as a Jacobian; all others are refused.
@@ -180,7 +183,9 @@ class Graph:
     weights: list[Tensor | None] = field(default_factory=list)
     gradients: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
-    linear: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    linear: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=list
+    )
     suspects: list[Suspect] = field(default_factory=list)
     curving: list[Suspect] = field(default_factory=list)
     kind: tuple[Hashable, ...] = ()
@@ -189,7 +194,10 @@ class Graph:
     def linear_calls(self) -> list[LinearCall]:
         """The linear layers met whose weights are among the parameters."""
         places = {id(p): i for i, p in enumerate(self.params)}
-        calls = (_linear_call(places, node, *args, **kwargs) for node, args, kwargs in self.linear)
+        calls = (
+            _linear_call(places, node, version, *args, **kwargs)
+            for node, version, args, kwargs in self.linear
+        )
         return [call for call in calls if call is not None]
 
     def differentiate(
@@ -343,7 +351,12 @@ class Graph:
 
 
 def _linear_call(
-    places: dict[int, int], node: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    places: dict[int, int],
+    node: Any,
+    version: tuple[int, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> LinearCall | None:
     place = places.get(id(weight))
     if place is None or node is None or weight.dim() != 2 or weight.is_complex():
@@ -357,7 +370,7 @@ def _linear_call(
     added = None
     if bias is not None and bias.shape == weight.shape[:1]:  # else it is broadcast
         added = places.get(id(bias))
-    return LinearCall(input, place, added, GradientEdge(node, 0))
+    return LinearCall(input, place, added, GradientEdge(node, 0), versions([input]) == version)
 
 
 def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
@@ -425,10 +438,10 @@ def reentrant() -> MissingSecondDerivative:
     return MissingSecondDerivative(_REENTRANT)
 
 
-def versions(arguments: dict[str, Any]) -> tuple[int, ...]:
+def versions(arguments: Iterable[Any]) -> tuple[int, ...]:
     """The version counters of the tensors among a call's arguments."""
     return tuple(
         value._version
-        for value in arguments.values()
+        for value in arguments
         if isinstance(value, Tensor) and not value.is_inference()
     )

@@ -173,7 +173,7 @@ def _outputs(node: Any, loss: Callable[..., Any], names: tuple[str, ...]) -> lis
     if loss is F.nll_loss and _is_log_softmax(node.next_functions[0][0], node._saved_self):
         # Of logarithms of probabilities that add up to one, cross-entropy is the same.
         loss, arguments["label_smoothing"] = F.cross_entropy, 0.0
-    value, before = GradientEdge(node, 0), versions(arguments)
+    value, before = GradientEdge(node, 0), versions(arguments.values())
     return [
         Output(arguments[name], loss, name, arguments, value, before)
         for name in ("input", "target")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_secondorder.graph import Graph, LinearCall, explained
+from torch_secondorder.graph import Graph, LinearCall, Overwritten, explained
 from torch_secondorder.ranks import Ranks
 from torch_secondorder.subclass import plainly
 
@@ -95,6 +95,8 @@ def _met(
         raise explained(error) from error
     for call, gradient in zip(calls, gradients, strict=True):
         if gradient is not None and _width(call, gradient) <= largest:
+            if not call.intact:
+                raise Overwritten("the input of a linear layer was changed in place since")
             rows = call.bias, _rows(call.input), _rows(gradient)
             layers.setdefault(call.weight, []).append(rows)
     return layers

@@ -109,7 +109,7 @@ class BatchSum(LinearOperator):
 
     def look(self) -> None:
         """Makes the operators of all batches once, and nothing with them."""
-        self._over(lambda operator, weight: None, "curvature")
+        self._retried(lambda: self._over(lambda operator, weight: None, "curvature"))
 
     # What preconditioners ask of curvatures made from model outputs.
 
