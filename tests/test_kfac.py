@@ -915,7 +915,8 @@ def test_resuming_with_other_parameters(arguments: dict[str, Any], change: str) 
     else:
         optimizer.param_groups[0]["lr"] = 0.25
     generator = torch.Generator()
-    generator.set_state(optimizer.state_dict()["state"][0]["generator"])
+    states = optimizer.state_dict()["state"].values()  # whole-model state is where training is
+    generator.set_state(next(state["generator"] for state in states if "generator" in state))
     fresh, original = KFAC(), kfac.refresh
     inverses: list[Tensor] = []
 
