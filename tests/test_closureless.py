@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.diagonal_references import Task, assert_same, standard, values
 from tests.ranks import on_both, run_on_ranks
+from tests.test_custom_functions import cube, slope_of_cube
+from tests.test_custom_functions import made as made_function
 from tests.test_diagonal_contract import (
     DOUBLE,
     KINDS,
@@ -887,3 +889,53 @@ def test_two_ranks_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     assert on_both(ranks, "train_as_with_closures") == [True, True]
     on_both(ranks, "train_statically")
     on_both(ranks, "train_after_a_late_start")
+
+
+# Custom functions.
+
+
+@pytest.mark.parametrize("kind", ["right", "no_graph", "saved", "detached", "once"])
+def test_custom_functions_are_examined_where_nobody_captures(kind: str) -> None:
+    function = made_function(cube, slope_of_cube, kind)
+    for make in (AdaHessian, Sophia):
+        x = torch.tensor([2.0, 3.0], dtype=DOUBLE, requires_grad=True)
+        optimizer = make([x])
+        function.apply(x).square().sum().backward()
+        if kind == "right":
+            optimizer.step()
+            assert optimizer.info.status is StepStatus.MOVED
+        else:
+            before = x.detach().clone()
+            with pytest.raises(MissingSecondDerivative, match=f"{function.__name__}.*gnb"):
+                optimizer.step()
+            assert torch.equal(x, before)
+
+
+def test_a_custom_function_that_nobody_saw_applied_is_refused() -> None:
+    gc.collect()  # optimizers of other tests
+    x = torch.tensor([2.0, 3.0], dtype=DOUBLE, requires_grad=True)
+    loss = made_function(cube, slope_of_cube).apply(x).square().sum()
+    optimizer = AdaHessian([x])
+    loss.backward()
+    with pytest.raises(MissingSecondDerivative, match="before the optimizer began to see"):
+        optimizer.step()
+
+
+def test_labels_need_no_examination() -> None:
+    x = torch.tensor([2.0, 3.0], dtype=DOUBLE, requires_grad=True)
+    optimizer = Sophia([x], estimator="gnb")
+    function = made_function(cube, slope_of_cube, "no_graph")
+    F.mse_loss(function.apply(x), torch.ones(2, dtype=DOUBLE)).backward()
+    optimizer.step()
+    assert optimizer.info.status is StepStatus.MOVED
+
+
+def test_nothing_examines_once_no_estimate_is_due() -> None:
+    gc.collect()  # optimizers of other tests
+    before = vars(torch.autograd.function._SingleLevelFunction).get("apply")
+    x = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    optimizer = Sophia([x])
+    assert vars(torch.autograd.function._SingleLevelFunction).get("apply") is not before
+    x.square().sum().backward()
+    optimizer.step()
+    assert vars(torch.autograd.function._SingleLevelFunction).get("apply") is before

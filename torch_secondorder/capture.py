@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from torch_secondorder.custom_functions import applied, trusted
+from torch_secondorder.custom_functions import Finding, applied, trusted
 from torch_secondorder.graph import (
     INSTEAD_OF_ESTIMATES,
     REENTRANT,
@@ -37,7 +37,14 @@ from torch_secondorder.interception import Substitution, intercepting
 from torch_secondorder.subclass import like, plain, plainly, snapshot
 from torch_secondorder.twice import REPLACEMENTS, twice_differentiable
 
-__all__ = ["Capture", "Receiver", "mark_outputs", "uncaptured"]
+__all__ = [
+    "Capture",
+    "Receiver",
+    "examine_everywhere",
+    "mark_outputs",
+    "suspects_among",
+    "uncaptured",
+]
 
 #: Losses whose first argument is the model's output, so that it is found without being told.
 STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
@@ -334,7 +341,9 @@ def _noticing_applications(_: Any) -> Any:
 
     def apply(cls: Any, *args: Any) -> Any:
         capture, inner = _active.get(), super(_SingleLevelFunction, cls).apply
-        return inner(*args) if capture is None else capture._apply(cls, inner, args)
+        if capture is not None:
+            return capture._apply(cls, inner, args)
+        return _noted(cls, inner, args) if _everywhere else inner(*args)
 
     return classmethod(apply)
 
@@ -362,6 +371,52 @@ def _noticing_accumulation(run: Callable[..., Any]) -> Callable[..., Any]:
 # `torch.autograd.backward` does, which some call in the place of `Tensor.backward`.
 _applications = Substitution(_SingleLevelFunction, "apply", _noticing_applications)
 _accumulations = Substitution(torch.autograd, "_engine_run_backward", _noticing_accumulation)
+
+
+# Who wants custom functions examined that are applied outside of captures.
+_everywhere: list[object] = []
+_FINDING = "_torch_secondorder_finding"
+
+
+def examine_everywhere(begin: bool) -> None:
+    """Begins, or ends, to examine custom functions that are applied outside of captures.
+
+    What is found is noted at their nodes, see `suspects_among`.
+    """
+    if begin:
+        _everywhere.append(None)
+        _applications.begin()
+    else:
+        _applications.end()
+        _everywhere.pop()
+
+
+def _noted(cls: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Applies a custom function, examines it, and notes at its node what was found."""
+    within = torch._C._functorch.peek_interpreter_stack() is not None
+    if within or trusted(cls) or not torch.is_grad_enabled():
+        return apply(*args)
+    result, finding = applied(cls, apply, args)
+    node = _node_of(result)
+    if node is not None and finding is not None:
+        setattr(node, _FINDING, finding)
+    return result
+
+
+def suspects_among(nodes: Iterable[Any]) -> list[Suspect]:
+    """The custom functions among some nodes that are not known to be differentiated rightly."""
+    found = []
+    for node in nodes:
+        cls = getattr(type(node), "_forward_cls", None)
+        if cls is None or trusted(cls):
+            continue
+        finding = getattr(node, _FINDING, None)
+        if finding is None:
+            reason = "which was applied before the optimizer began to see backward passes"
+            finding = Finding(cls.__name__, False, False, reason)
+        if not finding.curves:
+            found.append(Suspect(node, finding))
+    return found
 
 
 def _node_of(result: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from torch_secondorder.convolution import with_second_derivatives
 from torch_secondorder.graph import MissingSecondDerivative, Output, versions
 
-__all__ = ["leaves_of", "nodes_of", "standard_losses", "twice_differentiable"]
+__all__ = ["MENDED", "leaves_of", "nodes_of", "standard_losses", "twice_differentiable"]
 
 
 def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
@@ -149,6 +149,8 @@ _FORMULAS: dict[str, Callable[[Any], tuple[Tensor, list[Any]]]] = {
     "ScaledDotProductCudnnAttentionBackward0": _attention,
     "WeightNormInterfaceBackward0": _weight_norm,
 }
+#: Names of the nodes that `twice_differentiable` gives other second derivatives.
+MENDED = frozenset(_FORMULAS)
 
 
 # Model outputs.

@@ -19,9 +19,16 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_secondorder.graph import Graph
+from torch_secondorder.capture import examine_everywhere, suspects_among
+from torch_secondorder.graph import INSTEAD_OF_ESTIMATES, Graph
 from torch_secondorder.interception import Listeners
-from torch_secondorder.nodes import leaves_of, nodes_of, standard_losses, twice_differentiable
+from torch_secondorder.nodes import (
+    MENDED,
+    leaves_of,
+    nodes_of,
+    standard_losses,
+    twice_differentiable,
+)
 from torch_secondorder.optim.observation import Observation
 from torch_secondorder.single import without_autocast
 
@@ -54,9 +61,13 @@ class _Watchers(Listeners):
     def __init__(self) -> None:
         super().__init__(self._observe)
         self._modules: Any = None  # the handle of a hook
+        self._examines = False
 
     def _update(self) -> None:
         super()._update()
+        if self._examines is not bool(self._references):
+            self._examines = not self._examines
+            examine_everywhere(self._examines)
         if not self._references:
             if self._modules is not None:
                 self._modules.remove()
@@ -181,7 +192,9 @@ def _differentiated(
     """The gradients by the leaves, whose graph was shown; None where there is none to show."""
     observing = [o for o in observations if o.failure is None]
     twice = any(o.twice for o in observing)
-    whole = Graph(leaves)
+    suspects = suspects_among(nodes) if twice else []
+    whole = Graph(leaves, suspects=suspects, instead=INSTEAD_OF_ESTIMATES)
+    kind = len(nodes), nodes[0].name()
     try:
         with twice_differentiable(nodes if twice else ()), without_autocast(leaves):
             gradients = whole.differentiate(*root, twice=twice)
@@ -196,7 +209,17 @@ def _differentiated(
     for observation in observing:
         numbers = [places.get(id(p)) for p in observation.params]
         own = tuple(None if i is None else gradients[i] for i in numbers)
-        graph = Graph(observation.params, [root[0]], [root[1]], [own], [*outputs])
+        graph = Graph(
+            observation.params,
+            [root[0]],
+            [root[1]],
+            [own],
+            [*outputs],
+            curving=whole.curving,
+            kind=kind,
+            instead=INSTEAD_OF_ESTIMATES,
+            mended=MENDED,
+        )
         try:
             observation.see(graph, retain or observation is not observing[-1])
         except torch.OutOfMemoryError:
