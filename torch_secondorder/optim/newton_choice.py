@@ -48,8 +48,10 @@ _NO_OUTPUTS = "no outputs"
 _LOOK_AGAIN = 20
 # Standard losses that are piecewise linear: their second derivative by the outputs is zero.
 _LINEAR = (F.l1_loss, F.multi_margin_loss, F.multilabel_margin_loss)
-# Fewer parameters than this are left to conjugate gradients alone, see `suited_preconditioner`.
-_FEW = 1_000
+# So few parameters are left to conjugate gradients alone, and so few have a sketch, see
+# `suited_preconditioner`.
+_TINY = 100
+_FEW = 2_000
 # What conjugate gradients make at most: with Kronecker factors a step is good after few.
 _MOST_ITERATIONS = 250
 _WITH_FACTORS = 5
@@ -73,13 +75,14 @@ class Curvature:
     Attributes:
         kind: What the last operator was, one of `KINDS`.
         indefinite: Whether the Gauss-Newton matrix has met negative curvature.
-        linear_share: The share of the parameters that are weights of linear layers, as far as the
-            last operator shows them.
+        linear_layers: Weights of linear layers, as far as the last operator shows them.
+        linear_share: The share of the parameters that these are.
     """
 
     def __init__(self, spec: str | Factory, by_differences: bool) -> None:
         self.kind = ""
         self.indefinite = False
+        self.linear_layers = 0
         self.linear_share = 0.0
         self._spec = spec
         self._by_differences = by_differences
@@ -143,7 +146,7 @@ class Curvature:
             sizes: Those of the parameters, for differences.
         """
         if not self.captures(objective):
-            self.kind, self.linear_share = DIFFERENCES, 0.0
+            self.kind, self.linear_layers, self.linear_share = DIFFERENCES, 0, 0.0
             return FiniteDifference(objective, sizes)
         operator = curvature_at(objective, evaluation, partial(self._of, objective), generator)
         if isinstance(operator, BatchSum) and not self._seen_batches:
@@ -178,7 +181,7 @@ class Curvature:
                 operator = Fisher(evaluation, labels="empirical")
             else:
                 operator = Fisher(evaluation, generator=generator)
-        self.linear_share = _linear_share(operator, evaluation)
+        self.linear_layers, self.linear_share = _linear(operator, evaluation)
         return operator
 
     def _best(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
@@ -203,14 +206,15 @@ class Curvature:
         return found
 
 
-def _linear_share(operator: LinearOperator, evaluation: Evaluation) -> float:
-    """The share of the parameters that Kronecker factors of an operator would cover."""
+def _linear(operator: LinearOperator, evaluation: Evaluation) -> tuple[int, float]:
+    """The linear layers that an operator shows, and their weights' share of the parameters."""
     linearization = evaluation.linearization
     if linearization is None or not isinstance(operator, FromOutputs):
-        return 0.0
+        return 0, 0.0
     graph = linearization.graph
     weights = {call.weight for call in graph.linear_calls()}
-    return sum(graph.params[i].numel() for i in weights) / max(linearization.size, 1)
+    covered = sum(graph.params[i].numel() for i in weights)
+    return len(weights), covered / max(linearization.size, 1)
 
 
 def most_iterations(preconditioner: Preconditioner | None) -> int:
@@ -221,10 +225,18 @@ def most_iterations(preconditioner: Preconditioner | None) -> int:
 def suited_preconditioner(curvature: Curvature, size: int) -> str | None:
     """The name of the preconditioner that `"auto"` stands for.
 
+    A curvature made from model outputs of a network of two linear layers or more, with half of the
+    parameters in their weights, has `"nystrom"` from 100 to 2,000 parameters and `"kfac"` above.
+    There is none for all else: for the Hessian, for differences (a sketch takes 120 evaluations),
+    for compiled functions, for few parameters, and for one linear layer, whose problem is convex
+    and asks for exact solutions.
+
     Args:
         curvature: As the last operator was.
         size: Parameters.
     """
-    if size < _FEW or curvature.kind not in ("ggn", "fisher", "empirical_fisher"):
+    if curvature.kind not in ("ggn", "fisher", "empirical_fisher"):
         return None
-    return "kfac" if curvature.linear_share >= _MOST else None
+    if curvature.linear_layers < 2 or curvature.linear_share < _MOST or size < _TINY:
+        return None
+    return "nystrom" if size <= _FEW else "kfac"
