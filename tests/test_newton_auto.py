@@ -593,3 +593,28 @@ def test_what_was_asked_for_is_not_changed() -> None:
     optimizer = NewtonCG(model.parameters())
     optimizer.step(marked.closure)
     assert optimizer.info.curvature == "ggn"
+
+
+def test_batches_follow_when_the_curvature_changes() -> None:
+    """What bypasses the outputs is not convex: from the first step on it is the Hessian."""
+    torch.manual_seed(0)
+    model, (x, y, _) = network(3, 6, 1), data(40)
+    found = []
+    for batch_size in (40, 16):
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size)
+        fresh = copy.deepcopy(model)
+
+        def loss(z: Tensor, t: Tensor, net: nn.Module = fresh) -> Tensor:
+            bypass = sum((p.cos().sum() for p in net.parameters()), z.new_zeros(()))
+            return F.mse_loss(z, t) + bypass
+
+        closure = DatasetClosure(fresh, loss, loader)
+        optimizer = NewtonCG(fresh.parameters())
+        reports = []
+        for _ in range(4):
+            optimizer.step(closure)
+            info = optimizer.info
+            reports.append((info.curvature, info.damping > 0, info.trust_radius > 0))
+        found.append(reports)
+    assert found[0] == [("ggn", True, False)] + 3 * [("hessian", False, True)]
+    assert found[1] == found[0]

@@ -123,6 +123,7 @@ class Curvature:
         """Whether another kind of curvature is there for one whose graph or product raised."""
         if not self.automatic:
             return False
+        self._seen_batches = False
         if isinstance(error, MissingSecondDerivative):
             objective.surroundings.note(objective.source, DIFFERENCES)
             self._age = 0
@@ -149,15 +150,17 @@ class Curvature:
             self.kind, self.linear_layers, self.linear_share = DIFFERENCES, 0, 0.0
             return FiniteDifference(objective, sizes)
         operator = curvature_at(objective, evaluation, partial(self._of, objective), generator)
+        over_batches = isinstance(operator, BatchSum)
         if isinstance(operator, BatchSum) and not self._seen_batches:
             operator.look()  # what the batches have is known once they were evaluated
-            self._seen_batches = True
+        self._seen_batches = over_batches
         return operator
 
     def met(self, negative_curvature: float) -> None:
         """Takes note of the lowest curvature that a step has met."""
-        if self.automatic and self.kind == "ggn" and not self._semidefinite:
-            self.indefinite = self.indefinite or negative_curvature < 0.0
+        doubtful = self.automatic and self.kind == "ggn" and not self._semidefinite
+        if doubtful and negative_curvature < 0.0:
+            self.indefinite, self._seen_batches = True, False
 
     def _needs_differences(self, objective: Objective) -> bool:
         return objective.surroundings.knows(objective.source, DIFFERENCES)
@@ -225,17 +228,17 @@ def most_iterations(preconditioner: Preconditioner | None) -> int:
 def suited_preconditioner(curvature: Curvature, size: int) -> str | None:
     """The name of the preconditioner that `"auto"` stands for.
 
-    A curvature made from model outputs of a network of two linear layers or more, with half of the
-    parameters in their weights, has `"nystrom"` from 100 to 2,000 parameters and `"kfac"` above.
-    There is none for all else: for the Hessian, for differences (a sketch takes 120 evaluations),
-    for compiled functions, for few parameters, and for one linear layer, whose problem is convex
-    and asks for exact solutions.
+    The Gauss-Newton matrix of a network of two linear layers or more, with half of the parameters
+    in their weights, has `"nystrom"` from 100 to 2,000 parameters and `"kfac"` above. There is none
+    for all else: for Fisher matrices, of which draws differ from step to step; for the Hessian; for
+    differences (a sketch takes 120 evaluations); for compiled functions; for few parameters; and
+    for one linear layer, whose problem is convex and asks for exact solutions.
 
     Args:
         curvature: As the last operator was.
         size: Parameters.
     """
-    if curvature.kind not in ("ggn", "fisher", "empirical_fisher"):
+    if curvature.kind != "ggn":
         return None
     if curvature.linear_layers < 2 or curvature.linear_share < _MOST or size < _TINY:
         return None
