@@ -271,7 +271,7 @@ def test_outputs_that_are_not_shown() -> None:
             optimizer.step(objective)
         assert_same(values(task.net), before, 0)
     with pytest.raises(RuntimeError, match="no model output was found"):
-        NewtonCG(task.net.parameters()).step(
+        NewtonCG(task.net.parameters(), curvature="ggn").step(
             FunctionalObjective(task.unshown, task.params, compile=EAGER)
         )
 
@@ -356,7 +356,7 @@ def test_lbfgs_trains_a_compiled_module(dynamic: bool | None) -> None:
     assert losses == pytest.approx([other.step(closure).item() for _ in range(6)], rel=1e-8)
 
 
-@pytest.mark.parametrize("make", [NewtonCG, AdaHessian, Sophia])
+@pytest.mark.parametrize("make", [partial(NewtonCG, curvature="ggn"), AdaHessian, Sophia])
 def test_curvature_of_a_compiled_module_is_refused_with_the_way_out(make: Any) -> None:
     compiled = Compiled(**EAGER)
     before = values(compiled.task.net)

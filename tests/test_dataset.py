@@ -394,7 +394,7 @@ def test_a_trial_that_was_accepted_is_not_evaluated_again() -> None:
         counts.append(optimizer.info.evaluations)
         values.append([p.detach() for p in model.parameters()])
     close(values[0], values[1], 1e-10)
-    assert counts[0] == counts[1] - 2
+    assert counts[0] == counts[1]  # nor with a graph, which is kept
 
 
 # What preconditioners ask for.
@@ -751,7 +751,7 @@ def peak_of_a_step(copies: int, make: Callable[[Any], Any], **options: Any) -> i
 
 FLAT: dict[str, Callable[[Any], Any]] = {
     "LBFGS": lambda p: LBFGS(p, max_iter=2),
-    "GGN": lambda p: NewtonCG(p, max_cg_iter=3),
+    "GGN": lambda p: NewtonCG(p, max_cg_iter=3, preconditioner=None),
     "Hessian": lambda p: NewtonCG(p, curvature="hessian", max_cg_iter=3),
     "Fisher": lambda p: NewtonCG(p, curvature="fisher", max_cg_iter=3),
     "kfac": lambda p: NewtonCG(p, max_cg_iter=2, preconditioner="kfac"),

@@ -7,7 +7,7 @@ import gc
 import math
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -412,7 +412,7 @@ def meet_nan(rank: int, ranks: int) -> list[Any]:
 
 
 def meet_infinity(rank: int, ranks: int) -> list[Any]:
-    """In the last rank's part of a gradient, in the third step; then in a difference of others."""
+    """In the last rank's part of a gradient, in the third step; then in all differences."""
     found: list[Any] = []
     for make in (
         lambda p: LBFGS(p, max_iter=2),
@@ -421,10 +421,10 @@ def meet_infinity(rank: int, ranks: int) -> list[Any]:
     ):
         share = Share(rank, ranks)
         optimizer = make(share.model.parameters())
-        for step, bad in ((1, ()), (2, ()), (3, (1,)), (4, (2,)), (5, ())):
+        for step, bad in ((1, ()), (2, ()), (3, (1,)), (4, range(2, 50)), (5, ())):
             evaluations = 0
 
-            def closure(share: Share = share, bad: tuple[int, ...] = bad) -> Tensor:
+            def closure(share: Share = share, bad: Sequence[int] = bad) -> Tensor:
                 nonlocal evaluations
                 evaluations += 1
                 loss = share.closure()
@@ -556,7 +556,7 @@ def refuse(rank: int, ranks: int) -> list[Any]:
             found.append("nothing")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = NewtonCG(params)
+        optimizer = NewtonCG(params, curvature="ggn")
     found += [str(w.message) for w in caught] + [optimizer.curvature_products]
     return found
 

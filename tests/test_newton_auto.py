@@ -354,19 +354,21 @@ def test_resuming_bit_for_bit(name: str) -> None:
     assert one == other and one.curvature == LOSSES[name][1]
 
 
-def wide() -> Problem:
-    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4))
+def wide(hidden: int) -> Problem:
+    model = nn.Sequential(nn.Linear(40, hidden), nn.Tanh(), nn.Linear(hidden, 4))
     x, labels = torch.randn(200, 40), torch.randint(4, (200,))
     return of(model, lambda: F.cross_entropy(model(x), labels))
 
 
-def test_resuming_with_a_preconditioner_that_was_chosen() -> None:
+@pytest.mark.parametrize(("hidden", "name"), [(30, "Nystrom"), (60, "KFAC"), (1, "")])
+def test_resuming_with_a_preconditioner_that_was_chosen(hidden: int, name: str) -> None:
     made = []
     for _ in range(2):
         torch.manual_seed(0)
-        made.append(wide())
+        made.append(wide(hidden))
     one, other = resumed(made[0], made[1], 3)
-    assert one == other and one.preconditioner == "KFAC" and one.solver_iterations <= 5
+    assert one == other and one.preconditioner == name
+    assert name != "KFAC" or one.solver_iterations <= 5
     plain = NewtonCG(made[0].params, preconditioner=None)
     plain.step(made[0].closure)
     assert plain.info.preconditioner == ""
@@ -591,3 +593,28 @@ def test_what_was_asked_for_is_not_changed() -> None:
     optimizer = NewtonCG(model.parameters())
     optimizer.step(marked.closure)
     assert optimizer.info.curvature == "ggn"
+
+
+def test_batches_follow_when_the_curvature_changes() -> None:
+    """What bypasses the outputs is not convex: from the first step on it is the Hessian."""
+    torch.manual_seed(0)
+    model, (x, y, _) = network(3, 6, 1), data(40)
+    found = []
+    for batch_size in (40, 16):
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size)
+        fresh = copy.deepcopy(model)
+
+        def loss(z: Tensor, t: Tensor, net: nn.Module = fresh) -> Tensor:
+            bypass = sum((p.cos().sum() for p in net.parameters()), z.new_zeros(()))
+            return F.mse_loss(z, t) + bypass
+
+        closure = DatasetClosure(fresh, loss, loader)
+        optimizer = NewtonCG(fresh.parameters())
+        reports = []
+        for _ in range(4):
+            optimizer.step(closure)
+            info = optimizer.info
+            reports.append((info.curvature, info.damping > 0, info.trust_radius > 0))
+        found.append(reports)
+    assert found[0] == [("ggn", True, False)] + 3 * [("hessian", False, True)]
+    assert found[1] == found[0]

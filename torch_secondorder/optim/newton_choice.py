@@ -52,8 +52,10 @@ _NO_OUTPUTS = "no outputs"
 _LOOK_AGAIN = 20
 # Standard losses that are piecewise linear: their second derivative by the outputs is zero.
 _LINEAR = (F.l1_loss, F.multi_margin_loss, F.multilabel_margin_loss)
-# Fewer parameters than this are left to conjugate gradients alone, see `suited_preconditioner`.
-_FEW = 1_000
+# So few parameters are left to conjugate gradients alone, and so few have a sketch, see
+# `suited_preconditioner`.
+_TINY = 100
+_FEW = 2_000
 # What conjugate gradients make at most: with Kronecker factors a step is good after few.
 _MOST_ITERATIONS = 250
 _WITH_FACTORS = 5
@@ -77,13 +79,14 @@ class Curvature:
     Attributes:
         kind: What the last operator was, one of `KINDS`.
         indefinite: Whether the Gauss-Newton matrix has met negative curvature.
-        linear_share: The share of the parameters that are weights of linear layers, as far as the
-            last operator shows them.
+        linear_layers: Weights of linear layers, as far as the last operator shows them.
+        linear_share: The share of the parameters that these are.
     """
 
     def __init__(self, spec: str | Factory, by_differences: bool) -> None:
         self.kind = ""
         self.indefinite = False
+        self.linear_layers = 0
         self.linear_share = 0.0
         self._spec = spec
         self._by_differences = by_differences
@@ -124,6 +127,7 @@ class Curvature:
         """Whether another kind of curvature is there for one whose graph or product raised."""
         if not self.automatic:
             return False
+        self._seen_batches = False
         if isinstance(error, MissingSecondDerivative):
             objective.surroundings.note(objective.source, DIFFERENCES)
             self._age = 0
@@ -147,18 +151,20 @@ class Curvature:
             sizes: Those of the parameters, for differences.
         """
         if not self.captures(objective):
-            self.kind, self.linear_share = DIFFERENCES, 0.0
+            self.kind, self.linear_layers, self.linear_share = DIFFERENCES, 0, 0.0
             return FiniteDifference(objective, sizes)
         operator = curvature_at(objective, evaluation, partial(self._of, objective), generator)
+        over_batches = isinstance(operator, BatchSum)
         if isinstance(operator, BatchSum) and not self._seen_batches:
             operator.look()  # what the batches have is known once they were evaluated
-            self._seen_batches = True
+        self._seen_batches = over_batches
         return operator
 
     def met(self, negative_curvature: float) -> None:
         """Takes note of the lowest curvature that a step has met."""
-        if self.automatic and self.kind == "ggn" and not self._semidefinite:
-            self.indefinite = self.indefinite or negative_curvature < 0.0
+        doubtful = self.automatic and self.kind == "ggn" and not self._semidefinite
+        if doubtful and negative_curvature < 0.0:
+            self.indefinite, self._seen_batches = True, False
 
     def _needs_differences(self, objective: Objective) -> bool:
         return objective.surroundings.knows(objective.source, DIFFERENCES)
@@ -182,7 +188,7 @@ class Curvature:
                 operator = Fisher(evaluation, labels="empirical")
             else:
                 operator = Fisher(evaluation, generator=generator)
-        self.linear_share = _linear_share(operator, evaluation)
+        self.linear_layers, self.linear_share = _linear(operator, evaluation)
         return operator
 
     def _best(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
@@ -207,14 +213,15 @@ class Curvature:
         return found
 
 
-def _linear_share(operator: LinearOperator, evaluation: Evaluation) -> float:
-    """The share of the parameters that Kronecker factors of an operator would cover."""
+def _linear(operator: LinearOperator, evaluation: Evaluation) -> tuple[int, float]:
+    """The linear layers that an operator shows, and their weights' share of the parameters."""
     linearization = evaluation.linearization
     if linearization is None or not isinstance(operator, FromOutputs):
-        return 0.0
+        return 0, 0.0
     graph = linearization.graph
     weights = {call.weight for call in graph.linear_calls()}
-    return sum(graph.params[i].numel() for i in weights) / max(linearization.size, 1)
+    covered = sum(graph.params[i].numel() for i in weights)
+    return len(weights), covered / max(linearization.size, 1)
 
 
 def most_iterations(preconditioner: Preconditioner | None) -> int:
@@ -225,10 +232,18 @@ def most_iterations(preconditioner: Preconditioner | None) -> int:
 def suited_preconditioner(curvature: Curvature, size: int) -> str | None:
     """The name of the preconditioner that `"auto"` stands for.
 
+    The Gauss-Newton matrix of a network of two linear layers or more, with half of the parameters
+    in their weights, has `"nystrom"` from 100 to 2,000 parameters and `"kfac"` above. There is none
+    for all else: for Fisher matrices, of which draws differ from step to step; for the Hessian; for
+    differences (a sketch takes 120 evaluations); for compiled functions; for few parameters; and
+    for one linear layer, whose problem is convex and asks for exact solutions.
+
     Args:
         curvature: As the last operator was.
         size: Parameters.
     """
-    if size < _FEW or curvature.kind not in ("ggn", "fisher", "empirical_fisher"):
+    if curvature.kind != "ggn":
         return None
-    return "kfac" if curvature.linear_share >= _MOST else None
+    if curvature.linear_layers < 2 or curvature.linear_share < _MOST or size < _TINY:
+        return None
+    return "nystrom" if size <= _FEW else "kfac"

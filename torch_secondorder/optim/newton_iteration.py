@@ -131,7 +131,7 @@ class Iteration:
         settings = self._settings
         while True:
             drawn = settings.generator.get_state() if settings.curvature.automatic else None
-            before = replace(self._memory)
+            before = replace(self._memory, direction=None)  # a vector that is not held for this
             try:
                 return self._move()
             except EvaluationsSpent:
