@@ -504,7 +504,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "AdaHessian gnb": partial(AdaHessian, estimator="gnb"),
     "Sophia": Sophia,
     "Sophia gnb": partial(Sophia, estimator="gnb"),
-    "NewtonCG": NewtonCG,
+    "NewtonCG ggn": partial(NewtonCG, curvature="ggn"),
     "NewtonCG hessian": partial(NewtonCG, curvature="hessian"),
 }
 
@@ -536,6 +536,26 @@ def test_reentrant_checkpoints_are_refused(name: str, kind: str, needs_grad: boo
             closure()
     for p, old in zip((*block.parameters(), *head.parameters()), before, strict=True):
         assert torch.equal(p, old)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoints_by_default() -> None:
+    """Differences of gradients need no second derivative; without a gradient nothing helps."""
+    torch.manual_seed(0)
+    block, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 2)
+    for needs_grad in (True, False):
+        x = torch.randn(6, 3, requires_grad=needs_grad)
+        optimizer = NewtonCG(block.parameters())
+        closure = standard(
+            optimizer, lambda x=x: F.mse_loss(checkpoint(block, x, use_reentrant=True), y)
+        )
+        if needs_grad:
+            optimizer.step(closure)
+            assert optimizer.info.curvature == "hessian by differences"
+            assert optimizer.info.loss_after < optimizer.info.loss
+        else:
+            with pytest.raises(MissingSecondDerivative, match="use_reentrant=False"):
+                optimizer.step(closure)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

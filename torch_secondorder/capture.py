@@ -189,7 +189,7 @@ class Capture(TorchFunctionMode):
             if self.copies:
                 taken = snapshot(taken)
                 args, kwargs = (taken, *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
-            self.graph.linear.append((_node(result), versions([taken]), args, kwargs))
+            self.graph.linear.append((_node(result), versions([plain(taken)]), args, kwargs))
         return result
 
     def backward(

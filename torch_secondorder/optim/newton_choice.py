@@ -121,7 +121,12 @@ class Curvature:
         except MissingSecondDerivative as error:
             if not self.falls_back(error, objective):
                 raise
-            return objective.evaluate()
+            try:
+                return objective.evaluate()
+            except RuntimeError as other:
+                if "does not require grad" not in str(other):
+                    raise
+                raise error from other  # there is no gradient either, for the same reason
 
     def falls_back(self, error: RuntimeError, objective: Objective) -> bool:
         """Whether another kind of curvature is there for one whose graph or product raised."""
