@@ -18,6 +18,7 @@ class Masked(LinearOperator):
         kept: Whether a coordinate is one of `A`; shape `(n,)`, bool.
         diagonal: The multiple.
 
+    >>> from torch_secondorder.curvature import Diagonal
     >>> A = Diagonal(torch.tensor([1.0, torch.nan]))
     >>> Masked(A, torch.tensor([True, False]), 5.0) @ torch.tensor([2.0, 3.0])
     tensor([ 2., 15.])

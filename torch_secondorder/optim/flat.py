@@ -74,9 +74,9 @@ class FlatOptimizer(SecondOrderOptimizer):
             result: Tensor | None = self._pass(closure)
             return result
         if closure is not None:
-            loss = self._run(self._objective(closure, curvature_closure))
-            self._show_names(params)
-            return loss
+            objective = self._objective(closure, curvature_closure)
+            self._show_names(params)  # before there is a history, which would be copied
+            return self._run(objective)
         if not makes_state_only(self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}.step() evaluates the loss more than once and needs a "

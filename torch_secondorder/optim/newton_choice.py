@@ -43,7 +43,7 @@ DIFFERENCES = "hessian by differences"
 KINDS = ("", "ggn", "hessian", DIFFERENCES, "fisher", "empirical_fisher", "own")
 
 #: The preconditioners that `"auto"` may stand for, likewise; none at first.
-SUITED = ("", "kfac")
+SUITED = ("", "kfac", "nystrom")
 
 # What is noted of a compiled function whose first product found no outputs.
 _NO_OUTPUTS = "no outputs"

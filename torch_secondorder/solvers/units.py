@@ -22,9 +22,10 @@ def unit_of(size: float, dtype: torch.dtype) -> float:
     >>> unit_of(1e-3, torch.float32), unit_of(1e-20, torch.float32) == 2.0**-64
     (1.0, True)
     """
-    quarter = frexp(torch.finfo(dtype).max)[1] // 4
-    steps = round(frexp(size)[1] / quarter)
-    return ldexp(1.0, quarter * min(max(steps, -3), 3))
+    quarter, exponent = frexp(torch.finfo(dtype).max)[1] // 4, frexp(size)[1]
+    # One from 2^-24 to 2^24 in float32: conjugate gradients multiply three such numbers.
+    steps = min((abs(exponent) + quarter // 4) // quarter, 3)
+    return ldexp(1.0, quarter * (steps if exponent > 0 else -steps))
 
 
 def power_of_two(size: Tensor) -> Tensor:
