@@ -191,7 +191,6 @@ class NewtonCG(FlatOptimizer):
             curvature_products = "finite_difference"
             preconditioner = None
         self.curvature_products = curvature_products
-        self._found = Curvature(curvature, curvature_products == "finite_difference")
         self.solver = resolve_solver(
             solver, _MOST_ITERATIONS if max_cg_iter is None else max_cg_iter
         )
@@ -208,6 +207,8 @@ class NewtonCG(FlatOptimizer):
         self.preconditioner = resolve_preconditioner(
             None if self._chosen is not None else preconditioner
         )
+        by_differences = curvature_products == "finite_difference"
+        self._found = Curvature(curvature, by_differences, self.preconditioner)
         if self.solver is not None and isinstance(self.globalization, TrustRegion):
             raise ValueError(
                 f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"

@@ -22,7 +22,7 @@ from torch_secondorder.curvature.output_space import UnknownOutputs
 from torch_secondorder.dataset import BatchSum, curvature_at
 from torch_secondorder.evaluation import Evaluation, Objective
 from torch_secondorder.graph import MissingSecondDerivative
-from torch_secondorder.solvers import KFAC, Preconditioner
+from torch_secondorder.solvers import KFAC, Martens, Preconditioner
 
 __all__ = [
     "CURVATURES",
@@ -75,6 +75,8 @@ class Curvature:
     Args:
         spec: One of `CURVATURES`, or a function from an `Evaluation` to a `LinearOperator`.
         by_differences: Whether products are differences of gradients in any case.
+        preconditioner: The one that was asked for; one made from model outputs needs a curvature
+            that is made from them, indefinite or not.
 
     Attributes:
         kind: What the last operator was, one of `KINDS`.
@@ -83,7 +85,13 @@ class Curvature:
         linear_share: The share of the parameters that these are.
     """
 
-    def __init__(self, spec: str | Factory, by_differences: bool) -> None:
+    def __init__(
+        self,
+        spec: str | Factory,
+        by_differences: bool,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
+        self._needs_outputs = isinstance(preconditioner, (KFAC, Martens))
         self.kind = ""
         self.indefinite = False
         self.linear_layers = 0
@@ -167,7 +175,8 @@ class Curvature:
 
     def met(self, negative_curvature: float) -> None:
         """Takes note of the lowest curvature that a step has met."""
-        doubtful = self.automatic and self.kind == "ggn" and not self._semidefinite
+        settled = self._semidefinite or self._needs_outputs
+        doubtful = self.automatic and self.kind == "ggn" and not settled
         if doubtful and negative_curvature < 0.0:
             self.indefinite, self._seen_batches = True, False
 
