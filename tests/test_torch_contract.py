@@ -950,6 +950,30 @@ def test_what_comes_later_moves_at_once(name: str, how: str, loop: str) -> None:
 
 
 @diagonal
+@pytest.mark.parametrize("how", ["added", "thawed", "frozen"])
+def test_parameters_that_change_after_the_backward_pass(name: str, how: str) -> None:
+    """What was seen is of others: the step goes by older curvature, and the next one estimates."""
+    net = Net()
+    late = net.params[0].requires_grad_(how != "thawed")
+    optimizer = make(name, net, net.params[how == "added" :], update_period=5)
+    for _ in range(5):
+        net.closure()
+        optimizer.step()
+    net.closure()  # was seen
+    if how == "added":
+        optimizer.add_param_group({"params": [late]})
+    else:
+        late.requires_grad_(how == "thawed")
+    for estimates in (False, True):
+        before = net.values()
+        optimizer.step()
+        first, *others = [not torch.equal(a, b) for a, b in zip(net.values(), before, strict=True)]
+        assert all(others) and first is (estimates and how != "frozen")
+        assert (optimizer.info.products > 0) is estimates
+        net.closure()
+
+
+@diagonal
 def test_what_is_used_for_the_first_time_gets_a_curvature_in_the_next_step(name: str) -> None:
     """Also where it rests in all the steps whose turn it is."""
     used, late = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
