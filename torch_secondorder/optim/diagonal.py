@@ -65,11 +65,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     #: Whether an update takes absolute values of the diagonal.
     _magnitudes = False
     _observation: Observation | None = None
+    _undrawn: Tensor | None = None  # the state of the generator before that
     # On a device: of the last step, until one is known to have moved.
     _first: Verdict | None = None
     _moved_once = False
     _watches = True
-    _before: GradientTrace | None = None  # the gradients when it began to see backward passes
+    # The gradients when it began to see backward passes; None where it did not before this step.
+    _before: GradientTrace | None = None
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         watch: bool = True,
     ) -> None:
         self.estimator = estimator
-        self._watches = watch
+        self._watches = False  # until all is there
         self._steps = 0
         self._overdue = 0  # how many of the next steps estimate out of turn
         self._known: Sequence[Tensor] | None = None  # what was trained, frozen parameters left out
@@ -89,6 +91,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._workspace = Workspace()
         self._arrangement = Arrangement()
         super().__init__(params, defaults)
+        self._watches = watch
+        self._listen()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
+        super().add_param_group(param_group)
         self._listen()
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -161,32 +169,36 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
         That gives the same steps as without, and is needed with `watch=False` only.
         """
-        return self.curvature_due and not isinstance(self.estimator, GaussNewtonBartlett)
+        return self.curvature_due and self._takes_graphs
 
     # Backward passes without a closure.
 
-    def _listen(self) -> None:
-        """Sees backward passes from now on if the next step needs them, and none if not."""
+    @property
+    def _can_listen(self) -> bool:
         params = (p for group in self.param_groups for p in group["params"])
         first = next(params, None)
-        if (
+        return (
             self._watches
-            and self.curvature_due
             and first is not None
             and not is_distributed(first)
             # Else micro-batches outside of the closure are not to cost an estimate each.
             and self.param_groups[0]["accumulation_steps"] == 1
-        ):
-            if self not in WATCHERS:
-                self._before = GradientTrace(self._trainable)
-                WATCHERS.add(self)
+        )
+
+    def _listen(self) -> None:
+        """Sees backward passes from now on if the next step needs them, and none if not."""
+        if self._can_listen and self.curvature_due:
+            self._before = GradientTrace(self._trainable)
+            WATCHERS.add(self)
         else:
+            self._before = None
             WATCHERS.discard(self)
 
     def observation_of(self, reached: Collection[int]) -> Observation | None:
         """See `torch_secondorder.optim.closureless.Watcher`."""
         params = self._trainable
-        if not any(id(p) in reached for p in params):
+        # What it needs for that may have been written to the groups since it listens.
+        if not self._can_listen or not any(id(p) in reached for p in params):
             return None
         with torch.no_grad():
             return self._current_observation(params)
@@ -200,8 +212,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _current_observation(self, params: Sequence[Tensor]) -> Observation:
         """The observation of the coming step; a new one if what was seen is no more."""
         if self._observation is not None and not self._observation.continues(params):
-            self._forget_observation()
+            self._drop_observation()
         if self._observation is None:
+            _, generator = self._tools(params)
+            # A CUDA graph that is being made has no state that could be read.
+            self._undrawn = None if _capturing(params[0]) else generator.get_state()
             self._observation = Observation(
                 params, self._watch(params), self._surroundings, everywhere=self in WATCHERS
             )
@@ -244,13 +259,26 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             with self._current_observation(params):
                 yield
         except BaseException:
-            self._forget_observation()
+            self._drop_observation()
             raise
 
     def _forget_observation(self) -> None:
         if self._observation is not None:
             self._observation.close()
-            self._observation = None
+            self._observation = self._undrawn = None
+
+    def _drop_observation(self) -> None:
+        """Lets it be as if nothing had been seen, also for what is drawn later."""
+        self._undraw()
+        self._forget_observation()
+
+    def _undraw(self) -> Tensor | None:
+        """Takes back what was drawn for what was seen; returns where the generator was then."""
+        if self._observation is None or self._generator is None or self._undrawn is None:
+            return None
+        drawn = self._generator.get_state()
+        self._generator.set_state(self._undrawn)
+        return drawn
 
     def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step.
@@ -269,13 +297,17 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             TypeError: The closure returned something else than a loss.
             ValueError: The closure's loss is not a scalar, or a hyperparameter is out of range.
         """
-        for group in self.param_groups:
-            self._check_group(group)
-        WATCHERS.discard(self)  # what runs in here is seen by other ways
         try:
-            return self._one_step(closure)
-        finally:
-            self._listen()
+            for group in self.param_groups:
+                self._check_group(group)
+            WATCHERS.discard(self)  # what runs in here is seen by other ways
+            try:
+                return self._one_step(closure)
+            finally:
+                self._listen()
+        except BaseException:
+            Scaling(self).forget()
+            raise
 
     def _one_step(self, closure: Any) -> Tensor | None:
         params = self._trainable
@@ -294,9 +326,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             if closure is None:
                 self._step_on_present(params)
                 return None
-            # What has seen backward passes has drawn its probes, should the closure be idle.
-            drawn = self._generator if self._observation is not None else None
-            state = None if drawn is None else drawn.get_state()
+            # What was seen before is not of this step, unless the closure is idle.
+            drawn = self._undraw()
             watch = self._watch(params) if self._is_due(params) else None
             evaluation = SingleEvaluation(
                 closure, params, self._surroundings, self._stale, self._workspace
@@ -305,8 +336,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             try:
                 outcome = evaluation.run(watch, accumulates=parts > 1)
             except IdleClosure:  # what Lightning passes for none
-                if drawn is not None and state is not None:
-                    drawn.set_state(state)
+                if drawn is not None and self._generator is not None:
+                    self._generator.set_state(drawn)
                 self._step_on_present(params, watch)
                 return None
             self._forget_observation()
@@ -320,42 +351,48 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     ) -> None:
         """A step without a closure; the watch is for gradients that nobody has watched."""
         name, scaling, seen = type(self).__name__, Scaling(self), self._observation
-        due = self._is_due(params)
-        early = due and self._is_too_early(params)
         self._forget_observation()
-        unscaling = scaling.inverse
-        try:
-            if seen is not None and (seen.calls or seen.failure is not None):
-                found = present_gradients(name, params, None, scaling)
-                seen.check(name, scaling)
-                watch, unscaling = seen.watch, seen.unscaling(scaling)
-            elif early:
-                watch, found = None, present_gradients(name, params, None, scaling)
-            else:
-                if watch is None and due:
-                    watch = self._watch(params)
-                found = present_gradients(name, params, watch, scaling, self._why_unseen())
-                unscaling = None if unscaling is None else unscaling.sqrt()  # so were the probes
-        except BaseException:
-            scaling.forget()
-            raise
+        due, early, unscaling = self._is_due(params), False, scaling.inverse
+        if seen is not None and seen.has_seen(params):
+            found = present_gradients(name, params, None, scaling)
+            seen.check(name, scaling)
+            watch, unscaling = seen.watch, seen.unscaling(scaling)
+        elif due and self._is_too_early(params, seen):
+            watch, early = None, True
+            found = present_gradients(name, params, None, scaling)
+        else:
+            if watch is None and due:
+                watch = self._watch(params)
+            found = present_gradients(name, params, watch, scaling, self._why_unseen())
+            unscaling = None if unscaling is None else unscaling.sqrt()  # so were the probes
         diagonal = self._diagonal(watch, 1.0, unscaling)
         effort = Effort(0, 0 if watch is None else watch.products)
         self._advance(params, Outcome(None, found), diagonal, effort, scaling.inverse)
         self._overdue = max(self._overdue, int(early))
 
-    def _is_too_early(self, params: Sequence[Tensor]) -> bool:
+    def _is_too_early(self, params: Sequence[Tensor], seen: Observation | None) -> bool:
         """Whether the gradients are from before anybody could know that they would be needed.
 
         Loops that make optimizers as parameters appear have them then, Pyro's for one, and loops
-        that thaw parameters between estimates. The step goes by older curvature, parameters without
-        any wait, and the next one estimates.
+        that thaw parameters between estimates, or after the backward pass. The step goes by older
+        curvature, parameters without any wait, and the next one estimates.
+
+        Args:
+            params: The trainable parameters.
+            seen: What was seen of others.
         """
-        thawed = self._known is not None and self._has_new(params)
-        before = self._before is not None and self._before.matches(params)
-        return (self._watches and (thawed or before)) and any(
-            p.grad is not None and p.grad.grad_fn is None for p in params
-        )
+        grads = [p.grad for p in params if p.grad is not None]
+        has_graph = any(g.grad_fn is not None for g in grads) and self._takes_graphs
+        if has_graph or not grads or not self._can_listen:
+            return False
+        if self._before is None:  # nobody says that a parameter is thawed
+            return self._known is not None and self._has_new(params)
+        return self._before.matches(params) or (seen is not None and seen.calls > 0)
+
+    @property
+    def _takes_graphs(self) -> bool:
+        """Whether the graph of gradients is all that an estimate takes."""
+        return not isinstance(self.estimator, GaussNewtonBartlett)
 
     def _why_unseen(self) -> str:
         if not self._watches:
@@ -542,7 +579,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             overdue = max(overdue, self._first_steps)
         state: dict[str, Any] = {"steps": self._steps, "overdue": overdue}
         if self._generator is not None:
-            state["generator"] = self._generator.get_state()
+            # What was seen is not carried along, and was not drawn then.
+            undrawn = self._undrawn
+            state["generator"] = self._generator.get_state() if undrawn is None else undrawn
         return state
 
     def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
@@ -565,7 +604,6 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._known = self._trainable if self._steps else None
         self._stale = self._generator = self._first = None
         self._workspace = Workspace()
-        WATCHERS.discard(self)
         self._listen()
         if saved is not None and vector is not None:
             self._generator = torch.Generator(vector.device)

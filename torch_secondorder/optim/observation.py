@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -85,10 +86,17 @@ class Observation:
 
     def continues(self, params: Sequence[Tensor]) -> bool:
         """Whether the parameters are the same, and what was seen is still in their gradients."""
-        if len(params) != len(self.params) or not all(map(_is, params, self.params)):
+        if not self._is_of(params):
             return False
         untouched = self._left is not None and self._left.matches(params)
         return untouched or _any_nonzero(params)
+
+    def has_seen(self, params: Sequence[Tensor]) -> bool:
+        """Whether a backward pass was seen, or failed to be, of these parameters."""
+        return bool(self.calls or self.failure is not None) and self._is_of(params)
+
+    def _is_of(self, params: Sequence[Tensor]) -> bool:
+        return len(params) == len(self.params) and all(map(is_, params, self.params))
 
     def settle(self) -> None:
         """Notes that what was seen is in the gradients now."""
@@ -178,10 +186,6 @@ class Observation:
             factor = torch.exp2(-(scale.log2() / 2).floor())
             self.watch.scale_probes(factor)
             self._factor = factor
-
-
-def _is(first: Tensor, second: Tensor) -> bool:
-    return first is second
 
 
 def _any_nonzero(params: Sequence[Tensor]) -> bool:
