@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from torch_secondorder.graph import Graph, Multiply
+from torch_secondorder.graph import Graph, MissingSecondDerivative, Multiply
 from torch_secondorder.ranks import Ranks
 from torch_secondorder.replay import Replay, Surroundings
 from torch_secondorder.vector import ParameterVector
@@ -438,8 +438,12 @@ class Objective(ABC):
     def has_room_for_a_graph(self) -> bool:
         """Whether a graph may be kept beside that of the position: if all in use fits twice.
 
-        Where buffers move on with an accepted step, that of a trial is of another function.
+        Where buffers move on with an accepted step, that of a trial is of another function. A graph
+        is kept on all ranks or on none: gradients are averaged differently with one.
         """
+        return not self.ranks.any(not self._has_room_here(), self.vector.device)
+
+    def _has_room_here(self) -> bool:
         around = self._surroundings
         if around.moving and (around.buffers_in_loss() or around.unknown_kinds()):
             return False
@@ -503,7 +507,7 @@ class Objective(ABC):
             _ = last.grad  # before what it is made of changes
         try:
             with torch.enable_grad():
-                raw = self._run(position, curvature)
+                raw = self._run_on_all_ranks(position, curvature)
         except BaseException:
             self.settle()
             raise
@@ -525,6 +529,26 @@ class Objective(ABC):
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
         self._last = ref(evaluation)
         return evaluation
+
+    def _run_on_all_ranks(self, position: Tensor, curvature: bool) -> RawEvaluation:
+        """Evaluates; if one rank finds no second derivative, no rank does.
+
+        Others would wait for products that this one cannot have a part in.
+        """
+        if not curvature:
+            return self._run(position, curvature)
+        device = self.vector.device
+        try:
+            raw = self._run(position, curvature)
+        except MissingSecondDerivative:
+            self.ranks.any(True, device)
+            raise
+        if self.ranks.any(False, device):
+            raise MissingSecondDerivative(
+                "an operation inside the closure of another rank has no second derivative; the "
+                "error of that rank names it"
+            )
+        return raw
 
     def _flat_gradient(self, raw: RawEvaluation, position: Tensor | None) -> Tensor:
         grad = self.vector.gather(raw.grads)

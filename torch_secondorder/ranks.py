@@ -117,6 +117,19 @@ class Ranks:
         """
         return self._sum(roots, math.sqrt(self.count))
 
+    def any(self, flag: bool, device: torch.device | None = None) -> bool:
+        """Whether a flag is set on any of the ranks; all have to ask, and all get this answer.
+
+        Args:
+            flag: This rank's.
+            device: Where the message is made.
+        """
+        if self.count == 1:
+            return flag
+        votes = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(votes, group=self.group)
+        return bool(votes.item())
+
     def gather(self, numbers: Sequence[int], device: torch.device | None = None) -> list[list[int]]:
         """The integers that each rank has, in the order of the ranks.
 

@@ -171,7 +171,22 @@ class Curvature:
         if isinstance(operator, BatchSum) and not self._seen_batches:
             operator.look()  # what the batches have is known once they were evaluated
         self._seen_batches = over_batches
+        self._agree(objective)
         return operator
+
+    def _agree(self, objective: Objective) -> None:
+        """Takes what all ranks can follow, for the choices that are made of it.
+
+        Their graphs may differ, and a rank with another preconditioner or another globalization
+        would wait for the others.
+        """
+        ranks = objective.ranks
+        if ranks.count == 1:
+            return
+        own = [KINDS.index(self.kind), self.linear_layers, round(1e6 * self.linear_share)]
+        kinds, layers, shares = zip(*ranks.gather(own, objective.vector.device), strict=True)
+        self.kind = KINDS[max(kinds)]
+        self.linear_layers, self.linear_share = min(layers), 1e-6 * min(shares)
 
     def met(self, negative_curvature: float) -> None:
         """Takes note of the lowest curvature that a step has met."""
