@@ -44,6 +44,11 @@ from torch_secondorder.graph import MissingSecondDerivative
 ORIGINAL = torch.autograd.backward
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nobody_else_listens() -> None:
+    gc.collect()  # optimizers of other files, in cycles with the errors that they raised
+
+
 @pytest.fixture(autouse=True)
 def _without_torchs_warning_about_cycles() -> Iterator[None]:
     with warnings.catch_warnings():
