@@ -110,6 +110,7 @@ def test_products_of_recurrent_layers(kind: Any, layers: int, device: torch.devi
         optimizer.step(closure)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's cells on a device
 def test_functions_of_recurrent_layers(device: torch.device) -> None:
     model = Reader(nn.GRU).to(device, torch.float64).requires_grad_(False)
     x = torch.randn(3, 2, 3, dtype=torch.float64, device=device)

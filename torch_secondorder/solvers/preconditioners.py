@@ -10,13 +10,12 @@ from torch import Tensor
 
 from torch_secondorder.curvature import Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.solvers.base import Preconditioner
-from torch_secondorder.solvers.units import power_of_two
 
 __all__ = ["Martens", "Nystrom", "NystromApproximation"]
 
 
 class Martens(Preconditioner):
-    """The diagonal `(d + damping)^power` of Martens 2010, section 4.7.
+    """The diagonal `(d + damping)^power` of Martens 2010, section 4.7, in units of its mean.
 
     There `d` is the sum of the squares of the samples' gradients, which takes a pass for each
     sample. Here it is estimated from random vectors, see `GaussNewton.diagonal`.
@@ -61,9 +60,9 @@ class Martens(Preconditioner):
         assert self._diagonal is not None
         damped = self._diagonal + damping
         # Where no sample has anything to say and nothing is damped, there is no scale to go by.
-        tiny = torch.finfo(damped.dtype).tiny
-        least = (power_of_two(damped.mean()) * tiny**0.5).clamp_(min=tiny)
-        damped = torch.maximum(damped, least)
+        # In units of its mean: no other digits come of another scale.
+        mean, tiny = damped.mean(), torch.finfo(damped.dtype).tiny ** 0.5
+        damped = torch.where(mean > 0, damped / mean, 1.0).clamp_(min=tiny)
         return Diagonal(damped.pow_(-self._power))
 
     def state_dict(self) -> dict[str, Any]:
