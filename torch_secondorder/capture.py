@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from torch_secondorder.custom_functions import Finding, applied, trusted
+from torch_secondorder.custom_functions import APPLY_IN_C, applied, finding_at, note, trusted
 from torch_secondorder.graph import (
     INSTEAD_OF_ESTIMATES,
     REENTRANT,
@@ -304,6 +304,7 @@ class Capture(TorchFunctionMode):
             return apply(*args)
         with uncaptured():
             result, finding = applied(cls, apply, args)
+        note(_node_of(result), finding)
         if finding is not None and not finding.curves:
             self.graph.suspects.append(Suspect(_node_of(result), finding))
         return result
@@ -340,7 +341,7 @@ def _noticing_applications(_: Any) -> Any:
     """An `apply` of custom functions that shows them to the capture of its thread."""
 
     def apply(cls: Any, *args: Any) -> Any:
-        capture, inner = _active.get(), super(_SingleLevelFunction, cls).apply
+        capture, inner = _active.get(), _own_apply(cls)
         if capture is not None:
             return capture._apply(cls, inner, args)
         return _noted(cls, inner, args) if _everywhere else inner(*args)
@@ -367,15 +368,27 @@ def _noticing_accumulation(run: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-# What all custom functions go through, also where somebody has kept `Function.apply`; and what
-# `torch.autograd.backward` does, which some call in the place of `Tensor.backward`.
-_applications = Substitution(_SingleLevelFunction, "apply", _noticing_applications)
+def _own_apply(cls: Any) -> Callable[..., Any]:
+    """The `apply` of a custom function that nobody has replaced."""
+    if APPLY_IN_C:
+        apply: Callable[..., Any] = torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)
+        return apply
+    above: Callable[..., Any] = super(_SingleLevelFunction, cls).apply
+    return above
+
+
+# What all custom functions go through.
+_applications = Substitution(
+    torch.autograd.Function if APPLY_IN_C else _SingleLevelFunction,
+    "apply",
+    _noticing_applications,
+)
+# What `torch.autograd.backward` does, which some call in the place of `Tensor.backward`.
 _accumulations = Substitution(torch.autograd, "_engine_run_backward", _noticing_accumulation)
 
 
 # Who wants custom functions examined that are applied outside of captures.
 _everywhere: list[object] = []
-_FINDING = "_torch_secondorder_finding"
 
 
 def examine_everywhere(begin: bool) -> None:
@@ -397,26 +410,14 @@ def _noted(cls: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     if within or trusted(cls) or not torch.is_grad_enabled():
         return apply(*args)
     result, finding = applied(cls, apply, args)
-    node = _node_of(result)
-    if node is not None and finding is not None:
-        setattr(node, _FINDING, finding)
+    note(_node_of(result), finding)
     return result
 
 
 def suspects_among(nodes: Iterable[Any]) -> list[Suspect]:
     """The custom functions among some nodes that are not known to be differentiated rightly."""
-    found = []
-    for node in nodes:
-        cls = getattr(type(node), "_forward_cls", None)
-        if cls is None or trusted(cls):
-            continue
-        finding = getattr(node, _FINDING, None)
-        if finding is None:
-            reason = "which was applied before the optimizer began to see backward passes"
-            finding = Finding(cls.__name__, False, False, reason)
-        if not finding.curves:
-            found.append(Suspect(node, finding))
-    return found
+    found = ((node, finding_at(node)) for node in nodes)
+    return [Suspect(node, f) for node, f in found if f is not None and not f.curves]
 
 
 def _node_of(result: Any) -> Any:

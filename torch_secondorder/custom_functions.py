@@ -26,7 +26,16 @@ from torch.autograd.function import once_differentiable
 
 from torch_secondorder.replay import random_state, set_random_state
 
-__all__ = ["Finding", "applied", "marked_once_differentiable", "trusted"]
+__all__ = [
+    "APPLY_IN_C",
+    "Finding",
+    "applied",
+    "finding_at",
+    "marked_once_differentiable",
+    "note",
+    "trusted",
+    "unseen",
+]
 
 #: Modules of PyTorch whose functions are right, raise by themselves, or do more than compute.
 _TRUSTED = (
@@ -147,6 +156,36 @@ def _examined(cls: Any, apply: Callable[..., Any], args: Sequence[Any]) -> tuple
         except _ERRORS as error:
             reason = str(error).strip().partition("\n")[0]
             return Finding(name, False, False, f"which raises {reason!r}"), True
+
+
+# Up to torch 2.13 `Function.apply` is written in Python, and goes through the class below it, which
+# those who have kept a copy of it do as well. Later it is in C, and copies are not seen.
+APPLY_IN_C = not isinstance(vars(torch.autograd.Function)["apply"], classmethod)
+_NOTE = "_torch_secondorder_finding"
+
+
+def note(node: Any, finding: Finding | None) -> None:
+    """Notes at the node of a custom function what was found where it was applied."""
+    if node is not None and finding is not None:
+        setattr(node, _NOTE, finding)
+
+
+def finding_at(node: Any) -> Finding | None:
+    """What is known of a node; None for one of PyTorch's own, or of a function that is trusted."""
+    cls = getattr(type(node), "_forward_cls", None)
+    if cls is None or trusted(cls):
+        return None
+    reason = (
+        "which was applied where it could not be examined, before the optimizer began to see "
+        "anything or by a copy of its `apply` (say `Function.apply(...)` at each call)"
+    )
+    finding: Finding = getattr(node, _NOTE, Finding(cls.__name__, False, False, reason))
+    return finding
+
+
+def unseen(node: Any) -> bool:
+    """Whether a custom function was applied by a copy of its `apply` that nothing can notice."""
+    return APPLY_IN_C and finding_at(node) is not None and not hasattr(node, _NOTE)
 
 
 def marked_once_differentiable(cls: Any) -> bool:

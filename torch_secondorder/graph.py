@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
-from torch_secondorder.custom_functions import Finding, marked_once_differentiable
+from torch_secondorder.custom_functions import (
+    Finding,
+    finding_at,
+    marked_once_differentiable,
+    unseen,
+)
 from torch_secondorder.subclass import plain, plainly
 
 __all__ = [
@@ -410,6 +415,8 @@ def _wrong(node: Any) -> Iterator[str]:
     function = getattr(type(node), "_forward_cls", None)
     if function is not None and marked_once_differentiable(function):
         yield f"{function.__name__}, marked once_differentiable"
+    elif unseen(node):
+        yield str(finding_at(node))
     if node.name() in _WRONG:
         yield _WRONG[node.name()]
 
