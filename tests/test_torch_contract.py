@@ -822,6 +822,7 @@ def test_averages_of_weights(name: str) -> None:
 
 
 @every
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11, with each profile
 def test_the_profiler_knows_the_step(name: str) -> None:
     net = Net()
     optimizer = make(name, net)
