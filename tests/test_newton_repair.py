@@ -138,9 +138,13 @@ def test_differences_take_the_place_of_all(device: torch.device) -> None:
     found = []
     for products in ("autograd", "finite_difference"):
         x = nn.Parameter(torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64, device=device))
-        apply = Broken.apply if products == "autograd" else torch.square
+        breaks = products == "autograd"
+
+        def value(x: Tensor = x, breaks: bool = breaks) -> Tensor:
+            return (Broken.apply(x - 1) if breaks else torch.square(x - 1)).square().sum()
+
         optimizer = NewtonCG([x], curvature="hessian", curvature_products=products)
-        optimizer.step(closure_of(lambda x=x, apply=apply: apply(x - 1).square().sum(), x))
+        optimizer.step(closure_of(value, x))
         found.append(x.detach().clone())
         assert bool(optimizer.info.repair) is (products == "autograd")
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
