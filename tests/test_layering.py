@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "space": set(),
     "vector": {"space", "subclass", "workspace"},
     "convolution": set(),
-    "nodes": {"convolution", "graph"},
+    "nodes": {"convolution", "graph", "weight_norm"},
     "interception": set(),
     "weight_norm": set(),
     "twice": {"convolution", "interception", "weight_norm"},

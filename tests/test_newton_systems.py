@@ -210,14 +210,14 @@ def test_what_a_rule_began_with_is_kept(arguments: dict[str, Any], steps: int) -
 
 
 def test_states_of_earlier_releases() -> None:
-    """They have neither a forcing term nor what the damping began with, which was one."""
+    """They do not have what the damping began with, which was one."""
     x = point(-1.2, 1.0)
     optimizer = NewtonCG([x], curvature="hessian", globalization="damping", damping=1.0)
     closure = closure_of(lambda: (x**4).sum(), x)
     optimizer.step(closure)
     state = optimizer.state_dict()
     for kept in state["state"].values():
-        del kept["forcing"], kept["start"]
+        del kept["start"]
     again = NewtonCG([x], curvature="hessian", globalization="damping")
     again.load_state_dict(state)
     again.step(closure)

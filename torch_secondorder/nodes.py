@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from torch_secondorder.convolution import with_second_derivatives
 from torch_secondorder.graph import MissingSecondDerivative, Output, versions
+from torch_secondorder.weight_norm import weight_norm
 
 __all__ = ["MENDED", "leaves_of", "nodes_of", "standard_losses", "twice_differentiable"]
 
@@ -139,7 +140,7 @@ def _attention(node: Any) -> tuple[Tensor, list[Any]]:
 
 def _weight_norm(node: Any) -> tuple[Tensor, list[Any]]:
     v, g = node._saved_v, node._saved_g
-    return v * (g / torch.norm_except_dim(v, 2, _signed(node._saved_dim))), [v, g]
+    return weight_norm(v, g, _signed(node._saved_dim)), [v, g]
 
 
 _FORMULAS: dict[str, Callable[[Any], tuple[Tensor, list[Any]]]] = {

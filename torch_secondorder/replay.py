@@ -103,7 +103,7 @@ class Surroundings:
         """See `knows`."""
         self._seen.add((what, _identity(source)))
 
-    def forget(self, source: Callable[..., Any], what: str = "graph") -> None:
+    def forget(self, source: Callable[..., Any], what: str) -> None:
         """Takes a note back, see `knows`."""
         self._seen.discard((what, _identity(source)))
 

@@ -361,7 +361,6 @@ class NewtonCG(FlatOptimizer):
             "damping": memory.damping,
             "radius": memory.radius,
             "length": memory.length,
-            "forcing": memory.forcing,
             "start": memory.start,
             "largest_gradient": self._largest_gradient,
             "kind": KINDS.index(self._found.kind),
@@ -404,8 +403,7 @@ class NewtonCG(FlatOptimizer):
                 state["damping"],
                 state["radius"],
                 length=state["length"],
-                # States of earlier releases have neither; their bounds were absolute.
-                forcing=state.get("forcing", 0.5),
+                # States of earlier releases have none; their bounds were absolute.
                 start=state.get("start", 1.0),
             )
             for name in _VECTORS:

@@ -205,7 +205,6 @@ class Iteration:
         if memory.length < inf:
             fall = self.point.length / memory.length
             forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
-        memory.forcing = forcing
         most = self._most_cg_iterations(preconditioner)
         if not isinstance(rule, LevenbergMarquardt):
             return CG(most, tolerance=forcing, overwrites=True)

@@ -68,7 +68,6 @@ class Memory:
         radius: Of the next model; 0 likewise.
         direction: The last solution, where the next solver begins.
         length: Norm of the gradient at the start of the last iteration.
-        forcing: The relative residual that the last system was to reach.
         start: The damping or radius that the rule began with.
         sizes: The largest absolute values of the parameters at iterations so far; None where
             products are not differences.
@@ -79,7 +78,6 @@ class Memory:
     radius: float
     direction: Tensor | None = None
     length: float = inf
-    forcing: float = 0.5
     start: float = 0.0
     sizes: Tensor | None = None
     rule: object = None
