@@ -37,7 +37,7 @@ try:
         set_seed,
     )
 
-    from torch_secondorder.huggingface import SecondOrderCallback, unwrapped
+    from torch_secondorder.integrations.huggingface import SecondOrderCallback, unwrapped
 except ModuleNotFoundError as error:
     sys.exit(f"huggingface_trainer: {error}; pip install transformers accelerate")
 

@@ -26,7 +26,7 @@ from _data import DATASETS, Images
 from _lightning import Batches, Classifier, accuracy, host, images_for, trainer
 from _report import format_table
 from torch_secondorder import LBFGS
-from torch_secondorder.lightning import SecondOrderMonitor
+from torch_secondorder.integrations.lightning import SecondOrderMonitor
 
 CONTENDERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "LBFGS (ours)": LBFGS,

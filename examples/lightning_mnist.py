@@ -25,7 +25,7 @@ from _data import DATASETS, Images
 from _lightning import Batches, Classifier, accuracy, images_for, trainer
 from _report import format_table
 from torch_secondorder import LBFGS, AdaHessian, NewtonCG, Sophia
-from torch_secondorder.lightning import SecondOrderMonitor
+from torch_secondorder.integrations.lightning import SecondOrderMonitor
 
 
 @dataclass(frozen=True)

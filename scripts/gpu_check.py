@@ -37,7 +37,7 @@ TESTS, SHARE = 300, 0.6
 #: Seconds that a test may take, and that processes are given to end.
 ONE_TEST, GRACE = 120, 5
 #: What is run of the tests where there is no device, to see that this works.
-REHEARSED = ("tests/test_inverse_bfgs.py", "tests/test_replay.py")
+REHEARSED = ("tests/curvature/test_inverse_bfgs.py", "tests/closure/test_replay.py")
 
 
 class Check:

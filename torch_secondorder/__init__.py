@@ -1,9 +1,9 @@
 """Second-order optimization for PyTorch, driven by the standard closure."""
 
 from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
-from torch_secondorder.capture import mark_outputs
+from torch_secondorder._closure.capture import mark_outputs
+from torch_secondorder._objective.closure import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
-from torch_secondorder.objective import FunctionalObjective
 from torch_secondorder.optim import (
     LBFGS,
     AdaHessian,

@@ -53,7 +53,7 @@ def candidates(case: Case, objective_class: Any | None) -> dict[str, Callable[[]
 @command("capture", "evaluations through the captured closure beside the bare closure")
 def run(options: Options, report: Report) -> None:
     """Measures each network."""
-    objective_class = load_ours("torch_secondorder.objective", "ClosureObjective")
+    objective_class = load_ours("torch_secondorder._objective.closure", "ClosureObjective")
     makers: list[Callable[[torch.device], Case]] = [
         deep_mlp,
         partial(deep_mlp, activation=nn.Tanh),

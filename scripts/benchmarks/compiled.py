@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from torch_secondorder import FunctionalObjective
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
-from torch_secondorder.evaluation import Evaluation
 
 from .harness import alternate, ratio
 from .race import load_example

@@ -72,7 +72,7 @@ def power_iteration(A: Any, count: int, stop: Stop, limit: int) -> tuple[list[fl
 
 def operator_of(problem: Any) -> Any:
     """The operator that diagnostics work with, which counts its products, to give it to others."""
-    point = load_peer("torch_secondorder.diagnostics.point")
+    point = load_peer("torch_secondorder.diagnostics._point")
     assert point is not None
     with point.opened(problem, False, 0, "") as opened:
         return opened.operator

@@ -29,7 +29,7 @@ def _closure(model: nn.Module) -> Callable[[], Tensor]:
 
 def run(options: Options, report: Report) -> None:
     """Measures relative errors, root mean square over entries and draws."""
-    objective_class = load_ours("torch_secondorder.objective", "ClosureObjective")
+    objective_class = load_ours("torch_secondorder._objective.closure", "ClosureObjective")
     curvature = load_ours("torch_secondorder", "curvature")
     if objective_class is None or curvature is None:
         return

@@ -17,7 +17,7 @@ from .report import Report, Table, number, seconds
 from .solvers import Outcome, Solver, solvers
 
 if TYPE_CHECKING:
-    from tests.problems import Problem
+    from tests.support.problems import Problem
 
 TOLERANCE = 1e-6
 # A run that takes more than STRICT evaluations is named in the report, but may go on to BUDGET.

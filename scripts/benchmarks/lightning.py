@@ -145,7 +145,7 @@ def loops(host: ModuleType, monitor: Any) -> dict[str, Loop]:
 def run(options: Options, report: Report) -> None:
     """Runs the comparison."""
     host = load_peer("lightning.pytorch", "lightning") or load_peer("pytorch_lightning")
-    monitor = load_ours("torch_secondorder.lightning", "SecondOrderMonitor")
+    monitor = load_ours("torch_secondorder.integrations.lightning", "SecondOrderMonitor")
     adahessian = load_ours("torch_secondorder", "AdaHessian")
     if host is None or monitor is None or adahessian is None:
         return

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder.curvature import Damped, Diagonal, GaussNewton, LinearOperator
-from torch_secondorder.objective import ClosureObjective
 from torch_secondorder.solvers import CG, SolveResult
 
 from .harness import Ratio, alternate, progress, ratio, say
@@ -39,7 +39,7 @@ def _products(A: LinearOperator, v: Tensor, count: int) -> None:
 
 def _syncs(solve: Callable[[int], SolveResult], iterations: int) -> float:
     """How often an iteration makes the host wait, from two runs of different length."""
-    kind = importlib.import_module("torch_secondorder.space").Space
+    kind = importlib.import_module("torch_secondorder._params.space").Space
     original, calls = kind.to_host, 0
 
     def counting(space: Any, *numbers: Any, **more: Any) -> list[float]:

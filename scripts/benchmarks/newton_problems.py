@@ -17,7 +17,7 @@ from .report import Report, Table, number
 from .solvers import Outcome, Solver, in_one_step, with_closure
 
 if TYPE_CHECKING:
-    from tests.problems import Problem
+    from tests.support.problems import Problem
 
 TOLERANCES = (1e-6, 1e-10)
 NAMES = ("extended_rosenbrock", "chained_rosenbrock", "powell_singular", "wood")

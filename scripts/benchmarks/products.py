@@ -56,7 +56,7 @@ def _double_backward(case: Case, vector: Tensor) -> Callable[[], Tensor]:
 
 def _set_up(case: Case, name: str) -> Callable[[], Any] | None:
     """What an iteration pays for one of our operators before its first product."""
-    objective_class = load_ours("torch_secondorder.objective", "ClosureObjective")
+    objective_class = load_ours("torch_secondorder._objective.closure", "ClosureObjective")
     operator_class = load_ours("torch_secondorder.curvature", name)
     if objective_class is None or operator_class is None:
         return None

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder.curvature import GaussNewton
-from torch_secondorder.evaluation import Evaluation
 
 
 class Watch:

@@ -10,11 +10,11 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.graph import Graph, Overwritten
+from torch_secondorder._objective.evaluation import Evaluation, Slot
+from torch_secondorder._params.space import WHOLE, Space
+from torch_secondorder.curvature._products import AT_ONCE, vectorizing_pays
 from torch_secondorder.curvature.kronecker import KroneckerFactors
-from torch_secondorder.curvature.products import AT_ONCE, vectorizing_pays
-from torch_secondorder.evaluation import Evaluation, Slot
-from torch_secondorder.graph import Graph, Overwritten
-from torch_secondorder.space import WHOLE, Space
 
 _T = TypeVar("_T")
 

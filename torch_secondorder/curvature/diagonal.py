@@ -10,19 +10,19 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.graph import Graph, added
+from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder._foundation.buffer_pool import Workspace
+from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._params.space import WHOLE, Space
+from torch_secondorder._params.vector import ParameterVector
+from torch_secondorder.curvature._loss_curvature import LossCurvature
+from torch_secondorder.curvature._output_space import OutputSpace
+from torch_secondorder.curvature._probes import Distribution, draw
+from torch_secondorder.curvature._products import several_products
+from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.curvature.gauss_newton import GaussNewton, random_roots
-from torch_secondorder.curvature.loss_curvature import LossCurvature
-from torch_secondorder.curvature.output_space import OutputSpace
-from torch_secondorder.curvature.probes import Distribution, draw
-from torch_secondorder.curvature.products import several_products
-from torch_secondorder.curvature.samples import Samples
-from torch_secondorder.evaluation import Evaluation
-from torch_secondorder.graph import Graph, added
-from torch_secondorder.ranks import Ranks
-from torch_secondorder.space import WHOLE, Space
-from torch_secondorder.vector import ParameterVector
-from torch_secondorder.workspace import Workspace
 
 __all__ = [
     "DiagonalEstimator",
@@ -58,7 +58,7 @@ class DiagonalWatch(ABC):
 
     @abstractmethod
     def observe(self, graph: Graph, retain: bool) -> None:
-        """Takes what one `backward()` adds; see `torch_secondorder.single.Watch`."""
+        """Takes what one `backward()` adds; see `torch_secondorder._objective.one_shot.Watch`."""
 
     @abstractmethod
     def diagonal(self, *, magnitudes: bool = False) -> Tensor:
@@ -252,7 +252,7 @@ class GaussNewtonBartlett(DiagonalEstimator):
     Raises:
         ValueError: `n_samples` is below one.
 
-    >>> from torch_secondorder.objective import FunctionalObjective
+    >>> from torch_secondorder._objective.closure import FunctionalObjective
     >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0]])
     >>> def loss(w):
     ...     return torch.nn.functional.mse_loss(x @ w, y, reduction="sum")

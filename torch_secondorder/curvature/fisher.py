@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature.draws import Draws
+from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder.curvature._draws import Draws
+from torch_secondorder.curvature._output_space import Tensors
 from torch_secondorder.curvature.gauss_newton import GaussNewton, random_roots
-from torch_secondorder.curvature.output_space import Tensors
-from torch_secondorder.evaluation import Evaluation
 
 __all__ = ["Fisher"]
 
@@ -39,7 +39,7 @@ class Fisher(GaussNewton):
         RuntimeError: No output was found, or labels cannot be drawn for one.
         ValueError: An argument is out of range, or the evaluation was made without curvature.
 
-    >>> from torch_secondorder.objective import FunctionalObjective
+    >>> from torch_secondorder._objective.closure import FunctionalObjective
     >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0]])
     >>> def loss(w):
     ...     return 0.5 * torch.nn.functional.mse_loss(x @ w, y, reduction="sum")

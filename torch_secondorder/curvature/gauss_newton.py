@@ -11,16 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.graph import Graph, Multiply, added
+from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder._objective.evaluation import Evaluation, Slot
+from torch_secondorder.curvature._draws import Draws
+from torch_secondorder.curvature._likelihoods import Likelihood
+from torch_secondorder.curvature._loss_curvature import LossCurvature
+from torch_secondorder.curvature._output_space import OutputSpace, Tensors
+from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import Linearized
-from torch_secondorder.curvature.draws import Draws
 from torch_secondorder.curvature.kronecker import KroneckerFactors, kronecker_factors
-from torch_secondorder.curvature.likelihoods import Likelihood
-from torch_secondorder.curvature.loss_curvature import LossCurvature
-from torch_secondorder.curvature.output_space import OutputSpace, Tensors
-from torch_secondorder.curvature.samples import Samples
-from torch_secondorder.evaluation import Evaluation, Slot
-from torch_secondorder.graph import Graph, Multiply, added
-from torch_secondorder.ranks import Ranks
 
 __all__ = ["GaussNewton"]
 
@@ -55,7 +55,7 @@ class GaussNewton(Linearized):
         ValueError: The evaluation was made without curvature, `remainder` is unknown, or an output
             is complex.
 
-    >>> from torch_secondorder.objective import FunctionalObjective
+    >>> from torch_secondorder._objective.closure import FunctionalObjective
     >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0]])
     >>> def loss(w):
     ...     return torch.nn.functional.mse_loss(x @ w, y, reduction="sum")

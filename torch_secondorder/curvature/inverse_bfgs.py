@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder.curvature.base import LinearOperator
-from torch_secondorder.space import WHOLE, Space
 
 __all__ = ["InverseBFGS"]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_secondorder.graph import Graph, LinearCall, Overwritten, explained
-from torch_secondorder.ranks import Ranks
-from torch_secondorder.subclass import plainly
+from torch_secondorder._autograd.graph import Graph, LinearCall, Overwritten, explained
+from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder._foundation.subclasses import plainly
 
 __all__ = ["KroneckerFactors", "kronecker_factors"]
 

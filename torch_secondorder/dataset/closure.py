@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_secondorder.contract import differentiable, scalar
-from torch_secondorder.dataset.batches import as_pair, call, moved
-from torch_secondorder.dataset.loader import (
+from torch_secondorder._closure.validation import differentiable, scalar
+from torch_secondorder._foundation.progress_bar import bar
+from torch_secondorder.dataset._batches import as_pair, call, moved
+from torch_secondorder.dataset._loader import (
     batches_in,
     check_loader,
     counted,
     samples_in,
 )
-from torch_secondorder.progress import bar
 
 __all__ = ["Amend", "DatasetClosure", "Use"]
 

@@ -9,11 +9,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
 from torch_secondorder.dataset import BatchSum, curvature_at
-from torch_secondorder.evaluation import Evaluation, Objective
-from torch_secondorder.replay import Surroundings
-from torch_secondorder.vector import ParameterVector
 
 __all__ = ["Curvature", "Problem"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature.probes import draw
-from torch_secondorder.diagnostics.point import check_count, generator_of, opened
-from torch_secondorder.diagnostics.source import Source
-from torch_secondorder.progress import optional
+from torch_secondorder._foundation.progress_bar import optional
+from torch_secondorder.curvature._probes import draw
+from torch_secondorder.diagnostics._point import check_count, generator_of, opened
+from torch_secondorder.diagnostics.sources import Source
 from torch_secondorder.solvers import lanczos
 
 __all__ = ["SpectralDensity", "spectral_density"]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.func.limits import Mode, check_chunk_size, check_mode, check_size, spans
-from torch_secondorder.func.recorded import Recorded, composing
+from torch_secondorder.func._limits import Mode, check_chunk_size, check_mode, check_size, spans
+from torch_secondorder.func._recorded import Recorded, composing
+from torch_secondorder.func._trees import basis, flatten, flattened, numels, unflatten
 from torch_secondorder.func.transforms import pullback, push, vectorized
-from torch_secondorder.func.trees import basis, flatten, flattened, numels, unflatten
 
 __all__ = ["Pull", "check_matrix", "forward_pays", "jacobian", "reverse"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vmap
 
-from torch_secondorder.twice import with_second_derivatives
+from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
 
 __all__ = ["derivative", "jvp", "pullback", "push", "vectorized", "vjp"]
 

@@ -1,5 +1,10 @@
 """Globalization: how far to go along a direction, and how far to trust a model."""
 
+from torch_secondorder.globalization._resolve import (
+    Globalization,
+    resolve_globalization,
+    resolve_line_search,
+)
 from torch_secondorder.globalization.backtracking import Armijo, FixedStep
 from torch_secondorder.globalization.damping import LevenbergMarquardt
 from torch_secondorder.globalization.hager_zhang import HagerZhang
@@ -10,11 +15,6 @@ from torch_secondorder.globalization.line_search import (
     SearchStatus,
     Trial,
     falls_without_end,
-)
-from torch_secondorder.globalization.named import (
-    Globalization,
-    resolve_globalization,
-    resolve_line_search,
 )
 from torch_secondorder.globalization.strong_wolfe import StrongWolfe
 from torch_secondorder.globalization.trust_region import TrustRegion

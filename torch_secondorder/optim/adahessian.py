@@ -8,17 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torch_secondorder._optim.base import check_number
+from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
+from torch_secondorder._optim.diagonal.blocks import Block, narrowed
+from torch_secondorder._optim.diagonal.fsdp import check_averaging
+from torch_secondorder._optim.diagonal.update import Seen, correction
+from torch_secondorder._params.space import is_distributed
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
     GaussNewtonBartlett,
     resolve_estimator,
 )
-from torch_secondorder.optim.base import check_number
-from torch_secondorder.optim.blocks import Block, narrowed
-from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
-from torch_secondorder.optim.seen import Seen, correction
-from torch_secondorder.optim.sharded import check_averaging
-from torch_secondorder.space import is_distributed
 
 __all__ = ["AdaHessian"]
 

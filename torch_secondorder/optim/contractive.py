@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torch_secondorder.contract import STANDARD_CLOSURE
-from torch_secondorder.optim.base import check_number, makes_state_only
-from torch_secondorder.optim.info import StepInfo
-from torch_secondorder.optim.penalized import Penalized, not_called
-from torch_secondorder.optim.present import Scaling
-from torch_secondorder.penalties.encoder import Calls, EncoderPenalty, Recorder
+from torch_secondorder._closure.validation import STANDARD_CLOSURE
+from torch_secondorder._optim.base import check_number, makes_state_only
+from torch_secondorder._optim.info import StepInfo
+from torch_secondorder._optim.penalized import Penalized, not_called
+from torch_secondorder._optim.present import Scaling
+from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, Recorder
 
 __all__ = ["Contractive", "ContractiveInfo"]
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._optim.base import check_number
+from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size
+from torch_secondorder._optim.info import StepInfo, StepStatus
+from torch_secondorder._optim.lbfgs_iteration import Iteration, Point, Settings
+from torch_secondorder._params.vector import ParameterVector, max_norm
 from torch_secondorder.curvature import InverseBFGS
-from torch_secondorder.evaluation import Objective
 from torch_secondorder.globalization import FixedStep, LineSearch, resolve_line_search
-from torch_secondorder.optim.base import check_number
-from torch_secondorder.optim.flat import FlatOptimizer, Rows, check_size
-from torch_secondorder.optim.info import StepInfo, StepStatus
-from torch_secondorder.optim.lbfgs_iteration import Iteration, Point, Settings
-from torch_secondorder.vector import ParameterVector, max_norm
 
 __all__ = ["LBFGS"]
 

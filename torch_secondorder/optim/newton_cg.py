@@ -10,17 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.evaluation import Objective
-from torch_secondorder.globalization import (
-    Globalization,
-    LevenbergMarquardt,
-    TrustRegion,
-    resolve_globalization,
-)
-from torch_secondorder.optim.base import check_number
-from torch_secondorder.optim.flat import FlatOptimizer, Rows, check_size
-from torch_secondorder.optim.info import StepInfo, StepStatus
-from torch_secondorder.optim.newton_choice import (
+from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._optim.base import check_number
+from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size
+from torch_secondorder._optim.info import StepInfo, StepStatus
+from torch_secondorder._optim.newton_choice import (
     CURVATURES,
     DIFFERENCES,
     KINDS,
@@ -29,15 +23,21 @@ from torch_secondorder.optim.newton_choice import (
     Factory,
     suited_preconditioner,
 )
-from torch_secondorder.optim.newton_iteration import Iteration, Settings
-from torch_secondorder.optim.newton_model import Memory, Point
+from torch_secondorder._optim.newton_iteration import Iteration, Settings
+from torch_secondorder._optim.quadratic_model import Memory, Point
+from torch_secondorder._params.vector import ParameterVector
+from torch_secondorder.globalization import (
+    Globalization,
+    LevenbergMarquardt,
+    TrustRegion,
+    resolve_globalization,
+)
 from torch_secondorder.solvers import (
     LinearSolver,
     Preconditioner,
     resolve_preconditioner,
     resolve_solver,
 )
-from torch_secondorder.vector import ParameterVector
 
 __all__ = ["NewtonCG"]
 

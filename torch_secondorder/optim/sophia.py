@@ -7,15 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torch_secondorder._optim.base import check_number
+from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
+from torch_secondorder._optim.diagonal.blocks import Block, narrowed
+from torch_secondorder._optim.diagonal.update import Seen
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
     Hutchinson,
     resolve_estimator,
 )
-from torch_secondorder.optim.base import check_number
-from torch_secondorder.optim.blocks import Block, narrowed
-from torch_secondorder.optim.diagonal import DiagonalOptimizer, check_betas
-from torch_secondorder.optim.seen import Seen
 
 __all__ = ["Sophia"]
 

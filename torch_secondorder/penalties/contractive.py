@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torch_secondorder.penalties.chain import Chain, changes, largest, mean_squared_norm
-from torch_secondorder.penalties.checks import (
+from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
+from torch_secondorder._foundation.subclasses import like, plain
+from torch_secondorder.penalties._chain import Chain, changes, largest, mean_squared_norm
+from torch_secondorder.penalties._checks import (
     check_choice,
     check_count,
     check_fits,
@@ -18,11 +20,9 @@ from torch_secondorder.penalties.checks import (
     check_samples,
     check_separate,
 )
+from torch_secondorder.penalties._layers import chain_of, slope_from_output, stack_of
+from torch_secondorder.penalties._squares import squared_sum
 from torch_secondorder.penalties.jacobian import differentiated, exact_rows, projected_rows
-from torch_secondorder.penalties.layers import chain_of, slope_from_output, stack_of
-from torch_secondorder.penalties.squares import squared_sum
-from torch_secondorder.subclass import like, plain
-from torch_secondorder.twice import with_second_derivatives
 
 __all__ = ["contractive_penalty"]
 

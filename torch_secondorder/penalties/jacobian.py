@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_secondorder.penalties.checks import (
+from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
+from torch_secondorder._foundation.subclasses import like, plain, plainly
+from torch_secondorder.penalties._checks import (
     check_choice,
     check_count,
     check_fits,
@@ -16,9 +18,7 @@ from torch_secondorder.penalties.checks import (
     check_samples,
     check_separate,
 )
-from torch_secondorder.penalties.squares import squared_sum
-from torch_secondorder.subclass import like, plain, plainly
-from torch_secondorder.twice import with_second_derivatives
+from torch_secondorder.penalties._squares import squared_sum
 
 __all__ = ["jacobian_penalty"]
 

@@ -1,5 +1,6 @@
 """Linear solvers and preconditioners over matrix-free operators."""
 
+from torch_secondorder.solvers._resolve import resolve_preconditioner, resolve_solver
 from torch_secondorder.solvers.base import (
     Iterate,
     LinearSolver,
@@ -8,10 +9,9 @@ from torch_secondorder.solvers.base import (
     SolveStatus,
 )
 from torch_secondorder.solvers.cg import CG
-from torch_secondorder.solvers.kronecker import KFAC
+from torch_secondorder.solvers.kfac import KFAC
 from torch_secondorder.solvers.lanczos import Tridiagonal, lanczos
 from torch_secondorder.solvers.minres import Minres
-from torch_secondorder.solvers.named import resolve_preconditioner, resolve_solver
 from torch_secondorder.solvers.preconditioners import (
     Martens,
     Nystrom,

@@ -9,8 +9,8 @@ from math import hypot, isfinite
 import torch
 from torch import Tensor
 
+from torch_secondorder._params.vector import to_host
 from torch_secondorder.curvature import LinearOperator
-from torch_secondorder.vector import to_host
 
 __all__ = ["Tridiagonal", "lanczos"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torch_secondorder.curvature import LinearOperator
+from torch_secondorder.solvers._minres_iteration import MinresIteration
 from torch_secondorder.solvers.base import SolveResult, SolveStatus, check_system
-from torch_secondorder.solvers.minres_iteration import MinresIteration
 
 __all__ = ["Minres"]
 

@@ -1,0 +1,241 @@
+"""AdaHessian and Sophia under DistributedDataParallel: two ranks are one with the whole batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed.test_distributed import Share
+from tests.support.ranks import Check, on_both, run_on_ranks
+from torch_secondorder import AdaHessian, Sophia, StepStatus
+from torch_secondorder.curvature import Hutchinson
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
+]
+
+#: Those whose estimates are of the whole batch, whoever draws the probes.
+CONTENDERS: dict[str, Callable[[Any], Any]] = {
+    "AdaHessian": lambda params: AdaHessian(params, lr=0.01, eps=0.01),
+    "AdaHessian, now and then": lambda params: AdaHessian(
+        params, lr=0.01, eps=0.01, update_period=3
+    ),
+    "AdaHessian, three samples": lambda params: AdaHessian(params, lr=0.01, eps=0.01, n_samples=3),
+    "AdaHessian, on the device": lambda params: AdaHessian(
+        params, lr=0.01, eps=0.01, capturable=True
+    ),
+    "Sophia": lambda params: Sophia(params, lr=0.05, gamma=5.0, update_period=1),
+    "Sophia, now and then": lambda params: Sophia(params, lr=0.05, gamma=5.0, update_period=3),
+    "Sophia, Gaussian": lambda params: Sophia(
+        params,
+        lr=0.05,
+        gamma=5.0,
+        update_period=1,
+        estimator=Hutchinson(2, distribution="gaussian"),
+    ),
+}
+
+
+class Wide(nn.Module):
+    """Parameters of two widths, one of which the last rank has no use for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.idle = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, use: bool = True) -> Tensor:
+        z = self.linear(x).tanh() * self.scale.double()
+        return z * self.idle if use else z
+
+
+def train(rank: int, ranks: int) -> list[Any]:
+    losses, values = [], []
+    for make in CONTENDERS.values():
+        share = Share(rank, ranks)
+        optimizer = make(share.model.parameters())
+        losses.append([optimizer.step(share.closure).item() for _ in range(10)])
+        values.append(share.values())
+    return [losses, values]
+
+
+def train_without_backward(rank: int, ranks: int) -> list[Any]:
+    losses, values = [], []
+    for make in CONTENDERS.values():
+        share = Share(rank, ranks)
+        optimizer = make(share.model.parameters())
+        losses.append([optimizer.step(share.loss).item() for _ in range(10)])
+        values.append(share.values())
+    return [losses, values]
+
+
+def train_a_mix(rank: int, ranks: int) -> list[Any]:
+    """Of dtypes, and of what the ranks use."""
+    found = []
+    for kind in (AdaHessian, Sophia):
+        torch.manual_seed(3)
+        plain, x, y = Wide(), torch.randn(8, 4).double(), torch.randint(3, (8,))
+        x, y = x.chunk(ranks)[rank], y.chunk(ranks)[rank]
+        model: Any = plain
+        if ranks > 1:
+            model = DistributedDataParallel(plain, find_unused_parameters=True)
+        optimizer = kind(model.parameters(), lr=0.02, update_period=2)
+
+        def closure(optimizer: Any = optimizer, model: Any = model, x: Any = x, y: Any = y) -> Any:
+            optimizer.zero_grad()
+            if ranks == 1:
+                first = F.cross_entropy(model(x[:4]), y[:4])
+                loss = (first + F.cross_entropy(model(x[4:], False), y[4:])) / 2
+            else:
+                loss = F.cross_entropy(model(x, rank == 0), y)
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(6)]
+        found += [losses, [p.detach().clone() for p in plain.parameters()]]
+    return found
+
+
+def draw_labels(rank: int, ranks: int) -> list[Any]:
+    share = Share(rank, ranks)
+    optimizer = Sophia(share.model.parameters(), lr=0.05, estimator="gnb", update_period=2)
+    losses = [optimizer.step(share.closure).item() for _ in range(10)]
+    return [losses, share.values()]
+
+
+def meet_nan(rank: int, ranks: int) -> list[Any]:
+    """The last rank's loss is not finite in the third and fourth step of six."""
+    found: list[Any] = []
+    for make in (*CONTENDERS.values(), lambda params: Sophia(params, capturable=True)):
+        share = Share(rank, ranks)
+        optimizer = make(share.model.parameters())
+        for step in range(1, 7):
+
+            def closure(step: int = step, share: Share = share) -> Tensor:
+                share.model.zero_grad()
+                bad = rank == ranks - 1 and step in (3, 4)
+                loss = share.loss() * (math.nan if bad else 1.0)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            found += [list(StepStatus).index(optimizer.info.status), share.values()]
+    return found
+
+
+def resume_and_meet_infinity(rank: int, ranks: int) -> list[Any]:
+    """In the first step after a checkpoint was loaded, where no curvature is due.
+
+    The loss is infinite on one rank, by a constant: all gradients are finite.
+    """
+    share = Share(rank, ranks)
+    optimizer = Sophia(share.model.parameters(), lr=0.05, update_period=3)
+    optimizer.step(share.closure)
+    resumed = Sophia(share.model.parameters(), lr=0.05, update_period=3)
+    resumed.load_state_dict(optimizer.state_dict())
+
+    def closure() -> Tensor:
+        share.model.zero_grad()
+        loss = share.loss() + (math.inf if rank == ranks - 1 else 0.0)
+        loss.backward()
+        return loss
+
+    loss = resumed.step(closure)
+    return [loss.item(), share.values()]
+
+
+def bend_one(rank: int, ranks: int) -> list[Any]:
+    """The last rank's products are not finite in the second step."""
+    torch.manual_seed(3)
+    plain = nn.Linear(1, 1, bias=False).double()
+    nn.init.ones_(plain.weight)
+    model = DistributedDataParallel(plain) if ranks > 1 else plain
+    optimizer = AdaHessian(model.parameters(), lr=0.1)
+    x, found = torch.ones(1, 1, dtype=torch.float64), []
+    for step in range(3):
+        at = float(plain.weight.detach()) if step == 1 and rank == ranks - 1 else -3.0
+
+        def closure(at: float = at) -> Tensor:
+            optimizer.zero_grad()
+            z = model(x)
+            loss = ((z - at).abs().pow(1.5) + z).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        status = list(StepStatus).index(optimizer.info.status)
+        found += [status, plain.weight.detach().clone()]
+    return found
+
+
+CHECKS: dict[str, Check] = {
+    check.__name__: check
+    for check in (
+        train,
+        train_without_backward,
+        train_a_mix,
+        draw_labels,
+        meet_nan,
+        resume_and_meet_infinity,
+        bend_one,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks([*CHECKS.values()], tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", ["train", "train_without_backward"])
+def test_training_equals_that_on_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    losses, values = on_both(ranks, name)
+    expected_losses, expected = CHECKS[name](0, 1)
+    for ours, theirs, a, b in zip(losses, expected_losses, values, expected, strict=True):
+        assert ours[-1] < ours[0]
+        assert ours == pytest.approx(theirs, rel=1e-11)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mix_of_dtypes_and_of_what_is_used(ranks: list[dict[str, Any]]) -> None:
+    ours, expected = on_both(ranks, "train_a_mix"), train_a_mix(0, 1)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_that_draw_labels_stay_together(ranks: list[dict[str, Any]]) -> None:
+    losses, _ = on_both(ranks, "draw_labels")
+    assert losses[-1] < losses[0]
+
+
+def test_all_ranks_skip_what_one_finds_not_finite(ranks: list[dict[str, Any]]) -> None:
+    found = on_both(ranks, "meet_nan")
+    for i in range(0, len(found), 12):
+        statuses = [list(StepStatus)[number] for number in found[i : i + 12 : 2]]
+        values = found[i + 1 : i + 12 : 2]
+        moved, skipped = StepStatus.MOVED, StepStatus.NONFINITE_START
+        assert statuses == [moved, moved, skipped, skipped, moved, moved]
+        torch.testing.assert_close(values[3], values[1], rtol=0, atol=0)
+        assert all(torch.isfinite(v).all() for v in values[-1])
+
+
+def test_ranks_agree_on_a_loss_right_after_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
+    on_both(ranks, "resume_and_meet_infinity")
+
+
+def test_all_ranks_keep_their_curvature_where_one_products_are_not_finite(
+    ranks: list[dict[str, Any]],
+) -> None:
+    found = on_both(ranks, "bend_one")
+    statuses = [list(StepStatus)[number] for number in found[::2]]
+    moved = StepStatus.MOVED
+    assert statuses == [moved, StepStatus.MOVED_ON_OLD_CURVATURE, moved]

@@ -1,0 +1,259 @@
+"""`SecondOrderMonitor` logs what steps were like, and refuses settings that go wrong."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.lightning_problems import (
+    HOSTS,
+    NOISE,
+    OPTIMIZERS,
+    Batches,
+    identical,
+    module,
+    network,
+    trainer,
+    weights,
+)
+from torch_secondorder import LBFGS, AdaHessian, Sophia
+from torch_secondorder.integrations.lightning import SecondOrderMonitor
+from torch_secondorder.integrations.lightning._checks import check_settings
+from torch_secondorder.integrations.lightning._host import found_bases
+
+pytestmark = NOISE
+
+LOGGED = {
+    "LBFGS": {"grad_norm", "evaluations", "step_length", "skipped_pairs"},
+    "NewtonCG": {"damping", "gain_ratio", "step_length", "solver_iterations", "evaluations"},
+    "AdaHessian": {"grad_norm", "products"},
+    "Sophia": {"grad_norm", "products", "unclipped"},
+}
+SHOWN = {
+    "LBFGS": {"evals", "step_length", "skipped"},
+    "NewtonCG": {"evals", "step_length", "damping", "gain", "cg"},
+}
+
+
+@pytest.fixture(params=HOSTS, ids=lambda host: host.__name__)
+def host(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_reports_are_logged_and_weights_as_without(host: Any, name: str, tmp_path: Path) -> None:
+    seen = []
+
+    def on_train_batch_end(self: Any, *_: Any) -> None:
+        seen.append((dict(self.trainer.progress_bar_metrics), self.optimizers().info))
+
+    model = module(host, OPTIMIZERS[name], on_train_batch_end=on_train_batch_end)
+    fitted = trainer(
+        host,
+        tmp_path,
+        logger=host.loggers.CSVLogger(tmp_path),
+        log_every_n_steps=1,
+        callbacks=[SecondOrderMonitor()],
+    )
+    fitted.fit(model, Batches())
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {f"{name}/{field}" for field in LOGGED[name]} <= set(rows[0])
+    assert len(rows) == 4
+    infos = [info for _, info in seen]
+    for row, info in zip(rows, infos, strict=True):
+        for field in LOGGED[name]:
+            value = getattr(info, field)
+            assert row[f"{name}/{field}"] == (
+                "" if value is None else str(torch.tensor(value * 1.0).item())
+            )
+    assert set(fitted.progress_bar_metrics) - {"v_num"} == SHOWN.get(name, set())
+    plain = module(host, OPTIMIZERS[name])
+    trainer(host, tmp_path).fit(plain, Batches())
+    assert identical(weights(model.net), weights(plain.net))
+
+
+def test_lazy_reports_are_made_at_logging_steps_only(tmp_path: Path) -> None:
+    model = module(HOSTS[0], OPTIMIZERS["AdaHessian"])
+    fitted = trainer(
+        HOSTS[0],
+        tmp_path,
+        logger=HOSTS[0].loggers.CSVLogger(tmp_path),
+        log_every_n_steps=3,
+        callbacks=[SecondOrderMonitor(progress_bar=False)],
+    )
+    fitted.fit(model, Batches(7))
+    with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "5"]
+    assert all(row["AdaHessian/grad_norm"] for row in rows)
+    assert not fitted.progress_bar_metrics.keys() - {"v_num"}
+
+
+def test_what_is_logged_can_stop_the_training(host: Any, tmp_path: Path) -> None:
+    stop = host.callbacks.EarlyStopping(
+        "LBFGS/grad_norm", stopping_threshold=1e-3, check_on_train_epoch_end=True, patience=99
+    )
+    model = module(host, lambda p: LBFGS(p, weight_decay=0.1))
+    fitted = trainer(host, tmp_path, max_epochs=50, callbacks=[SecondOrderMonitor(), stop])
+    fitted.fit(model, Batches(1))
+    assert fitted.current_epoch < 10
+    assert fitted.optimizers[0].info.grad_norm < 1e-3
+
+
+def test_other_optimizers_are_left_alone(host: Any, tmp_path: Path) -> None:
+    model = module(host, lambda p: torch.optim.Adam(p))
+    fitted = trainer(host, tmp_path, accumulate_grad_batches=2, callbacks=[SecondOrderMonitor()])
+    fitted.fit(model, Batches())
+    assert set(fitted.callback_metrics) == {"loss"}
+
+
+def test_two_of_a_kind_have_names_of_their_own(tmp_path: Path) -> None:
+    def training_step(self: Any, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+
+            def closure(optimizer: Any = optimizer) -> Any:
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure=closure)
+
+    def configure_optimizers(self: Any) -> Any:
+        return [LBFGS(self.net[i].parameters(), max_iter=2) for i in (0, 2)]
+
+    model = module(
+        HOSTS[0],
+        None,
+        training_step=training_step,
+        configure_optimizers=configure_optimizers,
+        automatic_optimization=False,
+    )
+    fitted = trainer(HOSTS[0], tmp_path, callbacks=[SecondOrderMonitor()])
+    fitted.fit(model, Batches())
+    assert {"LBFGS/evaluations", "LBFGS-1/evaluations"} <= set(fitted.callback_metrics)
+
+
+# Accumulated batches.
+
+
+def accumulated(name: str, net: nn.Module, batches: Any, parts: int) -> None:
+    """What Lightning does with `accumulate_grad_batches`, in one closure."""
+    optimizer = OPTIMIZERS[name](net.parameters())
+    data = list(batches)
+    for start in range(0, len(data), parts):
+
+        def closure(some: Any = tuple(data[start : start + parts])) -> Any:
+            optimizer.zero_grad()
+            for x, y in some[:-1]:
+                (nn.functional.cross_entropy(net(x), y) / parts).backward()
+            loss = nn.functional.cross_entropy(net(some[-1][0]), some[-1][1]) / parts
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", ["AdaHessian", "Sophia"])
+def test_accumulated_batches_are_counted(host: Any, name: str, tmp_path: Path) -> None:
+    """With equal batches, the last one's curvature times their number is that of all."""
+    batches = Batches(7)
+    batches.x[:], batches.y[:] = batches.x[0].clone(), batches.y[0].clone()
+    net = network()
+    accumulated(name, net, batches, 3)  # 3, 3, and 1 at the end of the epoch
+    model = module(host, OPTIMIZERS[name])
+    fitted = trainer(host, tmp_path, accumulate_grad_batches=3, callbacks=[SecondOrderMonitor()])
+    fitted.fit(model, batches)
+    assert fitted.global_step == 3
+    for ours, theirs in zip(weights(model.net), weights(net), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert fitted.optimizers[0].param_groups[0]["accumulation_steps"] == 1  # as it was
+
+
+def test_without_the_monitor_accumulated_batches_are_refused(host: Any, tmp_path: Path) -> None:
+    model = module(host, OPTIMIZERS["Sophia"])
+    fitted = trainer(host, tmp_path, accumulate_grad_batches=2)
+    with pytest.raises(RuntimeError, match="accumulation_steps=N"):
+        fitted.fit(model, Batches())
+
+
+# What is refused.
+
+
+def refusal(host: Any, tmp_path: Path, optimizer: str, model: Any = None, **arguments: Any) -> str:
+    callbacks = [SecondOrderMonitor(), *arguments.pop("callbacks", [])]
+    model = model or module(host, OPTIMIZERS[optimizer])
+    before = weights(model.net)
+    with pytest.raises(ValueError, match=f"{optimizer} cannot train with these settings") as found:
+        trainer(host, tmp_path, callbacks=callbacks, **arguments).fit(model, Batches())
+    assert identical(before, weights(model.net))
+    return str(found.value)
+
+
+@pytest.mark.parametrize("optimizer", ["LBFGS", "NewtonCG"])
+def test_settings_that_change_the_loss_between_evaluations(
+    host: Any, optimizer: str, tmp_path: Path
+) -> None:
+    said = refusal(host, tmp_path, optimizer, accumulate_grad_batches=4, gradient_clip_val=0.5)
+    assert "accumulate_grad_batches=4: " in said and "AdaHessian or Sophia" in said
+    assert "gradient_clip_val=0.5: " in said and "leave it out" in said
+    schedule = host.callbacks.GradientAccumulationScheduler({3: 2})
+    said = refusal(host, tmp_path, optimizer, callbacks=[schedule])
+    assert "accumulate_grad_batches" in said and "clip" not in said
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
+def test_batches_that_are_fetched_in_the_step(host: Any, tmp_path: Path) -> None:
+    def training_step(self: Any, dataloader_iter: Any) -> Any:
+        raise AssertionError
+
+    model = module(host, OPTIMIZERS["LBFGS"], training_step=training_step)
+    assert "take (batch, batch_idx)" in refusal(host, tmp_path, "LBFGS", model)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_gradient_scaler(host: Any, optimizer: str, tmp_path: Path) -> None:
+    plugin = host.plugins.MixedPrecision("16-mixed", "cpu")
+    said = refusal(host, tmp_path, optimizer, plugins=[plugin])
+    assert "precision='16-mixed': " in said and "use precision='bf16-mixed'" in said
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_strategies_that_hide_the_parameters(host: Any, strategy: str) -> None:
+    """They need devices or packages to begin with: what is asked of them is their class."""
+    kind = getattr(host.strategies, strategy)
+    made = host.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    made.strategy.precision_plugin = None
+    made.strategy.__class__ = type("Custom", (kind,), {})
+    model = module(host, OPTIMIZERS["Sophia"])
+    optimizers = {"Sophia": Sophia(model.parameters())}
+    with pytest.raises(ValueError, match=f"- {strategy} .*; use strategy='ddp'"):
+        check_settings(made, model, optimizers)
+
+
+def test_several_optimizers_under_automatic_optimization(host: Any, tmp_path: Path) -> None:
+    def configure_optimizers(self: Any) -> Any:
+        return [AdaHessian(self.net[i].parameters()) for i in (0, 2)]
+
+    model = module(host, None, configure_optimizers=configure_optimizers)
+    with pytest.raises(RuntimeError, match="only supported with manual optimization"):
+        trainer(host, tmp_path, callbacks=[SecondOrderMonitor()]).fit(model, Batches())
+
+
+# Both packages.
+
+
+def test_a_callback_is_one_of_both_packages() -> None:
+    assert all(isinstance(SecondOrderMonitor(), host.Callback) for host in HOSTS)
+
+
+def test_one_package_is_enough_and_none_is_refused() -> None:
+    assert found_bases(("nothing_here", "pytorch_lightning")) == (HOSTS[1].Callback,)
+    with pytest.raises(ImportError, match="pip install lightning"):
+        found_bases(("nothing_here",))

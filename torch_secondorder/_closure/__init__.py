@@ -1,0 +1,1 @@
+"""Running a closure: capture of its graph, validation, replay, data-parallel averaging."""

@@ -1,0 +1,363 @@
+"""Makes all evaluations of one step see the same model: randomness, buffers, process groups.
+
+A step may evaluate its closure many times. Dropout has to draw the same masks each time, or the
+evaluations are of different functions; running statistics have to move once, as they would in a
+loop that evaluates once; and under DistributedDataParallel every rank has to see the same loss.
+
+Buffers that the loss depends on, such as the vectors of spectral normalization, are another kind:
+a step of many iterations that held them would minimize something else than what is trained. They
+move on with each iterate, and stand still in between.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import ReferenceType, WeakSet, ref
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder._foundation.random_state import random_state, set_random_state
+from torch_secondorder._foundation.subclasses import plain, snapshot
+
+__all__ = ["Replay", "Surroundings"]
+
+
+class _Slot(NamedTuple):
+    """A buffer by its place: a module may change it in place or put another tensor there."""
+
+    module: torch.nn.Module
+    name: str
+
+    def read(self) -> Tensor | None:
+        tensor: Tensor | None = getattr(self.module, self.name, None)
+        return tensor
+
+    def restore(self, value: Tensor) -> None:
+        tensor = self.read()
+        if tensor is None or tensor.shape != value.shape:
+            setattr(self.module, self.name, value)
+        else:
+            # Through `.data`: a retained graph may have saved the buffer, and its value is the
+            # same again once the evaluation is over.
+            plain(tensor).data.copy_(value)
+
+
+def _slots(module: torch.nn.Module) -> Iterator[tuple[_Slot, Tensor]]:
+    for name, buffer in module.named_buffers(recurse=False):
+        if not is_lazy(buffer):
+            yield _Slot(module, name), buffer
+
+
+_UNKNOWN: tuple[Callable[[], torch.nn.Module | None], bool] = (lambda: None, False)
+
+
+class Surroundings:
+    """What closures call, found by watching, kept from step to step.
+
+    Attributes:
+        ranks: Those that share the work, from the DistributedDataParallel modules met.
+        precision: The largest machine epsilon that modules of `fully_shard` compute with by their
+            policy; 0 where none has one.
+        graphs: The kinds of graphs that were looked over, see `Graph.check_once`.
+        moving: Whether modules other than PyTorch's normalization layers were seen to move buffers.
+    """
+
+    def __init__(self) -> None:
+        self.ranks = Ranks()
+        self.precision = 0.0
+        self.moving = False
+        # Modules met, by id, and whether they were training when their buffers were last compared.
+        # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
+        self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
+        self._norms: WeakSet[torch.nn.Module] = WeakSet()
+        self._stateful: WeakSet[torch.nn.Module] = WeakSet()
+        # Those whose buffers move when they train, and when they do not.
+        self._moving: dict[bool, WeakSet[torch.nn.Module]] = {m: WeakSet() for m in (False, True)}
+        # By class, whether the loss depends on the buffers that move.
+        self._in_loss: dict[type, bool] = {}
+        self._sharded: WeakSet[Any] = WeakSet()  # those of `fully_shard`
+        self._seen: set[object] = set()
+        self.graphs: set[Hashable] = set()
+
+    def knows(self, source: Callable[..., Any], what: str) -> bool:
+        """Whether something about a closure like this one was noted.
+
+        Args:
+            source: The same code over the same modules is a closure like it.
+            what: What was looked at.
+        """
+        return (what, _identity(source)) in self._seen
+
+    def note(self, source: Callable[..., Any], what: str) -> None:
+        """See `knows`."""
+        self._seen.add((what, _identity(source)))
+
+    def forget(self, source: Callable[..., Any], what: str) -> None:
+        """Takes a note back, see `knows`."""
+        self._seen.discard((what, _identity(source)))
+
+    @contextmanager
+    def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
+        """Notes every module called inside.
+
+        Buffers of modules that are new, or were compared in another mode, are added to `before` as
+        they were, and compared in the end.
+        """
+        compared: dict[_Slot, Tensor] = {}
+        thread, modes = threading.get_ident(), self._modes
+        # Where there is a sharded module, this has been imported.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+
+        def note(module: torch.nn.Module, _: Any) -> None:
+            # Compiled code is not to contain this; the compiled module itself has been noted.
+            if torch.compiler.is_compiling():
+                return
+            known, training = modes.get(id(module), _UNKNOWN)
+            if known() is module and training is module.training:
+                return
+            if threading.get_ident() != thread:
+                return
+            # All inside it as well: a compiled module hides the calls of its children.
+            for inner in module.modules():
+                if isinstance(inner, DistributedDataParallel):
+                    self.ranks.note(inner)
+                elif isinstance(inner, _NormBase):
+                    self._norms.add(inner)
+                if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
+                    self._sharded.add(inner)
+                    self.precision = max(self.precision, _policy_precision(inner))
+                modes[id(inner)] = ref(inner), inner.training
+                compared.update((slot, before.get(slot, snapshot(b))) for slot, b in _slots(inner))
+
+        handle = register_module_forward_pre_hook(note)
+        try:
+            with warnings.catch_warnings():
+                # torch.compile warns that global hooks fire once more for the compiled module.
+                warnings.filterwarnings("ignore", message="Using `torch.compile")
+                yield
+        finally:
+            handle.remove()
+            for slot, old in compared.items():
+                before.setdefault(slot, old)
+                now = slot.read()
+                if now is None or now.shape != old.shape or not torch.equal(plain(now), old):
+                    self._stateful.add(slot.module)
+                    self._moving[slot.module.training].add(slot.module)
+                    self.moving = self.moving or slot.module not in self._norms
+
+    def moving_buffers(self) -> list[tuple[_Slot, Tensor]]:
+        """The buffers that the coming evaluation may change."""
+        # Of all normalization layers, in whatever mode: the closure may set them to train.
+        return [pair for module in self._norms | self._stateful for pair in _slots(module)]
+
+    def unknown_kinds(self) -> set[type]:
+        """Classes of modules of whose moving buffers it is not known whether they are in the loss.
+
+        Normalization layers are known: what they move they do not read.
+        """
+        return {type(module) for module in self._movers()} - self._in_loss.keys()
+
+    def note_kind(self, kind: type, in_loss: bool) -> None:
+        """Says whether the loss depends on the buffers that modules of a class move."""
+        self._in_loss[kind] = in_loss
+
+    def buffers_in_loss(self) -> list[_Slot]:
+        """The buffers that move and that the loss depends on."""
+        found = [m for m in self._movers() if self._in_loss.get(type(m), False)]
+        return [slot for module in found for slot, _ in _slots(module)]
+
+    def _movers(self) -> Iterator[torch.nn.Module]:
+        for training, modules in self._moving.items():
+            for module in modules:
+                if module.training is training and module not in self._norms:
+                    yield module
+
+    def reshard(self) -> None:
+        """Makes modules of `fully_shard` gather their parameters anew at their next call.
+
+        A forward pass that no backward pass follows leaves what it has gathered in place.
+        """
+        for module in self._sharded:
+            module.reshard()
+
+
+def _policy_precision(module: Any) -> float:
+    """The machine epsilon that a module of `fully_shard` computes with; 0 for the parameters'."""
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)  # it is not public
+    dtype = getattr(policy, "param_dtype", None)
+    return 0.0 if dtype is None else torch.finfo(dtype).eps
+
+
+def _identity(source: Any, depth: int = 4) -> object:
+    """What a closure is made of: code, and the modules and functions that it holds."""
+    if isinstance(source, partial):
+        parts = (source.func, *source.args, *source.keywords.values())
+        return tuple(_identity(part, depth - 1) for part in parts) if depth else id(source)
+    code = getattr(source, "__code__", None)
+    if code is None or not depth:
+        if not callable(source):
+            return None
+        if not depth or isinstance(source, (torch.nn.Module, type)) or not _has_attributes(source):
+            return id(source)
+        # An object made anew for each step, as Lightning does: what it holds stays the same.
+        return type(source), tuple(_identity(v, depth - 1) for v in vars(source).values())
+    inner = []
+    for cell in getattr(source, "__closure__", None) or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            inner.append(_identity(cell.cell_contents, depth - 1))
+    return code, id(getattr(source, "__self__", None)), tuple(inner)
+
+
+def _has_attributes(source: Any) -> bool:
+    return bool(getattr(source, "__dict__", None))
+
+
+class Replay:
+    """The evaluations of one step: each starts from the same random state and buffers.
+
+    Only generators that PyTorch owns (the CPU's and those of `devices`) are put back; a closure
+    that draws from NumPy or from a generator of its own has to reset that by itself.
+
+    Args:
+        surroundings: What is known of the closure's modules.
+        devices: Where the parameters are.
+
+    Attributes:
+        autocast: Dtypes by device type of the autocast regions around, in which closures run.
+    """
+
+    def __init__(self, surroundings: Surroundings, devices: Collection[torch.device]) -> None:
+        self._surroundings = surroundings
+        types = {"cpu", *(d.type for d in devices)}
+        self.autocast = {
+            t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)
+        }
+        self._random = [(d, random_state(d)) for d in {torch.device("cpu"), *devices}]
+        self._before = {s: snapshot(b) for s, b in surroundings.moving_buffers()}
+        self._after: dict[_Slot, Tensor] | None = None
+        self._entry: dict[_Slot, Tensor] = {}  # what was before, of buffers that have moved on
+        self._evaluations = 0
+        self._failed = False  # whether the last evaluation was broken off
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """Calls the closure once more under the same conditions."""
+        self._evaluations += 1
+        self._surroundings.reshard()
+        first = self._evaluations == 1
+        if not first:
+            self._rewind()
+        # An autocast region around caches casts of parameters that have moved since.
+        torch.clear_autocast_cache()
+        self._failed = True
+        result = self._called(closure, first)
+        self._failed = False
+        return result
+
+    def _called(self, closure: Callable[[], Any], first: bool) -> Any:
+        if not (first or self.autocast):
+            return closure()
+        with ExitStack() as stack:
+            for device_type, dtype in self.autocast.items():
+                stack.enter_context(torch.autocast(device_type, dtype=dtype))
+            if first:
+                stack.enter_context(self._surroundings.watch(self._before))
+            return closure()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is drawn inside is no part of the closure's randomness."""
+        states = [(device, random_state(device)) for device, _ in self._random]
+        yield
+        for device, state in states:
+            set_random_state(device, state)
+
+    def mark(self) -> Callable[[], None]:
+        """Notes where random state and buffers are within a closure; returns what goes there."""
+        states = [(device, random_state(device)) for device, _ in self._random]
+        now = {slot: slot.read() for slot in self._before}
+        buffers = {slot: snapshot(b) for slot, b in now.items() if b is not None}
+
+        def go() -> None:
+            for device, state in states:
+                set_random_state(device, state)
+            for slot, value in buffers.items():
+                slot.restore(value)
+
+        return go
+
+    def move_on(self) -> bool:
+        """Lets buffers that the loss depends on stay where the last evaluation has left them.
+
+        Returns:
+            Whether there are any; the evaluations from here on are then of another function.
+        """
+        slots = self._surroundings.buffers_in_loss()
+        if not slots:
+            return False
+        after = self._note_after()
+        for slot, value in self._now(slots).items():
+            if slot in self._before:
+                self._entry.setdefault(slot, self._before[slot])
+            self._before[slot] = after[slot] = value
+        return True
+
+    @contextmanager
+    def moved(self, kind: type) -> Iterator[None]:
+        """Evaluations inside begin with the buffers of a class where the last one has left them."""
+        held = self._before
+        slots = [slot for slot in held if type(slot.module) is kind]
+        self._before = {**held, **self._now(slots)}
+        try:
+            yield
+        finally:
+            self._before = held
+
+    @staticmethod
+    def _now(slots: Iterable[_Slot]) -> dict[_Slot, Tensor]:
+        now = {slot: slot.read() for slot in slots}
+        return {slot: snapshot(b) for slot, b in now.items() if b is not None}
+
+    def _note_after(self) -> dict[_Slot, Tensor]:
+        """Where the first evaluation has left the buffers."""
+        if self._after is None:
+            self._after = self._now(self._before)
+        return self._after
+
+    def _rewind(self) -> None:
+        if not self._failed:
+            self._note_after()
+        for device, state in self._random:
+            set_random_state(device, state)
+        for slot, value in self._before.items():
+            slot.restore(value)
+
+    def finish(self, *, aborted: bool = False) -> None:
+        """Leaves the buffers as one evaluation at the start of the step would have.
+
+        Those that the loss depends on have moved on with each iterate.
+
+        Args:
+            aborted: Whether the step came to nothing: the buffers are then as before it.
+        """
+        held = {**self._before, **self._entry} if aborted else self._after or {}
+        for slot, value in held.items():
+            slot.restore(value)
+        self._surroundings.reshard()
+
+    @property
+    def precision(self) -> float:
+        """The largest machine epsilon that closures are known to compute with; 0 for none."""
+        dtypes = self.autocast.values()
+        return max(self._surroundings.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)

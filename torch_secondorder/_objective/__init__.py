@@ -1,0 +1,1 @@
+"""Objectives: closures and functions that can be evaluated, tried and accepted."""

@@ -1,0 +1,1 @@
+"""Machinery that optimizers share."""

@@ -1,0 +1,1 @@
+"""Machinery of optimizers that scale each coordinate by its curvature."""

@@ -1,0 +1,269 @@
+"""Backward passes of loops without a closure, seen by the optimizers whose curvature is due.
+
+An optimizer that is alive listens from its construction on, and from each step on whose next one
+is due. A backward pass that reaches its parameters is then differentiated with a graph, which is
+shown to its watch and freed, and the gradients go on to where they were going: into the leaves, of
+whichever optimizer or of none, by way of their hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_secondorder._autograd.backward_hook import Listeners
+from torch_secondorder._autograd.graph import INSTEAD_OF_ESTIMATES, Graph
+from torch_secondorder._autograd.traversal import (
+    MENDED,
+    leaves_of,
+    nodes_of,
+    standard_losses,
+    twice_differentiable,
+)
+from torch_secondorder._closure.capture import examine_everywhere, suspects_among
+from torch_secondorder._objective.one_shot import without_autocast
+from torch_secondorder._optim.diagonal.observation import Observation
+
+__all__ = ["WATCHERS", "Watcher"]
+
+
+class Watcher(Protocol):
+    """An optimizer that sees backward passes."""
+
+    def observation_of(
+        self, reached: Collection[int]
+    ) -> Observation | None:  # pragma: no cover - a protocol
+        """What observes a pass; None where that reaches no parameter.
+
+        Args:
+            reached: The identities of the leaves that it reaches.
+        """
+
+    def note_module(self, module: DistributedDataParallel) -> None:  # pragma: no cover
+        """Takes in a module that is called."""
+
+
+class _Watchers(Listeners):
+    """The optimizers that see backward passes now.
+
+    Where there are several processes, the modules that average gradients over them are noted as
+    they are called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._observe)
+        self._modules: Any = None  # the handle of a hook
+        self._examines = False
+
+    def _update(self) -> None:
+        super()._update()
+        if self._examines is not bool(self._references):
+            self._examines = not self._examines
+            examine_everywhere(self._examines)
+        if not self._references:
+            if self._modules is not None:
+                self._modules.remove()
+            self._modules = None
+        elif self._modules is None and _several_processes():
+            self._modules = register_module_forward_pre_hook(self._note)
+
+    def _note(self, module: torch.nn.Module, _: Any) -> None:
+        if isinstance(module, DistributedDataParallel):
+            for watcher in self:
+                watcher.note_module(module)
+
+    def _observe(
+        self,
+        watchers: Sequence[Watcher],
+        original: Callable[..., None],
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> None:
+        """What `torch.autograd.backward` does while anybody watches."""
+        more = (grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+        with torch._C.DisableTorchFunctionSubclass():
+            root = None if grad_variables is not None else _root(tensors, grad_tensors)
+            nodes = [] if root is None else nodes_of(root[:1])
+            leaves = leaves_of(nodes) if inputs is None else _leaves_among(inputs)
+            reached = {id(leaf) for leaf in leaves}
+            left_out = set() if inputs is None else {id(p) for p in leaves_of(nodes)} - reached
+            found = [w.observation_of(reached) for w in watchers] if nodes and reached else []
+            observations = [o for o in found if o is not None]
+            if root is not None and self._can_observe(observations, left_out):
+                retain = bool(create_graph if retain_graph is None else retain_graph)
+                gradients = _differentiated(root, nodes, leaves, observations, retain)
+                if gradients is not None:
+                    _accumulate(leaves, gradients, create_graph)
+                    for observation in observations:
+                        observation.settle()
+                    return
+        original(tensors, *more)
+
+    def _can_observe(self, observations: Sequence[Observation], left_out: set[int]) -> bool:
+        """Whether a pass goes by way of the observations; why not is noted there."""
+        late = self._modules is None and _several_processes()
+        if late:
+            self._update()  # from the next pass on
+        for observation in observations:
+            if late:
+                observation.refuse(
+                    "torch.distributed was initialized after the optimizer was made, which has to "
+                    "see calls of DistributedDataParallel: make it later"
+                )
+            elif observation.ranks.delays_averaging:
+                observation.refuse(
+                    "the first backward pass of DistributedDataParallel(static_graph=True) cannot "
+                    "be seen from outside"
+                )
+            elif observation.open and observation.ranks.count > 1:
+                observation.refuse(
+                    "inside `with optimizer.watching()` under DistributedDataParallel a backward "
+                    "pass begins with loss.backward(), not with torch.autograd.backward(loss)"
+                )
+            elif not observation.twice and any(id(p) in left_out for p in observation.params):
+                observation.refuse(
+                    "loss.backward(inputs=...) differentiates by some parameters, and this "
+                    "estimator takes the curvature by all of them"
+                )
+        return any(observation.failure is None for observation in observations)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _root(tensors: Any, grad_tensors: Any) -> tuple[Tensor, Tensor | None] | None:
+    """What a pass begins with and its weight, as one tensor; None for what is no such pass."""
+    roots = (tensors,) if isinstance(tensors, Tensor) else tensors
+    if isinstance(roots, GradientEdge):
+        return None
+    roots = tuple(roots)
+    if grad_tensors is None or isinstance(grad_tensors, Tensor):
+        grad_tensors = (grad_tensors,) * len(roots)
+    weights = tuple(grad_tensors)
+    if not roots or len(roots) != len(weights):
+        return None
+    for root, weight in zip(roots, weights, strict=True):
+        if not isinstance(root, Tensor) or not root.requires_grad:
+            return None
+        if weight is None and (root.numel() != 1 or root.is_complex()):
+            return None
+    if len(roots) == 1:
+        return roots[0], weights[0]
+    with torch.enable_grad():
+        parts = [
+            root.sum() if weight is None else (root * weight).sum()
+            for root, weight in zip(roots, weights, strict=True)
+        ]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+    return (total, None) if not total.is_complex() else None
+
+
+def _leaves_among(inputs: Any) -> list[Tensor]:
+    """What gradients are asked for; empty where some of that is no leaf."""
+    if isinstance(inputs, dict):
+        inputs = inputs.values()
+    asked = [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else list(inputs)
+    leaves = {id(x): x for x in asked if isinstance(x, Tensor) and x.is_leaf and x.requires_grad}
+    return list(leaves.values()) if len(leaves) == len(asked) else []
+
+
+def _differentiated(
+    root: tuple[Tensor, Tensor | None],
+    nodes: Sequence[Any],
+    leaves: Sequence[Tensor],
+    observations: Sequence[Observation],
+    retain: bool,
+) -> Sequence[Tensor | None] | None:
+    """The gradients by the leaves, whose graph was shown; None where there is none to show."""
+    observing = [o for o in observations if o.failure is None]
+    twice = any(o.twice for o in observing)
+    suspects = suspects_among(nodes) if twice else []
+    whole = Graph(leaves, suspects=suspects, instead=INSTEAD_OF_ESTIMATES)
+    kind = len(nodes), nodes[0].name()
+    try:
+        with twice_differentiable(nodes if twice else ()), without_autocast(leaves):
+            gradients = whole.differentiate(*root, twice=twice)
+        outputs = standard_losses(nodes) if any(o.outputs for o in observing) else []
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        for observation in observing:
+            observation.refuse(error)
+        return None
+    places = {id(leaf): i for i, leaf in enumerate(leaves)}
+    for observation in observing:
+        numbers = [places.get(id(p)) for p in observation.params]
+        own = tuple(None if i is None else gradients[i] for i in numbers)
+        graph = Graph(
+            observation.params,
+            [root[0]],
+            [root[1]],
+            [own],
+            [*outputs],
+            curving=whole.curving,
+            kind=kind,
+            instead=INSTEAD_OF_ESTIMATES,
+            mended=MENDED,
+        )
+        try:
+            observation.see(graph, retain or observation is not observing[-1])
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            # The pass itself is fine, and a step may never come.
+            observation.refuse(error)
+    return gradients
+
+
+def _accumulate(
+    leaves: Sequence[Tensor], gradients: Sequence[Tensor | None], create_graph: bool
+) -> None:
+    """Does what is left of a backward pass, at the leaves and with what hangs there."""
+    pairs = [(p, g) for p, g in zip(leaves, gradients, strict=True) if g is not None]
+    if not pairs:
+        return
+    ends, values = zip(*pairs, strict=True)
+    if not create_graph:
+        values = tuple(g.detach() for g in values)
+    with _without_hooks(ends):
+        _engine_run_backward(
+            ends,
+            values,
+            create_graph,
+            create_graph,
+            (),
+            allow_unreachable=True,
+            accumulate_grad=True,
+        )
+
+
+@contextmanager
+def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Lets the hooks of `Tensor.register_hook` rest: they have seen these gradients."""
+    held = [(p._backward_hooks, dict(p._backward_hooks)) for p in leaves if p._backward_hooks]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in held:
+            hooks.update(own)
+
+
+#: Optimizers whose curvature is due.
+WATCHERS = _Watchers()

@@ -1,0 +1,278 @@
+"""The curvature of Newton-CG, and what `"auto"` stands for: it follows what a closure allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_secondorder._autograd.graph import MissingSecondDerivative
+from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder.curvature import (
+    FiniteDifference,
+    Fisher,
+    FromOutputs,
+    GaussNewton,
+    Hessian,
+    LinearOperator,
+)
+from torch_secondorder.curvature._output_space import UnknownOutputs
+from torch_secondorder.dataset import BatchSum, curvature_at
+from torch_secondorder.solvers import KFAC, Martens, Preconditioner
+
+__all__ = [
+    "CURVATURES",
+    "DIFFERENCES",
+    "KINDS",
+    "SUITED",
+    "Curvature",
+    "Factory",
+    "most_iterations",
+    "suited_preconditioner",
+]
+
+Factory = Callable[[Evaluation], LinearOperator]
+
+CURVATURES = ("auto", "ggn", "hessian", "fisher", "empirical_fisher")
+DIFFERENCES = "hessian by differences"
+#: All that may be found, as numbers in checkpoints count them.
+KINDS = ("", "ggn", "hessian", DIFFERENCES, "fisher", "empirical_fisher", "own")
+
+#: The preconditioners that `"auto"` may stand for, likewise; none at first.
+SUITED = ("", "kfac", "nystrom")
+
+# What is noted of a compiled function whose first product found no outputs.
+_NO_OUTPUTS = "no outputs"
+# Steps after which a closure that needed differences is looked at again: finding out takes about
+# two evaluations, and a step by differences never less than five.
+_LOOK_AGAIN = 20
+# Standard losses that are piecewise linear: their second derivative by the outputs is zero.
+_LINEAR = (F.l1_loss, F.multi_margin_loss, F.multilabel_margin_loss)
+# So few parameters are left to conjugate gradients alone, and so few have a sketch, see
+# `suited_preconditioner`.
+_TINY = 100
+_FEW = 2_000
+# What conjugate gradients make at most: with Kronecker factors a step is good after few.
+_MOST_ITERATIONS = 250
+_WITH_FACTORS = 5
+# The share of the parameters that has to belong to linear layers for Kronecker factors.
+_MOST = 0.5
+
+
+class Curvature:
+    """Makes the curvature at a point, of the kind that was asked for or that suits the closure.
+
+    With `"auto"` this is the Gauss-Newton matrix where model outputs are found; else the Hessian;
+    and where the graph has no second derivative, the Hessian by differences of gradients. Where a
+    part of the loss bypasses the outputs, or the loss is of an unknown form, the Gauss-Newton
+    matrix may be indefinite: from the first direction of negative curvature on, the Hessian takes
+    its place.
+
+    Args:
+        spec: One of `CURVATURES`, or a function from an `Evaluation` to a `LinearOperator`.
+        by_differences: Whether products are differences of gradients in any case.
+        preconditioner: The one that was asked for; one made from model outputs needs a curvature
+            that is made from them, indefinite or not.
+
+    Attributes:
+        kind: What the last operator was, one of `KINDS`.
+        indefinite: Whether the Gauss-Newton matrix has met negative curvature.
+        linear_layers: Weights of linear layers, as far as the last operator shows them.
+        linear_share: The share of the parameters that these are.
+    """
+
+    def __init__(
+        self,
+        spec: str | Factory,
+        by_differences: bool,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
+        self._needs_outputs = isinstance(preconditioner, (KFAC, Martens))
+        self.kind = ""
+        self.indefinite = False
+        self.linear_layers = 0
+        self.linear_share = 0.0
+        self._spec = spec
+        self._by_differences = by_differences
+        self._semidefinite = False
+        self._age = 0
+        self._seen_batches = False
+
+    @property
+    def automatic(self) -> bool:
+        """Whether another kind may take the place of one that does not do."""
+        return self._spec == "auto" and not self._by_differences
+
+    def begin(self, objective: Objective) -> None:
+        """Begins a step."""
+        if self.automatic and self._needs_differences(objective):
+            self._age += 1
+            if self._age % _LOOK_AGAIN == 0:
+                objective.surroundings.forget(objective.source, DIFFERENCES)
+
+    def captures(self, objective: Objective) -> bool:
+        """Whether products come from the graph of an evaluation."""
+        if self._by_differences:
+            return False
+        return not (self.automatic and self._needs_differences(objective))
+
+    def evaluate(self, objective: Objective) -> Evaluation:
+        """Evaluates where an objective stands, with a graph where products need one."""
+        if not self.captures(objective):
+            return objective.evaluate()
+        try:
+            return objective.evaluate(curvature=True)
+        except MissingSecondDerivative as error:
+            if not self.falls_back(error, objective):
+                raise
+            try:
+                return objective.evaluate()
+            except RuntimeError as other:
+                if "does not require grad" not in str(other):
+                    raise
+                raise error from other  # there is no gradient either, for the same reason
+
+    def falls_back(self, error: RuntimeError, objective: Objective) -> bool:
+        """Whether another kind of curvature is there for one whose graph or product raised."""
+        if not self.automatic:
+            return False
+        self._seen_batches = False
+        if isinstance(error, MissingSecondDerivative):
+            objective.surroundings.note(objective.source, DIFFERENCES)
+            self._age = 0
+            return True
+        objective.surroundings.note(objective.source, _NO_OUTPUTS)
+        return isinstance(error, UnknownOutputs) and self.kind == "ggn"
+
+    def operator(
+        self,
+        objective: Objective,
+        evaluation: Evaluation,
+        generator: torch.Generator,
+        sizes: Tensor | None = None,
+    ) -> LinearOperator:
+        """The curvature at an evaluated point.
+
+        Args:
+            objective: Stands there.
+            evaluation: Made by `evaluate`.
+            generator: Where what a Fisher matrix draws comes from.
+            sizes: Those of the parameters, for differences.
+        """
+        if not self.captures(objective):
+            self.kind, self.linear_layers, self.linear_share = DIFFERENCES, 0, 0.0
+            return FiniteDifference(objective, sizes)
+        operator = curvature_at(objective, evaluation, partial(self._of, objective), generator)
+        over_batches = isinstance(operator, BatchSum)
+        if isinstance(operator, BatchSum) and not self._seen_batches:
+            operator.look()  # what the batches have is known once they were evaluated
+        self._seen_batches = over_batches
+        self._agree(objective)
+        return operator
+
+    def _agree(self, objective: Objective) -> None:
+        """Takes what all ranks can follow, for the choices that are made of it.
+
+        Their graphs may differ, and a rank with another preconditioner or another globalization
+        would wait for the others.
+        """
+        ranks = objective.ranks
+        if ranks.count == 1:
+            return
+        own = [KINDS.index(self.kind), self.linear_layers, round(1e6 * self.linear_share)]
+        kinds, layers, shares = zip(*ranks.gather(own, objective.vector.device), strict=True)
+        self.kind = KINDS[max(kinds)]
+        self.linear_layers, self.linear_share = min(layers), 1e-6 * min(shares)
+
+    def met(self, negative_curvature: float) -> None:
+        """Takes note of the lowest curvature that a step has met."""
+        settled = self._semidefinite or self._needs_outputs
+        doubtful = self.automatic and self.kind == "ggn" and not settled
+        if doubtful and negative_curvature < 0.0:
+            self.indefinite, self._seen_batches = True, False
+
+    def _needs_differences(self, objective: Objective) -> bool:
+        return objective.surroundings.knows(objective.source, DIFFERENCES)
+
+    def _of(
+        self, objective: Objective, evaluation: Evaluation, generator: torch.Generator | None
+    ) -> LinearOperator:
+        spec = self._spec
+        operator: LinearOperator
+        if callable(spec):
+            self.kind, operator = "own", spec(evaluation)
+        elif spec == "auto":
+            operator = self._best(objective, evaluation)
+        else:
+            self.kind = spec
+            if spec == "hessian":
+                operator = Hessian(evaluation)
+            elif spec == "ggn":
+                operator = GaussNewton(evaluation)
+            elif spec == "empirical_fisher":
+                operator = Fisher(evaluation, labels="empirical")
+            else:
+                operator = Fisher(evaluation, generator=generator)
+        self.linear_layers, self.linear_share = _linear(operator, evaluation)
+        return operator
+
+    def _best(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
+        """The Gauss-Newton matrix where it says something, else the Hessian."""
+        found = None
+        known = objective.surroundings.knows(objective.source, _NO_OUTPUTS)
+        if not (known or self.indefinite):
+            with suppress(UnknownOutputs, ValueError):  # none, or complex ones
+                found = GaussNewton(evaluation)
+        if found is not None and found.vanishes(_LINEAR):
+            found = None
+        linearization = evaluation.linearization
+        assert linearization is not None
+        ranks = linearization.ranks
+        if ranks.count > 1:  # all take the same, or they would wait for each other
+            answers = ranks.gather([int(found is not None)], evaluation.grad.device)
+            found = found if all(answer for (answer,) in answers) else None
+        if found is None:
+            self.kind = "hessian"
+            return Hessian(evaluation)
+        self.kind, self._semidefinite = "ggn", found.semidefinite
+        return found
+
+
+def _linear(operator: LinearOperator, evaluation: Evaluation) -> tuple[int, float]:
+    """The linear layers that an operator shows, and their weights' share of the parameters."""
+    linearization = evaluation.linearization
+    if linearization is None or not isinstance(operator, FromOutputs):
+        return 0, 0.0
+    graph = linearization.graph
+    weights = {call.weight for call in graph.linear_calls()}
+    covered = sum(graph.params[i].numel() for i in weights)
+    return len(weights), covered / max(linearization.size, 1)
+
+
+def most_iterations(preconditioner: Preconditioner | None) -> int:
+    """How many iterations conjugate gradients make at most, where nothing else is said."""
+    return _WITH_FACTORS if isinstance(preconditioner, KFAC) else _MOST_ITERATIONS
+
+
+def suited_preconditioner(curvature: Curvature, size: int) -> str | None:
+    """The name of the preconditioner that `"auto"` stands for.
+
+    The Gauss-Newton matrix of a network of two linear layers or more, with half of the parameters
+    in their weights, has `"nystrom"` from 100 to 2,000 parameters and `"kfac"` above. There is none
+    for all else: for Fisher matrices, of which draws differ from step to step; for the Hessian; for
+    differences (a sketch takes 120 evaluations); for compiled functions; for few parameters; and
+    for one linear layer, whose problem is convex and asks for exact solutions.
+
+    Args:
+        curvature: As the last operator was.
+        size: Parameters.
+    """
+    if curvature.kind != "ggn":
+        return None
+    if curvature.linear_layers < 2 or curvature.linear_share < _MOST or size < _TINY:
+        return None
+    return "nystrom" if size <= _FEW else "kfac"

@@ -1,0 +1,356 @@
+"""The quadratic model at a point: what it proposes, and how the loss answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf, isfinite, nan, sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._optim.product_repair import repaired
+from torch_secondorder._params.space import Space
+from torch_secondorder._params.vector import max_norm
+from torch_secondorder.curvature import Damped, LinearOperator
+from torch_secondorder.curvature._masked import Masked
+from torch_secondorder.globalization import SearchStatus, Trial
+from torch_secondorder.globalization.line_search import rounding_allowance
+from torch_secondorder.solvers import CG, Iterate, SolveResult, SolveStatus
+from torch_secondorder.solvers._units import Rescaled, unit_of
+
+__all__ = ["Line", "Memory", "Model", "Move", "Point", "Tally"]
+
+
+class Point(NamedTuple):
+    """An evaluated point and what the host knows of it.
+
+    That of a trial comes without its evaluation, unless that has a graph: the gradient is a vector,
+    and who goes there needs both.
+    """
+
+    evaluation: Evaluation | None
+    loss: float
+    grad_norm: float  # largest entry
+    length: float  # Euclidean norm of the gradient
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, space: Space) -> Point:
+        """Looks at an evaluation of vectors in a space; one synchronization."""
+        grad = evaluation.grad
+        grad_norm, length, loss = space.to_host(
+            largest=(max_norm(grad),),
+            norms=(torch.linalg.vector_norm(grad),),
+            whole=(evaluation.loss,),
+        )
+        return cls(evaluation, loss, grad_norm, space.true_norm(grad, grad_norm, length))
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient."""
+        assert self.evaluation is not None
+        return self.evaluation.grad
+
+    @property
+    def finite(self) -> bool:
+        """Whether one can start from here."""
+        return isfinite(self.loss) and isfinite(self.length)
+
+
+@dataclass(slots=True)
+class Memory:
+    """What goes on from one step to the next.
+
+    Attributes:
+        damping: Of the next system; 0 as long as a rule has not begun.
+        radius: Of the next model; 0 likewise.
+        direction: The last solution, where the next solver begins.
+        length: Norm of the gradient at the start of the last iteration.
+        start: The damping or radius that the rule began with.
+        sizes: The largest absolute values of the parameters at iterations so far; None where
+            products are not differences.
+        rule: Whose damping or radius this is.
+    """
+
+    damping: float
+    radius: float
+    direction: Tensor | None = None
+    length: float = inf
+    start: float = 0.0
+    sizes: Tensor | None = None
+    rule: object = None
+
+    def begin_anew(self, fresh: Memory) -> None:
+        """Takes another's damping and radius; the last solution has nothing to do with these."""
+        self.damping, self.radius, self.start = fresh.damping, fresh.radius, fresh.start
+        self.rule, self.direction = fresh.rule, None
+
+    def noted_sizes(self, position: Tensor) -> Tensor:
+        """The sizes, after another position was noted."""
+        now = position.abs()
+        if self.sizes is not None and self.sizes.shape == now.shape:
+            torch.maximum(now, self.sizes.to(now), out=now)
+        self.sizes = now
+        return now
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a step did, added up."""
+
+    products: int = 0
+    solver_iterations: int = 0
+    solver_status: SolveStatus | None = None
+    nonfinite: int = 0
+    negative_curvature: float = 0.0
+    unbounded: bool = False  # whether the loss was seen to fall without end
+    repair: str = ""
+
+
+class Line(NamedTuple):
+    """A direction `d`, and the model along it.
+
+    Attributes:
+        direction: `d`.
+        slope: `g'd`.
+        decrease: What the undamped model promises for the whole of `d`.
+        held: Whether it is the damping or the radius that keeps `d` short.
+        curvature: `d'A d / d'd`.
+    """
+
+    direction: Tensor
+    slope: float
+    decrease: float
+    held: bool = False
+    curvature: float = inf
+
+    def promised(self, t: float) -> float:
+        """What the model promises for `t d`: `-t g'd - t^2 d'A d / 2`."""
+        return -t * self.slope - t * t * (-self.slope - self.decrease)
+
+
+class Move(NamedTuple):
+    """A step that was found good.
+
+    Attributes:
+        line: The direction.
+        trial: How far along it, and what is there; its payload is a `Point`.
+        gain_ratio: What the first trial gained over what the model promised.
+        search_status: How the search ended, where there was one.
+    """
+
+    line: Line
+    trial: Trial
+    gain_ratio: float
+    search_status: SearchStatus | None = None
+
+
+class Model:
+    """The quadratic model of the objective at a point, and trials of what it proposes.
+
+    Systems are solved in a unit of about the gradient's size (see `unit_of`), so that inner
+    products stay in the range of float32 whatever the loss is measured in. All that is given and
+    returned is in the loss's own.
+
+    Args:
+        objective: Stands at the point.
+        point: Where that is.
+        operator: The curvature there.
+        solve: Solves a system with it, see `LinearSolver`.
+        inverse: Gives a preconditioner for a damping; None for none.
+        tally: What is counted.
+        keeps_graphs: Whether trials keep their graph, for one that is accepted and is where the
+            next model is made: to keep it costs much less than an evaluation.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        point: Point,
+        operator: LinearOperator,
+        solve: Callable[..., SolveResult],
+        inverse: Callable[[float], LinearOperator] | None,
+        tally: Tally,
+        keeps_graphs: bool = False,
+    ) -> None:
+        self._keeps_graphs = keeps_graphs
+        self.point = point
+        self.tally = tally
+        self.precision = objective.vector.precision
+        self._objective = objective
+        self._space = objective.vector.space
+        self._unit = unit_of(point.length, operator.dtype)
+        self._operator = operator if self._unit == 1.0 else Rescaled(operator, self._unit)
+        self._grad = self._in_units(point.grad)
+        self._first: Tensor | None = None  # A P g with the last preconditioner P
+        self._repaired = False
+        self._kept: Tensor | None = None  # coordinates with a curvature, if not all have one
+        self._solve = solve
+        self._inverse = inverse
+        self._allowance = rounding_allowance(point.loss, self.precision)
+
+    def solve(self, damping: float, **more: Any) -> SolveResult:
+        """Solves `(A + damping I) x = -g`.
+
+        Args:
+            damping: Of at least zero.
+            more: Passed on to the solver; `x0` is used up.
+        """
+        result = self._solved(damping, **more)
+        if result.status is SolveStatus.NONFINITE and not result.iterations and self._repair():
+            more.pop("x0", None)
+            del result
+            result = self._solved(damping, **more)
+        return result
+
+    def _repair(self) -> bool:
+        """Goes on without what is not finite, see `repaired`; whether that was of any use."""
+        if self._repaired:
+            return False
+        self._repaired = True
+        repair = repaired(self._operator, self._objective, self._grad, self._unit)
+        self._operator, self._kept = repair.operator, repair.kept
+        self.tally.products += repair.products
+        report = repair.report
+        if not report and self._inverse is not None:
+            self._inverse = None
+            report = "a product of the preconditioner was not finite, it was left out"
+        self.tally.repair = report or self.tally.repair
+        return bool(report)
+
+    def _solved(self, damping: float, **more: Any) -> SolveResult:
+        unit, operator = self._unit, self._operator
+        if damping:
+            operator = Damped(operator, damping / unit)
+        inverse, stretch = self._preconditioner(damping)
+        # For the gradient itself, and then negated in place: a vector less.
+        if more.get("x0") is not None:
+            more["x0"].neg_()
+        elif self._first is not None and isinstance(self._solve, CG):
+            more["first_product"] = self._first
+        self._first = None
+        if more.get("radius"):
+            more["radius"] *= stretch
+        result = self._solve(operator, self._grad, preconditioner=inverse, **more)
+        iterates = tuple(
+            Iterate(x.neg_(), decrease * unit, length / stretch)
+            for x, decrease, length in result.iterates
+        )
+        result = replace(
+            result,
+            x=result.x.neg_(),
+            decrease=result.decrease * unit,
+            length=result.length / stretch,
+            negative_curvature=result.negative_curvature * unit,
+            iterates=iterates,
+        )
+        tally = self.tally
+        tally.products += result.products
+        tally.solver_iterations += result.iterations
+        tally.solver_status = result.status
+        if result.negative_curvature < 0.0:
+            # Of the operator itself: the damping has lifted what the solver saw.
+            curvature = result.negative_curvature - damping
+            tally.negative_curvature = min(tally.negative_curvature, curvature)
+        return result
+
+    def _preconditioner(self, damping: float) -> tuple[LinearOperator | None, float]:
+        """The preconditioner, and by what it stretches the lengths that a radius is one of."""
+        if self._inverse is None:
+            return None, 1.0
+        inverse = self._inverse(damping)
+        if self._kept is not None:
+            v = torch.where(self._kept, self._grad, 0.0)
+            before, after = self._space.to_host(largest=(max_norm(v), max_norm(inverse.matvec(v))))
+            inverse = Masked(inverse, self._kept, after / before if before and after else 1.0)
+        if self._unit == 1.0:
+            return inverse, 1.0
+        before, after = self._space.to_host(
+            largest=(max_norm(self._grad), max_norm(inverse.matvec(self._grad)))
+        )
+        unit = unit_of(after / before if before else 1.0, inverse.dtype)
+        return Rescaled(inverse, unit), sqrt(unit)
+
+    def along_gradient(self, damping: float, metric: bool) -> tuple[float, float]:
+        """The curvature along the gradient, and the length of the step to where that leads.
+
+        The curvature is `|A g| / |g|`, which is positive even where `g'A g` is not; the step along
+        the gradient to the least of a quadratic with it is `|g|^2 / |A g|` long. Where there is no
+        curvature, the step is as long as the parameters are, or one. The product is used again in
+        the next system.
+
+        Args:
+            damping: What is added to `A`.
+            metric: Whether norms are the preconditioner's, and the gradient multiplied by it.
+        """
+        inverse, stretch = self._preconditioner(damping) if metric else (None, 1.0)
+        z = self._grad if inverse is None else inverse.matvec(self._grad)
+        image = self._operator.matvec(z)
+        if damping:
+            image = image.add(z, alpha=damping / self._unit)
+        self.tally.products += 1
+        (largest,) = self._space.to_host(largest=(max_norm(image),))
+        if not isfinite(largest) and self._repair():
+            return self.along_gradient(damping, metric)
+        if metric or self._inverse is None:
+            self._first = image
+        unit = unit_of(largest, image.dtype)
+        scaled = image / unit
+        of_scaled = scaled if inverse is None else inverse.matvec(scaled)
+        squares = self._space.to_host(sums=(self._grad @ z, scaled @ of_scaled))
+        norm, change = (sqrt(max(square, 0.0)) for square in squares)
+        if 0.0 < change < inf and norm > 0.0:
+            change *= unit
+            return change / norm * self._unit, norm * (norm / change) / stretch
+        (size,) = self._space.to_host(norms=[torch.linalg.vector_norm(self._objective.position)])
+        return self.point.length / (size or 1.0), size or 1.0
+
+    def _in_units(self, grad: Tensor) -> Tensor:
+        return grad if self._unit == 1.0 else grad / self._unit
+
+    def line(self, direction: Tensor, decrease: float, damping: float) -> Line:
+        """A line along a solution of the damped system, whose quadratic fell by `decrease`."""
+        slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
+        slope, lifted = slope * self._unit, damping * square
+        # Of the curvature along the solution more than half is damping.
+        decrease += 0.5 * lifted
+        curvature = -2.0 * (slope + decrease) / square if square else inf
+        return Line(direction, slope, decrease, lifted > -0.5 * slope, curvature)
+
+    def trial(self, line: Line, t: float) -> Trial:
+        """Evaluates `t` along a line; the payload is a `Point`."""
+        evaluation = self._objective.trial(line.direction, t, curvature=self._keeps_graphs)
+        grad = evaluation.grad
+        slope, grad_norm, length, loss = self._space.to_host(
+            sums=(self._in_units(grad) @ line.direction,),
+            largest=(max_norm(grad),),
+            norms=(torch.linalg.vector_norm(grad),),
+            whole=(evaluation.loss,),
+        )
+        kept = None if evaluation.linearization is None else evaluation
+        point = Point(kept, loss, grad_norm, self._space.true_norm(grad, grad_norm, length))
+        if not point.finite:
+            self.tally.nonfinite += 1
+            self.tally.unbounded |= loss == -inf
+        return Trial(t, loss, slope * self._unit if isfinite(point.length) else inf, point)
+
+    def start(self, line: Line) -> Trial:
+        """The point itself, as a trial along a line."""
+        return Trial(0.0, self.point.loss, line.slope)
+
+    def gain_ratio(self, line: Line, trial: Trial) -> float:
+        """What a trial gained over what the model promised; NaN where that is no number."""
+        if not trial.finite:
+            return nan
+        gained = self.point.loss - trial.loss
+        if abs(gained) <= self._allowance:
+            # Lost in rounding: the slopes at both ends know more (trapezoidal rule).
+            gained = -0.5 * trial.t * (line.slope + trial.slope)
+        promised = line.promised(trial.t)
+        return gained / promised if promised > 0 else nan
+
+    def unresolved(self, line: Line) -> bool:
+        """Whether the loss cannot show what the model promises."""
+        return line.decrease <= self._allowance

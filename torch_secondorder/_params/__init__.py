@@ -1,0 +1,1 @@
+"""Parameters as one flat vector, on one process or sharded over several."""

@@ -1,0 +1,127 @@
+"""Random numbers for the entries of outputs, drawn for the batch of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder.curvature._probes import rademacher
+
+__all__ = ["Draws", "Noise"]
+
+Kind = Literal["signs", "normal", "uniform"]
+_KINDS: tuple[Kind, ...] = ("signs", "normal", "uniform")
+
+
+class Noise(NamedTuple):
+    """Which random numbers are needed.
+
+    Attributes:
+        kind: `"signs"`, `"normal"`, or `"uniform"` in [0, 1).
+        shape: Of what is drawn, samples first.
+        dtype: Floating-point.
+        device: Where they are needed.
+    """
+
+    kind: Kind
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, tensor: Tensor, kind: Kind = "signs") -> Noise:
+        """As many as a tensor has entries."""
+        return cls(kind, tensor.shape, tensor.dtype, tensor.device)
+
+    def drawn(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """So many of its kind, `(count,)`, where the generator is."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        device = self.device if generator is None else generator.device
+        if self.kind == "signs":
+            return rademacher(count, generator, dtype=dtype, device=device)
+        room = torch.empty(count, dtype=dtype, device=device)
+        if self.kind == "normal":
+            return room.normal_(generator=generator)
+        return room.uniform_(generator=generator)
+
+
+class Draws:
+    """Draws the same kinds of random numbers again and again.
+
+    The generators of all ranks are in the same state, and stay so: each rank draws for the samples
+    of all, in the order of the ranks, and takes what belongs to its own. Two ranks with half a
+    batch each thus draw what one process does for the whole batch, and no two samples get the same
+    numbers.
+
+    Where ranks need numbers of different kinds, because their closures differ, each draws those of
+    the first, then those of the second, and so on.
+
+    Args:
+        needed: What this rank needs; None for nothing.
+        generator: Where randomness comes from; torch's own if None.
+        ranks: Who draws.
+    """
+
+    def __init__(
+        self,
+        needed: Sequence[Noise | None],
+        generator: torch.Generator | None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._needed = needed
+        self._generator = generator
+        ranks = ranks or Ranks()
+        self._own = ranks.own
+        noises = [noise for noise in needed if noise is not None]
+        device = noises[0].device if noises else generator.device if generator else None
+        own = [number for noise in noises for number in _described(noise)]
+        # For each rank the kinds and numbers of what it needs.
+        self._all = [
+            (row[::2], row[1::2])
+            for row in (ranks.gather(own, device) if ranks.count > 1 else [own])
+        ]
+        self._alike = all(kinds == self._all[0][0] for kinds, _ in self._all)
+
+    def __call__(self) -> list[Tensor | None]:
+        """One draw: for each noise a tensor of its shape."""
+        drawn = iter(self._together() if self._alike else self._in_turn())
+        return [
+            None if noise is None else next(drawn).to(noise.device, noise.dtype).view(noise.shape)
+            for noise in self._needed
+        ]
+
+    def _together(self) -> list[Tensor]:
+        found = []
+        noises = [noise for noise in self._needed if noise is not None]
+        for place, noise in enumerate(noises):
+            counts = [row[place] for _, row in self._all]
+            values = noise.drawn(sum(counts), self._generator)
+            start = sum(counts[: self._own])
+            found.append(values[start : start + counts[self._own]])
+        return found
+
+    def _in_turn(self) -> list[Tensor]:
+        found = []
+        for rank, (kinds, counts) in enumerate(self._all):
+            for kind, count in zip(kinds, counts, strict=True):
+                values = _noise(kind, self._generator).drawn(count, self._generator)
+                if rank == self._own:
+                    found.append(values)
+        return found
+
+
+def _described(noise: Noise) -> tuple[int, int]:
+    wide = torch.promote_types(noise.dtype, torch.float32) == torch.float64
+    return 2 * _KINDS.index(noise.kind) + wide, math.prod(noise.shape)
+
+
+def _noise(number: int, generator: torch.Generator | None) -> Noise:
+    """A noise from the number of its kind; nobody else needs its shape."""
+    device = torch.device("cpu") if generator is None else generator.device
+    dtype = torch.float64 if number % 2 else torch.float32
+    return Noise(_KINDS[number // 2], torch.Size(), dtype, device)

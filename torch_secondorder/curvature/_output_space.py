@@ -1,0 +1,258 @@
+"""The loss as a function of the model's outputs: where they are, and the maps to and from them.
+
+A loss is taken apart as `L(z(theta), theta)`. Derivatives "at fixed z" are taken by cutting the
+graph at the outputs while autograd runs; nothing has to be evaluated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from torch_secondorder._autograd.graph import Graph, Output, Overwritten, Suspect, explained, refuse
+from torch_secondorder._foundation.subclasses import plainly
+
+__all__ = ["OutputSpace", "Tensors", "UnknownOutputs"]
+
+Tensors = Sequence[Tensor | None]
+
+_NO_OUTPUT = """\
+no model output was found that the loss depends on: Gauss-Newton and Fisher products need one. The
+losses of torch.nn and torch.nn.functional show theirs; mark the output of any other with
+    z = torch_secondorder.mark_outputs(model(x))
+where a loss is a sum of squared residuals, mark the residuals; or use curvature="hessian"."""
+
+
+class UnknownOutputs(RuntimeError):
+    """No model output was found that curvature could be taken by."""
+
+
+class OutputSpace:
+    """The outputs `z` of one evaluation, and the Jacobian `J` of `z` by the parameters.
+
+    Args:
+        graph: The retained graph.
+
+    Attributes:
+        outputs: Those that the loss depends on, each tensor once. Of two that lie behind one
+            another the nearer to the loss counts, or the one that was marked.
+
+        tensors: They themselves.
+        values: The same without graph.
+
+    Raises:
+        UnknownOutputs: There is none, or one was changed in place.
+        ValueError: An output is complex.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self.outputs = _relevant(graph)
+        if not self.outputs:
+            raise UnknownOutputs(_NO_OUTPUT)
+        self.tensors = [o.tensor for o in self.outputs]
+        self.values = [o.values for o in self.outputs]
+        if any(z.is_complex() for z in self.values):
+            raise ValueError("model outputs must be real: mark torch.view_as_real(z) instead")
+        self._ends = {_place(t) for t in self.tensors}
+
+    @cached_property
+    def _pulled(self) -> tuple[Tensors, Sequence[Tensor]]:
+        """`J'w` and `w`: differentiated by `w` it gives `J` (the double-vjp trick)."""
+        weights = [torch.zeros_like(z).requires_grad_() for z in self.values]
+        return _differentiated(self.tensors, self._graph.params, weights), weights
+
+    def push(self, tangents: Sequence[Tensor], batched: bool = False) -> Tensors:
+        """`J v`: from directions shaped like the parameters to changes of the outputs."""
+        pulled, weights = self._pulled
+        return _derivative(pulled, weights, tangents, batched)
+
+    def pull_each(self, cotangents: Sequence[Tensors]) -> Tensors:
+        """`J' u` for several `u`, stacked; in one vectorized pass where operations allow."""
+        columns = zip(*cotangents, strict=True)
+        stacked = [None if any(q is None for q in c) else torch.stack(c) for c in columns]
+        try:
+            return self.pull(stacked, batched=True)
+        except Overwritten:
+            raise
+        except (RuntimeError, NotImplementedError):  # an operation without a batching rule
+            products = zip(*map(self.pull, cotangents), strict=True)
+            return [None if c[0] is None else torch.stack(c) for c in products]
+
+    def pull(self, cotangents: Tensors, batched: bool = False) -> Tensors:
+        """`J' u`: from weights shaped like the outputs to tensors shaped like the parameters."""
+        return _derivative(self.tensors, self._graph.params, cotangents, batched)
+
+    # The loss around the outputs.
+
+    def gradient(self, tensors: Sequence[Tensor | GradientEdge]) -> Tensors:
+        """Derivatives of the loss by tensors between it and the outputs, at fixed outputs."""
+        if not tensors:
+            return ()
+        with self._cut():
+            return _differentiated(self._graph.losses, tensors, self._graph.weights)
+
+    def product_at_fixed_parameters(
+        self, gradient: Tensors, tensors: Sequence[Tensor], tangents: Tensors, batched: bool
+    ) -> Tensors:
+        """The Hessian of the loss by some of the outputs times tangents, from their `gradient`."""
+        refuse(self._curving_above)
+        with self._cut():
+            return _derivative(gradient, tensors, tangents, batched)
+
+    def reaches(self, stops: Collection[Tensor | GradientEdge]) -> tuple[list[bool], bool]:
+        """What lies on the ways from the loss to the parameters.
+
+        Args:
+            stops: Tensors where a way ends.
+
+        Returns:
+            For each output whether a way reaches it that passes through no stop, and whether one
+            reaches a parameter that passes through neither stops nor outputs.
+        """
+        ends = self._ends | {_place(t) for t in stops}
+        met = _walk(map(_place, self._graph.losses), ends)
+        params = {id(p) for p in self._graph.params}
+        bypassed = any(id(getattr(node, "variable", None)) in params for node, _ in met)
+        return [_place(t) in met for t in self.tensors], bypassed
+
+    def depends(self, tensor: Tensor, others: Collection[Tensor | GradientEdge]) -> bool:
+        """Whether a tensor is made from one of the outputs or of some others."""
+        ends = self._ends | {_place(t) for t in others}
+        return not ends.isdisjoint(_walk([_place(tensor)], ends))
+
+    def remainder(self) -> Tensors:
+        """The gradient of the loss by the parameters at fixed outputs, with its graph."""
+        return self.gradient(self._graph.params)
+
+    def remainder_product(
+        self, remainder: Tensors, tangents: Sequence[Tensor], batched: bool
+    ) -> Tensors:
+        """The Hessian of the loss by the parameters at fixed outputs times a direction."""
+        refuse(self._curving_above)
+        with self._cut():
+            return _derivative(remainder, self._graph.params, tangents, batched)
+
+    @cached_property
+    def _curving_above(self) -> list[Suspect]:
+        """The custom functions on the way to the outputs that have a wrong second derivative."""
+        if not self._graph.curving:
+            return []
+        met = _walk(map(_place, self._graph.losses), self._ends) - self._ends
+        nodes = {node for node, _ in met}
+        return [suspect for suspect in self._graph.curving if suspect.node in nodes]
+
+    @contextmanager
+    def _cut(self) -> Iterator[None]:
+        """Lets no derivative pass from the outputs down to the parameters."""
+        handles = [node.register_prehook(_Without(index)) for node, index in self._ends]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Without:
+    """A hook that drops what arrives at one of a node's outputs."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return (*gradients[: self._index], None, *gradients[self._index + 1 :])
+
+
+def _differentiated(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor | GradientEdge], weights: Tensors
+) -> Tensors:
+    """Derivatives with a graph of their own."""
+    try:
+        with torch.enable_grad(), plainly():
+            return torch.autograd.grad(
+                outputs,
+                inputs,  # type: ignore[arg-type]  # of both kinds
+                weights,
+                create_graph=True,
+                allow_unused=True,
+            )
+    except RuntimeError as error:
+        raise explained(error) from error
+
+
+def _derivative(
+    outputs: Tensors, inputs: Sequence[Tensor], weights: Tensors, batched: bool
+) -> Tensors:
+    """`torch.autograd.grad` over what has a graph; None where there is no derivative."""
+    with plainly():
+        pairs = [
+            (o, w)
+            for o, w in zip(outputs, weights, strict=True)
+            if o is not None and w is not None and o.requires_grad
+        ]
+    if not pairs:
+        return [None] * len(inputs)
+    kept, chosen = zip(*pairs, strict=True)
+    try:
+        with plainly():
+            return torch.autograd.grad(
+                kept, inputs, chosen, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+    except RuntimeError as error:
+        raise explained(error) from error
+
+
+def _place(tensor: Tensor | GradientEdge) -> tuple[Any, int]:
+    """Where a tensor that is no leaf stands in the graph."""
+    if isinstance(tensor, GradientEdge):
+        return tensor.node, tensor.output_nr
+    with plainly():
+        return tensor.grad_fn, tensor.output_nr
+
+
+def _relevant(graph: Graph) -> list[Output]:
+    """The outputs that the losses depend on, but not by way of another output alone."""
+    losses = [_place(loss) for loss in graph.losses]
+    # A loss that was evaluated for a report only says nothing.
+    met = _walk(losses, {_place(o.tensor) for o in graph.outputs})
+    marked = {_place(o.tensor): o for o in graph.outputs if o.loss is None}
+    used: dict[Any, list[Output]] = {}
+    for output in graph.outputs:
+        if output.value is not None and _place(output.value) in met:
+            used.setdefault(_place(output.tensor), []).append(output)
+    candidates = dict(marked)
+    for place, outputs in used.items():
+        # Where what a loss is given is made from a marked output, the mark says more.
+        if marked and place not in marked and _walk(place[0].next_functions, marked) & {*marked}:
+            continue
+        if not all(output.intact for output in outputs):
+            name = getattr(outputs[0].loss, "__name__", "a loss")
+            raise Overwritten(
+                f"an argument of {name} was changed in place after the loss took it, so the "
+                "curvature there is lost: write z = z * 2, not z *= 2"
+            )
+        # With two losses on one output neither speaks for it alone.
+        candidates[place] = outputs[0] if len(outputs) == 1 else Output(outputs[0].tensor)
+    met = _walk(losses, candidates)
+    return [output for place, output in candidates.items() if place in met]
+
+
+def _walk(starts: Iterable[Any], ends: Collection[Any]) -> set[tuple[Any, int]]:
+    """All places on the ways down the graph, where `ends` are met and not passed."""
+    waiting = [place for place in starts if place[0] is not None]
+    met = set(waiting)
+    while waiting:
+        place = waiting.pop()
+        if place in ends:
+            continue
+        for following in place[0].next_functions:
+            if following[0] is not None and following not in met:
+                met.add(following)
+                waiting.append(following)
+    return met

@@ -1,0 +1,250 @@
+"""The curvature of a data set: summed over its batches, which are evaluated again each time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from torch_secondorder._autograd.graph import Graph, Overwritten
+from torch_secondorder._objective.evaluation import Evaluation, Linearization, Objective, Slot
+from torch_secondorder._objective.one_shot import without_autocast
+from torch_secondorder.curvature import FromOutputs, KroneckerFactors, LinearOperator
+from torch_secondorder.dataset._objective import DatasetObjective
+
+__all__ = ["BatchSum", "Kind", "curvature_at"]
+
+#: Makes the curvature of an evaluation; the generator is for what it draws.
+Kind: TypeAlias = Callable[[Evaluation, torch.Generator | None], LinearOperator]
+
+_T = TypeVar("_T")
+
+_PRODUCT = "product with the curvature"
+
+
+def curvature_at(
+    objective: Objective,
+    evaluation: Evaluation,
+    kind: Kind,
+    generator: torch.Generator | None = None,
+) -> LinearOperator:
+    """The curvature where an objective stands.
+
+    Args:
+        objective: Any; one over a data set gives a `BatchSum`.
+        evaluation: Made there, by `evaluate(curvature=True)`.
+        kind: Makes the operator of an evaluation.
+        generator: Where what it draws comes from.
+    """
+    if isinstance(objective, DatasetObjective) and objective.passes is not None:
+        return BatchSum(objective, kind, generator)
+    return kind(evaluation, generator)
+
+
+class BatchSum(LinearOperator):
+    """The sum of the batches' curvatures.
+
+    Each product goes over the loader: a batch is evaluated with its graph, multiplied, and freed.
+    Several products at once take one pass. The graphs of the first batches can be kept
+    (`DatasetClosure.keep_graphs`); these are then not evaluated again.
+
+    Args:
+        objective: Where it stands counts, until the parameters move.
+        kind: Makes the operator of one batch; what it draws is drawn the same in every pass.
+        generator: Where the seed of that comes from.
+    """
+
+    def __init__(
+        self, objective: DatasetObjective, kind: Kind, generator: torch.Generator | None = None
+    ) -> None:
+        assert objective.passes is not None
+        vector = objective.vector
+        self.size, self.dtype, self.device = vector.size, vector.dtype, vector.device
+        self._objective = objective
+        self._kind = kind
+        self._draws: torch.Generator | None = None
+        if generator is not None:
+            self._draws = torch.Generator(generator.device)
+            seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+            self._seed = int(seed)
+        self._here = Linearization(objective, Graph(vector.params))
+        self._keep = objective.passes.closure.keep_graphs
+        self._kept: list[tuple[LinearOperator, float]] = []
+        self._after_kept: Callable[[], None] = lambda: None
+        self._all_kept = False
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """See `LinearOperator.matvec`."""
+
+        def summed() -> Tensor:
+            total = torch.zeros_like(v)
+
+            def add(operator: LinearOperator, weight: float) -> None:
+                total.add_(operator.matvec(v), alpha=weight)
+
+            self._over(add, _PRODUCT)
+            return total
+
+        return self._objective.whole(self._retried(summed), v)
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """See `LinearOperator.matmat`; one pass over the loader for all."""
+
+        def summed() -> Tensor:
+            total = torch.zeros_like(V)
+
+            def add(operator: LinearOperator, weight: float) -> None:
+                total.add_(operator.matmat(V), alpha=weight)
+
+            self._over(add, _PRODUCT)
+            return total
+
+        return self._objective.whole(self._retried(summed).T, V.T).T
+
+    def look(self) -> None:
+        """Makes the operators of all batches once, and nothing with them."""
+        self._retried(lambda: self._over(lambda operator, weight: None, "curvature"))
+
+    # What preconditioners ask of curvatures made from model outputs.
+
+    def slots(self) -> list[Slot]:
+        """See `GaussNewton.slots`."""
+        return self._objective.slots()
+
+    def diagonal(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """See `GaussNewton.diagonal`.
+
+        Raises:
+            TypeError: The batches' operators know no model outputs.
+        """
+
+        def summed() -> Tensor:
+            total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+            def add(operator: LinearOperator, weight: float) -> None:
+                diagonal = _from_outputs(operator).diagonal(n_samples, generator)
+                total.add_(diagonal, alpha=weight)
+
+            self._over(add, "diagonal of the curvature")
+            return total
+
+        total = self._retried(summed, generator)
+        return self._objective.whole(total, torch.ones_like(total))
+
+    def factors(
+        self, generator: torch.Generator | None = None, largest: float = math.inf
+    ) -> list[KroneckerFactors]:
+        """See `GaussNewton.factors`. Layers that not all batches use in the same way are left out.
+
+        Raises:
+            TypeError: The batches' operators know no model outputs.
+        """
+        return self._retried(lambda: self._factors(generator, largest), generator)
+
+    def _factors(self, generator: torch.Generator | None, largest: float) -> list[KroneckerFactors]:
+        sums: dict[tuple[int, int | None], KroneckerFactors] = {}
+        met: Counter[tuple[int, int | None]] = Counter()
+        batches = 0
+
+        def add(operator: LinearOperator, weight: float) -> None:
+            nonlocal batches
+            batches += 1
+            for found in _from_outputs(operator).factors(generator, largest):
+                layer = found.weight, found.bias
+                met[layer] += 1
+                # The inputs are a mean over rows, the outputs a sum.
+                inputs, outputs, rows = found.inputs * found.rows, found.outputs * weight, 0
+                if layer in sums:
+                    inputs, outputs = inputs + sums[layer].inputs, outputs + sums[layer].outputs
+                    rows = sums[layer].rows
+                sums[layer] = replace(found, inputs=inputs, outputs=outputs, rows=rows + found.rows)
+
+        self._over(add, "Kronecker factors")
+        average = self._objective.ranks.average
+        return [
+            replace(f, inputs=average(f.inputs / f.rows), outputs=average(f.outputs))
+            for layer, f in sums.items()
+            if met[layer] == batches
+        ]
+
+    # The passes.
+
+    def _retried(self, summed: Callable[[], _T], generator: torch.Generator | None = None) -> _T:
+        """A sum; made again with graphs of copies if the closure has written into one kept.
+
+        Args:
+            summed: Makes it.
+            generator: Where it draws from: the same numbers the second time.
+        """
+        state = None if generator is None else generator.get_state()
+        try:
+            return summed()
+        except Overwritten:
+            if not self._objective.copy_saved():
+                raise
+            if generator is not None and state is not None:
+                generator.set_state(state)
+            self._kept.clear()
+            self._all_kept = False
+            return summed()
+
+    def _over(self, use: Callable[[LinearOperator, float], None], label: str) -> None:
+        """Calls `use` with the operator of each batch, and its weight.
+
+        Raises:
+            RuntimeError: The parameters have moved since this was made.
+        """
+        self._here.check()
+        skipped = len(self._kept)
+        with self._undrawn():
+            for kept in self._kept:
+                use(*kept)
+        if self._all_kept:
+            return
+        index = 0
+
+        def one(evaluate: Callable[[], Evaluation], weight: float) -> None:
+            nonlocal index
+            index += 1
+            if index > skipped:
+                operator = self._made(index, evaluate)
+                with self._undrawn():
+                    use(operator, weight)
+                if index <= self._keep:
+                    self._kept.append((operator, weight))
+                    if index == self._keep:
+                        self._after_kept = self._objective.replay.mark()
+            elif index == skipped:
+                self._after_kept()
+
+        self._objective.over(one, label)
+        self._all_kept = len(self._kept) == index
+
+    def _made(self, index: int, evaluate: Callable[[], Evaluation]) -> LinearOperator:
+        evaluation = evaluate()
+        if self._draws is not None:
+            self._draws.manual_seed(self._seed + index)
+        with self._undrawn():
+            return self._kind(evaluation, self._draws)
+
+    @contextmanager
+    def _undrawn(self) -> Iterator[None]:
+        """Products draw nothing of the model's randomness, and leave autocast to the model."""
+        params = self._objective.vector.params
+        with torch.no_grad(), without_autocast(params), self._objective.replay.aside():
+            yield
+
+
+def _from_outputs(operator: LinearOperator) -> FromOutputs:
+    if not isinstance(operator, FromOutputs):
+        raise TypeError(
+            f"{type(operator).__name__} knows no model outputs, from which the preconditioners "
+            "'kfac' and 'martens' are made; use curvature='ggn', or preconditioner='nystrom'"
+        )
+    return operator

@@ -1,0 +1,201 @@
+"""The Lanczos process with thick restarts, for some eigenvalues at an end of the spectrum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_secondorder.curvature import LinearOperator
+from torch_secondorder.curvature._probes import draw
+
+__all__ = ["Ending", "Krylov", "Ritz", "Which", "fitting", "subspace_room"]
+
+Which = Literal["largest", "smallest", "magnitude"]
+
+_ROUNDING = 100.0  # units of precision below which a remainder is none, as in `solvers.lanczos`
+_MEMORY = 256 * 2**20  # bytes for the basis
+_MOST = 300  # beyond it the small eigenproblem takes longer than most products
+
+
+def subspace_room(size: int, dtype: torch.dtype, k: int) -> int:
+    """How many vectors of a basis to hold: what fits in 256 MiB, between `2 k + 20` and 300."""
+    return min(size, max(2 * k + 20, min(fitting(size, dtype), _MOST)))
+
+
+def fitting(size: int, dtype: torch.dtype) -> int:
+    """How many vectors fit into 256 MiB."""
+    return int(_MEMORY // (size * torch.finfo(dtype).bits // 8))
+
+
+@dataclass(frozen=True, slots=True)
+class Ritz:
+    """Approximate eigenpairs, best wanted first; float64, on the host.
+
+    Attributes:
+        values: Shape `(j,)`.
+        residuals: `|A y - value y|` for each unit Ritz vector `y`, `(j,)`.
+        coordinates: The vectors in the basis, as columns, `(j, j)`.
+    """
+
+    values: Tensor
+    residuals: Tensor
+    coordinates: Tensor
+
+
+class Krylov:
+    """An orthonormal basis that grows by one product at a time, and what `A` does inside it.
+
+    Every new vector is made orthogonal to all before it, twice. Where the basis is full it shrinks
+    to the Ritz vectors that are wanted most, and grows again (Wu and Simon 2000, "Thick-restart
+    Lanczos method for large symmetric eigenvalue problems"). Because all coefficients of a new
+    vector are computed anyway, the arrow that a restart leaves in the projected matrix needs no
+    formulas of its own. Where the space is invariant, it goes on from a random vector outside.
+
+    Args:
+        A: A symmetric operator.
+        room: Vectors that the basis holds, at most `n`.
+        generator: Where random vectors come from.
+
+    Attributes:
+        count: Vectors in the basis.
+        restarted: Whether the basis has been shrunk.
+        since_break: Steps since the space was last found to be invariant, or in all.
+        breaks: How many times it was.
+    """
+
+    def __init__(self, A: LinearOperator, room: int, generator: torch.Generator) -> None:
+        self._A, self._generator = A, generator
+        self._basis = torch.empty(room, A.size, dtype=A.dtype, device=A.device)
+        self._projected = torch.zeros(room, room, dtype=torch.float64)
+        self._rounding = _ROUNDING * torch.finfo(A.dtype).eps
+        self._residual = 0.0
+        self._magnitude = 0.0
+        self.count = self.since_break = self.breaks = 0
+        self.restarted = False
+        self._next: Tensor | None = self._random()
+
+    @property
+    def precision(self) -> float:
+        """A residual as small as this is rounding."""
+        return self._rounding * self._magnitude
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another vector."""
+        return self.count == len(self._basis)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the basis spans everything, so that Ritz pairs are eigenpairs."""
+        return self.count == self._A.size
+
+    def step(self) -> None:
+        """Adds a vector, with one product."""
+        assert self._next is not None
+        v, j = self._next, self.count
+        self._basis[j] = v
+        self.count += 1
+        basis = self._basis[: self.count]
+        product = self._A @ v
+        first = basis @ product
+        rest = product.addmv(basis.T, first, alpha=-1.0)
+        second = basis @ rest
+        rest.addmv_(basis.T, second, alpha=-1.0)
+        column = torch.cat([first + second, torch.linalg.vector_norm(rest)[None]])
+        column = column.to("cpu", torch.float64)  # one transfer for all of them
+        self._projected[: j + 1, j] = self._projected[j, : j + 1] = column[:-1]
+        self._residual = float(column[-1])
+        self._magnitude = max(self._magnitude, float(column.norm()))
+        self.since_break += 1
+        if self._residual > self.precision:
+            self._next = rest.mul_(1.0 / self._residual)
+        else:
+            self._residual = 0.0
+            self.breaks += 1
+            self.since_break = 0
+            self._next = None if self.exhausted else self._random()
+
+    def _random(self) -> Tensor:
+        """A unit vector outside the basis."""
+        A = self._A
+        v = draw(A.size, "gaussian", self._generator, dtype=A.dtype, device=A.device)
+        basis = self._basis[: self.count]
+        for _ in range(2):
+            v = _unit(v)
+            v = v.addmv(basis.T, basis @ v, alpha=-1.0)
+        return _unit(v)
+
+    def ritz(self, which: Which) -> Ritz:
+        """The Ritz pairs, best wanted first."""
+        j = self.count
+        values, vectors = torch.linalg.eigh(self._projected[:j, :j])
+        key = {"largest": -values, "smallest": values, "magnitude": -values.abs()}[which]
+        order = key.argsort(stable=True)
+        residuals = self._residual * vectors[-1].abs()
+        return Ritz(values[order], residuals[order], vectors[:, order])
+
+    def vectors(self, ritz: Ritz, k: int) -> Tensor:
+        """The first `k` Ritz vectors as columns, `(n, k)`."""
+        vectors = self._basis[: self.count].T @ ritz.coordinates[:, :k].to(self._basis)
+        return _unit(vectors)
+
+    def restart(self, ritz: Ritz, keep: int) -> None:
+        """Shrinks the basis to the first `keep` Ritz vectors."""
+        self._basis[:keep] = (
+            ritz.coordinates[:, :keep].T.to(self._basis) @ self._basis[: self.count]
+        )
+        self._projected.zero_()
+        self._projected[:keep, :keep] = ritz.values[:keep].diag()
+        self.count = keep
+        self.restarted = True
+
+
+class Ending:
+    """Tells whether the best Ritz pairs are what was asked for.
+
+    Pairs of an invariant space have no residual, but need not be the ones wanted: a start sees one
+    vector of each eigenspace. The space goes on from a random vector then, which sees what is left;
+    so the pairs count once that has changed nothing, or has had the time to.
+
+    Args:
+        krylov: The space.
+        k: How many pairs are wanted.
+    """
+
+    def __init__(self, krylov: Krylov, k: int) -> None:
+        self._krylov, self._k = krylov, k
+        self._at_break: Tensor | None = None
+
+    def reached(self, ritz: Ritz, allowed: Tensor, broke: bool) -> bool:
+        """Whether to stop.
+
+        Args:
+            ritz: The pairs, at least `k`.
+            allowed: The largest residuals allowed, where not below rounding.
+            broke: Whether the space was just found to be invariant.
+        """
+        krylov, k = self._krylov, self._k
+        if krylov.exhausted:
+            return True
+        if broke:
+            return self.complete(ritz)
+        if krylov.breaks and krylov.since_break < k + 20:
+            return False
+        return bool((ritz.residuals[:k] <= allowed.clamp_min(krylov.precision)).all())
+
+    def complete(self, ritz: Ritz) -> bool:
+        """Whether the invariant space just found changes nothing; ask once for each."""
+        values = ritz.values[: self._k]
+        before, self._at_break = self._at_break, values
+        return before is not None and bool(
+            ((values - before).abs() <= self._krylov.precision).all()
+        )
+
+
+def _unit(columns: Tensor) -> Tensor:
+    """A vector, or each column of a matrix, divided by its length."""
+    norms: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return columns / norms

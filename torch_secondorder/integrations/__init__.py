@@ -1,0 +1,1 @@
+"""Callbacks for trainers; importing `torch_secondorder` imports none of them."""

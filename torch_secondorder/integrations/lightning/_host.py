@@ -1,0 +1,82 @@
+"""The base of the callbacks, which both packages of Lightning accept, and what they all ask."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch_secondorder.optim import SecondOrderOptimizer
+
+__all__ = ["Callback", "found_bases", "our_optimizers"]
+
+#: The same code under two names; an object of one is none of the other.
+_HOSTS = ("lightning.pytorch", "pytorch_lightning")
+
+
+def found_bases(hosts: tuple[str, ...] = _HOSTS) -> tuple[type, ...]:
+    """The `Callback` classes of all packages of Lightning that can be imported.
+
+    Args:
+        hosts: Their names.
+
+    Raises:
+        ImportError: There is none.
+    """
+    found: list[type] = []
+    for name in hosts:
+        try:
+            first = not found and not any(host in sys.modules for host in hosts)
+            with nullcontext() if first else _messages_kept():
+                found.append(importlib.import_module(f"{name}.callbacks").Callback)
+        except ImportError as error:
+            reason = error
+    if not found:
+        raise ImportError(
+            "torch_secondorder.integrations.lightning needs Lightning: pip install lightning"
+        ) from reason
+    return tuple(found)
+
+
+@contextmanager
+def _messages_kept() -> Iterator[None]:
+    """What both packages log goes to the logger of the one imported last; here to that before."""
+    shared: Any = importlib.import_module("lightning_utilities.core.rank_zero")
+    before = shared.log
+    try:
+        yield
+    finally:
+        shared.log = before
+
+
+if TYPE_CHECKING:
+
+    class Callback:
+        """Lightning's base class, of whichever package."""
+
+else:
+    Callback = type(
+        "Callback",
+        found_bases(),
+        {"__doc__": "A callback of every Lightning installed.", "__module__": __name__},
+    )
+
+
+def our_optimizers(trainer: Any) -> dict[str, SecondOrderOptimizer]:
+    """This package's optimizers among the trainer's, each with a name of its own.
+
+    Args:
+        trainer: Of either package, with its optimizers set up.
+    """
+    found: dict[str, SecondOrderOptimizer] = {}
+    for optimizer in trainer.optimizers:
+        # `configure_optimizers` may return them in Lightning's wrapper.
+        bare = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(bare, SecondOrderOptimizer):
+            continue
+        name = type(bare).__name__
+        same = sum(type(other) is type(bare) for other in found.values())
+        found[f"{name}-{same}" if same else name] = bare
+    return found

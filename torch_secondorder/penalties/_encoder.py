@@ -1,0 +1,205 @@
+"""The contractive penalty of what an encoder is called with, wherever that happens."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torch_secondorder._foundation.subclasses import plain, plainly
+from torch_secondorder.penalties._checks import check_choice, check_count, check_noise
+from torch_secondorder.penalties.contractive import contractive_penalty
+
+__all__ = ["Calls", "EncoderPenalty", "Recorder", "input_of", "seeded"]
+
+
+class Calls:
+    """The penalties of an encoder's calls, until they are taken.
+
+    Attributes:
+        taken: What was taken so far.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[Tensor] = []
+        self._waiting: list[tuple[int, Tensor]] = []
+
+    def add(self, samples: int, penalty: Tensor) -> None:
+        """Notes a call with so many samples."""
+        self._waiting.append((samples, penalty))
+
+    def take(self) -> Tensor | None:
+        """The mean over all samples since the last time, with its graph; None without any."""
+        if not self._waiting:
+            return None
+        total = sum(samples for samples, _ in self._waiting)
+        value = torch.stack([penalty * (n / total) for n, penalty in self._waiting]).sum()
+        self._waiting.clear()
+        self.taken.append(value.detach())
+        return value
+
+
+class EncoderPenalty:
+    """Takes `contractive_penalty` of the inputs that an encoder gets while it is watched.
+
+    Args:
+        encoder: The module.
+        method: See `contractive_penalty`, as are the others.
+        noise: Standard deviation of the noise; None for the plain penalty.
+        n_noise: Noisy copies of each sample.
+        n_projections: Random vectors for each sample.
+
+    Raises:
+        TypeError: The encoder is no module.
+        ValueError: An argument is out of range.
+
+    >>> encoder = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid())
+    >>> penalty = EncoderPenalty(encoder)
+    >>> with penalty.watching() as calls:
+    ...     _ = encoder(torch.zeros(5, 2))
+    >>> bool(calls.take() == contractive_penalty(encoder, torch.zeros(5, 2)))
+    True
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        method: Literal["auto", "exact", "projection"] = "auto",
+        *,
+        noise: float | None = None,
+        n_noise: int = 1,
+        n_projections: int = 1,
+    ) -> None:
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(
+                "the encoder is the module inside the model that maps inputs to codes, got "
+                f"{type(encoder).__name__}"
+            )
+        check_choice("method", method, ("auto", "exact", "projection"))
+        check_noise(noise)
+        check_count("n_noise", n_noise)
+        check_count("n_projections", n_projections)
+        self.encoder = encoder
+        self.method = method
+        self.noise = noise
+        self.n_noise = n_noise
+        self.n_projections = n_projections
+
+    def at(
+        self, x: Tensor, *, code: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The penalty of a batch; see `contractive_penalty`."""
+        return contractive_penalty(
+            self.encoder,
+            x,
+            self.method,
+            noise=self.noise,
+            n_noise=self.n_noise,
+            n_projections=self.n_projections,
+            generator=generator,
+            code=code,
+        )
+
+    @contextmanager
+    def watching(
+        self, generator: Callable[[torch.device], torch.Generator | None] = lambda _: None
+    ) -> Iterator[Calls]:
+        """Notes the penalty of each call inside that is made to be differentiated.
+
+        The penalty shares the graph of the call where it can: one `backward()` is for both.
+
+        Args:
+            generator: Where noise and random vectors come from, by device.
+
+        Raises:
+            TypeError: The encoder's input or output is no tensor.
+            ValueError: See `contractive_penalty`.
+        """
+        calls, busy = Calls(), False
+
+        def note(module: nn.Module, args: Any, kwargs: Any, code: Any) -> None:
+            nonlocal busy
+            if busy or not torch.is_grad_enabled():
+                return
+            x = input_of(args, kwargs)
+            values = plain(x)
+            busy = True  # the penalty may call the encoder itself
+            try:
+                penalty = self.at(x, code=code, generator=generator(values.device))
+                calls.add(len(values), penalty)
+            finally:
+                busy = False
+
+        handle = self.encoder.register_forward_hook(note, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+
+class Recorder:
+    """A forward hook that notes the inputs of an encoder whose code a backward pass has reached.
+
+    For loops without a closure, where the calls that count are known only afterwards. A copy of the
+    module gets a copy of its hooks: that one is empty and notes nothing.
+
+    Args:
+        encoder: The module whose calls are noted; None for none.
+
+    Attributes:
+        inputs: What was noted.
+        active: Whether anything is.
+    """
+
+    def __init__(self, encoder: nn.Module | None = None) -> None:
+        self.inputs: list[Tensor] = []
+        self.active = True
+        self._encoder = (lambda: None) if encoder is None else weakref.ref(encoder)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, code: Any) -> None:
+        """Waits for the backward pass of a call."""
+        if not (self.active and isinstance(code, Tensor)) or module is not self._encoder():
+            return
+        with plainly():
+            if code.requires_grad:
+                code.register_hook(partial(self._note, input_of(args, kwargs)))
+
+    def _note(self, x: Tensor, _: Tensor) -> None:
+        self.inputs.append(x)
+
+    def __reduce__(self) -> Any:
+        return Recorder, ()
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The one tensor that an encoder was called with.
+
+    Raises:
+        TypeError: It was called with something else.
+    """
+    given = [*args, *kwargs.values()]
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        kinds = ", ".join(type(value).__name__ for value in given)
+        raise TypeError(
+            f"the penalty is of an encoder that takes one tensor; this one was called with "
+            f"({kinds}): choose the module inside it that does, or add contractive_penalty of a "
+            "function of one tensor to the loss"
+        )
+    return given[0]
+
+
+def seeded(seed: int) -> Callable[[torch.device], torch.Generator]:
+    """New random generators by device, one for each, that begin at a seed."""
+    made: dict[torch.device, torch.Generator] = {}
+
+    def generator(device: torch.device) -> torch.Generator:
+        if device not in made:
+            made[device] = torch.Generator(device).manual_seed(seed)
+        return made[device]
+
+    return generator

@@ -1,0 +1,171 @@
+"""Finds encoders of linear layers and elementwise activations, and the factors of their Jacobians.
+
+No derivative is taken by the input: a module is looked at, and called layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from torch_secondorder.penalties._chain import Chain
+from torch_secondorder.penalties._squares import logistic_slope
+
+__all__ = ["chain_of", "slope_from_output", "stack_of"]
+
+
+def _forward_of(kind: type[nn.Module]) -> Any:
+    return getattr(kind, "forward", None)
+
+
+#: Derivatives of activations that are known from their values.
+_FROM_OUTPUT: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.Sigmoid: logistic_slope,
+    nn.Tanh: lambda h: 1 - h.square(),
+    nn.ReLU: lambda h: (h > 0).to(h.dtype),
+}
+#: Others that work on each number alone, without chance, and have two derivatives.
+_ELEMENTWISE: tuple[type[nn.Module], ...] = (
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardswish, nn.Hardtanh),
+    *(nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU6, nn.SELU, nn.SiLU, nn.Softplus),
+    *(nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold),
+)
+# As they were before anybody put another function there.
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: _forward_of(kind)
+    for kind in (nn.Sequential, nn.Flatten, nn.Linear, *_FROM_OUTPUT, *_ELEMENTWISE)
+}
+
+
+def stack_of(encoder: object, x: Tensor) -> list[nn.Module] | None:
+    """The modules of an encoder of linear layers and elementwise activations.
+
+    Only where their kinds say all there is to know: subclasses (those made by parametrizations
+    among them), modules with hooks, and replaced forwards may compute anything.
+
+    Args:
+        encoder: What is looked at.
+        x: What it will be called with.
+
+    Returns:
+        Linear layers and activations in order, the first a linear layer or a Flatten before it;
+        None where the encoder is anything else.
+    """
+    if not isinstance(encoder, nn.Module) or _watched_globally():
+        return None
+    modules = list(_unrolled(encoder))
+    if not all(type(module) in _FORWARDS and _is_plain(module) for module in modules):
+        return None
+    modules = [module for module in modules if type(module) is not nn.Sequential]
+    layers = modules
+    if modules and isinstance(modules[0], nn.Flatten):
+        if (modules[0].start_dim, modules[0].end_dim) != (1, -1) or x.dim() < 2:
+            return None
+        layers = modules[1:]
+    elif x.dim() != 2:
+        return None
+    if not layers or type(layers[0]) is not nn.Linear or nn.Flatten in map(type, layers):
+        return None
+    return modules
+
+
+def _unrolled(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and, in Sequentials of any depth, those that it calls, in order."""
+    yield module
+    if type(module) is nn.Sequential:
+        for inner in module:
+            yield from _unrolled(inner)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    replaced = "forward" in vars(module) or _forward_of(type(module)) is not _FORWARDS[type(module)]
+    return not replaced and not _hooked(
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+
+
+def _watched_globally() -> bool:
+    """Whether there are hooks on all modules."""
+    return _hooked(
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+
+
+def _hooked(*hooks: Mapping[Any, Any]) -> bool:
+    """Whether there are hooks other than this package's own, which change nothing.
+
+    Optimizers of this package set some to see which modules a closure calls, and with what.
+    """
+    package = __name__.partition(".")[0]
+    return any(
+        getattr(hook, "__module__", "").partition(".")[0] != package
+        for some in hooks
+        for hook in some.values()
+    )
+
+
+def slope_from_output(modules: list[nn.Module], code: Tensor) -> Tensor | None:
+    """The derivative of a single layer's activation from what the encoder gave, if it is known.
+
+    Args:
+        modules: Of the encoder, see `stack_of`.
+        code: What the encoder gave, shape `(n, units)`.
+
+    Returns:
+        The shape of `code`; None where there is more to know.
+    """
+    linear, *activations = (m for m in modules if type(m) is not nn.Flatten)
+    if type(linear) is nn.Linear and len(activations) == 1:
+        derive = _FROM_OUTPUT.get(type(activations[0]))
+        return None if derive is None else derive(code)
+    return None
+
+
+def _slope(activation: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivative of an activation at `a`, and its value there."""
+    derive = _FROM_OUTPUT.get(type(activation))
+    if derive is not None:
+        h: Tensor = activation(a)
+        return derive(h), h
+    if not a.requires_grad:
+        a = a.detach().requires_grad_()
+    # Those that work in place would overwrite what is differentiated by.
+    h = activation(a.clone() if getattr(activation, "inplace", False) else a)
+    # Each sum has one term that depends on each number.
+    (slope,) = torch.autograd.grad(h.sum(), a, create_graph=True)
+    return slope, h
+
+
+def chain_of(modules: list[nn.Module], x: Tensor) -> Chain:
+    """Calls the modules of a stack one after the other, and takes their derivatives.
+
+    Args:
+        modules: See `stack_of`.
+        x: Shape `(entries, inputs)`, or any that a Flatten in front makes this of.
+    """
+    weights: list[Tensor] = []
+    slopes: list[Tensor | None] = []
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            x = module(x)
+            weights.append(module.weight)
+            slopes.append(None)
+        elif isinstance(module, (nn.Flatten, nn.Identity)):
+            x = module(x)
+        else:
+            slope, x = _slope(module, x)
+            before = slopes[-1]
+            slopes[-1] = slope if before is None else before * slope
+    filled = [
+        w.new_ones(len(x), w.shape[0]) if slope is None else slope
+        for w, slope in zip(weights, slopes, strict=True)
+    ]
+    return Chain(weights, filled)
