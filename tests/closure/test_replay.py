@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tests.support.oracles import make_case
 from torch_secondorder import LBFGS, NewtonCG
-from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
 from torch_secondorder._objective.evaluation import Objective
 
@@ -56,19 +56,19 @@ def test_dropout_draws_the_same_masks_within_a_step(curvature: bool, device: tor
 @pytest.mark.parametrize("steps", [1, 3])
 def test_running_statistics_move_once_a_step(steps: int, kind: str, device: torch.device) -> None:
     case, plain = make_case("batchnorm", device), make_case("batchnorm", device)
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     for _ in range(steps):
         plain.value()
         if kind == "closure":
             objective: Objective = ClosureObjective(
-                case.closure(), case.params(), surroundings=surroundings
+                case.closure(), case.params(), registry=registry
             )
         else:
             pure = case.pure()
             objective = FunctionalObjective(
                 lambda p: pure(*p),  # noqa: B023
                 case.params(),
-                surroundings=surroundings,
+                registry=registry,
             )
         run_step(objective, 3, curvature=True)
     assert int(case.model[1].num_batches_tracked) == steps
@@ -78,11 +78,11 @@ def test_running_statistics_move_once_a_step(steps: int, kind: str, device: torc
 
 def test_statistics_of_a_layer_that_is_set_to_train_later() -> None:
     case = make_case("batchnorm", torch.device("cpu"))
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     case.model.eval()
-    run_step(ClosureObjective(case.closure(), case.params(), surroundings=surroundings), 2)
+    run_step(ClosureObjective(case.closure(), case.params(), registry=registry), 2)
     case.model.train()
-    run_step(ClosureObjective(case.closure(), case.params(), surroundings=surroundings), 2)
+    run_step(ClosureObjective(case.closure(), case.params(), registry=registry), 2)
     assert int(case.model[1].num_batches_tracked) == 1
 
 
@@ -107,9 +107,9 @@ class _Counting(nn.Module):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_any_buffer_that_a_forward_pass_changes(in_place: bool) -> None:
     model = _Counting(in_place)
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     for step in range(1, 4):
-        objective = ClosureObjective(lambda: model(), model.parameters(), surroundings=surroundings)
+        objective = ClosureObjective(lambda: model(), model.parameters(), registry=registry)
         losses = run_step(objective, 3)
         assert [loss.item() for loss in losses] == [2.0 * step**2] * 3
         assert model.calls.item() == step
@@ -121,11 +121,11 @@ def test_spectral_norm_iterates_once_a_step() -> None:
         return nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
 
     model, plain, x = make(), make(), torch.randn(3, 4)
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     for _ in range(3):
         plain(x)
         objective = ClosureObjective(
-            lambda: model(x).square().mean(), model.parameters(), surroundings=surroundings
+            lambda: model(x).square().mean(), model.parameters(), registry=registry
         )
         run_step(objective, 2)
     for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
@@ -143,11 +143,11 @@ def spectral() -> nn.Module:
 @pytest.mark.parametrize("accepted", ["the last trial", "an earlier one"])
 def test_an_accepted_step_moves_them_as_one_evaluation_there_does(accepted: str) -> None:
     model, plain, x = spectral(), spectral(), torch.randn(3, 4).double()
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     step = 0.3 * torch.randn(20).double()
     for _ in range(2):
         objective = ClosureObjective(
-            lambda: model(x).square().mean(), model.parameters(), surroundings=surroundings
+            lambda: model(x).square().mean(), model.parameters(), registry=registry
         )
         with objective:
             entry = [b.clone() for b in plain.buffers()]
@@ -285,12 +285,12 @@ def test_an_exception_leaves_them_as_before_the_step() -> None:
 
 def test_they_stand_still_in_eval_mode() -> None:
     model, x = spectral(), torch.randn(3, 4).double()
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     for training in (True, False):
         model.train(training)
         before = [b.clone() for b in model.buffers()]
         objective = ClosureObjective(
-            lambda: model(x).square().mean(), model.parameters(), surroundings=surroundings
+            lambda: model(x).square().mean(), model.parameters(), registry=registry
         )
         step = 0.3 * torch.randn(20).double()
         with objective:
@@ -348,14 +348,14 @@ def test_modules_are_watched_in_the_first_evaluation_of_a_step() -> None:
     from torch.nn.modules import module
 
     case = make_case("mlp", torch.device("cpu"))
-    surroundings, hooks = Surroundings(), []
+    registry, hooks = ModuleRegistry(), []
 
     def closure() -> Tensor:
         hooks.append(len(module._global_forward_pre_hooks))
         return case.value()
 
     for _ in range(2):
-        run_step(ClosureObjective(closure, case.params(), surroundings=surroundings), 2)
+        run_step(ClosureObjective(closure, case.params(), registry=registry), 2)
     assert hooks == [1, 0, 0, 0] * 2
 
 
@@ -367,9 +367,9 @@ def test_compiled_modules_are_watched_without_a_warning() -> None:
     def closure() -> Tensor:
         return F.mse_loss(compiled(case.x), case.y)
 
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     for step in range(1, 3):
-        run_step(ClosureObjective(closure, case.params(), surroundings=surroundings), 2)
+        run_step(ClosureObjective(closure, case.params(), registry=registry), 2)
         assert int(case.model[1].num_batches_tracked) == step
 
 
@@ -409,24 +409,24 @@ def test_statistics_of_another_model_under_the_same_closure_code(kind: str) -> N
         "callable object": Closure,
         "decorated": lambda model: decorated(lambda: loss_of(model)),
     }[kind]
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     for _ in range(2):
         model = norm_net()
         for step in range(1, 3):
-            objective = ClosureObjective(make(model), model.parameters(), surroundings=surroundings)
+            objective = ClosureObjective(make(model), model.parameters(), registry=registry)
             run_step(objective, 3)
             assert counted(model) == step
 
 
 def test_statistics_where_the_closure_sets_the_mode_itself() -> None:
-    model, x, surroundings = norm_net(), torch.randn(8, 4), Surroundings()
+    model, x, registry = norm_net(), torch.randn(8, 4), ModuleRegistry()
 
     def closure() -> Tensor:
         model.train()
         return model(x).square().mean()
 
     for step in range(1, 4):
-        run_step(ClosureObjective(closure, model.parameters(), surroundings=surroundings), 3)
+        run_step(ClosureObjective(closure, model.parameters(), registry=registry), 3)
         assert counted(model) == step
         model.eval()
 
@@ -434,11 +434,11 @@ def test_statistics_where_the_closure_sets_the_mode_itself() -> None:
 def test_a_buffer_that_moves_only_in_training_and_is_first_seen_in_eval() -> None:
     torch.manual_seed(2)
     model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
-    x, surroundings = torch.randn(3, 4), Surroundings()
+    x, registry = torch.randn(3, 4), ModuleRegistry()
 
     def losses() -> list[Tensor]:
         objective = ClosureObjective(
-            lambda: model(x).square().mean(), model.parameters(), surroundings=surroundings
+            lambda: model(x).square().mean(), model.parameters(), registry=registry
         )
         return run_step(objective, 3)
 
@@ -451,7 +451,7 @@ def test_a_buffer_that_moves_only_in_training_and_is_first_seen_in_eval() -> Non
 
 def test_modules_of_another_thread_are_none_of_ours() -> None:
     mine, other, x = norm_net(), norm_net(), torch.randn(8, 4)
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
 
     def closure() -> Tensor:
         thread = threading.Thread(target=lambda: other(x))
@@ -459,7 +459,7 @@ def test_modules_of_another_thread_are_none_of_ours() -> None:
         thread.join()
         return mine(x).square().mean()
 
-    run_step(ClosureObjective(closure, mine.parameters(), surroundings=surroundings), 2)
+    run_step(ClosureObjective(closure, mine.parameters(), registry=registry), 2)
     assert counted(other) == 4  # as often as it was called
     assert counted(mine) == 1
 
@@ -468,11 +468,11 @@ def test_modules_of_another_thread_are_none_of_ours() -> None:
 def test_torchscript_modules() -> None:
     model, x = norm_net(), torch.randn(8, 4)
     scripted = torch.jit.trace(model, x, check_trace=False)
-    surroundings = Surroundings()
+    registry = ModuleRegistry()
     before = int(scripted.get_submodule("1").num_batches_tracked)
     for step in range(1, 3):
         objective = ClosureObjective(
-            lambda: scripted(x).square().mean(), scripted.parameters(), surroundings=surroundings
+            lambda: scripted(x).square().mean(), scripted.parameters(), registry=registry
         )
         run_step(objective, 2)
         assert int(scripted.get_submodule("1").num_batches_tracked) == before + step

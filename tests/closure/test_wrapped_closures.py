@@ -44,7 +44,7 @@ def test_objects_made_anew_are_known_by_what_they_hold(kind: Any) -> None:
     optimizer = kind(model.parameters())
     for _ in range(5):
         optimizer.step(partial(lambda closure: closure(), Closure(partial(run, model))))
-    around = optimizer._surroundings
+    around = optimizer._registry
     assert 0 < len(around._seen) + len(around.graphs) <= 2
 
 
@@ -52,7 +52,7 @@ def test_objects_are_told_apart_by_modules_and_class() -> None:
     model, run = problem()
     optimizer = AdaHessian(model.parameters())
     optimizer.step(Closure(partial(run, model)))
-    knows = optimizer._surroundings.knows
+    knows = optimizer._registry.knows
     assert knows(Closure(partial(run, model)), "modules")
     assert not knows(Closure(partial(run, copy.deepcopy(model))), "modules")
     assert not knows(type("Other", (Closure,), {})(partial(run, model)), "modules")

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from tests.support.oracles import CASES, dense_gauss_newton, dense_hessian, make_case
 from torch_secondorder import AdaHessian, FunctionalObjective, Sophia, mark_outputs
-from torch_secondorder._closure.replay import Surroundings
-from torch_secondorder._foundation.buffer_pool import Workspace
+from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.one_shot import SingleEvaluation
 from torch_secondorder._params.vector import ParameterVector
@@ -223,12 +223,12 @@ def test_what_is_estimated_in_a_step_is_what_the_operator_gives(
     operator = Hessian(ClosureObjective(case.closure(), params).evaluate(curvature=True))
     estimator = Hutchinson(samples)
     expected = estimator(operator, torch.Generator(device).manual_seed(7))
-    vector, workspace = ParameterVector(params), Workspace()
+    vector, buffer_pool = ParameterVector(params), BufferPool()
     for _ in range(2):
         generator = torch.Generator(device).manual_seed(7)
-        watch = estimator.watch(vector, generator, workspace)
+        watch = estimator.watch(vector, generator, buffer_pool)
         with torch.no_grad():
-            SingleEvaluation(case.closure(), params, Surroundings()).run(watch)
+            SingleEvaluation(case.closure(), params, ModuleRegistry()).run(watch)
         assert watch.products == samples
         found = watch.diagonal()
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
@@ -314,8 +314,8 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 @settings(max_examples=60, deadline=None)
 def test_signs_of_any_number(size: int, seed: int, dtype: torch.dtype) -> None:
     def drawn() -> list[Tensor]:
-        generator, workspace = torch.Generator().manual_seed(seed), Workspace()
-        return [rademacher(size, generator, workspace, dtype=dtype, device=CPU) for _ in range(2)]
+        generator, buffer_pool = torch.Generator().manual_seed(seed), BufferPool()
+        return [rademacher(size, generator, buffer_pool, dtype=dtype, device=CPU) for _ in range(2)]
 
     first, second = drawn()
     assert first.shape == (size,) and first.dtype == dtype
@@ -371,10 +371,10 @@ def test_signs_are_those_of_the_generator_only(dtype: torch.dtype) -> None:
 
 @dtypes
 def test_memory_is_used_again_where_nobody_looks(dtype: torch.dtype) -> None:
-    workspace, generator = Workspace(), torch.Generator().manual_seed(11)
+    buffer_pool, generator = BufferPool(), torch.Generator().manual_seed(11)
 
     def signs(size: int = 1000) -> Tensor:
-        return rademacher(size, generator, workspace, dtype=dtype, device=CPU)
+        return rademacher(size, generator, buffer_pool, dtype=dtype, device=CPU)
 
     first = signs()
     kept = first.clone()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch_secondorder import FunctionalObjective
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.diagnostics import from_closure, from_model, observed_information
-from torch_secondorder.solvers import CG, Minres
+from torch_secondorder.solvers import CG, MINRES
 
 
 def breast_cancer(columns: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def test_logistic_regression_has_the_standard_errors_of_the_closed_form(
     assert named["weight"].shape == (1, columns) and float(named["bias"]) == float(errors[-1])
     contrasts = torch.zeros(columns + 1, 2).double()
     contrasts[0, 0], contrasts[1, 0], contrasts[-1, 1] = 1, -1, 1
-    for solver in (None, CG(500, 1e-10), Minres(500, 1e-10)):
+    for solver in (None, CG(500, 1e-10), MINRES(500, 1e-10)):
         some = observed_information(mean, scale=count, directions=contrasts, solver=solver)
         torch.testing.assert_close(
             some.covariance, contrasts.T @ expected @ contrasts, rtol=1e-6, atol=1e-9

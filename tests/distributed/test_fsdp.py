@@ -41,7 +41,7 @@ from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._params.space import WHOLE, ShardedSpace, Space
 from torch_secondorder.curvature import Diagonal, Hutchinson, InverseBFGS
 from torch_secondorder.globalization import LevenbergMarquardt
-from torch_secondorder.solvers import CG, Minres, SolveStatus
+from torch_secondorder.solvers import CG, MINRES, SolveStatus
 
 RANKS = 2
 
@@ -341,11 +341,11 @@ def solve(rank: int, ranks: int) -> list[Any]:
 
     definite, indefinite = vectors[0].square() + 0.1, vectors[0] + 0.5
     b, x0, inverse = vectors[1, part], vectors[2, part], diagonal(1 / (vectors[3] ** 2 + 1))
-    through = Minres(4, stop_at_negative_curvature=False)
-    for solver in (CG(4, recompute=2), CG(4), Minres(4), through):
+    through = MINRES(4, stop_at_negative_curvature=False)
+    for solver in (CG(4, recompute=2), CG(4), MINRES(4), through):
         for operator in (diagonal(definite), diagonal(indefinite)):
             for more in ({}, {"x0": x0}, {"preconditioner": inverse}, {"radius": 0.7}):
-                if "radius" in more and isinstance(solver, Minres):
+                if "radius" in more and isinstance(solver, MINRES):
                     continue
                 result = solver(operator, b, **more)
                 found += [list(SolveStatus).index(result.status), result.iterations]
@@ -354,7 +354,7 @@ def solve(rank: int, ranks: int) -> list[Any]:
     x0 = vectors[2].clone()
     x0[8] = math.nan  # which the first of two ranks does not have
     with pytest.raises(ValueError, match="x0 must be finite"):
-        Minres()(diagonal(definite), b, x0=x0[part])
+        MINRES()(diagonal(definite), b, x0=x0[part])
     return found
 
 

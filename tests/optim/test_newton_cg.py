@@ -23,7 +23,7 @@ from torch_secondorder import FunctionalObjective, NewtonCG, StepStatus, mark_ou
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder.curvature import Damped, GaussNewton, Hessian
 from torch_secondorder.globalization import Armijo, LevenbergMarquardt, StrongWolfe, TrustRegion
-from torch_secondorder.solvers import CG, Martens, Minres, Nystrom, SolveStatus
+from torch_secondorder.solvers import CG, MINRES, Martens, Nystrom, SolveStatus
 
 GLOBALIZATIONS = ["damping", "trust_region", "line_search"]
 
@@ -536,7 +536,7 @@ def test_float32_goes_on_until_rounding(device: torch.device) -> None:
     "arguments",
     [
         {"solver": "minres"},
-        {"solver": Minres(50, 1e-3)},
+        {"solver": MINRES(50, 1e-3)},
         {"solver": CG(5)},
         {"globalization": LevenbergMarquardt(initial=0.01)},
         {"globalization": TrustRegion(initial=0.1)},
@@ -568,7 +568,7 @@ def test_strategies(arguments: dict[str, Any], device: torch.device) -> None:
         ({"globalization": "hope"}, ValueError, "unknown globalization 'hope'"),
         ({"globalization": 3}, TypeError, "a line search is a name, an instance"),
         ({"solver": "lu"}, ValueError, "unknown solver 'lu'; known: 'cg', 'minres'"),
-        ({"solver": Minres}, TypeError, "an instance such as Minres"),
+        ({"solver": MINRES}, TypeError, "an instance such as MINRES"),
         ({"solver": "minres", "globalization": "trust_region"}, ValueError, "needs solver='cg'"),
         ({"solver": "minres", "curvature": "hessian"}, ValueError, "needs solver='cg'"),
         ({"preconditioner": "ilu"}, ValueError, "unknown preconditioner 'ilu'"),

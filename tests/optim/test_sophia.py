@@ -315,8 +315,8 @@ class Squares(DiagonalEstimator):
 
     n_samples = 1
 
-    def watch(self, vector: Any, generator: Any, workspace: Any = None) -> Any:
-        return Hutchinson(2, distribution="gaussian").watch(vector, generator, workspace)
+    def watch(self, vector: Any, generator: Any, buffer_pool: Any = None) -> Any:
+        return Hutchinson(2, distribution="gaussian").watch(vector, generator, buffer_pool)
 
 
 def test_any_estimator_can_be_given() -> None:

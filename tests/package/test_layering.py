@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 
 #: What each layer may import of the package, besides itself. Later layers are here already.
 ALLOWED: dict[str, set[str]] = {
-    "workspace": set(),
+    "buffer_pool": set(),
     "subclass": set(),
     "space": set(),
-    "vector": {"space", "subclass", "workspace"},
+    "vector": {"space", "subclass", "buffer_pool"},
     "convolution": set(),
     "nodes": {"convolution", "graph", "weight_norm"},
     "interception": set(),
@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         *("vector", "func", "graph", "capture", "compiled", "contract", "replay", "evaluation")
     },
     "single": {
-        "workspace",
+        "buffer_pool",
         "subclass",
         "graph",
         "capture",
@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "curvature": {
         "space",
         "subclass",
-        "workspace",
+        "buffer_pool",
         "vector",
         "func",
         "graph",

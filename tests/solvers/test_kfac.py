@@ -34,7 +34,7 @@ from torch_secondorder._objective.evaluation import Regularization
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import Damped, Diagonal, Fisher, GaussNewton, LinearOperator
 from torch_secondorder.globalization import TrustRegion
-from torch_secondorder.solvers import CG, Minres, resolve_preconditioner
+from torch_secondorder.solvers import CG, MINRES, resolve_preconditioner
 from torch_secondorder.solvers.kfac import KFAC, _inverse
 
 CPU = torch.device("cpu")
@@ -699,7 +699,7 @@ def test_parametrized_weights_are_not_those_of_layers(device: torch.device) -> N
     assert met == [("3.weight", "3.bias")]
 
 
-@pytest.mark.parametrize("solver", ["cg", Minres(50, 1e-3)], ids=["cg", "minres"])
+@pytest.mark.parametrize("solver", ["cg", MINRES(50, 1e-3)], ids=["cg", "minres"])
 @pytest.mark.parametrize("arguments", [{}, {"period": 4}, {"decay": 0.8}, {"largest": 5}], ids=str)
 def test_strategies(arguments: dict[str, Any], solver: Any, device: torch.device) -> None:
     case = make_case("mlp", device)

@@ -18,9 +18,9 @@ from torch_secondorder._params import space, vector
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers._minres_scalars import MinresScalars
 from torch_secondorder.solvers.base import SolveResult, SolveStatus
-from torch_secondorder.solvers.minres import Minres
+from torch_secondorder.solvers.minres import MINRES
 
-OFF = Minres(stop_at_negative_curvature=False, tolerance=1e-10, max_iterations=1000)
+OFF = MINRES(stop_at_negative_curvature=False, tolerance=1e-10, max_iterations=1000)
 DTYPES = [torch.float32, torch.float64]
 
 
@@ -116,7 +116,7 @@ def test_the_true_residual_is_as_small_as_was_asked_for(seed: int, device: torch
     eigenvalues = torch.logspace(-7, 0, 40, dtype=torch.float64)
     a, b = symmetric(eigenvalues, seed).to(device), vector_of(40, seed).to(device)
     operator = Dense(a)
-    result = Minres(2000, 1e-8)(operator, b)
+    result = MINRES(2000, 1e-8)(operator, b)
     assert result.status is SolveStatus.CONVERGED
     assert (b - a @ result.x).norm() <= 1.01e-8 * b.norm()
     assert result.products == operator.products == result.iterations + 1
@@ -125,7 +125,7 @@ def test_the_true_residual_is_as_small_as_was_asked_for(seed: int, device: torch
 
 def test_without_a_tolerance_rounding_is_the_goal(device: torch.device) -> None:
     a, b = symmetric(spectrum(10)).to(device), vector_of(10).to(device)
-    result = Minres(tolerance=0.0)(Dense(a), b)
+    result = MINRES(tolerance=0.0)(Dense(a), b)
     assert result.status is SolveStatus.CONVERGED and result.iterations < 30
     check_numbers(result, a, b)
 
@@ -133,7 +133,7 @@ def test_without_a_tolerance_rounding_is_the_goal(device: torch.device) -> None:
 def test_the_iterates_are_those_of_scipy(device: torch.device) -> None:
     a, b = symmetric(spectrum(30, negative=True)), vector_of(30)
     for k in (1, 2, 3, 5, 9):
-        ours = Minres(k, 0.0, stop_at_negative_curvature=False)(Dense(a.to(device)), b.to(device))
+        ours = MINRES(k, 0.0, stop_at_negative_curvature=False)(Dense(a.to(device)), b.to(device))
         theirs, _ = scipy.sparse.linalg.minres(a.numpy(), b.numpy(), rtol=0.0, maxiter=k)
         assert ours.status is SolveStatus.MAX_ITERATIONS and ours.iterations == k
         np.testing.assert_allclose(ours.x.cpu().numpy(), theirs, rtol=1e-8, atol=1e-9)
@@ -165,7 +165,7 @@ def test_singular_inconsistent_systems(
     b = inside @ vector_of(inside.shape[1])
     b = b / torch.linalg.vector_norm(b) + share * null
     a, b = symmetric(eigenvalues).to(device, dtype), b.to(device, dtype)
-    result = Minres(1000, stop_at_negative_curvature=False)(Dense(a), b)
+    result = MINRES(1000, stop_at_negative_curvature=False)(Dense(a), b)
     assert result.status is SolveStatus.SINGULAR
     residual = torch.linalg.vector_norm(b.double() - a.double() @ result.x.double())
     accuracy = 1e-3 if dtype == torch.float32 else 1e-6
@@ -183,16 +183,16 @@ def test_semidefinite_systems_show_no_negative_curvature(
     """Zero curvature with rounding is no certificate, be the system consistent or not."""
     a = symmetric(spectrum(25, zeros=zeros), seed).to(device, dtype)
     b = vector_of(25, seed).to(device, dtype)
-    result = Minres(1000)(Dense(a), b)
+    result = MINRES(1000)(Dense(a), b)
     assert result.status is (SolveStatus.SINGULAR if zeros else SolveStatus.CONVERGED)
-    assert Minres(1000)(Dense(a), a @ b).status is SolveStatus.CONVERGED
+    assert MINRES(1000)(Dense(a), a @ b).status is SolveStatus.CONVERGED
 
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_nothing_is_left_of_a_product(stop: bool, device: torch.device) -> None:
     b = vector_of(4).to(device)
     zeros = torch.zeros(4, 4, dtype=torch.float64, device=device)
-    result = Minres(stop_at_negative_curvature=stop)(Dense(zeros), b)
+    result = MINRES(stop_at_negative_curvature=stop)(Dense(zeros), b)
     assert result.status is SolveStatus.SINGULAR
     assert not result.x.any() and result.residual_norm == 1.0 and result.decrease == 0.0
 
@@ -226,7 +226,7 @@ def test_negative_curvature_is_found_when_it_first_shows(
     eigenvalues = torch.linspace(0.5, 4.0, size, dtype=torch.float64)
     eigenvalues[: min(negatives, size - 1)] *= -size_of_negatives
     a, b = symmetric(eigenvalues, seed), vector_of(size, seed)
-    result = Minres(tolerance=1e-9)(Dense(a), b)
+    result = MINRES(tolerance=1e-9)(Dense(a), b)
     check_numbers(result, a, b)
     assert result.status is SolveStatus.NEGATIVE_CURVATURE
     assert result.iterations == first_residual_that_bends_down(a, b)
@@ -246,8 +246,8 @@ def test_until_then_the_quadratic_falls_and_x_grows(size: int, lowest: float, se
     """Liu and Roosta 2022, theorem 3.11; what MINRES has over other residual methods."""
     a = symmetric(torch.linspace(lowest, 3.0, size, dtype=torch.float64), seed)
     b = vector_of(size, seed)
-    last = Minres(tolerance=1e-7)(Dense(a), b).iterations
-    results = [Minres(k, 1e-7)(Dense(a), b) for k in range(1, last + 1)]
+    last = MINRES(tolerance=1e-7)(Dense(a), b).iterations
+    results = [MINRES(k, 1e-7)(Dense(a), b) for k in range(1, last + 1)]
     decreases = [0.0, *(r.decrease for r in results)]
     lengths = [0.0, *(float(r.x.norm()) for r in results)]
     residuals = [1.0, *(r.residual_norm for r in results)]
@@ -264,7 +264,7 @@ def test_a_false_alarm_is_seen_through(
     monkeypatch.setattr(MinresScalars, "curvature", property(lambda self: -1.0))
     a, b = symmetric(spectrum(20)).to(device), vector_of(20).to(device)
     for m in (None, Dense(torch.eye(20, dtype=torch.float64, device=device))):
-        assert Minres()(Dense(a), b, preconditioner=m).status is SolveStatus.CONVERGED
+        assert MINRES()(Dense(a), b, preconditioner=m).status is SolveStatus.CONVERGED
 
 
 @pytest.mark.parametrize("lowest", [-1e-14, -1e-15, 0.0])
@@ -272,7 +272,7 @@ def test_curvature_lost_in_rounding_ends_the_solve(lowest: float, device: torch.
     """A step along it would be 1e14 long, and up the quadratic as likely as down."""
     a = symmetric(torch.tensor([lowest, 3.0], dtype=torch.float64)).to(device)
     b = vector_of(2).to(device)
-    result = Minres()(Dense(a), b)
+    result = MINRES()(Dense(a), b)
     assert result.status is SolveStatus.SINGULAR
     assert result.decrease > 0 and torch.linalg.vector_norm(result.x) < 100
     check_numbers(result, a, b)
@@ -281,10 +281,10 @@ def test_curvature_lost_in_rounding_ends_the_solve(lowest: float, device: torch.
 def test_zero_curvature_of_an_indefinite_matrix_is_a_certificate(device: torch.device) -> None:
     a = torch.tensor([[0.0, 1.0], [1.0, 0.0]], device=device)
     b = torch.tensor([1.0, 0.0], device=device)
-    result = Minres()(Dense(a), b)
+    result = MINRES()(Dense(a), b)
     assert result.status is SolveStatus.NEGATIVE_CURVATURE
     assert torch.equal(result.negative_direction, b) and result.negative_curvature == 0.0
-    solved = Minres(stop_at_negative_curvature=False)(Dense(a), b)
+    solved = MINRES(stop_at_negative_curvature=False)(Dense(a), b)
     assert solved.status is SolveStatus.CONVERGED
     torch.testing.assert_close(solved.x, torch.tensor([0.0, 1.0], device=device))
 
@@ -319,7 +319,7 @@ def test_the_iterates_with_a_preconditioner_are_those_of_scipy(device: torch.dev
     a, b = symmetric(spectrum(30)), vector_of(30)
     m = symmetric(torch.logspace(-1, 1, 30, dtype=torch.float64), 3)
     for k in (1, 3, 8):
-        ours = Minres(k, 0.0)(Dense(a.to(device)), b.to(device), preconditioner=Dense(m.to(device)))
+        ours = MINRES(k, 0.0)(Dense(a.to(device)), b.to(device), preconditioner=Dense(m.to(device)))
         theirs, _ = scipy.sparse.linalg.minres(
             a.numpy(), b.numpy(), M=m.numpy(), rtol=0.0, maxiter=k
         )
@@ -332,7 +332,7 @@ def test_negative_curvature_with_a_preconditioner(seed: int, device: torch.devic
     a = symmetric(spectrum(20, negative=True), seed).to(device)
     m = symmetric(torch.logspace(-1, 1, 20, dtype=torch.float64), seed + 10).to(device)
     b = vector_of(20, seed).to(device)
-    result = Minres()(Dense(a), b, preconditioner=Dense(m))
+    result = MINRES()(Dense(a), b, preconditioner=Dense(m))
     assert result.status is SolveStatus.NEGATIVE_CURVATURE
     check_numbers(result, a, b)
     torch.testing.assert_close(
@@ -344,8 +344,8 @@ def test_a_good_preconditioner_saves_iterations(device: torch.device) -> None:
     a = symmetric(spectrum(60)).to(device)
     b = vector_of(60).to(device)
     inverse = torch.linalg.inv(a)
-    assert Minres()(Dense(a), b, preconditioner=Dense(inverse)).iterations == 1
-    assert Minres()(Dense(a), b).iterations > 20
+    assert MINRES()(Dense(a), b, preconditioner=Dense(inverse)).iterations == 1
+    assert MINRES()(Dense(a), b).iterations > 20
 
 
 def test_warm_start(device: torch.device) -> None:
@@ -369,7 +369,7 @@ def test_warm_start(device: torch.device) -> None:
 def test_a_zero_right_hand_side(start: bool, device: torch.device) -> None:
     operator = Dense(symmetric(spectrum(4)).to(device))
     b = torch.zeros(4, dtype=torch.float64, device=device)
-    result = Minres()(operator, b, x0=b + 1 if start else None)
+    result = MINRES()(operator, b, x0=b + 1 if start else None)
     assert result.status is SolveStatus.CONVERGED and not result.x.any()
     assert (result.residual_norm, result.decrease, result.iterations) == (0.0, 0.0, 0)
 
@@ -378,13 +378,13 @@ def test_a_zero_right_hand_side(start: bool, device: torch.device) -> None:
 def test_float32(negative: bool, device: torch.device) -> None:
     exact = symmetric(spectrum(50, negative=negative))
     a, b = exact.to(device, torch.float32), vector_of(50).to(device, torch.float32)
-    solver = Minres(2000, tolerance=1e-5, stop_at_negative_curvature=False)
+    solver = MINRES(2000, tolerance=1e-5, stop_at_negative_curvature=False)
     result = solver(Dense(a), b)
     assert result.x.dtype == torch.float32
     assert result.status is SolveStatus.CONVERGED
     residual = torch.linalg.vector_norm(b - a @ result.x) / torch.linalg.vector_norm(b)
     assert residual <= 2e-4
-    certified = Minres()(Dense(a), b)
+    certified = MINRES()(Dense(a), b)
     if negative:
         assert certified.status is SolveStatus.NEGATIVE_CURVATURE
         p = certified.negative_direction.double()
@@ -397,8 +397,8 @@ def test_the_scales_of_a_and_b_do_not_matter(scale: float, device: torch.device)
     # Of a larger condition rounding decides how many iterations it takes.
     a = symmetric(torch.logspace(-1, 1, 20)).to(device, torch.float32)
     b = vector_of(20).to(device, torch.float32)
-    plain = Minres(tolerance=1e-4)(Dense(a), b)
-    other = Minres(tolerance=1e-4)(Dense(a * scale), b / scale**0.5)
+    plain = MINRES(tolerance=1e-4)(Dense(a), b)
+    other = MINRES(tolerance=1e-4)(Dense(a * scale), b / scale**0.5)
     assert other.iterations == pytest.approx(plain.iterations, abs=2)
     torch.testing.assert_close(other.x * scale**1.5, plain.x, rtol=0.05, atol=0.05)
 
@@ -407,34 +407,34 @@ def test_the_scales_of_a_and_b_do_not_matter(scale: float, device: torch.device)
 @pytest.mark.parametrize("spoil", [1, 4])
 def test_a_product_that_is_not_finite(spoil: int, value: float, device: torch.device) -> None:
     a, b = symmetric(spectrum(20)).to(device), vector_of(20).to(device)
-    result = Minres()(Dense(a, spoil, value), b)
+    result = MINRES()(Dense(a, spoil, value), b)
     assert result.status is SolveStatus.NONFINITE
     assert (result.iterations, result.products) == (spoil - 1, spoil)
     check_numbers(result, a, b)
     if spoil > 1:
-        assert torch.equal(result.x, Minres(spoil - 1)(Dense(a), b).x)
+        assert torch.equal(result.x, MINRES(spoil - 1)(Dense(a), b).x)
     eye = torch.eye(20, dtype=torch.float64, device=device)
     assert (
-        Minres()(Dense(a), b, preconditioner=Dense(eye, spoil, value)).status
+        MINRES()(Dense(a), b, preconditioner=Dense(eye, spoil, value)).status
         is SolveStatus.NONFINITE
     )
 
 
 def test_a_start_whose_product_is_not_finite(device: torch.device) -> None:
     a, b = symmetric(spectrum(5)).to(device), vector_of(5).to(device)
-    result = Minres()(Dense(a, 1), b, x0=b)
+    result = MINRES()(Dense(a, 1), b, x0=b)
     assert result.status is SolveStatus.NONFINITE and torch.equal(result.x, b)
 
 
 def test_nothing_given_is_written_to(device: torch.device) -> None:
     b = vector_of(5).to(device).requires_grad_()
     before = b.detach().clone()
-    result = Minres()(Itself(), b, preconditioner=Itself(), x0=2 * b)
+    result = MINRES()(Itself(), b, preconditioner=Itself(), x0=2 * b)
     assert result.status is SolveStatus.CONVERGED and not result.x.requires_grad
     torch.testing.assert_close(result.x, before)
     assert torch.equal(b.detach(), before)
-    torch.testing.assert_close(Minres()(Itself(), b).x, before)
-    torch.testing.assert_close(Minres()(Itself(), b, preconditioner=Itself()).x, before)
+    torch.testing.assert_close(MINRES()(Itself(), b).x, before)
+    torch.testing.assert_close(MINRES()(Itself(), b, preconditioner=Itself()).x, before)
 
 
 def test_the_device_is_waited_for_once_per_iteration(
@@ -451,37 +451,37 @@ def test_the_device_is_waited_for_once_per_iteration(
     a, b = symmetric(spectrum(20)).to(device), vector_of(20).to(device)
     for m in (None, Dense(torch.eye(20, dtype=torch.float64, device=device))):
         waits = 0
-        result = Minres()(Dense(a), b, preconditioner=m)
+        result = MINRES()(Dense(a), b, preconditioner=m)
         assert waits == result.iterations + 2
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Minres(0), "max_iterations must be an integer of at least 1, got 0"),
-        (lambda: Minres(2.5), "max_iterations must be an integer of at least 1, got 2.5"),
-        (lambda: Minres(tolerance=1.0), r"tolerance must lie in \[0, 1\), got 1.0"),
-        (lambda: Minres(tolerance=math.nan), r"tolerance must lie in \[0, 1\), got nan"),
-        (lambda: Minres(tolerance=-1e-3), r"tolerance must lie in \[0, 1\), got -0.001"),
-        (lambda: Minres()(Itself(), torch.ones(4)), r"b must have shape \(5,\), got \(4,\)"),
+        (lambda: MINRES(0), "max_iterations must be an integer of at least 1, got 0"),
+        (lambda: MINRES(2.5), "max_iterations must be an integer of at least 1, got 2.5"),
+        (lambda: MINRES(tolerance=1.0), r"tolerance must lie in \[0, 1\), got 1.0"),
+        (lambda: MINRES(tolerance=math.nan), r"tolerance must lie in \[0, 1\), got nan"),
+        (lambda: MINRES(tolerance=-1e-3), r"tolerance must lie in \[0, 1\), got -0.001"),
+        (lambda: MINRES()(Itself(), torch.ones(4)), r"b must have shape \(5,\), got \(4,\)"),
         (
-            lambda: Minres()(Itself(), torch.ones(5), x0=torch.ones(5, 1)),
+            lambda: MINRES()(Itself(), torch.ones(5), x0=torch.ones(5, 1)),
             r"x0 must have shape \(5,\), got \(5, 1\)",
         ),
         (
-            lambda: Minres()(Itself(), torch.full((5,), math.nan)),
+            lambda: MINRES()(Itself(), torch.full((5,), math.nan)),
             "b must be finite, but its norm is nan",
         ),
         (
-            lambda: Minres()(Itself(), torch.ones(5), x0=torch.full((5,), math.inf)),
+            lambda: MINRES()(Itself(), torch.ones(5), x0=torch.full((5,), math.inf)),
             "x0 must be finite",
         ),
         (
-            lambda: Minres()(Itself(), torch.ones(5), preconditioner=Dense(-torch.eye(5))),
+            lambda: MINRES()(Itself(), torch.ones(5), preconditioner=Dense(-torch.eye(5))),
             "the preconditioner is not positive definite: u'M u is -5.0",
         ),
         (
-            lambda: Minres()(
+            lambda: MINRES()(
                 Dense(torch.diag(torch.arange(1.0, 6.0))),
                 torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]),
                 preconditioner=Dense(torch.tensor([3.0, -1.0, 1.0, 1.0, 1.0]).diag()),
@@ -489,11 +489,11 @@ def test_the_device_is_waited_for_once_per_iteration(
             "the preconditioner is not positive definite: u'M u is -",
         ),
         (
-            lambda: Minres()(Itself(), torch.ones(5), preconditioner=Dense(torch.zeros(5, 5))),
+            lambda: MINRES()(Itself(), torch.ones(5), preconditioner=Dense(torch.zeros(5, 5))),
             "the preconditioner is not positive definite: u'M u is 0.0",
         ),
         (
-            lambda: Minres()(Itself(), torch.ones(5), preconditioner=Dense(torch.eye(4))),
+            lambda: MINRES()(Itself(), torch.ones(5), preconditioner=Dense(torch.eye(4))),
             "the preconditioner is of size 4, the operator of 5",
         ),
     ],

@@ -21,12 +21,12 @@ from torch_secondorder.curvature import (
     Hessian,
     LinearOperator,
 )
-from torch_secondorder.solvers import CG, Martens, Minres, Nystrom, SolveStatus
+from torch_secondorder.solvers import CG, MINRES, Martens, Nystrom, SolveStatus
 
 SOLVERS: dict[str, Any] = {
     "cg": CG(2000),
-    "minres": Minres(2000, stop_at_negative_curvature=False),
-    "minres that stops": Minres(2000),
+    "minres": MINRES(2000, stop_at_negative_curvature=False),
+    "minres that stops": MINRES(2000),
 }
 
 
@@ -203,6 +203,6 @@ def test_a_sketch_of_all_columns_leaves_little_to_do(operator: str, device: torc
     damped = Damped(system.operator, system.damping)
     matrix = dense(damped)
     b = matrix @ vector_of(damped.size).to(device)
-    for solver in (CG(2000, 1e-6), Minres(2000, 1e-6)):
+    for solver in (CG(2000, 1e-6), MINRES(2000, 1e-6)):
         few = solver(damped, b, preconditioner=inverse("full nystrom", system, matrix))
         assert few.iterations <= solver(damped, b).iterations / 2

@@ -31,7 +31,7 @@ from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 from torch_secondorder._foundation.subclasses import plain, snapshot
 
-__all__ = ["Replay", "Surroundings"]
+__all__ = ["ModuleRegistry", "Replay"]
 
 
 class _Slot(NamedTuple):
@@ -63,7 +63,7 @@ def _slots(module: torch.nn.Module) -> Iterator[tuple[_Slot, Tensor]]:
 _UNKNOWN: tuple[Callable[[], torch.nn.Module | None], bool] = (lambda: None, False)
 
 
-class Surroundings:
+class ModuleRegistry:
     """What closures call, found by watching, kept from step to step.
 
     Attributes:
@@ -231,21 +231,21 @@ class Replay:
     that draws from NumPy or from a generator of its own has to reset that by itself.
 
     Args:
-        surroundings: What is known of the closure's modules.
+        registry: What is known of the closure's modules.
         devices: Where the parameters are.
 
     Attributes:
         autocast: Dtypes by device type of the autocast regions around, in which closures run.
     """
 
-    def __init__(self, surroundings: Surroundings, devices: Collection[torch.device]) -> None:
-        self._surroundings = surroundings
+    def __init__(self, registry: ModuleRegistry, devices: Collection[torch.device]) -> None:
+        self._registry = registry
         types = {"cpu", *(d.type for d in devices)}
         self.autocast = {
             t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)
         }
         self._random = [(d, random_state(d)) for d in {torch.device("cpu"), *devices}]
-        self._before = {s: snapshot(b) for s, b in surroundings.moving_buffers()}
+        self._before = {s: snapshot(b) for s, b in registry.moving_buffers()}
         self._after: dict[_Slot, Tensor] | None = None
         self._entry: dict[_Slot, Tensor] = {}  # what was before, of buffers that have moved on
         self._evaluations = 0
@@ -254,7 +254,7 @@ class Replay:
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
-        self._surroundings.reshard()
+        self._registry.reshard()
         first = self._evaluations == 1
         if not first:
             self._rewind()
@@ -272,7 +272,7 @@ class Replay:
             for device_type, dtype in self.autocast.items():
                 stack.enter_context(torch.autocast(device_type, dtype=dtype))
             if first:
-                stack.enter_context(self._surroundings.watch(self._before))
+                stack.enter_context(self._registry.watch(self._before))
             return closure()
 
     @contextmanager
@@ -303,7 +303,7 @@ class Replay:
         Returns:
             Whether there are any; the evaluations from here on are then of another function.
         """
-        slots = self._surroundings.buffers_in_loss()
+        slots = self._registry.buffers_in_loss()
         if not slots:
             return False
         after = self._note_after()
@@ -354,10 +354,10 @@ class Replay:
         held = {**self._before, **self._entry} if aborted else self._after or {}
         for slot, value in held.items():
             slot.restore(value)
-        self._surroundings.reshard()
+        self._registry.reshard()
 
     @property
     def precision(self) -> float:
         """The largest machine epsilon that closures are known to compute with; 0 for none."""
         dtypes = self.autocast.values()
-        return max(self._surroundings.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)
+        return max(self._registry.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Workspace"]
+__all__ = ["BufferPool"]
 
 _SMALL = 2**20  # bytes; below, the C library keeps the memory anyway
 
 
-class Workspace:
+class BufferPool:
     """Vectors that are written anew at each step.
 
     On a CPU the pages of a new vector of megabytes take longer to come by than the arithmetic on

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture, uncaptured
-from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import (
     backward_of,
     check_callable,
@@ -39,7 +39,7 @@ class ClosureObjective(Objective):
         vector: The parameters, or their vector.
         regularization: See `Objective`.
         master: See `Objective`.
-        surroundings: See `Objective`.
+        registry: See `Objective`.
         curvature_closure: Another closure to make products from, of the loss on less data, say.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -60,12 +60,12 @@ class ClosureObjective(Objective):
         vector: ParameterVector | Iterable[Tensor],
         regularization: Regularization | None = None,
         master: Tensor | None = None,
-        surroundings: Surroundings | None = None,
+        registry: ModuleRegistry | None = None,
         curvature_closure: Callable[[], Any] | None = None,
     ) -> None:
         for given in (closure, closure if curvature_closure is None else curvature_closure):
             check_callable(given)
-        super().__init__(vector, regularization, master, surroundings)
+        super().__init__(vector, regularization, master, registry)
         self._closure = closure
         self._curvature_closure = curvature_closure
 
@@ -146,7 +146,7 @@ class ClosureObjective(Objective):
             if not capture.calls:
                 capture.backward(differentiable(capture.checked(loss)))
         grads = touched([p.grad for p in params])
-        capture.graph.check_once(self._surroundings.graphs)
+        capture.graph.check_once(self._registry.graphs)
         place = self._place_of(capture)
         return RawEvaluation(loss, grads, capture.graph, copies=capture.copies, place=place)
 
@@ -172,7 +172,7 @@ class FunctionalObjective(Objective):
         vector: The parameters' vector; made of all leaves of `params` unless given.
         regularization: See `Objective`.
         master: See `Objective`.
-        surroundings: See `Objective`.
+        registry: See `Objective`.
         compile: Whether loss, gradient and products with the curvature are compiled, each as a
             whole; or arguments for `torch.compile`, such as `{"backend": "aot_eager"}`. It pays
             where operations are small and the same shapes come back for many steps. The function
@@ -194,7 +194,7 @@ class FunctionalObjective(Objective):
         vector: ParameterVector | None = None,
         regularization: Regularization | None = None,
         master: Tensor | None = None,
-        surroundings: Surroundings | None = None,
+        registry: ModuleRegistry | None = None,
         *,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
@@ -210,7 +210,7 @@ class FunctionalObjective(Objective):
                 for leaf in self._leaves
                 if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
             )
-        super().__init__(vector, regularization, master, surroundings)
+        super().__init__(vector, regularization, master, registry)
         if self.vector.sharded:
             raise TypeError(
                 "a FunctionalObjective is a function of whole tensors, and these parameters are "
@@ -243,7 +243,7 @@ class FunctionalObjective(Objective):
     ) -> FunctionalObjective:
         """The same function on an optimizer's own vector and terms, for one step."""
         bound = FunctionalObjective(
-            self._function, self._tree, vector, regularization, master, self._surroundings
+            self._function, self._tree, vector, regularization, master, self._registry
         )
         bound._compiled = self._compiled
         return bound
@@ -295,5 +295,5 @@ class FunctionalObjective(Objective):
         with Capture(pieces, copies=self._copies(self._function)) as capture, self.ranks.quiet():
             loss = scalar(self._replay.run(lambda: self._function(tree)))
         grads = capture.differentiate(differentiable(capture.checked(loss)))
-        capture.graph.check_once(self._surroundings.graphs)
+        capture.graph.check_once(self._registry.graphs)
         return RawEvaluation(loss, touched(grads), capture.graph, copies=capture.copies)

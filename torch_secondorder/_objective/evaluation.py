@@ -22,7 +22,7 @@ from torch.autograd.graph import increment_version
 
 from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative, Multiply
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._closure.replay import Replay, Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry, Replay
 from torch_secondorder._params.vector import ParameterVector
 
 __all__ = [
@@ -245,7 +245,7 @@ class Objective(ABC):
         regularization: What is done to the loss before it is minimized.
         master: The position in work precision, if it is known better than the parameters hold it
             (see `ParameterVector.read`).
-        surroundings: What earlier steps learned of the modules that are called.
+        registry: What earlier steps learned of the modules that are called.
 
     Attributes:
         vector: Maps the parameters to the work vector.
@@ -263,7 +263,7 @@ class Objective(ABC):
         vector: ParameterVector | Iterable[Tensor],
         regularization: Regularization | None = None,
         master: Tensor | None = None,
-        surroundings: Surroundings | None = None,
+        registry: ModuleRegistry | None = None,
     ) -> None:
         self.vector = vector if isinstance(vector, ParameterVector) else ParameterVector(vector)
         self.position = self.vector.read(master)
@@ -278,8 +278,8 @@ class Objective(ABC):
         self._abandoned = False
         self._unseen = False  # whether the parameters moved without a trace
         self._last: Callable[[], Evaluation | None] = lambda: None
-        self._surroundings = surroundings or Surroundings()
-        self._replay = Replay(self._surroundings, self.vector.devices)
+        self._registry = registry or ModuleRegistry()
+        self._replay = Replay(self._registry, self.vector.devices)
         regularization = regularization or Regularization()
         self._sign = -1.0 if regularization.maximize else 1.0
         self._regularization = regularization
@@ -294,14 +294,14 @@ class Objective(ABC):
         return self._replay.autocast
 
     @property
-    def surroundings(self) -> Surroundings:
+    def registry(self) -> ModuleRegistry:
         """What earlier steps learned of the modules that are called, and of closures."""
-        return self._surroundings
+        return self._registry
 
     @property
     @abstractmethod
     def source(self) -> Callable[..., Any]:
-        """What products come from, for `Surroundings.knows`."""
+        """What products come from, for `ModuleRegistry.knows`."""
 
     @property
     def precision(self) -> float:
@@ -358,7 +358,7 @@ class Objective(ABC):
             # In place: a vector's memory costs as much as the arithmetic.
             position = self.position.add_(self.vector.scaled(step), alpha=t)
             self._go(position, there=there, unseen=graph is not None)
-        if self._surroundings.moving:
+        if self._registry.moving:
             self._move_buffers_on(there)
         if graph is not None:
             graph.resume()
@@ -369,10 +369,10 @@ class Objective(ABC):
         Args:
             there: Whether the last evaluation was here.
         """
-        for kind in self._surroundings.unknown_kinds():
+        for kind in self._registry.unknown_kinds():
             self._examine(kind)
             there = True
-        if not self._surroundings.buffers_in_loss():
+        if not self._registry.buffers_in_loss():
             return
         if not there:
             self._evaluate_at(self.position, False)
@@ -388,7 +388,7 @@ class Objective(ABC):
         self.examinations += self.evaluations - before
         # What is not the same a second time, on devices that add in any order, shows nothing.
         in_loss = abs(moved - first) > 10 * abs(repeated - first)
-        self._surroundings.note_kind(kind, in_loss)
+        self._registry.note_kind(kind, in_loss)
 
     def _loss_here(self) -> float:
         return self._evaluate_at(self.position, False).loss.item()
@@ -430,10 +430,10 @@ class Objective(ABC):
 
     def _copies(self, source: Callable[..., Any]) -> bool:
         """Whether graphs of a closure or function have to be of copies."""
-        return self._surroundings.knows(source, _WRITES)
+        return self._registry.knows(source, _WRITES)
 
     def _note_writes(self, source: Callable[..., Any]) -> None:
-        self._surroundings.note(source, _WRITES)
+        self._registry.note(source, _WRITES)
 
     def has_room_for_a_graph(self) -> bool:
         """Whether a graph may be kept beside that of the position: if all in use fits twice.
@@ -444,7 +444,7 @@ class Objective(ABC):
         return not self.ranks.any(not self._has_room_here(), self.vector.device)
 
     def _has_room_here(self) -> bool:
-        around = self._surroundings
+        around = self._registry
         if around.moving and (around.buffers_in_loss() or around.unknown_kinds()):
             return False
         for device in self.vector.devices:
@@ -484,7 +484,7 @@ class Objective(ABC):
     @property
     def ranks(self) -> Ranks:
         """See `Linearization.ranks`."""
-        return self._surroundings.ranks
+        return self._registry.ranks
 
     def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         """See `Linearization.diagonal`."""

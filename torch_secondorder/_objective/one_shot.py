@@ -20,7 +20,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture, uncaptured
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import (
     backward_of,
     check_callable,
@@ -30,7 +30,7 @@ from torch_secondorder._closure.validation import (
     scalar,
     touched,
 )
-from torch_secondorder._foundation.buffer_pool import Workspace
+from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.subclasses import all_plain, plainly, snapshot
 from torch_secondorder._objective.closure import FunctionalObjective
 
@@ -126,10 +126,10 @@ class SingleEvaluation:
     Args:
         source: The closure, or a `FunctionalObjective`.
         params: The parameters.
-        surroundings: What earlier steps learned of the modules that are called.
+        registry: What earlier steps learned of the modules that are called.
         stale: The gradients that the last step left. If nothing has touched them since they are
             dropped first, as by `zero_grad()`; else what is there accumulates.
-        workspace: Where memory for gradients may come from.
+        buffer_pool: Where memory for gradients may come from.
 
     Raises:
         TypeError: The source is not callable.
@@ -139,18 +139,18 @@ class SingleEvaluation:
         self,
         source: Any,
         params: Sequence[Tensor],
-        surroundings: Surroundings,
+        registry: ModuleRegistry,
         stale: GradientTrace | None = None,
-        workspace: Workspace | None = None,
+        buffer_pool: BufferPool | None = None,
     ) -> None:
         self._functional = isinstance(source, FunctionalObjective)
         self._compiled = source.bind_to(params) if self._functional else None
         self._source: Callable[[], Any] = source.source if self._functional else source
         check_callable(self._source)
         self._params = params
-        self._surroundings = surroundings
-        self._before = {slot: snapshot(b) for slot, b in surroundings.moving_buffers()}
-        self._workspace = workspace or Workspace()
+        self._registry = registry
+        self._before = {slot: snapshot(b) for slot, b in registry.moving_buffers()}
+        self._buffer_pool = buffer_pool or BufferPool()
         self._accumulated = False
         self._joined: tuple[Tensor, Sequence[Tensor | None]] | None = None
         self._pointers: list[int] = []
@@ -182,7 +182,7 @@ class SingleEvaluation:
         except BaseException:
             self.restore()
             raise
-        loss = self._surroundings.ranks.average(loss.detach())
+        loss = self._registry.ranks.average(loss.detach())
         whole = None
         if self._joined is not None:
             vector, views = self._joined
@@ -200,26 +200,26 @@ class SingleEvaluation:
             slot.restore(value)
 
     def _run(self, accumulates: bool) -> tuple[Tensor, Sequence[Tensor | None]]:
-        params, surroundings = self._params, self._surroundings
+        params, registry = self._params, self._registry
         before = GradientTrace(params)
         with ExitStack() as stack:
             stack.enter_context(uncaptured())
             if self._functional:
-                stack.enter_context(surroundings.ranks.quiet())
-            known = surroundings.knows(self._source, "modules")
+                stack.enter_context(registry.ranks.quiet())
+            known = registry.knows(self._source, "modules")
             if not known:
-                stack.enter_context(surroundings.watch(self._before))
+                stack.enter_context(registry.watch(self._before))
             loss = scalar(self._called(before))
             if self._functional:
                 with plainly():
                     found = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
-                gradients, _ = averaged(found, params, surroundings.ranks)
+                gradients, _ = averaged(found, params, registry.ranks)
             elif not before.shows_backward(params):
                 backward_of(loss)
                 if before.matches(params):
                     raise no_gradient()
         if not known:
-            surroundings.note(self._source, "modules")
+            registry.note(self._source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
     def _called(self, before: GradientTrace) -> Any:
@@ -236,8 +236,8 @@ class SingleEvaluation:
         params, source = self._params, self._source
         before = GradientTrace(params)
         relay = _Relay(self, watch, accumulates=accumulates or self._functional)
-        with Capture(params, relay) as capture, self._surroundings.ranks.quiet():
-            with self._surroundings.watch(self._before):
+        with Capture(params, relay) as capture, self._registry.ranks.quiet():
+            with self._registry.watch(self._before):
                 loss = scalar(self._called(before))
             if capture.foreign or (not capture.calls and before.shows_backward(params)):
                 raise lost_graph()
@@ -246,7 +246,7 @@ class SingleEvaluation:
                 gradients = capture.differentiate(differentiable(capture.checked(loss)))
             elif not capture.calls:
                 capture.backward(differentiable(capture.checked(loss)))
-        self._surroundings.note(source, "modules")
+        self._registry.note(source, "modules")
         return loss, gradients if self._functional else [p.grad for p in params]
 
     def _run_compiled(
@@ -256,7 +256,7 @@ class SingleEvaluation:
         loss, graph = self._compiled(watch is not None)
         if watch is None:
             found = graph.gradients[0]
-            return loss, averaged(found, self._params, self._surroundings.ranks)[0]
+            return loss, averaged(found, self._params, self._registry.ranks)[0]
         return loss, _Relay(self, watch, accumulates=True)(graph, False)
 
 
@@ -272,11 +272,11 @@ class _Relay:
 
     def __call__(self, graph: Graph, retain: bool) -> Sequence[Tensor | None]:
         gradients = graph.gradients[0]
-        if self._evaluation._surroundings.ranks.count == 1 and all(g is None for g in gradients):
+        if self._evaluation._registry.ranks.count == 1 and all(g is None for g in gradients):
             return gradients  # a loss of other parameters
         if self._first:
             self._look_at_what_was_there()
-        graph.check_once(self._evaluation._surroundings.graphs, self.twice)
+        graph.check_once(self._evaluation._registry.graphs, self.twice)
         with without_autocast(graph.params):
             self._watch.observe(graph, retain)
         return self._own(gradients, graph.params)
@@ -290,11 +290,11 @@ class _Relay:
         tensor to several parameters.
         """
         evaluation = self._evaluation
-        ranks = evaluation._surroundings.ranks
+        ranks = evaluation._registry.ranks
         if ranks.count > 1:
             views, joined = averaged(gradients, params, ranks)
         else:
-            joined = _join(gradients, params, evaluation._workspace)
+            joined = _join(gradients, params, evaluation._buffer_pool)
             if joined is None:
                 return [None if g is None else g.detach().clone() for g in gradients]
             views = list(_unflatten_dense_tensors(joined, all_plain(params)))
@@ -306,7 +306,7 @@ class _Relay:
     def _look_at_what_was_there(self) -> None:
         self._first = False
         evaluation = self._evaluation
-        params, ranks = evaluation._params, evaluation._surroundings.ranks
+        params, ranks = evaluation._params, evaluation._registry.ranks
         if ranks.count > 1 and any(p.grad is not None for p in params):
             # Each rank's own, where they come from no_sync(); what is the mean already stays that.
             means, _ = averaged([p.grad for p in params], params, ranks)
@@ -342,7 +342,7 @@ def without_autocast(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _join(
-    gradients: Sequence[Tensor | None], params: Sequence[Tensor], workspace: Workspace
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], buffer_pool: BufferPool
 ) -> Tensor | None:
     """The gradients as one vector; None where they are of several kinds, or one is missing."""
     dtype, device = params[0].dtype, params[0].device
@@ -353,11 +353,11 @@ def _join(
         if g is None or g.layout is not torch.strided or g.dtype != dtype or g.device != device:
             return None
         size += g.numel()
-    if len(params) > 1 and not workspace.pays(size, dtype, device):
+    if len(params) > 1 and not buffer_pool.pays(size, dtype, device):
         joined: Tensor = _flatten_dense_tensors(gradients)
         return joined.detach()
     pieces = [g.detach().reshape(-1) for g in gradients if g is not None]
-    return torch.cat(pieces, out=workspace.empty("gradient", size, dtype, device))
+    return torch.cat(pieces, out=buffer_pool.empty("gradient", size, dtype, device))
 
 
 def nonzero(gradient: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import check_callable, scalar
 from torch_secondorder._objective.closure import FunctionalObjective
 from torch_secondorder._objective.one_shot import nonzero
@@ -43,6 +43,8 @@ class SecondOrderOptimizer(Optimizer):
     """
 
     info: StepInfo | None  # of no class: Lightning's wrappers look there before they ask the object
+    #: The class of its reports.
+    _info_type: type[StepInfo] = StepInfo
     #: Names of whole-model state that is not always there.
     _optional_names: tuple[str, ...] = ()
     #: Names of it in checkpoints of peers.
@@ -56,7 +58,7 @@ class SecondOrderOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._vector: ParameterVector | None = None
-        self._surroundings = Surroundings()
+        self._registry = ModuleRegistry()
         self.info = None
         super().__init__(params, defaults)
         if self._sharded:
@@ -152,7 +154,7 @@ class SecondOrderOptimizer(Optimizer):
             value = loss.item()
         evaluations = int(closure is not None)
         status = StepStatus.NOTHING_TO_TRAIN
-        self.info = StepInfo(status, value, value, None, evaluations=evaluations)
+        self.info = self._info_type(status, value, value, None, evaluations=evaluations)
         return loss
 
     # Checkpoints, pickling, copying.
@@ -292,7 +294,7 @@ class SecondOrderOptimizer(Optimizer):
         super().__setstate__(state)
         if model_state is not None:  # unpickled or copied; torch also comes here to load a state
             self._vector = self._named = None
-            self._surroundings = Surroundings()
+            self._registry = ModuleRegistry()
             try:
                 self._import_state(model_state)
             except ValueError:  # parameters were frozen since the last step

@@ -127,7 +127,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             return closure.bind(vector, regularization, master)
         over_data = any(isinstance(c, DatasetClosure) for c in (closure, curvature_closure))
         kind = DatasetObjective if over_data else ClosureObjective
-        return kind(closure, vector, regularization, master, self._surroundings, curvature_closure)
+        return kind(closure, vector, regularization, master, self._registry, curvature_closure)
 
     def _per_parameter(self, name: str) -> list[float]:
         """A group hyperparameter, repeated for each trainable parameter."""

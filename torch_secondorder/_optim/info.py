@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
-from torch_secondorder.globalization import SearchStatus
-from torch_secondorder.solvers import SolveStatus
-
-__all__ = ["LazyInfo", "StepInfo", "StepStatus"]
+__all__ = ["LazyInfo", "Report", "StepInfo", "StepStatus"]
 
 
 class StepStatus(Enum):
@@ -63,8 +61,40 @@ class StepStatus(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class StepInfo:
-    """What one call of `step()` did; `optimizer.info` holds the last one.
+class Report:
+    """Base of the reports that optimizers give: prints as a table, converts to a dict."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as numbers and strings, for loggers; enumerations by their names."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    def __str__(self) -> str:
+        """A table of the fields that have a value, one to a line."""
+        rows = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        shown = [(name, _shown(value)) for name, value in rows if value is not None and value != ""]
+        width = max(len(name) for name, _ in shown)
+        indent = "\n" + " " * (width + 4)
+        lines = [f"  {name:<{width}}  " + text.replace("\n", indent) for name, text in shown]
+        return "\n".join([type(self).__name__, *lines])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    return value.as_dict() if isinstance(value, Report) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Enum):
+        return f"{value.name}: {value.value}" if isinstance(value.value, str) else value.name
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo(Report):
+    """Report of one call of `step()`; `optimizer.info` holds the last one.
+
+    Each optimizer has a subclass with the fields that mean something there.
 
     Attributes:
         status: How it ended; `status.value` is a sentence.
@@ -75,26 +105,15 @@ class StepInfo:
             and `Sophia` look at `p.grad` when `info` is read).
         iterations: Accepted moves.
         evaluations: Closure evaluations.
-        step_length: The last accepted step, as a multiple of its direction.
-        search_status: How the last line search ended; None without one.
-        nonfinite_trials: Evaluations with a non-finite loss or gradient, stepped back from.
-        skipped_pairs: Pairs that failed the curvature test and were left out of the history.
-        damped_pairs: Pairs that were changed by Powell's damping.
-        history_reset: Why the history was dropped during the step; empty if it was not.
-        products: Products with the curvature; those by finite differences show as evaluations.
-        solver_status: How the last linear solver ended; None without one.
-        solver_iterations: Iterations of linear solvers.
-        gain_ratio: What the loss fell by in the last move, over what the quadratic model promised;
-            None where that is no number.
-        damping: The damping that the next system begins with; 0 without any.
-        trust_radius: The radius that the next model begins with; 0 without one.
-        unclipped: The share of entries whose update `Sophia` did not clip; None elsewhere.
-        negative_curvature: The lowest curvature `p'A p / p'p` along a direction met, if negative.
-        curvature: What `NewtonCG` multiplied with last: `"ggn"`, `"hessian"`,
-            `"hessian by differences"`, `"fisher"`, `"empirical_fisher"`, or `"own"`.
-        preconditioner: The class of its preconditioner; empty for none.
-        repair: What of the curvature or its preconditioner was not finite, and what `NewtonCG` did
-            about it, the last time in the step; empty if all was finite.
+
+    >>> print(StepInfo(StepStatus.MAX_ITERATIONS, 12.5, 0.25, 0.5, iterations=20, evaluations=23))
+    StepInfo
+      status       MAX_ITERATIONS: all max_iter iterations were done; call step() again to go on
+      loss         12.5
+      loss_after   0.25
+      grad_norm    0.5
+      iterations   20
+      evaluations  23
     """
 
     status: StepStatus
@@ -103,23 +122,6 @@ class StepInfo:
     grad_norm: float | None
     iterations: int = 0
     evaluations: int = 0
-    step_length: float = 0.0
-    search_status: SearchStatus | None = None
-    nonfinite_trials: int = 0
-    skipped_pairs: int = 0
-    damped_pairs: int = 0
-    history_reset: str = ""
-    products: int = 0
-    solver_status: SolveStatus | None = None
-    solver_iterations: int = 0
-    gain_ratio: float | None = None
-    damping: float = 0.0
-    trust_radius: float = 0.0
-    negative_curvature: float = 0.0
-    unclipped: float | None = None
-    curvature: str = ""
-    preconditioner: str = ""
-    repair: str = ""
 
 
 class LazyInfo:

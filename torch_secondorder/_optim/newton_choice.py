@@ -112,7 +112,7 @@ class Curvature:
         if self.automatic and self._needs_differences(objective):
             self._age += 1
             if self._age % _LOOK_AGAIN == 0:
-                objective.surroundings.forget(objective.source, DIFFERENCES)
+                objective.registry.forget(objective.source, DIFFERENCES)
 
     def captures(self, objective: Objective) -> bool:
         """Whether products come from the graph of an evaluation."""
@@ -142,10 +142,10 @@ class Curvature:
             return False
         self._seen_batches = False
         if isinstance(error, MissingSecondDerivative):
-            objective.surroundings.note(objective.source, DIFFERENCES)
+            objective.registry.note(objective.source, DIFFERENCES)
             self._age = 0
             return True
-        objective.surroundings.note(objective.source, _NO_OUTPUTS)
+        objective.registry.note(objective.source, _NO_OUTPUTS)
         return isinstance(error, UnknownOutputs) and self.kind == "ggn"
 
     def operator(
@@ -196,7 +196,7 @@ class Curvature:
             self.indefinite, self._seen_batches = True, False
 
     def _needs_differences(self, objective: Objective) -> bool:
-        return objective.surroundings.knows(objective.source, DIFFERENCES)
+        return objective.registry.knows(objective.source, DIFFERENCES)
 
     def _of(
         self, objective: Objective, evaluation: Evaluation, generator: torch.Generator | None
@@ -223,7 +223,7 @@ class Curvature:
     def _best(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
         """The Gauss-Newton matrix where it says something, else the Hessian."""
         found = None
-        known = objective.surroundings.knows(objective.source, _NO_OUTPUTS)
+        known = objective.registry.knows(objective.source, _NO_OUTPUTS)
         if not (known or self.indefinite):
             with suppress(UnknownOutputs, ValueError):  # none, or complex ones
                 found = GaussNewton(evaluation)

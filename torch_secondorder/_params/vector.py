@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parameter import is_lazy
 
-from torch_secondorder._foundation.buffer_pool import Workspace
+from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.subclasses import all_plain
 from torch_secondorder._params.space import (
     WHOLE,
@@ -172,14 +172,14 @@ class ParameterVector:
         self,
         tensors: Sequence[Tensor | None],
         batch: Sequence[int] = (),
-        workspace: Workspace | None = None,
+        buffer_pool: BufferPool | None = None,
     ) -> Tensor:
         """Flattens tensors shaped like the parameters; None counts as zeros. Always a copy.
 
         Args:
             tensors: One per parameter: dense, sparse or None, each of shape `(*batch, ...)`.
             batch: The leading dimensions.
-            workspace: Where to take memory from.
+            buffer_pool: Where to take memory from.
 
         Returns:
             Shape `(*batch, n)`, without the scale applied.
@@ -189,8 +189,8 @@ class ParameterVector:
         if self._single and not batch and first is not None and first.layout is torch.strided:
             return first.detach().flatten().clone()
         if self._uniform and not batch and all(_is_dense(t) for t in tensors):
-            if workspace is not None and workspace.pays(self.size, self.dtype, self.device):
-                out = workspace.empty("gathered", self.size, self.dtype, self.device)
+            if buffer_pool is not None and buffer_pool.pays(self.size, self.dtype, self.device):
+                out = buffer_pool.empty("gathered", self.size, self.dtype, self.device)
                 pieces = [t.detach().reshape(-1) for t in tensors if t is not None]
                 return torch.cat(pieces, out=out)
             joined: Tensor = _flatten_dense_tensors(tensors)

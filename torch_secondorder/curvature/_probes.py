@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torch_secondorder._foundation.buffer_pool import Workspace
+from torch_secondorder._foundation.buffer_pool import BufferPool
 
 __all__ = ["Distribution", "draw", "rademacher"]
 
@@ -22,7 +22,7 @@ def draw(
     size: int,
     distribution: Distribution,
     generator: torch.Generator | None,
-    workspace: Workspace | None = None,
+    buffer_pool: BufferPool | None = None,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -34,12 +34,12 @@ def draw(
         distribution: `"rademacher"` for random signs, the choice of least variance in Hutchinson's
             estimator, or `"gaussian"`.
         generator: Where randomness comes from; torch's own if None.
-        workspace: Where to take memory from.
+        buffer_pool: Where to take memory from.
         dtype: Of the vector: float32 or float64.
         device: Of the vector.
     """
     if distribution == "rademacher":
-        return rademacher(size, generator, workspace, dtype=dtype, device=device)
+        return rademacher(size, generator, buffer_pool, dtype=dtype, device=device)
     source = device if generator is None else generator.device
     return torch.randn(size, dtype=dtype, device=source, generator=generator).to(device)
 
@@ -47,7 +47,7 @@ def draw(
 def rademacher(
     size: int,
     generator: torch.Generator | None,
-    workspace: Workspace | None = None,
+    buffer_pool: BufferPool | None = None,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -62,7 +62,7 @@ def rademacher(
     count = -(-size // 64)
     words = torch.empty(count, dtype=torch.int64, device=source)
     words = words.random_(-(2**63), None, generator=generator).to(device).view(integer)
-    room = (workspace or Workspace()).empty("signs", count * 64, dtype, device)
+    room = (buffer_pool or BufferPool()).empty("signs", count * 64, dtype, device)
     one, shifts = _constants(integer, bits, dtype, device)
     torch.bitwise_left_shift(words, shifts, out=room.view(integer).view(bits, -1))
     # Whatever number the bits make, NaN included, its sign is theirs.

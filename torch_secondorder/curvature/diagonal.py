@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, added
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._foundation.buffer_pool import Workspace
+from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
@@ -86,14 +86,14 @@ class DiagonalEstimator(ABC):
         self,
         vector: ParameterVector,
         generator: torch.Generator | None,
-        workspace: Workspace | None = None,
+        buffer_pool: BufferPool | None = None,
     ) -> DiagonalWatch:
         """What estimates the diagonal for one evaluation of an optimizer.
 
         Args:
             vector: The parameters' vector.
             generator: Where randomness comes from; torch's own if None.
-            workspace: Where to take memory from; what comes from there is valid for one step.
+            buffer_pool: Where to take memory from; what comes from there is valid for one step.
         """
 
 
@@ -157,10 +157,10 @@ class Hutchinson(DiagonalEstimator):
         self,
         vector: ParameterVector,
         generator: torch.Generator | None,
-        workspace: Workspace | None = None,
+        buffer_pool: BufferPool | None = None,
     ) -> DiagonalWatch:
         """See `DiagonalEstimator.watch`."""
-        return _HutchinsonWatch(self, vector, generator, workspace)
+        return _HutchinsonWatch(self, vector, generator, buffer_pool)
 
     def _draw(
         self,
@@ -168,12 +168,12 @@ class Hutchinson(DiagonalEstimator):
         generator: torch.Generator | None,
         dtype: torch.dtype,
         device: torch.device,
-        workspace: Workspace | None = None,
+        buffer_pool: BufferPool | None = None,
     ) -> list[Tensor]:
-        if self.n_samples > 1:  # the memory of a workspace is for one
-            workspace = None
+        if self.n_samples > 1:  # the memory of a buffer_pool is for one
+            buffer_pool = None
         return [
-            draw(size, self.distribution, generator, workspace, dtype=dtype, device=device)
+            draw(size, self.distribution, generator, buffer_pool, dtype=dtype, device=device)
             for _ in range(self.n_samples)
         ]
 
@@ -198,13 +198,13 @@ class _HutchinsonWatch(DiagonalWatch):
         estimator: Hutchinson,
         vector: ParameterVector,
         generator: torch.Generator | None,
-        workspace: Workspace | None,
+        buffer_pool: BufferPool | None,
     ) -> None:
         self._estimator = estimator
         self._vector = vector
-        self._workspace = workspace if estimator.n_samples == 1 else None
+        self._buffer_pool = buffer_pool if estimator.n_samples == 1 else None
         self._probes = estimator._draw(
-            vector.size, generator, vector.dtype, vector.device, workspace
+            vector.size, generator, vector.dtype, vector.device, buffer_pool
         )
         self._tangents = [vector.split(z) for z in self._probes]
         self._sums: list[list[Tensor | None]] = []
@@ -221,7 +221,7 @@ class _HutchinsonWatch(DiagonalWatch):
             self._sums = [list(parts) for parts in products]
 
     def diagonal(self, *, magnitudes: bool = False) -> Tensor:
-        gather = partial(self._vector.gather, workspace=self._workspace)
+        gather = partial(self._vector.gather, buffer_pool=self._buffer_pool)
         products = [gather(parts) for parts in self._sums]
         if self.ranks is not None and self.ranks.count > 1:
             # Each with its own probes, should they differ.
@@ -283,7 +283,7 @@ class GaussNewtonBartlett(DiagonalEstimator):
         self,
         vector: ParameterVector,
         generator: torch.Generator | None,
-        workspace: Workspace | None = None,
+        buffer_pool: BufferPool | None = None,
     ) -> DiagonalWatch:
         """See `DiagonalEstimator.watch`."""
         return _BartlettWatch(self, vector, generator)

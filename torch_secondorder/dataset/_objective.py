@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Multiply, Overwritten
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._closure.replay import Replay, Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry, Replay
 from torch_secondorder._closure.validation import differentiable
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import (
@@ -39,7 +39,7 @@ class DatasetObjective(ClosureObjective):
         vector: See `Objective`.
         regularization: See `Objective`.
         master: See `Objective`.
-        surroundings: See `Objective`.
+        registry: See `Objective`.
         curvature_closure: See `ClosureObjective`. One of the two is a `DatasetClosure`.
 
     Attributes:
@@ -52,12 +52,12 @@ class DatasetObjective(ClosureObjective):
         vector: ParameterVector | Iterable[Tensor],
         regularization: Regularization | None = None,
         master: Tensor | None = None,
-        surroundings: Surroundings | None = None,
+        registry: ModuleRegistry | None = None,
         curvature_closure: Callable[[], Any] | None = None,
     ) -> None:
         own = _for_one_step(closure)
         other = None if curvature_closure is None else _for_one_step(curvature_closure)
-        super().__init__(own, vector, regularization, master, surroundings, other)
+        super().__init__(own, vector, regularization, master, registry, other)
         source = own if other is None else other
         self.passes = source if isinstance(source, Passes) else None
         self._here = False  # whether it was evaluated last where it stands
@@ -134,7 +134,7 @@ class DatasetObjective(ClosureObjective):
             gradients = capture.differentiate(loss)
         if closure.keep_graphs and not copies and not self.vector.holds(self.position):
             raise Overwritten("the closure moves parameters that its graph has saved")
-        capture.graph.check_once(self._surroundings.graphs)
+        capture.graph.check_once(self._registry.graphs)
         value = loss.detach()
         flatten = partial(self._share, gradients)
         place = self._place_of(capture)

@@ -67,7 +67,7 @@ def observed_information(
             system is solved for each instead of forming the matrix.
         largest: The most parameters for which the matrix is formed.
         solver: Solves these systems; conjugate gradients to a residual of 1e-8 (1e-5 in float32)
-            by default. `Minres` is another choice where the matrix is nearly singular.
+            by default. `MINRES` is another choice where the matrix is nearly singular.
         progress: Whether to show a bar, see `eigenpairs`.
 
     Raises:

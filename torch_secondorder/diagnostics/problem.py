@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._objective.evaluation import Evaluation, Objective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
@@ -51,7 +51,7 @@ class Problem:
 
     def __init__(
         self,
-        makers: Sequence[Callable[[ParameterVector, Surroundings], Objective]],
+        makers: Sequence[Callable[[ParameterVector, ModuleRegistry], Objective]],
         weights: Sequence[float],
         params: ParameterVector | Iterable[Tensor],
         names: Sequence[str] | None = None,
@@ -99,9 +99,9 @@ class Problem:
         Raises:
             RuntimeError: A loss is not finite, there is no gradient, or no second derivative.
         """
-        surroundings = Surroundings()
+        registry = ModuleRegistry()
         for maker, weight in zip(self._makers, self._weights, strict=True):
-            objective = maker(self.vector, surroundings)
+            objective = maker(self.vector, registry)
             # Left in the reverse order, so that the first one has the last word on the buffers; an
             # abandoned objective leaves them as they were before it.
             stack.enter_context(objective)

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import check_callable
 from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
 from torch_secondorder._objective.evaluation import Objective
@@ -135,7 +135,7 @@ def as_problem(source: Any) -> Problem:
         return source
     if isinstance(source, FunctionalObjective):
 
-        def bind(vector: ParameterVector, _: Surroundings) -> Objective:
+        def bind(vector: ParameterVector, _: ModuleRegistry) -> Objective:
             # A new one: the old one remembers where the parameters were when it was made.
             return source.bind(vector, source._regularization, None)
 
@@ -153,10 +153,10 @@ def as_problem(source: Any) -> Problem:
 
 
 def _closure_objective(
-    closure: Callable[[], Any], vector: ParameterVector, surroundings: Surroundings
+    closure: Callable[[], Any], vector: ParameterVector, registry: ModuleRegistry
 ) -> Objective:
     kind = DatasetObjective if isinstance(closure, DatasetClosure) else ClosureObjective
-    return kind(closure, vector, surroundings=surroundings)
+    return kind(closure, vector, registry=registry)
 
 
 def _is_pair(batches: Any) -> bool:

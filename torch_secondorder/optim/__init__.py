@@ -2,20 +2,24 @@
 
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.info import StepInfo, StepStatus
-from torch_secondorder.optim.adahessian import AdaHessian
+from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
-from torch_secondorder.optim.lbfgs import LBFGS
-from torch_secondorder.optim.newton_cg import NewtonCG
-from torch_secondorder.optim.sophia import Sophia
+from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
+from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
+from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
     "LBFGS",
     "AdaHessian",
+    "AdaHessianInfo",
     "Contractive",
     "ContractiveInfo",
+    "LBFGSInfo",
     "NewtonCG",
+    "NewtonCGInfo",
     "SecondOrderOptimizer",
     "Sophia",
+    "SophiaInfo",
     "StepInfo",
     "StepStatus",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,8 @@ from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
 from torch_secondorder._optim.diagonal.blocks import Block, narrowed
 from torch_secondorder._optim.diagonal.fsdp import check_averaging
-from torch_secondorder._optim.diagonal.update import Seen, correction
+from torch_secondorder._optim.diagonal.report import DiagonalInfo
+from torch_secondorder._optim.diagonal.update import StepInputs, correction
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
@@ -20,10 +22,15 @@ from torch_secondorder.curvature.diagonal import (
     resolve_estimator,
 )
 
-__all__ = ["AdaHessian"]
+__all__ = ["AdaHessian", "AdaHessianInfo"]
 
 #: Labels drawn for the first estimate. One leaves it next to zero in some coordinates, by chance.
 _FIRST_SAMPLES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class AdaHessianInfo(DiagonalInfo):
+    """Report of one step of `AdaHessian`."""
 
 
 class AdaHessian(DiagonalOptimizer):
@@ -92,6 +99,7 @@ class AdaHessian(DiagonalOptimizer):
     True
     """
 
+    _info_type = AdaHessianInfo
     _recognized_by = "hessian_power"
     _magnitudes = True
     _warm_up = 10
@@ -155,7 +163,7 @@ class AdaHessian(DiagonalOptimizer):
             return estimator
         return GaussNewtonBartlett(max(_FIRST_SAMPLES, estimator.n_samples))
 
-    def _update(self, block: Block, seen: Seen) -> None:
+    def _update(self, block: Block, seen: StepInputs) -> None:
         group = block.group
         beta1, beta2 = group["betas"]
         lr = seen.rate(group["lr"])

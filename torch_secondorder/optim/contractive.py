@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
 from torch_secondorder._optim.base import check_number, makes_state_only
-from torch_secondorder._optim.info import StepInfo
+from torch_secondorder._optim.info import Report, StepInfo
 from torch_secondorder._optim.penalized import Penalized, not_called
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, Recorder
@@ -33,8 +33,8 @@ _HOOKS = (
 
 
 @dataclass(frozen=True, slots=True)
-class ContractiveInfo:
-    """What one call of `Contractive.step()` did.
+class ContractiveInfo(Report):
+    """Report of one call of `Contractive.step()`.
 
     Attributes:
         loss: The closure's, without the penalty, in the first evaluation; NaN without a closure.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,33 @@ from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.lbfgs_iteration import Iteration, Point, Settings
 from torch_secondorder._params.vector import ParameterVector, max_norm
 from torch_secondorder.curvature import InverseBFGS
-from torch_secondorder.globalization import FixedStep, LineSearch, resolve_line_search
+from torch_secondorder.globalization import FixedStep, LineSearch, SearchStatus, resolve_line_search
 
-__all__ = ["LBFGS"]
+__all__ = ["LBFGS", "LBFGSInfo"]
 
 # What the history may take by default, if twenty pairs do not take more.
 _HISTORY_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class LBFGSInfo(StepInfo):
+    """Report of one step of `LBFGS`.
+
+    Attributes:
+        step_length: The last accepted step, as a multiple of its direction.
+        search_status: How the last line search ended; None without one.
+        nonfinite_trials: Evaluations with a non-finite loss or gradient, stepped back from.
+        skipped_pairs: Pairs that failed the curvature test and were left out of the history.
+        damped_pairs: Pairs that were changed by Powell's damping.
+        history_reset: Why the history was dropped during the step; empty if it was not.
+    """
+
+    step_length: float = 0.0
+    search_status: SearchStatus | None = None
+    nonfinite_trials: int = 0
+    skipped_pairs: int = 0
+    damped_pairs: int = 0
+    history_reset: str = ""
 
 
 class LBFGS(FlatOptimizer):
@@ -74,6 +95,7 @@ class LBFGS(FlatOptimizer):
     ('CONVERGED_GRADIENT', [1.0, 1.0])
     """
 
+    _info_type = LBFGSInfo
     _recognized_by = "max_iter"
     _foreign_names = (
         *("d", "t", "ro", "al", "H_diag", "old_dirs", "old_stps"),
@@ -135,7 +157,9 @@ class LBFGS(FlatOptimizer):
         if not start.finite:
             objective.abandon()
             self._forget("the loss or gradient at the start of a step was not finite")
-            self._report(StepInfo(StepStatus.NONFINITE_START, loss, loss, grad_norm, evaluations=1))
+            self._report(
+                LBFGSInfo(StepStatus.NONFINITE_START, loss, loss, grad_norm, evaluations=1)
+            )
             return returned
         self._largest_gradient = max(self._largest_gradient, grad_norm)
         history = self._fitting_history(objective.vector)
@@ -144,7 +168,7 @@ class LBFGS(FlatOptimizer):
         status = iteration.run()
         self._reset_reason = iteration.reset_reason or self._reset_reason
         self._report(
-            StepInfo(
+            LBFGSInfo(
                 status=status,
                 loss=loss,
                 loss_after=iteration.point.loss,
@@ -160,7 +184,7 @@ class LBFGS(FlatOptimizer):
         )
         return returned
 
-    def _report(self, info: StepInfo) -> None:
+    def _report(self, info: LBFGSInfo) -> None:
         self.info = replace(info, history_reset=self._reset_reason)
         self._reset_reason = ""
         self._counts["n_iter"] += info.iterations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
 
@@ -29,17 +30,19 @@ from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.globalization import (
     Globalization,
     LevenbergMarquardt,
+    SearchStatus,
     TrustRegion,
     resolve_globalization,
 )
 from torch_secondorder.solvers import (
     LinearSolver,
     Preconditioner,
+    SolveStatus,
     resolve_preconditioner,
     resolve_solver,
 )
 
-__all__ = ["NewtonCG"]
+__all__ = ["NewtonCG", "NewtonCGInfo"]
 
 _PRODUCTS = ("autograd", "finite_difference")
 # Of a solver by name.
@@ -48,6 +51,44 @@ _MOST_ITERATIONS = 250
 
 #: The vectors of `Memory` that checkpoints have, where they are there.
 _VECTORS = ("direction", "sizes")
+
+
+@dataclass(frozen=True, slots=True)
+class NewtonCGInfo(StepInfo):
+    """Report of one step of `NewtonCG`.
+
+    Attributes:
+        step_length: The last accepted step, as a multiple of its direction.
+        search_status: How the last line search ended; None without one.
+        nonfinite_trials: Evaluations with a non-finite loss or gradient, stepped back from.
+        products: Products with the curvature; those by finite differences show as evaluations.
+        solver_status: How the last linear solver ended; None without one.
+        solver_iterations: Iterations of linear solvers.
+        gain_ratio: What the loss fell by in the last move, over what the quadratic model promised;
+            None where that is no number.
+        damping: The damping that the next system begins with; 0 without any.
+        trust_radius: The radius that the next model begins with; 0 without one.
+        negative_curvature: The lowest curvature `p'A p / p'p` along a direction met, if negative.
+        curvature: What the optimizer multiplied with last: `"ggn"`, `"hessian"`,
+            `"hessian by differences"`, `"fisher"`, `"empirical_fisher"`, or `"own"`.
+        preconditioner: The class of the preconditioner; empty for none.
+        repair: What of the curvature or its preconditioner was not finite, and what was done about
+            it, the last time in the step; empty if all was finite.
+    """
+
+    step_length: float = 0.0
+    search_status: SearchStatus | None = None
+    nonfinite_trials: int = 0
+    products: int = 0
+    solver_status: SolveStatus | None = None
+    solver_iterations: int = 0
+    gain_ratio: float | None = None
+    damping: float = 0.0
+    trust_radius: float = 0.0
+    negative_curvature: float = 0.0
+    curvature: str = ""
+    preconditioner: str = ""
+    repair: str = ""
 
 
 class NewtonCG(FlatOptimizer):
@@ -119,6 +160,7 @@ class NewtonCG(FlatOptimizer):
     'hessian'
     """
 
+    _info_type = NewtonCGInfo
     _recognized_by = "max_cg_iter"
     _optional_names = (*FlatOptimizer._optional_names, *_VECTORS, "generator", "preconditioner")
     _carried = (
@@ -262,7 +304,7 @@ class NewtonCG(FlatOptimizer):
         if not start.finite:
             objective.abandon()
             self._memory.direction = None
-            self.info = StepInfo(
+            self.info = NewtonCGInfo(
                 StepStatus.NONFINITE_START,
                 start.loss,
                 start.loss,
@@ -284,7 +326,7 @@ class NewtonCG(FlatOptimizer):
     ) -> None:
         tally, memory = iteration.tally, self._memory
         trusts = isinstance(self.globalization, TrustRegion)
-        self.info = StepInfo(
+        self.info = NewtonCGInfo(
             status=status,
             loss=loss,
             loss_after=iteration.point.loss,

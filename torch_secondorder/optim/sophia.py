@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,17 +11,29 @@ from torch import Tensor
 from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
 from torch_secondorder._optim.diagonal.blocks import Block, narrowed
-from torch_secondorder._optim.diagonal.update import Seen
+from torch_secondorder._optim.diagonal.report import DiagonalInfo
+from torch_secondorder._optim.diagonal.update import StepInputs
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
     Hutchinson,
     resolve_estimator,
 )
 
-__all__ = ["Sophia"]
+__all__ = ["Sophia", "SophiaInfo"]
 
 #: The authors' choice for their two estimators.
 _GAMMA_HUTCHINSON, _GAMMA_GNB = 0.01, 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class SophiaInfo(DiagonalInfo):
+    """Report of one step of `Sophia`.
+
+    Attributes:
+        unclipped: The share of entries whose update was not clipped; None for a step without one.
+    """
+
+    unclipped: float | None = None
 
 
 class Sophia(DiagonalOptimizer):
@@ -81,6 +94,7 @@ class Sophia(DiagonalOptimizer):
     True
     """
 
+    _info_type = SophiaInfo
     _recognized_by = "gamma"
 
     def __init__(
@@ -124,7 +138,7 @@ class Sophia(DiagonalOptimizer):
         if not float(group["eps"]) > 0:
             raise ValueError(f"eps must be positive, got {group['eps']!r}")
 
-    def _update(self, block: Block, seen: Seen) -> None:
+    def _update(self, block: Block, seen: StepInputs) -> None:
         group = block.group
         beta1, beta2 = group["betas"]
         lr = seen.rate(group["lr"])

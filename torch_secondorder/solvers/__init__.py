@@ -11,7 +11,7 @@ from torch_secondorder.solvers.base import (
 from torch_secondorder.solvers.cg import CG
 from torch_secondorder.solvers.kfac import KFAC
 from torch_secondorder.solvers.lanczos import Tridiagonal, lanczos
-from torch_secondorder.solvers.minres import Minres
+from torch_secondorder.solvers.minres import MINRES
 from torch_secondorder.solvers.preconditioners import (
     Martens,
     Nystrom,
@@ -21,10 +21,10 @@ from torch_secondorder.solvers.preconditioners import (
 __all__ = [
     "CG",
     "KFAC",
+    "MINRES",
     "Iterate",
     "LinearSolver",
     "Martens",
-    "Minres",
     "Nystrom",
     "NystromApproximation",
     "Preconditioner",

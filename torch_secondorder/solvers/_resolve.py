@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch_secondorder.solvers.base import LinearSolver, Preconditioner
 from torch_secondorder.solvers.kfac import KFAC
-from torch_secondorder.solvers.minres import Minres
+from torch_secondorder.solvers.minres import MINRES
 from torch_secondorder.solvers.preconditioners import Martens, Nystrom
 
 __all__ = ["resolve_preconditioner", "resolve_solver"]
@@ -57,9 +57,9 @@ def resolve_solver(spec: str | LinearSolver, max_iterations: int) -> LinearSolve
     if spec == "cg":
         return None
     if spec == "minres":
-        return Minres(max_iterations)
+        return MINRES(max_iterations)
     if isinstance(spec, str):
         raise ValueError(f"unknown solver {spec!r}; known: 'cg', 'minres', or an instance")
     if isinstance(spec, type) or not callable(spec):
-        raise TypeError(f"a solver is a name or an instance such as Minres(), got {spec!r}")
+        raise TypeError(f"a solver is a name or an instance such as MINRES(), got {spec!r}")
     return spec

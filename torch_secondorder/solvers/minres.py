@@ -10,14 +10,14 @@ from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers._minres_iteration import MinresIteration
 from torch_secondorder.solvers.base import SolveResult, SolveStatus, check_system
 
-__all__ = ["Minres"]
+__all__ = ["MINRES"]
 
 # Iterations after which a product more costs little, and the residual is worth one.
 _LONG = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Minres:
+class MINRES:
     """Minimizes `|b - A x|` over Krylov spaces that grow by one product with `A` per iteration.
 
     The method of Paige and Saunders 1975. `A` may be indefinite or singular. If `A x = b` has no
@@ -48,10 +48,10 @@ class Minres:
         >>> from torch_secondorder.curvature import Diagonal
         >>> A = Diagonal(torch.tensor([2.0, -4.0]))
         >>> b = torch.tensor([1.0, 1.0])
-        >>> result = Minres()(A, b)
+        >>> result = MINRES()(A, b)
         >>> result.status.name, result.negative_direction, round(result.negative_curvature, 4)
         ('NEGATIVE_CURVATURE', tensor([1., 1.]), -1.0)
-        >>> result = Minres(stop_at_negative_curvature=False)(A, b)
+        >>> result = MINRES(stop_at_negative_curvature=False)(A, b)
         >>> result.status.name, result.iterations, [round(x, 4) for x in result.x.tolist()]
         ('CONVERGED', 2, [0.5, -0.25])
     """

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from torch_secondorder._optim.diagonal.blocks import COUNTS, MOMENTS, Block, as_real
 
-__all__ = ["Arrangement", "prepare"]
+__all__ = ["BlockLayout", "prepare"]
 
 
-class Arrangement:
+class BlockLayout:
     """Puts parameters into blocks, and leaves them there as long as nothing changes.
 
     Attributes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_secondorder._foundation.buffer_pool import Workspace
+from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._objective.one_shot import (
     GradientTrace,
     IdleClosure,
@@ -22,7 +22,7 @@ from torch_secondorder._objective.one_shot import (
     SingleEvaluation,
 )
 from torch_secondorder._optim.base import SecondOrderOptimizer, check_number, makes_state_only
-from torch_secondorder._optim.diagonal.arrangement import Arrangement, prepare
+from torch_secondorder._optim.diagonal.arrangement import BlockLayout, prepare
 from torch_secondorder._optim.diagonal.blocks import Block, as_real
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
@@ -34,8 +34,8 @@ from torch_secondorder._optim.diagonal.fsdp import (
     whole_states,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
-from torch_secondorder._optim.diagonal.report import Effort, report_of
-from torch_secondorder._optim.diagonal.update import Seen, Verdict, judge
+from torch_secondorder._optim.diagonal.report import DiagonalInfo, Effort, report_of
+from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs, judge
 from torch_secondorder._optim.info import LazyInfo, StepInfo
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
@@ -63,6 +63,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     """
 
     _step_supports_amp_scaling = True  # see `Scaling`
+    _info_type = DiagonalInfo
     _carried = (*SecondOrderOptimizer._carried, "estimator", "_watches")
     _optional_names: tuple[str, ...] = ("generator",)
     #: How many of the first steps all estimate the curvature, though no more than a period.
@@ -72,7 +73,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _observation: Observation | None = None
     _undrawn: Tensor | None = None  # the state of the generator before that
     # On a device: of the last step, until one is known to have moved.
-    _first: Verdict | None = None
+    _first: FiniteCheck | None = None
     _moved_once = False
     _watches = True
     # The gradients when it began to see backward passes; None where it did not before this step.
@@ -93,8 +94,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._known: Sequence[Tensor] | None = None  # what was trained, frozen parameters left out
         self._generator: torch.Generator | None = None
         self._stale: GradientTrace | None = None
-        self._workspace = Workspace()
-        self._arrangement = Arrangement()
+        self._buffer_pool = BufferPool()
+        self._arrangement = BlockLayout()
         super().__init__(params, defaults)
         self._watches = watch
         self._listen()
@@ -110,11 +111,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             check_number(name, group[name], low=1, integer=True)
 
     @abstractmethod
-    def _update(self, block: Block, seen: Seen) -> None:
+    def _update(self, block: Block, seen: StepInputs) -> None:
         """Moves the parameters and moments of a block."""
 
     def _inside(self) -> tuple[Tensor, Tensor] | None:
-        """What `StepInfo.unclipped` is the ratio of: entries not clipped, and all; 0-dim."""
+        """What `SophiaInfo.unclipped` is the ratio of: entries not clipped, and all; 0-dim."""
         return None
 
     # The step.
@@ -212,7 +213,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """See `torch_secondorder._optim.diagonal.closureless.Watcher`."""
         own = {id(p) for p in self._trainable}
         if any(id(p) in own for p in module.parameters()):
-            self._surroundings.ranks.note(module)
+            self._registry.ranks.note(module)
 
     def _current_observation(self, params: Sequence[Tensor]) -> Observation:
         """The observation of the coming step; a new one if what was seen is no more."""
@@ -223,7 +224,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             # A CUDA graph that is being made has no state that could be read.
             self._undrawn = None if _capturing(params[0]) else generator.get_state()
             self._observation = Observation(
-                params, self._watch(params), self._surroundings, everywhere=self in WATCHERS
+                params, self._watch(params), self._registry, everywhere=self in WATCHERS
             )
         return self._observation
 
@@ -335,7 +336,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             drawn = self._undraw()
             watch = self._watch(params) if self._is_due(params) else None
             evaluation = SingleEvaluation(
-                closure, params, self._surroundings, self._stale, self._workspace
+                closure, params, self._registry, self._stale, self._buffer_pool
             )
             parts = int(self.param_groups[0]["accumulation_steps"])
             try:
@@ -412,7 +413,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
         """See `step`; this process has a part of each parameter, its gradient and state."""
         vector, generator = self._tools(params)
-        surroundings, due = self._surroundings, self._is_due(params)
+        registry, due = self._registry, self._is_due(params)
         check_closure(closure, due)
         with torch.no_grad():
             if closure is None:
@@ -421,15 +422,15 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 self._advance(params, Outcome(None, found), None, Effort(0, 0), scaling.inverse)
                 return None
             if not due:
-                evaluation = SingleEvaluation(closure, params, surroundings, self._stale)
+                evaluation = SingleEvaluation(closure, params, registry, self._stale)
                 try:
                     outcome = held_outcome(evaluation.run(), vector)
                 except IdleClosure:
                     return self._step_sharded(None, params)
                 self._advance(params, outcome, None, Effort(1, 0), undo=evaluation.restore)
-                surroundings.reshard()
+                registry.reshard()
                 return outcome.loss
-            sharded = ShardedEvaluation(closure, vector, surroundings, self._stale)
+            sharded = ShardedEvaluation(closure, vector, registry, self._stale)
             with sharded.objective as objective:
                 estimator = self._estimator_for(params)
                 outcome, diagonal = sharded.run(estimator, generator, self._magnitudes)
@@ -447,8 +448,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         return self._vector, self._generator
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
-        watch = self._estimator_for(params).watch(*self._tools(params), self._workspace)
-        watch.ranks = self._surroundings.ranks
+        watch = self._estimator_for(params).watch(*self._tools(params), self._buffer_pool)
+        watch.ranks = self._registry.ranks
         return watch
 
     def _advance(
@@ -534,7 +535,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         gradients: Sequence[Tensor | None],
         whole: Tensor | None,
         diagonal: Tensor | None,
-        verdict: Verdict,
+        verdict: FiniteCheck,
     ) -> bool:
         """Updates parameters and moments block by block; says whether there was anything to."""
         blocks = self._arrangement.of(
@@ -551,7 +552,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             if diagonal is not None:
                 assert self._vector is not None
                 estimate = block.part_of(diagonal, partial(self._vector.pieces, diagonal))
-            self._update(block, Seen(block, gradients, whole, estimate, verdict))
+            self._update(block, StepInputs(block, gradients, whole, estimate, verdict))
         return bool(blocks)
 
     # The report, made when it is read.
@@ -603,12 +604,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _import_state(self, state: dict[str, Any]) -> None:
         vector, saved = self._known_vector(), state.get("generator")
         self._forget_observation()
-        self._arrangement = Arrangement()
+        self._arrangement = BlockLayout()
         self._steps = int(state.get("steps", 0))
         self._overdue = int(state.get("overdue", 0))
         self._known = self._trainable if self._steps else None
         self._stale = self._generator = self._first = None
-        self._workspace = Workspace()
+        self._buffer_pool = BufferPool()
         self._listen()
         if saved is not None and vector is not None:
             self._generator = torch.Generator(vector.device)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.one_shot import GradientTrace, Outcome, without_autocast
 from torch_secondorder._optim.diagonal.arrangement import prepare
@@ -109,7 +109,7 @@ class ShardedEvaluation:
     Args:
         closure: The closure.
         vector: The parameters.
-        surroundings: See `Objective`.
+        registry: See `Objective`.
         stale: The gradients that the last step left; others that the closure adds to are refused.
     """
 
@@ -117,13 +117,13 @@ class ShardedEvaluation:
         self,
         closure: Callable[[], Any],
         vector: ParameterVector,
-        surroundings: Surroundings,
+        registry: ModuleRegistry,
         stale: GradientTrace | None,
     ) -> None:
         params = vector.params
         self._labels = DrawnLabels(_without_adding(closure, params, stale), params)
         self._vector = vector
-        self.objective = ClosureObjective(self._labels, vector, surroundings=surroundings)
+        self.objective = ClosureObjective(self._labels, vector, registry=registry)
 
     def run(
         self, estimator: DiagonalEstimator, generator: torch.Generator, magnitudes: bool = False

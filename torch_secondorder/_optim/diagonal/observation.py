@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._closure.replay import Surroundings
+from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
 from torch_secondorder._objective.one_shot import GradientTrace, averaged, nonzero, without_autocast
 from torch_secondorder._optim.present import Scaling, unscaled
@@ -28,7 +28,7 @@ class Observation:
     Args:
         params: The parameters.
         watch: Estimates the curvature.
-        surroundings: What earlier steps learned of the modules that are called.
+        registry: What earlier steps learned of the modules that are called.
         everywhere: Whether calls outside of contexts are seen as well.
 
     Attributes:
@@ -43,7 +43,7 @@ class Observation:
         self,
         params: Sequence[Tensor],
         watch: DiagonalWatch,
-        surroundings: Surroundings,
+        registry: ModuleRegistry,
         *,
         everywhere: bool = False,
     ) -> None:
@@ -53,7 +53,7 @@ class Observation:
         self.open = False
         self.failure: RuntimeError | None = None
         self.twice, self.outputs = watch.twice, watch.outputs
-        self._surroundings = surroundings
+        self._registry = registry
         self._everywhere = everywhere
         self._stack = ExitStack()
         self._factor: Tensor | None = None  # of the probes
@@ -69,8 +69,8 @@ class Observation:
         capture = Capture(self.params, self)
         with ExitStack() as stack:
             stack.enter_context(capture)
-            stack.enter_context(self._surroundings.ranks.quiet())
-            stack.enter_context(self._surroundings.watch({}))
+            stack.enter_context(self._registry.ranks.quiet())
+            stack.enter_context(self._registry.watch({}))
             self._stack = stack.pop_all()
         self.open = True
 
@@ -82,7 +82,7 @@ class Observation:
     @property
     def ranks(self) -> Ranks:
         """Those that share the batch."""
-        return self._surroundings.ranks
+        return self._registry.ranks
 
     def continues(self, params: Sequence[Tensor]) -> bool:
         """Whether the parameters are the same, and what was seen is still in their gradients."""
@@ -159,7 +159,7 @@ class Observation:
         if self.calls == 1 and self.twice:
             with suppress(NotImplementedError):  # of other estimators than this package's
                 self._scale_probes(graph.losses[0])
-        graph.check_once(self._surroundings.graphs, self.twice)
+        graph.check_once(self._registry.graphs, self.twice)
         with without_autocast(params):
             self.watch.observe(graph, retain)
 
@@ -167,8 +167,8 @@ class Observation:
         """See `torch_secondorder._closure.capture.Receiver`."""
         self.see(graph, retain)
         # Copies: the graph goes on using the gradients' memory.
-        if self._surroundings.ranks.count > 1:
-            return averaged(graph.gradients[0], self.params, self._surroundings.ranks)[0]
+        if self._registry.ranks.count > 1:
+            return averaged(graph.gradients[0], self.params, self._registry.ranks)[0]
         return [None if g is None else g.detach().clone() for g in graph.gradients[0]]
 
     def _scale_probes(self, loss: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import ReferenceType
 
@@ -10,11 +11,22 @@ from torch import Tensor
 
 from torch_secondorder._objective.one_shot import GradientTrace
 from torch_secondorder._optim.diagonal.blocks import as_real
-from torch_secondorder._optim.diagonal.update import Verdict
+from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.info import StepInfo
 from torch_secondorder._params.vector import max_norm
 
-__all__ = ["Effort", "report_of"]
+__all__ = ["DiagonalInfo", "Effort", "report_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class DiagonalInfo(StepInfo):
+    """Report of one step of an optimizer that scales each coordinate by its curvature.
+
+    Attributes:
+        products: Products with the curvature.
+    """
+
+    products: int = 0
 
 
 class Effort(NamedTuple):
@@ -26,13 +38,13 @@ class Effort(NamedTuple):
 
 def report_of(
     owner: ReferenceType[Any],
-    verdict: Verdict,
+    verdict: FiniteCheck,
     loss: Tensor | None,
     params: Sequence[Tensor],
     trace: GradientTrace,
     effort: Effort,
     numbers: Tensor | None = None,
-) -> StepInfo:
+) -> DiagonalInfo:
     """The report of a step; waits for the device.
 
     Args:
@@ -56,14 +68,15 @@ def report_of(
         if trace.matches(params):
             norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
             norm = max(norms, default=None)
-    return StepInfo(
+    extra = {"unclipped": inside[0] / inside[1]} if inside and inside[1] else {}
+    made: DiagonalInfo = optimizer._info_type(
         status=verdict.status,
         loss=-value if optimizer.param_groups[0]["maximize"] else value,
         loss_after=None,
         grad_norm=norm,
         iterations=int(verdict.moved),
         evaluations=effort.evaluations,
-        step_length=1.0,
         products=effort.products,
-        unclipped=inside[0] / inside[1] if inside and inside[1] else None,
+        **extra,
     )
+    return made

@@ -13,10 +13,10 @@ from torch_secondorder._optim.diagonal.blocks import Block, Number, as_real, non
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._params.space import WHOLE, Space
 
-__all__ = ["Seen", "Verdict", "correction", "judge"]
+__all__ = ["FiniteCheck", "StepInputs", "correction", "judge"]
 
 
-class Verdict:
+class FiniteCheck:
     """Whether what a step stands on is finite: known, or left on the device.
 
     Args:
@@ -71,7 +71,7 @@ def judge(
     inverse_scale: Tensor | None,
     on_device: bool,
     space: Space = WHOLE,
-) -> Verdict:
+) -> FiniteCheck:
     """Looks whether all is finite, and takes a scale out of the gradients.
 
     Args:
@@ -86,7 +86,7 @@ def judge(
         # One pass over both: no infinity and no NaN comes out of a product finite.
         same = whole.dtype == estimate.dtype
         if same and math.isfinite(torch.dot(whole, estimate) + loss):
-            return Verdict(torch.zeros(()), on_device)
+            return FiniteCheck(torch.zeros(()), on_device)
     found = (
         [whole] if whole is not None else [as_real(g) for g in outcome.gradients if g is not None]
     )
@@ -96,14 +96,14 @@ def judge(
     if loss is not None:
         bad = bad + (~torch.isfinite(loss)).to(bad)
     if estimate is None:
-        return Verdict(space.total(bad), on_device)
+        return FiniteCheck(space.total(bad), on_device)
     bad, curvature_bad = space.totals(bad, nonfinite([estimate]).to(bad.device))
-    verdict = Verdict(bad, on_device)
+    verdict = FiniteCheck(bad, on_device)
     verdict.add_curvature(curvature_bad)
     return verdict
 
 
-class Seen:
+class StepInputs:
     """What one step shows to a block, counted. Zero weights on a device stand for a step not made.
 
     Args:
@@ -127,7 +127,7 @@ class Seen:
         gradients: Sequence[Tensor | None],
         whole: Tensor | None,
         estimate: Tensor | None,
-        verdict: Verdict,
+        verdict: FiniteCheck,
     ) -> None:
         self._block = block
         self._gradients, self._whole = gradients, whole
