@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,7 @@ class Problem:
         inputs: All inputs of the network, or None.
         targets: Their targets, or None.
         criterion: The loss of outputs and targets, or None.
+        rows: The samples that the loss is of.
     """
 
     params: list[Tensor]
@@ -45,6 +47,7 @@ class Problem:
     inputs: Tensor | None = None
     targets: Tensor | None = None
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
     @property
     def network(self) -> nn.Module:
@@ -76,7 +79,7 @@ def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) ->
 @cache
 def _digits() -> tuple[Tensor, Tensor]:
     """Images of 64 pixels in [0, 1] and their labels."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     data = load_digits()
     return torch.tensor(data.data / 16.0, dtype=torch.float32), torch.tensor(data.target)
@@ -90,9 +93,12 @@ def supervised(
 ) -> Problem:
     """The loss of a network on one batch."""
     params: list[Tensor] = list(model.parameters())
-    return Problem(
-        params, lambda: criterion(model(inputs), targets), model, inputs, targets, criterion
-    )
+
+    def loss() -> Tensor:
+        return criterion(model(inputs[problem.rows]), targets[problem.rows])
+
+    problem = Problem(params, loss, model, inputs, targets, criterion)
+    return problem
 
 
 def rosenbrock(dtype: torch.dtype) -> Problem:
@@ -126,13 +132,57 @@ def softmax(dtype: torch.dtype) -> Problem:
     return supervised(model, inputs[:500].to(dtype), targets[:500], F.cross_entropy)
 
 
-def classifier(dtype: torch.dtype, normalized: bool = False) -> Problem:
-    """A small network of linear layers on digits, with batch normalization if wished."""
+def classifier(dtype: torch.dtype, extra: nn.Module | None = None) -> Problem:
+    """A small network of linear layers on digits, with one more module after the first layer."""
     inputs, targets = _digits()
     model = mlp([64, 24, 16, 10])
-    if normalized:
-        model = nn.Sequential(*list(model)[:1], nn.BatchNorm1d(24), *list(model)[1:])
+    if extra is not None:
+        model = nn.Sequential(model[0], deepcopy(extra), *list(model)[1:])
     return supervised(model.to(dtype), inputs[:200].to(dtype), targets[:200], F.cross_entropy)
+
+
+def barrier(dtype: torch.dtype) -> Problem:
+    """A sum that is not finite beyond zero, with a complex parameter beside the real one."""
+    x = torch.linspace(0.02, 6, 20, dtype=dtype).requires_grad_()
+    z = torch.complex(torch.linspace(-1, 1, 6, dtype=dtype), torch.ones(6, dtype=dtype))
+    z = z.requires_grad_()
+
+    def loss() -> Tensor:
+        return (x**2 - torch.log(x)).sum() + ((z - 2).abs() ** 4).sum() / 10
+
+    return Problem([x, z], loss)
+
+
+def spectral(dtype: torch.dtype) -> Problem:
+    """A small network with spectral and with weight normalization, on digits."""
+    inputs, targets = _digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(64, 16)),
+        nn.Tanh(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(16, 10)),
+    ).to(dtype)
+    return supervised(model, inputs[:100].to(dtype), targets[:100], F.cross_entropy)
+
+
+def attention(dtype: torch.dtype) -> Problem:
+    """A layer of a transformer over the rows of digits, and a recurrent layer."""
+    inputs, targets = _digits()
+    torch.manual_seed(0)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+            self.recurrent = nn.GRU(8, 6, batch_first=True)
+            self.last = nn.Linear(6, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            states, _ = self.recurrent(self.layer(x))
+            return self.last(states[:, -1])  # type: ignore[no-any-return]
+
+    images = inputs[:60].reshape(-1, 8, 8).to(dtype)
+    return supervised(Network().to(dtype), images, targets[:60], F.cross_entropy)
 
 
 def convolutional(dtype: torch.dtype) -> Problem:
@@ -185,7 +235,11 @@ PROBLEMS: dict[str, Callable[[torch.dtype], Problem]] = {
     "quadratic": quadratic,
     "softmax": softmax,
     "mlp": classifier,
-    "batchnorm": partial(classifier, normalized=True),
+    "batchnorm": partial(classifier, extra=nn.BatchNorm1d(24)),
+    "dropout": partial(classifier, extra=nn.Dropout(0.2)),
+    "barrier": barrier,
+    "normalized": spectral,
+    "attention": attention,
     "cnn": convolutional,
     "autoencoder": autoencoder,
     "pinn": pinn,
