@@ -107,7 +107,7 @@ class SecondOrderMonitor(Callback):
         self, pl_module: Any, name: str, optimizer: SecondOrderOptimizer, info: StepInfo
     ) -> None:
         fields = _fields(optimizer)
-        values = {field: getattr(info, field) for field in fields}
+        values = {field: getattr(info, field, None) for field in fields}
         values = {field: float(value) for field, value in values.items() if value is not None}
         logged = {f"{name}/{field}": value for field, value in values.items()}
         pl_module.log_dict(logged, on_step=True, on_epoch=False)
