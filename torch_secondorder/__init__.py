@@ -3,8 +3,9 @@
 from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
 from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._foundation.deprecation import MovedModules
-from torch_secondorder._objective.closure import FunctionalObjective
+from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.optim import (
     LBFGS,
@@ -28,6 +29,7 @@ __all__ = [
     "LBFGS",
     "AdaHessian",
     "AdaHessianInfo",
+    "ClosureObjective",
     "Contractive",
     "ContractiveInfo",
     "DatasetClosure",
@@ -62,13 +64,13 @@ MovedModules(
         f"torch_secondorder.{old}": [f"torch_secondorder.{place}" for place in places.split()]
         for old, places in {
             "capture": "_closure.capture",
-            "evaluation": "_objective.evaluation",
+            "evaluation": "_objective.evaluation _objective.base",
             "huggingface": "integrations.huggingface",
             "lightning": "integrations.lightning",
             "lightning.curvature": "integrations.lightning",
             "lightning.monitor": "integrations.lightning",
             "lightning.penalty": "integrations.lightning",
-            "objective": "_objective.closure",
+            "objective": "_objective.closure _objective.functional",
             "vector": "_params.vector",
             "dataset.objective": "dataset",
             "dataset.operator": "dataset",

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Objective, Regularization
+from torch_secondorder._objective.base import Objective, Regularization
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, copied, makes_state_only
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._params.vector import ParameterVector
@@ -127,7 +128,9 @@ class FlatOptimizer(SecondOrderOptimizer):
             return closure.bind(vector, regularization, master)
         over_data = any(isinstance(c, DatasetClosure) for c in (closure, curvature_closure))
         kind = DatasetObjective if over_data else ClosureObjective
-        return kind(closure, vector, regularization, master, self._registry, curvature_closure)
+        return kind.for_step(
+            closure, vector, regularization, master, self._registry, curvature_closure
+        )
 
     def _per_parameter(self, name: str) -> list[float]:
         """A group hyperparameter, repeated for each trainable parameter."""

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.stopping import Progress
 from torch_secondorder._params.vector import max_norm

@@ -9,7 +9,7 @@ from math import inf, nan
 import torch
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
-from torch_secondorder._objective.evaluation import EvaluationsSpent, Objective
+from torch_secondorder._objective.base import EvaluationsSpent, Objective
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.newton_choice import DIFFERENCES, Curvature, most_iterations
 from torch_secondorder._optim.quadratic_model import Memory, Model, Move, Point, Tally

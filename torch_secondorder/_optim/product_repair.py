@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._objective.base import Objective
 from torch_secondorder.curvature import Diagonal, FiniteDifference, LinearOperator
 from torch_secondorder.curvature._masked import Masked
 from torch_secondorder.solvers._units import Rescaled

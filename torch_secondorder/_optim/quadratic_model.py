@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._optim.product_repair import repaired
 from torch_secondorder._params.space import Space
 from torch_secondorder._params.vector import max_norm

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._objective.base import Objective
 from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size
 from torch_secondorder._optim.info import StepInfo, StepStatus
