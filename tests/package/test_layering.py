@@ -52,7 +52,7 @@ RULES = Rules(
         "_closure": "_foundation _autograd",
         "_objective": "_foundation _params _autograd _closure",
         "curvature": "_foundation _params _autograd _closure _objective",
-        "solvers": "_params _objective curvature",
+        "solvers": "_foundation _params _objective curvature",
         "globalization": "",
         "penalties": "_foundation _autograd",
         "dataset": "_foundation _params _autograd _closure _objective curvature",
