@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture, uncaptured
@@ -21,6 +20,7 @@ from torch_secondorder._closure.validation import (
     scalar,
     touched,
 )
+from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._objective.compiled import CompiledFunction
 from torch_secondorder._objective.evaluation import Objective, RawEvaluation, Regularization
 from torch_secondorder._params.vector import ParameterVector

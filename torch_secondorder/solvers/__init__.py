@@ -1,5 +1,8 @@
 """Linear solvers and preconditioners over matrix-free operators."""
 
+import warnings
+from typing import Any
+
 from torch_secondorder.solvers._resolve import resolve_preconditioner, resolve_solver
 from torch_secondorder.solvers.base import (
     Iterate,
@@ -35,3 +38,11 @@ __all__ = [
     "resolve_preconditioner",
     "resolve_solver",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The old name of `MINRES`, for one release."""
+    if name != "Minres":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("Minres is now called MINRES", DeprecationWarning, stacklevel=2)
+    return MINRES

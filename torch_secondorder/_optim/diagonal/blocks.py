@@ -13,9 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# From C++: views one by one take longer than the arithmetic on a small network.
-from torch._utils import _unflatten_dense_tensors
-
+from torch_secondorder._foundation.private_torch import fused_adam, unflatten_tensors, unscale
 from torch_secondorder._params.space import local
 
 __all__ = ["COUNTS", "MOMENTS", "Block", "Number", "as_real", "narrowed", "nonfinite"]
@@ -28,7 +26,6 @@ MOMENTS = ("exp_avg", "exp_hessian")
 #: What is counted for each parameter.
 COUNTS = ("step", "curvature_step")
 _ALMOST_ONE = 1 - 2.0**-53
-_fused: Callable[..., Any] | None = getattr(torch, "_fused_adam_", None)  # it is not public
 
 
 class Block:
@@ -99,7 +96,7 @@ class Block:
 
     def cut(self, flat: Tensor) -> list[Tensor]:
         """Views shaped like the parameters."""
-        return list(_unflatten_dense_tensors(flat, self._reals))
+        return list(unflatten_tensors(flat, self._reals))
 
     def intact(self, states: Any) -> bool:
         """Whether parameters and the optimizer's state still are where they were."""
@@ -177,9 +174,9 @@ class Block:
         Returns:
             Whether there is such a kernel for these parameters; nothing has changed if not.
         """
-        if self.master is not None or _fused is None or not self._fuses:
+        if self.master is not None or fused_adam is None or not self._fuses:
             return False
-        _fused(
+        fused_adam(
             self._reals,
             self.cut(estimate),
             self._exp_avg_parts,
@@ -271,7 +268,7 @@ def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) ->
                 for t in group:
                     t.copy_(t.float().mul_(inverse))
         else:
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse)
+            unscale(group, found, inverse)
         total = found if total is None else total + found.to(total.device)
     assert total is not None
     return total
