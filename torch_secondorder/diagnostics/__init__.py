@@ -26,3 +26,7 @@ __all__ = [
     "spectral_density",
     "trace",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,8 +1,8 @@
 """Linear solvers and preconditioners over matrix-free operators."""
 
-import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
+from torch_secondorder._foundation.deprecation import renamed
 from torch_secondorder.solvers._resolve import resolve_preconditioner, resolve_solver
 from torch_secondorder.solvers.base import (
     Iterate,
@@ -39,10 +39,9 @@ __all__ = [
     "resolve_solver",
 ]
 
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"Minres": "MINRES"})
 
-def __getattr__(name: str) -> Any:
-    """The old name of `MINRES`, for one release."""
-    if name != "Minres":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn("Minres is now called MINRES", DeprecationWarning, stacklevel=2)
-    return MINRES
+
+def __dir__() -> list[str]:
+    return __all__
