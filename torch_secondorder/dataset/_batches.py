@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._foundation.subclasses import plain
 
 __all__ = ["as_pair", "call", "fingerprint", "length", "moved"]
