@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._closure.runner import nonzero
 from torch_secondorder._closure.validation import check_callable, scalar
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder._objective.one_shot import nonzero
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
