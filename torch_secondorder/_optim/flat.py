@@ -18,7 +18,8 @@ from torch_secondorder._objective.evaluation import Objective, Regularization
 from torch_secondorder._optim.base import SecondOrderOptimizer, copied, makes_state_only
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._params.vector import ParameterVector
-from torch_secondorder.dataset import DatasetClosure, DatasetObjective
+from torch_secondorder.dataset._objective import DatasetObjective
+from torch_secondorder.dataset.closure import DatasetClosure
 
 __all__ = ["FlatOptimizer", "Rows", "check_size"]
 
