@@ -36,7 +36,7 @@ from torch_secondorder._foundation.private_torch import (
     unflatten_tensors,
 )
 from torch_secondorder._foundation.subclasses import all_plain, plainly, snapshot
-from torch_secondorder._objective.closure import FunctionalObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 
 __all__ = [
     "GradientTrace",
