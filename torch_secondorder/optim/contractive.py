@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
+from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
 from torch_secondorder._optim.base import check_number, makes_state_only
 from torch_secondorder._optim.info import Report, StepInfo
 from torch_secondorder._optim.penalized import Penalized, not_called
@@ -22,14 +23,6 @@ from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, Recorder
 __all__ = ["Contractive", "ContractiveInfo"]
 
 _NAME = "contractive"  # in checkpoints
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +132,7 @@ class Contractive(Optimizer):
         self._listen()
 
     def _listen(self) -> None:
-        for name in _HOOKS:
+        for name in OPTIMIZER_HOOKS:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
         self._recorder = Recorder(self.penalty.encoder)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from torch_secondorder._foundation.private_torch import BatchNorm
 
 __all__ = [
     "check_choice",
@@ -66,7 +67,7 @@ def check_separate(f: Callable[..., Any]) -> None:
         return
     for name, inner in module.named_modules():
         # Without running statistics it takes those of the batch in evaluation as well.
-        if isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None):
+        if isinstance(inner, BatchNorm) and (inner.training or inner.running_mean is None):
             what = f"{type(inner).__name__} {name!r}" if name else type(inner).__name__
             raise ValueError(
                 f"{what} normalizes with the statistics of the batch, so an output depends on all "

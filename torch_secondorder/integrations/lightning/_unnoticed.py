@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from torch_secondorder._foundation.private_torch import pytree
 
 __all__ = ["cloned", "loss_of", "unnoticed"]
 
