@@ -19,6 +19,7 @@ from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.globalization import (
     FixedStep,
     LineSearch,
+    SearchResult,
     SearchStatus,
     falls_without_end,
     resolve_line_search,
@@ -148,32 +149,32 @@ class LBFGS(FlatOptimizer):
         if self._sharded:
             self._show_names()
 
-    def _step(self, objective: Objective, lr: float) -> Tensor:
-        loss = super()._step(objective, lr)
-        assert self.info is not None
-        self._reset_reason = ""
-        self._counts["n_iter"] += self.info.iterations
-        self._counts["func_evals"] += self.info.evaluations
-        return loss
-
     def _begin(self, descent: Descent) -> None:
-        group = self.param_groups[0]
+        group, vector = self.param_groups[0], descent.objective.vector
         descent.max_eval = group["max_eval"] or group["max_iter"] * 5 // 4
-        if isinstance(self.line_search, FixedStep):
+        searches = not isinstance(self.line_search, FixedStep)
+        if not searches:
             descent.patience = inf  # without a search the loss may climb for a while
-        self._inverse = self._fitting_history(descent.objective.vector)
+        size = group["history_size"] or _default_history_size(vector)
+        inverse = self._inverse
+        if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
+            self._forget("history_size or the trainable parameters changed")
+        if self._inverse is None:
+            self._inverse = _history(vector, size)
+        self._inverse.largest_scale = searches
         self._skipped = self._damped = 0
 
-    def _details(self) -> dict[str, Any]:
-        return {
-            "skipped_pairs": self._skipped,
-            "damped_pairs": self._damped,
-            "history_reset": self._reset_reason,
-        }
-
-    def _refuse_start(self) -> dict[str, Any]:
-        super()._refuse_start()
-        return {"history_reset": self._reset_reason}
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        self._counts["func_evals"] += objective.evaluations
+        further: dict[str, Any] = {}
+        if descent is None:
+            super()._finish(objective, descent)
+        else:
+            self._counts["n_iter"] += descent.count
+            further = {"skipped_pairs": self._skipped, "damped_pairs": self._damped}
+        further["history_reset"] = self._reset_reason
+        self._reset_reason = ""
+        return further
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         if descent.objective.renewed:
@@ -186,15 +187,19 @@ class LBFGS(FlatOptimizer):
         result = self.line_search(line, line.start, descent.lr, precision=precision)
         descent.search_status = result.status
         descent.nonfinite_trials += result.nonfinite
-        unbounded = line.bottomless or falls_without_end(line.slope, result)
+        unbounded = line.bottomless or (
+            result.status is SearchStatus.UNBOUNDED and falls_without_end(line.slope, result)
+        )
         if result.status.accepted:
             before = descent.point
             self._learn(line, result.trial.t, before, line.accept(result.trial))
-            return StepStatus.UNBOUNDED if unbounded else None
         if unbounded:
             return StepStatus.UNBOUNDED
-        # A second try is worth it without the history.
-        if self._held.count:
+        return None if result.status.accepted else self._failed(result)
+
+    def _failed(self, result: SearchResult) -> StepStatus | None:
+        """Drops the history after a search in vain; without one the step is over."""
+        if self._inverse is not None and self._inverse.count:
             self._drop_history(f"the line search ended with {result.status.name}")
             return None
         if result.status is SearchStatus.NONFINITE:
@@ -204,9 +209,8 @@ class LBFGS(FlatOptimizer):
 
     def _line(self, descent: Descent) -> Line:
         """The line of the next search; one synchronization."""
-        grad = descent.point.grad
-        assert grad is not None
-        history = self._held
+        grad, history = descent.point.grad, self._inverse
+        assert grad is not None and history is not None
         if history.count:
             direction = history.direction(grad)
             slope, square = descent.space.to_host(sums=(grad @ direction, direction @ direction))
@@ -237,8 +241,8 @@ class LBFGS(FlatOptimizer):
             candidate: The accepted trial.
         """
         assert candidate.point is not None and candidate.point.grad is not None
-        assert before.grad is not None
-        history, y, y_y = self._held, candidate.y, candidate.y_y
+        history, y, y_y = self._inverse, candidate.y, candidate.y_y
+        assert before.grad is not None and history is not None
         if y is None:
             y = candidate.point.grad - before.grad
         precision = torch.finfo(y.dtype)
@@ -259,28 +263,12 @@ class LBFGS(FlatOptimizer):
             self._skipped += 1
 
     def _drop_history(self, reason: str) -> None:
-        """Drops the pairs within a step, and keeps their memory."""
+        """Drops the pairs during a step."""
+        assert self._inverse is not None
         self._reset_reason = reason
-        self._held.reset()
+        self._inverse.reset()
 
     # The history and its place in checkpoints.
-
-    @property
-    def _held(self) -> InverseBFGS:
-        """The history, during a step."""
-        assert self._inverse is not None
-        return self._inverse
-
-    def _fitting_history(self, vector: ParameterVector) -> InverseBFGS:
-        """The history; a new one where there is none, or none that fits."""
-        size = self.param_groups[0]["history_size"] or _default_history_size(vector)
-        inverse = self._inverse
-        if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
-            self._forget("history_size or the trainable parameters changed")
-        if self._inverse is None:
-            self._inverse = _history(vector, size)
-        self._inverse.largest_scale = not isinstance(self.line_search, FixedStep)
-        return self._inverse
 
     def _forget(self, reason: str) -> None:
         self._reset_reason = reason

@@ -321,8 +321,12 @@ class NewtonCG(FlatOptimizer):
         self._current_generator(descent.objective.vector)
         self._tally, self._gain_ratio = Tally(), nan
 
-    def _details(self) -> dict[str, Any]:
-        tally, memory = self._tally, self._memory
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        memory = self._memory
+        if descent is None:
+            memory.direction = None
+            return {"curvature": self._choice.kind}
+        tally = self._tally
         trusts = isinstance(self.globalization, TrustRegion)
         return {
             "products": tally.products,
@@ -336,10 +340,6 @@ class NewtonCG(FlatOptimizer):
             "preconditioner": type(self.preconditioner).__name__ if self.preconditioner else "",
             "repair": tally.repair,
         }
-
-    def _refuse_start(self) -> dict[str, Any]:
-        self._memory.direction = None
-        return {"curvature": self._choice.kind}
 
     # The iterations of one step.
 
