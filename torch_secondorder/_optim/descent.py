@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._params.vector import max_norm
 from torch_secondorder.globalization import SearchStatus, Trial

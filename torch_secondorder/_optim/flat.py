@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Evaluation, Objective, Regularization
+from torch_secondorder._objective.base import Objective, Regularization
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, copied, makes_state_only
 from torch_secondorder._optim.descent import Descent, DescentInfo, Point
 from torch_secondorder._optim.info import StepStatus
@@ -244,10 +246,11 @@ class FlatOptimizer(SecondOrderOptimizer):
                     "a curvature_closure goes with a closure, not with a FunctionalObjective"
                 )
             return closure.bind(vector, regularization, master)
-        kind = ClosureObjective
-        if isinstance(closure, DatasetClosure) or isinstance(curvature_closure, DatasetClosure):
-            kind = DatasetObjective
-        return kind(closure, vector, regularization, master, self._registry, curvature_closure)
+        over_data = any(isinstance(c, DatasetClosure) for c in (closure, curvature_closure))
+        kind = DatasetObjective if over_data else ClosureObjective
+        return kind.for_step(
+            closure, vector, regularization, master, self._registry, curvature_closure
+        )
 
     def _current_vector(self, params: Sequence[Tensor], rates: Sequence[float]) -> ParameterVector:
         """The vector of the trainable parameters; what was learned about another one is dropped."""

@@ -10,7 +10,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
 from torch_secondorder.dataset import BatchSum, curvature_at

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import check_callable
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.dataset import DatasetClosure, DatasetObjective
@@ -156,7 +157,7 @@ def _closure_objective(
     closure: Callable[[], Any], vector: ParameterVector, registry: ModuleRegistry
 ) -> Objective:
     kind = DatasetObjective if isinstance(closure, DatasetClosure) else ClosureObjective
-    return kind(closure, vector, registry=registry)
+    return kind.for_step(closure, vector, registry=registry)
 
 
 def _is_pair(batches: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._objective.base import Objective
 from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.descent import Candidate, Descent, DescentInfo, Line, Point
 from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size

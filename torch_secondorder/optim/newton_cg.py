@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
-from torch_secondorder._objective.evaluation import Evaluation, EvaluationsSpent, Objective
+from torch_secondorder._objective.base import EvaluationsSpent, Objective
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.curvature_choice import (
     CURVATURES,
