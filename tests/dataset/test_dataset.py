@@ -41,7 +41,8 @@ from torch_secondorder.curvature import (
     LinearOperator,
     exact_diagonal,
 )
-from torch_secondorder.dataset import BatchSum, DatasetObjective, curvature_at
+from torch_secondorder.dataset._objective import DatasetObjective
+from torch_secondorder.dataset._operator import BatchSum, curvature_at
 from torch_secondorder.diagnostics import from_closure, from_model, second_order_model, trace
 from torch_secondorder.solvers import Nystrom
 
@@ -450,7 +451,7 @@ def test_preconditioners_from_outputs_refuse_a_hessian(name: str) -> None:
     model = network()
     optimizer = NewtonCG(model.parameters(), curvature="hessian", preconditioner=name)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(TypeError, match=r"Hessian knows no model outputs.*'nystrom'"):
+    with pytest.raises(TypeError, match=r"Hessian is not made from model outputs.*'nystrom'"):
         optimizer.step(DatasetClosure(model, F.cross_entropy, loader()))
     close([p.detach() for p in model.parameters()], before, 0.0)
 
@@ -697,7 +698,7 @@ def test_counting_draws_nothing() -> None:
     batches = loader(shuffle=True, generator=generator)
     closure = DatasetClosure(model, F.cross_entropy, batches, count=lambda batch: len(batch[0]))
     state = torch.get_rng_state(), generator.get_state()
-    closure._counted()
+    closure._sample_counts()
     assert torch.equal(torch.get_rng_state(), state[0])
     assert torch.equal(generator.get_state(), state[1])
 
@@ -809,6 +810,6 @@ def test_a_bar_over_the_batches(
     monkeypatch.setattr(sys, "stderr", terminal)
     DatasetClosure(model, F.cross_entropy, loader())()
     assert "loss and gradient" not in terminal.getvalue()
-    monkeypatch.setattr(torch_secondorder.dataset.closure, "_SOON", 0.0)
+    monkeypatch.setattr(torch_secondorder.dataset.closure, "_BAR_DELAY", 0.0)
     DatasetClosure(model, F.cross_entropy, loader())()
     assert "loss and gradient" in terminal.getvalue()
