@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 from typing import Any, NamedTuple
@@ -11,8 +12,17 @@ from torch import Tensor
 
 from torch_secondorder._objective.evaluation import Evaluation, Objective
 from torch_secondorder._optim.base import check_number
-from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size
+from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder._optim.info import StepInfo, StepStatus
+from torch_secondorder._optim.state import (
+    ModelField,
+    Number,
+    Pieces,
+    Rows,
+    check_size,
+    copied,
+    declare,
+)
 from torch_secondorder._optim.stopping import Progress
 from torch_secondorder._params.vector import ParameterVector, max_norm
 from torch_secondorder.curvature import InverseBFGS
@@ -57,6 +67,58 @@ class LBFGSInfo(StepInfo):
     skipped_pairs: int = 0
     damped_pairs: int = 0
     history_reset: str = ""
+
+
+class _History(ModelField):
+    """The pairs of `LBFGS`; takes those of `torch.optim.LBFGS` as well."""
+
+    small_names = (
+        *("history_size", "count", "_room", "_newest", "_pending"),
+        *("scales", "inverse", "diagonal"),
+    )
+    vector_names = ("steps", "differences")
+    foreign_names = (
+        *("d", "t", "ro", "al", "H_diag", "old_dirs", "old_stps"),
+        *("prev_flat_grad", "prev_loss"),
+    )
+    of_vector = True
+
+    def save(self, optimizer: LBFGS) -> dict[str, Any]:
+        """See `ModelField.save`."""
+        inverse = self.get(optimizer)
+        return {self.name: {} if inverse is None else inverse.state_dict()}
+
+    def cut(self, optimizer: LBFGS, vector: ParameterVector) -> Pieces:
+        """See `ModelField.cut`."""
+        inverse, size = self.get(optimizer), optimizer._history_size(vector)
+        if inverse is None or (inverse.size, inverse.history_size) != (vector.size, size):
+            inverse = _history(vector, size)
+        small, steps, differences = inverse.split_state()
+        return Pieces(small, {"steps": Rows(steps, size), "differences": Rows(differences, size)})
+
+    def load(
+        self, found: Mapping[str, Any], optimizer: LBFGS, vector: ParameterVector | None
+    ) -> InverseBFGS | None:
+        """See `ModelField.load`."""
+        if vector is None:
+            return None
+        history = found.get(self.name)
+        if "steps" in found:
+            history = InverseBFGS.join_state(dict(found), found["steps"], found["differences"])
+        if history:
+            # If all parameters are frozen there is nothing to compare it with; the next step does.
+            if optimizer._trainable:
+                check_size(history["size"], vector)
+            inverse = _history(vector, history["history_size"], history["size"])
+            inverse.load_state_dict(copied(history))
+            return inverse
+        if not found.get("old_stps"):
+            return None
+        inverse = _history(vector, optimizer._history_size(vector))
+        for y, s in zip(found["old_dirs"], found["old_stps"], strict=True):
+            check_size(s.numel(), vector)
+            inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
+        return inverse
 
 
 class LBFGS(FlatOptimizer):
@@ -112,11 +174,17 @@ class LBFGS(FlatOptimizer):
 
     _info_type = LBFGSInfo
     _recognized_by = "max_iter"
-    _foreign_names = (
-        *("d", "t", "ro", "al", "H_diag", "old_dirs", "old_stps"),
-        *("prev_flat_grad", "prev_loss"),
+    _state_fields = declare(
+        n_iter=Number(0),
+        func_evals=Number(0),
+        largest_gradient=Number(0.0),
+        history=_History("_inverse"),
     )
-    _carried = (*FlatOptimizer._carried, "line_search", "_reset_reason")
+    _n_iter: int
+    _func_evals: int
+    _largest_gradient: float  # of all steps so far
+    _inverse: InverseBFGS | None
+    _carried = ("line_search", "_reset_reason")
 
     def __init__(
         self,
@@ -142,10 +210,7 @@ class LBFGS(FlatOptimizer):
         if max_eval is not None:
             check_number("max_eval", max_eval, low=1, integer=True)
         self.line_search = resolve_line_search(line_search_fn)
-        self._inverse: InverseBFGS | None = None
         self._reset_reason = ""
-        self._largest_gradient = 0.0
-        self._counts = {"n_iter": 0, "func_evals": 0}
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -158,8 +223,6 @@ class LBFGS(FlatOptimizer):
             "damping": damping,
         }
         super().__init__(params, defaults)
-        if self._sharded:
-            self._show_names()
 
     def _step(self, objective: Objective) -> Tensor:
         evaluation = objective.evaluate()
@@ -202,8 +265,8 @@ class LBFGS(FlatOptimizer):
     def _report(self, info: LBFGSInfo) -> None:
         self.info = replace(info, history_reset=self._reset_reason)
         self._reset_reason = ""
-        self._counts["n_iter"] += info.iterations
-        self._counts["func_evals"] += info.evaluations
+        self._n_iter += info.iterations
+        self._func_evals += info.evaluations
 
     def _settings(self) -> _Settings:
         group = self.param_groups[0]
@@ -224,8 +287,7 @@ class LBFGS(FlatOptimizer):
 
     def _fitting_history(self, vector: ParameterVector) -> InverseBFGS:
         """The history; a new one where there is none, or none that fits."""
-        size = self.param_groups[0]["history_size"] or _default_history_size(vector)
-        inverse = self._inverse
+        size, inverse = self._history_size(vector), self._inverse
         if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
             self._forget("history_size or the trainable parameters changed")
         if self._inverse is None:
@@ -237,43 +299,9 @@ class LBFGS(FlatOptimizer):
         self._reset_reason = reason
         self._inverse = None
 
-    def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
-        size = self.param_groups[0]["history_size"] or _default_history_size(vector)
-        inverse = self._inverse
-        if inverse is None or (inverse.size, inverse.history_size) != (vector.size, size):
-            inverse = _history(vector, size)
-        small, steps, differences = inverse.split_state()
-        counts = self._counts | {"largest_gradient": self._largest_gradient}
-        return counts | small, {"steps": Rows(steps, size), "differences": Rows(differences, size)}
-
-    def _join_state(
-        self, small: dict[str, Any], vectors: dict[str, Tensor], vector: ParameterVector
-    ) -> dict[str, Any]:
-        names = ("n_iter", "func_evals", "largest_gradient")
-        history = InverseBFGS.join_state(small, vectors["steps"], vectors["differences"])
-        return {name: small[name] for name in names} | {"history": history}
-
-    def _export_state(self) -> dict[str, Any]:
-        history = {} if self._inverse is None else self._inverse.state_dict()
-        return self._counts | {"largest_gradient": self._largest_gradient, "history": history}
-
-    def _import_state(self, state: dict[str, Any]) -> None:
-        inverse = None
-        # With all parameters frozen there is nothing to hold it against; the next step does.
-        vector = self._known_vector()
-        if vector is None:
-            pass
-        elif history := state.get("history"):
-            if self._trainable:
-                check_size(history["size"], vector)
-            inverse = _history(vector, history["history_size"], history["size"])
-            inverse.load_state_dict(history)
-        elif state.get("old_stps"):
-            size = self.param_groups[0]["history_size"] or _default_history_size(vector)
-            inverse = _from_torch(state, size, vector)
-        self._inverse = inverse
-        self._largest_gradient = state.get("largest_gradient", 0.0)
-        self._counts = {name: state.get(name, 0) for name in ("n_iter", "func_evals")}
+    def _history_size(self, vector: ParameterVector) -> int:
+        size: int | None = self.param_groups[0]["history_size"]
+        return size or _default_history_size(vector)
 
 
 def _default_history_size(vector: ParameterVector) -> int:
@@ -285,15 +313,6 @@ def _default_history_size(vector: ParameterVector) -> int:
 def _history(vector: ParameterVector, history_size: int, size: int | None = None) -> InverseBFGS:
     size = vector.size if size is None else size
     return InverseBFGS(size, history_size, vector.dtype, vector.device, space=vector.space)
-
-
-def _from_torch(state: dict[str, Any], history_size: int, vector: ParameterVector) -> InverseBFGS:
-    """The history of a `torch.optim.LBFGS` checkpoint."""
-    inverse = _history(vector, history_size)
-    for y, s in zip(state["old_dirs"], state["old_stps"], strict=True):
-        check_size(s.numel(), vector)
-        inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
-    return inverse
 
 
 # The iterations of one step.

@@ -22,21 +22,29 @@ from torch_secondorder._objective.one_shot import (
     SingleEvaluation,
 )
 from torch_secondorder._optim.base import SecondOrderOptimizer, check_number, makes_state_only
-from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout, as_real, prepare
+from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
     ShardedEvaluation,
     check_closure,
     held_outcome,
     held_parts,
-    part_states,
-    whole_states,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, Effort, report_of
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs, judge
-from torch_secondorder._optim.info import LazyInfo, StepInfo
+from torch_secondorder._optim.info import LazyInfo
 from torch_secondorder._optim.present import Scaling, present_gradients
+from torch_secondorder._optim.state import (
+    Count,
+    MasterCopy,
+    Moment,
+    Number,
+    Random,
+    as_real,
+    declare,
+    prepare,
+)
 from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
 from torch_secondorder._params.vector import ParameterVector, max_norm
 from torch_secondorder.curvature.diagonal import (
@@ -46,6 +54,26 @@ from torch_secondorder.curvature.diagonal import (
 )
 
 __all__ = ["DiagonalOptimizer", "check_betas"]
+
+
+class _Overdue(Number):
+    """Steps that estimate out of turn; parameters that were thawed since the last one want some."""
+
+    def save(self, optimizer: DiagonalOptimizer) -> dict[str, Any]:
+        """See `ModelField.save`."""
+        overdue = optimizer._overdue
+        if optimizer._known is not None and optimizer._has_new(optimizer._trainable):
+            overdue = max(overdue, optimizer._first_steps)
+        return {self.name: overdue}
+
+
+class _Undrawn(Random):
+    """The generator as it was before what was seen, which is not carried along."""
+
+    def save(self, optimizer: DiagonalOptimizer) -> dict[str, Any]:
+        """See `ModelField.save`."""
+        undrawn = optimizer._undrawn
+        return super().save(optimizer) if undrawn is None else {self.name: undrawn}
 
 
 class DiagonalOptimizer(SecondOrderOptimizer):
@@ -63,8 +91,19 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _info_type = DiagonalInfo
-    _carried = (*SecondOrderOptimizer._carried, "estimator", "_watches")
-    _optional_names: tuple[str, ...] = ("generator",)
+    _carried = ("estimator", "_watches")
+    _state_fields = declare(
+        steps=Number(0),
+        overdue=_Overdue(0),
+        generator=_Undrawn(),
+        step=Count(),
+        curvature_step=Count(),
+        exp_avg=Moment(),
+        exp_hessian=Moment(),
+        master=MasterCopy(),
+    )
+    _steps: int
+    _overdue: int  # how many of the next steps estimate out of turn
     #: How many of the first steps all estimate the curvature, though no more than a period.
     _warm_up = 1
     #: Whether an update takes absolute values of the diagonal.
@@ -88,13 +127,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     ) -> None:
         self.estimator = estimator
         self._watches = False  # until all is there
-        self._steps = 0
-        self._overdue = 0  # how many of the next steps estimate out of turn
+        self._steps = self._overdue = 0
         self._known: Sequence[Tensor] | None = None  # what was trained, frozen parameters left out
-        self._generator: torch.Generator | None = None
         self._stale: GradientTrace | None = None
         self._buffer_pool = BufferPool()
-        self._arrangement = BlockLayout()
+        self._arrangement = BlockLayout(self._parameter_fields)
         super().__init__(params, defaults)
         self._watches = watch
         self._listen()
@@ -441,10 +478,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """The vector of the parameters, and where randomness comes from."""
         if self._vector is None or not self._vector.matches(params, None):
             self._vector = ParameterVector(params)
-        if self._generator is None:
-            self._generator = torch.Generator(self._vector.device)
-            self._generator.manual_seed(int(self.param_groups[0]["seed"]))
-        return self._vector, self._generator
+        return self._vector, self._random(self._vector.device)
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
         watch = self._estimator_for(params).watch(*self._tools(params), self._buffer_pool)
@@ -554,77 +588,32 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             self._update(block, StepInputs(block, gradients, whole, estimate, verdict))
         return bool(blocks)
 
-    # The report, made when it is read.
-
-    @property
-    def info(self) -> StepInfo | None:
-        """The report of the last step, None before the first."""
-        # Nothing is set here: `self` may be a wrapper that stands for this object.
-        info: StepInfo | None = self._info() if isinstance(self._info, LazyInfo) else self._info
-        return info
-
-    @info.setter
-    def info(self, info: Any) -> None:
-        self._info = info
-
     # Checkpoints.
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
         for p in params:
-            prepare(self.state[p], p, on_device=self._on_device)
+            prepare(self._parameter_fields, self.state[p], p, on_device=self._on_device)
         self._show_names()
 
-    def _export_state(self) -> dict[str, Any]:
+    @property
+    def _seed(self) -> int:  # type: ignore[override]
+        return int(self.param_groups[0]["seed"])
+
+    def _before_saving(self) -> None:
         self._look_at_first()
-        if self._generator is None and self._trainable:
-            self._tools(self._trainable)  # there has to be one to load into
-        overdue = self._overdue
-        if self._known is not None and self._has_new(self._trainable):
-            overdue = max(overdue, self._first_steps)
-        state: dict[str, Any] = {"steps": self._steps, "overdue": overdue}
-        if self._generator is not None:
-            # What was seen is not carried along, and was not drawn then.
-            undrawn = self._undrawn
-            state["generator"] = self._generator.get_state() if undrawn is None else undrawn
-        return state
 
-    def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
-        if not self._sharded:
-            super()._add_state(states)
-        elif self._trainable:
-            states.update(whole_states(self._parameters, self.state, self._export_state()))
-
-    def _import(self, states: list[dict[str, Any]]) -> None:
-        if self._sharded:
-            states = [part_states(self._parameters, states, self.state)]
-        super()._import(states)
-
-    def _import_state(self, state: dict[str, Any]) -> None:
-        vector, saved = self._known_vector(), state.get("generator")
+    def _reset_state(self) -> None:
+        super()._reset_state()
         self._forget_observation()
-        self._arrangement = BlockLayout()
-        self._steps = int(state.get("steps", 0))
-        self._overdue = int(state.get("overdue", 0))
-        self._known = self._trainable if self._steps else None
-        self._stale = self._generator = self._first = None
+        self._arrangement = BlockLayout(self._parameter_fields)
+        self._stale = self._first = None
         self._buffer_pool = BufferPool()
-        self._listen()
-        if saved is not None and vector is not None:
-            self._generator = torch.Generator(vector.device)
-            try:
-                self._generator.set_state(saved.cpu())
-            except RuntimeError:  # from a device of another type: other probes, as good
-                self._generator.manual_seed(int(self.param_groups[0]["seed"]) + self._steps)
 
-    def _finish_loading(self, state_dict: dict[str, Any]) -> None:
-        # torch casts state to the parameters' dtype, and a narrow one would lose the rest.
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, p in zip(saved, self._parameters, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and name in self.state[p]:
-                    self.state[p][name] = value.to(p.device, copy=True)
-        super()._finish_loading(state_dict)
+    def _import_state(self, found: dict[str, Any]) -> None:
+        super()._import_state(found)
+        self._known = self._trainable if self._steps else None
+        self._listen()
 
 
 def _capturing(parameter: Tensor) -> bool:
