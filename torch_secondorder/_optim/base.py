@@ -278,9 +278,8 @@ class SecondOrderOptimizer(Optimizer):
         Raises:
             ValueError: The state does not fit; nothing has changed.
         """
-        vector = self._known_vector()
         loaded = {
-            field: field.load(found, self, vector)
+            field: field.load(found, self)
             for field in self._model_fields
             if any(name in found for name in field.names)
         }

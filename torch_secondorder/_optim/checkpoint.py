@@ -92,7 +92,7 @@ def _add_pieces(optimizer: Any, states: dict[int, dict[str, Any]]) -> None:
     states.update({n: cut_state(fields, optimizer.state.get(p, {}), p) for n, p in trained.items()})
     numbers = [number for number, p in trained.items() if p.numel()]
     for field in optimizer._model_fields:
-        small, vectors = field.cut(optimizer, vector)
+        small, vectors = field.cut(optimizer)
         states[numbers[0]] |= {name: _as_tensor(value) for name, value in small.items()}
         for name, rows in vectors.items():
             for number, part in zip(numbers, vector.distribute(*rows), strict=True):

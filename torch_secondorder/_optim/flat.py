@@ -15,7 +15,7 @@ from torch_secondorder._objective.closure import ClosureObjective, FunctionalObj
 from torch_secondorder._objective.evaluation import Objective, Regularization
 from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
 from torch_secondorder._optim.present import Scaling
-from torch_secondorder._optim.state import Pieces, Rows, Vector, declare
+from torch_secondorder._optim.state import Pieces, Vector, declare
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset import DatasetClosure, DatasetObjective
 
@@ -32,11 +32,12 @@ class _Master(Vector):
         super().bind(name)
         self.small_names = ()
 
-    def cut(self, optimizer: Any, vector: ParameterVector) -> Pieces:
+    def cut(self, optimizer: FlatOptimizer) -> Pieces:
         """See `ModelField.cut`; the parameters stand for a position that is missing."""
+        vector = ParameterVector(optimizer._trainable)
         if not vector.needs_master:
-            return Pieces({}, {})
-        return Pieces({}, {self.name: Rows(vector.read(self.get(optimizer)))})
+            return {}, {}
+        return {}, {self.name: (vector.read(self.get(optimizer)), None)}
 
 
 class FlatOptimizer(SecondOrderOptimizer):

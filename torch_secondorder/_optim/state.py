@@ -28,7 +28,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,7 +50,6 @@ __all__ = [
     "ParameterField",
     "Pieces",
     "Random",
-    "Rows",
     "Vector",
     "as_real",
     "check_size",
@@ -86,24 +85,10 @@ class Field:
 # State of the whole model.
 
 
-class Rows(NamedTuple):
-    """A vector `(n,)`, or a stack `(k, n)` in a checkpoint that has room for `rows` of them."""
-
-    vectors: Tensor
-    rows: int | None = None
-
-
-class Pieces(NamedTuple):
-    """State as checkpoints of sharded parameters need it.
-
-    Attributes:
-        small: Numbers and tensors that are the same in all processes, by name. All of them are
-            there from the beginning and keep their shapes.
-        vectors: Vectors, which are cut up over the processes.
-    """
-
-    small: dict[str, Any]
-    vectors: dict[str, Rows]
+#: State for checkpoints of sharded parameters. First numbers and tensors that are the same in all
+#: processes: all of them from the beginning, in their final shapes. Then vectors, which are cut up:
+#: `(n,)` and None, or a stack `(k, n)` and the number of rows that there is to be room for.
+Pieces: TypeAlias = tuple[dict[str, Any], dict[str, tuple[Tensor, int | None]]]
 
 
 class ModelField(Field, ABC):
@@ -165,23 +150,17 @@ class ModelField(Field, ABC):
         value = self.get(optimizer)
         return {} if value is None else {self.name: copied(value)}
 
-    def cut(self, optimizer: Any, vector: ParameterVector) -> Pieces:
-        """The state for a checkpoint of sharded parameters.
-
-        Args:
-            optimizer: The optimizer.
-            vector: Its trainable parameters.
-        """
-        return Pieces(self.save(optimizer), {})
+    def cut(self, optimizer: Any) -> Pieces:
+        """The state for a checkpoint of sharded parameters, some of which are trainable."""
+        return self.save(optimizer), {}
 
     @abstractmethod
-    def load(self, found: Mapping[str, Any], optimizer: Any, vector: ParameterVector | None) -> Any:
+    def load(self, found: Mapping[str, Any], optimizer: Any) -> Any:
         """The value from a checkpoint, which is `set` once the values of all fields are there.
 
         Args:
             found: What was saved, with vectors put together; it has one of the field's names.
             optimizer: The optimizer, which is not to change yet.
-            vector: The trainable parameters, or all where none is; None without any entries.
 
         Raises:
             ValueError: It does not fit.
@@ -204,7 +183,7 @@ class Number(ModelField):
         """See `ModelField.initial`."""
         return self.start
 
-    def load(self, found: Mapping[str, Any], optimizer: Any, vector: ParameterVector | None) -> Any:
+    def load(self, found: Mapping[str, Any], optimizer: Any) -> Any:
         """See `ModelField.load`."""
         return type(self.start)(found.get(self.name, self.start))
 
@@ -230,7 +209,7 @@ class Choice(ModelField):
         value = self.get(optimizer)
         return {} if value is None else {self.name: self.options.index(value)}
 
-    def load(self, found: Mapping[str, Any], optimizer: Any, vector: ParameterVector | None) -> str:
+    def load(self, found: Mapping[str, Any], optimizer: Any) -> str:
         """See `ModelField.load`."""
         return self.options[int(found[self.name])]
 
@@ -259,32 +238,33 @@ class Vector(ModelField):
         value = self.get(optimizer)
         return value is not None and value.shape[-1] == vector.size
 
-    def cut(self, optimizer: Any, vector: ParameterVector) -> Pieces:
-        """See `ModelField.cut`; zeros, marked as such, stand for what is not there."""
-        fits, rows = self.fits(optimizer, vector), None
-        if fits:
+    def cut(self, optimizer: Any) -> Pieces:
+        """See `ModelField.cut`; zeros, marked as such, stand for a missing value."""
+        vector = optimizer._known_vector()
+        there: int = self.fits(optimizer, vector)
+        if there:
             value = self.get(optimizer)
         else:
-            shape = (vector.size,) if self.rows is None else (0, vector.size)
-            value = torch.zeros(shape, dtype=vector.dtype, device=vector.device)
-        there: int = fits
-        if self.rows is not None:
-            there, rows = len(value), self.rows(optimizer)
-        return Pieces({f"has_{self.name}": there}, {self.name: Rows(value, rows)})
+            value = self.zeros(vector)
+        if self.rows is None:
+            return {f"has_{self.name}": there}, {self.name: (value, None)}
+        return {f"has_{self.name}": len(value)}, {self.name: (value, self.rows(optimizer))}
 
-    def load(
-        self, found: Mapping[str, Any], optimizer: Any, vector: ParameterVector | None
-    ) -> Tensor | None:
+    def zeros(self, vector: ParameterVector) -> Tensor:
+        """The place of a missing value."""
+        shape = (vector.size,) if self.rows is None else (0, vector.size)
+        return torch.zeros(shape, dtype=vector.dtype, device=vector.device)
+
+    def load(self, found: Mapping[str, Any], optimizer: Any) -> Tensor | None:
         """See `ModelField.load`."""
         value, there = found.get(self.name), found.get(f"has_{self.name}", True)
+        vector = optimizer._known_vector()
         if value is None or vector is None or there is False:
             return None
         if optimizer._trainable:
             check_size(value.shape[-1], vector)
-        if there is not True:
-            value = value[:there]
-        result: Tensor = value.to(vector.device, vector.dtype, copy=True)
-        return result
+        result: Tensor = value if there is True else value[:there]
+        return result.to(vector.device, vector.dtype, copy=True)
 
 
 class Matrix(Vector):
@@ -309,11 +289,14 @@ class Matrix(Vector):
             "use LBFGS, which shards its history, or leave fully_shard out"
         )
 
-    def cut(self, optimizer: Any, vector: ParameterVector) -> Pieces:
+    def cut(self, optimizer: Any) -> Pieces:
         """See `ModelField.cut`; whole parameters of several processes are saved like that too."""
-        fits = self.fits(optimizer, vector)
-        value = self.get(optimizer) if fits else vector.read().new_zeros(vector.size, vector.size)
-        return Pieces({f"has_{self.name}": fits, self.name: value.clone()}, {})
+        small, vectors = super().cut(optimizer)
+        return small | {self.name: vectors[self.name][0].clone()}, {}
+
+    def zeros(self, vector: ParameterVector) -> Tensor:
+        """See `Vector.zeros`."""
+        return torch.zeros(vector.size, vector.size, dtype=vector.dtype, device=vector.device)
 
 
 class Random(ModelField):
@@ -326,10 +309,9 @@ class Random(ModelField):
         generator = optimizer._generator
         return {} if generator is None else {self.name: generator.get_state()}
 
-    def load(
-        self, found: Mapping[str, Any], optimizer: Any, vector: ParameterVector | None
-    ) -> torch.Generator | None:
+    def load(self, found: Mapping[str, Any], optimizer: Any) -> torch.Generator | None:
         """See `ModelField.load`."""
+        vector = optimizer._known_vector()
         if vector is None:
             return None
         generator = torch.Generator(vector.device)
@@ -351,9 +333,7 @@ class Nested(ModelField):
         value = self.get(optimizer)
         return {} if value is None else {self.name: value.state_dict()}
 
-    def load(
-        self, found: Mapping[str, Any], optimizer: Any, vector: ParameterVector | None
-    ) -> dict[str, Any]:
+    def load(self, found: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
         """See `ModelField.load`."""
         state: dict[str, Any] = copied(found[self.name])
         return state
@@ -418,10 +398,9 @@ class Moment(ParameterField):
         """See `ParameterField.prepare`."""
         real = as_real(p)
         dtype = torch.promote_types(real.dtype, torch.float32)
-        if self.name in state:
-            state[self.name] = state[self.name].to(p.device, dtype)
-        else:
-            state[self.name] = torch.zeros(real.shape, dtype=dtype, device=p.device)
+        held = state.get(self.name)
+        initial = torch.zeros(real.shape) if held is None else held
+        state[self.name] = initial.to(p.device, dtype)
 
 
 class MasterCopy(ParameterField):
@@ -473,11 +452,9 @@ class Factors(ParameterField):
         """See `ParameterField.prepare`."""
         dtype = torch.promote_types(p.dtype, torch.float32)
         for name in self.names(p):
-            if name in state:
-                state[name] = state[name].to(p.device, dtype)
-            else:
-                eye = torch.eye(self.shape(p, name)[0], dtype=dtype, device=p.device)
-                state[name] = eye.mul_(self.scale)
+            held = state.get(name)
+            initial = self.scale * torch.eye(self.shape(p, name)[0]) if held is None else held
+            state[name] = initial.to(p.device, dtype)
 
     def shape(self, p: Tensor, name: str) -> torch.Size:
         """See `ParameterField.shape`."""

@@ -18,7 +18,6 @@ from torch_secondorder._optim.state import (
     ModelField,
     Number,
     Pieces,
-    Rows,
     check_size,
     copied,
     declare,
@@ -88,18 +87,18 @@ class _History(ModelField):
         inverse = self.get(optimizer)
         return {self.name: {} if inverse is None else inverse.state_dict()}
 
-    def cut(self, optimizer: LBFGS, vector: ParameterVector) -> Pieces:
+    def cut(self, optimizer: LBFGS) -> Pieces:
         """See `ModelField.cut`."""
+        vector = ParameterVector(optimizer._trainable)
         inverse, size = self.get(optimizer), optimizer._history_size(vector)
         if inverse is None or (inverse.size, inverse.history_size) != (vector.size, size):
             inverse = _history(vector, size)
         small, steps, differences = inverse.split_state()
-        return Pieces(small, {"steps": Rows(steps, size), "differences": Rows(differences, size)})
+        return small, {"steps": (steps, size), "differences": (differences, size)}
 
-    def load(
-        self, found: Mapping[str, Any], optimizer: LBFGS, vector: ParameterVector | None
-    ) -> InverseBFGS | None:
+    def load(self, found: Mapping[str, Any], optimizer: LBFGS) -> InverseBFGS | None:
         """See `ModelField.load`."""
+        vector = optimizer._known_vector()
         if vector is None:
             return None
         history = found.get(self.name)
