@@ -2,9 +2,10 @@
 
 from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
 from torch_secondorder._closure.capture import mark_outputs
-from torch_secondorder._foundation.deprecation import MovedModules
-from torch_secondorder._objective.closure import FunctionalObjective
+from torch_secondorder._foundation.deprecation import MOVED_MODULES, OldModules
+from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.optim import (
     LBFGS,
@@ -28,6 +29,7 @@ __all__ = [
     "LBFGS",
     "AdaHessian",
     "AdaHessianInfo",
+    "ClosureObjective",
     "Contractive",
     "ContractiveInfo",
     "DatasetClosure",
@@ -57,35 +59,4 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-MovedModules(
-    {
-        f"torch_secondorder.{old}": [f"torch_secondorder.{place}" for place in places.split()]
-        for old, places in {
-            "capture": "_closure.capture",
-            "evaluation": "_objective.evaluation",
-            "huggingface": "integrations.huggingface",
-            "lightning": "integrations.lightning",
-            "lightning.curvature": "integrations.lightning",
-            "lightning.monitor": "integrations.lightning",
-            "lightning.penalty": "integrations.lightning",
-            "objective": "_objective.closure",
-            "vector": "_params.vector",
-            "dataset.objective": "dataset",
-            "dataset.operator": "dataset",
-            "diagnostics.definite": "diagnostics",
-            "diagnostics.eigen": "diagnostics",
-            "diagnostics.hutchpp": "diagnostics",
-            "diagnostics.local": "diagnostics",
-            "diagnostics.source": "diagnostics",
-            "func.batches": "func",
-            "func.checks": "func",
-            "func.modules": "func",
-            "func.products": "func",
-            "globalization.named": "globalization",
-            "optim.base": "optim",
-            "optim.info": "optim",
-            "solvers.kronecker": "solvers",
-            "solvers.named": "solvers",
-        }.items()
-    }
-).install()
+OldModules(MOVED_MODULES).install()

@@ -1,38 +1,69 @@
-"""Old import paths, which work for one release and say what is there instead."""
+"""Old import paths and names. They work for one release, with a warning that names the new ones."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MovedModules"]
+__all__ = ["MOVED_MODULES", "OldModules", "renamed", "withdrawn"]
+
+_TOP = "torch_secondorder"
+
+#: Old modules with public names, and the public place of those names today.
+MOVED_MODULES = {
+    "torch_secondorder.capture": _TOP,
+    "torch_secondorder.evaluation": _TOP,
+    "torch_secondorder.objective": _TOP,
+    "torch_secondorder.optim.base": _TOP,
+    "torch_secondorder.optim.info": _TOP,
+    "torch_secondorder.dataset.objective": "torch_secondorder.dataset",
+    "torch_secondorder.dataset.operator": "torch_secondorder.dataset",
+    "torch_secondorder.diagnostics.definite": "torch_secondorder.diagnostics",
+    "torch_secondorder.diagnostics.eigen": "torch_secondorder.diagnostics",
+    "torch_secondorder.diagnostics.hutchpp": "torch_secondorder.diagnostics",
+    "torch_secondorder.diagnostics.local": "torch_secondorder.diagnostics",
+    "torch_secondorder.diagnostics.source": "torch_secondorder.diagnostics",
+    "torch_secondorder.func.batches": "torch_secondorder.func",
+    "torch_secondorder.func.checks": "torch_secondorder.func",
+    "torch_secondorder.func.differences": "torch_secondorder.func",
+    "torch_secondorder.func.modules": "torch_secondorder.func",
+    "torch_secondorder.func.products": "torch_secondorder.func",
+    "torch_secondorder.globalization.named": "torch_secondorder.globalization",
+    "torch_secondorder.huggingface": "torch_secondorder.integrations.huggingface",
+    "torch_secondorder.lightning": "torch_secondorder.integrations.lightning",
+    "torch_secondorder.lightning.curvature": "torch_secondorder.integrations.lightning",
+    "torch_secondorder.lightning.monitor": "torch_secondorder.integrations.lightning",
+    "torch_secondorder.lightning.penalty": "torch_secondorder.integrations.lightning",
+    "torch_secondorder.solvers.kronecker": "torch_secondorder.solvers",
+    "torch_secondorder.solvers.named": "torch_secondorder.solvers",
+}
 
 
-class MovedModules(MetaPathFinder, Loader):
-    """Finds modules by the names that they had, with a DeprecationWarning that names the new one.
+class OldModules(MetaPathFinder, Loader):
+    """Importer of modules by their old names, with a DeprecationWarning that names the new place.
 
     Args:
-        moved: New names by old ones. What an old module had is looked for in all of its new ones.
+        moved: Where the names of each old module are now.
 
-    >>> finder = MovedModules({"old_name_of_math": ["math", "cmath"]})
+    >>> finder = OldModules({"old_name_of_math": "math"})
     >>> finder.find_spec("something_else") is None
     True
     >>> finder.find_spec("old_name_of_math").name
     'old_name_of_math'
     """
 
-    def __init__(self, moved: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, moved: Mapping[str, str]) -> None:
         self._moved = moved
 
     def install(self) -> None:
         """Lets `import` find the old names; does nothing the second time."""
-        if not any(isinstance(f, MovedModules) and f._moved == self._moved for f in sys.meta_path):
+        if not any(isinstance(f, OldModules) and f._moved == self._moved for f in sys.meta_path):
             # First, because an old folder with nothing but bytecode in it would be found too.
             sys.meta_path.insert(0, self)
 
@@ -47,22 +78,79 @@ class MovedModules(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         """See `importlib.abc.Loader.exec_module`."""
         old = module.__name__
-        places = self._moved[old]
+        place = self._moved[old]
         # Frames of the import system are not counted: this is the line with the import.
         warnings.warn(
-            f"{old} has moved and will be gone in the next release: "
-            f"import from {' or '.join(places)}",
+            f"{old} has moved and will be gone in the next release: import from {place}",
             DeprecationWarning,
             stacklevel=2,
         )
-        modules = [importlib.import_module(place) for place in places]
+        found = importlib.import_module(place)
+        vars(module).update(
+            {name: getattr(found, name) for name in found.__all__},
+            __doc__=found.__doc__,
+            __all__=found.__all__,
+            # For names that are deprecated there.
+            __getattr__=lambda name: getattr(found, name),
+        )
 
-        def find(name: str) -> Any:
-            for found in modules:
-                if hasattr(found, name):
-                    return getattr(found, name)
-            raise AttributeError(f"module {old!r} had no attribute {name!r}")
 
-        vars(module)["__getattr__"] = find
-        vars(module)["__doc__"] = modules[0].__doc__
-        vars(module)["__all__"] = [n for m in modules for n in getattr(m, "__all__", ())]
+def renamed(module: str, new_names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module some of whose names have changed.
+
+    Args:
+        module: Name of the module.
+        new_names: New names by old ones.
+
+    Returns:
+        The function, which warns and gives what has the new name.
+
+    >>> __getattr__ = renamed("math", {"square_root": "sqrt"})
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     __getattr__("square_root")(4.0)
+    2.0
+    """
+
+    def find(name: str) -> Any:
+        if name not in new_names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} has been renamed and will be gone in the next release: use "
+            f"{module}.{new_names[name]}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(sys.modules[module], new_names[name])
+
+    return find
+
+
+def withdrawn(module: str, objects: Mapping[str, Any]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module some of whose names are no longer public.
+
+    Args:
+        module: Name of the module.
+        objects: The objects by these names.
+
+    Returns:
+        The function, which warns and gives the object.
+
+    >>> __getattr__ = withdrawn("math", {"digits": "0123456789"})
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     __getattr__("digits")
+    '0123456789'
+    """
+
+    def find(name: str) -> Any:
+        if name not in objects:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is internal and will be gone in the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return objects[name]
+
+    return find

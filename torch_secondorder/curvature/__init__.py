@@ -30,3 +30,7 @@ __all__ = [
     "LinearOperator",
     "exact_diagonal",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

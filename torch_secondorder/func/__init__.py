@@ -29,3 +29,7 @@ __all__ = [
     "vhp",
     "vjp",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

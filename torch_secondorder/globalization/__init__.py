@@ -36,3 +36,7 @@ __all__ = [
     "resolve_globalization",
     "resolve_line_search",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,3 +4,7 @@ from torch_secondorder.penalties.contractive import contractive_penalty
 from torch_secondorder.penalties.jacobian import jacobian_penalty
 
 __all__ = ["contractive_penalty", "jacobian_penalty"]
+
+
+def __dir__() -> list[str]:
+    return __all__

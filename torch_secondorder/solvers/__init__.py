@@ -1,5 +1,8 @@
 """Linear solvers and preconditioners over matrix-free operators."""
 
+from typing import TYPE_CHECKING
+
+from torch_secondorder._foundation.deprecation import renamed
 from torch_secondorder.solvers._resolve import resolve_preconditioner, resolve_solver
 from torch_secondorder.solvers.base import (
     Iterate,
@@ -35,3 +38,10 @@ __all__ = [
     "resolve_preconditioner",
     "resolve_solver",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"Minres": "MINRES"})
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -35,9 +35,12 @@ class SolveStatus(Enum):
 
 
 class Iterate(NamedTuple):
-    """A point that a solver passed, and how far the quadratic had fallen there.
+    """A point that a solver passed.
 
-    Its length is that of `SolveResult`.
+    Attributes:
+        x: The point.
+        decrease: The fall of the quadratic from zero to there.
+        length: The norm of `x`, as in `SolveResult`.
     """
 
     x: Tensor

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from torch_secondorder._foundation.deprecation import renamed
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers._minres_iteration import MinresIteration
 from torch_secondorder.solvers.base import SolveResult, SolveStatus, check_system
@@ -110,3 +112,7 @@ class MINRES:
                 # Once: what rounding adds from here on is as much smaller as the residual is.
                 status, verified = run.restart(target), True
         return run.result(status or SolveStatus.MAX_ITERATIONS)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"Minres": "MINRES"})

@@ -9,3 +9,7 @@ from torch_secondorder.integrations.lightning.monitor import SecondOrderMonitor
 from torch_secondorder.integrations.lightning.penalty import JacobianPenaltyCallback
 
 __all__ = ["CurvatureMonitor", "JacobianPenaltyCallback", "SecondOrderMonitor"]
+
+
+def __dir__() -> list[str]:
+    return __all__
