@@ -59,9 +59,11 @@ RULES = Rules(
         "diagnostics": "_foundation _params _closure _objective curvature solvers dataset",
         "_optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
-            "penalties dataset"
+            "dataset"
         ),
-        "optim": ("_params _closure _objective curvature solvers globalization penalties _optim"),
+        "optim": (
+            "_foundation _params _closure _objective curvature solvers globalization penalties _optim"
+        ),
         "__init__": (
             "_foundation func _closure _objective curvature solvers globalization penalties "
             "dataset diagnostics optim"
@@ -72,12 +74,12 @@ RULES = Rules(
         "curvature._loss_curvature": "_optim",
         "curvature._masked": "_optim",
         "curvature._output_space": "_optim",
-        "curvature._probes": "diagnostics",
+        "curvature._random": "diagnostics",
         "curvature._products": "diagnostics",
         "curvature._samples": "_optim",
         "dataset._batches": "diagnostics",
         "diagnostics._point": "integrations",
-        "penalties._encoder": "_optim optim integrations",
+        "penalties._encoder": "optim integrations",
         "solvers._units": "_optim",
     },
     reserved={
