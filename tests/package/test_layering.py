@@ -62,7 +62,8 @@ RULES = Rules(
             "dataset"
         ),
         "optim": (
-            "_foundation _params _closure _objective curvature solvers globalization penalties _optim"
+            "_foundation _params _closure _objective curvature solvers globalization penalties "
+            "_optim"
         ),
         "__init__": (
             "_foundation func _closure _objective curvature solvers globalization penalties "
@@ -77,7 +78,9 @@ RULES = Rules(
         "curvature._random": "diagnostics",
         "curvature._products": "diagnostics",
         "curvature._samples": "_optim",
-        "dataset._batches": "diagnostics",
+        "dataset._loader": "diagnostics",
+        "dataset._objective": "diagnostics _optim",
+        "dataset._operator": "diagnostics _optim",
         "diagnostics._point": "integrations",
         "penalties._encoder": "optim integrations",
         "solvers._units": "_optim",
