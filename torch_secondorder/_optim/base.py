@@ -13,14 +13,15 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.validation import check_callable, scalar
+from torch_secondorder._closure.validation import check_is_closure, scalar
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._objective.one_shot import nonzero
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "check_number", "copied", "makes_state_only"]
+__all__ = ["SecondOrderOptimizer", "copied", "makes_state_only"]
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -146,7 +147,7 @@ class SecondOrderOptimizer(Optimizer):
         loss, value = None, math.nan
         if closure is not None:
             source = closure.source if isinstance(closure, FunctionalObjective) else closure
-            check_callable(source)
+            check_is_closure(source)
             with torch.enable_grad():
                 loss = source()
         if loss is not None:
@@ -326,17 +327,6 @@ def _by_parameter(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for state in found
     ]
-
-
-def check_number(name: str, value: Any, *, low: float, integer: bool = False) -> None:
-    """Raises a ValueError that shows `value` unless it is a finite number of at least `low`."""
-    kind = "an integer" if integer else "a finite number"
-    try:
-        number = float(value)
-    except (RuntimeError, TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= low) or (integer and int(number) != value):
-        raise ValueError(f"{name} must be {kind} of at least {low:g}, got {value!r}")
 
 
 def copied(value: Any) -> Any:

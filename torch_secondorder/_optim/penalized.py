@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.backward_hook import intercepting
-from torch_secondorder._closure.validation import check_callable, lost_graph, scalar
+from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
 from torch_secondorder._foundation.subclasses import plain
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._objective.one_shot import GradientTrace
@@ -56,7 +56,7 @@ class Penalized:
             return closure.with_function(partial(self._evaluate_function, closure.function))
         if isinstance(closure, DatasetClosure):
             return closure.amended(self._evaluate_batch)
-        check_callable(closure)
+        check_is_closure(closure)
         return partial(self._evaluate, closure)
 
     def generator(self) -> Callable[[torch.device], torch.Generator]:

@@ -17,7 +17,7 @@ from torch_secondorder.curvature._products import AT_ONCE
 from torch_secondorder.diagnostics.problem import Problem
 from torch_secondorder.diagnostics.sources import as_problem
 
-__all__ = ["Counted", "Point", "check_count", "generator_of", "opened"]
+__all__ = ["Counted", "Point", "generator_of", "opened"]
 
 
 class Counted(LinearOperator):
@@ -155,9 +155,3 @@ def _keep_model(stack: ExitStack, problem: Problem) -> None:
 def generator_of(generator: torch.Generator | None) -> torch.Generator:
     """The generator given, or a new one, so that torch's own stays where it is."""
     return torch.Generator().manual_seed(0) if generator is None else generator
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises a ValueError unless this is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

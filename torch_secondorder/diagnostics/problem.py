@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.vector import ParameterVector
@@ -60,8 +61,7 @@ class Problem:
         curvature: Curvature = "hessian",
         retain: bool = True,
     ) -> None:
-        if curvature not in _OPERATORS:
-            raise ValueError(f"curvature must be one of {sorted(_OPERATORS)}, got {curvature!r}")
+        check_choice("curvature", curvature, _OPERATORS)
         if not makers:
             raise ValueError("there is no batch to compute a loss on: the batches are empty")
         self.vector = params if isinstance(params, ParameterVector) else ParameterVector(params)

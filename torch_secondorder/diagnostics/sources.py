@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.validation import check_callable
+from torch_secondorder._closure.validation import check_is_closure
+from torch_secondorder._foundation.checks import check_callable, check_choice
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
@@ -63,10 +64,8 @@ def from_model(
     >>> problem.size, problem.names
     (3, ['weight', 'bias'])
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    check_callable("loss_fn", loss_fn)
+    check_choice("reduction", reduction, ("mean", "sum"))
     with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
         given = [batches] if _is_pair(batches) else batches
         pairs = [as_pair(batch, "from_closure") for batch in given]
@@ -118,7 +117,7 @@ def from_closure(
     >>> from_closure(lambda: (w**2).sum(), [w]).size
     2
     """
-    check_callable(closure)
+    check_is_closure(closure)
     maker = partial(_closure_objective, closure)
     return Problem([maker], [1.0], params, None, (), curvature, retain)
 

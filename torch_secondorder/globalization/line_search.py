@@ -14,6 +14,8 @@ from enum import Enum
 from math import inf, isfinite
 from typing import Any, Protocol, TypeAlias
 
+from torch_secondorder._foundation.checks import check_number
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -144,24 +146,10 @@ def rounding_allowance(loss: float, precision: float) -> float:
     return 4.0 * precision * abs(loss)
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise a ValueError that shows `value` unless it lies strictly between `low` and `high`."""
-    if not (isinstance(value, (int, float)) and low < value < high):
-        raise ValueError(f"{name} must lie in ({low:g}, {high:g}), got {value!r}")
-
-
-def check_budget(value: int) -> None:
-    """Raise a ValueError that shows `value` unless it is a whole number of at least one."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"max_evaluations must be an integer of at least 1, got {value!r}")
-
-
 def check_search(t0: float, precision: float) -> None:
     """Raise a ValueError if a search cannot begin with these."""
-    if not 0.0 < t0 < inf:
-        raise ValueError(f"t0 must be a positive finite step, got {t0!r}")
-    if not 0.0 <= precision < 1.0:
-        raise ValueError(f"precision must lie in [0, 1), a machine epsilon, got {precision!r}")
+    check_number("t0", t0, above=0)
+    check_number("precision", precision, low=0, below=1)
 
 
 def is_descent(start: Trial) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
-from torch_secondorder._optim.base import check_number, makes_state_only
+from torch_secondorder._optim.base import makes_state_only
 from torch_secondorder._optim.info import Report, StepInfo
 from torch_secondorder._optim.penalized import Penalized, not_called
 from torch_secondorder._optim.present import Scaling
