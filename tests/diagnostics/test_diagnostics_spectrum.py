@@ -353,13 +353,13 @@ TEN = Diagonal(torch.arange(10.0))
             lambda: definiteness(TEN, failure_probability=0),
             r"failure_probability must lie in \(0, 1\), got 0",
         ),
-        (lambda: definiteness(TEN, subspace=3), "subspace must be .* at least 4, got 3"),
+        (lambda: definiteness(TEN, subspace=3), "subspace must be .* at least 4 or None, got 3"),
         (lambda: trace(TEN, 2), "n_products must be an integer of at least 3, got 2"),
         (lambda: spectral_density(TEN, 0), "n_vectors .* at least 1, got 0"),
         (lambda: spectral_density(TEN, 1, 0), "n_steps .* at least 1, got 0"),
         (
             lambda: spectral_density(TEN, 1, 2).density(torch.ones(2), 0.0),
-            "width must be above 0 and finite, got 0.0",
+            "width must be a finite number above 0, got 0.0",
         ),
     ],
 )

@@ -66,7 +66,7 @@ def test_integers_that_pass(value: Any, options: dict[str, Any]) -> None:
         (math.nan, {"whole_floats": True}, "be an integer of at least 1"),
         ("1", {}, "be an integer of at least 1"),
         (None, {}, "be an integer of at least 1"),
-        (0, {"optional": True}, "be an integer of at least 1, or be None"),
+        (0, {"optional": True}, "be an integer of at least 1 or None"),
     ],
 )
 def test_integers_that_are_refused(value: Any, options: dict[str, Any], allowed: str) -> None:
@@ -104,8 +104,8 @@ def test_numbers_that_pass(value: Any, options: dict[str, Any]) -> None:
         ("0.5", {"low": 0}, "be a finite number of at least 0"),
         (None, {"low": 0}, "be a finite number of at least 0"),
         (torch.ones(2), {"low": 0}, "be a finite number of at least 0"),
-        (0, {"above": 0, "optional": True}, "be a finite number above 0, or be None"),
-        (2, {"low": 0, "high": 1, "optional": True}, "lie in [0, 1], or be None"),
+        (0, {"above": 0, "optional": True}, "be a finite number above 0 or None"),
+        (2, {"low": 0, "high": 1, "optional": True}, "lie in [0, 1] or None"),
     ],
 )
 def test_numbers_that_are_refused(value: Any, options: dict[str, Any], allowed: str) -> None:

@@ -695,7 +695,7 @@ def test_bad_arguments(penalty: Any, arguments: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"noise": 0.0}, "noise must be a finite number above 0, or be None, got 0.0"),
+        ({"noise": 0.0}, "noise must be a finite number above 0 or None, got 0.0"),
         ({"noise": math.nan}, "got nan"),
         ({"n_noise": 0}, "n_noise must be an integer of at least 1, got 0"),
         ({"code": torch.ones(5, 2)}, r"code has shape \(5, 2\), not \(5, 3\)"),

@@ -160,4 +160,4 @@ def check_instance(name: str, value: Any, kind: type, description: str = "") -> 
 
 
 def _refuse(name: str, allowed: str, value: Any, optional: bool) -> NoReturn:
-    raise ValueError(f"{name} must {allowed}{', or be None' if optional else ''}, got {value!r}")
+    raise ValueError(f"{name} must {allowed}{' or None' if optional else ''}, got {value!r}")

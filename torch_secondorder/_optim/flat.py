@@ -22,7 +22,8 @@ from torch_secondorder._optim.descent import Descent, DescentInfo, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._params.vector import ParameterVector, max_norm
-from torch_secondorder.dataset import DatasetClosure, DatasetObjective
+from torch_secondorder.dataset._objective import DatasetObjective
+from torch_secondorder.dataset.closure import DatasetClosure
 
 __all__ = ["FlatOptimizer", "Rows", "check_size"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.diagnostics._point import Counted, Point, opened
-from torch_secondorder.diagnostics.sources import Source
+from torch_secondorder.diagnostics.problem import Source
 from torch_secondorder.solvers import CG, LinearSolver, SolveStatus
 
 __all__ = ["ObservedInformation", "observed_information"]

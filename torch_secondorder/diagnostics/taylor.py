@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.diagnostics._point import opened
-from torch_secondorder.diagnostics.problem import Problem
-from torch_secondorder.diagnostics.sources import Source, as_problem
+from torch_secondorder.diagnostics.problem import Problem, Source, as_problem
 
 __all__ = ["SecondOrderModel", "second_order_model"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder.curvature._random import draw
 from torch_secondorder.diagnostics._point import Counted, generator_of, opened
-from torch_secondorder.diagnostics.sources import Source
+from torch_secondorder.diagnostics.problem import Source
 
 __all__ = ["TraceEstimate", "trace"]
 
