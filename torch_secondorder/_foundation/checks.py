@@ -115,16 +115,15 @@ def check_choice(name: str, value: Any, choices: Any, others: str = "") -> None:
     >>> check_choice("mode", "backward", ("forward", "reverse"))
     Traceback (most recent call last):
         ...
-    ValueError: mode must be 'forward' or 'reverse', got 'backward'
+    ValueError: mode must be one of 'forward', 'reverse', got 'backward'
     """
     known: Iterable[str] = get_args(choices) or choices
     is_string = isinstance(value, str)
     if is_string and value in known:
         return
-    listed = [*map(repr, known), *([others] if others else [])]
-    text = ", ".join(listed[:-1]) + f" or {listed[-1]}" if len(listed) > 1 else listed[0]
+    listed = ", ".join([*map(repr, known), *([f"or {others}"] if others else [])])
     kind = TypeError if others and not is_string else ValueError
-    raise kind(f"{name} must be {text}, got {value!r}")
+    raise kind(f"{name} must be one of {listed}, got {value!r}")
 
 
 def check_callable(name: str, value: Any, *, optional: bool = False) -> None:
@@ -161,4 +160,4 @@ def check_instance(name: str, value: Any, kind: type, description: str = "") -> 
 
 
 def _refuse(name: str, allowed: str, value: Any, optional: bool) -> NoReturn:
-    raise ValueError(f"{name} must {allowed}{', or be None' if optional else ''}, got {value!r}")
+    raise ValueError(f"{name} must {allowed}{' or None' if optional else ''}, got {value!r}")

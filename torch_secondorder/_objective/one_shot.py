@@ -22,7 +22,7 @@ from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import (
     backward_of,
-    check_callable,
+    check_is_closure,
     differentiable,
     lost_graph,
     no_gradient,
@@ -150,7 +150,7 @@ class SingleEvaluation:
         self._functional = isinstance(source, FunctionalObjective)
         self._compiled = source.bind_to(params) if self._functional else None
         self._source: Callable[[], Any] = source.source if self._functional else source
-        check_callable(self._source)
+        check_is_closure(self._source)
         self._params = params
         self._registry = registry
         self._before = {slot: snapshot(b) for slot, b in registry.moving_buffers()}

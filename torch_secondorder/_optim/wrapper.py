@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_secondorder._autograd.backward_hook import intercepting
-from torch_secondorder._closure.validation import check_callable, lost_graph, scalar
+from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
 from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
 from torch_secondorder._foundation.subclasses import plain
 from torch_secondorder._objective.functional import FunctionalObjective
@@ -93,7 +93,7 @@ class PenalizedLoss:
             return closure.with_function(partial(self._evaluate_function, closure.function))
         if isinstance(closure, DatasetClosure):
             return closure.amended(self._evaluate_batch)
-        check_callable(closure)
+        check_is_closure(closure)
         return partial(self._evaluate, closure)
 
     def _evaluate(self, closure: Callable[[], Any]) -> Tensor:

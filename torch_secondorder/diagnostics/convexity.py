@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.diagnostics._krylov import Ending, Krylov, fitting
-from torch_secondorder.diagnostics._point import Counted, check_count, generator_of, opened
+from torch_secondorder.diagnostics._point import Counted, generator_of, opened
 from torch_secondorder.diagnostics.problem import Source
 
 __all__ = ["Definiteness", "definiteness"]
@@ -82,12 +83,10 @@ def definiteness(
     >>> answer.semidefinite, answer.curvature < -0.9
     (False, True)
     """
-    check_count("max_products", max_products, 2)
+    check_integer("max_products", max_products, 2)
     for name, value in (("tolerance", tolerance), ("failure_probability", failure_probability)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
-    if subspace is not None:
-        check_count("subspace", subspace, 4)
+        check_number(name, value, above=0, below=1)
+    check_integer("subspace", subspace, 4, optional=True)
     with opened(source, progress, max_products, "definiteness") as point:
         A = point.operator
         needed = _steps(A.size, tolerance, failure_probability)

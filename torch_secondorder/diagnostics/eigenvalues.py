@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder.diagnostics._krylov import Ending, Krylov, Ritz, Which, subspace_room
-from torch_secondorder.diagnostics._point import Counted, check_count, generator_of, opened
+from torch_secondorder.diagnostics._point import Counted, generator_of, opened
 from torch_secondorder.diagnostics.problem import Source
 
 __all__ = ["Eigenpairs", "eigenpairs"]
@@ -82,14 +82,11 @@ def eigenpairs(
     >>> [round(value, 4) for value in found.values.tolist()]
     [3.0, 2.0]
     """
-    check_count("k", k)
-    check_count("max_products", max_products, k)
-    if subspace is not None:
-        check_count("subspace", subspace)
-    if which not in get_args(Which):
-        raise ValueError(f"which must be one of {get_args(Which)}, got {which!r}")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must lie in [0, 1), got {tolerance!r}")
+    check_integer("k", k)
+    check_integer("max_products", max_products, k)
+    check_integer("subspace", subspace, optional=True)
+    check_choice("which", which, Which)
+    check_number("tolerance", tolerance, low=0, below=1)
     with opened(source, progress, max_products, "eigenpairs") as point:
         A = point.operator
         if k >= A.size:

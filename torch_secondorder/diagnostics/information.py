@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.curvature import LinearOperator
-from torch_secondorder.diagnostics._point import Counted, Point, check_count, opened
+from torch_secondorder.diagnostics._point import Counted, Point, opened
 from torch_secondorder.diagnostics.problem import Source
 from torch_secondorder.solvers import CG, LinearSolver, SolveStatus
 
@@ -83,9 +83,8 @@ def observed_information(
     >>> observed_information(loss).standard_errors  # one over the root of three
     tensor([0.5774], dtype=torch.float64)
     """
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be above 0 and finite, got {scale!r}")
-    check_count("largest", largest)
+    check_number("scale", scale, above=0)
+    check_integer("largest", largest)
     with opened(source, progress, None, "observed information") as point:
         A = point.operator
         if directions is not None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._foundation.progress_bar import optional
 from torch_secondorder.curvature._random import draw
-from torch_secondorder.diagnostics._point import check_count, generator_of, opened
+from torch_secondorder.diagnostics._point import generator_of, opened
 from torch_secondorder.diagnostics.problem import Source
 from torch_secondorder.solvers import lanczos
 
@@ -65,8 +66,7 @@ class SpectralDensity:
             ValueError: `width` is not positive.
         """
         width = self._width() if width is None else width
-        if not 0 < width < math.inf:
-            raise ValueError(f"width must be above 0 and finite, got {width!r}")
+        check_number("width", width, above=0)
         points = grid.detach().to("cpu", torch.float64)
         distances = (points.reshape(-1, 1) - self.nodes.reshape(1, -1)) / width
         bells = torch.exp(-0.5 * distances**2) / (width * math.sqrt(2 * math.pi))
@@ -137,8 +137,8 @@ def spectral_density(
     >>> [round(node, 4) for node in spectrum.nodes[0].tolist()]
     [1.0, 2.0]
     """
-    check_count("n_vectors", n_vectors)
-    check_count("n_steps", n_steps)
+    check_integer("n_vectors", n_vectors)
+    check_integer("n_steps", n_steps)
     generator = generator_of(generator)
     with opened(source, progress, n_vectors * n_steps, "spectral density") as point:
         A = point.operator

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder.curvature._random import draw
-from torch_secondorder.diagnostics._point import Counted, check_count, generator_of, opened
+from torch_secondorder.diagnostics._point import Counted, generator_of, opened
 from torch_secondorder.diagnostics.problem import Source
 
 __all__ = ["TraceEstimate", "trace"]
@@ -67,7 +68,7 @@ def trace(
     >>> estimate.value, estimate.standard_error, estimate.products
     (7.0, 0.0, 3)
     """
-    check_count("n_products", n_products, 3)
+    check_integer("n_products", n_products, 3)
     with opened(source, progress, n_products, "trace") as point:
         A = point.operator
         if n_products >= A.size:

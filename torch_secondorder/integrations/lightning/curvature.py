@@ -6,10 +6,11 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
+from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder.diagnostics import (
     SpectralDensity,
     definiteness,
@@ -18,7 +19,6 @@ from torch_secondorder.diagnostics import (
     spectral_density,
     trace,
 )
-from torch_secondorder.diagnostics._point import check_count
 from torch_secondorder.integrations.lightning._host import Callback
 from torch_secondorder.integrations.lightning._unnoticed import cloned, loss_of, unnoticed
 
@@ -68,13 +68,12 @@ class CurvatureMonitor(Callback):
         spectrum_products: int = 80,
     ) -> None:
         super().__init__()
-        check_count("every_n_steps", every_n_steps)
-        if batch not in get_args(Batch):
-            raise ValueError(f"batch must be one of {get_args(Batch)}, got {batch!r}")
-        check_count("max_products", max_products)
-        check_count("trace_products", trace_products, 3)
+        check_integer("every_n_steps", every_n_steps)
+        check_choice("batch", batch, Batch)
+        check_integer("max_products", max_products)
+        check_integer("trace_products", trace_products, 3)
         if spectrum_products != 0:
-            check_count("spectrum_products", spectrum_products)
+            check_integer("spectrum_products", spectrum_products)
         self.every_n_steps = every_n_steps
         self.batch = batch
         self.max_products = max_products

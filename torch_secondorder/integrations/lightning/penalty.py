@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from torch_secondorder._optim.base import check_number
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder.integrations.lightning._host import Callback
 from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, seeded
 
