@@ -29,8 +29,9 @@ from torch_secondorder import (
     Sophia,
     StepStatus,
 )
+from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation, Regularization
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import (
     Damped,
@@ -260,8 +261,8 @@ def test_products_are_those_of_all_data(kind: str, keep: int, reduction: str) ->
         if kind == "damped" and regularization.maximize:
             continue
         vector = ParameterVector(model.parameters(), [1.0, 0.5, 2.0, 1.0])
-        ours = DatasetObjective(closure, vector, regularization)
-        expected = ClosureObjective(whole(model, reduction), vector, regularization)
+        ours = DatasetObjective.for_step(closure, vector, regularization)
+        expected = ClosureObjective.for_step(whole(model, reduction), vector, regularization)
         with ours, expected:
             e1, e2 = ours.evaluate(curvature=True), expected.evaluate(curvature=True)
             assert e1.linearization is None
@@ -436,8 +437,8 @@ def test_diagonal_from_batches_of_one_sample_is_exact() -> None:
     model, ours, closure = regression(1)
     regularization = Regularization(weight_decay=(0.1, 0.2, 0.3, 0.4))
     vector = ParameterVector(model.parameters(), [1.0, 0.5, 2.0, 1.0])
-    objective = DatasetObjective(ours, vector, regularization)
-    expected = ClosureObjective(closure, vector, regularization).evaluate(curvature=True)
+    objective = DatasetObjective.for_step(ours, vector, regularization)
+    expected = ClosureObjective.for_step(closure, vector, regularization).evaluate(curvature=True)
     with objective:
         evaluation = objective.evaluate(curvature=True)
         operator = BatchSum(objective, lambda e, _: GaussNewton(e))

@@ -29,8 +29,8 @@ from tests.optim.test_newton_cg import closure_of
 from tests.solvers.test_preconditioners import dense, least, seeded
 from tests.support.oracles import CASES, make_case
 from torch_secondorder import FunctionalObjective, NewtonCG
+from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Regularization
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import Damped, Diagonal, Fisher, GaussNewton, LinearOperator
 from torch_secondorder.globalization import TrustRegion
@@ -47,7 +47,7 @@ def gauss_newton(
     decay: float | tuple[float, ...] = 0.0,
 ) -> GaussNewton:
     vector = ParameterVector(params, scale)
-    objective = ClosureObjective(loss, vector, Regularization(weight_decay=decay))
+    objective = ClosureObjective.for_step(loss, vector, Regularization(weight_decay=decay))
     return GaussNewton(objective.evaluate(curvature=True))
 
 

@@ -14,13 +14,9 @@ from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._closure.replay import ModuleRegistry, Replay
 from torch_secondorder._closure.validation import differentiable
+from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import (
-    Evaluation,
-    Linearization,
-    RawEvaluation,
-    Regularization,
-)
+from torch_secondorder._objective.evaluation import Evaluation, Linearization, RawEvaluation
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset._loader import fingerprint, generators_of
 from torch_secondorder.dataset.closure import DatasetClosure, UseBatch
@@ -87,10 +83,7 @@ class DatasetObjective(ClosureObjective):
 
     Args:
         closure: See `ClosureObjective`.
-        vector: See `Objective`.
-        regularization: See `Objective`.
-        master: See `Objective`.
-        registry: See `Objective`.
+        params: See `ClosureObjective`.
         curvature_closure: See `ClosureObjective`. At least one of the two closures is a
             `DatasetClosure`.
 
@@ -99,7 +92,7 @@ class DatasetObjective(ClosureObjective):
             closure.
     """
 
-    def __init__(
+    def _begin(
         self,
         closure: Callable[[], Any],
         vector: ParameterVector | Iterable[Tensor],
@@ -110,7 +103,7 @@ class DatasetObjective(ClosureObjective):
     ) -> None:
         own = _for_one_step(closure)
         other = None if curvature_closure is None else _for_one_step(curvature_closure)
-        super().__init__(own, vector, regularization, master, registry, other)
+        super()._begin(own, vector, regularization, master, registry, other)
         source = own if other is None else other
         self.passes = source if isinstance(source, Passes) else None
         self._here = False  # True if the last evaluation was at the current position

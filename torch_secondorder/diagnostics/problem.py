@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_secondorder._closure.validation import check_callable
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
 from torch_secondorder.dataset import DatasetClosure
@@ -273,7 +275,7 @@ def as_problem(source: Any) -> Problem:
 
 def _closure_objective(closure: Callable[[], Any], vector: ParameterVector) -> Objective:
     kind = DatasetObjective if isinstance(closure, DatasetClosure) else ClosureObjective
-    return kind(closure, vector)
+    return kind.for_step(closure, vector)
 
 
 def _is_pair(batches: Any) -> bool:
