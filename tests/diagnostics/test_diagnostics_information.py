@@ -112,7 +112,7 @@ SADDLE = from_closure(lambda: W[0] ** 2 + W[1] ** 2 - W[2] ** 2, [W])
         (
             lambda: observed_information(SADDLE, directions=torch.ones(3)),
             ValueError,
-            "not positive definite: a curvature of",
+            "not positive definite: it has a curvature of",
         ),
         (
             lambda: observed_information(FLAT, directions=torch.tensor([1.0, -1.0, 0.0])),
