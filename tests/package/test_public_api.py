@@ -28,7 +28,14 @@ MODULES = [TOP, *(f"{TOP}.{name}" for name in [*PACKAGES, *INTEGRATIONS])]
 
 #: Public names that machinery defines. All others are in a file of the package that exports them.
 FROM_MACHINERY = {
-    *("Evaluation", "FunctionalObjective", "SecondOrderOptimizer", "StepInfo", "StepStatus"),
+    *(
+        "ClosureObjective",
+        "Evaluation",
+        "FunctionalObjective",
+        "SecondOrderOptimizer",
+        "StepInfo",
+        "StepStatus",
+    ),
     "mark_outputs",
 }
 #: Functions that have the name, signature and documentation of torch's.
