@@ -22,7 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PROBLEMS", "Problem", "checkout", "environment", "mlp", "package_root", "run_child"]
+__all__ = [
+    "PACKAGE",
+    "PROBLEMS",
+    "Problem",
+    "check_source",
+    "checkout",
+    "environment",
+    "mlp",
+    "package_root",
+    "run_child",
+    "supervised",
+]
 
 PACKAGE = "torch_secondorder"
 

@@ -30,7 +30,7 @@ from torch_secondorder.curvature import (
     LinearOperator,
     exact_diagonal,
 )
-from torch_secondorder.curvature._probes import draw, rademacher
+from torch_secondorder.curvature._random import draw, rademacher
 
 CPU = torch.device("cpu")
 DOUBLE = torch.float64

@@ -222,7 +222,12 @@ def diagonal(rank: int, ranks: int) -> list[Any]:
             optimizer = make(share.model.parameters())
             found[-1] += [optimizer.step(share.closure).item() for _ in range(8)]
             info = optimizer.info
-            found[-1] += [info.grad_norm, getattr(info, "unclipped", None) or 0.0, info.evaluations, info.products]
+            found[-1] += [
+                info.grad_norm,
+                getattr(info, "unclipped", None) or 0.0,
+                info.evaluations,
+                info.products,
+            ]
             found[-1] += share.values()
     return found
 

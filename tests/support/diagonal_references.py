@@ -15,7 +15,7 @@ from tests.support.oracles import flat
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder.curvature._loss_curvature import LossCurvature
 from torch_secondorder.curvature._output_space import OutputSpace
-from torch_secondorder.curvature._probes import draw
+from torch_secondorder.curvature._random import draw
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.gauss_newton import random_roots
 

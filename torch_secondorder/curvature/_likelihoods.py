@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Output
-from torch_secondorder.curvature._draws import Noise
+from torch_secondorder.curvature._random import Noise
 
 __all__ = ["Categorical", "Independent", "Likelihood", "likelihood_of"]
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Output
-from torch_secondorder.curvature._draws import Noise
 from torch_secondorder.curvature._output_space import OutputSpace, Tensors
+from torch_secondorder.curvature._random import Noise
 
 __all__ = ["Samples"]
 

@@ -18,8 +18,8 @@ from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._loss_curvature import LossCurvature
 from torch_secondorder.curvature._output_space import OutputSpace
-from torch_secondorder.curvature._probes import Distribution, draw
 from torch_secondorder.curvature._products import several_products
+from torch_secondorder.curvature._random import Distribution, draw
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.curvature.gauss_newton import GaussNewton, random_roots

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_secondorder._objective.evaluation import Objective
 from torch_secondorder._params.space import Space
 from torch_secondorder._params.vector import max_norm
-from torch_secondorder.curvature._probes import draw
+from torch_secondorder.curvature._random import draw
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.curvature.diagonal import Hutchinson
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._objective.evaluation import Evaluation
-from torch_secondorder.curvature._draws import Draws
 from torch_secondorder.curvature._output_space import Tensors
+from torch_secondorder.curvature._random import Draws
 from torch_secondorder.curvature.gauss_newton import GaussNewton, random_roots
 
 __all__ = ["Fisher"]

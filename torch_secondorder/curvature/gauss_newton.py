@@ -14,10 +14,10 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Graph, Multiply, added
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._objective.evaluation import Evaluation, Slot
-from torch_secondorder.curvature._draws import Draws
 from torch_secondorder.curvature._likelihoods import Likelihood
 from torch_secondorder.curvature._loss_curvature import LossCurvature
 from torch_secondorder.curvature._output_space import OutputSpace, Tensors
+from torch_secondorder.curvature._random import Draws
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import Linearized
 from torch_secondorder.curvature.kronecker import KroneckerFactors, kronecker_factors

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.curvature import LinearOperator
-from torch_secondorder.curvature._probes import draw
+from torch_secondorder.curvature._random import draw
 
 __all__ = ["Ending", "Krylov", "Ritz", "Which", "fitting", "subspace_room"]
 

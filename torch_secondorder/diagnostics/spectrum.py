@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.progress_bar import optional
-from torch_secondorder.curvature._probes import draw
+from torch_secondorder.curvature._random import draw
 from torch_secondorder.diagnostics._point import check_count, generator_of, opened
 from torch_secondorder.diagnostics.sources import Source
 from torch_secondorder.solvers import lanczos

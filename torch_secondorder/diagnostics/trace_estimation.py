@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature._probes import draw
+from torch_secondorder.curvature._random import draw
 from torch_secondorder.diagnostics._point import Counted, check_count, generator_of, opened
 from torch_secondorder.diagnostics.sources import Source
 

@@ -22,8 +22,7 @@ from torch_secondorder._objective.one_shot import (
     SingleEvaluation,
 )
 from torch_secondorder._optim.base import SecondOrderOptimizer, check_number, makes_state_only
-from torch_secondorder._optim.diagonal.arrangement import BlockLayout, prepare
-from torch_secondorder._optim.diagonal.blocks import Block, as_real
+from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout, as_real, prepare
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
     ShardedEvaluation,

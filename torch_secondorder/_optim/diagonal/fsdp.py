@@ -14,8 +14,7 @@ from torch import Tensor
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.one_shot import GradientTrace, Outcome, without_autocast
-from torch_secondorder._optim.diagonal.arrangement import prepare
-from torch_secondorder._optim.diagonal.blocks import COUNTS, MOMENTS
+from torch_secondorder._optim.diagonal.blocks import COUNTS, MOMENTS, prepare
 from torch_secondorder._optim.diagonal.sampled_labels import DrawnLabels
 from torch_secondorder._params.space import local, sharded_like
 from torch_secondorder._params.vector import ParameterVector
