@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm as by_parametrization
 
 from torch_secondorder import AdaHessian, diagnostics, func
 from torch_secondorder._autograd.weight_norm import WEIGHT_NORM, weight_norm
-from torch_secondorder._objective.closure import FunctionalObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.curvature import Hutchinson
 
 DOUBLE = torch.float64

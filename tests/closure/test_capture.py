@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from tests.support.oracles import make_case
 from torch_secondorder import mark_outputs
 from torch_secondorder._closure.capture import STANDARD_LOSSES, Capture
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 
 
 def outputs_of(closure, params):

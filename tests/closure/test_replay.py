@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from tests.support.oracles import make_case
 from torch_secondorder import LBFGS, NewtonCG
 from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.functional import FunctionalObjective
+from torch_secondorder._params.vector import ParameterVector
 
 
 def run_step(objective: Objective, evaluations: int, curvature: bool = False) -> list[Tensor]:
@@ -60,7 +62,7 @@ def test_running_statistics_move_once_a_step(steps: int, kind: str, device: torc
     for _ in range(steps):
         plain.value()
         if kind == "closure":
-            objective: Objective = ClosureObjective(
+            objective: Objective = ClosureObjective.for_step(
                 case.closure(), case.params(), registry=registry
             )
         else:
@@ -68,8 +70,7 @@ def test_running_statistics_move_once_a_step(steps: int, kind: str, device: torc
             objective = FunctionalObjective(
                 lambda p: pure(*p),  # noqa: B023
                 case.params(),
-                registry=registry,
-            )
+            ).bind(ParameterVector(case.params()), registry=registry)
         run_step(objective, 3, curvature=True)
     assert int(case.model[1].num_batches_tracked) == steps
     for ours, theirs in zip(case.model.buffers(), plain.model.buffers(), strict=True):
@@ -80,9 +81,9 @@ def test_statistics_of_a_layer_that_is_set_to_train_later() -> None:
     case = make_case("batchnorm", torch.device("cpu"))
     registry = ModuleRegistry()
     case.model.eval()
-    run_step(ClosureObjective(case.closure(), case.params(), registry=registry), 2)
+    run_step(ClosureObjective.for_step(case.closure(), case.params(), registry=registry), 2)
     case.model.train()
-    run_step(ClosureObjective(case.closure(), case.params(), registry=registry), 2)
+    run_step(ClosureObjective.for_step(case.closure(), case.params(), registry=registry), 2)
     assert int(case.model[1].num_batches_tracked) == 1
 
 
@@ -109,7 +110,9 @@ def test_any_buffer_that_a_forward_pass_changes(in_place: bool) -> None:
     model = _Counting(in_place)
     registry = ModuleRegistry()
     for step in range(1, 4):
-        objective = ClosureObjective(lambda: model(), model.parameters(), registry=registry)
+        objective = ClosureObjective.for_step(
+            lambda: model(), model.parameters(), registry=registry
+        )
         losses = run_step(objective, 3)
         assert [loss.item() for loss in losses] == [2.0 * step**2] * 3
         assert model.calls.item() == step
@@ -124,7 +127,7 @@ def test_spectral_norm_iterates_once_a_step() -> None:
     registry = ModuleRegistry()
     for _ in range(3):
         plain(x)
-        objective = ClosureObjective(
+        objective = ClosureObjective.for_step(
             lambda: model(x).square().mean(), model.parameters(), registry=registry
         )
         run_step(objective, 2)
@@ -146,7 +149,7 @@ def test_an_accepted_step_moves_them_as_one_evaluation_there_does(accepted: str)
     registry = ModuleRegistry()
     step = 0.3 * torch.randn(20).double()
     for _ in range(2):
-        objective = ClosureObjective(
+        objective = ClosureObjective.for_step(
             lambda: model(x).square().mean(), model.parameters(), registry=registry
         )
         with objective:
@@ -289,7 +292,7 @@ def test_they_stand_still_in_eval_mode() -> None:
     for training in (True, False):
         model.train(training)
         before = [b.clone() for b in model.buffers()]
-        objective = ClosureObjective(
+        objective = ClosureObjective.for_step(
             lambda: model(x).square().mean(), model.parameters(), registry=registry
         )
         step = 0.3 * torch.randn(20).double()
@@ -355,7 +358,7 @@ def test_modules_are_watched_in_the_first_evaluation_of_a_step() -> None:
         return case.value()
 
     for _ in range(2):
-        run_step(ClosureObjective(closure, case.params(), registry=registry), 2)
+        run_step(ClosureObjective.for_step(closure, case.params(), registry=registry), 2)
     assert hooks == [1, 0, 0, 0] * 2
 
 
@@ -369,7 +372,7 @@ def test_compiled_modules_are_watched_without_a_warning() -> None:
 
     registry = ModuleRegistry()
     for step in range(1, 3):
-        run_step(ClosureObjective(closure, case.params(), registry=registry), 2)
+        run_step(ClosureObjective.for_step(closure, case.params(), registry=registry), 2)
         assert int(case.model[1].num_batches_tracked) == step
 
 
@@ -413,7 +416,9 @@ def test_statistics_of_another_model_under_the_same_closure_code(kind: str) -> N
     for _ in range(2):
         model = norm_net()
         for step in range(1, 3):
-            objective = ClosureObjective(make(model), model.parameters(), registry=registry)
+            objective = ClosureObjective.for_step(
+                make(model), model.parameters(), registry=registry
+            )
             run_step(objective, 3)
             assert counted(model) == step
 
@@ -426,7 +431,7 @@ def test_statistics_where_the_closure_sets_the_mode_itself() -> None:
         return model(x).square().mean()
 
     for step in range(1, 4):
-        run_step(ClosureObjective(closure, model.parameters(), registry=registry), 3)
+        run_step(ClosureObjective.for_step(closure, model.parameters(), registry=registry), 3)
         assert counted(model) == step
         model.eval()
 
@@ -437,7 +442,7 @@ def test_a_buffer_that_moves_only_in_training_and_is_first_seen_in_eval() -> Non
     x, registry = torch.randn(3, 4), ModuleRegistry()
 
     def losses() -> list[Tensor]:
-        objective = ClosureObjective(
+        objective = ClosureObjective.for_step(
             lambda: model(x).square().mean(), model.parameters(), registry=registry
         )
         return run_step(objective, 3)
@@ -459,7 +464,7 @@ def test_modules_of_another_thread_are_none_of_ours() -> None:
         thread.join()
         return mine(x).square().mean()
 
-    run_step(ClosureObjective(closure, mine.parameters(), registry=registry), 2)
+    run_step(ClosureObjective.for_step(closure, mine.parameters(), registry=registry), 2)
     assert counted(other) == 4  # as often as it was called
     assert counted(mine) == 1
 
@@ -471,7 +476,7 @@ def test_torchscript_modules() -> None:
     registry = ModuleRegistry()
     before = int(scripted.get_submodule("1").num_batches_tracked)
     for step in range(1, 3):
-        objective = ClosureObjective(
+        objective = ClosureObjective.for_step(
             lambda: scripted(x).square().mean(), scripted.parameters(), registry=registry
         )
         run_step(objective, 2)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tests.support.custom_functions import Cube
 from tests.support.oracles import CASES, dense_hessian, make_case
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Regularization
+from torch_secondorder._objective.base import Regularization
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import FiniteDifference, Hessian
 
@@ -121,7 +122,7 @@ def test_regularization_and_scale(
     vector = ParameterVector(params, scale=[1.0, 0.5])
 
     def objective() -> ClosureObjective:
-        return ClosureObjective(case.closure(), vector, Regularization(maximize, decay))
+        return ClosureObjective.for_step(case.closure(), vector, Regularization(maximize, decay))
 
     exact = Hessian(objective().evaluate(curvature=True))
     eye = torch.eye(vector.size, dtype=torch.float64, device=device)

@@ -20,8 +20,9 @@ from tests.support.oracles import (
     theta_on,
 )
 from torch_secondorder import mark_outputs
+from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation, Regularization
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import Fisher, GaussNewton
 
@@ -253,7 +254,7 @@ def test_a_diagonal_without_closed_form_is_that_of_the_empirical_matrix() -> Non
 def test_a_diagonal_has_the_regularization_and_the_scale() -> None:
     net, x = mlp()
     scale, decay = [1.0, 0.5, 2.0, 0.25], (0.1, 0.2, 0.3, 0.4)
-    objective = ClosureObjective(
+    objective = ClosureObjective.for_step(
         lambda: F.mse_loss(net(x), torch.ones(6, 3).double()),
         ParameterVector(net.parameters(), scale),
         Regularization(weight_decay=decay),

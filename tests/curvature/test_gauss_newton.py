@@ -23,8 +23,9 @@ from tests.support.oracles import (
     theta_on,
 )
 from torch_secondorder import mark_outputs
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.curvature import GaussNewton
 
 CPU = torch.device("cpu")

@@ -22,8 +22,9 @@ from tests.support.oracles import (
     theta_on,
 )
 from torch_secondorder import mark_outputs
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Regularization
+from torch_secondorder._objective.base import Regularization
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import Fisher, GaussNewton
 
@@ -191,7 +192,7 @@ def test_regularization_and_scale_are_included(maximize: bool) -> None:
     s, d = vector.expand(scale), vector.expand(decay)
     plain = gauss_newton(lambda *_: case.value(), *params)
     dense = plain @ torch.eye(plain.size, dtype=torch.float64)
-    objective = ClosureObjective(
+    objective = ClosureObjective.for_step(
         lambda: sign * case.value(), vector, Regularization(maximize=maximize, weight_decay=decay)
     )
     evaluation = objective.evaluate(curvature=True)

@@ -29,8 +29,9 @@ from torch_secondorder import (
     Sophia,
     StepStatus,
 )
+from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation, Regularization
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import (
     Damped,
@@ -40,7 +41,8 @@ from torch_secondorder.curvature import (
     LinearOperator,
     exact_diagonal,
 )
-from torch_secondorder.dataset import BatchSum, DatasetObjective, curvature_at
+from torch_secondorder.dataset._objective import DatasetObjective
+from torch_secondorder.dataset._operator import BatchSum, curvature_at
 from torch_secondorder.diagnostics import from_closure, from_model, second_order_model, trace
 from torch_secondorder.solvers import Nystrom
 
@@ -259,8 +261,8 @@ def test_products_are_those_of_all_data(kind: str, keep: int, reduction: str) ->
         if kind == "damped" and regularization.maximize:
             continue
         vector = ParameterVector(model.parameters(), [1.0, 0.5, 2.0, 1.0])
-        ours = DatasetObjective(closure, vector, regularization)
-        expected = ClosureObjective(whole(model, reduction), vector, regularization)
+        ours = DatasetObjective.for_step(closure, vector, regularization)
+        expected = ClosureObjective.for_step(whole(model, reduction), vector, regularization)
         with ours, expected:
             e1, e2 = ours.evaluate(curvature=True), expected.evaluate(curvature=True)
             assert e1.linearization is None
@@ -435,8 +437,8 @@ def test_diagonal_from_batches_of_one_sample_is_exact() -> None:
     model, ours, closure = regression(1)
     regularization = Regularization(weight_decay=(0.1, 0.2, 0.3, 0.4))
     vector = ParameterVector(model.parameters(), [1.0, 0.5, 2.0, 1.0])
-    objective = DatasetObjective(ours, vector, regularization)
-    expected = ClosureObjective(closure, vector, regularization).evaluate(curvature=True)
+    objective = DatasetObjective.for_step(ours, vector, regularization)
+    expected = ClosureObjective.for_step(closure, vector, regularization).evaluate(curvature=True)
     with objective:
         evaluation = objective.evaluate(curvature=True)
         operator = BatchSum(objective, lambda e, _: GaussNewton(e))
@@ -449,7 +451,7 @@ def test_preconditioners_from_outputs_refuse_a_hessian(name: str) -> None:
     model = network()
     optimizer = NewtonCG(model.parameters(), curvature="hessian", preconditioner=name)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(TypeError, match=r"Hessian knows no model outputs.*'nystrom'"):
+    with pytest.raises(TypeError, match=r"Hessian is not made from model outputs.*'nystrom'"):
         optimizer.step(DatasetClosure(model, F.cross_entropy, loader()))
     close([p.detach() for p in model.parameters()], before, 0.0)
 
@@ -696,7 +698,7 @@ def test_counting_draws_nothing() -> None:
     batches = loader(shuffle=True, generator=generator)
     closure = DatasetClosure(model, F.cross_entropy, batches, count=lambda batch: len(batch[0]))
     state = torch.get_rng_state(), generator.get_state()
-    closure._counted()
+    closure._sample_counts()
     assert torch.equal(torch.get_rng_state(), state[0])
     assert torch.equal(generator.get_state(), state[1])
 
@@ -808,6 +810,6 @@ def test_a_bar_over_the_batches(
     monkeypatch.setattr(sys, "stderr", terminal)
     DatasetClosure(model, F.cross_entropy, loader())()
     assert "loss and gradient" not in terminal.getvalue()
-    monkeypatch.setattr(torch_secondorder.dataset.closure, "_SOON", 0.0)
+    monkeypatch.setattr(torch_secondorder.dataset.closure, "_BAR_DELAY", 0.0)
     DatasetClosure(model, F.cross_entropy, loader())()
     assert "loss and gradient" in terminal.getvalue()

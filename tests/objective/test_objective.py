@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.oracles import CASES, dense_hessian, flat, make_case
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Objective, Regularization
+from torch_secondorder._objective.base import Objective, Regularization
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import Hessian
 
@@ -26,9 +27,10 @@ KINDS = ["closure", "function"]
 def objective_of(case, kind: str, regularization: Regularization | None = None) -> Objective:
     params = case.params()
     if kind == "closure":
-        return ClosureObjective(case.closure(), params, regularization)
+        return ClosureObjective.for_step(case.closure(), params, regularization)
     pure = case.pure()
-    return FunctionalObjective(lambda p: pure(*p), params, regularization=regularization)
+    objective = FunctionalObjective(lambda p: pure(*p), params)
+    return objective.bind(ParameterVector(params), regularization)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +81,7 @@ def test_the_scaled_space_has_the_scaled_derivatives() -> None:
     scale = [1.0, 0.5, 2.0, 0.25]
     vector = ParameterVector(case.params(), scale)
     plain = ClosureObjective(case.closure(), case.params()).evaluate(curvature=True)
-    scaled = ClosureObjective(case.closure(), vector, Regularization(weight_decay=0.0))
+    scaled = ClosureObjective.for_step(case.closure(), vector, Regularization(weight_decay=0.0))
     evaluation = scaled.evaluate(curvature=True)
     s = vector.expand(scale)
     torch.testing.assert_close(evaluation.grad, s * plain.grad)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from torch_secondorder import LBFGS, NewtonCG
-from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._objective.base import Objective
 
 pytestmark = pytest.mark.slow
 

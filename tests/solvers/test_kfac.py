@@ -28,8 +28,8 @@ from tests.support.dense_operators import dense, seeded, smallest_eigenvalue
 from tests.support.oracles import CASES, make_case
 from tests.support.ranks import on_both, run_on_ranks
 from torch_secondorder import FunctionalObjective, NewtonCG
+from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Regularization
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import Damped, Diagonal, Fisher, GaussNewton, LinearOperator
 from torch_secondorder.globalization import TrustRegion
@@ -46,7 +46,7 @@ def gauss_newton(
     decay: float | tuple[float, ...] = 0.0,
 ) -> GaussNewton:
     vector = ParameterVector(params, scale)
-    objective = ClosureObjective(loss, vector, Regularization(weight_decay=decay))
+    objective = ClosureObjective.for_step(loss, vector, Regularization(weight_decay=decay))
     return GaussNewton(objective.evaluate(curvature=True))
 
 

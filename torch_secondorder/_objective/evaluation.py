@@ -1,68 +1,41 @@
-"""What an optimizer minimizes, whatever it comes from: a function of one flat vector.
-
-An `Objective` lives for one step. It evaluates loss, gradient and (where asked) the retained graph
-at the parameters, tries moves without losing the place, and accepts one. Weight decay, `maximize`
-and relative learning rates are applied here and nowhere else, so that every optimizer above works
-on one plain function.
-"""
+"""Facts about one point: loss, gradient, and what curvature is made from."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from math import inf
-from typing import Any, NamedTuple
-from weakref import ref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative, Multiply
+from torch_secondorder._autograd.graph import Graph, Multiply
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._closure.replay import ModuleRegistry, Replay
 from torch_secondorder._params.vector import ParameterVector
 
-__all__ = [
-    "Evaluation",
-    "EvaluationsSpent",
-    "Linearization",
-    "Objective",
-    "RawEvaluation",
-    "Regularization",
-]
-
-
-class EvaluationsSpent(Exception):
-    """A step has made all the evaluations that it may make."""
-
-
-# What is noted of closures that write what their graphs have saved.
-_WRITES = "writes"
-
-
-@dataclass(frozen=True, slots=True)
-class Regularization:
-    """What is done to a loss before it is minimized: `sign * loss + sum(decay * theta**2) / 2`.
-
-    Attributes:
-        maximize: Whether the sign is -1.
-        weight_decay: One coefficient, or one for each parameter.
-    """
-
-    maximize: bool = False
-    weight_decay: float | tuple[float, ...] = 0.0
+__all__ = ["Evaluation", "Linearization", "RawEvaluation", "Slot"]
 
 
 class Evaluation:
-    """Facts about one point; made once, passed along, never recomputed.
+    """Loss, gradient and, on request, the retained graph at one point.
+
+    The operators of `torch_secondorder.curvature` are made from an evaluation with curvature. You
+    get one from a `ClosureObjective`, or from a `FunctionalObjective` if your loss is a pure
+    function. It is valid until the parameters move.
 
     Attributes:
-        loss: What is minimized, regularization included: 0-dim, detached, in work precision.
+        loss: The loss that is minimized, regularization included: 0-dim, detached, in work
+            precision.
         closure_loss: The loss as the closure returned it (averaged over ranks), detached.
         linearization: The retained graph, present only where curvature was asked for.
+
+    >>> import torch
+    >>> from torch_secondorder import ClosureObjective
+    >>> from torch_secondorder.curvature import GaussNewton
+    >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]])
+    >>> def closure():
+    ...     return torch.nn.functional.mse_loss(model(x), torch.zeros(1, 1))
+    >>> evaluation = ClosureObjective(closure, model.parameters()).evaluate(curvature=True)
+    >>> GaussNewton(evaluation) @ torch.tensor([1.0, 0.0])
+    tensor([2., 4.])
     """
 
     __slots__ = ("__weakref__", "_flatten", "_grad", "closure_loss", "linearization", "loss")
@@ -84,8 +57,8 @@ class Evaluation:
     def grad(self) -> Tensor:
         """The gradient in the work space, shape `(n,)`.
 
-        Flattened when it is first asked for, at the latest before the next evaluation: who works on
-        `p.grad` does not pay for it.
+        It is flattened when you first read it, at the latest before the next evaluation: an
+        optimizer that works on `p.grad` does not pay for it.
         """
         if self._flatten is not None:
             self._grad, self._flatten = self._flatten(), None
@@ -120,6 +93,39 @@ class Slot(NamedTuple):
     decay: float
 
 
+class Owner(Protocol):
+    """The objective that made a linearization.
+
+    Attributes:
+        vector: Maps the parameters to the work vector.
+        generation: The number of moves so far.
+        ranks: The ranks that the loss is averaged over.
+    """
+
+    vector: ParameterVector
+    generation: int
+    ranks: Ranks
+
+    def settle(self, place: Tensor | None = None) -> None:  # pragma: no cover - a protocol
+        """Puts the parameters back to where the graph was made."""
+
+    def product(self, direction: Tensor, products: Sequence[Tensor | None]) -> Tensor:
+        """Turns a product with the loss's curvature into one with the objective's."""
+        ...  # pragma: no cover - a protocol
+
+    def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
+        """See `Linearization.diagonal`."""
+        ...  # pragma: no cover - a protocol
+
+    def slots(self) -> list[Slot]:
+        """See `Linearization.slots`."""
+        ...  # pragma: no cover - a protocol
+
+    def evaluated_again(self) -> RawEvaluation | None:
+        """The same evaluation with a graph of copies; None where there can be none."""
+        ...  # pragma: no cover - a protocol
+
+
 class Linearization:
     """The second-order information at one evaluated point, valid until the parameters move on.
 
@@ -132,7 +138,7 @@ class Linearization:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Owner,
         graph: Graph,
         *,
         copies: bool = False,
@@ -232,357 +238,3 @@ class Linearization:
             return False
         self.graph, self._copies, self._place = raw.graph, raw.copies, raw.place
         return True
-
-
-class Objective(ABC):
-    """A function of the parameters, for the length of one step.
-
-    Use it as a context: leaving it settles what the evaluations have touched; leaving it by an
-    exception puts the parameters back to where they were on entry.
-
-    Args:
-        vector: The parameters, or their vector.
-        regularization: What is done to the loss before it is minimized.
-        master: The position in work precision, if it is known better than the parameters hold it
-            (see `ParameterVector.read`).
-        registry: What earlier steps learned of the modules that are called.
-
-    Attributes:
-        vector: Maps the parameters to the work vector.
-        position: Where the parameters are, shape `(n,)`, without the scale.
-        evaluations: How many times the loss was evaluated.
-        examinations: How many of these were for looking at what moves the modules' buffers.
-        limit: How many times it may be; one more raises `EvaluationsSpent`.
-        renewed: Whether the function is another one since the last evaluation: buffers that the
-            loss depends on have moved on with an accepted step.
-        generation: Counts the moves; an evaluation's linearization is valid for one.
-    """
-
-    def __init__(
-        self,
-        vector: ParameterVector | Iterable[Tensor],
-        regularization: Regularization | None = None,
-        master: Tensor | None = None,
-        registry: ModuleRegistry | None = None,
-    ) -> None:
-        self.vector = vector if isinstance(vector, ParameterVector) else ParameterVector(vector)
-        self.position = self.vector.read(master)
-        self.evaluations = self.examinations = 0
-        self.limit: float = inf
-        self.renewed = False
-        self.generation = 0
-        self._entry = self.position
-        # What the parameters hold now; None where the last trial has left them.
-        self._placed: Tensor | None = self.position
-        self._tried: tuple[Tensor, float] | None = None  # the last trial
-        self._abandoned = False
-        self._unseen = False  # whether the parameters moved without a trace
-        self._last: Callable[[], Evaluation | None] = lambda: None
-        self._registry = registry or ModuleRegistry()
-        self._replay = Replay(self._registry, self.vector.devices)
-        regularization = regularization or Regularization()
-        self._sign = -1.0 if regularization.maximize else 1.0
-        self._regularization = regularization
-        decay = regularization.weight_decay
-        # A number stays one: where it is the same everywhere it needs no vector.
-        self._decay = self.vector.expand(decay) if isinstance(decay, tuple) else decay
-        self._decays = bool(decay)
-
-    @property
-    def autocast(self) -> dict[str, torch.dtype]:
-        """Device types for which a closure runs under autocast, as where this was made."""
-        return self._replay.autocast
-
-    @property
-    def registry(self) -> ModuleRegistry:
-        """What earlier steps learned of the modules that are called, and of closures."""
-        return self._registry
-
-    @property
-    @abstractmethod
-    def source(self) -> Callable[..., Any]:
-        """What products come from, for `ModuleRegistry.knows`."""
-
-    @property
-    def precision(self) -> float:
-        """The machine epsilon that gradients are computed with, as far as that is known."""
-        return max(self.vector.precision, self._replay.precision)
-
-    def evaluate(self, *, curvature: bool = False) -> Evaluation:
-        """Loss and gradient where the parameters stand.
-
-        Args:
-            curvature: Whether to retain the graph for second-order products.
-        """
-        self.renewed = False
-        return self._evaluate_at(self.position, curvature)
-
-    def trial(self, step: Tensor, t: float = 1.0, *, curvature: bool = False) -> Evaluation:
-        """Loss and gradient at a distance; `position` stays.
-
-        The parameters go back there lazily: before the next product, evaluation or move of this
-        objective, at the end of its context, or when `settle` is called.
-
-        Args:
-            step: Shape `(n,)`, in the work space.
-            t: What it is multiplied by.
-            curvature: Whether to retain the graph for the case that this is accepted, see `accept`;
-                until then no product can be made from it.
-        """
-        self._tried = (step, t)
-        position = self._moved(step, t)
-        evaluation = self._evaluate_at(position, curvature)
-        if evaluation.linearization is not None:
-            evaluation.linearization.suspend()
-        if self._placed is position:
-            self._placed = None  # not kept: it is a vector, and made again where it is needed
-        return evaluation
-
-    def accept(self, step: Tensor, t: float = 1.0, trial: Evaluation | None = None) -> None:
-        """Moves the parameters by `t` times `step`, `(n,)`; earlier linearizations end here.
-
-        Args:
-            step: As given to `trial`.
-            t: As given to `trial`.
-            trial: What was evaluated there. If it has a graph, products are made from that now.
-        """
-        tried, at = self._tried or (None, t)
-        there = self._placed is None and tried is step and at == t
-        graph = None if trial is None else trial.linearization
-        if self.position is self._entry:
-            self._go(self._moved(step, t), there=there, unseen=graph is not None)
-        else:
-            last = self._last()
-            if last is not None:
-                _ = last.grad  # before what it is made of changes
-            # In place: a vector's memory costs as much as the arithmetic.
-            position = self.position.add_(self.vector.scaled(step), alpha=t)
-            self._go(position, there=there, unseen=graph is not None)
-        if self._registry.moving:
-            self._move_buffers_on(there)
-        if graph is not None:
-            graph.resume()
-
-    def _move_buffers_on(self, there: bool) -> None:
-        """Moves buffers that the loss depends on as one evaluation here would have moved them.
-
-        Args:
-            there: Whether the last evaluation was here.
-        """
-        for kind in self._registry.unknown_kinds():
-            self._examine(kind)
-            there = True
-        if not self._registry.buffers_in_loss():
-            return
-        if not there:
-            self._evaluate_at(self.position, False)
-        self.renewed = self._replay.move_on()
-
-    def _examine(self, kind: type) -> None:
-        """Finds whether the loss depends on the buffers that modules of a class move."""
-        before = self.evaluations
-        first = self._loss_here()
-        with self._replay.moved(kind):
-            moved = self._loss_here()
-        repeated = self._loss_here()
-        self.examinations += self.evaluations - before
-        # What is not the same a second time, on devices that add in any order, shows nothing.
-        in_loss = abs(moved - first) > 10 * abs(repeated - first)
-        self._registry.note_kind(kind, in_loss)
-
-    def _loss_here(self) -> float:
-        return self._evaluate_at(self.position, False).loss.item()
-
-    def _moved(self, step: Tensor, t: float) -> Tensor:
-        return torch.add(self.position, self.vector.scaled(step), alpha=t)
-
-    def settle(self, place: Tensor | None = None) -> None:
-        """Puts the parameters back to `position` after a trial.
-
-        Args:
-            place: Another one, for a graph that was made there.
-        """
-        place = self.position if place is None else place
-        if self._placed is not place:
-            self.vector.move(place)
-            self._placed = place
-        self._tried = None  # it is a vector, and nothing stands there any more
-
-    def evaluated_again(self) -> RawEvaluation | None:
-        """The evaluation at `position` with a graph of copies; None where there can be none."""
-        source = self._captured_source
-        if source is None:
-            return None
-        self._note_writes(source)
-        last = self._last()
-        if last is not None:
-            _ = last.grad  # before what it is made of changes
-        self.settle()
-        with torch.enable_grad():
-            raw = self._run(self.position, True)
-        self.evaluations += 1
-        return raw
-
-    @property
-    def _captured_source(self) -> Callable[..., Any] | None:
-        """What graphs come from; None where they cannot be made again."""
-        return None
-
-    def _copies(self, source: Callable[..., Any]) -> bool:
-        """Whether graphs of a closure or function have to be of copies."""
-        return self._registry.knows(source, _WRITES)
-
-    def _note_writes(self, source: Callable[..., Any]) -> None:
-        self._registry.note(source, _WRITES)
-
-    def has_room_for_a_graph(self) -> bool:
-        """Whether a graph may be kept beside that of the position: if all in use fits twice.
-
-        Where buffers move on with an accepted step, that of a trial is of another function. A graph
-        is kept on all ranks or on none: gradients are averaged differently with one.
-        """
-        return not self.ranks.any(not self._has_room_here(), self.vector.device)
-
-    def _has_room_here(self) -> bool:
-        around = self._registry
-        if around.moving and (around.buffers_in_loss() or around.unknown_kinds()):
-            return False
-        for device in self.vector.devices:
-            if device.type == "cuda":
-                free, _ = torch.cuda.mem_get_info(device)
-                used = torch.cuda.memory_allocated(device)
-                if free + torch.cuda.memory_reserved(device) < 2 * used:
-                    return False
-        return True
-
-    def abandon(self) -> None:
-        """Says that the step comes to nothing: its end leaves buffers as they were before it."""
-        self._abandoned = True
-
-    def product(self, direction: Tensor, products: Sequence[Tensor | None]) -> Tensor:
-        """Turns a product with the loss's curvature into one with the objective's.
-
-        Args:
-            direction: What was multiplied, `(n,)` or `(k, n)`, scale applied.
-            products: The parts of the product, shaped like the parameters; None for zeros.
-        """
-        flat = self.vector.gather(products, batch=direction.shape[:-1])
-        if self._sign < 0:
-            flat.neg_()
-        flat = self.ranks.average_(flat)
-        if self._decays:
-            flat.add_(self._decay * direction)
-        return self.vector.scaled(flat)
-
-    def slots(self) -> list[Slot]:
-        """See `Linearization.slots`."""
-        slots = self.vector.slots()
-        decay = self._regularization.weight_decay
-        decays = decay if isinstance(decay, tuple) else (decay,) * len(slots)
-        return [Slot(*slot, slot[2] ** 2 * d) for slot, d in zip(slots, decays, strict=True)]
-
-    @property
-    def ranks(self) -> Ranks:
-        """See `Linearization.ranks`."""
-        return self._registry.ranks
-
-    def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
-        """See `Linearization.diagonal`."""
-        flat = self.ranks.join_roots_(self.vector.gather(roots, batch=(count,)))
-        diagonal = self.vector.scaled(flat).square_().mean(0)
-        if self._decays:
-            decay = self.vector.scaled(self.vector.scaled(torch.ones_like(diagonal)))
-            diagonal.add_(decay.mul_(self._decay))
-        return diagonal
-
-    @abstractmethod
-    def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
-        """Evaluates at `position`."""
-
-    def _evaluate_at(self, position: Tensor, curvature: bool) -> Evaluation:
-        if self.evaluations >= self.limit:
-            raise EvaluationsSpent
-        last = self._last()
-        if last is not None:
-            _ = last.grad  # before what it is made of changes
-        try:
-            with torch.enable_grad():
-                raw = self._run_on_all_ranks(position, curvature)
-        except BaseException:
-            self.settle()
-            raise
-        self.evaluations += 1
-        loss = raw.loss.detach()
-        vector = self.vector
-        if loss.dtype != vector.dtype or loss.device != vector.device:
-            loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
-        loss = vector.space.mean(self.ranks.average(loss))
-        closure_loss = loss
-        if self._sign < 0:
-            loss = -loss
-        if self._decays:
-            loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
-        linearization = None
-        if raw.graph is not None:
-            linearization = Linearization(self, raw.graph, copies=raw.copies, place=raw.place)
-        flatten = partial(self._flat_gradient, raw, position if self._decays else None)
-        evaluation = Evaluation(loss, closure_loss, flatten, linearization)
-        self._last = ref(evaluation)
-        return evaluation
-
-    def _run_on_all_ranks(self, position: Tensor, curvature: bool) -> RawEvaluation:
-        """Evaluates; if one rank finds no second derivative, no rank does.
-
-        Others would wait for products that this one cannot have a part in.
-        """
-        if not curvature:
-            return self._run(position, curvature)
-        device = self.vector.device
-        try:
-            raw = self._run(position, curvature)
-        except MissingSecondDerivative:
-            self.ranks.any(True, device)
-            raise
-        if self.ranks.any(False, device):
-            raise MissingSecondDerivative(
-                "an operation inside the closure of another rank has no second derivative; the "
-                "error of that rank names it"
-            )
-        return raw
-
-    def _flat_gradient(self, raw: RawEvaluation, position: Tensor | None) -> Tensor:
-        grad = self.vector.gather(raw.grads)
-        if not raw.averaged:
-            grad = self.ranks.average_(grad)
-        if self._sign < 0:
-            grad.neg_()
-        if position is not None:
-            grad.add_(self._decay * position)
-        return self.vector.scaled(grad)
-
-    def _go(self, position: Tensor, *, there: bool = False, unseen: bool = False) -> None:
-        if unseen:
-            # A graph that was made there is going to be used: others notice at the end.
-            if not there:
-                self.vector.move(position)
-            self._unseen = True
-        elif there:
-            # They are there already; a graph that saved them earlier still has to notice.
-            increment_version(self.vector.params)
-        else:
-            self.vector.write(position)
-        self.position = self._placed = position
-        self._tried = None
-        self.generation += 1
-
-    def __enter__(self) -> Objective:
-        self._entry = self.position
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.settle()
-        if self._unseen:
-            increment_version(self.vector.params)
-        if kind is not None and self.position is not self._entry:
-            self._go(self._entry)
-        self._replay.finish(aborted=self._abandoned or kind is not None)

@@ -32,7 +32,7 @@ from torch_secondorder._closure.validation import (
 )
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.subclasses import all_plain, plainly, snapshot
-from torch_secondorder._objective.closure import FunctionalObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 
 __all__ = [
     "GradientTrace",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import check_callable, scalar
-from torch_secondorder._objective.closure import FunctionalObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._objective.one_shot import nonzero
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._params.space import is_distributed

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
-from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder.curvature import (
     FiniteDifference,
     Fisher,
@@ -21,7 +22,7 @@ from torch_secondorder.curvature import (
     LinearOperator,
 )
 from torch_secondorder.curvature._output_space import UnknownOutputs
-from torch_secondorder.dataset import BatchSum, curvature_at
+from torch_secondorder.dataset._operator import BatchSum, curvature_at
 from torch_secondorder.solvers import KFAC, Martens, Preconditioner
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
     "DIFFERENCES",
     "KINDS",
     "SUITED",
-    "Curvature",
+    "CurvatureChoice",
     "Factory",
     "most_iterations",
     "suited_preconditioner",
@@ -63,7 +64,7 @@ _WITH_FACTORS = 5
 _MOST = 0.5
 
 
-class Curvature:
+class CurvatureChoice:
     """Makes the curvature at a point, of the kind that was asked for or that suits the closure.
 
     With `"auto"` this is the Gauss-Newton matrix where model outputs are found; else the Hessian;
@@ -258,7 +259,7 @@ def most_iterations(preconditioner: Preconditioner | None) -> int:
     return _WITH_FACTORS if isinstance(preconditioner, KFAC) else _MOST_ITERATIONS
 
 
-def suited_preconditioner(curvature: Curvature, size: int) -> str | None:
+def suited_preconditioner(curvature: CurvatureChoice, size: int) -> str | None:
     """The name of the preconditioner that `"auto"` stands for.
 
     The Gauss-Newton matrix of a network of two linear layers or more, with half of the parameters

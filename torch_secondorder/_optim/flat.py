@@ -1,4 +1,4 @@
-"""Optimizers of one flat vector: what they share."""
+"""Base class of optimizers that see all parameters as one flat vector."""
 
 from __future__ import annotations
 
@@ -13,21 +13,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
-from torch_secondorder._objective.closure import ClosureObjective, FunctionalObjective
-from torch_secondorder._objective.evaluation import Objective, Regularization
+from torch_secondorder._objective.base import Objective, Regularization
+from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, copied, makes_state_only
+from torch_secondorder._optim.descent import Descent, DescentInfo, Point
+from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
-from torch_secondorder._params.vector import ParameterVector
-from torch_secondorder.dataset import DatasetClosure, DatasetObjective
+from torch_secondorder._params.vector import ParameterVector, max_norm
+from torch_secondorder.dataset._objective import DatasetObjective
+from torch_secondorder.dataset.closure import DatasetClosure
 
 __all__ = ["FlatOptimizer", "Rows", "check_size"]
 
 
 class FlatOptimizer(SecondOrderOptimizer):
-    """An optimizer of one flat vector, which may evaluate the closure several times a step.
+    """Base class of optimizers that see all parameters as one flat vector.
 
-    A subclass implements `_step(objective)`. `lr` and `weight_decay` may differ between groups, all
-    other hyperparameters are read from the first.
+    One call of `step()` evaluates the closure, calls `_iterate` until something ends the step, and
+    reports. The base class runs that loop, maps the groups to the vector (with their own `lr` and
+    `weight_decay`; all other hyperparameters are read from the first group), handles a start that
+    is not finite, decides when the step has converged, and carries the state through checkpoints,
+    DDP and FSDP.
+
+    A subclass implements:
+
+    - `__init__`: checks its arguments and passes the hyperparameters on. `lr`, `max_iter`,
+      `tolerance_grad`, `tolerance_change`, `weight_decay` and `maximize` have a meaning here; a
+      hyperparameter that is left out has the default of `LBFGS`.
+    - `_iterate`: one iteration. `descent.point` is the current point. A line search along a
+      direction goes by way of `Line`, whose `accept` moves the parameters.
+    - `_forget`: drops what was learned, when other parameters are trained.
+    - its state, see `_export_state`.
+
+    It may override `_evaluate` and `_begin`, name the class of its report in `_info_type`, and give
+    the report's further fields in `_details`.
 
     Args:
         params: See `SecondOrderOptimizer`.
@@ -37,18 +58,51 @@ class FlatOptimizer(SecondOrderOptimizer):
     _step_supports_amp_scaling = True  # else a `GradScaler` would not let itself be noticed
     _carried = (*SecondOrderOptimizer._carried, "_master")
     _optional_names: tuple[str, ...] = ("master",)
+    _info_type: type[DescentInfo] = DescentInfo
     #: The position in work precision, where parameters are held in less.
     _master: Tensor | None = None
     #: Whether `torch.distributed.checkpoint` has asked for the state.
     _for_distributed = False
+    #: The largest entry of all gradients at the starts of steps.
+    _largest_gradient = 0.0
+
+    # For subclasses.
 
     @abstractmethod
-    def _step(self, objective: Objective) -> Tensor:
-        """One step; sets `self.info`, returns the closure's loss at the start."""
+    def _iterate(self, descent: Descent) -> StepStatus | None:
+        """One iteration from `descent.point` on.
+
+        Returns:
+            The reason to end the step; None to go on. The loop itself ends the step where it has
+            converged or the budget is spent.
+        """
 
     @abstractmethod
     def _forget(self, reason: str) -> None:
-        """Drops what was learned of a parameter vector that is no more."""
+        """Drops what was learned about a parameter vector that is no longer trained."""
+
+    def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
+        """Evaluates the objective at the start of a step, with one synchronization."""
+        evaluation = objective.evaluate()
+        grad = evaluation.grad
+        grad_norm, loss = objective.vector.space.to_host(
+            largest=(max_norm(grad),), whole=(evaluation.loss,)
+        )
+        return evaluation, Point(loss, grad_norm, grad)
+
+    def _begin(self, descent: Descent) -> None:
+        """Prepares the first iteration of a step."""
+
+    def _details(self) -> dict[str, Any]:
+        """Fields of the report beside those that `DescentInfo` has."""
+        return {}
+
+    def _refuse_start(self) -> dict[str, Any]:
+        """Reacts to a start that is not finite; returns the details of the report."""
+        self._forget("the loss or gradient at the start of a step was not finite")
+        return {}
+
+    # Steps.
 
     def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step.
@@ -65,18 +119,31 @@ class FlatOptimizer(SecondOrderOptimizer):
             TypeError: The closure returned something else than a loss.
             ValueError: The closure's loss is not a scalar.
         """
-        return self._start(closure)
+        return self._run(closure)
 
-    def _start(self, closure: Any, curvature_closure: Any = None) -> Tensor | None:
-        Scaling(self).refuse_closure()
-        params = self._trainable
+    def _run(self, closure: Any, curvature_closure: Any = None) -> Tensor | None:
+        if hasattr(self, "found_inf"):  # a GradScaler calls
+            Scaling(self).refuse_closure()
+        params, rates, decays = self._trained()
         if not params:
             result: Tensor | None = self._pass(closure)
             return result
-        if closure is not None:
-            objective = self._objective(closure, curvature_closure)
-            self._show_names(params)  # before there is a history, which would be copied
-            return self._run(objective)
+        if closure is None:
+            self._prepare_state()
+            return None
+        objective = self._objective(params, rates, decays, closure, curvature_closure)
+        self._show_names(params)  # before there is a history, which would be copied
+        # The objective notes a surrounding autocast for the closure; our sums are not to be cast.
+        with torch.no_grad(), objective, ExitStack() as stack:
+            for device_type in objective.autocast:
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            loss = self._step(objective, max(map(float, rates)))
+        if objective.vector.needs_master:
+            self._master = objective.position
+        return loss
+
+    def _prepare_state(self) -> None:
+        """Makes the state that `torch.distributed.checkpoint` asks for."""
         if not makes_state_only(self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
@@ -85,40 +152,90 @@ class FlatOptimizer(SecondOrderOptimizer):
             )
         self._for_distributed = True
         self._show_names()
-        return None
 
-    def _run(self, objective: Objective) -> Tensor:
-        """Performs one step on an objective."""
-        # The objective notes a surrounding autocast for the closure; our sums are not to be cast.
-        with torch.no_grad(), objective, ExitStack() as stack:
-            for device_type in objective.autocast:
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            loss = self._step(objective)
-        if objective.vector.needs_master:
-            self._master = objective.position
-        return loss
+    def _step(self, objective: Objective, lr: float) -> Tensor:
+        """One step on an objective; sets `self.info`, returns the closure's loss at the start.
 
-    @property
-    def _learning_rate(self) -> float:
-        """The largest of the groups'; the others are relative to it through the vector's scale."""
-        return max(self._per_parameter("lr"))
+        Args:
+            objective: The function that is minimized.
+            lr: The largest learning rate of the groups. The others are relative to it, by the
+                scale of the vector.
+        """
+        evaluation, point = self._evaluate(objective)
+        loss, grad_norm = point.loss, point.grad_norm
+        # A copy: a closure may use one tensor for all its losses.
+        returned = evaluation.closure_loss.clone()
+        del evaluation
+        if not point.finite:
+            objective.abandon()
+            details = self._refuse_start()
+            status, evaluations = StepStatus.NONFINITE_START, objective.evaluations
+            self.info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **details)
+            return returned
+        self._largest_gradient = max(self._largest_gradient, grad_norm)
+        group = self.param_groups[0]
+        tolerance_grad = group.get("tolerance_grad")
+        if tolerance_grad is None:
+            tolerance_grad = 1e-7 * min(1.0, self._largest_gradient)
+        tolerance_change = group.get("tolerance_change", 1e-9)
+        descent = Descent(
+            objective, point, lr, group.get("max_iter", 20), tolerance_grad, tolerance_change
+        )
+        del point  # a gradient, and perhaps a graph, that the iterations need not hold for long
+        self._begin(descent)
+        ending = None
+        while ending is None:
+            ending = descent.ending() or self._iterate(descent)
+        self.info = self._info_type(
+            ending,
+            loss,
+            descent.point.loss,
+            descent.point.grad_norm,
+            descent.count,
+            objective.evaluations,
+            step_length=descent.step_length,
+            search_status=descent.search_status,
+            nonfinite_trials=descent.nonfinite_trials,
+            **self._details(),
+        )
+        return returned
 
-    def _objective(self, closure: Any, curvature_closure: Any = None) -> Objective:
-        groups = [group for group in self.param_groups if group["params"]]
-        maximize = {bool(group["maximize"]) for group in groups}
+    def _trained(self) -> tuple[list[Tensor], list[Any], list[Any]]:
+        """The trainable parameters, with the `lr` and `weight_decay` of each."""
+        params, rates, decays = [], [], []
+        for group in self.param_groups:
+            lr, weight_decay = group["lr"], group["weight_decay"]
+            for p in group["params"]:
+                if p.requires_grad and p.numel():
+                    params.append(p)
+                    rates.append(lr)
+                    decays.append(weight_decay)
+        return params, rates, decays
+
+    def _objective(
+        self,
+        params: Sequence[Tensor],
+        rates: Sequence[Any],
+        decays: Sequence[Any],
+        closure: Any,
+        curvature_closure: Any,
+    ) -> Objective:
+        """The function that a step minimizes."""
+        maximize = set()
+        for group in self.param_groups:
+            if group["params"]:
+                maximize.add(bool(group["maximize"]))
+            self._check_group(group)
         if len(maximize) > 1:
+            values = [group["maximize"] for group in self.param_groups if group["params"]]
             raise ValueError(
                 "maximize must be the same in all parameter groups: a line search needs one loss; "
-                f"got {[group['maximize'] for group in groups]}"
+                f"got {values}"
             )
-        for group in self.param_groups:
-            self._check_group(group)
-        decay = self._per_parameter("weight_decay")
-        vector = self._current_vector()
-        regularization = Regularization(
-            maximize.pop(), decay[0] if len(set(decay)) == 1 else tuple(decay)
-        )
-        master = self._master
+        decays = tuple(map(float, decays))
+        vector = self._current_vector(params, list(map(float, rates)))
+        decay = decays[0] if len(set(decays)) == 1 else decays
+        regularization, master = Regularization(maximize.pop(), decay), self._master
         if isinstance(closure, FunctionalObjective):
             if curvature_closure is not None:
                 raise TypeError(
@@ -127,21 +244,13 @@ class FlatOptimizer(SecondOrderOptimizer):
             return closure.bind(vector, regularization, master)
         over_data = any(isinstance(c, DatasetClosure) for c in (closure, curvature_closure))
         kind = DatasetObjective if over_data else ClosureObjective
-        return kind(closure, vector, regularization, master, self._registry, curvature_closure)
+        return kind.for_step(
+            closure, vector, regularization, master, self._registry, curvature_closure
+        )
 
-    def _per_parameter(self, name: str) -> list[float]:
-        """A group hyperparameter, repeated for each trainable parameter."""
-        return [
-            float(group[name])
-            for group in self.param_groups
-            for p in group["params"]
-            if p.requires_grad and p.numel()
-        ]
-
-    def _current_vector(self) -> ParameterVector:
-        """The vector of what is trainable now; what was learned of another one is dropped."""
-        params = self._trainable
-        scale, rates = None, self._per_parameter("lr")
+    def _current_vector(self, params: Sequence[Tensor], rates: Sequence[float]) -> ParameterVector:
+        """The vector of the trainable parameters; what was learned about another one is dropped."""
+        scale = None
         if len(set(rates)) > 1:
             # Rounded: a scheduler that multiplies all rates leaves their ratios alone but for the
             # last digits.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_secondorder._autograd.backward_hook import intercepting
 from torch_secondorder._closure.validation import check_callable, lost_graph, scalar
 from torch_secondorder._foundation.subclasses import plain
-from torch_secondorder._objective.closure import FunctionalObjective
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._objective.one_shot import GradientTrace
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, seeded

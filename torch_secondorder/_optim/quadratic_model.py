@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._optim.descent import Descent, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._params.space import Space
 from torch_secondorder._params.vector import max_norm
@@ -31,13 +33,13 @@ from torch_secondorder.solvers import CG, Iterate, SolveResult, SolveStatus
 from torch_secondorder.solvers._units import Rescaled, unit_of
 
 __all__ = [
-    "Line",
     "Memory",
     "Model",
     "Move",
-    "Point",
+    "Proposal",
     "Tally",
     "damped",
+    "point_of",
     "searched",
     "within_radius",
 ]
@@ -48,39 +50,16 @@ _ATTEMPTS = 12
 _BACKTRACKING = Armijo(c1=1e-2, max_evaluations=8)
 
 
-class Point(NamedTuple):
-    """An evaluated point and what the host knows of it.
-
-    That of a trial comes without its evaluation, unless that has a graph: the gradient is a vector,
-    and who goes there needs both.
-    """
-
-    evaluation: Evaluation | None
-    loss: float
-    grad_norm: float  # largest entry
-    length: float  # Euclidean norm of the gradient
-
-    @classmethod
-    def of(cls, evaluation: Evaluation, space: Space) -> Point:
-        """Looks at an evaluation of vectors in a space; one synchronization."""
-        grad = evaluation.grad
-        grad_norm, length, loss = space.to_host(
-            largest=(max_norm(grad),),
-            norms=(torch.linalg.vector_norm(grad),),
-            whole=(evaluation.loss,),
-        )
-        return cls(evaluation, loss, grad_norm, space.true_norm(grad, grad_norm, length))
-
-    @property
-    def grad(self) -> Tensor:
-        """The gradient."""
-        assert self.evaluation is not None
-        return self.evaluation.grad
-
-    @property
-    def finite(self) -> bool:
-        """Whether one can start from here."""
-        return isfinite(self.loss) and isfinite(self.length)
+def point_of(evaluation: Evaluation, space: Space) -> Point:
+    """The point of an evaluation with its graph; one synchronization."""
+    grad = evaluation.grad
+    grad_norm, length, loss = space.to_host(
+        largest=(max_norm(grad),),
+        norms=(torch.linalg.vector_norm(grad),),
+        whole=(evaluation.loss,),
+    )
+    length = space.true_norm(grad, grad_norm, length)
+    return Point(loss, grad_norm, grad, evaluation, length)
 
 
 @dataclass(slots=True)
@@ -127,13 +106,12 @@ class Tally:
     products: int = 0
     solver_iterations: int = 0
     solver_status: SolveStatus | None = None
-    nonfinite: int = 0
     negative_curvature: float = 0.0
     unbounded: bool = False  # whether the loss was seen to fall without end
     repair: str = ""
 
 
-class Line(NamedTuple):
+class Proposal(NamedTuple):
     """A direction `d`, and the model along it.
 
     Attributes:
@@ -159,13 +137,13 @@ class Move(NamedTuple):
     """A step that was found good.
 
     Attributes:
-        line: The direction.
+        proposal: The direction.
         trial: How far along it, and what is there; its payload is a `Point`.
         gain_ratio: What the first trial gained over what the model promised.
         search_status: How the search ended, where there was one.
     """
 
-    line: Line
+    proposal: Proposal
     trial: Trial
     gain_ratio: float
     search_status: SearchStatus | None = None
@@ -179,32 +157,33 @@ class Model:
     returned is in the loss's own.
 
     Args:
-        objective: Stands at the point.
-        point: Where that is.
+        descent: The step; the model is of its objective at its current point.
         operator: The curvature there.
         solve: Solves a system with it, see `LinearSolver`.
         inverse: Gives a preconditioner for a damping; None for none.
-        tally: What is counted.
+        tally: The counts of the step.
         keeps_graphs: Whether trials keep their graph, for one that is accepted and is where the
             next model is made: to keep it costs much less than an evaluation.
     """
 
     def __init__(
         self,
-        objective: Objective,
-        point: Point,
+        descent: Descent,
         operator: LinearOperator,
         solve: Callable[..., SolveResult],
         inverse: Callable[[float], LinearOperator] | None,
         tally: Tally,
         keeps_graphs: bool = False,
     ) -> None:
+        point, objective = descent.point, descent.objective
+        assert point.grad is not None
         self._keeps_graphs = keeps_graphs
         self.point = point
         self.tally = tally
         self.precision = objective.vector.precision
+        self._descent = descent
         self._objective = objective
-        self._space = objective.vector.space
+        self._space = descent.space
         self._unit = unit_of(point.length, operator.dtype)
         self._operator = operator if self._unit == 1.0 else Rescaled(operator, self._unit)
         self._grad = self._in_units(point.grad)
@@ -334,50 +313,52 @@ class Model:
     def _in_units(self, grad: Tensor) -> Tensor:
         return grad if self._unit == 1.0 else grad / self._unit
 
-    def line(self, direction: Tensor, decrease: float, damping: float) -> Line:
-        """A line along a solution of the damped system, whose quadratic fell by `decrease`."""
+    def propose(self, direction: Tensor, decrease: float, damping: float) -> Proposal:
+        """A proposal along a solution of the damped system, whose quadratic fell by `decrease`."""
         slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
         slope, lifted = slope * self._unit, damping * square
         # Of the curvature along the solution more than half is damping.
         decrease += 0.5 * lifted
         curvature = -2.0 * (slope + decrease) / square if square else inf
-        return Line(direction, slope, decrease, lifted > -0.5 * slope, curvature)
+        return Proposal(direction, slope, decrease, lifted > -0.5 * slope, curvature)
 
-    def trial(self, line: Line, t: float) -> Trial:
-        """Evaluates `t` along a line; the payload is a `Point`."""
-        evaluation = self._objective.trial(line.direction, t, curvature=self._keeps_graphs)
+    def trial(self, proposal: Proposal, t: float) -> Trial:
+        """Evaluates `t` along a proposal; the payload is a `Point`."""
+        evaluation = self._objective.trial(proposal.direction, t, curvature=self._keeps_graphs)
         grad = evaluation.grad
         slope, grad_norm, length, loss = self._space.to_host(
-            sums=(self._in_units(grad) @ line.direction,),
+            sums=(self._in_units(grad) @ proposal.direction,),
             largest=(max_norm(grad),),
             norms=(torch.linalg.vector_norm(grad),),
             whole=(evaluation.loss,),
         )
-        kept = None if evaluation.linearization is None else evaluation
-        point = Point(kept, loss, grad_norm, self._space.true_norm(grad, grad_norm, length))
+        length = self._space.true_norm(grad, grad_norm, length)
+        # The gradient is a vector: without a graph it is not kept, and computed anew if needed.
+        kept = evaluation.linearization is not None
+        point = Point(loss, grad_norm, grad if kept else None, evaluation if kept else None, length)
         if not point.finite:
-            self.tally.nonfinite += 1
+            self._descent.nonfinite_trials += 1
             self.tally.unbounded |= loss == -inf
-        return Trial(t, loss, slope * self._unit if isfinite(point.length) else inf, point)
+        return Trial(t, loss, slope * self._unit if isfinite(length) else inf, point)
 
-    def start(self, line: Line) -> Trial:
-        """The point itself, as a trial along a line."""
-        return Trial(0.0, self.point.loss, line.slope)
+    def start(self, proposal: Proposal) -> Trial:
+        """The point itself, as a trial along a proposal."""
+        return Trial(0.0, self.point.loss, proposal.slope)
 
-    def gain_ratio(self, line: Line, trial: Trial) -> float:
+    def gain_ratio(self, proposal: Proposal, trial: Trial) -> float:
         """What a trial gained over what the model promised; NaN where that is no number."""
         if not trial.finite:
             return nan
         gained = self.point.loss - trial.loss
         if abs(gained) <= self._allowance:
             # Lost in rounding: the slopes at both ends know more (trapezoidal rule).
-            gained = -0.5 * trial.t * (line.slope + trial.slope)
-        promised = line.promised(trial.t)
+            gained = -0.5 * trial.t * (proposal.slope + trial.slope)
+        promised = proposal.promised(trial.t)
         return gained / promised if promised > 0 else nan
 
-    def unresolved(self, line: Line) -> bool:
+    def unresolved(self, proposal: Proposal) -> bool:
         """Whether the loss cannot show what the model promises."""
-        return line.decrease <= self._allowance
+        return proposal.decrease <= self._allowance
 
 
 # How the model becomes a step: damping, a trust radius, or a line search.
@@ -410,20 +391,22 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
                 continue
             return _hopeless(result)
         memory.direction = result.x
-        line, first = _best_iterate(model, result, damping, lr)
-        found = _search(model, _BACKTRACKING, line, first)
-        ratio = model.gain_ratio(line, first)
+        proposal, first = _best_iterate(model, result, damping, lr)
+        found = _search(model, _BACKTRACKING, proposal, first)
+        ratio = model.gain_ratio(proposal, first)
         if found.status.accepted:
             after: float = found.trial.payload.length
             ratios = (ratio, after / model.point.length)
             if result.status is SolveStatus.NONFINITE:
                 memory.damping = rule.raised(damping, 1, start)
             elif not indefinite:
-                memory.damping = rule.updated(damping, *ratios, start, line.curvature)
-            return Move(line, found.trial, ratio, found.status)
+                memory.damping = rule.updated(damping, *ratios, start, proposal.curvature)
+            return Move(proposal, found.trial, ratio, found.status)
         memory.direction = None
-        if model.unresolved(line):
-            anew = rule.relative(model.along_gradient(0.0, metric=False)[0]) if line.held else inf
+        if model.unresolved(proposal):
+            anew = (
+                rule.relative(model.along_gradient(0.0, metric=False)[0]) if proposal.held else inf
+            )
             if not anew < damping:
                 return StepStatus.STALLED
             # Nothing is known against the model: the damping leaves no step that could show it.
@@ -431,24 +414,24 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
         else:
             raised = rule.raised(damping, 2 + failures, start)
             memory.damping = max(memory.damping, raised)
-        del result, line  # and with them vectors, before there are others
+        del result, proposal  # and with them vectors, before there are others
     hopeful = first is None or first.finite
     return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
 
 
 def _best_iterate(
     model: Model, result: SolveResult, damping: float, lr: float
-) -> tuple[Line, Trial]:
+) -> tuple[Proposal, Trial]:
     """The solution or an earlier iterate, as long as the loss falls on the way back."""
-    line = model.line(result.x, result.decrease, damping)
-    trial = model.trial(line, lr)
+    proposal = model.propose(result.x, result.decrease, damping)
+    trial = model.trial(proposal, lr)
     for iterate in reversed(result.iterates):
-        earlier = model.line(iterate.x, iterate.decrease, damping)
+        earlier = model.propose(iterate.x, iterate.decrease, damping)
         tried = model.trial(earlier, lr)
         if trial.finite and not tried.loss < trial.loss:
             break
-        line, trial = earlier, tried
-    return line, trial
+        proposal, trial = earlier, tried
+    return proposal, trial
 
 
 def within_radius(model: Model, rule: TrustRegion, memory: Memory, lr: float) -> Move | StepStatus:
@@ -462,25 +445,27 @@ def within_radius(model: Model, rule: TrustRegion, memory: Memory, lr: float) ->
         result = model.solve(memory.damping, radius=radius)
         if not 0 < result.decrease < float("inf"):
             return _hopeless(result)
-        line = model.line(result.x, result.decrease, memory.damping)
-        line = line._replace(held=result.length >= 0.99 * radius)
-        trial = model.trial(line, lr)
-        ratio = model.gain_ratio(line, trial)
+        proposal = model.propose(result.x, result.decrease, memory.damping)
+        proposal = proposal._replace(held=result.length >= 0.99 * radius)
+        trial = model.trial(proposal, lr)
+        ratio = model.gain_ratio(proposal, trial)
         memory.radius = rule.updated(radius, ratio, result.length, memory.start)
         if not ratio > rule.accept and result.iterates:
             # What led to the radius was a direction of negative curvature, or of none but rounding;
             # the iterate before it has nothing to do with that.
             interior = result.iterates[-1]
-            line = model.line(interior.x, interior.decrease, memory.damping)._replace(held=False)
-            trial = model.trial(line, lr)
-            ratio = model.gain_ratio(line, trial)
+            proposal = model.propose(interior.x, interior.decrease, memory.damping)._replace(
+                held=False
+            )
+            trial = model.trial(proposal, lr)
+            ratio = model.gain_ratio(proposal, trial)
             if ratio > rule.accept:
                 memory.radius = max(memory.radius, interior.length)
         if ratio > rule.accept:
-            return Move(line, trial, ratio)
-        if model.unresolved(line):
+            return Move(proposal, trial, ratio)
+        if model.unresolved(proposal):
             return StepStatus.STALLED
-        del result, line  # and with them vectors, before there are others
+        del result, proposal  # and with them vectors, before there are others
     assert trial is not None
     return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
@@ -491,31 +476,31 @@ def searched(model: Model, search: LineSearch, memory: Memory, lr: float) -> Mov
     memory.direction = None
     if 0 < result.decrease < float("inf"):
         memory.direction = result.x
-        line = model.line(result.x, result.decrease, memory.damping)
+        proposal = model.propose(result.x, result.decrease, memory.damping)
     elif result.negative_direction is not None:
-        line = model.line(result.negative_direction, 0.0, 0.0)
-        if line.slope > 0:
-            line = Line(-line.direction, -line.slope, 0.0)
+        proposal = model.propose(result.negative_direction, 0.0, 0.0)
+        if proposal.slope > 0:
+            proposal = Proposal(-proposal.direction, -proposal.slope, 0.0)
     else:
         return _hopeless(result)
-    first = model.trial(line, lr)
-    found = _search(model, search, line, first)
+    first = model.trial(proposal, lr)
+    found = _search(model, search, proposal, first)
     if found.status.accepted:
-        return Move(line, found.trial, model.gain_ratio(line, first), found.status)
+        return Move(proposal, found.trial, model.gain_ratio(proposal, first), found.status)
     memory.direction = None
     if found.status is SearchStatus.NONFINITE:
         return StepStatus.NONFINITE_TRIALS
-    return StepStatus.STALLED if model.unresolved(line) else StepStatus.NO_DECREASE
+    return StepStatus.STALLED if model.unresolved(proposal) else StepStatus.NO_DECREASE
 
 
-def _search(model: Model, search: LineSearch, line: Line, first: Trial) -> SearchResult:
-    """Searches along a line whose first trial has been made already."""
+def _search(model: Model, search: LineSearch, proposal: Proposal, first: Trial) -> SearchResult:
+    """Searches along a proposal whose first trial has been made already."""
 
     def phi(t: float) -> Trial:
-        return first if t == first.t else model.trial(line, t)
+        return first if t == first.t else model.trial(proposal, t)
 
-    found = search(phi, model.start(line), first.t, precision=model.precision)
-    model.tally.unbounded |= falls_without_end(line.slope, found)
+    found = search(phi, model.start(proposal), first.t, precision=model.precision)
+    model.tally.unbounded |= falls_without_end(proposal.slope, found)
     return found
 
 

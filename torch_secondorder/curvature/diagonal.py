@@ -252,7 +252,7 @@ class GaussNewtonBartlett(DiagonalEstimator):
     Raises:
         ValueError: `n_samples` is below one.
 
-    >>> from torch_secondorder._objective.closure import FunctionalObjective
+    >>> from torch_secondorder import FunctionalObjective
     >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0]])
     >>> def loss(w):
     ...     return torch.nn.functional.mse_loss(x @ w, y, reduction="sum")

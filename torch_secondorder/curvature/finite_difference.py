@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Objective
+from torch_secondorder._objective.base import Objective
 from torch_secondorder._params.space import Space
 from torch_secondorder._params.vector import max_norm
 from torch_secondorder.curvature._random import draw
@@ -64,7 +64,7 @@ class FiniteDifference(LinearOperator):
         sizes: Those of the variables, shape `(n,)`, without the scale; by default what they are
             where the objective stands. A variable that is zero by chance has a size all the same.
 
-    >>> from torch_secondorder._objective.closure import FunctionalObjective
+    >>> from torch_secondorder import FunctionalObjective
     >>> x = torch.tensor([3.0, 5.0], dtype=torch.float64)
     >>> objective = FunctionalObjective(lambda x: x[0] ** 2 * x[1], x)
     >>> (FiniteDifference(objective) @ torch.eye(2, dtype=torch.float64)).round(decimals=6)

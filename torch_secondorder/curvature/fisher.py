@@ -39,7 +39,7 @@ class Fisher(GaussNewton):
         RuntimeError: No output was found, or labels cannot be drawn for one.
         ValueError: An argument is out of range, or the evaluation was made without curvature.
 
-    >>> from torch_secondorder._objective.closure import FunctionalObjective
+    >>> from torch_secondorder import FunctionalObjective
     >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0]])
     >>> def loss(w):
     ...     return 0.5 * torch.nn.functional.mse_loss(x @ w, y, reduction="sum")

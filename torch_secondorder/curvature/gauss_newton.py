@@ -55,7 +55,7 @@ class GaussNewton(Linearized):
         ValueError: The evaluation was made without curvature, `remainder` is unknown, or an output
             is complex.
 
-    >>> from torch_secondorder._objective.closure import FunctionalObjective
+    >>> from torch_secondorder import FunctionalObjective
     >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0]])
     >>> def loss(w):
     ...     return torch.nn.functional.mse_loss(x @ w, y, reduction="sum")

@@ -25,7 +25,7 @@ class Hessian(Linearized):
         ValueError: The evaluation was made without curvature.
 
     >>> import torch
-    >>> from torch_secondorder._objective.closure import FunctionalObjective
+    >>> from torch_secondorder import FunctionalObjective
     >>> objective = FunctionalObjective(lambda x: x[0] ** 2 * x[1], torch.tensor([3.0, 5.0]))
     >>> Hessian(objective.evaluate(curvature=True)) @ torch.eye(2)
     tensor([[10.,  6.],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_secondorder.diagnostics._krylov import Ending, Krylov, fitting
 from torch_secondorder.diagnostics._point import Counted, check_count, generator_of, opened
-from torch_secondorder.diagnostics.sources import Source
+from torch_secondorder.diagnostics.problem import Source
 
 __all__ = ["Definiteness", "definiteness"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.diagnostics._point import Counted, Point, check_count, opened
-from torch_secondorder.diagnostics.sources import Source
+from torch_secondorder.diagnostics.problem import Source
 from torch_secondorder.solvers import CG, LinearSolver, SolveStatus
 
 __all__ = ["ObservedInformation", "observed_information"]
@@ -77,7 +77,7 @@ def observed_information(
         RuntimeError: Loss or products are not finite or have no derivative, or a system was not
             solved.
 
-    >>> from torch_secondorder._objective.closure import FunctionalObjective
+    >>> from torch_secondorder import FunctionalObjective
     >>> data = torch.tensor([1.0, 2.0, 6.0])
     >>> loss = FunctionalObjective(lambda m: 0.5 * ((data - m) ** 2).sum(), torch.tensor([3.0]))
     >>> observed_information(loss).standard_errors  # one over the root of three

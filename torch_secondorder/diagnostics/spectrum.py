@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_secondorder._foundation.progress_bar import optional
 from torch_secondorder.curvature._random import draw
 from torch_secondorder.diagnostics._point import check_count, generator_of, opened
-from torch_secondorder.diagnostics.sources import Source
+from torch_secondorder.diagnostics.problem import Source
 from torch_secondorder.solvers import lanczos
 
 __all__ = ["SpectralDensity", "spectral_density"]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder.diagnostics._point import opened
-from torch_secondorder.diagnostics.problem import Problem
-from torch_secondorder.diagnostics.sources import Source, as_problem
+from torch_secondorder.diagnostics.problem import Problem, Source, as_problem
 
 __all__ = ["SecondOrderModel", "second_order_model"]
 
@@ -62,7 +61,7 @@ def second_order_model(
         ValueError: The direction is of another shape or not finite.
         RuntimeError: The loss, the gradient or the product is not finite, or has no derivative.
 
-    >>> from torch_secondorder._objective.closure import FunctionalObjective
+    >>> from torch_secondorder import FunctionalObjective
     >>> parabola = FunctionalObjective(lambda w: 2 * (w**2).sum(), torch.tensor([3.0, 4.0]))
     >>> along = second_order_model(parabola)
     >>> along.value, along.slope, along.step, along(along.step)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
 from torch_secondorder._optim.diagonal.blocks import Block, narrowed
 from torch_secondorder._optim.diagonal.fsdp import check_averaging
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
-from torch_secondorder._optim.diagonal.update import StepInputs, correction
+from torch_secondorder._optim.diagonal.update import StepInputs
 from torch_secondorder._params.space import is_distributed
-from torch_secondorder.curvature.diagonal import (
-    DiagonalEstimator,
-    GaussNewtonBartlett,
-    resolve_estimator,
-)
+from torch_secondorder.curvature.diagonal import DiagonalEstimator, resolve_estimator
 
 __all__ = ["AdaHessian", "AdaHessianInfo"]
-
-#: Labels drawn for the first estimate. One leaves it next to zero in some coordinates, by chance.
-_FIRST_SAMPLES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +96,11 @@ class AdaHessian(DiagonalOptimizer):
     _recognized_by = "hessian_power"
     _magnitudes = True
     _warm_up = 10
+    _first_labels = 10  # one label leaves the estimate close to zero in some coordinates, by chance
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 0.15,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
@@ -155,38 +149,29 @@ class AdaHessian(DiagonalOptimizer):
         if any(is_distributed(p) for p in group["params"][:1]):
             check_averaging(group["params"], block)
 
-    def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
-        estimator = self.estimator
-        if type(estimator) is not GaussNewtonBartlett:
-            return estimator
-        if self._steps and not self._out_of_turn(params):
-            return estimator
-        return GaussNewtonBartlett(max(_FIRST_SAMPLES, estimator.n_samples))
-
-    def _update(self, block: Block, seen: StepInputs) -> None:
-        group = block.group
+    def _update(self, block: Block, inputs: StepInputs) -> None:
+        group, lr = block.group, inputs.lr
         beta1, beta2 = group["betas"]
-        lr = seen.rate(group["lr"])
         if group["weight_decay"]:
             block.decay(1 - lr * group["weight_decay"])
-        seen.average_gradient(beta1)
+        inputs.average_gradient(beta1)
         power = float(group["hessian_power"])
-        # m / c1 / ((r / c2)^k + eps), with the numbers drawn together.
-        correction1 = correction(beta1, seen.step)
-        correction2 = correction(beta2, seen.curvature_step) ** (power / 2)
+        # m / c1 / ((v / c2)^(k / 2) + eps), with the corrections c1, c2 moved to rate and eps.
+        correction1 = 1 - beta1**inputs.step
+        correction2 = (1 - beta2**inputs.curvature_step) ** (power / 2)
         rate = (-lr if group["maximize"] else lr) * correction2 / correction1
         eps = group["eps"] * correction2
-        roots = seen.estimate
+        roots = inputs.estimate
         if roots is None:
             roots = block.exp_hessian.sqrt()
         else:
             if group["average_block"] not in (None, "spatial") or block.has_kernels:
-                for part, is_complex in zip(block.cut(roots), block.complex, strict=True):
-                    average_blocks_(part, group["average_block"], is_complex=is_complex)
-            fast = power == 1.0 and not seen.on_device
-            if fast and block.adam(float(rate), beta2, float(eps), roots):
+                for piece, is_complex in zip(block.pieces(roots), block.complex, strict=True):
+                    average_blocks_(piece, group["average_block"], is_complex=is_complex)
+            fuses = power == 1.0 and not inputs.on_device
+            if fuses and block.fused_divide(float(rate), beta2, float(eps), roots):
                 return
-            weight = narrowed((1 - beta2) * seen.bends, roots)
+            weight = narrowed((1 - beta2) * inputs.estimate_weight, roots)
             block.exp_hessian.lerp_(roots.mul_(roots), weight)
             torch.sqrt(block.exp_hessian, out=roots)  # new memory costs as much as the arithmetic
         if power != 1.0:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isfinite, sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.evaluation import Evaluation, Objective
+from torch_secondorder._objective.base import Objective
 from torch_secondorder._optim.base import check_number
+from torch_secondorder._optim.descent import Candidate, Descent, DescentInfo, Line, Point
 from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size
-from torch_secondorder._optim.info import StepInfo, StepStatus
-from torch_secondorder._optim.stopping import Progress
-from torch_secondorder._params.vector import ParameterVector, max_norm
+from torch_secondorder._optim.info import StepStatus
+from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.globalization import (
     FixedStep,
     LineSearch,
-    SearchResult,
     SearchStatus,
-    Trial,
     falls_without_end,
     resolve_line_search,
 )
@@ -32,28 +30,18 @@ __all__ = ["LBFGS", "LBFGSInfo"]
 _HISTORY_BYTES = 256 * 2**20
 # Powell's constant: a pair keeps at least this share of the curvature that H expects.
 _DAMPING = 0.2
-# Iterations without a new best loss or gradient after which only rounding error is left.
-_PATIENCE = 10
-# Entries that are worth no care for their memory.
-_PIECE = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class LBFGSInfo(StepInfo):
+class LBFGSInfo(DescentInfo):
     """Report of one step of `LBFGS`.
 
     Attributes:
-        step_length: The last accepted step, as a multiple of its direction.
-        search_status: How the last line search ended; None without one.
-        nonfinite_trials: Evaluations with a non-finite loss or gradient, stepped back from.
         skipped_pairs: Pairs that failed the curvature test and were left out of the history.
         damped_pairs: Pairs that were changed by Powell's damping.
         history_reset: Why the history was dropped during the step; empty if it was not.
     """
 
-    step_length: float = 0.0
-    search_status: SearchStatus | None = None
-    nonfinite_trials: int = 0
     skipped_pairs: int = 0
     damped_pairs: int = 0
     history_reset: str = ""
@@ -144,7 +132,6 @@ class LBFGS(FlatOptimizer):
         self.line_search = resolve_line_search(line_search_fn)
         self._inverse: InverseBFGS | None = None
         self._reset_reason = ""
-        self._largest_gradient = 0.0
         self._counts = {"n_iter": 0, "func_evals": 0}
         defaults = {
             "lr": lr,
@@ -161,66 +148,128 @@ class LBFGS(FlatOptimizer):
         if self._sharded:
             self._show_names()
 
-    def _step(self, objective: Objective) -> Tensor:
-        evaluation = objective.evaluate()
-        grad_norm, loss = objective.vector.space.to_host(
-            largest=[max_norm(evaluation.grad)], whole=[evaluation.loss]
-        )
-        start = _Point(evaluation, loss, grad_norm)
-        # A copy: a closure may use one tensor for all its losses.
-        returned = evaluation.closure_loss.clone()
-        if not start.finite:
-            objective.abandon()
-            self._forget("the loss or gradient at the start of a step was not finite")
-            self._report(
-                LBFGSInfo(StepStatus.NONFINITE_START, loss, loss, grad_norm, evaluations=1)
-            )
-            return returned
-        self._largest_gradient = max(self._largest_gradient, grad_norm)
-        history = self._fitting_history(objective.vector)
-        iteration = _Iterations(objective, history, self._settings(), start)
-        del evaluation, start  # a gradient that is not needed for long
-        status = iteration.run()
-        self._reset_reason = iteration.reset_reason or self._reset_reason
-        self._report(
-            LBFGSInfo(
-                status=status,
-                loss=loss,
-                loss_after=iteration.point.loss,
-                grad_norm=iteration.point.grad_norm,
-                iterations=iteration.count,
-                evaluations=objective.evaluations,
-                step_length=iteration.step_length,
-                search_status=iteration.search_status,
-                nonfinite_trials=iteration.nonfinite,
-                skipped_pairs=iteration.skipped,
-                damped_pairs=iteration.damped,
-            )
-        )
-        return returned
-
-    def _report(self, info: LBFGSInfo) -> None:
-        self.info = replace(info, history_reset=self._reset_reason)
+    def _step(self, objective: Objective, lr: float) -> Tensor:
+        loss = super()._step(objective, lr)
+        assert self.info is not None
         self._reset_reason = ""
-        self._counts["n_iter"] += info.iterations
-        self._counts["func_evals"] += info.evaluations
+        self._counts["n_iter"] += self.info.iterations
+        self._counts["func_evals"] += self.info.evaluations
+        return loss
 
-    def _settings(self) -> _Settings:
+    def _begin(self, descent: Descent) -> None:
         group = self.param_groups[0]
-        tolerance_grad = group["tolerance_grad"]
-        if tolerance_grad is None:
-            tolerance_grad = 1e-7 * min(1.0, self._largest_gradient)
-        return _Settings(
-            lr=self._learning_rate,
-            max_iter=group["max_iter"],
-            max_eval=group["max_eval"] or group["max_iter"] * 5 // 4,
-            tolerance_grad=tolerance_grad,
-            tolerance_change=group["tolerance_change"],
-            damping=group["damping"],
-            line_search=self.line_search,
-        )
+        descent.max_eval = group["max_eval"] or group["max_iter"] * 5 // 4
+        if isinstance(self.line_search, FixedStep):
+            descent.patience = inf  # without a search the loss may climb for a while
+        self._inverse = self._fitting_history(descent.objective.vector)
+        self._skipped = self._damped = 0
+
+    def _details(self) -> dict[str, Any]:
+        return {
+            "skipped_pairs": self._skipped,
+            "damped_pairs": self._damped,
+            "history_reset": self._reset_reason,
+        }
+
+    def _refuse_start(self) -> dict[str, Any]:
+        super()._refuse_start()
+        return {"history_reset": self._reset_reason}
+
+    def _iterate(self, descent: Descent) -> StepStatus | None:
+        if descent.objective.renewed:
+            # Trials and pairs must belong to one function, and it has changed.
+            _, descent.point = self._evaluate(descent.objective)
+            if descent.point.grad_norm <= descent.tolerance_grad:
+                return StepStatus.CONVERGED_GRADIENT
+        line = self._line(descent)
+        precision = descent.objective.vector.precision
+        result = self.line_search(line, line.start, descent.lr, precision=precision)
+        descent.search_status = result.status
+        descent.nonfinite_trials += result.nonfinite
+        unbounded = line.bottomless or falls_without_end(line.slope, result)
+        if result.status.accepted:
+            before = descent.point
+            self._learn(line, result.trial.t, before, line.accept(result.trial))
+            return StepStatus.UNBOUNDED if unbounded else None
+        if unbounded:
+            return StepStatus.UNBOUNDED
+        # A second try is worth it without the history.
+        if self._held.count:
+            self._drop_history(f"the line search ended with {result.status.name}")
+            return None
+        if result.status is SearchStatus.NONFINITE:
+            self._drop_history("no trial of a line search was finite")
+            return StepStatus.NONFINITE_TRIALS
+        return StepStatus.NO_DECREASE
+
+    def _line(self, descent: Descent) -> Line:
+        """The line of the next search; one synchronization."""
+        grad = descent.point.grad
+        assert grad is not None
+        history = self._held
+        if history.count:
+            direction = history.direction(grad)
+            slope, square = descent.space.to_host(sums=(grad @ direction, direction @ direction))
+            if -inf < slope < 0 and isfinite(square):
+                return Line(descent, direction, slope, square)
+            self._drop_history("the history gave a direction of ascent")
+        # Nothing is known of the scale yet. Without a search, as far as torch goes: the negative
+        # gradient, at most one long in the 1-norm. With a search, to where a line from here would
+        # meet a loss of zero, at most as far as the parameters are long.
+        loss, largest = descent.point.loss, descent.point.grad_norm
+        unit = grad / -largest  # no square of it overflows
+        square, total = descent.space.to_host(sums=(unit @ unit, unit.abs().sum()))
+        if isinstance(self.line_search, FixedStep):
+            length = min(largest, 1 / total)
+        else:
+            length = max(1.0, descent.size) / sqrt(square)
+            if loss:
+                length = min(length, 2 * abs(loss) / (largest * square))
+        return Line(descent, unit * length, -largest * square * length, square * length**2)
+
+    def _learn(self, line: Line, t: float, before: Point, candidate: Candidate) -> None:
+        """Enters a pair into the history if it shows curvature, or can be made to.
+
+        Args:
+            line: The line; its direction is overwritten.
+            t: The accepted step.
+            before: The point where the line begins.
+            candidate: The accepted trial.
+        """
+        assert candidate.point is not None and candidate.point.grad is not None
+        assert before.grad is not None
+        history, y, y_y = self._held, candidate.y, candidate.y_y
+        if y is None:
+            y = candidate.point.grad - before.grad
+        precision = torch.finfo(y.dtype)
+        if not precision.tiny < y_y < inf and y.dtype == torch.float32:
+            # The square is beyond the range of float32.
+            (y_y,) = history.space.to_host(sums=[y.double() @ y.double()])
+        s_y, s_s = t * candidate.y_d, t * t * line.square
+        # H g = -d, so B s = -t g whatever B is, and the curvature that B expects is known.
+        expected = -t * t * line.slope
+        step = line.direction if t == 1.0 else line.direction.mul_(t)
+        if self.param_groups[0]["damping"] and s_y < _DAMPING * expected:
+            keep = (1 - _DAMPING) * expected / (expected - s_y)
+            history.push(step, y.mul_(keep).sub_(before.grad, alpha=(1 - keep) * t))
+            self._damped += 1
+        elif s_y > 10 * precision.eps * sqrt(s_s) * sqrt(y_y) and y_y > 0:
+            history.push(step, y, s_y / y_y)
+        else:
+            self._skipped += 1
+
+    def _drop_history(self, reason: str) -> None:
+        """Drops the pairs within a step, and keeps their memory."""
+        self._reset_reason = reason
+        self._held.reset()
 
     # The history and its place in checkpoints.
+
+    @property
+    def _held(self) -> InverseBFGS:
+        """The history, during a step."""
+        assert self._inverse is not None
+        return self._inverse
 
     def _fitting_history(self, vector: ParameterVector) -> InverseBFGS:
         """The history; a new one where there is none, or none that fits."""
@@ -294,296 +343,3 @@ def _from_torch(state: dict[str, Any], history_size: int, vector: ParameterVecto
         check_size(s.numel(), vector)
         inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
     return inverse
-
-
-# The iterations of one step.
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a step is told; the arguments of `LBFGS` by their names, all resolved."""
-
-    lr: float
-    max_iter: int
-    max_eval: int
-    tolerance_grad: float
-    tolerance_change: float
-    damping: bool
-    line_search: LineSearch
-
-
-class _Point(NamedTuple):
-    """An evaluated point and what the host knows of it."""
-
-    evaluation: Evaluation
-    loss: float
-    grad_norm: float  # largest entry
-
-    @property
-    def finite(self) -> bool:
-        """Whether one can start from here."""
-        return isfinite(self.loss) and isfinite(self.grad_norm)
-
-
-class _Candidates:
-    """The trials of a search that it may accept: the newest, and that of the lowest loss.
-
-    Each holds a gradient, and no other trial's is worth its memory.
-
-    Args:
-        start: Where the search begins.
-    """
-
-    def __init__(self, start: Trial) -> None:
-        self._lowest = start.loss
-        self._best: _Candidate | None = None
-        self._newest: _Candidate | None = None
-
-    def make_room(self) -> None:
-        """Before a new trial."""
-        if self._newest is not None and self._newest is not self._best:
-            self._newest.point = None
-        self._newest = None
-
-    def add(self, trial: Trial) -> None:
-        """After it."""
-        self._newest = trial.payload
-        if trial.finite and trial.loss < self._lowest:
-            if self._best is not None:
-                self._best.point = None
-            self._lowest, self._best = trial.loss, self._newest
-
-
-class _Candidate:
-    """A trial point, and what the host knows of the pair that going there would give.
-
-    Attributes:
-        point: Where it is; None where that was given up.
-        y: The difference of the gradients, where it is short.
-        y_y: `y'y`.
-        y_d: `y'd`.
-    """
-
-    __slots__ = ("point", "y", "y_d", "y_y")
-
-    def __init__(self, point: _Point, y: Tensor | None, y_y: float, y_d: float) -> None:
-        self.point: _Point | None = point
-        self.y, self.y_y, self.y_d = y, y_y, y_d
-
-
-class _Line(NamedTuple):
-    """A direction `d` from a point with gradient `g`."""
-
-    direction: Tensor
-    slope: float  # g'd
-    square: float  # d'd
-
-
-class _Iterations:
-    """Goes downhill from a finite point until something ends the step.
-
-    Args:
-        objective: What is minimized.
-        history: The inverse Hessian approximation; learns from each iteration.
-        settings: What the step is told.
-        start: Where the objective is.
-
-    Attributes:
-        point: Where it is now.
-        count: Iterations done.
-        step_length: The last accepted step, as a multiple of its direction.
-        search_status: How the last search ended.
-        nonfinite: Trials that were not finite.
-        skipped: Pairs left out.
-        damped: Pairs changed.
-        reset_reason: Why the history was dropped, if it was.
-    """
-
-    def __init__(
-        self, objective: Objective, history: InverseBFGS, settings: _Settings, start: _Point
-    ) -> None:
-        self.point = start
-        self.count = 0
-        self.step_length = 0.0
-        self.search_status: SearchStatus | None = None
-        self.nonfinite = self.skipped = self.damped = 0
-        self.reset_reason = ""
-        self._objective = objective
-        self._history = history
-        self._settings = settings
-        self._space = objective.vector.space
-        (self._size,) = self._space.to_host(norms=[torch.linalg.vector_norm(objective.position)])
-        self._progress = Progress(start.loss, start.grad_norm, self._size)
-        self._bottomless = False  # whether a trial gave minus infinity
-
-    def run(self) -> StepStatus:
-        """Iterates; says why it ended."""
-        while True:
-            status = self._ending() or self._iterate()
-            if status is not None:
-                return status
-
-    def _iterate(self) -> StepStatus | None:
-        if self._objective.renewed:
-            self._renew()
-            if self.point.grad_norm <= self._settings.tolerance_grad:
-                return StepStatus.CONVERGED_GRADIENT
-        line = self._line()
-        result = self._search(line)
-        self.search_status = result.status
-        self.nonfinite += result.nonfinite
-        unbounded = self._bottomless or falls_without_end(line.slope, result)
-        if result.status.accepted:
-            self._move(line, result)
-        if unbounded:
-            return StepStatus.UNBOUNDED
-        if result.status.accepted:
-            return None
-        return self._failed(result)
-
-    def _failed(self, result: SearchResult) -> StepStatus | None:
-        """Drops the history after a search in vain; without one the step is over."""
-        if self._history.count:
-            self._forget(f"the line search ended with {result.status.name}")
-        elif result.status is SearchStatus.NONFINITE:
-            self._forget("no trial of a line search was finite")
-            return StepStatus.NONFINITE_TRIALS
-        else:
-            return StepStatus.NO_DECREASE
-        return None
-
-    def _ending(self) -> StepStatus | None:
-        """Why the step is over at this point, if it is."""
-        settings = self._settings
-        if self.point.grad_norm <= settings.tolerance_grad:
-            return StepStatus.CONVERGED_GRADIENT
-        if not settings.lr:
-            return StepStatus.ZERO_LEARNING_RATE
-        if self._progress.change <= settings.tolerance_change:
-            return StepStatus.CONVERGED_CHANGE
-        # Steps without a search may climb for a while, as they are asked to.
-        if self._progress.stalled >= _PATIENCE and not isinstance(settings.line_search, FixedStep):
-            return StepStatus.STALLED
-        if self.count >= settings.max_iter:
-            return StepStatus.MAX_ITERATIONS
-        evaluations = self._objective.evaluations - self._objective.examinations
-        if evaluations >= settings.max_eval and self.count:
-            return StepStatus.MAX_EVALUATIONS
-        return None
-
-    def _renew(self) -> None:
-        """Evaluates anew: trials and pairs are to be of one function, and it has changed."""
-        evaluation = self._objective.evaluate()
-        grad_norm, loss = self._space.to_host(
-            largest=[max_norm(evaluation.grad)], whole=[evaluation.loss]
-        )
-        self.point = _Point(evaluation, loss, grad_norm)
-
-    def _line(self) -> _Line:
-        """The direction, with what the host has to know of it; one synchronization."""
-        grad = self.point.evaluation.grad
-        if self._history.count:
-            direction = self._history.direction(grad)
-            slope, square = self._space.to_host(sums=(grad @ direction, direction @ direction))
-            if -inf < slope < 0 and isfinite(square):
-                return _Line(direction, slope, square)
-            self._forget("the history gave a direction of ascent")
-        # Nothing is known of the scale yet. Without a search, as far as torch goes: the negative
-        # gradient, at most one long in the 1-norm. With a search, to where a line from here would
-        # meet a loss of zero, at most as far as the parameters are long.
-        loss, largest = self.point.loss, self.point.grad_norm
-        unit = grad / -largest  # no square of it overflows
-        square, total = self._space.to_host(sums=(unit @ unit, unit.abs().sum()))
-        if isinstance(self._settings.line_search, FixedStep):
-            length = min(largest, 1 / total)
-        else:
-            length = max(1.0, self._size) / sqrt(square)
-            if loss:
-                length = min(length, 2 * abs(loss) / (largest * square))
-        return _Line(unit * length, -largest * square * length, square * length**2)
-
-    def _search(self, line: _Line) -> SearchResult:
-        """Searches along a line; the payload of its trials is a `_Candidate`."""
-        start = Trial(0.0, self.point.loss, line.slope)
-        candidates = _Candidates(start)
-
-        def phi(t: float) -> Trial:
-            candidates.make_room()
-            trial = self._try(line, t)
-            candidates.add(trial)
-            return trial
-
-        settings, precision = self._settings, self._objective.vector.precision
-        return settings.line_search(phi, start, settings.lr, precision=precision)
-
-    def _try(self, line: _Line, t: float) -> Trial:
-        """Evaluates at `t`; one synchronization."""
-        evaluation = self._objective.trial(line.direction, t)
-        grad, before = evaluation.grad, self.point.evaluation.grad
-        y = grad - before if len(grad) <= _PIECE else None
-        products = (
-            _products_of_difference(grad, before, line.direction)
-            if y is None
-            else (y @ y, y @ line.direction)
-        )
-        slope, y_y, y_d, grad_norm, loss = self._space.to_host(
-            sums=(grad @ line.direction, *products),
-            largest=(max_norm(grad),),
-            whole=(evaluation.loss,),
-        )
-        self._bottomless = self._bottomless or loss == -inf
-        candidate = _Candidate(_Point(evaluation, loss, grad_norm), y, y_y, y_d)
-        return Trial(t, loss, slope if isfinite(grad_norm) else inf, candidate)
-
-    def _move(self, line: _Line, result: SearchResult) -> None:
-        """Goes to the point that a search accepted and learns from the way there."""
-        t: float = result.trial.t
-        candidate: _Candidate = result.trial.payload
-        if candidate.point is None:  # somebody else's search may have other favorites
-            candidate = self._try(line, t).payload
-        point = candidate.point
-        assert point is not None
-        self._objective.accept(line.direction, t)
-        self._learn(t, line, candidate, point)
-        self._progress.note(self.point.loss, point.loss, point.grad_norm, t * sqrt(line.square))
-        self.point = point
-        self.step_length = t
-        self.count += 1
-
-    def _learn(self, t: float, line: _Line, candidate: _Candidate, point: _Point) -> None:
-        """Enters the pair into the history, if it shows curvature or can be made to."""
-        before, y_y = self.point.evaluation.grad, candidate.y_y
-        y = candidate.y
-        if y is None:
-            y = point.evaluation.grad - before
-        precision = torch.finfo(self._objective.vector.dtype)
-        if not precision.tiny < y_y < inf and y.dtype == torch.float32:  # its square has no place
-            (y_y,) = self._space.to_host(sums=[y.double() @ y.double()])
-        s_y, s_s = t * candidate.y_d, t * t * line.square
-        # H g = -d, so B s = -t g whatever B is, and the curvature that B expects is known.
-        expected = -t * t * line.slope
-        # In place: nobody needs the direction any more.
-        step = line.direction if t == 1.0 else line.direction.mul_(t)
-        if self._settings.damping and s_y < _DAMPING * expected:
-            keep = (1 - _DAMPING) * expected / (expected - s_y)
-            self._history.push(step, y.mul_(keep).sub_(before, alpha=(1 - keep) * t))
-            self.damped += 1
-        elif s_y > 10 * precision.eps * sqrt(s_s) * sqrt(y_y) and y_y > 0:
-            self._history.push(step, y, s_y / y_y)
-        else:
-            self.skipped += 1
-
-    def _forget(self, reason: str) -> None:
-        self.reset_reason = reason
-        self._history.reset()
-
-
-def _products_of_difference(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """`y'y` and `y'd` for `y = a - b`, without a vector for `y`."""
-    # Pieces that lie in cache; on a device each costs four launches.
-    size = _PIECE if a.device.type == "cpu" else max(_PIECE, -(-len(a) // 16))
-    room, y_y, y_d = a.new_empty(size), a.new_zeros(()), a.new_zeros(())
-    for one, other, along in zip(a.split(size), b.split(size), d.split(size), strict=True):
-        y = torch.sub(one, other, out=room[: len(one)])
-        y_y, y_d = y_y + y @ y, y_d + y @ along
-    return y_y, y_d

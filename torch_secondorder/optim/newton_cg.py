@@ -12,38 +12,38 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
-from torch_secondorder._objective.evaluation import EvaluationsSpent, Objective
+from torch_secondorder._objective.base import EvaluationsSpent, Objective
+from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.curvature_choice import (
     CURVATURES,
     DIFFERENCES,
     KINDS,
     SUITED,
-    Curvature,
+    CurvatureChoice,
     Factory,
     most_iterations,
     suited_preconditioner,
 )
+from torch_secondorder._optim.descent import Descent, DescentInfo, Point
 from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size
-from torch_secondorder._optim.info import StepInfo, StepStatus
+from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.quadratic_model import (
     Memory,
     Model,
     Move,
-    Point,
     Tally,
     damped,
+    point_of,
     searched,
     within_radius,
 )
-from torch_secondorder._optim.stopping import Progress
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._output_space import UnknownOutputs
 from torch_secondorder.globalization import (
     Globalization,
     LevenbergMarquardt,
-    SearchStatus,
     TrustRegion,
     resolve_globalization,
 )
@@ -78,13 +78,10 @@ _FORCING, _FIRST_FORCING = 0.3, 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class NewtonCGInfo(StepInfo):
+class NewtonCGInfo(DescentInfo):
     """Report of one step of `NewtonCG`.
 
     Attributes:
-        step_length: The last accepted step, as a multiple of its direction.
-        search_status: How the last line search ended; None without one.
-        nonfinite_trials: Evaluations with a non-finite loss or gradient, stepped back from.
         products: Products with the curvature; those by finite differences show as evaluations.
         solver_status: How the last linear solver ended; None without one.
         solver_iterations: Iterations of linear solvers.
@@ -100,9 +97,6 @@ class NewtonCGInfo(StepInfo):
             it, the last time in the step; empty if all was finite.
     """
 
-    step_length: float = 0.0
-    search_status: SearchStatus | None = None
-    nonfinite_trials: int = 0
     products: int = 0
     solver_status: SolveStatus | None = None
     solver_iterations: int = 0
@@ -195,7 +189,7 @@ class NewtonCG(FlatOptimizer):
         "preconditioner",
         "solver",
         "_constant_damping",
-        "_found",
+        "_choice",
         "_chosen",
         "_rules",
         "_seed",
@@ -274,7 +268,7 @@ class NewtonCG(FlatOptimizer):
             None if self._chosen is not None else preconditioner
         )
         by_differences = curvature_products == "finite_difference"
-        self._found = Curvature(curvature, by_differences, self.preconditioner)
+        self._choice = CurvatureChoice(curvature, by_differences, self.preconditioner)
         if self.solver is not None and isinstance(self.globalization, TrustRegion):
             raise ValueError(
                 f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"
@@ -282,7 +276,6 @@ class NewtonCG(FlatOptimizer):
         self._constant_damping = damping or 0.0
         self._seed = seed
         self._generator: torch.Generator | None = None  # made where the parameters are
-        self._largest_gradient = 0.0
         self._memory = self._fresh_memory()
         if self._sharded:
             self._show_names()
@@ -308,86 +301,193 @@ class NewtonCG(FlatOptimizer):
             ValueError: The closure's loss is not a scalar, or a `curvature_closure` was given where
                 products are finite differences.
         """
-        if curvature_closure is None or closure is None:
-            return super().step(closure)
-        if self.curvature_products == "finite_difference":
+        if closure is None:
+            curvature_closure = None
+        if curvature_closure is not None and self.curvature_products == "finite_difference":
             raise ValueError(
                 "curvature_closure does not go with curvature_products='finite_difference': its "
                 "products are differences of the closure's own gradients"
             )
-        return self._start(closure, curvature_closure)
+        return self._run(closure, curvature_closure)
 
-    def _step(self, objective: Objective) -> Tensor:
+    def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
         most = self.param_groups[0].get("max_eval")  # older checkpoints have none
         objective.limit = inf if most is None else most
-        self._found.begin(objective)
-        evaluation = self._found.evaluate(objective)
-        start = Point.of(evaluation, objective.vector.space)
-        # A copy: a closure may use one tensor for all its losses.
-        returned = evaluation.closure_loss.clone()
-        if not start.finite:
-            objective.abandon()
-            self._memory.direction = None
-            self.info = NewtonCGInfo(
-                StepStatus.NONFINITE_START,
-                start.loss,
-                start.loss,
-                start.grad_norm,
-                evaluations=objective.evaluations,
-                curvature=self._found.kind,
-            )
-            return returned
-        self._largest_gradient = max(self._largest_gradient, start.grad_norm)
-        loss = start.loss
-        iteration = _Iterations(objective, self._settings(objective.vector), self._memory, start)
-        del evaluation, start  # a gradient and a graph that are not needed for long
-        status = iteration.run()
-        self._report(iteration, status, loss, objective.evaluations)
-        return returned
+        self._choice.begin(objective)
+        evaluation = self._choice.evaluate(objective)
+        return evaluation, point_of(evaluation, objective.vector.space)
 
-    def _report(
-        self, iteration: _Iterations, status: StepStatus, loss: float, evaluations: int
-    ) -> None:
-        tally, memory = iteration.tally, self._memory
+    def _begin(self, descent: Descent) -> None:
+        descent.patience = _PATIENCE
+        self._current_generator(descent.objective.vector)
+        self._tally, self._gain_ratio = Tally(), nan
+
+    def _details(self) -> dict[str, Any]:
+        tally, memory = self._tally, self._memory
         trusts = isinstance(self.globalization, TrustRegion)
-        self.info = NewtonCGInfo(
-            status=status,
-            loss=loss,
-            loss_after=iteration.point.loss,
-            grad_norm=iteration.point.grad_norm,
-            iterations=iteration.count,
-            evaluations=evaluations,
-            step_length=iteration.step_length,
-            search_status=iteration.search_status,
-            nonfinite_trials=tally.nonfinite,
-            products=tally.products,
-            solver_status=tally.solver_status,
-            solver_iterations=tally.solver_iterations,
-            gain_ratio=iteration.gain_ratio if isfinite(iteration.gain_ratio) else None,
-            damping=memory.damping,
-            trust_radius=memory.radius if trusts else 0.0,
-            negative_curvature=tally.negative_curvature,
-            curvature=self._found.kind,
-            preconditioner=type(self.preconditioner).__name__ if self.preconditioner else "",
-            repair=tally.repair,
+        return {
+            "products": tally.products,
+            "solver_status": tally.solver_status,
+            "solver_iterations": tally.solver_iterations,
+            "gain_ratio": self._gain_ratio if isfinite(self._gain_ratio) else None,
+            "damping": memory.damping,
+            "trust_radius": memory.radius if trusts else 0.0,
+            "negative_curvature": tally.negative_curvature,
+            "curvature": self._choice.kind,
+            "preconditioner": type(self.preconditioner).__name__ if self.preconditioner else "",
+            "repair": tally.repair,
+        }
+
+    def _refuse_start(self) -> dict[str, Any]:
+        self._memory.direction = None
+        return {"curvature": self._choice.kind}
+
+    # The iterations of one step.
+
+    def _iterate(self, descent: Descent) -> StepStatus | None:
+        # Nothing of an iteration outlives it: its vectors, and its graph above all.
+        objective = descent.objective
+        if objective.evaluations >= objective.limit:
+            return StepStatus.MAX_EVALUATIONS
+        if descent.point.evaluation is None:  # the trial has given the loss, but no graph
+            try:
+                evaluation = self._choice.evaluate(objective)
+            except EvaluationsSpent:
+                return StepStatus.MAX_EVALUATIONS
+            descent.point = point_of(evaluation, descent.space)
+            del evaluation
+        found = self._next_move(descent)
+        self._memory.length = descent.point.length
+        if isinstance(found, Move):
+            self._take(descent, found)
+        if self._tally.unbounded:
+            return StepStatus.UNBOUNDED
+        return None if isinstance(found, Move) else found
+
+    def _next_move(self, descent: Descent) -> Move | StepStatus:
+        """A move by the curvature that was asked for, or by the next that has products."""
+        choice, generator = self._choice, self._generator
+        assert generator is not None
+        while True:
+            drawn = generator.get_state() if choice.automatic else None
+            before = replace(self._memory, direction=None)  # a vector that is not held for this
+            try:
+                return self._move(descent)
+            except EvaluationsSpent:
+                return StepStatus.MAX_EVALUATIONS
+            except (MissingSecondDerivative, UnknownOutputs) as error:
+                if not choice.falls_back(error, descent.objective):
+                    raise
+            # As if that had not been tried: another time it may not be.
+            self._memory.begin_anew(before)
+            if drawn is not None:
+                generator.set_state(drawn)
+
+    def _move(self, descent: Descent) -> Move | StepStatus:
+        objective, choice = descent.objective, self._choice
+        assert descent.point.evaluation is not None and self._generator is not None
+        sizes = None
+        if not (choice.captures(objective) or objective.vector.sharded):
+            sizes = self._memory.noted_sizes(objective.position)
+        operator = choice.operator(objective, descent.point.evaluation, self._generator, sizes)
+        rule, suited = self._suited(operator.size)
+        memory = self._memory
+        preconditioner = self._refreshed(suited, operator)
+        model = Model(
+            descent,
+            operator,
+            self._solver_at(descent, rule, preconditioner),
+            None if preconditioner is None else preconditioner.inverse,
+            self._tally,
+            descent.count + 1 < descent.max_iter and self._keeps_graphs(objective),
+        )
+        if preconditioner is not suited and isinstance(rule, TrustRegion):
+            # The radius is a length in the metric of the one that was left out.
+            memory = replace(memory, radius=0.0)
+        try:
+            if isinstance(rule, LevenbergMarquardt):
+                return damped(model, rule, memory, descent.lr)
+            if isinstance(rule, TrustRegion):
+                return within_radius(model, rule, memory, descent.lr)
+            return searched(model, rule, memory, descent.lr)
+        finally:
+            choice.met(self._tally.negative_curvature)
+
+    def _refreshed(
+        self, preconditioner: Preconditioner | None, operator: LinearOperator
+    ) -> Preconditioner | None:
+        """The preconditioner, made for an operator; None where what it is made of is not finite."""
+        if preconditioner is None:
+            return None
+        assert self._generator is not None
+        try:
+            self._tally.products += preconditioner.refresh(operator, self._generator)
+        except FloatingPointError:
+            self._tally.repair = (
+                "what the preconditioner is made of was not finite, it was left out"
+            )
+            return None
+        return preconditioner
+
+    def _solver_at(
+        self, descent: Descent, rule: Globalization, preconditioner: Preconditioner | None
+    ) -> Callable[..., SolveResult]:
+        """Conjugate gradients that solve as well as this point deserves.
+
+        The relative residual to reach falls with the square of the gradient's own fall (Eisenstat
+        and Walker 1996, choice 2), so that convergence is quadratic at the end, and no work is
+        wasted before.
+        """
+        if self.solver is not None:
+            return self.solver
+        length = self._memory.length
+        forcing = _FIRST_FORCING
+        if length < inf:
+            fall = descent.point.length / length
+            forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
+        most = self._most_cg_iterations(descent.objective, preconditioner)
+        if not isinstance(rule, LevenbergMarquardt):
+            return CG(most, tolerance=forcing, overwrites=True)
+        return CG(
+            most,
+            tolerance=1e-12,
+            progress=_PROGRESS,
+            slack=forcing,
+            keep_iterates=True,
+            most_iterates=_ITERATES,
+            overwrites=True,
         )
 
-    def _settings(self, vector: ParameterVector) -> _Settings:
-        group = self.param_groups[0]
-        tolerance_grad = group["tolerance_grad"]
-        if tolerance_grad is None:
-            tolerance_grad = 1e-7 * min(1.0, self._largest_gradient)
-        return _Settings(
-            lr=self._learning_rate,
-            max_iter=group["max_iter"],
-            tolerance_grad=tolerance_grad,
-            tolerance_change=group["tolerance_change"],
-            max_cg_iter=group["max_cg_iter"],
-            solver=self.solver,
-            curvature=self._found,
-            suited=self._suited,
-            generator=self._current_generator(vector),
+    def _most_cg_iterations(
+        self, objective: Objective, preconditioner: Preconditioner | None
+    ) -> int:
+        most: int | None = self.param_groups[0]["max_cg_iter"]
+        if most is None:
+            most = most_iterations(preconditioner)
+        if self._choice.kind == DIFFERENCES and objective.limit < inf:
+            # A product takes two evaluations for each size of variables, and a trial one.
+            most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
+        return most
+
+    def _keeps_graphs(self, objective: Objective) -> bool:
+        """Whether the graph of a trial has room beside that of the point."""
+        return self._choice.kind != DIFFERENCES and objective.has_room_for_a_graph()
+
+    def _take(self, descent: Descent, move: Move) -> None:
+        """Goes where a move leads."""
+        proposal, trial = move.proposal, move.trial
+        point: Point = trial.payload
+        objective = descent.objective
+        objective.accept(proposal.direction, trial.t, point.evaluation)
+        norm, size = descent.space.to_host(
+            norms=[torch.linalg.vector_norm(v) for v in (proposal.direction, objective.position)]
         )
+        moved = abs(trial.t) * norm
+        # What is lost in the rounding of the parameters is no step that was kept short.
+        held = proposal.held and moved > objective.vector.precision * size
+        descent.arrive(point, trial.t, moved, held=held)
+        descent.search_status = move.search_status
+        self._gain_ratio = move.gain_ratio
 
     def _current_generator(self, vector: ParameterVector) -> torch.Generator:
         if self._generator is None or self._generator.device.type != vector.device.type:
@@ -396,7 +496,7 @@ class NewtonCG(FlatOptimizer):
 
     def _suited(self, size: int) -> tuple[Globalization, Preconditioner | None]:
         """Globalization and preconditioner for the curvature that was found."""
-        found = self._found
+        found = self._choice
         rule = self._rules[found.kind in ("hessian", DIFFERENCES)]
         self.globalization = rule
         if self._memory.rule is not rule:
@@ -429,8 +529,8 @@ class NewtonCG(FlatOptimizer):
             "length": memory.length,
             "start": memory.start,
             "largest_gradient": self._largest_gradient,
-            "kind": KINDS.index(self._found.kind),
-            "indefinite": self._found.indefinite,
+            "kind": KINDS.index(self._choice.kind),
+            "indefinite": self._choice.indefinite,
         }
         if self._chosen is not None:
             state["chosen"] = SUITED.index(self._chosen)
@@ -482,7 +582,7 @@ class NewtonCG(FlatOptimizer):
         self._generator = generator
         self._largest_gradient = state.get("largest_gradient", 0.0)
         kind = KINDS[int(state.get("kind", 0))]  # earlier releases went by what they were told
-        self._found.kind, self._found.indefinite = kind, bool(state.get("indefinite", False))
+        self._choice.kind, self._choice.indefinite = kind, bool(state.get("indefinite", False))
         if kind:
             self.globalization = self._rules[kind in ("hessian", DIFFERENCES)]
         memory.rule, self._memory = self.globalization, memory
@@ -512,222 +612,3 @@ def _check_sharded(curvature: Any, preconditioner: Any, curvature_products: str)
             "curvature='hessian' to agree",
             stacklevel=3,
         )
-
-
-# The iterations of one step.
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a step is told; the arguments of `NewtonCG` by their names, all resolved."""
-
-    lr: float
-    max_iter: int
-    tolerance_grad: float
-    tolerance_change: float
-    max_cg_iter: int | None  # None for what suits the preconditioner
-    solver: LinearSolver | None  # None for conjugate gradients as each iteration needs them
-    curvature: Curvature
-    suited: Callable[[int], tuple[Globalization, Preconditioner | None]]
-    generator: torch.Generator
-
-
-class _Iterations:
-    """Goes downhill from a finite point until something ends the step.
-
-    Args:
-        objective: What is minimized.
-        settings: What the step is told.
-        memory: What goes on from step to step.
-        start: Where the objective is, evaluated with curvature.
-
-    Attributes:
-        point: Where it is now.
-        count: Iterations done.
-        tally: What they did.
-        gain_ratio: Of the last move.
-        step_length: Of the last move, as a multiple of its direction.
-        search_status: How its search ended.
-    """
-
-    def __init__(
-        self, objective: Objective, settings: _Settings, memory: Memory, start: Point
-    ) -> None:
-        self.point = start
-        self.count = 0
-        self.tally = Tally()
-        self.gain_ratio = nan
-        self.step_length = 0.0
-        self.search_status: SearchStatus | None = None
-        self._objective = objective
-        self._settings = settings
-        self._memory = memory
-        self._space = objective.vector.space
-        (size,) = self._space.to_host(norms=[torch.linalg.vector_norm(objective.position)])
-        self._progress = Progress(start.loss, start.grad_norm, size)
-
-    def run(self) -> StepStatus:
-        """Iterates; says why it ended."""
-        while True:
-            status = self._ending() or self._iterate()
-            if status is not None:
-                return status
-
-    def _iterate(self) -> StepStatus | None:
-        # Nothing of an iteration outlives it: its vectors, and its graph above all.
-        if self.point.evaluation is None:  # the loss is known from the trial, the graph is not
-            try:
-                evaluation = self._settings.curvature.evaluate(self._objective)
-            except EvaluationsSpent:
-                return StepStatus.MAX_EVALUATIONS
-            self.point = Point.of(evaluation, self._space)
-        found = self._found()
-        self._memory.length = self.point.length
-        if not isinstance(found, StepStatus):
-            self._take(found)
-        if self.tally.unbounded:
-            return StepStatus.UNBOUNDED
-        return found if isinstance(found, StepStatus) else None
-
-    def _ending(self) -> StepStatus | None:
-        """Why the step is over at this point, if it is."""
-        settings = self._settings
-        if self.point.grad_norm <= settings.tolerance_grad:
-            return StepStatus.CONVERGED_GRADIENT
-        if not settings.lr:
-            return StepStatus.ZERO_LEARNING_RATE
-        if self._progress.change <= settings.tolerance_change:
-            return StepStatus.CONVERGED_CHANGE
-        if self._progress.stalled >= _PATIENCE:
-            return StepStatus.STALLED
-        if self.count >= settings.max_iter:
-            return StepStatus.MAX_ITERATIONS
-        spent = self._objective.evaluations >= self._objective.limit
-        return StepStatus.MAX_EVALUATIONS if spent else None
-
-    def _found(self) -> Move | StepStatus:
-        """A move by the curvature that was asked for, or by the next that has products."""
-        settings = self._settings
-        while True:
-            drawn = settings.generator.get_state() if settings.curvature.automatic else None
-            before = replace(self._memory, direction=None)  # a vector that is not held for this
-            try:
-                return self._move()
-            except EvaluationsSpent:
-                return StepStatus.MAX_EVALUATIONS
-            except (MissingSecondDerivative, UnknownOutputs) as error:
-                if not settings.curvature.falls_back(error, self._objective):
-                    raise
-            # As if that had not been tried: another time it may not be.
-            self._memory.begin_anew(before)
-            if drawn is not None:
-                settings.generator.set_state(drawn)
-
-    def _move(self) -> Move | StepStatus:
-        settings, memory, objective = self._settings, self._memory, self._objective
-        assert self.point.evaluation is not None
-        curvature = settings.curvature
-        sizes = None
-        if not (curvature.captures(objective) or objective.vector.sharded):
-            sizes = memory.noted_sizes(objective.position)
-        operator = curvature.operator(objective, self.point.evaluation, settings.generator, sizes)
-        rule, suited = settings.suited(operator.size)
-        preconditioner = self._refreshed(suited, operator)
-        model = Model(
-            objective,
-            self.point,
-            operator,
-            self._solver(rule, preconditioner),
-            None if preconditioner is None else preconditioner.inverse,
-            self.tally,
-            self.count + 1 < settings.max_iter and self._keeps_graphs(),
-        )
-        if preconditioner is not suited and isinstance(rule, TrustRegion):
-            # The radius is a length in the metric of the one that was left out.
-            memory = replace(memory, radius=0.0)
-        try:
-            if isinstance(rule, LevenbergMarquardt):
-                return damped(model, rule, memory, settings.lr)
-            if isinstance(rule, TrustRegion):
-                return within_radius(model, rule, memory, settings.lr)
-            return searched(model, rule, memory, settings.lr)
-        finally:
-            curvature.met(self.tally.negative_curvature)
-
-    def _refreshed(
-        self, preconditioner: Preconditioner | None, operator: LinearOperator
-    ) -> Preconditioner | None:
-        """The preconditioner, made for an operator; None where what it is made of is not finite."""
-        if preconditioner is None:
-            return None
-        try:
-            self.tally.products += preconditioner.refresh(operator, self._settings.generator)
-        except FloatingPointError:
-            self.tally.repair = "what the preconditioner is made of was not finite, it was left out"
-            return None
-        return preconditioner
-
-    def _solver(
-        self, rule: Globalization, preconditioner: Preconditioner | None
-    ) -> Callable[..., SolveResult]:
-        """Conjugate gradients that solve as well as this point deserves.
-
-        The relative residual to reach falls with the square of the gradient's own fall (Eisenstat
-        and Walker 1996, choice 2), so that convergence is quadratic at the end, and no work is
-        wasted before.
-        """
-        settings = self._settings
-        if settings.solver is not None:
-            return settings.solver
-        memory = self._memory
-        forcing = _FIRST_FORCING
-        if memory.length < inf:
-            fall = self.point.length / memory.length
-            forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
-        most = self._most_cg_iterations(preconditioner)
-        if not isinstance(rule, LevenbergMarquardt):
-            return CG(most, tolerance=forcing, overwrites=True)
-        return CG(
-            most,
-            tolerance=1e-12,
-            progress=_PROGRESS,
-            slack=forcing,
-            keep_iterates=True,
-            most_iterates=_ITERATES,
-            overwrites=True,
-        )
-
-    def _most_cg_iterations(self, preconditioner: Preconditioner | None) -> int:
-        most = self._settings.max_cg_iter
-        if most is None:
-            most = most_iterations(preconditioner)
-        objective = self._objective
-        if self._settings.curvature.kind == DIFFERENCES and objective.limit < inf:
-            # A product takes two evaluations for each size of variables, and a trial one.
-            most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
-        return most
-
-    def _keeps_graphs(self) -> bool:
-        """Whether the graph of a trial has room beside that of the point."""
-        if self._settings.curvature.kind == DIFFERENCES:
-            return False
-        return self._objective.has_room_for_a_graph()
-
-    def _take(self, move: Move) -> None:
-        """Goes where a move leads."""
-        trial = move.trial
-        point: Point = trial.payload
-        direction = move.line.direction
-        self._objective.accept(direction, trial.t, point.evaluation)
-        norm, size = self._space.to_host(
-            norms=[torch.linalg.vector_norm(v) for v in (direction, self._objective.position)]
-        )
-        moved = abs(trial.t) * norm
-        # What is lost in the rounding of the parameters is no step that was kept short.
-        held = move.line.held and moved > self._objective.vector.precision * size
-        self._progress.note(self.point.loss, point.loss, point.grad_norm, moved, held)
-        self.point = point
-        self.gain_ratio = move.gain_ratio
-        self.step_length = trial.t
-        self.search_status = move.search_status
-        self.count += 1

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
 from torch_secondorder._optim.diagonal.blocks import Block, narrowed
@@ -99,7 +100,7 @@ class Sophia(DiagonalOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.96, 0.99),
         gamma: float | None = None,
@@ -138,31 +139,31 @@ class Sophia(DiagonalOptimizer):
         if not float(group["eps"]) > 0:
             raise ValueError(f"eps must be positive, got {group['eps']!r}")
 
-    def _update(self, block: Block, seen: StepInputs) -> None:
-        group = block.group
+    def _update(self, block: Block, inputs: StepInputs) -> None:
+        group, lr, estimate = block.group, inputs.lr, inputs.estimate
         beta1, beta2 = group["betas"]
-        lr = seen.rate(group["lr"])
-        seen.average_gradient(beta1)
-        if seen.estimate is not None:
-            flips = group["maximize"] and self.estimator.signed
-            estimate = -seen.estimate if flips else seen.estimate
-            block.exp_hessian.lerp_(estimate, narrowed((1 - beta2) * seen.bends, estimate))
+        inputs.average_gradient(beta1)
+        if estimate is not None:
+            if group["maximize"] and self.estimator.signed:
+                estimate = -estimate
+            weight = narrowed((1 - beta2) * inputs.estimate_weight, estimate)
+            block.exp_hessian.lerp_(estimate, weight)
         if group["weight_decay"]:
             block.decay(1 - lr * group["weight_decay"])
         direction = _ratio(block).clamp_(-1.0, 1.0)
         block.move(-lr if group["maximize"] else lr, direction)
 
-    def _inside(self) -> tuple[Tensor, Tensor] | None:
-        blocks = self._arrangement.blocks
+    def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
+        blocks = self._layout.blocks
         if not blocks:
-            return None
-        device = blocks[0].exp_avg.device
-        inside = [(_ratio(block).abs() < 1).sum().to(device) for block in blocks]
+            return {}
+        device = blocks[0].device
+        unclipped = [(_ratio(block).abs() < 1).sum().to(device) for block in blocks]
         entries = sum(block.exp_avg.numel() for block in blocks)
-        return torch.stack(inside).sum(), torch.tensor(entries, device=device)
+        return {"unclipped": (torch.stack(unclipped).sum(), torch.tensor(entries, device=device))}
 
 
 def _ratio(block: Block) -> Tensor:
-    """The average gradient over the curvature."""
+    """The average gradient over the curvature, a new tensor."""
     curvature = torch.mul(block.exp_hessian, block.group["gamma"]).clamp_(min=block.group["eps"])
     return torch.div(block.exp_avg, curvature, out=curvature)

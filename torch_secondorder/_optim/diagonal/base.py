@@ -1,4 +1,18 @@
-"""Optimizers that scale each coordinate by an estimate of its curvature: what they share."""
+"""Base class of optimizers that scale each coordinate by an estimate of its curvature.
+
+A step goes through these stages, each in a file of its own:
+
+1. `schedule.py` decides whether the step estimates the curvature.
+2. The closure is evaluated once. If an estimate is due, a `DiagonalWatch` of the estimator (see
+   `torch_secondorder.curvature.diagonal`) takes it while `backward()` runs.
+3. `update.py` checks that loss, gradients and estimate are finite.
+4. `blocks.py` joins the parameters and their state to flat vectors, and `_update` of the subclass
+   moves them.
+5. `report.py` makes `info` when it is read.
+
+`sampled_labels.py`, `fsdp.py` and the files about loops without a closure replace stage 2 where
+there is no closure, or parameters are sharded.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +20,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -15,6 +28,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_secondorder._foundation.buffer_pool import BufferPool
+from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import (
     GradientTrace,
     IdleClosure,
@@ -33,8 +47,9 @@ from torch_secondorder._optim.diagonal.fsdp import (
     whole_states,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
-from torch_secondorder._optim.diagonal.report import DiagonalInfo, Effort, report_of
-from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs, judge
+from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
+from torch_secondorder._optim.diagonal.schedule import EstimateSchedule, capturing
+from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
 from torch_secondorder._optim.info import LazyInfo, StepInfo
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
@@ -51,50 +66,72 @@ __all__ = ["DiagonalOptimizer", "check_betas"]
 class DiagonalOptimizer(SecondOrderOptimizer):
     """An optimizer that evaluates once a step and estimates a diagonal now and then.
 
-    A subclass implements `_update`. All hyperparameters but `update_period`, `seed`,
-    `accumulation_steps` and `capturable` may differ between groups; those are read from the first.
+    A subclass implements one method, `_update(block, inputs)`: it moves the parameters of a block
+    and their moments. The block (`blocks.Block`) has the moments `exp_avg` and `exp_hessian` as
+    flat vectors, and methods that move the parameters (`decay`, `divide`, `move`). The inputs
+    (`update.StepInputs`) have the learning rate, gradient, estimate and counts. This class brings
+    groups, checkpoints, closures, loops without a closure, DDP, FSDP and `info`:
+
+        class Newton(DiagonalOptimizer):
+            def __init__(self, params, lr=1.0):
+                defaults = {
+                    **{"lr": lr, "weight_decay": 0.0, "update_period": 1, "seed": 0},
+                    **{"accumulation_steps": 1, "maximize": False, "capturable": None},
+                }
+                super().__init__(params, defaults, Hutchinson())
+
+            def _update(self, block, inputs):
+                if inputs.estimate is not None:
+                    block.exp_hessian.copy_(inputs.estimate)
+                block.move(inputs.lr, inputs.gradient / block.exp_hessian.abs().clamp_(min=1e-4))
+
+    Further hooks: `_check_group` for hyperparameters of its own, `_shares` for the report, and the
+    class attributes below. All hyperparameters may differ between groups, except `update_period`,
+    `seed`, `accumulation_steps` and `capturable`, which are read from the first.
 
     Args:
         params: See `SecondOrderOptimizer`.
         defaults: Hyperparameters.
-        estimator: How the diagonal is estimated.
-        watch: Whether backward passes outside of closures and contexts are seen.
+        estimator: Estimates the diagonal.
+        watch: Whether the optimizer sees backward passes outside of closures and contexts.
+
+    Attributes:
+        estimator: The same.
     """
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _info_type = DiagonalInfo
     _carried = (*SecondOrderOptimizer._carried, "estimator", "_watches")
     _optional_names: tuple[str, ...] = ("generator",)
-    #: How many of the first steps all estimate the curvature, though no more than a period.
+    #: The number of first steps that all estimate the curvature, at most a period.
     _warm_up = 1
+    #: The least number of labels that `GaussNewtonBartlett` draws for the first estimate.
+    _first_labels = 1
     #: Whether an update takes absolute values of the diagonal.
     _magnitudes = False
+    # The curvature seen in loops without a closure, and the generator's state from before that.
     _observation: Observation | None = None
-    _undrawn: Tensor | None = None  # the state of the generator before that
-    # On a device: of the last step, until one is known to have moved.
-    _first: FiniteCheck | None = None
-    _moved_once = False
+    _generator_before: Tensor | None = None
+    # The gradients when it began to listen for backward passes; None if it does not.
+    _listening_since: GradientTrace | None = None
     _watches = True
-    # The gradients when it began to see backward passes; None where it did not before this step.
-    _before: GradientTrace | None = None
+    _checked: list[object] | None = None  # the hyperparameters that were checked last
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         defaults: dict[str, Any],
         estimator: DiagonalEstimator,
         *,
         watch: bool = True,
     ) -> None:
         self.estimator = estimator
-        self._watches = False  # until all is there
-        self._steps = 0
-        self._overdue = 0  # how many of the next steps estimate out of turn
-        self._known: Sequence[Tensor] | None = None  # what was trained, frozen parameters left out
+        self._watches = False  # until everything is set up
+        self._schedule = EstimateSchedule(self._warm_up)
         self._generator: torch.Generator | None = None
-        self._stale: GradientTrace | None = None
+        self._last_trace: GradientTrace | None = None  # of the gradients that the last step left
         self._buffer_pool = BufferPool()
-        self._arrangement = BlockLayout()
+        self._layout = BlockLayout()
         super().__init__(params, defaults)
         self._watches = watch
         self._listen()
@@ -104,18 +141,25 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super().add_param_group(param_group)
         self._listen()
 
+    # For subclasses.
+
+    @abstractmethod
+    def _update(self, block: Block, inputs: StepInputs) -> None:
+        """Moves the parameters of a block, and its moments.
+
+        Args:
+            block: Parameters with equal hyperparameters, `block.group`.
+            inputs: Gradient, estimate and counts of this step.
+        """
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         for name in ("update_period", "accumulation_steps"):
             check_number(name, group[name], low=1, integer=True)
 
-    @abstractmethod
-    def _update(self, block: Block, seen: StepInputs) -> None:
-        """Moves the parameters and moments of a block."""
-
-    def _inside(self) -> tuple[Tensor, Tensor] | None:
-        """What `SophiaInfo.unclipped` is the ratio of: entries not clipped, and all; 0-dim."""
-        return None
+    def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
+        return {}
 
     # The step.
 
@@ -123,58 +167,266 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def curvature_due(self) -> bool:
         """Whether the next step estimates the curvature.
 
-        For loops without a closure that were told `watch=False` and keep the graph themselves:
-        `loss.backward(create_graph=optimizer.curvature_due)`. So it is whenever a parameter was
-        added or thawed since the last step.
+        It is for loops without a closure, with `watch=False`, that keep the graph themselves:
+        `loss.backward(create_graph=optimizer.curvature_due)`. An added or thawed parameter makes
+        an estimate due as well.
         """
         return self._is_due(self._trainable)
 
     @property
-    def _first_steps(self) -> int:
-        """How many of the first steps of a parameter all estimate the curvature."""
-        return min(int(self.param_groups[0]["update_period"]), self._warm_up)
+    def is_second_order(self) -> bool:
+        """Whether a loop that asks, as timm's do, may call `loss.backward(create_graph=True)`.
 
-    def _is_due(self, params: Sequence[Tensor]) -> bool:
-        self._look_at_first()
-        period = int(self.param_groups[0]["update_period"])
-        in_turn = self._steps % period == 0 or self._steps < self._first_steps
-        return bool(params) and (in_turn or self._out_of_turn(params))
+        The steps are the same with and without. It is needed with `watch=False` only.
+        """
+        return self.curvature_due and self._uses_graphs
 
-    def _out_of_turn(self, params: Sequence[Tensor]) -> bool:
-        """Whether there are parameters that cannot wait for the next estimate."""
-        return self._overdue > 0 or (self._known is not None and self._has_new(params))
+    def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
+        """Performs one step.
 
-    def _has_new(self, params: Sequence[Tensor]) -> bool:
-        """Whether some of the parameters were not trained when the last step was made."""
-        known = self._known or ()
-        if len(params) == len(known) and all(map(is_, params, known)):
-            return False
-        return not {id(p) for p in known}.issuperset(map(id, params))
+        Args:
+            closure: The standard closure (zero the gradients, compute the loss, call `backward()`,
+                return the loss), or a `FunctionalObjective`. None if `loss.backward()` has made the
+                gradients already.
 
-    def _count_step(self, params: Sequence[Tensor]) -> None:
-        """Counts a step that moved something."""
-        period, arrangement = int(self.param_groups[0]["update_period"]), self._arrangement
-        if arrangement.served or (self._known is not None and self._has_new(params)):
-            self._overdue = self._first_steps - 1  # this is one of them
+        Returns:
+            The closure's loss, detached; None without a closure.
+
+        Raises:
+            RuntimeError: No gradient reached the parameters, its graph is missing where it is
+                needed, or an operation of the model has no second derivative.
+            TypeError: The closure returned something else than a loss.
+            ValueError: The closure's loss is not a scalar, or a hyperparameter is out of range.
+        """
+        try:
+            self._check_groups()
+            WATCHERS.discard(self)  # the step sees its own backward passes by other ways
+            try:
+                return self._one_step(closure)
+            finally:
+                self._listen()
+        except BaseException:
+            Scaling(self).forget()
+            raise
+
+    def _check_groups(self) -> None:
+        """Checks the hyperparameters of all groups, unless nothing has changed since last time."""
+        settings: list[object] = []
+        for group in self.param_groups:
+            settings += map(type, group["params"][:1])  # parameters may be sharded later
+            for name in self.defaults:
+                value = group.get(name)
+                for entry in value if isinstance(value, (list, tuple)) else (value,):
+                    # Numbers that may change in place are checked each time.
+                    settings.append(entry if type(entry) in _IMMUTABLE else object())
+        if settings != self._checked:
+            for group in self.param_groups:
+                self._check_group(group)
+            self._checked = settings
+
+    def _one_step(self, closure: Any) -> Tensor | None:
+        params = self._trainable
+        if closure is not None:
+            Scaling(self).refuse_closure()
+        if not params:
+            result: Tensor | None = self._pass(closure)
+            return result
+        fresh = closure is None and self._observation is None and not self._schedule.steps
+        if fresh and makes_state_only(self.param_groups):
+            self._make_state(params)
+            return None
+        if is_distributed(params[0]):
+            return self._step_sharded(closure, params)
+        with torch.no_grad():
+            if closure is None:
+                self._step_on_present(params)
+                return None
+            # The closure makes gradients of its own, unless it is idle: an estimate that was taken
+            # before the step is not of these.
+            generator_after = self._rewind_generator()
+            watch = self._watch(params) if self._is_due(params) else None
+            evaluation = SingleEvaluation(
+                closure, params, self._registry, self._last_trace, self._buffer_pool
+            )
+            parts = int(self.param_groups[0]["accumulation_steps"])
+            try:
+                outcome = evaluation.run(watch, accumulates=parts > 1)
+            except IdleClosure:  # as Lightning passes where the user gives none
+                if generator_after is not None and self._generator is not None:
+                    self._generator.set_state(generator_after)
+                self._step_on_present(params, watch)
+                return None
+            self._forget_observation()
+            diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
+            if diagonal is not None and outcome.accumulated and parts > 1:
+                diagonal.mul_(parts)
+            products = 0 if watch is None else watch.products
+            self._advance(params, outcome, diagonal, (1, products), undo=evaluation.restore)
+            return outcome.loss
+
+    def _step_on_present(
+        self, params: Sequence[Tensor], watch: DiagonalWatch | None = None
+    ) -> None:
+        """A step without a closure.
+
+        Args:
+            params: The trainable parameters.
+            watch: Takes the estimate from the graph of the gradients, if no backward pass was seen.
+        """
+        name, scaling, observation = type(self).__name__, Scaling(self), self._observation
+        self._forget_observation()
+        due, too_early, unscaling = self._is_due(params), False, scaling.inverse
+        if observation is not None and observation.has_seen(params):
+            gradients = present_gradients(name, params, None, scaling)
+            observation.check(name, scaling)
+            watch, unscaling = observation.watch, observation.unscaling(scaling)
+        elif due and self._is_too_early(params, observation):
+            watch, too_early = None, True
+            gradients = present_gradients(name, params, None, scaling)
         else:
-            self._overdue = max(self._overdue - 1, 0)
-        if arrangement.waiting:
-            # Until it has a gradient again where there is an estimate, or this is in turn.
-            self._overdue = period
-        self._known = params
-        self._steps += 1
+            if watch is None and due:
+                watch = self._watch(params)
+            gradients = present_gradients(name, params, watch, scaling, self._why_unseen())
+            # The probes were multiplied by the other root.
+            unscaling = None if unscaling is None else unscaling.sqrt()
+        diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
+        if diagonal is not None and unscaling is not None:
+            diagonal.mul_(unscaling.to(diagonal))
+        products = 0 if watch is None else watch.products
+        self._advance(params, Outcome(None, gradients), diagonal, (0, products), scaling.inverse)
+        if too_early:
+            self._schedule.repeat()
 
-    def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
-        """What estimates the curvature in the coming step."""
-        return self.estimator
+    def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
+        """See `step`; this process has a part of each parameter, of its gradient and state."""
+        vector, generator = self._vector_and_generator(params)
+        registry, due = self._registry, self._is_due(params)
+        check_closure(closure, due)
+        with torch.no_grad():
+            if closure is None:
+                scaling = Scaling(self)
+                found = held_parts(present_gradients("", params, None, scaling))
+                self._advance(params, Outcome(None, found), None, (0, 0), scaling.inverse)
+                return None
+            if not due:
+                evaluation = SingleEvaluation(closure, params, registry, self._last_trace)
+                try:
+                    outcome = held_outcome(evaluation.run(), vector)
+                except IdleClosure:
+                    return self._step_sharded(None, params)
+                self._advance(params, outcome, None, (1, 0), undo=evaluation.restore)
+                registry.reshard()
+                return outcome.loss
+            sharded = ShardedEvaluation(closure, vector, registry, self._last_trace)
+            with sharded.objective as objective:
+                estimator = self._estimator_for(params)
+                outcome, diagonal = sharded.run(estimator, generator, self._magnitudes)
+                effort = objective.evaluations, estimator.n_samples
+                self._advance(params, outcome, diagonal, effort, undo=objective.abandon)
+            return outcome.loss
+
+    def _advance(
+        self,
+        params: Sequence[Tensor],
+        outcome: Outcome,
+        diagonal: Tensor | None,
+        effort: tuple[int, int],
+        inverse_scale: Tensor | None = None,
+        undo: Callable[[], None] | None = None,
+    ) -> None:
+        """Updates parameters and state, unless loss or gradients are not finite.
+
+        Args:
+            params: The trainable parameters.
+            outcome: The outcome of the evaluation.
+            diagonal: The estimate, if one was due.
+            effort: The numbers of evaluations and products, for the report.
+            inverse_scale: A factor for the gradients.
+            undo: Restores buffers of modules to their values from before the step.
+        """
+        loss, gradients, whole = outcome.loss, outcome.gradients, outcome.whole
+        vector, schedule, layout = self._vector, self._schedule, self._layout
+        space = WHOLE if vector is None else vector.space
+        check = FiniteCheck(outcome, diagonal, inverse_scale, self._on_device, space)
+        if not check.failed:
+            if check.estimate_failed:
+                diagonal = None
+            blocks = layout.arrange(
+                self.param_groups,
+                self.state,
+                params,
+                gradients,
+                has_estimate=diagonal is not None,
+                on_device=check.on_device,
+                notes_first=schedule.out_of_turn > 0,
+            )
+            for block in blocks:
+                inputs = StepInputs(block, gradients, whole, diagonal, vector, check)
+                self._update(block, inputs)
+            if blocks:
+                schedule.count(params, self._period, check, layout)
+            else:
+                schedule.repeat()
+        elif undo is not None:
+            undo()
+        self._last_trace = GradientTrace(params)
+        self._show_names(params)
+        # A weak reference: the optimizer holds its report, and would keep itself alive.
+        report = partial(report_of, ref(self), check, loss, params, self._last_trace, effort)
+        if isinstance(space, ShardedSpace):
+            # All processes are here now; the report may be read by one alone.
+            largest = [max_norm(as_real(g)).double() for g in gradients if g is not None]
+            counts = [count.double() for share in self._shares().values() for count in share]
+            numbers = space.gathered(sums=counts, largest=[torch.stack(largest).amax()])
+            report = partial(report, numbers=numbers)
+        self._info = LazyInfo(report)
 
     @property
-    def is_second_order(self) -> bool:
-        """Whether loops that ask may call `loss.backward(create_graph=True)`, as timm's do.
+    def _period(self) -> int:
+        return int(self.param_groups[0]["update_period"])
 
-        That gives the same steps as without, and is needed with `watch=False` only.
-        """
-        return self.curvature_due and self._takes_graphs
+    @property
+    def _on_device(self) -> bool:
+        """Whether all decisions of a step stay on the device."""
+        capturable = self.param_groups[0]["capturable"]
+        if capturable is not None:
+            return bool(capturable)
+        for group in self.param_groups:
+            for p in group["params"]:
+                return bool(p.device.type != "cpu")
+        return False
+
+    # Estimates.
+
+    def _is_due(self, params: Sequence[Tensor]) -> bool:
+        return self._schedule.is_due(params, self._period)
+
+    def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
+        """The estimator of the coming step; the first estimate may draw more labels."""
+        estimator, schedule = self.estimator, self._schedule
+        if type(estimator) is not GaussNewtonBartlett:
+            return estimator
+        if schedule.steps and not schedule.is_out_of_turn(params):
+            return estimator
+        return GaussNewtonBartlett(max(self._first_labels, estimator.n_samples))
+
+    def _vector_and_generator(
+        self, params: Sequence[Tensor]
+    ) -> tuple[ParameterVector, torch.Generator]:
+        """The vector of the parameters, and the source of random numbers."""
+        if self._vector is None or not self._vector.matches(params, None):
+            self._vector = ParameterVector(params)
+        if self._generator is None:
+            self._generator = torch.Generator(self._vector.device)
+            self._generator.manual_seed(int(self.param_groups[0]["seed"]))
+        return self._vector, self._generator
+
+    def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
+        """A watch that takes the estimate of the coming step."""
+        vector, generator = self._vector_and_generator(params)
+        watch = self._estimator_for(params).watch(vector, generator, self._buffer_pool)
+        watch.ranks = self._registry.ranks
+        return watch
 
     # Backward passes without a closure.
 
@@ -186,23 +438,24 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             self._watches
             and first is not None
             and not is_distributed(first)
-            # Else micro-batches outside of the closure are not to cost an estimate each.
+            # With more, micro-batches outside of the closure would cost an estimate each.
             and self.param_groups[0]["accumulation_steps"] == 1
         )
 
     def _listen(self) -> None:
-        """Sees backward passes from now on if the next step needs them, and none if not."""
-        if self._can_listen and self.curvature_due:
-            self._before = GradientTrace(self._trainable)
+        """Begins to see backward passes if the next step estimates the curvature; else stops."""
+        params = self._trainable
+        if self._can_listen and self._is_due(params):
+            self._listening_since = GradientTrace(params)
             WATCHERS.add(self)
         else:
-            self._before = None
+            self._listening_since = None
             WATCHERS.discard(self)
 
     def observation_of(self, reached: Collection[int]) -> Observation | None:
         """See `torch_secondorder._optim.diagonal.closureless.Watcher`."""
         params = self._trainable
-        # What it needs for that may have been written to the groups since it listens.
+        # Hyperparameters may have changed since it began to listen.
         if not self._can_listen or not any(id(p) in reached for p in params):
             return None
         with torch.no_grad():
@@ -215,13 +468,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             self._registry.ranks.note(module)
 
     def _current_observation(self, params: Sequence[Tensor]) -> Observation:
-        """The observation of the coming step; a new one if what was seen is no more."""
+        """The observation of the coming step; a new one if its gradients are gone."""
         if self._observation is not None and not self._observation.continues(params):
             self._drop_observation()
         if self._observation is None:
-            _, generator = self._tools(params)
-            # A CUDA graph that is being made has no state that could be read.
-            self._undrawn = None if _capturing(params[0]) else generator.get_state()
+            _, generator = self._vector_and_generator(params)
+            # The state cannot be read while a CUDA graph is captured.
+            self._generator_before = None if capturing(params[0]) else generator.get_state()
             self._observation = Observation(
                 params, self._watch(params), self._registry, everywhere=self in WATCHERS
             )
@@ -231,19 +484,19 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def watching(self) -> Iterator[None]:
         """A context for forward and backward pass, in loops that call `step()` without a closure.
 
-        It is needed with `watch=False`, under `DistributedDataParallel(static_graph=True)`, and
-        where a forward pass is to choose implementations that have second derivatives: outside of
-        it backward passes are seen as well.
+        You need it with `watch=False`, under `DistributedDataParallel(static_graph=True)`, and if a
+        forward pass should choose implementations that have second derivatives. Otherwise the
+        optimizer sees backward passes without it.
 
-        Where the coming step estimates the curvature, `loss.backward()` inside does what it does in
-        a closure: the estimate is taken while it runs, no graph is kept, and `p.grad` may be
-        clipped or changed afterwards. Else the context does nothing. Micro-batches may run in one
-        context, or each in one of its own; what they add to gradients and curvature adds up until
-        the step, or until the gradients are zeroed.
+        If the coming step estimates the curvature, `loss.backward()` inside does the same as in a
+        closure: it takes the estimate while it runs and keeps no graph, and `p.grad` may be clipped
+        or changed afterwards. If not, the context does nothing. Micro-batches may run in one
+        context, or each in its own; their gradients and curvature add up until the step, or until
+        the gradients are zeroed.
 
         Raises:
             RuntimeError: At `backward()`: a second derivative is missing, or there were gradients
-                already. A step whose gradients are not all from inside raises as well.
+                already. A step raises as well if some of its gradients are not from inside.
 
         >>> from torch_secondorder import AdaHessian
         >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
@@ -270,136 +523,52 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _forget_observation(self) -> None:
         if self._observation is not None:
             self._observation.close()
-            self._observation = self._undrawn = None
+            self._observation = self._generator_before = None
 
     def _drop_observation(self) -> None:
-        """Lets it be as if nothing had been seen, also for what is drawn later."""
-        self._undraw()
+        """Drops an observation together with the random numbers that were drawn for it."""
+        self._rewind_generator()
         self._forget_observation()
 
-    def _undraw(self) -> Tensor | None:
-        """Takes back what was drawn for what was seen; returns where the generator was then."""
-        if self._observation is None or self._generator is None or self._undrawn is None:
-            return None
-        drawn = self._generator.get_state()
-        self._generator.set_state(self._undrawn)
-        return drawn
-
-    def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
-        """Performs one step.
-
-        Args:
-            closure: The standard closure (zero the gradients, compute the loss, call `backward()`,
-                return the loss), or a `FunctionalObjective`. None where gradients are there
-                already: made by `loss.backward()`.
+    def _rewind_generator(self) -> Tensor | None:
+        """Takes back random numbers that were drawn for an observation.
 
         Returns:
-            The closure's loss, detached; None without a closure.
-
-        Raises:
-            RuntimeError: No gradient reached the parameters, its graph is missing where it is
-                needed, or an operation of the model has no second derivative.
-            TypeError: The closure returned something else than a loss.
-            ValueError: The closure's loss is not a scalar, or a hyperparameter is out of range.
+            The state of the generator after they were drawn; None if there were none.
         """
-        try:
-            for group in self.param_groups:
-                self._check_group(group)
-            WATCHERS.discard(self)  # what runs in here is seen by other ways
-            try:
-                return self._one_step(closure)
-            finally:
-                self._listen()
-        except BaseException:
-            Scaling(self).forget()
-            raise
-
-    def _one_step(self, closure: Any) -> Tensor | None:
-        params = self._trainable
-        if closure is not None:
-            Scaling(self).refuse_closure()
-        if not params:
-            result: Tensor | None = self._pass(closure)
-            return result
-        fresh = closure is None and self._observation is None and not self._steps
-        if fresh and makes_state_only(self.param_groups):
-            self._make_state(params)
+        if self._observation is None or self._generator is None or self._generator_before is None:
             return None
-        if is_distributed(params[0]):
-            return self._step_sharded(closure, params)
-        with torch.no_grad():
-            if closure is None:
-                self._step_on_present(params)
-                return None
-            # What was seen before is not of this step, unless the closure is idle.
-            drawn = self._undraw()
-            watch = self._watch(params) if self._is_due(params) else None
-            evaluation = SingleEvaluation(
-                closure, params, self._registry, self._stale, self._buffer_pool
-            )
-            parts = int(self.param_groups[0]["accumulation_steps"])
-            try:
-                outcome = evaluation.run(watch, accumulates=parts > 1)
-            except IdleClosure:  # what Lightning passes for none
-                if drawn is not None and self._generator is not None:
-                    self._generator.set_state(drawn)
-                self._step_on_present(params, watch)
-                return None
-            self._forget_observation()
-            diagonal = self._diagonal(watch, parts if outcome.accumulated else 1.0, None)
-            effort = Effort(1, 0 if watch is None else watch.products)
-            self._advance(params, outcome, diagonal, effort, undo=evaluation.restore)
-            return outcome.loss
+        after = self._generator.get_state()
+        self._generator.set_state(self._generator_before)
+        return after
 
-    def _step_on_present(
-        self, params: Sequence[Tensor], watch: DiagonalWatch | None = None
-    ) -> None:
-        """A step without a closure; the watch is for gradients that nobody has watched."""
-        name, scaling, seen = type(self).__name__, Scaling(self), self._observation
-        self._forget_observation()
-        due, early, unscaling = self._is_due(params), False, scaling.inverse
-        if seen is not None and seen.has_seen(params):
-            found = present_gradients(name, params, None, scaling)
-            seen.check(name, scaling)
-            watch, unscaling = seen.watch, seen.unscaling(scaling)
-        elif due and self._is_too_early(params, seen):
-            watch, early = None, True
-            found = present_gradients(name, params, None, scaling)
-        else:
-            if watch is None and due:
-                watch = self._watch(params)
-            found = present_gradients(name, params, watch, scaling, self._why_unseen())
-            unscaling = None if unscaling is None else unscaling.sqrt()  # so were the probes
-        diagonal = self._diagonal(watch, 1.0, unscaling)
-        effort = Effort(0, 0 if watch is None else watch.products)
-        self._advance(params, Outcome(None, found), diagonal, effort, scaling.inverse)
-        self._overdue = max(self._overdue, int(early))
+    def _is_too_early(self, params: Sequence[Tensor], observation: Observation | None) -> bool:
+        """Whether the gradients were made before the estimate became due.
 
-    def _is_too_early(self, params: Sequence[Tensor], seen: Observation | None) -> bool:
-        """Whether the gradients are from before anybody could know that they would be needed.
-
-        Loops that make optimizers as parameters appear have them then, Pyro's for one, and loops
-        that thaw parameters between estimates, or after the backward pass. The step goes by older
-        curvature, parameters without any wait, and the next one estimates.
+        That happens in loops that make optimizers as parameters appear, as Pyro's do, and in loops
+        that thaw parameters between estimates, or after the backward pass. The step then uses older
+        curvature, parameters without any wait, and the next step estimates.
 
         Args:
             params: The trainable parameters.
-            seen: What was seen of others.
+            observation: The observation of other parameters.
         """
         grads = [p.grad for p in params if p.grad is not None]
-        has_graph = any(g.grad_fn is not None for g in grads) and self._takes_graphs
+        has_graph = any(g.grad_fn is not None for g in grads) and self._uses_graphs
         if has_graph or not grads or not self._can_listen:
             return False
-        if self._before is None:  # nobody says that a parameter is thawed
-            return self._known is not None and self._has_new(params)
-        return self._before.matches(params) or (seen is not None and seen.calls > 0)
+        if self._listening_since is None:  # nothing tells the optimizer of a thawed parameter
+            return self._schedule.has_new(params)
+        seen_others = observation is not None and observation.calls > 0
+        return self._listening_since.matches(params) or seen_others
 
     @property
-    def _takes_graphs(self) -> bool:
-        """Whether the graph of gradients is all that an estimate takes."""
+    def _uses_graphs(self) -> bool:
+        """Whether the graph of the gradients is enough for an estimate."""
         return not isinstance(self.estimator, GaussNewtonBartlett)
 
     def _why_unseen(self) -> str:
+        """The reason why no backward pass was seen, for error messages."""
         if not self._watches:
             return "it was made with watch=False"
         if self.param_groups[0]["accumulation_steps"] != 1:
@@ -408,151 +577,6 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             "the gradients are not from loss.backward() or torch.autograd.backward(), or from one "
             "that ran before the curvature was due (update_period may have been changed since)"
         )
-
-    def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
-        """See `step`; this process has a part of each parameter, its gradient and state."""
-        vector, generator = self._tools(params)
-        registry, due = self._registry, self._is_due(params)
-        check_closure(closure, due)
-        with torch.no_grad():
-            if closure is None:
-                scaling = Scaling(self)
-                found = held_parts(present_gradients("", params, None, scaling))
-                self._advance(params, Outcome(None, found), None, Effort(0, 0), scaling.inverse)
-                return None
-            if not due:
-                evaluation = SingleEvaluation(closure, params, registry, self._stale)
-                try:
-                    outcome = held_outcome(evaluation.run(), vector)
-                except IdleClosure:
-                    return self._step_sharded(None, params)
-                self._advance(params, outcome, None, Effort(1, 0), undo=evaluation.restore)
-                registry.reshard()
-                return outcome.loss
-            sharded = ShardedEvaluation(closure, vector, registry, self._stale)
-            with sharded.objective as objective:
-                estimator = self._estimator_for(params)
-                outcome, diagonal = sharded.run(estimator, generator, self._magnitudes)
-                effort = Effort(objective.evaluations, estimator.n_samples)
-                self._advance(params, outcome, diagonal, effort, undo=objective.abandon)
-            return outcome.loss
-
-    def _tools(self, params: Sequence[Tensor]) -> tuple[ParameterVector, torch.Generator]:
-        """The vector of the parameters, and where randomness comes from."""
-        if self._vector is None or not self._vector.matches(params, None):
-            self._vector = ParameterVector(params)
-        if self._generator is None:
-            self._generator = torch.Generator(self._vector.device)
-            self._generator.manual_seed(int(self.param_groups[0]["seed"]))
-        return self._vector, self._generator
-
-    def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
-        watch = self._estimator_for(params).watch(*self._tools(params), self._buffer_pool)
-        watch.ranks = self._registry.ranks
-        return watch
-
-    def _advance(
-        self,
-        params: Sequence[Tensor],
-        outcome: Outcome,
-        diagonal: Tensor | None,
-        effort: Effort,
-        inverse_scale: Tensor | None = None,
-        undo: Callable[[], None] | None = None,
-    ) -> None:
-        """Updates everything, unless loss or gradient is not finite.
-
-        Args:
-            params: The trainable parameters.
-            outcome: Of the evaluation.
-            diagonal: The estimate, where one was due.
-            effort: What that took.
-            inverse_scale: What to multiply gradients by.
-            undo: Puts buffers back to where they were before the step.
-        """
-        loss, gradients, whole = outcome.loss, outcome.gradients, outcome.whole
-        space = WHOLE if self._vector is None else self._vector.space
-        verdict = judge(outcome, diagonal, inverse_scale, self._on_device, space)
-        if verdict.known_bad and undo is not None:
-            undo()
-        if verdict.curvature_known_bad:
-            diagonal = None
-        if not verdict.known_bad:
-            if self._move(params, gradients, whole, diagonal, verdict):
-                self._count_step(params)
-                if verdict.on_device and not self._moved_once:
-                    self._first = verdict
-            else:
-                self._overdue = max(self._overdue, 1)
-        self._stale = GradientTrace(params)
-        self._show_names(params)
-        # Not a method of this object, which would keep itself alive.
-        report = partial(report_of, ref(self), verdict, loss, params, self._stale, effort)
-        self.info = LazyInfo(report)
-        if isinstance(space, ShardedSpace):
-            # Now, for all processes are here; who reads the report may be alone.
-            largest = [max_norm(as_real(g)).double() for g in gradients if g is not None]
-            inside = [count.double() for count in self._inside() or ()]
-            numbers = space.gathered(sums=inside, largest=[torch.stack(largest).amax()])
-            self.info = LazyInfo(partial(report, numbers=numbers))
-
-    def _look_at_first(self) -> None:
-        """Waits for the device, once: without any curvature no step moves until the next estimate.
-
-        A step that came to nothing does not count, as where all decisions are made on the host.
-        """
-        verdict = self._first
-        if verdict is None or any(map(_capturing, self._trainable[:1])):
-            return
-        self._first = None
-        self._moved_once = verdict.moved
-        if not verdict.moved:
-            self._steps -= 1
-            self._overdue = max(self._overdue, 1)
-
-    def _diagonal(
-        self, watch: DiagonalWatch | None, factor: float, inverse_scale: Tensor | None
-    ) -> Tensor | None:
-        if watch is None:
-            return None
-        diagonal = watch.diagonal(magnitudes=self._magnitudes)
-        if inverse_scale is not None:
-            diagonal.mul_(inverse_scale.to(diagonal))
-        return diagonal if factor == 1.0 else diagonal.mul_(factor)
-
-    @property
-    def _on_device(self) -> bool:
-        """Whether all that a step decides stays on the device."""
-        capturable = self.param_groups[0]["capturable"]
-        if capturable is None:
-            return any(p.device.type != "cpu" for p in self._parameters[:1])
-        return bool(capturable)
-
-    def _move(
-        self,
-        params: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        whole: Tensor | None,
-        diagonal: Tensor | None,
-        verdict: FiniteCheck,
-    ) -> bool:
-        """Updates parameters and moments block by block; says whether there was anything to."""
-        blocks = self._arrangement.of(
-            self.param_groups,
-            self.state,
-            params,
-            gradients,
-            curved=diagonal is not None,
-            on_device=verdict.on_device,
-            expected=self._overdue > 0,
-        )
-        for block in blocks:
-            estimate = None
-            if diagonal is not None:
-                assert self._vector is not None
-                estimate = block.part_of(diagonal, partial(self._vector.pieces, diagonal))
-            self._update(block, StepInputs(block, gradients, whole, estimate, verdict))
-        return bool(blocks)
 
     # The report, made when it is read.
 
@@ -576,17 +600,18 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._show_names()
 
     def _export_state(self) -> dict[str, Any]:
-        self._look_at_first()
+        self._schedule.confirm(self._trainable)
         if self._generator is None and self._trainable:
-            self._tools(self._trainable)  # there has to be one to load into
-        overdue = self._overdue
-        if self._known is not None and self._has_new(self._trainable):
-            overdue = max(overdue, self._first_steps)
-        state: dict[str, Any] = {"steps": self._steps, "overdue": overdue}
+            self._vector_and_generator(self._trainable)  # there has to be one to load into
+        schedule = self._schedule
+        overdue = schedule.out_of_turn
+        if schedule.has_new(self._trainable):
+            overdue = max(overdue, schedule.warm_up(self._period))
+        state: dict[str, Any] = {"steps": schedule.steps, "overdue": overdue}
         if self._generator is not None:
-            # What was seen is not carried along, and was not drawn then.
-            undrawn = self._undrawn
-            state["generator"] = self._generator.get_state() if undrawn is None else undrawn
+            # An observation is not saved, nor the random numbers that were drawn for it.
+            before = self._generator_before
+            state["generator"] = self._generator.get_state() if before is None else before
         return state
 
     def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
@@ -603,19 +628,21 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _import_state(self, state: dict[str, Any]) -> None:
         vector, saved = self._known_vector(), state.get("generator")
         self._forget_observation()
-        self._arrangement = BlockLayout()
-        self._steps = int(state.get("steps", 0))
-        self._overdue = int(state.get("overdue", 0))
-        self._known = self._trainable if self._steps else None
-        self._stale = self._generator = self._first = None
+        self._layout = BlockLayout()
+        self._schedule = EstimateSchedule(self._warm_up)
+        self._schedule.steps = int(state.get("steps", 0))
+        self._schedule.out_of_turn = int(state.get("overdue", 0))
+        self._schedule.trained = self._trainable if self._schedule.steps else None
+        self._last_trace = self._generator = None
         self._buffer_pool = BufferPool()
         self._listen()
         if saved is not None and vector is not None:
             self._generator = torch.Generator(vector.device)
             try:
                 self._generator.set_state(saved.cpu())
-            except RuntimeError:  # from a device of another type: other probes, as good
-                self._generator.manual_seed(int(self.param_groups[0]["seed"]) + self._steps)
+            except RuntimeError:  # of a device of another type: other probes do as well
+                seed = int(self.param_groups[0]["seed"])
+                self._generator.manual_seed(seed + self._schedule.steps)
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         # torch casts state to the parameters' dtype, and a narrow one would lose the rest.
@@ -627,13 +654,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super()._finish_loading(state_dict)
 
 
-def _capturing(parameter: Tensor) -> bool:
-    """Whether a CUDA graph is being made, in which nothing can be looked at."""
-    return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
+#: Types of hyperparameters that do not change in place.
+_IMMUTABLE = frozenset({bool, float, int, str, type(None)})
 
 
 def check_betas(betas: Any) -> None:
-    """Raises a ValueError unless these are two numbers of at least zero and below one."""
+    """Raises a ValueError unless `betas` are two numbers of at least zero and below one."""
     try:
         fine = len(betas) == 2 and all(0.0 <= float(beta) < 1.0 for beta in betas)
     except TypeError:

@@ -1,7 +1,7 @@
-"""The state of parameters that are updated together, in one vector.
+"""Flat vectors that hold the state of parameters which are updated together.
 
-Coordinate by coordinate an update needs a dozen operations. On flat vectors that is a dozen calls
-however many parameters there are; only what touches gradients and parameters goes by lists.
+An update takes a dozen operations for each coordinate. On flat vectors that is a dozen calls for
+any number of parameters. Only the steps that touch gradients and parameters work on lists.
 """
 
 from __future__ import annotations
@@ -36,34 +36,39 @@ Number: TypeAlias = float | Tensor
 
 #: The moments that each parameter has.
 MOMENTS = ("exp_avg", "exp_hessian")
-#: What is counted for each parameter.
+#: The counts that each parameter has.
 COUNTS = ("step", "curvature_step")
 _ALMOST_ONE = 1 - 2.0**-53
 _fused: Callable[..., Any] | None = getattr(torch, "_fused_adam_", None)  # it is not public
 
 
 class Block:
-    """Parameters of one group that have seen as many gradients and estimates.
+    """Parameters of one group, dtype and device, with equal counts of gradients and estimates.
 
-    Their state under `optimizer.state[p]` are views of the vectors here; their counts are shared
-    0-dim tensors.
+    Their state under `optimizer.state[p]` consists of views of the vectors here; they share the
+    0-dim tensors that count.
 
     Args:
         group: The group they belong to.
-        params: The parameters, of one device and dtype.
-        states: Their states.
-        places: Their places among all trainable parameters.
-        span: Where they begin and end in one vector of all of these; None if others are between.
+        params: The parameters.
+        states: The state of each.
+        places: The place of each among all trainable parameters.
+        span: The slice that they take in one vector of all trainable parameters; None if other
+            parameters are between them.
 
     Attributes:
         group: The group they belong to.
+        places: The place of each among all trainable parameters.
+        span: The same as the argument.
         exp_avg: First moments, `(n,)`, float32 or wider.
         exp_hessian: Moments of the curvature, `(n,)`.
-        master: The parameters themselves where these are narrower; else None.
-        step: How many gradients they have seen, 0-dim.
-        curvature_step: How many estimates of the curvature.
+        master: The parameters in the precision of the moments if they are narrower; else None.
+        step: The number of gradients they have had, 0-dim.
+        curvature_step: The number of estimates of the curvature, 0-dim.
+        dtype: Of the moments.
+        device: Of the moments.
         has_kernels: Whether some parameter has more than two dimensions.
-        complex: Whether each of the parameters is complex.
+        complex: For each parameter, whether it is complex.
     """
 
     def __init__(
@@ -72,55 +77,68 @@ class Block:
         params: Sequence[Tensor],
         states: Sequence[dict[str, Any]],
         places: Sequence[int],
-        span: tuple[int, int] | None,
+        span: slice | None,
     ) -> None:
         self.group = group
         self.places = list(places)
-        self._span = span
-        self._params = list(params)
+        self.span = span
         self._states = list(states)
         self._reals = [as_real(p) for p in params]
         self.has_kernels = any(p.dim() > 2 for p in params)
         self.complex = [p.is_complex() for p in params]
-        self.exp_avg, self._exp_avg_parts = self._joined("exp_avg")
-        self.exp_hessian, self._exp_hessian_parts = self._joined("exp_hessian")
-        self.master: Tensor | None = None
-        if "master" in states[0]:
-            self.master, _ = self._joined("master")
+        self.exp_avg, self._exp_avg_parts = self._join("exp_avg")
+        self.exp_hessian, self._exp_hessian_parts = self._join("exp_hessian")
+        self.dtype, self.device = self.exp_avg.dtype, self.exp_avg.device
+        self.master = self._join("master")[0] if "master" in states[0] else None
         self.step: Tensor = states[0]["step"]
         self.curvature_step: Tensor = states[0]["curvature_step"]
         for state in states:
             state["step"], state["curvature_step"] = self.step, self.curvature_step
-        self._pointers = [local(p).data_ptr() for p in params]
-        self._dtypes = [p.dtype for p in params]
-        self._own = [[id(state[name]) for state in states] for name in MOMENTS]
-        # The fused kernel goes through memory from end to end; in double precision people count
-        # on more digits than it leaves to the first moment.
-        self._fuses = all(
-            real.is_contiguous() and real.dtype == torch.float32 and not real.is_cuda
-            for real in self._reals
+        self._placement = [
+            (p, local(p).data_ptr(), p.dtype, state, state["exp_avg"], state["exp_hessian"])
+            for p, state in zip(params, states, strict=True)
+        ]
+        # The fused kernel goes through memory from end to end. Float64 is left out: the kernel
+        # disturbs the first moment by 1e-16, which users of float64 may notice.
+        self._can_fuse = (
+            _fused is not None
+            and self.master is None
+            and all(
+                real.is_contiguous() and real.dtype == torch.float32 and not real.is_cuda
+                for real in self._reals
+            )
         )
+        self._first_steps = [torch.ones((), dtype=torch.float32)] * len(self._reals)
 
-    def _joined(self, name: str) -> tuple[Tensor, list[Tensor]]:
+    def _join(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        """Joins one entry of all states to a vector, and puts views of it in their place."""
         flat = torch.cat([state[name].reshape(-1) for state in self._states])
-        parts = self.cut(flat)
+        parts = self.pieces(flat)
         for state, part in zip(self._states, parts, strict=True):
             state[name] = part
         return flat, parts
 
-    def cut(self, flat: Tensor) -> list[Tensor]:
-        """Views shaped like the parameters."""
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Views of a vector `(n,)`, shaped like the parameters (as pairs if these are complex)."""
         return list(_unflatten_dense_tensors(flat, self._reals))
 
-    def intact(self, states: Any) -> bool:
-        """Whether parameters and the optimizer's state still are where they were."""
-        return (
-            states.get(self._params[0]) is self._states[0]
-            and [local(p).data_ptr() for p in self._params] == self._pointers
-            and [p.dtype for p in self._params] == self._dtypes
-            and [id(state.get("exp_avg")) for state in self._states] == self._own[0]
-            and [id(state.get("exp_hessian")) for state in self._states] == self._own[1]
-        )
+    def is_intact(self, states: Any) -> bool:
+        """Whether parameters and moments are still where they were when the block was made.
+
+        Args:
+            states: The optimizer's state by parameter.
+        """
+        for p, pointer, dtype, state, exp_avg, exp_hessian in self._placement:
+            held = p if type(p) is torch.nn.Parameter else local(p)
+            if (
+                held.data_ptr() != pointer
+                or p.dtype != dtype
+                or states.get(p) is not state
+                or state.get("exp_avg") is not exp_avg
+                or state.get("exp_hessian") is not exp_hessian
+            ):
+                return False
+        return True
 
     def dissolve(self) -> None:
         """Gives each parameter a state of its own again."""
@@ -129,75 +147,61 @@ class Block:
                 if name in state:
                     state[name] = state[name].clone()
 
-    def part_of(self, whole: Tensor | None, parts: Callable[[], Sequence[Tensor | None]]) -> Tensor:
-        """The block's part of something, one vector; a view where that is possible.
+    def join(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """The block's share of some tensors as one vector in the precision of the moments, a copy.
 
         Args:
-            whole: It for all trainable parameters in order as one vector, if there is one.
-            parts: Gives it for each of them.
+            parts: One tensor for each of all trainable parameters.
         """
-        like = self.exp_avg
-        kind = like.dtype, like.device
-        if whole is not None and self._span is not None and (whole.dtype, whole.device) == kind:
-            return whole[slice(*self._span)]
-        pieces = parts()
-        return torch.cat([self._piece(pieces[place]) for place in self.places])
+        own = [parts[place] for place in self.places]
+        return torch.cat([as_real(t).reshape(-1).to(self.dtype) for t in own if t is not None])
 
-    def _piece(self, part: Tensor | None) -> Tensor:
-        assert part is not None
-        return as_real(part).reshape(-1).to(self.exp_avg.dtype)
-
-    def average_gradient(
-        self, whole: Tensor | None, parts: Sequence[Tensor | None], weight: Number
-    ) -> None:
-        """`exp_avg += weight * (gradient - exp_avg)`.
+    def average_parts(self, parts: Sequence[Tensor | None], weight: float) -> None:
+        """`exp_avg += weight * (gradient - exp_avg)`, without a vector of the gradients.
 
         Args:
-            whole: See `part_of`.
-            parts: One by one.
-            weight: On a device zero where the gradient is not finite.
+            parts: The gradients of all trainable parameters.
+            weight: The weight.
         """
-        if isinstance(weight, Tensor):
-            gradient = self.part_of(whole, lambda: parts)
-            gradient = torch.where(weight > 0, gradient, 0.0)
-            self.exp_avg.lerp_(gradient, narrowed(weight, gradient))
-        elif whole is not None and self._span is not None:
-            self.exp_avg.lerp_(self.part_of(whole, lambda: parts), weight)
-        else:
-            own = [as_real(g) for place in self.places if (g := parts[place]) is not None]
-            torch._foreach_lerp_(
-                self._exp_avg_parts, [g.to(self.exp_avg.dtype) for g in own], weight
-            )
+        own = [as_real(g) for place in self.places if (g := parts[place]) is not None]
+        torch._foreach_lerp_(self._exp_avg_parts, [g.to(self.dtype) for g in own], weight)
 
     def decay(self, factor: Number) -> None:
         """Multiplies the parameters."""
         if self.master is not None:
-            self._catch_up()
+            self._read_into_master()
             self.master.mul_(narrowed(factor, self.master))
-            self._hand_on()
+            self._write_from_master()
         else:
             torch._foreach_mul_(self._reals, narrowed(factor, self._reals[0]))
 
-    def adam(self, rate: float, beta: float, eps: float, estimate: Tensor) -> bool:
-        """`divide` by `sqrt(exp_hessian) + eps`, after that has taken in a new estimate's square.
+    def fused_divide(self, rate: float, beta: float, eps: float, estimate: Tensor) -> bool:
+        """Averages the squared estimate, then divides by `sqrt(exp_hessian) + eps`, in one pass.
 
-        All in one pass, by PyTorch's fused kernel of Adam with the estimate in the place of the
-        gradient. The first moment has had its gradient; its weight here is the largest number below
-        one, so that it takes in the estimate times 1e-16, and a step 1e-16 of the learning rate.
+        PyTorch's fused kernel of Adam does it, with the estimate in place of the gradient. The
+        first moment has had its gradient; its decay rate here is the largest number below one, so
+        that it takes in the estimate times 1e-16, and a step 1e-16 of the learning rate.
+
+        Args:
+            rate: See `divide`.
+            beta: The decay rate of `exp_hessian`.
+            eps: Added to the root.
+            estimate: The new estimate of the curvature.
 
         Returns:
-            Whether there is such a kernel for these parameters; nothing has changed if not.
+            Whether these parameters have such a kernel. If not, nothing has changed.
         """
-        if self.master is not None or _fused is None or not self._fuses:
+        if not self._can_fuse:
             return False
+        assert _fused is not None
         _fused(
             self._reals,
-            self.cut(estimate),
+            list(_unflatten_dense_tensors(estimate, self._reals)),
             self._exp_avg_parts,
             self._exp_hessian_parts,
             [],
-            [_one(torch.device("cpu"))] * len(self._reals),
-            # Corrections are those of a first step; they are taken out again.
+            self._first_steps,
+            # The kernel corrects for the bias of a first step; here that is taken out again.
             lr=rate * (1 - _ALMOST_ONE) / (1 - beta) ** 0.5,
             beta1=_ALMOST_ONE,
             beta2=beta,
@@ -212,7 +216,7 @@ class Block:
         """`theta -= rate * exp_avg / denominator`; the denominator may be overwritten."""
         if self.master is None and not isinstance(rate, Tensor):
             torch._foreach_addcdiv_(
-                self._reals, self._exp_avg_parts, self.cut(denominator), value=-rate
+                self._reals, self._exp_avg_parts, self.pieces(denominator), value=-rate
             )
         else:
             self.move(rate, torch.div(self.exp_avg, denominator, out=denominator))
@@ -223,21 +227,21 @@ class Block:
             direction.mul_(narrowed(rate, direction))
             rate = 1.0
         if self.master is None:
-            torch._foreach_add_(self._reals, self.cut(direction), alpha=-rate)
+            torch._foreach_add_(self._reals, self.pieces(direction), alpha=-rate)
         else:
-            self._catch_up()
+            self._read_into_master()
             self.master.add_(direction, alpha=-rate)
-            self._hand_on()
+            self._write_from_master()
 
-    def _catch_up(self) -> None:
-        """Where somebody has set a parameter, it counts instead of the copy."""
+    def _read_into_master(self) -> None:
+        """Takes over the entries of parameters that were set from outside since the last step."""
         assert self.master is not None
-        for real, part in zip(self._reals, self.cut(self.master), strict=True):
+        for real, part in zip(self._reals, self.pieces(self.master), strict=True):
             part.copy_(torch.where(part.to(real.dtype) == real, part, real.to(part.dtype)))
 
-    def _hand_on(self) -> None:
+    def _write_from_master(self) -> None:
         assert self.master is not None
-        torch._foreach_copy_(self._reals, self.cut(self.master))
+        torch._foreach_copy_(self._reals, self.pieces(self.master))
 
 
 class BlockLayout:
@@ -245,78 +249,82 @@ class BlockLayout:
 
     Attributes:
         blocks: The blocks of the last step.
-        waiting: Whether a parameter had a gradient in the last step, and no curvature.
-        served: Whether one got its first curvature, looked at where somebody waits for that.
+        lacks_curvature: Whether a parameter had a gradient in the last step, and no curvature yet.
+        got_curvature: Whether a parameter had its first estimate in the last step, if that was
+            asked.
     """
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
-        self.waiting = False
-        self.served = False
-        self._key: object = None
+        self.lacks_curvature = self.got_curvature = False
+        self._key: list[object] = []
 
-    def of(
+    def arrange(
         self,
         groups: Sequence[dict[str, Any]],
         states: Any,
         params: Sequence[Tensor],
         gradients: Sequence[Tensor | None],
         *,
-        curved: bool,
+        has_estimate: bool,
         on_device: bool,
-        expected: bool = False,
+        notes_first: bool = False,
     ) -> list[Block]:
-        """Blocks of those that have a gradient; one without any curvature waits for it.
+        """The blocks of the parameters that have a gradient.
+
+        A parameter that has had no estimate of the curvature is left out until there is one.
 
         Args:
             groups: The optimizer's groups.
-            states: The optimizer's states by parameter, where the blocks keep theirs.
+            states: The optimizer's state by parameter, where the blocks keep theirs.
             params: All trainable parameters.
-            gradients: Theirs.
-            curved: Whether there is a new estimate of the curvature.
+            gradients: The gradient of each.
+            has_estimate: Whether there is a new estimate of the curvature.
             on_device: Whether counts are kept on the device.
-            expected: Whether some are known to wait for a curvature.
+            notes_first: Whether to set `got_curvature`, which may wait for the device.
         """
-        self.served = False
-        key = (
-            on_device,
-            [(id(group), len(group["params"])) for group in groups],
-            [0 if g is None else id(p) for p, g in zip(params, gradients, strict=True)],
-        )
-        settled = key == self._key and not (self.waiting and curved)
-        if settled and all(block.intact(states) for block in self.blocks):
-            return self.blocks
+        self.got_curvature = False
+        key: list[object] = [on_device]
+        for group in groups:
+            key += (id(group), len(group["params"]))
+        for p, gradient in zip(params, gradients, strict=True):
+            key.append(0 if gradient is None else id(p))
+        if key == self._key and not (self.lacks_curvature and has_estimate):
+            for block in self.blocks:
+                if not block.is_intact(states):
+                    break
+            else:
+                return self.blocks
         for block in self.blocks:
             block.dissolve()
-        members, self.waiting = {}, False
+        members, self.lacks_curvature = {}, False
         for place, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
             if gradient is not None:
                 state = states[p]
                 prepare(state, p, on_device=on_device)
-                if curved or bool(state["curvature_step"]):
+                if has_estimate or bool(state["curvature_step"]):
                     members[id(p)] = place, state
-                    if expected and curved and not self.served:
-                        self.served = not bool(state["curvature_step"])
+                    if notes_first and has_estimate and not self.got_curvature:
+                        self.got_curvature = not bool(state["curvature_step"])
                 else:
-                    self.waiting = True
-        sizes = [as_real(p).numel() for p in params]
-        self.blocks = _blocks_of(groups, members, sizes)
+                    self.lacks_curvature = True
+        self.blocks = _make_blocks(groups, members, [as_real(p).numel() for p in params])
         self._key = key
         return self.blocks
 
 
-def _blocks_of(
+def _make_blocks(
     groups: Sequence[dict[str, Any]],
     members: dict[int, tuple[int, dict[str, Any]]],
     sizes: Sequence[int],
 ) -> list[Block]:
-    """Puts parameters into blocks, and makes the state of those that have none.
+    """Puts parameters into blocks.
 
     Args:
         groups: The groups.
-        members: By the id of each parameter that belongs in one: its place among the trainable
-            parameters and its state.
-        sizes: How many real numbers each of the trainable parameters is.
+        members: The parameters to put into blocks, by their ids: the place of each among the
+            trainable parameters, and its state.
+        sizes: The number of real entries of each trainable parameter.
     """
     ends = [0, *accumulate(sizes)]
     blocks = []
@@ -332,14 +340,20 @@ def _blocks_of(
         for found in kinds.values():
             params, states, places = zip(*found, strict=True)
             first, last = places[0], places[-1]
-            joined = places == tuple(range(first, last + 1))
-            span = (ends[first], ends[last + 1]) if joined else None
+            adjacent = places == tuple(range(first, last + 1))
+            span = slice(ends[first], ends[last + 1]) if adjacent else None
             blocks.append(Block(group, params, states, places, span))
     return blocks
 
 
 def prepare(state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
-    """Makes the state of a parameter, or brings it to what the parameter is now."""
+    """Fills in the state of a parameter, and brings it to the parameter's device and dtype.
+
+    Args:
+        state: The state, empty for a new one.
+        p: The parameter.
+        on_device: Whether counts are kept on the device.
+    """
     real = as_real(p)
     dtype = torch.promote_types(real.dtype, torch.float32)
     device = p.device if on_device else torch.device("cpu")
@@ -358,9 +372,9 @@ def prepare(state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """The tensor without a graph, dense and real, a complex number as a pair.
+    """The tensor without a graph, dense and real; complex numbers become pairs.
 
-    Of a sharded one the part that this process holds.
+    Of a sharded tensor, the part that this process holds.
     """
     tensor = local(tensor).detach()
     if tensor.layout is not torch.strided:
@@ -369,28 +383,32 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def narrowed(number: Number, like: Tensor) -> Number:
-    """A number on the device in the dtype of what it is to meet; others as they are.
+    """A number on the device in the dtype of its operand; a number on the host unchanged.
 
-    Numbers are worked out in double precision there as on the host. Kernels that take two dtypes
-    are slower, and lists of tensors go one by one through them.
+    Numbers on the device are computed in double precision, as on the host. Kernels that mix two
+    dtypes are slower, and lists of tensors fall back to one kernel for each tensor.
     """
     return number.to(like.dtype) if isinstance(number, Tensor) else number
 
 
 def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) -> Tensor:
-    """Zero if all entries are finite, in one pass; multiplies them by a scale.
+    """Zero if all entries are finite, 0-dim, found in one pass that also multiplies by a scale.
 
     Args:
         tensors: Multiplied in place.
         inverse_scale: A number on a device; None for one.
     """
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     total: Tensor | None = None
-    for (device, dtype), group in _by_kind(tensors).items():
+    for (device, dtype), group in kinds.items():
         found = torch.zeros((), dtype=torch.float32, device=device)
-        inverse = _one(device)
         if inverse_scale is not None:
             inverse = inverse_scale.to(device, torch.float32)
-        if dtype == torch.bfloat16:  # the kernel below does not take it everywhere
+        else:
+            inverse = _one_on(device)
+        if dtype == torch.bfloat16:  # some devices lack the kernel below for it
             entries = [t for t in group if t.numel()]
             if entries:
                 largest = torch.stack(torch._foreach_norm(entries, float("inf")))
@@ -405,15 +423,6 @@ def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) ->
     return total
 
 
-def _by_kind(
-    tensors: Sequence[Tensor],
-) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return kinds
-
-
 @cache
-def _one(device: torch.device) -> Tensor:
+def _one_on(device: torch.device) -> Tensor:
     return torch.ones((), dtype=torch.float32, device=device)

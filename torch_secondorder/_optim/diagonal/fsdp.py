@@ -122,7 +122,7 @@ class ShardedEvaluation:
         params = vector.params
         self._labels = DrawnLabels(_without_adding(closure, params, stale), params)
         self._vector = vector
-        self.objective = ClosureObjective(self._labels, vector, registry=registry)
+        self.objective = ClosureObjective.for_step(self._labels, vector, registry=registry)
 
     def run(
         self, estimator: DiagonalEstimator, generator: torch.Generator, magnitudes: bool = False

@@ -1,10 +1,10 @@
-"""What a step that evaluates once reports, made when it is read."""
+"""Reports of optimizers that scale each coordinate, made when they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ReferenceType
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.info import StepInfo
 from torch_secondorder._params.vector import max_norm
 
-__all__ = ["DiagonalInfo", "Effort", "report_of"]
+__all__ = ["DiagonalInfo", "report_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,54 +29,47 @@ class DiagonalInfo(StepInfo):
     products: int = 0
 
 
-class Effort(NamedTuple):
-    """What a step took."""
-
-    evaluations: int
-    products: int
-
-
 def report_of(
     owner: ReferenceType[Any],
-    verdict: FiniteCheck,
+    check: FiniteCheck,
     loss: Tensor | None,
     params: Sequence[Tensor],
     trace: GradientTrace,
-    effort: Effort,
+    effort: tuple[int, int],
     numbers: Tensor | None = None,
 ) -> DiagonalInfo:
     """The report of a step; waits for the device.
 
     Args:
         owner: The optimizer.
-        verdict: What was found of loss, gradient and estimate.
-        loss: The closure's; None without one.
+        check: The check of loss, gradients and estimate.
+        loss: The closure's loss; None without one.
         params: The trainable parameters.
-        trace: Of the gradients that the step left.
-        effort: What the step took.
-        numbers: Of sharded parameters: entries not clipped, all entries (where anything is
-            clipped), and the largest entry of the gradient.
+        trace: The trace of the gradients that the step left.
+        effort: The numbers of evaluations and products.
+        numbers: Of sharded parameters: the terms of the shares in their order, and the largest
+            entry of the gradient.
     """
     optimizer = owner()
     assert optimizer is not None
     value = float("nan") if loss is None else loss.item()
-    norm = None
+    grad_norm, shares = None, optimizer._shares()
     if numbers is not None:
-        *inside, norm = numbers.tolist()
+        *terms, grad_norm = numbers.tolist()
     else:
-        inside = [count.item() for count in optimizer._inside() or ()]
+        terms = [term.item() for share in shares.values() for term in share]
         if trace.matches(params):
             norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
-            norm = max(norms, default=None)
-    extra = {"unclipped": inside[0] / inside[1]} if inside and inside[1] else {}
+            grad_norm = max(norms, default=None)
+    ratios = zip(shares, terms[::2], terms[1::2], strict=True)
     made: DiagonalInfo = optimizer._info_type(
-        status=verdict.status,
+        status=check.status,
         loss=-value if optimizer.param_groups[0]["maximize"] else value,
         loss_after=None,
-        grad_norm=norm,
-        iterations=int(verdict.moved),
-        evaluations=effort.evaluations,
-        products=effort.products,
-        **extra,
+        grad_norm=grad_norm,
+        iterations=int(check.moved),
+        evaluations=effort[0],
+        products=effort[1],
+        **{name: part / total for name, part, total in ratios if total},
     )
     return made

@@ -1,4 +1,4 @@
-"""What one step sees, and whether it can stand on it."""
+"""Per-block step inputs and finiteness checks."""
 
 from __future__ import annotations
 
@@ -12,112 +12,114 @@ from torch_secondorder._objective.one_shot import Outcome
 from torch_secondorder._optim.diagonal.blocks import Block, Number, as_real, nonfinite
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._params.space import WHOLE, Space
+from torch_secondorder._params.vector import ParameterVector
 
-__all__ = ["FiniteCheck", "StepInputs", "correction", "judge"]
+__all__ = ["FiniteCheck", "StepInputs"]
 
 
 class FiniteCheck:
-    """Whether what a step stands on is finite: known, or left on the device.
+    """A check of loss, gradients and estimate for infinity and NaN.
+
+    On a CPU the result is known at once. On a device it stays there: the update then multiplies by
+    weights of zero or one, and nothing waits.
 
     Args:
-        bad: Zero if loss and gradients are finite, 0-dim, on the device.
-        on_device: Whether it is not to be looked at before somebody reads the report.
+        outcome: Loss and gradients.
+        estimate: The new estimate of the diagonal, if there is one.
+        inverse_scale: A factor for the gradients, multiplied in place; None for one.
+        on_device: Whether the result stays on the device.
+        space: Where gradients and estimate live.
 
     Attributes:
-        known_bad: Whether it was looked at and is not finite.
-        curvature_known_bad: The same for a new estimate of the curvature.
-        looked: Whether there was a new estimate of the curvature.
-        moving: For each block one, or zero on a device for one that did not move.
+        on_device: The same.
+        failed: Whether loss or gradients are known not to be finite.
+        estimate_failed: Whether these or the estimate are.
+        weight: One, or on a device zero if loss or gradients are not finite.
+        estimate_weight: One, or on a device zero if these or the estimate are not finite.
+        moves: For each block one, or on a device zero if it did not move.
     """
 
-    def __init__(self, bad: Tensor, on_device: bool) -> None:
+    def __init__(
+        self,
+        outcome: Outcome,
+        estimate: Tensor | None,
+        inverse_scale: Tensor | None,
+        on_device: bool,
+        space: Space = WHOLE,
+    ) -> None:
         self.on_device = on_device
-        self._bad = self._curvature_bad = bad
-        self.known_bad = self.curvature_known_bad = not on_device and bool(bad)
-        self.looked = False
-        self.moving: list[Number] = []
-
-    def add_curvature(self, bad: Tensor) -> None:
-        """Takes in whether a new estimate of the curvature is finite, zero if so."""
-        self.looked = True
-        self._curvature_bad = self._bad + bad.to(self._bad.device)
-        self.curvature_known_bad = not self.on_device and bool(self._curvature_bad)
-
-    def masks(self) -> tuple[Number, Number]:
-        """One, or zero on a device, for gradients and for a new estimate of the curvature."""
-        if not self.on_device:
-            return 1.0, 1.0
-        return _wide(self._bad == 0), _wide(self._curvature_bad == 0)
+        self.failed = self.estimate_failed = False
+        self.weight: Number = 1.0
+        self.estimate_weight: Number = 1.0
+        self.moves: list[Number] = []
+        self._bad: Tensor | None = None  # zero if loss and gradients are finite
+        self._estimate_bad: Tensor | None = None
+        loss, whole = outcome.loss, outcome.whole
+        if not on_device and loss is not None and whole is not None and estimate is not None:
+            # One pass over both: a product that is finite has no infinity and no NaN in it.
+            same = whole.dtype == estimate.dtype
+            if same and math.isfinite(torch.dot(whole, estimate) + loss):
+                return
+        found = (
+            [whole]
+            if whole is not None
+            else [as_real(g) for g in outcome.gradients if g is not None]
+        )
+        bad = nonfinite(found, inverse_scale)
+        if inverse_scale is not None:  # NaN where infinity was found elsewhere
+            bad = bad + torch.isnan(inverse_scale).to(bad)
+        if loss is not None:
+            bad = bad + (~torch.isfinite(loss)).to(bad)
+        if estimate is None:
+            self._bad = space.total(bad)
+        else:
+            self._bad, more = space.totals(bad, nonfinite([estimate]).to(bad.device))
+            self._estimate_bad = self._bad + more.to(self._bad.device)
+        if on_device:
+            self.weight = self.estimate_weight = _in_double(self._bad == 0)
+            if self._estimate_bad is not None:
+                self.estimate_weight = _in_double(self._estimate_bad == 0)
+        else:
+            self.failed = bool(self._bad)
+            self.estimate_failed = self.failed or bool(self._estimate_bad)
 
     @property
     def status(self) -> StepStatus:
         """How the step ended; waits for the device."""
-        if bool(self._bad):
+        if self._bad is not None and bool(self._bad):
             return StepStatus.NONFINITE_START
-        fine = not bool(self._curvature_bad)
+        estimate_bad = self._estimate_bad is not None and bool(self._estimate_bad)
         if self.moved:
-            return StepStatus.MOVED if fine else StepStatus.MOVED_ON_OLD_CURVATURE
-        return StepStatus.NO_CURVATURE if fine else StepStatus.NONFINITE_PRODUCTS
+            return StepStatus.MOVED_ON_OLD_CURVATURE if estimate_bad else StepStatus.MOVED
+        return StepStatus.NONFINITE_PRODUCTS if estimate_bad else StepStatus.NO_CURVATURE
 
     @property
     def moved(self) -> bool:
         """Whether any parameter moved; waits for the device."""
-        return any(bool(moves) for moves in self.moving)
-
-
-def judge(
-    outcome: Outcome,
-    estimate: Tensor | None,
-    inverse_scale: Tensor | None,
-    on_device: bool,
-    space: Space = WHOLE,
-) -> FiniteCheck:
-    """Looks whether all is finite, and takes a scale out of the gradients.
-
-    Args:
-        outcome: Loss and gradients.
-        estimate: Of the diagonal, if there is one.
-        inverse_scale: What the gradients are multiplied by, in place.
-        on_device: Whether nothing is to be read.
-        space: Where gradients and estimate live.
-    """
-    loss, whole = outcome.loss, outcome.whole
-    if not on_device and loss is not None and whole is not None and estimate is not None:
-        # One pass over both: no infinity and no NaN comes out of a product finite.
-        same = whole.dtype == estimate.dtype
-        if same and math.isfinite(torch.dot(whole, estimate) + loss):
-            return FiniteCheck(torch.zeros(()), on_device)
-    found = (
-        [whole] if whole is not None else [as_real(g) for g in outcome.gradients if g is not None]
-    )
-    bad = nonfinite(found, inverse_scale)
-    if inverse_scale is not None:  # NaN where infinity was found elsewhere
-        bad = bad + torch.isnan(inverse_scale).to(bad)
-    if loss is not None:
-        bad = bad + (~torch.isfinite(loss)).to(bad)
-    if estimate is None:
-        return FiniteCheck(space.total(bad), on_device)
-    bad, curvature_bad = space.totals(bad, nonfinite([estimate]).to(bad.device))
-    verdict = FiniteCheck(bad, on_device)
-    verdict.add_curvature(curvature_bad)
-    return verdict
+        return any(bool(moves) for moves in self.moves)
 
 
 class StepInputs:
-    """What one step shows to a block, counted. Zero weights on a device stand for a step not made.
+    """Gradient and estimate of one step for one block.
+
+    Making them counts the step. If the step is not to be made, and only the device knows, `lr` and
+    `estimate_weight` are zero there, and gradient and estimate are zeros.
 
     Args:
         block: The block.
-        gradients: Of all trainable parameters.
+        gradients: The gradients of all trainable parameters.
         whole: The same as one vector, if there is one.
-        estimate: Of the diagonal for the block, may be overwritten; None for none.
-        verdict: Whether all this is finite.
+        diagonal: The new estimate for all of them, if there is one; may be overwritten.
+        vector: The vector of the parameters, which the estimate is in.
+        check: The check of all this.
 
     Attributes:
-        estimate: See above; zeros on a device where it is not finite.
-        step: How many gradients the block has seen, this one included.
-        curvature_step: The same for estimates of the curvature.
-        bends: One, or zero on a device if the estimate is not to count.
+        lr: The learning rate of the group.
+        estimate: The new estimate of the block's diagonal, `(n,)`, which may be overwritten; None
+            if there is none.
+        estimate_weight: One, or on a device zero if the estimate is not to count.
+        step: The number of gradients that the block has had, at least one.
+        curvature_step: The number of estimates, at least one.
         on_device: Whether numbers are on the device.
     """
 
@@ -126,45 +128,72 @@ class StepInputs:
         block: Block,
         gradients: Sequence[Tensor | None],
         whole: Tensor | None,
-        estimate: Tensor | None,
-        verdict: FiniteCheck,
+        diagonal: Tensor | None,
+        vector: ParameterVector | None,
+        check: FiniteCheck,
     ) -> None:
-        self._block = block
-        self._gradients, self._whole = gradients, whole
-        self.estimate = estimate
-        self.on_device = verdict.on_device
-        self._moves, self.bends = verdict.masks()
-        if isinstance(self.bends, Tensor) and estimate is not None:
-            self.estimate = torch.where(self.bends > 0, estimate, 0.0)
-        if estimate is not None:
-            block.curvature_step.add_(self.bends)
-        if isinstance(self._moves, Tensor):  # not without any curvature
-            self._moves = self._moves * (block.curvature_step > 0)
-        block.step.add_(self._moves)
-        verdict.moving.append(self._moves)
-        read = _wide if verdict.on_device else Tensor.item
-        self.step: Number = read(block.step)
-        self.curvature_step: Number = read(block.curvature_step)
+        self._block, self._gradients, self._whole = block, gradients, whole
+        self.on_device = check.on_device
+        self.estimate_weight, weight = check.estimate_weight, check.weight
+        self.estimate: Tensor | None = None
+        if diagonal is not None:
+            estimate = _slice(diagonal, block)
+            if estimate is None:
+                assert vector is not None
+                estimate = block.join(vector.pieces(diagonal))
+            if isinstance(self.estimate_weight, Tensor):
+                estimate = torch.where(self.estimate_weight > 0, estimate, 0.0)
+            self.estimate = estimate
+            block.curvature_step.add_(self.estimate_weight)
+        lr = block.group["lr"]
+        self.lr: Number
+        self.step: Number
+        self.curvature_step: Number
+        if isinstance(weight, Tensor):
+            weight = weight * (block.curvature_step > 0)
+            block.step.add_(weight)
+            self.lr = lr * weight
+            self.step = _in_double(block.step).clamp(min=1)
+            self.curvature_step = _in_double(block.curvature_step).clamp(min=1)
+        else:
+            block.step.add_(weight)
+            self.lr = float(lr)
+            self.step, self.curvature_step = block.step.item(), block.curvature_step.item()
+        self._weight = weight
+        check.moves.append(weight)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient, `(n,)`, in the precision of the moments."""
+        gradient = None if self._whole is None else _slice(self._whole, self._block)
+        if gradient is None:
+            gradient = self._block.join(self._gradients)
+        if isinstance(self._weight, Tensor):
+            return torch.where(self._weight > 0, gradient, 0.0)
+        return gradient
 
     def average_gradient(self, beta: float) -> None:
         """`exp_avg = beta * exp_avg + (1 - beta) * gradient`."""
-        weight = (1 - beta) * self._moves
-        self._block.average_gradient(self._whole, self._gradients, weight)
+        block, weight = self._block, (1 - beta) * self._weight
+        if isinstance(weight, Tensor):
+            gradient = self.gradient
+            block.exp_avg.lerp_(gradient, weight.to(gradient.dtype))
+        elif self._whole is not None and block.span is not None:
+            block.exp_avg.lerp_(self.gradient, weight)
+        else:
+            block.average_parts(self._gradients, weight)
 
-    def rate(self, lr: float | Tensor) -> Number:
-        """The learning rate; zero on a device for a step not made."""
-        return lr * self._moves if isinstance(self._moves, Tensor) else float(lr)
+
+def _slice(flat: Tensor, block: Block) -> Tensor | None:
+    """The block's share of a vector, as a view; None where it is no view."""
+    if block.span is None or flat.dtype != block.dtype or flat.device != block.device:
+        return None
+    return flat[block.span]
 
 
-def _wide(number: Tensor) -> Tensor:
-    """A number on the device in double precision, where the device has it.
+def _in_double(number: Tensor) -> Tensor:
+    """A number on the device in double precision, where the device has that.
 
-    In single precision `1 - 0.999` is known to four digits.
+    In single precision `1 - 0.999` has four correct digits.
     """
     return number.float() if number.device.type == "mps" else number.double()
-
-
-def correction(beta: float, count: Number) -> Number:
-    """`1 - beta ** count`, kept from zero on a device where nothing was counted."""
-    value = 1 - beta**count
-    return value.clamp(min=1e-12) if isinstance(value, Tensor) else value

@@ -1,0 +1,125 @@
+"""The steps at which the curvature is estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+
+import torch
+from torch import Tensor
+
+from torch_secondorder._optim.diagonal.blocks import BlockLayout
+from torch_secondorder._optim.diagonal.update import FiniteCheck
+
+__all__ = ["EstimateSchedule", "capturing"]
+
+
+class EstimateSchedule:
+    """Decides which steps estimate the curvature.
+
+    Each `period`-th step does, and the first `warm_up` steps, if that is not more than a period.
+    Other steps do if they have to, out of turn: a parameter was added or thawed, or had no gradient
+    at the last estimate, or an estimate failed. New parameters have a warm-up as well.
+
+    Args:
+        warm_up: The number of first steps that all estimate.
+
+    Attributes:
+        steps: The number of steps that moved something.
+        out_of_turn: The number of coming steps that estimate out of turn.
+        trained: The trainable parameters at the last of these steps, frozen ones left out; None
+            before the first.
+    """
+
+    def __init__(self, warm_up: int = 1) -> None:
+        self._warm_up = warm_up
+        self.steps = 0
+        self.out_of_turn = 0
+        self.trained: Sequence[Tensor] | None = None
+        self._unconfirmed: FiniteCheck | None = None  # of a step that moved something, or nothing
+        self._has_moved = False
+
+    def warm_up(self, period: int) -> int:
+        """The number of first steps of a parameter that all estimate the curvature."""
+        return min(period, self._warm_up)
+
+    def is_due(self, params: Sequence[Tensor], period: int) -> bool:
+        """Whether the next step estimates the curvature.
+
+        Args:
+            params: The trainable parameters.
+            period: The steps from one estimate to the next.
+        """
+        if not params:
+            return False
+        if self._unconfirmed is not None:
+            self.confirm(params)
+        steps = self.steps
+        if steps % period == 0 or (steps < period and steps < self._warm_up):
+            return True
+        return self.is_out_of_turn(params)
+
+    def is_out_of_turn(self, params: Sequence[Tensor]) -> bool:
+        """Whether some parameter cannot wait until an estimate comes in turn."""
+        return self.out_of_turn > 0 or self.has_new(params)
+
+    def has_new(self, params: Sequence[Tensor]) -> bool:
+        """Whether some of the parameters were not trained at the last step, if there was one."""
+        trained = self.trained
+        if trained is None or (len(params) == len(trained) and all(map(is_, params, trained))):
+            return False
+        return not {id(p) for p in trained}.issuperset(map(id, params))
+
+    def count(
+        self,
+        params: Sequence[Tensor],
+        period: int,
+        check: FiniteCheck,
+        layout: BlockLayout,
+    ) -> None:
+        """Counts a step that moved something.
+
+        Args:
+            params: The trainable parameters.
+            period: The steps from one estimate to the next.
+            check: The check of the step, which may turn out to have moved nothing.
+            layout: The blocks of the step, which tell whether parameters wait for an estimate.
+        """
+        if layout.got_curvature or self.has_new(params):
+            self.out_of_turn = self.warm_up(period) - 1  # this step is the first of them
+        elif self.out_of_turn:
+            self.out_of_turn -= 1
+        if layout.lacks_curvature:
+            # Until the parameter has a gradient at an estimate, or an estimate comes in turn.
+            self.out_of_turn = period
+        self.trained = params
+        self.steps += 1
+        if check.on_device and not self._has_moved:
+            self._unconfirmed = check
+
+    def repeat(self) -> None:
+        """Lets the next step estimate, in turn or not."""
+        self.out_of_turn = max(self.out_of_turn, 1)
+
+    def confirm(self, params: Sequence[Tensor]) -> None:
+        """Takes back a step on a device that turned out to have moved nothing; waits for it once.
+
+        Without any curvature no step moves, so the next one has to estimate. On the CPU such a step
+        is not counted in the first place.
+
+        Args:
+            params: The trainable parameters.
+        """
+        check = self._unconfirmed
+        if check is None or any(map(capturing, params[:1])):
+            return
+        self._unconfirmed = None
+        self._has_moved = check.moved
+        if not self._has_moved:
+            self.steps -= 1
+            self.repeat()
+
+
+def capturing(parameter: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which forbids reading numbers on the host."""
+    return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
