@@ -10,7 +10,7 @@ import torch
 
 import train_char_lm as example
 from _training import Run, Task
-from tests.examples.test_examples import run_example
+from tests.support.examples import run_example
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import contractive_autoencoder as example
-from tests.examples.test_examples import run_example
+from tests.support.examples import run_example
 
 SCRIPT = "contractive_autoencoder.py"
 QUICK = ("--dataset", "digits", "--images", "400", "--units", "30", "--epochs", "4")

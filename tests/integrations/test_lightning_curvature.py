@@ -35,11 +35,6 @@ FIGURES = ["top_eigenvalue", "trace", "trace_error", "lowest", "negative"]
 CONFIGURATIONS = {**OPTIMIZERS, "Adam": lambda p: torch.optim.Adam(p, lr=0.05)}
 
 
-@pytest.fixture(params=HOSTS, ids=lambda host: host.__name__)
-def host(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         return list(csv.DictReader(file))

@@ -48,11 +48,6 @@ SHOWN = {
 }
 
 
-@pytest.fixture(params=HOSTS, ids=lambda host: host.__name__)
-def host(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_reports_are_logged_and_weights_as_without(host: Any, name: str, tmp_path: Path) -> None:
     seen = []
