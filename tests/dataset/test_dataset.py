@@ -41,7 +41,8 @@ from torch_secondorder.curvature import (
     LinearOperator,
     exact_diagonal,
 )
-from torch_secondorder.dataset import BatchSum, DatasetObjective, curvature_at
+from torch_secondorder.dataset._objective import DatasetObjective
+from torch_secondorder.dataset._operator import BatchSum, curvature_at
 from torch_secondorder.diagnostics import from_closure, from_model, second_order_model, trace
 from torch_secondorder.solvers import Nystrom
 
@@ -450,7 +451,7 @@ def test_preconditioners_from_outputs_refuse_a_hessian(name: str) -> None:
     model = network()
     optimizer = NewtonCG(model.parameters(), curvature="hessian", preconditioner=name)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(TypeError, match=r"Hessian knows no model outputs.*'nystrom'"):
+    with pytest.raises(TypeError, match=r"Hessian is not made from model outputs.*'nystrom'"):
         optimizer.step(DatasetClosure(model, F.cross_entropy, loader()))
     close([p.detach() for p in model.parameters()], before, 0.0)
 
@@ -671,15 +672,15 @@ def test_the_number_of_samples_must_stay(batches: type[Shrinking]) -> None:
     [
         ({"model": len}, TypeError, "must be a torch.nn.Module, got builtin"),
         ({"loss_fn": None}, TypeError, "loss_fn must be callable, got NoneType"),
-        ({"forward": 3}, TypeError, "forward must be callable, got int"),
-        ({"count": 3}, TypeError, "count must be callable, got int"),
+        ({"forward": 3}, TypeError, "forward must be callable or None, got int"),
+        ({"count": 3}, TypeError, "count must be callable or None, got int"),
         ({"loader": 3}, TypeError, "must be an iterable of batches.*got int"),
         ({"loader": iter([1])}, TypeError, "an iterator .* only once"),
         ({"loader": []}, ValueError, "the loader gives no samples"),
         ({"loader": [(torch.zeros(0, 4), torch.zeros(0))]}, ValueError, "gives no samples"),
         ({"loader": [("a", "b")]}, TypeError, "no tensor whose length .* pass count="),
         ({"loader": [torch.ones(2, 4)]}, TypeError, "must be a pair .* use forward="),
-        ({"reduction": "none"}, ValueError, "'mean' or 'sum', got 'none'"),
+        ({"reduction": "none"}, ValueError, "'mean', 'sum', got 'none'"),
         ({"keep_graphs": -1}, ValueError, "keep_graphs .* got -1"),
         ({"loss_fn": lambda z, y: z}, ValueError, "scalar loss, got shape"),
         ({"loss_fn": lambda z, y: z.detach().sum()}, RuntimeError, "no gradient reached"),
@@ -697,7 +698,7 @@ def test_counting_draws_nothing() -> None:
     batches = loader(shuffle=True, generator=generator)
     closure = DatasetClosure(model, F.cross_entropy, batches, count=lambda batch: len(batch[0]))
     state = torch.get_rng_state(), generator.get_state()
-    closure._counted()
+    closure._sample_counts()
     assert torch.equal(torch.get_rng_state(), state[0])
     assert torch.equal(generator.get_state(), state[1])
 
@@ -809,6 +810,6 @@ def test_a_bar_over_the_batches(
     monkeypatch.setattr(sys, "stderr", terminal)
     DatasetClosure(model, F.cross_entropy, loader())()
     assert "loss and gradient" not in terminal.getvalue()
-    monkeypatch.setattr(torch_secondorder.dataset.closure, "_SOON", 0.0)
+    monkeypatch.setattr(torch_secondorder.dataset.closure, "_BAR_DELAY", 0.0)
     DatasetClosure(model, F.cross_entropy, loader())()
     assert "loss and gradient" in terminal.getvalue()

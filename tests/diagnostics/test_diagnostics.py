@@ -21,7 +21,6 @@ from tests.support.oracles import assert_matrix, dense_hessian, flat, make_case
 from torch_secondorder import FunctionalObjective
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.diagnostics import (
-    Problem,
     definiteness,
     eigenpairs,
     from_closure,
@@ -351,7 +350,7 @@ LINE = from_closure(lambda: (W**2).sum(), [W])
         (
             lambda: from_model(nn.Linear(1, 1), F.mse_loss, (W, W), reduction="none"),
             ValueError,
-            "reduction must be 'mean' or 'sum', got 'none'",
+            "reduction must be one of 'mean', 'sum', got 'none'",
         ),
         (
             lambda: from_closure(lambda: W.sum(), [W], curvature="newton"),
@@ -416,6 +415,6 @@ def test_without_tqdm_and_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         spectral_density(operator, 1, 2).plot()
 
 
-def test_a_problem_needs_parts() -> None:
+def test_a_problem_needs_batches() -> None:
     with pytest.raises(ValueError, match="no batch"):
-        Problem([], [], [W])
+        from_model(nn.Linear(1, 1), F.mse_loss, iter([]))

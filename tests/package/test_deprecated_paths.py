@@ -19,8 +19,8 @@ TOP = "torch_secondorder"
 #: its names, and the place to import them from today.
 MOVED = [
     ("capture", "mark_outputs", TOP),
-    ("dataset.objective", "DatasetObjective", f"{TOP}.dataset"),
-    ("dataset.operator", "BatchSum curvature_at", f"{TOP}.dataset"),
+    ("dataset.objective", "DatasetClosure", f"{TOP}.dataset"),
+    ("dataset.operator", "DatasetClosure", f"{TOP}.dataset"),
     ("diagnostics.definite", "Definiteness definiteness", f"{TOP}.diagnostics"),
     ("diagnostics.eigen", "Eigenpairs eigenpairs", f"{TOP}.diagnostics"),
     ("diagnostics.hutchpp", "TraceEstimate trace", f"{TOP}.diagnostics"),
@@ -91,6 +91,17 @@ RENAMED = [
 ]
 
 
+#: Names that are no longer public, and the modules that they are importable from.
+WITHDRAWN = [
+    ("dataset", "BatchSum"),
+    ("dataset", "DatasetObjective"),
+    ("dataset", "curvature_at"),
+    ("dataset.objective", "DatasetObjective"),
+    ("dataset.operator", "BatchSum"),
+    ("dataset.operator", "curvature_at"),
+]
+
+
 def skip_without(place: str) -> None:
     if place.endswith("huggingface"):
         pytest.importorskip("transformers")
@@ -129,6 +140,18 @@ def test_an_old_name_works_and_names_the_new_one(module: str, old: str, new: str
         assert getattr(found, old) is getattr(found, new)
     assert caught[0].filename == __file__
     assert old not in found.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
+        _ = found.Nonsense
+
+
+@pytest.mark.filterwarnings("ignore:.* has moved:DeprecationWarning")
+@pytest.mark.parametrize(("module", "name"), WITHDRAWN)
+def test_a_name_that_is_no_longer_public_works_with_a_warning(module: str, name: str) -> None:
+    found = importlib.import_module(f"{TOP}.{module}")
+    message = f"^{TOP}.dataset.{name} is internal and will be gone in the next release$"
+    with pytest.warns(DeprecationWarning, match=message):
+        assert getattr(found, name).__name__ == name
+    assert name not in found.__all__
     with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
         _ = found.Nonsense
 

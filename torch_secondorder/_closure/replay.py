@@ -139,7 +139,10 @@ class ModuleRegistry:
                     self._sharded.add(inner)
                     self.precision = max(self.precision, _policy_precision(inner))
                 modes[id(inner)] = ref(inner), inner.training
-                compared.update((slot, before.get(slot, snapshot(b))) for slot, b in _slots(inner))
+                for slot, buffer in _slots(inner):
+                    # A module whose mode changes within the evaluation comes here twice.
+                    if slot not in compared:
+                        compared[slot] = before.get(slot, snapshot(buffer))
 
         handle = register_module_forward_pre_hook(note)
         try:

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED_MODULES", "OldModules", "renamed"]
+__all__ = ["MOVED_MODULES", "OldModules", "renamed", "withdrawn"]
 
 _TOP = "torch_secondorder"
 
@@ -90,6 +90,8 @@ class OldModules(MetaPathFinder, Loader):
             {name: getattr(found, name) for name in found.__all__},
             __doc__=found.__doc__,
             __all__=found.__all__,
+            # For names that are deprecated there.
+            __getattr__=lambda name: getattr(found, name),
         )
 
 
@@ -120,5 +122,35 @@ def renamed(module: str, new_names: Mapping[str, str]) -> Callable[[str], Any]:
             stacklevel=2,
         )
         return getattr(sys.modules[module], new_names[name])
+
+    return find
+
+
+def withdrawn(module: str, objects: Mapping[str, Any]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module some of whose names are no longer public.
+
+    Args:
+        module: Name of the module.
+        objects: The objects by these names.
+
+    Returns:
+        The function, which warns and gives the object.
+
+    >>> __getattr__ = withdrawn("math", {"digits": "0123456789"})
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     __getattr__("digits")
+    '0123456789'
+    """
+
+    def find(name: str) -> Any:
+        if name not in objects:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is internal and will be gone in the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return objects[name]
 
     return find

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.runner import Run, run
-from torch_secondorder._closure.validation import check_callable
+from torch_secondorder._closure.validation import check_is_closure
 from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._params.vector import ParameterVector
 
@@ -92,9 +92,9 @@ class ClosureObjective(Objective):
         registry: ModuleRegistry | None = None,
         curvature_closure: Callable[[], Any] | None = None,
     ) -> None:
-        check_callable(closure)
+        check_is_closure(closure)
         if curvature_closure is not None:
-            check_callable(curvature_closure)
+            check_is_closure(curvature_closure)
         super().__init__(vector, regularization, master, registry)
         self._closure = closure
         self._curvature_closure = curvature_closure

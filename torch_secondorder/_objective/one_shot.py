@@ -25,7 +25,7 @@ from torch_secondorder._closure.runner import (
     gradients_of,
     run,
 )
-from torch_secondorder._closure.validation import check_callable, touched
+from torch_secondorder._closure.validation import check_is_closure, touched
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.private_torch import flatten_tensors, unflatten_tensors
 from torch_secondorder._foundation.subclasses import all_plain
@@ -77,7 +77,7 @@ class SingleEvaluation(WatchSink):
         self._functional = isinstance(source, FunctionalObjective)
         self._compiled = source.bind_to(params) if self._functional else None
         self._source: Callable[[], Any] = source.source if self._functional else source
-        check_callable(self._source)
+        check_is_closure(self._source)
         self._before = registry.buffers_before()
         self._buffer_pool = buffer_pool or BufferPool()
         self._began = False

@@ -22,7 +22,7 @@ from torch_secondorder.curvature import (
     LinearOperator,
 )
 from torch_secondorder.curvature._output_space import UnknownOutputs
-from torch_secondorder.dataset import BatchSum, curvature_at
+from torch_secondorder.dataset._operator import BatchSum, curvature_at
 from torch_secondorder.solvers import KFAC, Martens, Preconditioner
 
 __all__ = [

@@ -1,10 +1,10 @@
-"""The objective behind a closure over a data set: what one step sees of it."""
+"""The objective of a data set for one step, whose passes all see the same batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,25 +19,78 @@ from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation, Linearization
 from torch_secondorder._params.vector import ParameterVector
-from torch_secondorder.dataset._passes import Passes
-from torch_secondorder.dataset.closure import DatasetClosure
+from torch_secondorder.dataset._loader import fingerprint, generators_of
+from torch_secondorder.dataset.closure import DatasetClosure, UseBatch
 
-__all__ = ["DatasetObjective"]
+__all__ = ["DatasetObjective", "Passes"]
+
+_Fingerprint: TypeAlias = tuple[list[torch.Size], list[Tensor]]
+
+
+class Passes:
+    """Passes over a data set within one step, all with the same batches.
+
+    Args:
+        closure: The closure over the data set.
+    """
+
+    def __init__(self, closure: DatasetClosure) -> None:
+        self.closure = closure
+        self._states = [(g, g.get_state()) for g in generators_of(closure.loader)]
+        self._first: list[_Fingerprint] | None = None  # of the batches in the first pass
+
+    def __call__(self) -> Tensor:
+        """See `DatasetClosure.__call__`."""
+        return self.closure.accumulate(self.over)
+
+    def over(self, use: UseBatch, label: str) -> None:
+        """See `DatasetClosure.over`.
+
+        Raises:
+            RuntimeError: The loader gave other batches than in the first pass.
+        """
+        for generator, state in self._states:
+            generator.set_state(state)
+        found: list[_Fingerprint] = []
+        self.closure.over(use, label, lambda batch: found.append(fingerprint(batch)))
+        if self._first is None:
+            self._first = found
+        elif not _equal(found, self._first):
+            raise RuntimeError(
+                "the loader gave other batches than before in the same step: all evaluations of a "
+                "step have to see the same data in the same order. Orders and augmentations drawn "
+                "from PyTorch's generators are repeated; those from NumPy, Python's random or "
+                "persistent workers are not: fix them for the step, or use an optimizer that "
+                "evaluates once (AdaHessian, Sophia)"
+            )
+
+
+def _equal(found: list[_Fingerprint], expected: list[_Fingerprint]) -> bool:
+    """Compares fingerprints one by one; waits for a device only once."""
+    if [shapes for shapes, _ in found] != [shapes for shapes, _ in expected]:
+        return False
+    left, right = ([n for _, numbers in side for n in numbers] for side in (found, expected))
+    if not left:
+        return True
+    device = left[0].device
+    return torch.equal(*(torch.stack([n.to(device) for n in side]) for side in (left, right)))
 
 
 class DatasetObjective(ClosureObjective):
-    """The objective behind a closure over a data set.
+    """The objective of a closure over a data set.
 
-    It evaluates as any closure's does, and keeps no graph: the curvature comes from going over the
-    loader again, see `BatchSum`.
+    It evaluates like any closure's objective, but keeps no graph: the curvature comes from further
+    passes over the loader, see `BatchSum`.
 
     Args:
         closure: See `ClosureObjective`.
         params: See `ClosureObjective`.
-        curvature_closure: See `ClosureObjective`. One of the two is a `DatasetClosure`.
+        curvature_closure: See `ClosureObjective`. At least one of the two closures is a
+            `DatasetClosure`.
 
     Attributes:
-        passes: What products come from; None where that is an ordinary closure.
+        passes: Passes over the data that products come from; None if they come from an ordinary
+            closure.
     """
 
     def _begin(
@@ -54,17 +107,17 @@ class DatasetObjective(ClosureObjective):
         super()._begin(own, vector, regularization, master, registry, other)
         source = own if other is None else other
         self.passes = source if isinstance(source, Passes) else None
-        self._here = False  # whether it was evaluated last where it stands
-        # Kept, though it holds a gradient: to make it again takes a pass over the data.
+        self._here = False  # True if the last evaluation was at the current position
+        # Kept, though it holds a gradient: evaluating again would take a pass over the data.
         self._trial: Evaluation | None = None
 
     @property
     def replay(self) -> Replay:
-        """What all evaluations of the step start from."""
+        """The random state and buffers from which every evaluation of the step starts."""
         return self._replay
 
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
-        """See `Objective.evaluate`; a trial that has become the position is not made again."""
+        """See `Objective.evaluate`; an accepted trial is not evaluated again."""
         last = None if self._last_evaluation is None else self._last_evaluation()
         if last is not None and self._here and self.passes is not None:
             return last
@@ -76,12 +129,12 @@ class DatasetObjective(ClosureObjective):
         return self._trial
 
     def over(self, use: Callable[[Callable[[], Evaluation], float], None], label: str) -> None:
-        """Goes over the batches once more, where the parameters stand.
+        """Makes another pass over the batches at the current parameters.
 
         Args:
-            use: Called for each batch with a function that evaluates it, with curvature but without
-                weight decay and other ranks, and with its weight.
-            label: What is done.
+            use: Called for each batch with a function that evaluates it, and with its weight. The
+                evaluation has curvature, but leaves out weight decay and other ranks.
+            label: The label of the progress bar.
         """
         assert self.passes is not None
 
@@ -92,11 +145,13 @@ class DatasetObjective(ClosureObjective):
             self._replay.run(partial(self.passes.over, one, label))
 
     def whole(self, total: Tensor, direction: Tensor) -> Tensor:
-        """Makes a product with the objective's curvature of a sum over the batches.
+        """Completes a sum over the batches to a product with the objective's curvature.
+
+        Adds the other ranks and weight decay.
 
         Args:
             total: The sum, `(n,)` or `(k, n)`.
-            direction: What was multiplied, of that shape.
+            direction: The vectors that were multiplied, of that shape.
         """
         total = self.ranks.average(total)
         if self._decays:
@@ -136,7 +191,7 @@ class DatasetObjective(ClosureObjective):
         return Evaluation(self._sign * value, value, flatten, linearization)
 
     def copy_saved(self) -> bool:
-        """Lets graphs be of copies from now on; says whether they were not."""
+        """Makes graphs save copies from now on; returns False if they do already."""
         assert self.passes is not None
         if self._copies(self.passes.closure):
             return False
@@ -144,7 +199,7 @@ class DatasetObjective(ClosureObjective):
         return True
 
     def _share(self, parts: Sequence[Tensor | None], batch: Sequence[int] = ()) -> Tensor:
-        """What parts shaped like the parameters add to the objective's gradient or product."""
+        """One batch's contribution to the gradient or a product, from parts like the parameters."""
         flat = self.vector.gather(parts, batch=batch)
         if self._sign < 0:
             flat.neg_()
@@ -152,7 +207,7 @@ class DatasetObjective(ClosureObjective):
 
 
 class _OfBatch(Linearization):
-    """What one batch adds to the curvature; weight decay and the ranks come in once, in the sum."""
+    """One batch's contribution to the curvature; the sum adds weight decay and ranks once."""
 
     _objective: DatasetObjective
 
@@ -168,7 +223,7 @@ class _OfBatch(Linearization):
         return self._objective._share(parts, direction.shape[:-1])
 
     def renew(self) -> bool:
-        return False  # the other batches' are no better: `BatchSum` sees to it
+        return False  # all batches are affected: `BatchSum` renews them together
 
     def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         self.check()

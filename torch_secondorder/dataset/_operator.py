@@ -1,4 +1,4 @@
-"""The curvature of a data set: summed over its batches, which are evaluated again each time."""
+"""The curvature of a data set: a sum over batches, which are evaluated again for each product."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch_secondorder.dataset._objective import DatasetObjective
 
 __all__ = ["BatchSum", "Kind", "curvature_at"]
 
-#: Makes the curvature of an evaluation; the generator is for what it draws.
+#: Makes the curvature operator of an evaluation; random numbers come from the generator.
 Kind: TypeAlias = Callable[[Evaluation, torch.Generator | None], LinearOperator]
 
 _T = TypeVar("_T")
@@ -35,13 +35,13 @@ def curvature_at(
     kind: Kind,
     generator: torch.Generator | None = None,
 ) -> LinearOperator:
-    """The curvature where an objective stands.
+    """The curvature operator at an objective's current position.
 
     Args:
-        objective: Any; one over a data set gives a `BatchSum`.
-        evaluation: Made there, by `evaluate(curvature=True)`.
+        objective: An objective of any kind; one over a data set gives a `BatchSum`.
+        evaluation: The evaluation there, made by `evaluate(curvature=True)`.
         kind: Makes the operator of an evaluation.
-        generator: Where what it draws comes from.
+        generator: Source of random numbers for `kind`.
     """
     if isinstance(objective, DatasetObjective) and objective.passes is not None:
         return BatchSum(objective, kind, generator)
@@ -49,16 +49,16 @@ def curvature_at(
 
 
 class BatchSum(LinearOperator):
-    """The sum of the batches' curvatures.
+    """The sum of the curvatures of all batches.
 
-    Each product goes over the loader: a batch is evaluated with its graph, multiplied, and freed.
-    Several products at once take one pass. The graphs of the first batches can be kept
-    (`DatasetClosure.keep_graphs`); these are then not evaluated again.
+    Each product makes a pass over the loader: it evaluates a batch with its graph, multiplies, and
+    frees the graph. Several products at once take one pass. The graphs of the first batches can be
+    kept (`DatasetClosure.keep_graphs`); those batches are not evaluated again.
 
     Args:
-        objective: Where it stands counts, until the parameters move.
-        kind: Makes the operator of one batch; what it draws is drawn the same in every pass.
-        generator: Where the seed of that comes from.
+        objective: The objective at its current position. The operator ends when parameters move.
+        kind: Makes the operator of one batch; every pass draws the same random numbers.
+        generator: Source of the seed for these.
     """
 
     def __init__(
@@ -82,37 +82,18 @@ class BatchSum(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-
-        def summed() -> Tensor:
-            total = torch.zeros_like(v)
-
-            def add(operator: LinearOperator, weight: float) -> None:
-                total.add_(operator.matvec(v), alpha=weight)
-
-            self._over(add, _PRODUCT)
-            return total
-
-        return self._objective.whole(self._retried(summed), v)
+        return self._objective.whole(self._sum(v, lambda A: A.matvec(v), _PRODUCT), v)
 
     def matmat(self, V: Tensor) -> Tensor:
-        """See `LinearOperator.matmat`; one pass over the loader for all."""
-
-        def summed() -> Tensor:
-            total = torch.zeros_like(V)
-
-            def add(operator: LinearOperator, weight: float) -> None:
-                total.add_(operator.matmat(V), alpha=weight)
-
-            self._over(add, _PRODUCT)
-            return total
-
-        return self._objective.whole(self._retried(summed).T, V.T).T
+        """See `LinearOperator.matmat`; one pass over the loader for all columns."""
+        total = self._sum(V, lambda A: A.matmat(V), _PRODUCT)
+        return self._objective.whole(total.T, V.T).T
 
     def look(self) -> None:
-        """Makes the operators of all batches once, and nothing with them."""
+        """Makes the operators of all batches once, without a product."""
         self._retried(lambda: self._over(lambda operator, weight: None, "curvature"))
 
-    # What preconditioners ask of curvatures made from model outputs.
+    # The protocol `FromOutputs`, for preconditioners.
 
     def slots(self) -> list[Slot]:
         """See `GaussNewton.slots`."""
@@ -122,35 +103,29 @@ class BatchSum(LinearOperator):
         """See `GaussNewton.diagonal`.
 
         Raises:
-            TypeError: The batches' operators know no model outputs.
+            TypeError: The batches' operators are not made from model outputs.
         """
+        ones = torch.ones(self.size, dtype=self.dtype, device=self.device)
 
-        def summed() -> Tensor:
-            total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        def of_batch(operator: LinearOperator) -> Tensor:
+            return _from_outputs(operator).diagonal(n_samples, generator)
 
-            def add(operator: LinearOperator, weight: float) -> None:
-                diagonal = _from_outputs(operator).diagonal(n_samples, generator)
-                total.add_(diagonal, alpha=weight)
-
-            self._over(add, "diagonal of the curvature")
-            return total
-
-        total = self._retried(summed, generator)
-        return self._objective.whole(total, torch.ones_like(total))
+        total = self._sum(ones, of_batch, "diagonal of the curvature", generator)
+        return self._objective.whole(total, ones)
 
     def factors(
         self, generator: torch.Generator | None = None, largest: float = math.inf
     ) -> list[KroneckerFactors]:
-        """See `GaussNewton.factors`. Layers that not all batches use in the same way are left out.
+        """See `GaussNewton.factors`; leaves out layers that not all batches use in the same way.
 
         Raises:
-            TypeError: The batches' operators know no model outputs.
+            TypeError: The batches' operators are not made from model outputs.
         """
         return self._retried(lambda: self._factors(generator, largest), generator)
 
     def _factors(self, generator: torch.Generator | None, largest: float) -> list[KroneckerFactors]:
         sums: dict[tuple[int, int | None], KroneckerFactors] = {}
-        met: Counter[tuple[int, int | None]] = Counter()
+        uses: Counter[tuple[int, int | None]] = Counter()
         batches = 0
 
         def add(operator: LinearOperator, weight: float) -> None:
@@ -158,8 +133,8 @@ class BatchSum(LinearOperator):
             batches += 1
             for found in _from_outputs(operator).factors(generator, largest):
                 layer = found.weight, found.bias
-                met[layer] += 1
-                # The inputs are a mean over rows, the outputs a sum.
+                uses[layer] += 1
+                # The factor of the inputs is a mean over rows, that of the outputs a sum.
                 inputs, outputs, rows = found.inputs * found.rows, found.outputs * weight, 0
                 if layer in sums:
                     inputs, outputs = inputs + sums[layer].inputs, outputs + sums[layer].outputs
@@ -171,17 +146,37 @@ class BatchSum(LinearOperator):
         return [
             replace(f, inputs=average(f.inputs / f.rows), outputs=average(f.outputs))
             for layer, f in sums.items()
-            if met[layer] == batches
+            if uses[layer] == batches
         ]
 
-    # The passes.
+    # Passes over the batches.
+
+    def _sum(
+        self,
+        like: Tensor,
+        term: Callable[[LinearOperator], Tensor],
+        label: str,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The weighted sum of a term of each batch's operator, shaped like a given tensor."""
+
+        def summed() -> Tensor:
+            total = torch.zeros_like(like)
+
+            def add(operator: LinearOperator, weight: float) -> None:
+                total.add_(term(operator), alpha=weight)
+
+            self._over(add, label)
+            return total
+
+        return self._retried(summed, generator)
 
     def _retried(self, summed: Callable[[], _T], generator: torch.Generator | None = None) -> _T:
-        """A sum; made again with graphs of copies if the closure has written into one kept.
+        """A sum over the batches; computed again with copies if a closure overwrote kept graphs.
 
         Args:
-            summed: Makes it.
-            generator: Where it draws from: the same numbers the second time.
+            summed: Computes the sum.
+            generator: Its source of random numbers, which are the same the second time.
         """
         state = None if generator is None else generator.get_state()
         try:
@@ -196,14 +191,14 @@ class BatchSum(LinearOperator):
             return summed()
 
     def _over(self, use: Callable[[LinearOperator, float], None], label: str) -> None:
-        """Calls `use` with the operator of each batch, and its weight.
+        """Calls `use` with the operator of each batch and its weight.
 
         Raises:
-            RuntimeError: The parameters have moved since this was made.
+            RuntimeError: The parameters have moved since this operator was made.
         """
         self._here.check()
         skipped = len(self._kept)
-        with self._undrawn():
+        with self._outside_model():
             for kept in self._kept:
                 use(*kept)
         if self._all_kept:
@@ -215,7 +210,7 @@ class BatchSum(LinearOperator):
             index += 1
             if index > skipped:
                 operator = self._made(index, evaluate)
-                with self._undrawn():
+                with self._outside_model():
                     use(operator, weight)
                 if index <= self._keep:
                     self._kept.append((operator, weight))
@@ -231,12 +226,12 @@ class BatchSum(LinearOperator):
         evaluation = evaluate()
         if self._draws is not None:
             self._draws.manual_seed(self._seed + index)
-        with self._undrawn():
+        with self._outside_model():
             return self._kind(evaluation, self._draws)
 
     @contextmanager
-    def _undrawn(self) -> Iterator[None]:
-        """Products draw nothing of the model's randomness, and leave autocast to the model."""
+    def _outside_model(self) -> Iterator[None]:
+        """A context for products, which keep off the model's random numbers and autocast."""
         params = self._objective.vector.params
         with torch.no_grad(), without_autocast(params), self._objective.replay.aside():
             yield
@@ -245,7 +240,7 @@ class BatchSum(LinearOperator):
 def _from_outputs(operator: LinearOperator) -> FromOutputs:
     if not isinstance(operator, FromOutputs):
         raise TypeError(
-            f"{type(operator).__name__} knows no model outputs, from which the preconditioners "
-            "'kfac' and 'martens' are made; use curvature='ggn', or preconditioner='nystrom'"
+            f"{type(operator).__name__} is not made from model outputs, which the preconditioners "
+            "'kfac' and 'martens' need; use curvature='ggn', or preconditioner='nystrom'"
         )
     return operator

@@ -1,10 +1,9 @@
-"""What the curvature of a loss is like: eigenvalues, trace, spectrum, definiteness, information."""
+"""The curvature of a loss: eigenvalues, trace, spectrum, definiteness, information."""
 
 from torch_secondorder.diagnostics.convexity import Definiteness, definiteness
 from torch_secondorder.diagnostics.eigenvalues import Eigenpairs, eigenpairs
 from torch_secondorder.diagnostics.information import ObservedInformation, observed_information
-from torch_secondorder.diagnostics.problem import Problem
-from torch_secondorder.diagnostics.sources import from_closure, from_model
+from torch_secondorder.diagnostics.problem import Problem, Source, from_closure, from_model
 from torch_secondorder.diagnostics.spectrum import SpectralDensity, spectral_density
 from torch_secondorder.diagnostics.taylor import SecondOrderModel, second_order_model
 from torch_secondorder.diagnostics.trace_estimation import TraceEstimate, trace
@@ -15,6 +14,7 @@ __all__ = [
     "ObservedInformation",
     "Problem",
     "SecondOrderModel",
+    "Source",
     "SpectralDensity",
     "TraceEstimate",
     "definiteness",

@@ -1,4 +1,4 @@
-"""A source, opened: loss, gradient and curvature at one place, and everything put back after."""
+"""Loss, gradient and curvature of a source, with everything restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from torch import Tensor
 from torch_secondorder._foundation.progress_bar import bar
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._products import AT_ONCE
-from torch_secondorder.diagnostics.problem import Problem
-from torch_secondorder.diagnostics.sources import as_problem
+from torch_secondorder.diagnostics.problem import Problem, as_problem
 
-__all__ = ["Counted", "Point", "check_count", "generator_of", "opened"]
+__all__ = ["Counted", "Point", "generator_of", "opened"]
 
 
 class Counted(LinearOperator):
-    """An operator whose products are counted, shown and looked at.
+    """An operator that counts its products, checks them and advances a progress bar.
 
     Attributes:
-        products: Products done so far.
+        products: Number of products so far.
     """
 
-    def __init__(self, operator: LinearOperator, tell: Callable[[int], None]) -> None:
-        self._operator, self._tell = operator, tell
+    def __init__(self, operator: LinearOperator, advance: Callable[[int], None]) -> None:
+        self._operator, self._advance = operator, advance
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
         self.products = 0
 
@@ -38,16 +37,16 @@ class Counted(LinearOperator):
         Raises:
             RuntimeError: The product is not finite.
         """
-        return self._seen(self._operator @ v, 1)
+        return self._checked(self._operator @ v, 1)
 
     def matmat(self, V: Tensor) -> Tensor:
-        """See `LinearOperator.matmat` and `matvec`; some at a time, so that a bar moves."""
-        parts = [self._seen(self._operator @ some, some.shape[1]) for some in V.split(AT_ONCE, 1)]
-        return torch.cat(parts, 1)
+        """See `LinearOperator.matmat` and `matvec`; in chunks, so that the bar moves."""
+        chunks = V.split(AT_ONCE, 1)
+        return torch.cat([self._checked(self._operator @ W, W.shape[1]) for W in chunks], 1)
 
-    def _seen(self, product: Tensor, count: int) -> Tensor:
+    def _checked(self, product: Tensor, count: int) -> Tensor:
         self.products += count
-        self._tell(count)
+        self._advance(count)
         product = product.detach()
         if not torch.isfinite(product).all():
             raise RuntimeError(
@@ -59,80 +58,47 @@ class Counted(LinearOperator):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What there is at a place.
+    """A source at the current values of its parameters.
 
     Attributes:
         operator: The curvature.
         value: The loss, None for a bare operator.
         grad: The gradient, shape `(n,)`, None for a bare operator.
-        params: The parameters; empty for a bare operator.
     """
 
     operator: Counted
     value: float | None
     grad: Tensor | None
-    params: Sequence[Tensor] = ()
 
 
 @contextmanager
 def opened(source: Any, progress: bool | None, total: int | None, label: str) -> Iterator[Point]:
-    """Evaluates a source; on leaving, everything is as it was before.
+    """Evaluates a source, and restores everything on exit.
 
-    That is the random state of PyTorch's generators, the gradients in `p.grad`, the buffers of all
-    modules that are called, and the modes of those that the source names.
+    Restored are the random state of PyTorch's generators, the gradients in `p.grad`, the buffers of
+    all modules called, and the modes of the source's own modules.
 
     Args:
         source: A `Problem`, `FunctionalObjective` or `LinearOperator`.
-        progress: Whether to show a bar, see `bar`.
-        total: Products to come, at most; None if that is not known.
-        label: The bar's.
+        progress: Shows a progress bar, see `bar`.
+        total: The largest number of products to come; None if unknown.
+        label: The label of the bar.
 
     Raises:
-        TypeError: The source is none of these.
+        TypeError: The source is of another type.
     """
     with ExitStack() as stack:
+        operator, value, grad = source, None, None
         if isinstance(source, LinearOperator):
             _keep_random_state(stack, [source.device])
-            tell = stack.enter_context(bar(progress, total, label))
-            yield Point(Counted(source, tell), None, None)
-            return
-        problem = as_problem(source)
-        _keep_random_state(stack, problem.vector.devices)
-        _keep_model(stack, problem)
-        operator, value, grad = _evaluated(problem, stack)
-        tell = stack.enter_context(bar(progress, total, label))
-        yield Point(Counted(operator, tell), value, grad, problem.vector.params)
-
-
-def _evaluated(problem: Problem, stack: ExitStack) -> tuple[LinearOperator, float, Tensor]:
-    value, operators, weights = 0.0, [], []
-    grad = torch.zeros(problem.size, dtype=problem.vector.dtype, device=problem.vector.device)
-    for weight, evaluation, operator in problem.evaluations(stack):
-        value += weight * evaluation.loss.item()
-        grad.add_(evaluation.grad, alpha=weight)
-        operators.append(operator)
-        weights.append(weight)
-    if len(operators) == 1 and weights[0] == 1.0:
-        return operators[0], value, grad
-    return _Sum(operators, weights), value, grad
-
-
-class _Sum(LinearOperator):
-    """A weighted sum of operators."""
-
-    def __init__(self, operators: Sequence[LinearOperator], weights: Sequence[float]) -> None:
-        first = operators[0]
-        self.size, self.dtype, self.device = first.size, first.dtype, first.device
-        self._terms = list(zip(operators, weights, strict=True))
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return self.matmat(v)
-
-    def matmat(self, V: Tensor) -> Tensor:
-        total = torch.zeros_like(V)
-        for operator, weight in self._terms:
-            total.add_(operator @ V, alpha=weight)
-        return total
+        else:
+            problem = as_problem(source)
+            _keep_random_state(stack, problem.vector.devices)
+            _keep_model(stack, problem)
+            evaluation, operator = problem.evaluate(stack)
+            value, grad = evaluation.loss.item(), evaluation.grad
+        advance = stack.enter_context(bar(progress, total, label))
+        yield Point(Counted(operator, advance), value, grad)
 
 
 def _keep_random_state(stack: ExitStack, devices: Sequence[torch.device]) -> None:
@@ -148,16 +114,14 @@ def _keep_random_state(stack: ExitStack, devices: Sequence[torch.device]) -> Non
 def _keep_model(stack: ExitStack, problem: Problem) -> None:
     for module in problem.modules:
         stack.callback(setattr, module, "training", module.training)
-    for p in problem.vector.params:
+    params = {
+        *problem.vector.params,
+        *(p for m in problem.modules for p in m.parameters(recurse=False)),
+    }
+    for p in params:
         stack.callback(setattr, p, "grad", p.grad)
 
 
 def generator_of(generator: torch.Generator | None) -> torch.Generator:
-    """The generator given, or a new one, so that torch's own stays where it is."""
+    """The given generator, or a new one with a fixed seed instead of torch's global one."""
     return torch.Generator().manual_seed(0) if generator is None else generator
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises a ValueError unless this is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
