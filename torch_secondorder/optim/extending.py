@@ -20,7 +20,8 @@
 (tensor(4.5000), 1.5, 1.125)
 """
 
-from torch_secondorder._optim.base import SecondOrderOptimizer, check_number
+from torch_secondorder._foundation.checks import check_number
+from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.descent import Descent, DescentInfo, Line, Point
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
 from torch_secondorder._optim.diagonal.blocks import Block
