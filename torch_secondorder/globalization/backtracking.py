@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.globalization.line_search import (
     ROUNDING,
     SHORTEST,
@@ -13,8 +14,6 @@ from torch_secondorder.globalization.line_search import (
     SearchResult,
     SearchStatus,
     Trial,
-    check_budget,
-    check_range,
     retreat,
     run_search,
 )
@@ -52,9 +51,9 @@ class Armijo:
     max_evaluations: int = 25
 
     def __post_init__(self) -> None:
-        check_range("c1", self.c1, 0.0, 1.0)
-        check_range("shrink", self.shrink, 0.0, 1.0)
-        check_budget(self.max_evaluations)
+        check_number("c1", self.c1, above=0, below=1)
+        check_number("shrink", self.shrink, above=0, below=1)
+        check_integer("max_evaluations", self.max_evaluations)
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Search along `phi`; see `LineSearch`."""

@@ -144,18 +144,6 @@ and those of 200 neighbouring points differ by up to 2.6.
 """
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise a ValueError that shows `value` unless it lies strictly between `low` and `high`."""
-    if not (isinstance(value, (int, float)) and low < value < high):
-        raise ValueError(f"{name} must lie in ({low:g}, {high:g}), got {value!r}")
-
-
-def check_budget(value: int) -> None:
-    """Raise a ValueError that shows `value` unless it is a whole number of at least one."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"max_evaluations must be an integer of at least 1, got {value!r}")
-
-
 def run_search(
     proposals: Proposals,
     accept: Accept,

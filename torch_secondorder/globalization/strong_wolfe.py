@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import copysign, inf, isfinite, nan, sqrt
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.globalization.line_search import (
     COLLAPSED,
     INDISTINCT,
@@ -16,8 +17,6 @@ from torch_secondorder.globalization.line_search import (
     SearchResult,
     SearchStatus,
     Trial,
-    check_budget,
-    check_range,
     retreat,
     run_search,
 )
@@ -67,12 +66,12 @@ class StrongWolfe:
     max_evaluations: int = 25
 
     def __post_init__(self) -> None:
-        check_range("c1", self.c1, 0.0, 1.0)
-        check_range("c2", self.c2, 0.0, 1.0)
+        check_number("c1", self.c1, above=0, below=1)
+        check_number("c2", self.c2, above=0, below=1)
         if self.c2 < self.c1:
             raise ValueError(f"c2 must be at least c1 = {self.c1!r}, got {self.c2!r}")
-        check_range("extrapolation", self.extrapolation, 1.0, inf)
-        check_budget(self.max_evaluations)
+        check_number("extrapolation", self.extrapolation, above=1, below=inf)
+        check_integer("max_evaluations", self.max_evaluations)
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Search along `phi`; see `LineSearch`."""

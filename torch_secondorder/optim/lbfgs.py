@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.descent import Candidate, Descent, DescentInfo, Line, Point
 from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder._optim.info import StepStatus
@@ -176,14 +176,12 @@ class LBFGS(FlatOptimizer):
         maximize: bool = False,
         damping: bool = False,
     ) -> None:
-        check_number("max_iter", max_iter, low=1, integer=True)
+        check_integer("max_iter", max_iter, whole_floats=True)
         if history_size is not None:
-            check_number("history_size", history_size, low=1, integer=True)
+            check_integer("history_size", history_size, whole_floats=True)
         check_number("tolerance_change", tolerance_change, low=0.0)
-        if tolerance_grad is not None:
-            check_number("tolerance_grad", tolerance_grad, low=0.0)
-        if max_eval is not None:
-            check_number("max_eval", max_eval, low=1, integer=True)
+        check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
+        check_integer("max_eval", max_eval, optional=True, whole_floats=True)
         self.line_search = resolve_line_search(line_search_fn)
         self._reset_reason = ""
         defaults = {
