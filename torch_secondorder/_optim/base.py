@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._closure.runner import nonzero
 from torch_secondorder._closure.validation import check_is_closure, scalar
 from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder._objective.one_shot import nonzero
 from torch_secondorder._optim.checkpoint import add_state, hide_names, show_names, take_state
 from torch_secondorder._optim.info import LazyInfo, StepInfo, StepStatus
 from torch_secondorder._optim.state import Field, ModelField, ParameterField

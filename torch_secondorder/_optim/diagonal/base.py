@@ -27,15 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_secondorder._closure.runner import GradientTrace, IdleClosure
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
-from torch_secondorder._objective.one_shot import (
-    GradientTrace,
-    IdleClosure,
-    Outcome,
-    SingleEvaluation,
-)
+from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
 from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
