@@ -454,7 +454,7 @@ def diagnostics() -> None:
     assert_type(line, SecondOrderModel)
     assert_type(line(0.5), float)
     closure = closure_for(model, x, y, model.zero_grad)
-    assert_type(from_closure(closure, model.parameters(), curvature="gauss_newton"), Problem)
+    assert_type(from_closure(closure, model.parameters(), curvature="ggn"), Problem)
     operator = Diagonal(torch.tensor([1.0, 2.0]))
     assert_type(observed_information(operator), ObservedInformation)
     assert_type(observed_information(operator).standard_errors, Tensor)
