@@ -48,7 +48,7 @@ RULES = Rules(
         "_foundation": "",
         "_params": "_foundation",
         "_autograd": "_foundation",
-        "func": "_autograd",
+        "func": "_foundation _autograd",
         "_closure": "_foundation _autograd",
         "_objective": "_foundation _params _autograd _closure",
         "curvature": "_foundation _params _autograd _closure _objective",
@@ -69,7 +69,7 @@ RULES = Rules(
             "_foundation func _closure _objective curvature solvers globalization penalties "
             "dataset diagnostics optim"
         ),
-        "integrations": "penalties diagnostics _optim optim",
+        "integrations": "_foundation penalties diagnostics _optim optim",
     },
     doors={
         "curvature._loss_curvature": "_optim",

@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.validation import check_callable, scalar
+from torch_secondorder._closure.validation import check_is_closure, scalar
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._objective.one_shot import nonzero
@@ -24,7 +25,7 @@ from torch_secondorder._optim.state import Field, ModelField, ParameterField
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "check_number", "makes_state_only"]
+__all__ = ["SecondOrderOptimizer", "makes_state_only"]
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -179,7 +180,7 @@ class SecondOrderOptimizer(Optimizer):
         loss, value = None, math.nan
         if closure is not None:
             source = closure.source if isinstance(closure, FunctionalObjective) else closure
-            check_callable(source)
+            check_is_closure(source)
             with torch.enable_grad():
                 loss = source()
         if loss is not None:
@@ -334,14 +335,3 @@ def makes_state_only(groups: Sequence[dict[str, Any]]) -> bool:
     return all(float(group["lr"]) == 0 for group in groups) and all(
         p.grad is not None and p.grad.grad_fn is None and not nonzero(p.grad) for p in params
     )
-
-
-def check_number(name: str, value: Any, *, low: float, integer: bool = False) -> None:
-    """Raises a ValueError that shows `value` unless it is a finite number of at least `low`."""
-    kind = "an integer" if integer else "a finite number"
-    try:
-        number = float(value)
-    except (RuntimeError, TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= low) or (integer and int(number) != value):
-        raise ValueError(f"{name} must be {kind} of at least {low:g}, got {value!r}")

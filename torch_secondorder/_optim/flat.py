@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
+from math import isfinite, sqrt
 from typing import Any
 
 import torch
@@ -64,8 +64,8 @@ class FlatOptimizer(SecondOrderOptimizer):
       direction goes by way of `Line`, whose `accept` moves the parameters.
     - `_state_fields`: what it keeps from step to step, see `torch_secondorder._optim.state`.
 
-    It may override `_forget`, `_evaluate` and `_begin`, name the class of its report in
-    `_info_type`, and give the report's further fields in `_details`.
+    It may override `_forget`, `_evaluate`, `_begin` and `_finish`, and name the class of its report
+    in `_info_type`.
 
     Args:
         params: See `SecondOrderOptimizer`.
@@ -111,13 +111,18 @@ class FlatOptimizer(SecondOrderOptimizer):
     def _begin(self, descent: Descent) -> None:
         """Prepares the first iteration of a step."""
 
-    def _details(self) -> dict[str, Any]:
-        """Fields of the report beside those that `DescentInfo` has."""
-        return {}
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        """Ends a step.
 
-    def _refuse_start(self) -> dict[str, Any]:
-        """Reacts to a start that is not finite; returns the details of the report."""
-        self._forget("the loss or gradient at the start of a step was not finite")
+        Args:
+            objective: The function that was minimized.
+            descent: The step; None if its start was not finite and nothing was done.
+
+        Returns:
+            Fields of the report besides those of `DescentInfo`.
+        """
+        if descent is None:
+            self._forget("the loss or gradient at the start of a step was not finite")
         return {}
 
     # Steps.
@@ -150,7 +155,8 @@ class FlatOptimizer(SecondOrderOptimizer):
             self._prepare_state()
             return None
         objective = self._objective(params, rates, decays, closure, curvature_closure)
-        self._show_names(params)  # before there is a history, which would be copied
+        if self._named is None or self.state.get(params[0]) is not self._named:
+            self._show_names(params)  # before there is a history, which would be copied
         # The objective notes a surrounding autocast for the closure; our sums are not to be cast.
         with torch.no_grad(), objective, ExitStack() as stack:
             for device_type in objective.autocast:
@@ -184,11 +190,11 @@ class FlatOptimizer(SecondOrderOptimizer):
         # A copy: a closure may use one tensor for all its losses.
         returned = evaluation.closure_loss.clone()
         del evaluation
-        if not point.finite:
+        if not (isfinite(loss) and isfinite(grad_norm) and isfinite(point.length)):
             objective.abandon()
-            details = self._refuse_start()
+            further = self._finish(objective, None)
             status, evaluations = StepStatus.NONFINITE_START, objective.evaluations
-            self.info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **details)
+            self.info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **further)
             return returned
         self._largest_gradient = max(self._largest_gradient, grad_norm)
         group = self.param_groups[0]
@@ -201,11 +207,10 @@ class FlatOptimizer(SecondOrderOptimizer):
         )
         del point  # a gradient, and perhaps a graph, that the iterations need not hold for long
         self._begin(descent)
-        ending = None
-        while ending is None:
-            ending = descent.ending() or self._iterate(descent)
+        status = descent.run(self._iterate)
+        further = self._finish(objective, descent)
         self.info = self._info_type(
-            ending,
+            status,
             loss,
             descent.point.loss,
             descent.point.grad_norm,
@@ -214,7 +219,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             step_length=descent.step_length,
             search_status=descent.search_status,
             nonfinite_trials=descent.nonfinite_trials,
-            **self._details(),
+            **further,
         )
         return returned
 
@@ -272,7 +277,7 @@ class FlatOptimizer(SecondOrderOptimizer):
         if len(set(rates)) > 1:
             # Rounded: a scheduler that multiplies all rates leaves their ratios alone but for the
             # last digits.
-            scale = [math.sqrt(float(f"{rate / max(rates):.9e}")) for rate in rates]
+            scale = [sqrt(float(f"{rate / max(rates):.9e}")) for rate in rates]
         if self._vector is None or not self._vector.matches(params, scale):
             if self._vector is not None:
                 self._forget("the trainable parameters or their relative learning rates changed")

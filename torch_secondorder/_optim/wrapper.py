@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_secondorder._autograd.backward_hook import intercepting
-from torch_secondorder._closure.validation import check_callable, lost_graph, scalar
+from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
+from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
 from torch_secondorder._foundation.subclasses import plain
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._objective.one_shot import GradientTrace
@@ -23,15 +24,6 @@ from torch_secondorder._optim.present import Scaling
 from torch_secondorder.dataset import DatasetClosure
 
 __all__ = ["PenalizedLoss", "Term", "Values", "WrapperOptimizer"]
-
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 class Values(Protocol):
@@ -101,7 +93,7 @@ class PenalizedLoss:
             return closure.with_function(partial(self._evaluate_function, closure.function))
         if isinstance(closure, DatasetClosure):
             return closure.amended(self._evaluate_batch)
-        check_callable(closure)
+        check_is_closure(closure)
         return partial(self._evaluate, closure)
 
     def _evaluate(self, closure: Callable[[], Any]) -> Tensor:
@@ -213,7 +205,7 @@ class WrapperOptimizer(Optimizer, ABC):
 
     def _set_up(self) -> None:
         """Makes everything that copies do not share: hooks, here as in torch."""
-        for name in _HOOKS:
+        for name in OPTIMIZER_HOOKS:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
 

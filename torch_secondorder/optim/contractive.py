@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
-from torch_secondorder._optim.base import check_number
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._optim.info import Report, StepInfo
 from torch_secondorder._optim.wrapper import WrapperOptimizer
 from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, Recorder, seeded

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.descent import Candidate, Descent, DescentInfo, Line, Point
 from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder._optim.info import StepStatus
@@ -21,6 +21,7 @@ from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.globalization import (
     FixedStep,
     LineSearch,
+    SearchResult,
     SearchStatus,
     falls_without_end,
     resolve_line_search,
@@ -175,14 +176,12 @@ class LBFGS(FlatOptimizer):
         maximize: bool = False,
         damping: bool = False,
     ) -> None:
-        check_number("max_iter", max_iter, low=1, integer=True)
+        check_integer("max_iter", max_iter, whole_floats=True)
         if history_size is not None:
-            check_number("history_size", history_size, low=1, integer=True)
+            check_integer("history_size", history_size, whole_floats=True)
         check_number("tolerance_change", tolerance_change, low=0.0)
-        if tolerance_grad is not None:
-            check_number("tolerance_grad", tolerance_grad, low=0.0)
-        if max_eval is not None:
-            check_number("max_eval", max_eval, low=1, integer=True)
+        check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
+        check_integer("max_eval", max_eval, optional=True, whole_floats=True)
         self.line_search = resolve_line_search(line_search_fn)
         self._reset_reason = ""
         defaults = {
@@ -198,32 +197,31 @@ class LBFGS(FlatOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _step(self, objective: Objective, lr: float) -> Tensor:
-        loss = super()._step(objective, lr)
-        assert self.info is not None
-        self._reset_reason = ""
-        self._n_iter += self.info.iterations
-        self._func_evals += self.info.evaluations
-        return loss
-
     def _begin(self, descent: Descent) -> None:
-        group = self.param_groups[0]
+        group, vector = self.param_groups[0], descent.objective.vector
         descent.max_eval = group["max_eval"] or group["max_iter"] * 5 // 4
-        if isinstance(self.line_search, FixedStep):
+        searches = not isinstance(self.line_search, FixedStep)
+        if not searches:
             descent.patience = inf  # without a search the loss may climb for a while
-        self._inverse = self._fitting_history(descent.objective.vector)
+        size, inverse = self._history_size(vector), self._inverse
+        if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
+            self._forget("history_size or the trainable parameters changed")
+        if self._inverse is None:
+            self._inverse = _history(vector, size)
+        self._inverse.largest_scale = searches
         self._skipped = self._damped = 0
 
-    def _details(self) -> dict[str, Any]:
-        return {
-            "skipped_pairs": self._skipped,
-            "damped_pairs": self._damped,
-            "history_reset": self._reset_reason,
-        }
-
-    def _refuse_start(self) -> dict[str, Any]:
-        super()._refuse_start()
-        return {"history_reset": self._reset_reason}
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        self._func_evals += objective.evaluations
+        further: dict[str, Any] = {}
+        if descent is None:
+            super()._finish(objective, descent)
+        else:
+            self._n_iter += descent.count
+            further = {"skipped_pairs": self._skipped, "damped_pairs": self._damped}
+        further["history_reset"] = self._reset_reason
+        self._reset_reason = ""
+        return further
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         if descent.objective.renewed:
@@ -236,15 +234,19 @@ class LBFGS(FlatOptimizer):
         result = self.line_search(line, line.start, descent.lr, precision=precision)
         descent.search_status = result.status
         descent.nonfinite_trials += result.nonfinite
-        unbounded = line.bottomless or falls_without_end(line.slope, result)
+        unbounded = line.bottomless or (
+            result.status is SearchStatus.UNBOUNDED and falls_without_end(line.slope, result)
+        )
         if result.status.accepted:
             before = descent.point
             self._learn(line, result.trial.t, before, line.accept(result.trial))
-            return StepStatus.UNBOUNDED if unbounded else None
         if unbounded:
             return StepStatus.UNBOUNDED
-        # A second try is worth it without the history.
-        if self._held.count:
+        return None if result.status.accepted else self._failed(result)
+
+    def _failed(self, result: SearchResult) -> StepStatus | None:
+        """Drops the history after a search in vain; without one the step is over."""
+        if self._inverse is not None and self._inverse.count:
             self._drop_history(f"the line search ended with {result.status.name}")
             return None
         if result.status is SearchStatus.NONFINITE:
@@ -254,9 +256,8 @@ class LBFGS(FlatOptimizer):
 
     def _line(self, descent: Descent) -> Line:
         """The line of the next search; one synchronization."""
-        grad = descent.point.grad
-        assert grad is not None
-        history = self._held
+        grad, history = descent.point.grad, self._inverse
+        assert grad is not None and history is not None
         if history.count:
             direction = history.direction(grad)
             slope, square = descent.space.to_host(sums=(grad @ direction, direction @ direction))
@@ -287,8 +288,8 @@ class LBFGS(FlatOptimizer):
             candidate: The accepted trial.
         """
         assert candidate.point is not None and candidate.point.grad is not None
-        assert before.grad is not None
-        history, y, y_y = self._held, candidate.y, candidate.y_y
+        history, y, y_y = self._inverse, candidate.y, candidate.y_y
+        assert before.grad is not None and history is not None
         if y is None:
             y = candidate.point.grad - before.grad
         precision = torch.finfo(y.dtype)
@@ -309,41 +310,26 @@ class LBFGS(FlatOptimizer):
             self._skipped += 1
 
     def _drop_history(self, reason: str) -> None:
-        """Drops the pairs within a step, and keeps their memory."""
+        """Drops the pairs during a step."""
+        assert self._inverse is not None
         self._reset_reason = reason
-        self._held.reset()
+        self._inverse.reset()
 
     # The history and its place in checkpoints.
-
-    @property
-    def _held(self) -> InverseBFGS:
-        """The history, during a step."""
-        assert self._inverse is not None
-        return self._inverse
-
-    def _fitting_history(self, vector: ParameterVector) -> InverseBFGS:
-        """The history; a new one where there is none, or none that fits."""
-        size, inverse = self._history_size(vector), self._inverse
-        if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
-            self._forget("history_size or the trainable parameters changed")
-        if self._inverse is None:
-            self._inverse = _history(vector, size)
-        self._inverse.largest_scale = not isinstance(self.line_search, FixedStep)
-        return self._inverse
 
     def _forget(self, reason: str) -> None:
         super()._forget(reason)
         self._reset_reason = reason
 
     def _history_size(self, vector: ParameterVector) -> int:
+        """The number of pairs to keep; by default as many as fit into the memory set aside."""
         size: int | None = self.param_groups[0]["history_size"]
-        return size or _default_history_size(vector)
-
-
-def _default_history_size(vector: ParameterVector) -> int:
-    # Of the whole vector: all ranks keep as many pairs, and so they do when they get fewer or more.
-    pair = 2 * vector.whole_size * torch.finfo(vector.dtype).bits // 8
-    return max(20, min(200, _HISTORY_BYTES // pair))
+        if size:
+            return size
+        # The size of the whole vector counts: all ranks keep the same number of pairs, however many
+        # ranks there are.
+        pair = 2 * vector.whole_size * torch.finfo(vector.dtype).bits // 8
+        return max(20, min(200, _HISTORY_BYTES // pair))
 
 
 def _history(vector: ParameterVector, history_size: int, size: int | None = None) -> InverseBFGS:

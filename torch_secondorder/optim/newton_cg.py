@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
+from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder._objective.base import EvaluationsSpent, Objective
 from torch_secondorder._objective.evaluation import Evaluation
-from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.curvature_choice import (
     CURVATURES,
     DIFFERENCES,
@@ -238,26 +238,18 @@ class NewtonCG(FlatOptimizer):
         curvature_products: str = "autograd",
         seed: int = 0,
     ) -> None:
-        check_number("max_iter", max_iter, low=1, integer=True)
+        check_integer("max_iter", max_iter, whole_floats=True)
         for name, count in (("max_cg_iter", max_cg_iter), ("max_eval", max_eval)):
-            if count is not None:
-                check_number(name, count, low=1, integer=True)
+            check_integer(name, count, optional=True, whole_floats=True)
         check_number("tolerance_change", tolerance_change, low=0.0)
         for name, value in (("tolerance_grad", tolerance_grad), ("damping", damping)):
-            if value is not None:
-                check_number(name, value, low=0.0)
-        if not callable(curvature) and curvature not in CURVATURES:
-            raise ValueError(
-                f"unknown curvature {curvature!r}; known: {', '.join(map(repr, CURVATURES))}, or "
-                "a function from an Evaluation to a LinearOperator"
-            )
-        if curvature_products not in _PRODUCTS:
-            raise ValueError(
-                f"curvature_products is 'autograd' or 'finite_difference', got "
-                f"{curvature_products!r}"
-            )
+            check_number(name, value, low=0.0, optional=True)
+        if not callable(curvature):
+            others = "a function from an Evaluation to a LinearOperator"
+            check_choice("curvature", curvature, CURVATURES, others)
+        check_choice("curvature_products", curvature_products, _PRODUCTS)
         self.curvature = curvature
-        check_number("seed", seed, low=0, integer=True)
+        check_integer("seed", seed, low=0, whole_floats=True)
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -342,8 +334,12 @@ class NewtonCG(FlatOptimizer):
         self._random(descent.objective.vector.device)
         self._tally, self._gain_ratio = Tally(), nan
 
-    def _details(self) -> dict[str, Any]:
-        tally, memory = self._tally, self._memory
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        memory = self._memory
+        if descent is None:
+            memory.direction = None
+            return {"curvature": self._choice.kind}
+        tally = self._tally
         trusts = isinstance(self.globalization, TrustRegion)
         return {
             "products": tally.products,
@@ -357,10 +353,6 @@ class NewtonCG(FlatOptimizer):
             "preconditioner": type(self.preconditioner).__name__ if self.preconditioner else "",
             "repair": tally.repair,
         }
-
-    def _refuse_start(self) -> dict[str, Any]:
-        self._memory.direction = None
-        return {"curvature": self._choice.kind}
 
     # The iterations of one step.
 

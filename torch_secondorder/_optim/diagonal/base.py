@@ -30,6 +30,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_secondorder._foundation.buffer_pool import BufferPool
+from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import (
     GradientTrace,
@@ -37,7 +38,7 @@ from torch_secondorder._objective.one_shot import (
     Outcome,
     SingleEvaluation,
 )
-from torch_secondorder._optim.base import SecondOrderOptimizer, check_number, makes_state_only
+from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
@@ -194,7 +195,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         for name in ("update_period", "accumulation_steps"):
-            check_number(name, group[name], low=1, integer=True)
+            check_integer(name, group[name], whole_floats=True)
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""

@@ -6,7 +6,7 @@ any number of parameters. Only the steps that touch gradients and parameters wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -14,9 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# From C++: views one by one take longer than the arithmetic on a small network.
-from torch._utils import _unflatten_dense_tensors
-
+from torch_secondorder._foundation.private_torch import fused_adam, unflatten_tensors, unscale
 from torch_secondorder._optim.state import ParameterField, as_real, prepare
 from torch_secondorder._params.space import local
 
@@ -38,7 +36,6 @@ MOMENTS = ("exp_avg", "exp_hessian")
 #: The counts that each parameter has.
 COUNTS = ("step", "curvature_step")
 _ALMOST_ONE = 1 - 2.0**-53
-_fused: Callable[..., Any] | None = getattr(torch, "_fused_adam_", None)  # it is not public
 
 
 class Block:
@@ -100,7 +97,7 @@ class Block:
         # The fused kernel goes through memory from end to end. Float64 is left out: the kernel
         # disturbs the first moment by 1e-16, which users of float64 may notice.
         self._can_fuse = (
-            _fused is not None
+            fused_adam is not None
             and self.master is None
             and all(
                 real.is_contiguous() and real.dtype == torch.float32 and not real.is_cuda
@@ -119,7 +116,7 @@ class Block:
 
     def pieces(self, flat: Tensor) -> list[Tensor]:
         """Views of a vector `(n,)`, shaped like the parameters (as pairs if these are complex)."""
-        return list(_unflatten_dense_tensors(flat, self._reals))
+        return list(unflatten_tensors(flat, self._reals))
 
     def is_intact(self, states: Any) -> bool:
         """Whether parameters and moments are still where they were when the block was made.
@@ -192,10 +189,10 @@ class Block:
         """
         if not self._can_fuse:
             return False
-        assert _fused is not None
-        _fused(
+        assert fused_adam is not None
+        fused_adam(
             self._reals,
-            list(_unflatten_dense_tensors(estimate, self._reals)),
+            list(unflatten_tensors(estimate, self._reals)),
             self._exp_avg_parts,
             self._exp_hessian_parts,
             [],
@@ -384,7 +381,7 @@ def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) ->
                 for t in group:
                     t.copy_(t.float().mul_(inverse))
         else:
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse)
+            unscale(group, found, inverse)
         total = found if total is None else total + found.to(total.device)
     assert total is not None
     return total
