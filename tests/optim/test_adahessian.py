@@ -20,6 +20,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.closures import standard
 from tests.support.diagonal_references import (
     DEFAULTS,
     PlainAdaHessian,
@@ -29,7 +30,6 @@ from tests.support.diagonal_references import (
     assert_same,
     assert_trajectories_agree,
     plain,
-    standard,
     values,
 )
 from tests.support.oracles import CASES, make_case

@@ -59,7 +59,7 @@ RULES = Rules(
         "diagnostics": "_foundation _params _closure _objective curvature solvers dataset",
         "_optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
-            "penalties dataset"
+            "dataset"
         ),
         "optim": (
             "_foundation _params _closure _objective curvature solvers globalization penalties "
@@ -82,7 +82,7 @@ RULES = Rules(
         "dataset._objective": "diagnostics _optim",
         "dataset._operator": "diagnostics _optim",
         "diagnostics._point": "integrations",
-        "penalties._encoder": "_optim optim integrations",
+        "penalties._encoder": "optim integrations",
         "solvers._units": "_optim",
     },
     reserved={

@@ -11,17 +11,14 @@ from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.globalization.line_search import (
     COLLAPSED,
     LONGEST,
+    ROUNDING,
     SHORTEST,
     Phi,
     Proposals,
     SearchResult,
     SearchStatus,
     Trial,
-    check_search,
-    decreases,
-    is_descent,
     retreat,
-    rounding_allowance,
     run_search,
 )
 
@@ -85,23 +82,27 @@ class HagerZhang:
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Search along `phi`; see `LineSearch`."""
-        check_search(t0, precision)
-        if not is_descent(start):
-            return SearchResult(start, SearchStatus.NOT_DESCENT, 0, 0)
-        ceiling = start.loss + rounding_allowance(start.loss, precision)
+        ceiling = start.loss + ROUNDING * precision * abs(start.loss)
         steepest = self.sigma * start.slope
         gentle = (2.0 * self.delta - 1.0) * start.slope
 
-        def accept(trial: Trial) -> SearchStatus | None:
+        def accept(trial: Trial, sufficient: bool) -> SearchStatus | None:
             if trial.slope >= steepest:
-                if decreases(start, trial, self.delta):
+                if sufficient:
                     return SearchStatus.WOLFE
                 if trial.loss <= ceiling and trial.slope <= gentle:
                     return SearchStatus.APPROXIMATE_WOLFE
             return None
 
         return run_search(
-            self._propose(start, t0, ceiling), accept, phi, start, self.max_evaluations
+            self._propose(start, t0, ceiling),
+            accept,
+            phi,
+            start,
+            t0,
+            precision,
+            fraction=self.delta,
+            max_evaluations=self.max_evaluations,
         )
 
     def _propose(self, start: Trial, t0: float, ceiling: float) -> Proposals:

@@ -10,17 +10,14 @@ from torch_secondorder.globalization.line_search import (
     COLLAPSED,
     INDISTINCT,
     LONGEST,
+    ROUNDING,
     SHORTEST,
     Phi,
     Proposals,
     SearchResult,
     SearchStatus,
     Trial,
-    check_search,
-    decreases,
-    is_descent,
     retreat,
-    rounding_allowance,
     run_search,
 )
 
@@ -78,24 +75,28 @@ class StrongWolfe:
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Search along `phi`; see `LineSearch`."""
-        check_search(t0, precision)
-        if not is_descent(start):
-            return SearchResult(start, SearchStatus.NOT_DESCENT, 0, 0)
-        allowance = rounding_allowance(start.loss, precision)
+        allowance = ROUNDING * precision * abs(start.loss)
         flat = -self.c2 * start.slope
         # On a parabola, sufficient decrease is a slope of at most this.
         gentle = min(flat, (2.0 * self.c1 - 1.0) * start.slope)
 
-        def accept(trial: Trial) -> SearchStatus | None:
+        def accept(trial: Trial, sufficient: bool) -> SearchStatus | None:
             if abs(trial.slope) <= flat:
-                if decreases(start, trial, self.c1):
+                if sufficient:
                     return SearchStatus.WOLFE
                 if abs(trial.loss - start.loss) <= allowance and trial.slope <= gentle:
                     return SearchStatus.APPROXIMATE_WOLFE
             return None
 
         return run_search(
-            self._propose(start, t0, allowance), accept, phi, start, self.max_evaluations
+            self._propose(start, t0, allowance),
+            accept,
+            phi,
+            start,
+            t0,
+            precision,
+            fraction=self.c1,
+            max_evaluations=self.max_evaluations,
         )
 
     def _propose(self, start: Trial, t: float, allowance: float) -> Proposals:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import fused_adam, unflatten_tensors, unscale
+from torch_secondorder._optim.state import ParameterField, as_real, prepare
 from torch_secondorder._params.space import local
 
 __all__ = [
@@ -23,10 +24,8 @@ __all__ = [
     "Block",
     "BlockLayout",
     "Number",
-    "as_real",
     "narrowed",
     "nonfinite",
-    "prepare",
 ]
 
 #: A number on the host, or a 0-dim tensor on the device.
@@ -244,6 +243,9 @@ class Block:
 class BlockLayout:
     """Puts parameters into blocks, and leaves them there as long as nothing changes.
 
+    Args:
+        fields: The declared state of each parameter.
+
     Attributes:
         blocks: The blocks of the last step.
         lacks_curvature: Whether a parameter had a gradient in the last step, and no curvature yet.
@@ -251,7 +253,8 @@ class BlockLayout:
             asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fields: Sequence[ParameterField]) -> None:
+        self._fields = fields
         self.blocks: list[Block] = []
         self.lacks_curvature = self.got_curvature = False
         self._key: list[object] = []
@@ -298,7 +301,7 @@ class BlockLayout:
         for place, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
             if gradient is not None:
                 state = states[p]
-                prepare(state, p, on_device=on_device)
+                prepare(self._fields, state, p, on_device=on_device)
                 if has_estimate or bool(state["curvature_step"]):
                     members[id(p)] = place, state
                     if notes_first and has_estimate and not self.got_curvature:
@@ -341,42 +344,6 @@ def _make_blocks(
             span = slice(ends[first], ends[last + 1]) if adjacent else None
             blocks.append(Block(group, params, states, places, span))
     return blocks
-
-
-def prepare(state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
-    """Fills in the state of a parameter, and brings it to the parameter's device and dtype.
-
-    Args:
-        state: The state, empty for a new one.
-        p: The parameter.
-        on_device: Whether counts are kept on the device.
-    """
-    real = as_real(p)
-    dtype = torch.promote_types(real.dtype, torch.float32)
-    device = p.device if on_device else torch.device("cpu")
-    for name in COUNTS:
-        count = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32)
-        state[name] = count.to(device)
-    for name in MOMENTS:
-        if name in state:
-            state[name] = state[name].to(p.device, dtype)
-        else:
-            state[name] = torch.zeros(real.shape, dtype=dtype, device=p.device)
-    if dtype == real.dtype:
-        state.pop("master", None)
-    elif "master" not in state:
-        state["master"] = real.to(dtype, copy=True)
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """The tensor without a graph, dense and real; complex numbers become pairs.
-
-    Of a sharded tensor, the part that this process holds.
-    """
-    tensor = local(tensor).detach()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def narrowed(number: Number, like: Tensor) -> Number:
