@@ -39,7 +39,6 @@ from torch_secondorder._optim.quadratic_model import (
     within_radius,
 )
 from torch_secondorder._optim.state import Choice, Nested, Number, Random, Vector, declare
-from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._output_space import UnknownOutputs
 from torch_secondorder.globalization import (
     Globalization,
@@ -283,7 +282,9 @@ class NewtonCG(FlatOptimizer):
             None if self._chosen is not None else preconditioner
         )
         by_differences = curvature_products == "finite_difference"
-        self._choice = CurvatureChoice(curvature, by_differences, self.preconditioner)
+        self._choice = CurvatureChoice(
+            curvature, by_differences, self.preconditioner, self._chosen is not None
+        )
         if self.solver is not None and isinstance(self.globalization, TrustRegion):
             raise ValueError(
                 f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"
@@ -398,13 +399,20 @@ class NewtonCG(FlatOptimizer):
     def _move(self, descent: Descent) -> Move | StepStatus:
         objective, choice = descent.objective, self._choice
         assert descent.point.evaluation is not None and self._generator is not None
-        sizes = None
-        if not (choice.captures(objective) or objective.vector.sharded):
-            sizes = self._memory.noted_sizes(objective.position)
-        operator = choice.operator(objective, descent.point.evaluation, self._generator, sizes)
-        rule, suited = self._suited(operator.size)
         memory = self._memory
-        preconditioner = self._refreshed(suited, operator)
+        operator = choice.operator(
+            objective, descent.point.evaluation, self._generator, memory.noted_sizes
+        )
+        rule, suited = self._suited(operator.size)
+        preconditioner = suited
+        if suited is not None:
+            try:
+                self._tally.products += suited.refresh(operator, self._generator)
+            except FloatingPointError:
+                preconditioner = None
+                self._tally.repair = (
+                    "what the preconditioner is made of was not finite, it was left out"
+                )
         model = Model(
             descent,
             operator,
@@ -425,22 +433,6 @@ class NewtonCG(FlatOptimizer):
         finally:
             choice.met(self._tally.negative_curvature)
 
-    def _refreshed(
-        self, preconditioner: Preconditioner | None, operator: LinearOperator
-    ) -> Preconditioner | None:
-        """The preconditioner, made for an operator; None where what it is made of is not finite."""
-        if preconditioner is None:
-            return None
-        assert self._generator is not None
-        try:
-            self._tally.products += preconditioner.refresh(operator, self._generator)
-        except FloatingPointError:
-            self._tally.repair = (
-                "what the preconditioner is made of was not finite, it was left out"
-            )
-            return None
-        return preconditioner
-
     def _solver_at(
         self, descent: Descent, rule: Globalization, preconditioner: Preconditioner | None
     ) -> Callable[..., SolveResult]:
@@ -457,7 +449,13 @@ class NewtonCG(FlatOptimizer):
         if length < inf:
             fall = descent.point.length / length
             forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
-        most = self._most_cg_iterations(descent.objective, preconditioner)
+        objective = descent.objective
+        most: int | None = self.param_groups[0]["max_cg_iter"]
+        if most is None:
+            most = most_iterations(preconditioner)
+        if self._choice.kind == DIFFERENCES and objective.limit < inf:
+            # A product takes two evaluations for each size of variables, and a trial one.
+            most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
         if not isinstance(rule, LevenbergMarquardt):
             return CG(most, tolerance=forcing, overwrites=True)
         return CG(
@@ -470,17 +468,6 @@ class NewtonCG(FlatOptimizer):
             overwrites=True,
         )
 
-    def _most_cg_iterations(
-        self, objective: Objective, preconditioner: Preconditioner | None
-    ) -> int:
-        most: int | None = self.param_groups[0]["max_cg_iter"]
-        if most is None:
-            most = most_iterations(preconditioner)
-        if self._choice.kind == DIFFERENCES and objective.limit < inf:
-            # A product takes two evaluations for each size of variables, and a trial one.
-            most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
-        return most
-
     def _keeps_graphs(self, objective: Objective) -> bool:
         """Whether the graph of a trial has room beside that of the point."""
         return self._choice.kind != DIFFERENCES and objective.has_room_for_a_graph()
@@ -491,8 +478,9 @@ class NewtonCG(FlatOptimizer):
         point: Point = trial.payload
         objective = descent.objective
         objective.accept(proposal.direction, trial.t, point.evaluation)
+        norm_of = torch.linalg.vector_norm
         norm, size = descent.space.to_host(
-            norms=[torch.linalg.vector_norm(v) for v in (proposal.direction, objective.position)]
+            norms=(norm_of(proposal.direction), norm_of(objective.position))
         )
         moved = abs(trial.t) * norm
         # What is lost in the rounding of the parameters is no step that was kept short.
