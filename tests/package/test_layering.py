@@ -71,7 +71,7 @@ RULES = Rules(
     doors={
         "curvature._loss_curvature": "_optim",
         "curvature._masked": "_optim",
-        "curvature._output_space": "_optim",
+        "curvature._output_space": "_optim optim",
         "curvature._random": "diagnostics",
         "curvature._products": "diagnostics",
         "curvature._samples": "_optim",
