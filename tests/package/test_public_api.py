@@ -29,8 +29,15 @@ MODULES = [TOP, *PUBLIC_PACKAGES, *INTEGRATIONS]
 
 #: Public names that machinery defines. All others are in a file of the package that exports them.
 FROM_MACHINERY = {
-    *("ClosureObjective", "Evaluation", "FunctionalObjective", "SecondOrderOptimizer"),
-    *("StepInfo", "StepStatus", "mark_outputs"),
+    *(
+        "ClosureObjective",
+        "Evaluation",
+        "FunctionalObjective",
+        "SecondOrderOptimizer",
+        "StepInfo",
+        "StepStatus",
+    ),
+    "mark_outputs",
 }
 #: Functions that have the name, signature and documentation of torch's.
 FROM_TORCH = {"jvp", "vjp"}
