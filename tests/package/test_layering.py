@@ -62,8 +62,8 @@ RULES = Rules(
             "dataset"
         ),
         "optim": (
-            "_foundation _params _closure _objective curvature solvers globalization penalties "
-            "_optim"
+            "_foundation _params _autograd _closure _objective curvature solvers globalization "
+            "penalties _optim"
         ),
         "__init__": (
             "_foundation func _closure _objective curvature solvers globalization penalties "

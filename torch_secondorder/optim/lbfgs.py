@@ -153,6 +153,7 @@ class LBFGS(FlatOptimizer):
     ('CONVERGED_GRADIENT', [1.0, 1.0])
     """
 
+    info: LBFGSInfo | None
     _info_type = LBFGSInfo
     _recognized_by = "max_iter"
     _state_fields = declare(n_iter=Number(0), func_evals=Number(0), history=_History("_inverse"))

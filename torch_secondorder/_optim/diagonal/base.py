@@ -20,7 +20,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, overload
 from weakref import ref
 
 import torch
@@ -36,7 +36,7 @@ from torch_secondorder._objective.one_shot import (
     Outcome,
     SingleEvaluation,
 )
-from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
+from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
@@ -218,7 +218,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """
         return self.curvature_due and self._uses_graphs
 
-    def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def step(self, closure: StepClosure) -> Tensor: ...
+
+    @overload
+    def step(self, closure: StepClosure | None = None) -> Tensor | None: ...
+
+    def step(self, closure: Any = None) -> Tensor | None:
         """Performs one step.
 
         Args:
