@@ -1,4 +1,4 @@
-"""How autoencoders of one layer are drawn: spectra, contraction, filters."""
+"""Plots of one-layer autoencoders: spectra, contraction, filters."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from _report import Line, line_style, pyplot, style_axes
 
-FILTERS = 20  # of each autoencoder, in two lines
+FILTERS = 20  # shown for each autoencoder, in two rows
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is drawn of one autoencoder.
+    """The plotted data of one autoencoder.
 
     Attributes:
         label: Its name.
         spectrum: Singular values of its Jacobian, largest first.
         ratios: Contraction ratios along distances between images.
-        filters: Weights of its units, shape ``(units, pixels)``, the ones to be shown first.
+        filters: Weights of its units, shape ``(units, pixels)``, the most important ones first.
     """
 
     label: str
@@ -32,7 +32,7 @@ class Figures:
 
 
 def plot(drawn: Sequence[Figures], path: Path, *, title: str) -> None:
-    """Draws spectra and contraction ratios beside the filters, into a file."""
+    """Plots spectra, contraction ratios and filters into a file."""
     plt = pyplot()
     figure = plt.figure(figsize=(13, 7), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25])
@@ -53,8 +53,8 @@ def plot(drawn: Sequence[Figures], path: Path, *, title: str) -> None:
     above.legend(frameon=False)
     style_axes(
         below,
-        xlabel="distance of an image from a test image",
-        ylabel="distance of codes / of images",
+        xlabel="distance between image and test image",
+        ylabel="distance between codes / between images",
         xscale="log",
     )
     below.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""What the examples' command lines have in common; mistakes are told before any work is done."""
+"""Command-line options shared by the examples; mistakes are reported before any work is done."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def add_common_arguments(
     """Adds the options that all examples have.
 
     Args:
-        parser: Where to.
-        contenders: Names of the optimizers that may take part.
-        chosen: Those that do by default.
-        out: Default name of the plot's file.
-        dtype: What the device must be able to hold.
+        parser: The parser to add them to.
+        contenders: Names of the available optimizers.
+        chosen: Names of the default ones.
+        out: Default file name of the plot.
+        dtype: A dtype that the device must support.
     """
     add = parser.add_argument
     add(
@@ -33,16 +33,16 @@ def add_common_arguments(
         type=names_among(contenders),
         default=list(chosen),
         metavar="A,B,...",
-        help=f"of {', '.join(contenders)}; default: {','.join(chosen)}",
+        help=f"any of {', '.join(contenders)}; default: {','.join(chosen)}",
     )
-    add("--seed", type=int, default=0, help="of all random numbers; default: 0")
+    add("--seed", type=int, default=0, help="random seed; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
     add("--device", type=usable_device(dtype), default="cpu", help="default: cpu")
-    add("--out", type=output_file, default=out, help=f"the plot's file; default: {out}")
+    add("--out", type=output_file, default=out, help=f"file of the plot; default: {out}")
 
 
 def positive(number: type[int] | type[float]) -> Callable[[str], float]:
-    """Makes a parser of finite numbers greater than zero."""
+    """A parser of finite positive numbers."""
 
     def parse(text: str) -> float:
         value = number(text)
@@ -50,12 +50,12 @@ def positive(number: type[int] | type[float]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text} is not a positive number")
         return value
 
-    parse.__name__ = number.__name__  # argparse shows it where `text` is no number at all
+    parse.__name__ = number.__name__  # argparse shows it if `text` is not a number
     return parse
 
 
 def names_among(contenders: Collection[str], kind: str = "optimizer") -> Callable[[str], list[str]]:
-    """Makes a parser of comma-separated names of optimizers, or of another kind of thing."""
+    """A parser of comma-separated names of optimizers, or of another kind of thing."""
 
     def parse(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",")]
@@ -70,7 +70,7 @@ def names_among(contenders: Collection[str], kind: str = "optimizer") -> Callabl
 
 
 def usable_device(dtype: torch.dtype = torch.float32) -> Callable[[str], torch.device]:
-    """Makes a parser of the name of a device that this machine has and that can hold `dtype`."""
+    """A parser of device names; the device must exist on this machine and support `dtype`."""
 
     def parse(text: str) -> torch.device:
         try:
@@ -83,7 +83,7 @@ def usable_device(dtype: torch.dtype = torch.float32) -> Callable[[str], torch.d
 
 
 def output_file(text: str) -> Path:
-    """Parses the name of an image file to write in a directory that exists."""
+    """Parses the name of an image file in an existing directory."""
     path = Path(text)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise argparse.ArgumentTypeError(f"{text} does not end in .png, .pdf or .svg")

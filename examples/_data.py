@@ -21,7 +21,7 @@ class Images:
     """Flattened grey images in [-1, 1] and their classes.
 
     Attributes:
-        name: What the data set is called.
+        name: Name of the data set.
         train_x: Training images, shape ``(n, pixels)``, float32.
         train_y: Training classes, shape ``(n,)``, int64.
         test_x: Test images, shape ``(m, pixels)``, float32.
@@ -55,8 +55,8 @@ def load_images(dataset: str, data_dir: Path | None = None, *, seed: int = 0) ->
 
     Args:
         dataset: One of `DATASETS`.
-        data_dir: Where the Fashion-MNIST files are; the digits come with scikit-learn.
-        seed: How the digits are split into training and test images.
+        data_dir: Directory of the Fashion-MNIST files; the digits come with scikit-learn.
+        seed: Seed of the split of the digits into training and test images.
 
     Raises:
         ValueError: If no data set has that name.
@@ -70,7 +70,7 @@ def load_images(dataset: str, data_dir: Path | None = None, *, seed: int = 0) ->
 
 
 def load_digits(seed: int = 0) -> Images:
-    """Loads scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fifth of them for the test."""
+    """Loads scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fifth as test images."""
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
@@ -105,8 +105,8 @@ def load_fashion_mnist(data_dir: Path | None = None) -> Images:
 def find_fashion_mnist(data_dir: Path | None = None) -> Path:
     """Returns the directory that holds Fashion-MNIST.
 
-    That is `data_dir` where it is given, else ``$FASHION_MNIST_DIR`` where it is set, else where
-    Debian's package ``dataset-fashion-mnist`` puts the files.
+    It is `data_dir` if given, else ``$FASHION_MNIST_DIR`` if set, else the directory of Debian's
+    package ``dataset-fashion-mnist``.
 
     Raises:
         FileNotFoundError: If the files are not there; the message names all three ways.
@@ -132,7 +132,7 @@ def find_fashion_mnist(data_dir: Path | None = None) -> Path:
 
 
 def best_available(data_dir: Path | None = None) -> str:
-    """Names Fashion-MNIST where a directory is given or the files are found, else the digits."""
+    """Returns "fashion-mnist" if a directory is given or the files are found, else "digits"."""
     if data_dir is None:
         try:
             find_fashion_mnist()

@@ -1,4 +1,4 @@
-"""What the Lightning examples share: the package that is installed, a module, a quiet trainer."""
+"""Helpers of the Lightning examples: the installed package, a module, a quiet trainer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ except ImportError:
     except ImportError:
         sys.exit("error: this example needs Lightning: pip install lightning")
 
-CHUNK = 1000  # images that are tested at a time
+CHUNK = 1000  # images tested at a time
 
 
 class Classifier(host.LightningModule):
-    """A module as anybody would write it: nothing in it knows what optimizer it gets.
+    """An ordinary module, written without regard to the optimizer.
 
     Args:
         network: Maps images to logits.
@@ -61,8 +61,8 @@ class Batches:
     Args:
         x: Samples.
         y: Their targets.
-        size: Of a batch; None for all at once, in the order that they have.
-        seed: Of the order.
+        size: Batch size; None for all samples at once, in their given order.
+        seed: Seed of the order.
     """
 
     def __init__(self, x: Tensor, y: Tensor, size: int | None, seed: int = 0) -> None:
@@ -82,7 +82,7 @@ class Batches:
 
 
 def quiet() -> None:
-    """Keeps from the terminal what Lightning says of things that are meant so here."""
+    """Silences Lightning's messages about deliberate choices of these examples."""
     logging.getLogger(host.__name__).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers",
@@ -107,16 +107,16 @@ def trainer(epochs: int, callbacks: list[Any]) -> Any:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share of images that are classified rightly."""
+    """The share of images that are classified correctly."""
     pairs = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
     right = [(network(a).argmax(dim=1) == b).double().sum() for a, b in pairs]
     return (torch.stack(right).sum() / len(x)).item()
 
 
 def images_for(arguments: argparse.Namespace) -> Images:
-    """Readies torch and Lightning, and loads the images that a command line asks for.
+    """Sets up torch and Lightning, and loads the images for the command line.
 
-    Ends the program where they are not to be had.
+    Ends the program if they cannot be loaded.
 
     Args:
         arguments: `threads`, `dataset`, `data_dir`, `seed`, and the number of training `images`.

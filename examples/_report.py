@@ -1,4 +1,4 @@
-"""How the examples show their results: an aligned table and plots of curves."""
+"""Output of the examples: aligned tables and plots of curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's palette: told apart with any colour vision, and darker than its yellow on white.
+# Okabe and Ito's palette for any colour vision, without its yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 
@@ -16,7 +16,7 @@ Line = tuple[Sequence[float], Sequence[float]]
 
 @dataclass
 class Curve:
-    """Training loss and a score of the task's own along a run, and two measures of its cost."""
+    """Training loss and task-specific score along a run, with two measures of cost."""
 
     seconds: list[float] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
@@ -51,11 +51,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot_curves(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
-    """Draws loss against seconds and against closure evaluations, one line a label, into a file."""
+    """Plots loss against seconds and against closure evaluations, one line per label, to a file."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for i, (label, curve) in enumerate(curves.items()):
-        # The first point is the start, for which a logarithmic axis has no place.
+        # Without the first point: its time is zero, which a logarithmic axis cannot show.
         left.plot(curve.seconds[1:], curve.loss[1:], label=label, **line_style(i))
         right.plot(curve.evaluations[1:], curve.loss[1:], **line_style(i))
     scales = {"xscale": "log", "yscale": "log"}
@@ -69,17 +69,17 @@ def plot_curves(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
 
 
 def draw_spread(axes: Any, lines: Sequence[Line], i: int, label: str) -> None:
-    """Draws the mean of several lines, and shades where all of them are.
+    """Plots the mean of several lines, and shades their range.
 
     Args:
-        axes: Where to.
-        lines: The same quantity in several runs, each along its own rising abscissas.
-        i: Which look the line has, see `line_style`.
-        label: For the legend.
+        axes: The axes to plot on.
+        lines: The same quantity in several runs, each at its own increasing abscissas.
+        i: Number of the line's style, see `line_style`.
+        label: Label in the legend.
     """
     import numpy as np
 
-    # Only where all runs have been; each has points of its own.
+    # Only the range that all runs cover; each run has its own points.
     start, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
     common = np.unique([v for x, _ in lines for v in x if start <= v <= end])
     values = np.array([np.interp(common, x, y) for x, y in lines])
@@ -91,7 +91,7 @@ def draw_spread(axes: Any, lines: Sequence[Line], i: int, label: str) -> None:
 
 
 def pyplot() -> Any:
-    """Returns matplotlib's plotting module, set up to draw into files; that needs no display."""
+    """Returns matplotlib's plotting module, set up to plot into files, without a display."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -101,7 +101,7 @@ def pyplot() -> Any:
 
 
 def line_style(i: int) -> dict[str, Any]:
-    """The look of the i-th line in a plot."""
+    """The style of the i-th line in a plot."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "linestyle": DASHES[i % len(DASHES)],

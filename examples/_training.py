@@ -1,4 +1,4 @@
-"""How the examples train: any optimizer by the same closure, against the clock."""
+"""Training loop of the examples: any optimizer, the same closure, a time limit."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Loss = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer as it takes part: how it is made, and what one closure call sees.
+    """An optimizer in a comparison, with its batch size.
 
     Attributes:
         label: Its name in the table and the plot.
         make: Makes it for the parameters of a network.
-        batch_size: Samples a closure call sees, drawn anew for each step; None for all of them.
+        batch_size: Number of samples in a closure call, drawn anew for each step; None for all.
     """
 
     label: str
@@ -36,14 +36,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """A training problem.
 
     Attributes:
-        model: The network that everybody starts from, as a copy.
-        losses: Given a batch size, yields for ever the loss that the next step minimizes.
-        measure: The loss over the whole data, and the score that the network is judged by.
-        describe: Puts loss and score into words, for the progress bar.
-        interval: Measurements are this factor apart in time. They are not on the clock.
+        model: The initial network; each optimizer trains a copy.
+        losses: Takes a batch size, yields the losses of the steps without end.
+        measure: Measures the loss over the whole data and the score of a network.
+        describe: Formats loss and score for the progress bar.
+        interval: Ratio between the times of two measurements, which are not counted as training.
     """
 
     model: nn.Module
@@ -55,16 +55,16 @@ class Task:
 
 @dataclass
 class Run:
-    """What came of training with one optimizer.
+    """The result of training with one optimizer.
 
     Attributes:
-        contender: Which one.
-        model: What it trained.
+        contender: The optimizer.
+        model: The trained network.
         curve: Loss and score along the way.
         seconds: Time used for training.
         evaluations: Calls of the closure.
-        products: Products with the curvature, where the optimizer reports them.
-        ending: Why training ended before time was up; empty if it did not.
+        products: Products with the curvature, if the optimizer reports them.
+        ending: Reason for ending before the time limit; empty if there is none.
     """
 
     contender: Contender
@@ -77,10 +77,10 @@ class Run:
 
 
 def take_step(model: nn.Module, optimizer: Optimizer, loss_of: Loss) -> int:
-    """Takes one step of any optimizer; this closure is all that any of them needs.
+    """Takes one step of any optimizer; they all take the same closure.
 
     Returns:
-        How often the optimizer evaluated the closure.
+        Number of closure evaluations.
     """
     evaluations = 0
 
@@ -104,14 +104,14 @@ def train(
     seconds: float,
     target: float | None = None,
 ) -> Run:
-    """Trains until time is up, or until there is no point in going on.
+    """Trains until the time limit, or until training cannot go on.
 
     Args:
-        task: What is trained.
-        contenders: All that may take part, for labels of one width.
-        name: Which of them does.
-        seconds: Time for training. The last step begins before it is up.
-        target: Ends the training once the score is at most that.
+        task: The problem.
+        contenders: All optimizers of the comparison, for labels of equal width.
+        name: Name of the one to train with.
+        seconds: Time for training. The last step begins before it is over.
+        target: Ends the training once the score is at most this.
     """
     contender = contenders[name]
     warm_up(task, contender)
@@ -145,7 +145,7 @@ def train(
 
 
 def warm_up(task: Task, contender: Contender) -> None:
-    """Steps on a copy, so that nobody's clock pays for what torch loads at first use."""
+    """Takes steps on a copy, so that one-time costs of torch are not counted."""
     model = copy.deepcopy(task.model)
     optimizer = contender.make(model.parameters())
     losses = task.losses(contender.batch_size)
@@ -155,7 +155,7 @@ def warm_up(task: Task, contender: Contender) -> None:
 
 @torch.no_grad()
 def measure(task: Task, run: Run, bar: tqdm) -> None:
-    """Records where the run is; this is not on the clock."""
+    """Records loss and score of a run; this is not counted as training time."""
     if run.curve.seconds and run.curve.seconds[-1] == run.seconds:
         return
     run.curve.add(run.seconds, run.evaluations, *task.measure(run.model))
@@ -166,7 +166,7 @@ def measure(task: Task, run: Run, bar: tqdm) -> None:
 def batches(
     tensors: tuple[Tensor, ...], batch_size: int | None, seed: int
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yields batches for ever: random ones, reshuffled each epoch, or always all the samples."""
+    """Yields batches without end: random ones, reshuffled each epoch, or always all samples."""
     first = tensors[0]
     if batch_size is None:
         while True:
@@ -179,24 +179,24 @@ def batches(
 
 
 def clock(device: torch.device) -> float:
-    """Reads the time, once the device has done what it was given."""
+    """Reads the time, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def copy_parameters(model: nn.Module) -> list[Tensor]:
-    """Copies the parameters, to see later whether they moved."""
+    """Copies the parameters, for `same_parameters`."""
     return [p.detach().clone() for p in model.parameters()]
 
 
 def same_parameters(model: nn.Module, before: list[Tensor]) -> bool:
-    """Tells whether no parameter moved: the optimizer has converged, or cannot go on."""
+    """True if no parameter has changed: the optimizer has converged, or is stuck."""
     return all(map(torch.equal, model.parameters(), before))
 
 
 def progress_bar(contenders: Mapping[str, Contender], label: str, seconds: float) -> tqdm:
-    """Makes a bar that counts seconds of training; it writes rarely where nobody watches."""
+    """A progress bar over seconds of training; it updates rarely if stderr is not a terminal."""
     return tqdm(
         total=seconds,
         desc=label.ljust(max(len(c.label) for c in contenders.values())),
@@ -206,7 +206,7 @@ def progress_bar(contenders: Mapping[str, Contender], label: str, seconds: float
 
 
 def endings(runs: Iterable[Run]) -> str:
-    """Says which runs ended before time was up, and why; a line for each."""
+    """One line for each run that ended before the time limit, with the reason."""
     return "".join(
         f"{run.contender.label} ended after {run.seconds:.1f} s: {run.ending}\n"
         for run in runs

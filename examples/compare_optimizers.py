@@ -1,7 +1,7 @@
 """Trains one network on real images with several optimizers, and compares them.
 
-Every optimizer starts from the same weights, is driven by the same closure, and has the same
-number of seconds. The clock stops while the loss and the accuracy over the whole data are measured.
+Every optimizer starts from the same weights and gets the same closure and the same number of
+seconds. The time for measuring loss and accuracy over the whole data does not count.
 
     python examples/compare_optimizers.py
     python examples/compare_optimizers.py --dataset fashion-mnist --seconds 60
@@ -56,7 +56,7 @@ CONTENDERS = {
 
 
 def make_network(images: Images, hidden: int, seed: int) -> nn.Sequential:
-    """Makes a smooth network with two hidden layers, the same one for the same seed."""
+    """A smooth network with two hidden layers, the same for the same seed."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Linear(images.pixels, hidden),
@@ -74,7 +74,7 @@ def training_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def make_task(images: Images, model: nn.Module, seed: int) -> Task:
-    """Says what the network learns, and how well it does is measured."""
+    """The training problem: its losses, and the measurement of a network."""
 
     def losses(batch_size: int | None) -> Iterator[Loss]:
         for x, y in batches((images.train_x, images.train_y), batch_size, seed):
@@ -111,7 +111,7 @@ def print_table(runs: list[Run]) -> None:
 
 
 def main() -> None:
-    """Trains with each optimizer in turn, then prints the table and draws the plot."""
+    """Trains with each optimizer in turn, then prints the table and saves the plot."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def describe(images: Images, model: nn.Sequential, seconds: float) -> str:
-    """Says in one line what is trained on what."""
+    """One line about the data and the network."""
     layers = [layer for layer in model if isinstance(layer, nn.Linear)]
     widths = "-".join(str(n) for n in (layers[0].in_features, *(m.out_features for m in layers)))
     return (
@@ -144,7 +144,7 @@ def describe(images: Images, model: nn.Sequential, seconds: float) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
+    """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(
         description="Compare optimizers: same network, same closure, same number of seconds."
     )

@@ -1,11 +1,11 @@
-"""Trains a contractive autoencoder beside plain, weight-decay and denoising ones.
+"""Compares a contractive autoencoder with plain, weight-decay and denoising ones.
 
-All have one layer of sigmoid units, and the decoder has the encoder's weights. The contractive one
-adds the squared Frobenius norm of the encoder's Jacobian to its loss, so that the code moves only
-along directions in which the data vary (Rifai, Vincent, Muller, Glorot and Bengio 2011,
-"Contractive auto-encoders: explicit invariance during feature extraction"). What is measured is
-what they measured: the norm of the Jacobian on test images, its singular values, how far the code
-contracts balls of several sizes, and what a linear classifier makes of the code.
+All have one layer of sigmoid units, and the decoder shares the encoder's weights. The contractive
+one adds the squared Frobenius norm of the encoder's Jacobian to its loss, so that the code changes
+only along directions in which the data vary (Rifai, Vincent, Muller, Glorot and Bengio 2011,
+"Contractive auto-encoders: explicit invariance during feature extraction"). The measurements are
+those of the paper: the norm of the Jacobian on test images, its singular values, the contraction of
+balls of several sizes, and the accuracy of a linear classifier on the code.
 
     python examples/contractive_autoencoder.py
     python examples/contractive_autoencoder.py --dataset digits --units 100
@@ -37,17 +37,17 @@ from torch_secondorder.penalties import contractive_penalty
 BATCH = 100
 LEARNING_RATE = 2e-3
 TEST_IMAGES = 1000
-SPECTRA = 40  # test images whose Jacobians are taken apart
+SPECTRA = 40  # test images for the singular values
 RADII = 16  # distances in the curve of contraction ratios
 NOISE = 0.2  # standard deviation, on test images, of brightness between 0 and 1
 
 
 class Autoencoder(nn.Module):
-    """Sigmoid units, and the same weights on the way back.
+    """One layer of sigmoid units, with the same weights in encoder and decoder.
 
     Args:
-        pixels: Of an image.
-        units: Numbers in its code.
+        pixels: Number of pixels in an image.
+        units: Number of units in the code.
     """
 
     def __init__(self, pixels: int, units: int) -> None:
@@ -56,11 +56,11 @@ class Autoencoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(pixels))
 
     def decode(self, code: Tensor) -> Tensor:
-        """Returns logits of pixels."""
+        """The logits of the pixels."""
         return F.linear(code, self.encoder[0].weight.T, self.bias)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Returns images."""
+        """The reconstructed images."""
         return torch.sigmoid(self.decode(self.encoder(x)))
 
 
@@ -69,12 +69,12 @@ Penalty = Callable[[Autoencoder, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """An autoencoder as it takes part.
+    """An autoencoder in the comparison.
 
     Attributes:
         label: Its name in the table and the plot.
         penalty: Added to the reconstruction error; takes the model, a batch and its code.
-        corruption: Standard deviation of the noise on its input.
+        corruption: Standard deviation of noise added to the input.
     """
 
     label: str
@@ -93,16 +93,16 @@ def contraction(model: Autoencoder, x: Tensor, code: Tensor) -> Tensor:
 
 
 def flat_contraction(model: Autoencoder, x: Tensor, code: Tensor) -> Tensor:
-    """The same, and the penalty on the change of the Jacobian nearby."""
+    """The same, plus a penalty on changes of the Jacobian nearby."""
     change = contractive_penalty(model.encoder, x, noise=0.1, code=code)
     return contraction(model, x, code) + 20 * change
 
 
-# The strengths were chosen on 1,000 training images that no run here uses, among those that leave a
-# linear classifier on the code as good as without: weight decay up to 0.01, noise up to 0.5 and
-# contraction up to 0.5 do. That CAE contracts most holds at every strength of equal reconstruction
-# error; the order of the other two is a matter of strengths. With 0.01, as much error as noise of
-# 0.5 gives, weight decay contracts more than that (5.4 against 6.6, CAE 4.5).
+# The strengths were chosen on 1,000 other training images, among those that do not hurt a linear
+# classifier on the code: weight decay up to 0.01, noise up to 0.5, contraction up to 0.5. At equal
+# reconstruction error CAE contracts most, whatever the strengths; the order of the other two
+# depends on them. Weight decay 0.01 and noise 0.5 have the same error, and weight decay contracts
+# more (5.4 against 6.6, CAE 4.5).
 # To add a variant, add a row.
 VARIANTS = {
     "ae": Variant("AE"),
@@ -112,23 +112,23 @@ VARIANTS = {
     "cae+h": Variant("CAE, second order", flat_contraction),
 }
 CHOSEN = ("ae", "ae+wd", "dae", "cae")
-# Of the norm of the Jacobian, as published for 1,000 units on MNIST.
+# By the norm of the Jacobian, as published for 1,000 units on MNIST.
 PUBLISHED_ORDER = ("cae", "dae", "ae+wd", "ae")
 
 
 @dataclass
 class Result:
-    """A trained autoencoder and what was measured on test images.
+    """A trained autoencoder, with measurements on test images.
 
     Attributes:
         name: Key of its variant.
         model: The network.
         error: Squared error of a reconstruction, summed over pixels.
-        norm: Frobenius norm of the encoder's Jacobian, in the mean.
-        accuracy: Of a linear classifier on the code.
+        norm: Mean Frobenius norm of the encoder's Jacobian.
+        accuracy: Accuracy of a linear classifier on the code.
         noisy: Its accuracy on noisy images.
-        moved: How far noise moves the code, relative to the distance between two images' codes.
-        seconds: Of training.
+        moved: Change of the code under noise, relative to the distance between two images' codes.
+        seconds: Training time.
     """
 
     name: str
@@ -142,12 +142,12 @@ class Result:
 
     @property
     def label(self) -> str:
-        """Its name in the table and the plot."""
+        """The name in the table and the plot."""
         return VARIANTS[self.name].label
 
 
 def train(variant: Variant, images: Images, units: int, epochs: int, seed: int) -> Autoencoder:
-    """Trains one autoencoder; all start at the same weights and see the same batches."""
+    """Trains one autoencoder; all start at the same weights and get the same batches."""
     torch.manual_seed(seed)
     x = images.train_x
     model = Autoencoder(images.pixels, units).to(x.device)
@@ -160,7 +160,7 @@ def train(variant: Variant, images: Images, units: int, epochs: int, seed: int) 
             noise = variant.corruption * torch.randn_like(batch) if variant.corruption else 0.0
             code = model.encoder(batch + noise)
             logits = model.decode(code)
-            # The sum over pixels, in the mean over images.
+            # A sum over pixels and a mean over images.
             loss = F.binary_cross_entropy_with_logits(logits, batch, reduction="sum") / len(batch)
             if variant.penalty is not None:
                 loss = loss + variant.penalty(model, batch, code)
@@ -204,7 +204,7 @@ def classify(train: Tensor, test: Tensor, noisy: Tensor, images: Images) -> tupl
     codes = [t.cpu().numpy() for t in (train, test, noisy)]
     mean, scale = codes[0].mean(axis=0), codes[0].std(axis=0) + 1e-3
     train_z, *tests = [(c - mean) / scale for c in codes]
-    # Standardized codes fit alike, however far they are contracted; the last digits are not needed.
+    # Standardized, so that the contraction does not affect the fit. Full convergence is not needed.
     classifier = LogisticRegression(C=0.1, max_iter=100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -223,7 +223,7 @@ def jacobian_norms(encoder: nn.Sequential, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def singular_values(encoder: nn.Sequential, x: Tensor) -> Tensor:
-    """Singular values of the encoder's Jacobian, largest first, in the mean over images."""
+    """Singular values of the encoder's Jacobian, largest first; means over the images."""
     h = encoder(x)
     jacobians = (h * (1 - h)).unsqueeze(2) * encoder[0].weight
     squares = torch.linalg.eigvalsh(jacobians @ jacobians.mT).clamp_min(0)
@@ -232,7 +232,7 @@ def singular_values(encoder: nn.Sequential, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def contraction_ratios(encoder: nn.Sequential, x: Tensor, radii: Tensor) -> list[float]:
-    """Distance between codes over distance between images, at points that far away at random."""
+    """Distances between codes over distances between images, for random points at these radii."""
     generator = torch.Generator().manual_seed(0)
     u = F.normalize(torch.randn(x.shape, generator=generator), dim=1).to(x.device)
     code = encoder(x)
@@ -258,10 +258,10 @@ def print_table(results: list[Result]) -> None:
 
 
 def statement(results: list[Result]) -> str:
-    """Says whether the published order of the norms came out."""
+    """A sentence about the published order of the norms."""
     by_name = {r.name: r for r in results}
     if not all(name in by_name for name in PUBLISHED_ORDER):
-        return "The published order of |J|_F is one of four autoencoders, not all of which ran."
+        return "The published order of |J|_F is about four autoencoders, and not all of them ran."
     ordered = [by_name[name] for name in PUBLISHED_ORDER]
     claim = "|J|_F on test images, CAE < DAE < AE with weight decay < AE, as published"
     wrong = [
@@ -271,11 +271,11 @@ def statement(results: list[Result]) -> str:
     ]
     if wrong:
         return f"{claim}: not reproduced, {', '.join(wrong)}."
-    return f"{claim}: reproduced; DAE and weight decay change places where the latter is stronger."
+    return f"{claim}: reproduced; a stronger weight decay would swap DAE and weight decay."
 
 
 def figures(results: list[Result], images: Images) -> list[Figures]:
-    """What is drawn of each autoencoder."""
+    """The data to plot for each autoencoder."""
     x = images.test_x
     radii = torch.logspace(-1, 1.5, RADII)
     drawn = []
@@ -294,7 +294,7 @@ def figures(results: list[Result], images: Images) -> list[Figures]:
 
 
 def main() -> None:
-    """Trains the autoencoders in turn, then prints the table and draws the plot."""
+    """Trains the autoencoders in turn, then prints the table and saves the plot."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -327,27 +327,27 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
+    """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(
         description="Train a contractive autoencoder and others like it, and compare the codes."
     )
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, help="default: fashion-mnist where it is found, or digits")
+    add("--dataset", choices=DATASETS, help="default: fashion-mnist if it is found, else digits")
     add("--data-dir", type=Path, help="directory of the Fashion-MNIST files")
     add("--images", type=positive(int), default=10_000, help="training images; default: 10000")
-    add("--units", type=positive(int), default=400, help="numbers in a code; default: 400")
+    add("--units", type=positive(int), default=400, help="units in the code; default: 400")
     add("--epochs", type=positive(int), default=15, help="default: 15")
     add(
         "--models",
         type=names_among(VARIANTS, "autoencoder"),
         default=list(CHOSEN),
         metavar="A,B,...",
-        help=f"of {', '.join(VARIANTS)}; default: {','.join(CHOSEN)}",
+        help=f"any of {', '.join(VARIANTS)}; default: {','.join(CHOSEN)}",
     )
-    add("--seed", type=int, default=0, help="of all random numbers; default: 0")
+    add("--seed", type=int, default=0, help="random seed; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
     add("--device", type=usable_device(), default="cpu", help="default: cpu")
-    add("--out", type=output_file, default="contractive_autoencoder.png", help="the plot's file")
+    add("--out", type=output_file, default="contractive_autoencoder.png", help="file of the plot")
     return parser.parse_args()
 
 

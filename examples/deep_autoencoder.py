@@ -1,9 +1,9 @@
 """Trains a deep autoencoder, the classical problem of Hessian-free optimization.
 
-Sigmoid units in every layer squeeze an image into a few numbers and back, and all layers are
-trained at once, from Martens' sparse random start (Hinton & Salakhutdinov 2006, "Reducing the
+Layers of sigmoid units encode an image in a few numbers and decode it, and all layers are trained
+at once, from Martens' sparse random start (Hinton & Salakhutdinov 2006, "Reducing the
 dimensionality of data with neural networks"; Martens 2010, "Deep learning via Hessian-free
-optimization"). The error is the sum of the squares over the pixels, in the mean over the images.
+optimization"). The error is a sum of squares over pixels and a mean over images.
 
     python examples/deep_autoencoder.py
     python examples/deep_autoencoder.py --dataset digits --seconds 10
@@ -28,9 +28,9 @@ from _data import DATASETS, Images, find_fashion_mnist, load_images
 from _report import format_table, line_style, pyplot, style_axes
 from _training import Contender, Loss, Run, Task, batches, endings, train
 
-# Hidden layers up to the narrowest one; the way back mirrors them.
+# Hidden layers up to the narrowest one; the decoder mirrors them.
 ENCODERS = {"fashion-mnist": (400, 200, 100, 25), "digits": (50, 25, 12, 6)}
-INCOMING = 15  # connections of each unit at the start
+INCOMING = 15  # initial number of connections of each unit
 TEST_IMAGES = 1000
 SHOWN = 8
 
@@ -38,7 +38,7 @@ SHOWN = 8
 CONTENDERS = {
     "newton-cg": Contender(
         "NewtonCG (ours)",
-        # Few iterations for each of many batches: what is exact for one batch is noise for all.
+        # Few iterations: an exact solution for one batch would fit its noise.
         lambda p: torch_secondorder.NewtonCG(p, preconditioner="kfac", max_cg_iter=5),
         batch_size=1000,
     ),
@@ -51,7 +51,7 @@ CONTENDERS = {
 
 
 def load_brightness(dataset: str, data_dir: Path | None, count: int, seed: int) -> Images:
-    """Loads images with values in [0, 1]: `count` for training, at most 1,000 for the test."""
+    """Loads images with values in [0, 1]: `count` training images, at most 1,000 test images."""
     images = load_images(dataset, data_dir, seed=seed)
     return Images(
         images.name,
@@ -63,13 +63,13 @@ def load_brightness(dataset: str, data_dir: Path | None, count: int, seed: int) 
 
 
 def layer_widths(images: Images) -> list[int]:
-    """Units in each layer, from the image through the code to the image."""
+    """Widths of all layers, from the image through the code to the image."""
     encoder = [images.pixels, *ENCODERS[images.name]]
     return encoder + encoder[-2::-1]
 
 
 def make_network(widths: Sequence[int], seed: int) -> nn.Sequential:
-    """Makes a network with sigmoid units in all layers, the same one for the same seed."""
+    """A network with sigmoid units in all layers, the same for the same seed."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
@@ -81,7 +81,7 @@ def make_network(widths: Sequence[int], seed: int) -> nn.Sequential:
 
 @torch.no_grad()
 def initialize_sparsely(layer: nn.Linear) -> None:
-    """Gives each unit a few random connections from N(0, 1), and no bias (Martens 2010, sec. 5)."""
+    """Gives each unit a few random weights from N(0, 1), and no bias (Martens 2010, sec. 5)."""
     count = min(INCOMING, layer.in_features)
     chosen = torch.rand_like(layer.weight).topk(count, dim=1).indices
     layer.weight.zero_().scatter_(1, chosen, torch.randn(chosen.shape))
@@ -89,12 +89,12 @@ def initialize_sparsely(layer: nn.Linear) -> None:
 
 
 def squared_error(model: nn.Module, x: Tensor) -> Tensor:
-    """Squared error of the reconstructions, summed over pixels, in the mean over images."""
+    """Squared error of the reconstructions: a sum over pixels and a mean over images."""
     return F.mse_loss(model(x), x, reduction="sum") / len(x)
 
 
 def make_task(images: Images, model: nn.Module, seed: int) -> Task:
-    """Says what the network learns, and how well it does is measured."""
+    """The training problem: its losses, and the measurement of a network."""
 
     def losses(batch_size: int | None) -> Iterator[Loss]:
         for (x,) in batches((images.train_x,), batch_size, seed):
@@ -130,7 +130,7 @@ def print_table(runs: list[Run]) -> None:
 
 @torch.no_grad()
 def plot(runs: list[Run], images: Images, path: Path) -> None:
-    """Draws the error over time beside test images and what the networks make of them."""
+    """Plots the error over time, and test images with their reconstructions."""
     plt = pyplot()
     side = round(images.pixels**0.5)
     originals = images.test_x[:SHOWN]
@@ -140,7 +140,7 @@ def plot(runs: list[Run], images: Images, path: Path) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.3])
     axes = left.subplots()
     for i, run in enumerate(runs):
-        # The first point is the start, for which a logarithmic axis has no place.
+        # Without the first point: its time is zero, which a logarithmic axis cannot show.
         curve = run.curve
         axes.plot(curve.seconds[1:], curve.loss[1:], label=run.contender.label, **line_style(i))
     style_axes(
@@ -164,7 +164,7 @@ def plot(runs: list[Run], images: Images, path: Path) -> None:
 
 
 def main() -> None:
-    """Trains with each optimizer in turn, then prints the table and draws the plot."""
+    """Trains with each optimizer in turn, then prints the table and saves the plot."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -194,23 +194,25 @@ def main() -> None:
 
 
 def default_dataset(data_dir: Path | None) -> str:
-    """Fashion-MNIST where a directory is named or the files are found, else the digits."""
+    """Returns "fashion-mnist" if a directory is given or the files are found, else "digits"."""
     if data_dir is None:
         try:
             find_fashion_mnist()
         except FileNotFoundError:
-            print("Fashion-MNIST is not on this machine: the small digits and narrower layers")
+            print(
+                "Fashion-MNIST is not on this machine: using the small digits and narrower layers"
+            )
             return "digits"
     return "fashion-mnist"
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
+    """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(
         description="Train a deep autoencoder with several optimizers, the same time each."
     )
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, help="default: fashion-mnist where it is found, or digits")
+    add("--dataset", choices=DATASETS, help="default: fashion-mnist if it is found, else digits")
     add("--data-dir", type=Path, help="directory of the Fashion-MNIST files")
     add("--images", type=positive(int), default=4000, help="training images; default: 4000")
     add("--seconds", type=positive(float), default=60.0, help="for each optimizer; default: 60")

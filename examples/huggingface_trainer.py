@@ -1,8 +1,8 @@
 """Trains a small GPT-2 with the Hugging Face Trainer, by AdamW, Sophia and AdaHessian.
 
-The model has random weights and the text comes with Python (see train_char_lm.py): nothing is
+The model has random weights and the text comes with Python (see train_char_lm.py), so nothing is
 downloaded. The Trainer is the library's own, with gradient accumulation, clipping, warm-up and a
-cosine schedule; what makes it work with Sophia and AdaHessian is one line, the callback.
+cosine schedule. Sophia and AdaHessian need one more line, the callback.
 
     python examples/huggingface_trainer.py
     python examples/huggingface_trainer.py --optimizers sophia-gnb --steps 1000
@@ -43,7 +43,7 @@ except ModuleNotFoundError as error:
 
 CONTEXT, BATCH, ACCUMULATION = 64, 8, 2
 
-#: Class and arguments, as the Trainer takes them; rates are the best of a few tried on 250 steps.
+#: Class and arguments for the Trainer; the learning rates are the best of a few, on 250 steps.
 CONTENDERS: dict[str, tuple[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]]] = {
     "adamw": ("AdamW", (torch.optim.AdamW, {"lr": 4e-3})),
     "sophia-gnb": (
@@ -82,7 +82,7 @@ def make_model(text: Text, width: int) -> GPT2LMHeadModel:
 
 
 def make_trainer(name: str, text: Text, given: argparse.Namespace, folder: Path) -> Trainer:
-    """The Trainer as anybody would set it up, and the callback."""
+    """An ordinary Trainer with the callback."""
     set_seed(given.seed)
     arguments = TrainingArguments(
         str(folder),
@@ -110,13 +110,13 @@ def make_trainer(name: str, text: Text, given: argparse.Namespace, folder: Path)
         eval_dataset=windows(text.validation)[:200],
         optimizer_cls_and_kwargs=CONTENDERS[name][1],
     )
-    trainer.add_callback(SecondOrderCallback(trainer))  # the line that it takes
+    trainer.add_callback(SecondOrderCallback(trainer))  # the only line to add
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def run(name: str, text: Text, given: argparse.Namespace, folder: Path) -> list[str]:
-    """Trains, and says how it went: a row of the table."""
+    """Trains with one optimizer; returns its row of the table."""
     label, (_, options) = CONTENDERS[name]
     trainer = make_trainer(name, text, given, folder)
     start = time.perf_counter()
@@ -144,12 +144,17 @@ def main() -> int:
         type=names_among(CONTENDERS),
         default=chosen,
         metavar="A,B,...",
-        help=f"of {', '.join(CONTENDERS)}; default: {','.join(chosen)}",
+        help=f"any of {', '.join(CONTENDERS)}; default: {','.join(chosen)}",
     )
     add("--steps", type=positive(int), default=250, help="default: 250")
-    add("--width", type=positive(int), default=64, help="of the model, divisible by 4; default: 64")
+    add(
+        "--width",
+        type=positive(int),
+        default=64,
+        help="width of the model, divisible by 4; default: 64",
+    )
     add("--bf16", action="store_true", help="autocast to bfloat16")
-    add("--seed", type=int, default=0, help="of all random numbers; default: 0")
+    add("--seed", type=int, default=0, help="random seed; default: 0")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     given = parser.parse_args()
     if given.width % 4:

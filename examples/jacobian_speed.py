@@ -1,9 +1,9 @@
-"""Ways to the Jacobian of a small classifier by its input, from finite differences to a formula.
+"""Compares methods for the Jacobian of a small classifier, from finite differences to a formula.
 
 All compute the same `(10, 500)` matrix of a 500-100(relu)-10(softmax) network, in float64, and are
-held to finite differences of random columns. Then SciPy looks for the input next to a given one
-that the network takes for another class, once with its own finite differences, once with each of
-the exact Jacobians.
+checked against finite differences in random columns. Then SciPy searches for the nearest input that
+the network assigns to another class, once with its own finite differences and once with each of the
+exact Jacobians.
 
     python examples/jacobian_speed.py
     python examples/jacobian_speed.py --widths 200,50,10 --repeat 20
@@ -32,20 +32,20 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Jacobian = Callable[[Array], Array]
 
 DTYPE = torch.float64
-STEP = float(np.finfo(np.float64).eps) ** (1 / 3)  # where cutting off and rounding balance
-COLUMNS = 20  # held to finite differences
-WORST = 1e-6  # relative error that is still let through
-NEAR = 0.01  # weight of the distance from the given input, against the probabilities
+STEP = float(np.finfo(np.float64).eps) ** (1 / 3)  # balances truncation and rounding errors
+COLUMNS = 20  # checked against finite differences
+WORST = 1e-6  # the largest relative error allowed
+NEAR = 0.01  # weight of the distance from the given input, relative to the probabilities
 OURS, FORMULA = "torch_secondorder.func.jacobian", "NumPy, written by hand"
 DIFFERENCES = "finite differences"
 
 
 @dataclass(frozen=True)
 class Network:
-    """A classifier, for PyTorch and as arrays.
+    """A classifier, as a module and as arrays.
 
     Attributes:
-        function: From `(inputs,)` to probabilities `(outputs,)`; its parameters are constants.
+        function: Maps `(inputs,)` to probabilities `(outputs,)`; its parameters are constants.
         weights: `W1, b1, W2, b2`.
     """
 
@@ -54,7 +54,7 @@ class Network:
 
     @classmethod
     def make(cls, widths: tuple[int, int, int], seed: int) -> Network:
-        """Draws one, the same for the same seed."""
+        """A random network, the same for the same seed."""
         torch.manual_seed(seed)
         inputs, hidden, outputs = widths
         net = nn.Sequential(
@@ -64,12 +64,12 @@ class Network:
         return cls(net, tuple(p.numpy() for p in net.parameters()))
 
     def __call__(self, x: Array) -> Array:
-        """The probabilities, by PyTorch."""
+        """The probabilities, computed by PyTorch."""
         found: Array = self.function(torch.from_numpy(x)).numpy()
         return found
 
     def formula(self, x: Array) -> Array:
-        """The Jacobian, by the chain rule on paper: `(diag p - p p') W2 diag(a > 0) W1`."""
+        """The Jacobian, derived by hand: `(diag p - p p') W2 diag(a > 0) W1`."""
         w1, b1, w2, b2 = self.weights
         a = w1 @ x + b1
         z = w2 @ np.maximum(a, 0) + b2
@@ -81,7 +81,7 @@ class Network:
 
 
 def differences(f: Callable[[Array], Array], x: Array, columns: Any = None) -> Array:
-    """Columns of the Jacobian by central differences; all by default."""
+    """Columns of the Jacobian by central differences; by default all."""
     made = []
     for i in range(len(x)) if columns is None else columns:
         step = np.zeros_like(x)
@@ -98,7 +98,7 @@ def row_by_row(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def ways(net: Network) -> dict[str, Jacobian]:
-    """All ways, as functions of arrays."""
+    """All methods, as functions of arrays."""
     functional = torch.autograd.functional.jacobian
     by_torch: dict[str, Callable[[Tensor], Tensor]] = {
         "loop over outputs": partial(row_by_row, net.function),
@@ -120,22 +120,22 @@ def ways(net: Network) -> dict[str, Jacobian]:
 
 
 def measure(found: dict[str, Jacobian], x: Array, repeat: int) -> dict[str, float]:
-    """Median seconds of each way; they run by turns, so that a slow moment hits all."""
+    """Median seconds of each method; they take turns, so that a slow moment affects all."""
     samples: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(repeat + 1):
         for name, way in found.items():
             start = time.perf_counter()
             way(x)
-            if turn > 0:  # the first warms up
+            if turn > 0:  # the first is a warm-up
                 samples[name].append(time.perf_counter() - start)
     return {name: statistics.median(each) for name, each in samples.items()}
 
 
 def errors(net: Network, found: dict[str, Jacobian], x: Array, seed: int) -> dict[str, float]:
-    """How far random columns are from finite differences, relative to the largest entry.
+    """Errors of random columns against finite differences, relative to the largest entry.
 
     Raises:
-        RuntimeError: One is too far.
+        RuntimeError: An error is too large.
     """
     count = min(COLUMNS, len(x))
     columns = np.random.default_rng(seed).choice(len(x), count, replace=False)
@@ -151,7 +151,7 @@ def errors(net: Network, found: dict[str, Jacobian], x: Array, seed: int) -> dic
 
 @dataclass(frozen=True)
 class Search:
-    """How SciPy's `least_squares` fared with one Jacobian."""
+    """The result of SciPy's `least_squares` with one Jacobian."""
 
     evaluations: int
     jacobians: int
@@ -160,12 +160,12 @@ class Search:
 
 
 def search(net: Network, x: Array, way: Jacobian | None) -> Search:
-    """Looks for an input next to `x` that is taken for the class that is least likely at `x`.
+    """Searches for an input near `x` of the class that is least likely at `x`.
 
     Args:
         net: The network.
         x: The input.
-        way: Its Jacobian; None for SciPy's finite differences.
+        way: Computes its Jacobian; None for SciPy's finite differences.
     """
     wanted = np.zeros_like(net(x))
     wanted[net(x).argmin()] = 1.0
@@ -189,7 +189,7 @@ def search(net: Network, x: Array, way: Jacobian | None) -> Search:
 
 
 def main() -> None:
-    """Measures, checks and searches, and prints two tables."""
+    """Checks and measures all methods, runs the searches, and prints two tables."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -227,12 +227,14 @@ def three_widths(text: str) -> tuple[int, int, int]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
-    parser = argparse.ArgumentParser(description="Ways to the Jacobian of a small classifier.")
+    """Parses the command line; mistakes are reported before any work is done."""
+    parser = argparse.ArgumentParser(
+        description="Compare methods for the Jacobian of a small classifier."
+    )
     add = parser.add_argument
     add("--widths", type=three_widths, default=(500, 100, 10), help="default: 500,100,10")
     add("--repeat", type=positive(int), default=50, help="timed rounds; default: 50")
-    add("--seed", type=int, default=0, help="of all random numbers; default: 0")
+    add("--seed", type=int, default=0, help="random seed; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""L-BFGS on the full batch in Lightning, beside `torch.optim.LBFGS` in the same module.
+"""Compares full-batch L-BFGS in Lightning with `torch.optim.LBFGS` in the same module.
 
 The network is the one that did not converge with L-BFGS in Lightning's issue 4083: images, two
-hidden layers of 128 and 256 ReLU units, cross-entropy. Every step sees all images and makes 20
-iterations, which is what an epoch is here; training ends as soon as the gradient is small enough.
+hidden layers of 128 and 256 ReLU units, cross-entropy. Every step uses all images and makes 20
+iterations, so an epoch has one step. Training ends as soon as the gradient is small enough.
 
     python examples/lightning_lbfgs.py
     python examples/lightning_lbfgs.py --images 5000 --epochs 30 --tolerance 1e-7
@@ -39,7 +39,7 @@ CONTENDERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
 
 @dataclass
 class Result:
-    """What came of training with one optimizer."""
+    """The result of training with one optimizer."""
 
     label: str
     loss: float
@@ -51,7 +51,7 @@ class Result:
 
 
 class SmallGradient(host.Callback):
-    """Ends the training where no entry of the gradient is larger than a tolerance.
+    """Ends the training once no entry of the gradient is larger than a tolerance.
 
     Args:
         tolerance: The largest entry allowed.
@@ -61,7 +61,7 @@ class SmallGradient(host.Callback):
         self.tolerance = tolerance
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Looks at the gradient where the step ended; this is no evaluation of the optimizer's."""
+        """Computes the gradient after the step; the optimizer's evaluations do not count it."""
         batch = next(iter(trainer.train_dataloader))
         with torch.enable_grad():
             loss = nn.functional.cross_entropy(pl_module.network(batch[0]), batch[1])
@@ -73,7 +73,7 @@ class SmallGradient(host.Callback):
 
 
 def make_network(images: Images, seed: int) -> nn.Sequential:
-    """Makes the network of the issue."""
+    """The network of the issue."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Linear(images.pixels, 128),
@@ -103,7 +103,7 @@ def fit(label: str, images: Images, epochs: int, tolerance: float, seed: int) ->
 
 
 def statement(results: list[Result], tolerance: float) -> str:
-    """Says who converged."""
+    """A sentence about the optimizers that converged."""
     converged = [r for r in results if r.gradient <= tolerance]
     others = [r.label for r in results if r.gradient > tolerance or r.gradient != r.gradient]
     parts = [f"{r.label} after {r.evaluations} evaluations" for r in converged]
@@ -138,20 +138,20 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
+    """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(description="L-BFGS on the full batch, with Lightning.")
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, help="default: Fashion-MNIST where it is found, else digits")
+    add("--dataset", choices=DATASETS, help="default: Fashion-MNIST if it is found, else digits")
     add("--data-dir", type=Path, help="directory of the Fashion-MNIST files")
     add("--images", type=positive(int), default=2000, help="training images; default: 2000")
-    add("--epochs", type=positive(int), default=20, help="at most; default: 20")
+    add("--epochs", type=positive(int), default=20, help="largest number; default: 20")
     add(
         "--tolerance",
         type=positive(float),
         default=1e-6,
-        help="largest entry of the gradient that training ends with; default: 1e-6",
+        help="training ends once no entry of the gradient is larger; default: 1e-6",
     )
-    add("--seed", type=int, default=0, help="of the weights; default: 0")
+    add("--seed", type=int, default=0, help="seed of the weights; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
     return parser.parse_args()
 

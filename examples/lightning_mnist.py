@@ -1,7 +1,7 @@
 """Trains a small convolutional network on images with Lightning, with any optimizer by name.
 
-The module is an ordinary one: `configure_optimizers` returns the optimizer, and that is all. A
-`SecondOrderMonitor` shows on the progress bar what its steps are like.
+The module is an ordinary one: `configure_optimizers` returns the optimizer, and nothing else is
+needed. A `SecondOrderMonitor` shows numbers about the steps on the progress bar.
 
     python examples/lightning_mnist.py
     python examples/lightning_mnist.py --optimizer newton-cg,lbfgs,adam --epochs 5
@@ -30,7 +30,7 @@ from torch_secondorder.integrations.lightning import SecondOrderMonitor
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer, and what it gets to see in a step.
+    """An optimizer with its batch size.
 
     Attributes:
         label: Its name in the table.
@@ -53,7 +53,7 @@ CONTENDERS = {
 
 
 def make_network(images: Images, seed: int) -> nn.Sequential:
-    """Makes a network of two convolutions for square grey images, the same for the same seed."""
+    """A network of two convolutions for square grey images, the same for the same seed."""
     torch.manual_seed(seed)
     side = round(images.pixels**0.5)
     return nn.Sequential(
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
+    """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(description="Train on images with Lightning.")
     add = parser.add_argument
     add(
@@ -115,11 +115,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help=f"one of {', '.join(CONTENDERS)}, or several with commas; default: adahessian",
     )
-    add("--dataset", choices=DATASETS, help="default: Fashion-MNIST where it is found, else digits")
+    add("--dataset", choices=DATASETS, help="default: Fashion-MNIST if it is found, else digits")
     add("--data-dir", type=Path, help="directory of the Fashion-MNIST files")
     add("--images", type=positive(int), default=6000, help="training images; default: 6000")
     add("--epochs", type=positive(int), default=5, help="default: 5")
-    add("--seed", type=int, default=0, help="of weights and batches; default: 0")
+    add("--seed", type=int, default=0, help="seed of weights and batches; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
     return parser.parse_args()
 

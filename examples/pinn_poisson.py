@@ -1,8 +1,8 @@
 """Solves Poisson's equation on the unit square with a small network, to high precision.
 
 The network `u` has to satisfy `u_xx + u_yy = f` inside and `u = 0` on the boundary, for an `f`
-whose solution is `sin(pi x) sin(pi y)`. Such a loss is so badly conditioned that methods of first
-order all but stop far from the solution; with curvature one gets much closer in the same time.
+whose solution is `sin(pi x) sin(pi y)`. The loss is so badly conditioned that first-order methods
+nearly stop far from the solution; second-order methods get much closer in the same time.
 
     python examples/pinn_poisson.py
     python examples/pinn_poisson.py --target 1e-4
@@ -27,9 +27,9 @@ from _command_line import add_common_arguments, positive
 from _report import format_table, line_style, pyplot, style_axes
 from _training import Contender, Loss, Run, Task, endings, train
 
-ACCURATE = 1e-4  # the table says when a relative error as small as this was reached
+ACCURATE = 1e-4  # a relative error; the table shows the time it was reached
 DTYPE = torch.float64
-INSIDE, EDGE, GRID = 30, 30, 101  # points a side
+INSIDE, EDGE, GRID = 30, 30, 101  # points per side
 
 CONTENDERS = {
     "newton-cg": Contender(
@@ -52,13 +52,13 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Where the equation is looked at.
+    """The equation, at a set of points.
 
     Attributes:
         inside: Points in the open square, shape `(n, 2)`.
         boundary: Points on its edges, shape `(m, 2)`.
         source: `f` at the points inside, shape `(n, 1)`.
-        grid: Points that the error is measured at, shape `(101 * 101, 2)`.
+        grid: Points for measuring the error, shape `(101 * 101, 2)`.
         exact: The solution there, shape `(101 * 101, 1)`.
     """
 
@@ -70,7 +70,7 @@ class Problem:
 
 
 def make_problem(device: torch.device) -> Problem:
-    """Lays out the points."""
+    """The equation on regular grids of points."""
 
     def line(count: int) -> Tensor:
         return torch.linspace(0, 1, count, dtype=DTYPE, device=device)
@@ -95,7 +95,7 @@ def solution(points: Tensor) -> Tensor:
 
 
 def make_network(width: int, seed: int) -> nn.Sequential:
-    """Makes a network with one hidden layer, the same one for the same seed."""
+    """A network with one hidden layer, the same for the same seed."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Linear(2, width, dtype=DTYPE), nn.Tanh(), nn.Linear(width, 1, dtype=DTYPE)
@@ -115,14 +115,14 @@ def laplacian(net: nn.Module, points: Tensor) -> Tensor:
 
 
 def residual_loss(net: nn.Module, problem: Problem) -> Tensor:
-    """How far the network is from a solution: inside, plus on the boundary."""
+    """The mean squared residual inside, plus that on the boundary."""
     equation = F.mse_loss(laplacian(net, problem.inside), problem.source)
     on_boundary = net(problem.boundary)
     return equation + F.mse_loss(on_boundary, torch.zeros_like(on_boundary))
 
 
 def make_task(problem: Problem, net: nn.Module) -> Task:
-    """Says what the network learns, and how far it is from the exact solution."""
+    """The training problem: its losses, and the error of a network."""
 
     def losses(batch_size: int | None) -> Iterator[Loss]:
         while True:
@@ -141,7 +141,7 @@ def make_task(problem: Problem, net: nn.Module) -> Task:
 
 
 def reached(run: Run, error: float) -> str:
-    """When the relative error was first that small, or a dash."""
+    """The time at which the relative error was reached, or a dash."""
     times = zip(run.curve.seconds, run.curve.score, strict=True)
     first = next((seconds for seconds, score in times if score <= error), None)
     return "-" if first is None else f"{first:.1f} s"
@@ -167,7 +167,7 @@ def print_table(runs: list[Run], error: float) -> None:
 
 @torch.no_grad()
 def plot(runs: list[Run], problem: Problem, path: Path) -> None:
-    """Draws the best solution, the exact one, the difference, and the errors over time."""
+    """Plots the best solution, the exact one, the difference, and the errors over time."""
     plt = pyplot()
     best = min(runs, key=lambda run: run.curve.score[-1])
     exact = problem.exact.reshape(GRID, GRID).cpu()
@@ -182,7 +182,7 @@ def plot(runs: list[Run], problem: Problem, path: Path) -> None:
         (b, exact, values, "exact solution"),
         (c, error, signed, f"network - exact, at most {largest:.1e}"),
     ):
-        # The first index is x, which a picture has along its columns.
+        # Transposed, because the first index is x, which runs along the columns of a picture.
         picture = axes.imshow(field.T, origin="lower", extent=(0, 1, 0, 1), **look)
         axes.set(title=title, xlabel="x", ylabel="y")
         figure.colorbar(picture, ax=axes, shrink=0.9)
@@ -196,7 +196,7 @@ def plot(runs: list[Run], problem: Problem, path: Path) -> None:
 
 
 def main() -> None:
-    """Solves the equation with each optimizer in turn, prints the table and draws the plot."""
+    """Solves the equation with each optimizer in turn, prints the table and saves the plot."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -221,7 +221,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
+    """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(
         description="Solve Poisson's equation on the unit square with a network."
     )
@@ -230,9 +230,9 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--target",
         type=positive(float),
-        help="stop at this relative L2 error; default: go on until time is up",
+        help="stop at this relative L2 error; default: continue until the time limit",
     )
-    add("--width", type=positive(int), default=64, help="of the hidden layer; default: 64")
+    add("--width", type=positive(int), default=64, help="width of the hidden layer; default: 64")
     add_common_arguments(
         parser, contenders=CONTENDERS, chosen=["newton-cg"], out="pinn_poisson.png", dtype=DTYPE
     )

@@ -1,13 +1,13 @@
-"""Trains a small transformer on the characters of an English text, by Sophia and by AdamW.
+"""Trains a small transformer on the characters of an English text, with Sophia and with AdamW.
 
-The text is what `help()` prints on Python's keywords and topics, the language reference for the
-most part: about 370,000 characters that come with every CPython, as `pydoc_data.topics`. Sections
-that repeat each other are taken once. The last tenth is held out for validation.
+The text is the help on Python's keywords and topics, mostly the language reference: about 370,000
+characters that come with every CPython, as `pydoc_data.topics`. Repeated sections are used once.
+The last tenth is held out for validation.
 
-Everybody has the same network at the start, the same weight decay, and the same schedule: the
-learning rate rises over the first twentieth of a run and then falls along a cosine. First all have
-the same number of seconds. Then all have the same number of steps, as many as the slowest made, for
-a step that costs more must earn it. The loss is in nats per character.
+All optimizers start from the same network, with the same weight decay and the same schedule: the
+learning rate rises over the first twentieth of a run and then falls along a cosine. They first get
+the same number of seconds, then the same number of steps, as many as the slowest one made. The loss
+is in nats per character.
 
     python examples/train_char_lm.py
     python examples/train_char_lm.py --optimizers adamw,sophia-gnb --seconds 120
@@ -49,14 +49,14 @@ from _training import (
 )
 
 CONTEXT, BATCH, LAYERS, HEADS = 64, 32, 2, 4
-SPREAD = 0.3  # standard deviation of the embeddings at the start
+SPREAD = 0.3  # initial standard deviation of the embeddings
 WEIGHT_DECAY = 0.1
-RISE, FLOOR = 0.05, 0.05  # the part of a run that the rate rises in; where it ends, of its peak
-MEASUREMENTS = 15  # along a run, evenly spaced
+RISE, FLOOR = 0.05, 0.05  # part of a run with rising rate; final rate, relative to its peak
+MEASUREMENTS = 15  # evenly spaced along a run
 SAMPLE, TEMPERATURE = 160, 0.8
 
-# `--tune` tries all of GRID with each optimizer, from another seed than the comparison's default,
-# and RATES is what it found. GAP is what other seeds make of one setting.
+# `--tune` tries all of GRID with each optimizer, with another seed than the comparison's default;
+# RATES has the results. GAP is the difference between seeds at the same setting.
 GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 RATES = {"adamw": 1.6e-2, "sophia-gnb": 2e-3, "sophia-hutchinson": 2e-3}
 TUNING_SEED, TUNING_STEPS = 1, 800
@@ -64,7 +64,7 @@ GAP = 0.02
 
 
 def contender(label: str, make: Any) -> Contender:
-    """Makes a row of `CONTENDERS`: matrices decay, biases and gains do not."""
+    """A row of `CONTENDERS`: weight decay applies to matrices, not to biases and gains."""
 
     def make_grouped(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         matrices, vectors = [], []
@@ -90,10 +90,10 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Text:
-    """A text as numbers, each standing for a character.
+    """A text as numbers, one for each character.
 
     Attributes:
-        characters: Which, in order.
+        characters: The characters by number.
         training: The first nine tenths, int64.
         validation: The last tenth, int64.
     """
@@ -117,7 +117,7 @@ def load_text(device: torch.device, length: int | None = None) -> Text:
 
 
 def linear(inputs: int, outputs: int, *, shortcut: bool = False) -> nn.Linear:
-    """Makes a linear layer; those that add to a shortcut start smaller, as in GPT-2."""
+    """A linear layer; layers that add to a shortcut start smaller, as in GPT-2."""
     layer = nn.Linear(inputs, outputs)
     variance = 1 / inputs / (2 * LAYERS if shortcut else 1)
     nn.init.normal_(layer.weight, std=variance**0.5)
@@ -126,7 +126,7 @@ def linear(inputs: int, outputs: int, *, shortcut: bool = False) -> nn.Linear:
 
 
 class Block(nn.Module):
-    """Causal self-attention and two linear layers, each behind a norm and beside a shortcut."""
+    """Causal self-attention and two linear layers, each with a norm and a shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps activations of shape `(batch, length, width)` to others."""
+        """Maps activations of shape `(batch, length, width)` to the same shape."""
         heads = self.inward(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts each next character from those before it, at most `CONTEXT` of them."""
+    """A model of the next character, given up to `CONTEXT` characters before it."""
 
     def __init__(self, characters: int, width: int) -> None:
         super().__init__()
@@ -163,12 +163,12 @@ class Transformer(nn.Module):
 
 
 def cross_entropy(model: nn.Module, windows: Tensor) -> Tensor:
-    """Nats per character, for windows of `CONTEXT + 1` characters."""
+    """Nats per character, in windows of `CONTEXT + 1` characters."""
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
 def make_task(text: Text, model: nn.Module, seed: int) -> Task:
-    """Says what the network learns, and how well it does is measured: on all that is held out."""
+    """The training problem: its losses, and measurements on the whole held-out text."""
     anywhere = text.training.unfold(0, CONTEXT + 1, 1)
     held_out = text.validation.unfold(0, CONTEXT + 1, CONTEXT)
     seen = anywhere[:: 4 * len(anywhere) // len(held_out)]
@@ -188,11 +188,11 @@ def make_task(text: Text, model: nn.Module, seed: int) -> Task:
 
 @dataclass
 class Scheduled(Run):
-    """A run along a schedule.
+    """A run with a learning-rate schedule.
 
     Attributes:
-        rate: Its peak.
-        unclipped: Shares of the entries that were not clipped, where the optimizer reports them.
+        rate: The peak learning rate.
+        unclipped: Shares of the entries that were not clipped, if the optimizer reports them.
     """
 
     rate: float = 0.0
@@ -200,7 +200,7 @@ class Scheduled(Run):
 
 
 def schedule(used: float) -> float:
-    """The learning rate, as a part of its peak, when a part of the run is over.
+    """The learning rate relative to its peak, when a part of the run is over.
 
     >>> [round(schedule(used), 3) for used in (0.0, 0.025, 0.05, 0.525, 1.0)]
     [0.0, 0.5, 1.0, 0.525, 0.05]
@@ -214,9 +214,9 @@ def schedule(used: float) -> float:
 def train(
     task: Task, name: str, rate: float, *, seconds: float, steps: int | None = None
 ) -> Scheduled:
-    """Trains along the schedule, for a number of seconds, or of steps where it is given.
+    """Trains along the schedule, for a number of seconds, or of steps if given.
 
-    With steps, `seconds` is about what they should take, for the progress bar.
+    With steps, `seconds` is their estimated time, for the progress bar.
     """
     chosen = CONTENDERS[name]
     warm_up(task, chosen)
@@ -282,26 +282,26 @@ def print_table(by_time: list[Scheduled], by_steps: list[Scheduled]) -> None:
 
 
 def final(run: Run) -> float:
-    """The validation loss at the end, infinite where it is no number."""
+    """The final validation loss; infinite instead of NaN."""
     loss = run.curve.score[-1]
     return math.inf if math.isnan(loss) else loss
 
 
 def verdict(runs: Sequence[Run], occasion: str) -> str:
-    """Says who has the lowest validation loss, or that the first two are too close to say."""
+    """A sentence about the lowest validation loss and its lead."""
     if len(runs) < 2:
         return ""
     ranked = sorted((final(run), run.contender.label) for run in runs)
     (lowest, first), (next_lowest, second) = ranked[:2]
     lead = next_lowest - lowest
     if lead < GAP:
-        return f"{occasion}: {first} and {second} are level, {lead:.3f} nats per character apart\n"
+        return f"{occasion}: {first} and {second} are equal, {lead:.3f} nats per character apart\n"
     return f"{occasion}: {first} wins, {lead:.3f} nats per character below {second}\n"
 
 
 @torch.no_grad()
 def write(model: nn.Module, text: Text, seed: int) -> str:
-    """Goes on from the last characters of the training text, at a temperature below one."""
+    """Continues the training text, at a temperature below one."""
     generator = torch.Generator(text.training.device).manual_seed(seed)
     numbers = text.training[-CONTEXT:]
     for _ in range(SAMPLE):
@@ -312,7 +312,7 @@ def write(model: nn.Module, text: Text, seed: int) -> str:
 
 
 def plot(by_time: list[Scheduled], by_steps: list[Scheduled], path: Path) -> None:
-    """Draws the validation loss over the seconds and over the steps."""
+    """Plots the validation loss against seconds and against steps."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for i, (run, same_steps) in enumerate(zip(by_time, by_steps, strict=True)):
@@ -320,8 +320,8 @@ def plot(by_time: list[Scheduled], by_steps: list[Scheduled], path: Path) -> Non
         right.plot(same_steps.curve.evaluations, same_steps.curve.score, **line_style(i))
     style_axes(left, xlabel="seconds", ylabel="validation loss (nats per character)")
     style_axes(right, xlabel="steps")
-    left.set(title="the same time for all")
-    right.set(title="the same number of steps for all")
+    left.set(title="equal time")
+    right.set(title="equal number of steps")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle("Python's help topics: a small transformer on characters")
     figure.savefig(path, dpi=150)
@@ -329,7 +329,7 @@ def plot(by_time: list[Scheduled], by_steps: list[Scheduled], path: Path) -> Non
 
 
 def tune(task: Task, names: list[str], steps: int) -> None:
-    """Tries all of GRID, and prints the validation losses that come of it."""
+    """Tries all of GRID, and prints the validation losses."""
     rows = []
     for name in names:
         runs = [train(task, name, rate, seconds=steps * 0.03, steps=steps) for rate in GRID]
@@ -339,19 +339,19 @@ def tune(task: Task, names: list[str], steps: int) -> None:
 
 
 def main() -> None:
-    """Trains with each optimizer in turn, then prints table, winners and samples, and plots."""
+    """Trains with each optimizer in turn, prints table, winners and samples, and saves the plot."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     seed = TUNING_SEED if arguments.tune else arguments.seed
     text = load_text(arguments.device, arguments.characters)
     if len(text.validation) <= CONTEXT:
-        sys.exit(f"error: {arguments.characters} characters are too few to hold a tenth out")
+        sys.exit(f"error: {arguments.characters} characters are too few to hold out a tenth")
     torch.manual_seed(seed)
     model = Transformer(len(text.characters), HEADS * arguments.width).to(arguments.device)
     print(
         f"Python's help topics: {len(text.training):,} characters for training, "
-        f"{len(text.validation):,} held out, {len(text.characters)} different ones; "
+        f"{len(text.validation):,} held out, {len(text.characters)} distinct ones; "
         f"transformer with {sum(p.numel() for p in model.parameters()):,} parameters",
         flush=True,
     )
@@ -370,14 +370,14 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
+    """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(
         description="Train a small language model with Sophia and with AdamW, the same time each."
     )
     add = parser.add_argument
     add("--seconds", type=positive(float), default=30.0, help="for each optimizer; default: 30")
-    add("--characters", type=positive(int), help="of the text; default: all")
-    add("--width", type=positive(int), default=16, help="of an attention head; default: 16")
+    add("--characters", type=positive(int), help="number of characters of the text; default: all")
+    add("--width", type=positive(int), default=16, help="width of an attention head; default: 16")
     add(
         "--tune",
         type=positive(int),

@@ -1,9 +1,9 @@
-"""Trains a small convolutional network on images: what does each optimizer make of its seconds?
+"""Trains a small convolutional network on images, with several optimizers for the same time.
 
 Each optimizer tries the same number of learning rates, for the same short time, and keeps the one
-with the highest accuracy on training images that are held out. Then it trains from several seeds
-(other weights, other batches) on all training images. Nothing is chosen by the test images, and
-what is not a learning rate has its default. Only training is on the clock.
+with the highest accuracy on held-out training images. Then it trains from several seeds (other
+weights, other batches) on all training images. The test images play no part in any choice, and all
+other settings have their defaults. Only training counts as time.
 
     python examples/train_classifier.py
     python examples/train_classifier.py --optimizers adahessian,adamw --seconds 60 --seeds 5
@@ -31,14 +31,14 @@ from _training import Contender, Loss, Run, Task, batches, endings, train
 from torch_secondorder import AdaHessian, Sophia
 
 BATCH_SIZE = 128
-HELD_OUT = 1 / 6  # of the training images, while learning rates are chosen
-MEASURED = 10_000  # training images, at most, over which the loss is measured
-CHUNK = 1000  # images that are measured at a time
+HELD_OUT = 1 / 6  # of the training images, for the choice of learning rates
+MEASURED = 10_000  # largest number of training images that the loss is measured on
+CHUNK = 1000  # images measured at a time
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An optimizer and what may be its learning rate.
+    """An optimizer with several learning rates.
 
     Attributes:
         label: Its name in the table and the plot.
@@ -51,11 +51,11 @@ class Candidate:
     rates: tuple[float, ...]
 
     def name(self, rate: float) -> str:
-        """What it is called with that learning rate."""
+        """The label with a learning rate."""
         return f"{self.label}, lr {rate:g}"
 
 
-# To compare another optimizer, add a row, with as many learning rates as the others have.
+# To compare another optimizer, add a row with the same number of learning rates.
 CANDIDATES = {
     "adahessian": Candidate(
         "AdaHessian (ours)", lambda p, lr: AdaHessian(p, lr=lr), (0.015, 0.05, 0.15, 0.5, 1.5)
@@ -73,7 +73,7 @@ CANDIDATES = {
 
 
 def contenders(names: Iterable[str]) -> dict[str, Contender]:
-    """Makes a contender of every candidate with each of its learning rates."""
+    """Every candidate with each of its learning rates."""
     return {
         candidate.name(rate): Contender(
             candidate.name(rate),
@@ -86,7 +86,7 @@ def contenders(names: Iterable[str]) -> dict[str, Contender]:
 
 
 def make_network(images: Images, seed: int) -> nn.Sequential:
-    """Makes a network with two convolutions, the same one for the same seed."""
+    """A network with two convolutions, the same for the same seed."""
     torch.manual_seed(seed)
     side = round(images.pixels**0.5)
     quarter = -(-side // 4)  # each stride of two halves the side, rounded up
@@ -104,7 +104,7 @@ def make_network(images: Images, seed: int) -> nn.Sequential:
 
 
 def hold_out(images: Images, seed: int) -> Images:
-    """Puts a part of the training images in the place of the test images."""
+    """Replaces the test images by a part of the training images."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images.train_y), generator=generator).to(images.train_y.device)
     held, kept = order.tensor_split([round(HELD_OUT * len(order))])
@@ -113,7 +113,7 @@ def hold_out(images: Images, seed: int) -> Images:
 
 
 def make_task(images: Images, model: nn.Module, seed: int) -> Task:
-    """Says what the network learns, and how well it does is measured."""
+    """The training problem: its losses, and the measurement of a network."""
 
     def losses(batch_size: int | None) -> Iterator[Loss]:
         for x, y in batches((images.train_x, images.train_y), batch_size, seed):
@@ -139,7 +139,7 @@ def loss_and_accuracy(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, fl
 
 
 def choose_rate(task: Task, name: str, every: Mapping[str, Contender], seconds: float) -> float:
-    """Returns the learning rate that comes to the highest accuracy; the lower loss breaks ties."""
+    """The learning rate with the highest accuracy; ties go to the lower loss."""
     candidate = CANDIDATES[name]
     reached = {}
     for rate in candidate.rates:
@@ -149,33 +149,33 @@ def choose_rate(task: Task, name: str, every: Mapping[str, Contender], seconds: 
 
 
 def at_the_edge(chosen: Mapping[str, float]) -> str:
-    """Says whose learning rate is the smallest or largest that was tried; a line for each."""
+    """One line for each optimizer whose best learning rate is the smallest or largest tried."""
     lines = ""
     for name, rate in chosen.items():
         for end, of_them in (("smallest", min), ("largest", max)):
             if rate == of_them(CANDIDATES[name].rates):
                 lines += (
                     f"{CANDIDATES[name].label}: the best learning rate, {rate:g}, is the {end} "
-                    "that was tried\n"
+                    "one tried\n"
                 )
     return lines
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Formats the mean and, of two values or more, the standard deviation."""
+    """Formats the mean and, for two or more values, the standard deviation."""
     mean = format(statistics.mean(values), form)
     return mean if len(values) < 2 else f"{mean} ± {format(statistics.stdev(values), form)}"
 
 
 def step_time(runs: Sequence[Run]) -> float:
-    """Seconds a step took; all candidates evaluate the closure once a step."""
+    """Seconds per step; all candidates evaluate the closure once per step."""
     return sum(run.seconds for run in runs) / sum(run.evaluations for run in runs)
 
 
 def print_table(runs: Mapping[str, list[Run]], chosen: Mapping[str, float]) -> None:
     """Prints one row for each optimizer."""
     fastest = min(map(step_time, runs.values()))
-    header = ["optimizer", "learning rate", "steps", "time a step"]
+    header = ["optimizer", "learning rate", "steps", "time per step"]
     rows = [
         [
             CANDIDATES[name].label,
@@ -191,7 +191,7 @@ def print_table(runs: Mapping[str, list[Run]], chosen: Mapping[str, float]) -> N
 
 
 def verdict(runs: Mapping[str, list[Run]]) -> str:
-    """Says who has the highest accuracy, and whether that is more than chance."""
+    """A sentence about the highest accuracy, and the significance of the lead."""
     accuracies = {
         CANDIDATES[name].label: [100 * run.curve.score[-1] for run in several]
         for name, several in runs.items()
@@ -207,7 +207,7 @@ def verdict(runs: Mapping[str, list[Run]]) -> str:
 
 
 def plot(runs: Mapping[str, list[Run]], path: Path, *, title: str) -> None:
-    """Draws loss and accuracy against seconds and steps, mean and range over the seeds."""
+    """Plots loss and accuracy against seconds and steps, with mean and range over the seeds."""
     plt = pyplot()
     figure, cells = plt.subplots(
         2, 2, figsize=(11, 7.5), sharex="col", sharey="row", layout="constrained"
@@ -231,7 +231,7 @@ def plot(runs: Mapping[str, list[Run]], path: Path, *, title: str) -> None:
 
 
 def main() -> None:
-    """Chooses learning rates, trains from several seeds, prints the table and draws the plot."""
+    """Chooses learning rates, trains from several seeds, prints the table and saves the plot."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -250,7 +250,7 @@ def main() -> None:
     chosen = {name: choose_rate(task, name, every, tuning_seconds) for name in arguments.optimizers}
     print(f"{arguments.seeds} seeds: {arguments.seconds:g} s for each optimizer", flush=True)
     runs: dict[str, list[Run]] = {name: [] for name in arguments.optimizers}
-    # Seed by seed, so that a machine that is slow for a while is so for all of them.
+    # Seed by seed, so that a temporarily slow machine affects all optimizers.
     for seed in range(arguments.seed + 1, arguments.seed + 1 + arguments.seeds):
         task = make_task(images, make_network(images, seed).to(arguments.device), seed)
         for name, several in runs.items():
@@ -266,7 +266,7 @@ def main() -> None:
 
 
 def describe(images: Images, model: nn.Module) -> str:
-    """Says in one line what is trained on what."""
+    """One line about the data and the network."""
     return (
         f"{images.name}: {len(images.train_y):,} training and {len(images.test_y):,} test images; "
         f"two convolutions and a linear layer "
@@ -275,12 +275,12 @@ def describe(images: Images, model: nn.Module) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what is wrong with it is said before any work is done."""
+    """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(
         description="Train a convolutional network with several optimizers, the same time each."
     )
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, help="default: fashion-mnist where it is found, or digits")
+    add("--dataset", choices=DATASETS, help="default: fashion-mnist if it is found, else digits")
     add("--data-dir", type=Path, help="directory of the Fashion-MNIST files")
     add("--seconds", type=positive(float), default=12.0, help="for each run; default: 12")
     add(

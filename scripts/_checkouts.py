@@ -106,6 +106,8 @@ def supervised(
     params: list[Tensor] = list(model.parameters())
 
     def loss() -> Tensor:
+        if problem.rows == slice(None):  # no operations that somebody might count
+            return criterion(model(inputs), targets)
         return criterion(model(inputs[problem.rows]), targets[problem.rows])
 
     problem = Problem(params, loss, model, inputs, targets, criterion)

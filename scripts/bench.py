@@ -1,7 +1,7 @@
-"""Measures this library beside its peers: `python scripts/bench.py SUBCOMMAND [--json FILE]`.
+"""Compares this library with its peers: `python scripts/bench.py SUBCOMMAND [--json FILE]`.
 
-Times come from candidates that run by turns in one process; see scripts/benchmarks/harness.py.
-Numbers from a machine that does other work at the same time are worth little, ratios a bit more.
+Candidates take turns in one process, see scripts/benchmarks/harness.py. Do not trust times from a
+machine that does other work at the same time; ratios are a bit more reliable.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-# SciPy's BLAS would share vectors of length two among threads, and wait for them at each call.
+# SciPy's BLAS would distribute even vectors of length two among threads, and wait at each call.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(1, str(ROOT))  # for a checkout that is not installed
+sys.path.insert(1, str(ROOT))  # the checkout may not be installed
 
 from benchmarks import COMMANDS, Options  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
@@ -29,12 +29,12 @@ from benchmarks.report import Report  # noqa: E402
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    common.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     common.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     common.add_argument("--quick", action="store_true", help="smaller sizes, shorter limits")
     common.add_argument("--repeat", type=int, metavar="N", help="timed rounds (default: 5)")
     common.add_argument(
-        "--seconds", type=float, metavar="N", help="about how long runs against the clock may take"
+        "--seconds", type=float, metavar="N", help="approximate time for all timed runs"
     )
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the sub-command that was asked for."""
+    """Runs the sub-commands of the command line."""
     given = parse(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda, but torch sees no CUDA device", file=sys.stderr)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device(given.device)
     if device.type == "cuda":
-        # Convolutions would round to ten bits by default, and results could not be compared.
+        # By default convolutions round to ten bits, which makes results incomparable.
         torch.backends.cudnn.allow_tf32 = False
     options = Options(device, repeat, given.quick, getattr(given, "part", None), given.seconds)
     report = Report(device, given.json)
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             COMMANDS[name].run(replace(options, part=part), report)
         except Exception:
-            # The rest still runs: time on a borrowed machine does not come back.
+            # The other benchmarks still run, because time on a machine may be limited.
             print(f"bench: {title} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             failed.append(title)
             report.record(f"{title}.error", traceback.format_exc())

@@ -15,6 +15,7 @@ dropped before its end is not entered again.
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import sys
 import types
@@ -109,11 +110,14 @@ def record(run: Callable[[], object]) -> list[Call]:
             )
         )
 
+    gc.collect()
+    gc.disable()  # finalizers would be called anywhere
     sys.setprofile(profile)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return calls
 
 

@@ -1,6 +1,6 @@
-"""The sub-commands of scripts/bench.py, one module each; each enters itself in one table.
+"""The sub-commands of scripts/bench.py, one module each, registered in one table.
 
-To add one: write a module with a function under `@command(...)`, and import it here.
+To add one, write a module with a function under `@command(...)`, and import it here.
 """
 
 from . import (

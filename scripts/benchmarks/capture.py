@@ -1,4 +1,4 @@
-"""What an evaluation through the captured closure costs over the bare closure."""
+"""Cost of an evaluation through the captured closure, relative to the bare closure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _closure(case: Case) -> Callable[[], Tensor]:
     params = case.params
 
     def closure() -> Tensor:
-        # What an optimizer's zero_grad() does.
+        # As an optimizer's zero_grad().
         for p in params:
             p.grad = None
         loss = case.value()
@@ -30,7 +30,7 @@ def _closure(case: Case) -> Callable[[], Tensor]:
 
 
 def _bare_curvature(case: Case) -> tuple[Tensor, ...]:
-    """The least that a curvature evaluation can cost: a differentiable gradient."""
+    """The minimal work of a curvature evaluation: a differentiable gradient."""
     for p in case.params:
         p.grad = None
     return torch.autograd.grad(case.value(), case.params, create_graph=True)
@@ -50,7 +50,7 @@ def candidates(case: Case, objective_class: Any | None) -> dict[str, Callable[[]
     return calls
 
 
-@command("capture", "evaluations through the captured closure beside the bare closure")
+@command("capture", "evaluations through the captured closure, compared with the bare closure")
 def run(options: Options, report: Report) -> None:
     """Measures each network."""
     objective_class = load_ours("torch_secondorder._objective.closure", "ClosureObjective")
@@ -61,11 +61,11 @@ def run(options: Options, report: Report) -> None:
         cnn,
     ]
     header = ["network", "bare", "ours", "ratio", "bare curvature", "ours curvature", "ratio"]
-    table = Table("Evaluation through ClosureObjective beside the bare closure", header)
+    table = Table("Evaluation through ClosureObjective, compared with the bare closure", header)
     for make in progress(makers[:1] if options.quick else makers, "capture"):
         case = make(options.device)
         calls = candidates(case, objective_class)
-        # The differences are a few percent: more rounds than elsewhere.
+        # The differences are a few percent, so more rounds are needed.
         timings = alternate(calls, 4 * options.repeat, options.device, min_seconds=0.05)
         cells: list[object] = []
         result: dict[str, Any] = {name: timing.as_dict() for name, timing in timings.items()}

@@ -1,4 +1,4 @@
-"""What compiling a pure function gains on a PINN, and how long the compiler takes."""
+"""Gain from compiling a pure function on a PINN, and the time of the compiler."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS: dict[str, Callable[[Evaluation], LinearOperator]] = {
 def candidates(
     objective: FunctionalObjective, kinds: Sequence[str]
 ) -> dict[str, Callable[[], Tensor]]:
-    """Loss and gradient, and one product of each kind at a point where others were made."""
+    """Loss and gradient, and one product of each kind after earlier ones at the same point."""
     evaluation = objective.evaluate(curvature=True)
     v = torch.ones_like(evaluation.grad)
     calls: dict[str, Callable[[], Tensor]] = {
@@ -40,7 +40,7 @@ def candidates(
     return calls | {kind: partial(KINDS[kind](evaluation).matvec, v) for kind in kinds}
 
 
-@command("compile", "a pure function compiled with its products beside the same function as it is")
+@command("compile", "a pure function and its products, compiled and not compiled")
 def run(options: Options, report: Report) -> None:
     """Measures the network of `examples/pinn_poisson.py`."""
     example = load_example("pinn_poisson")
@@ -56,22 +56,22 @@ def run(options: Options, report: Report) -> None:
     params = dict(net.named_parameters())
     how: Any = {"backend": "aot_eager"} if options.quick else True
     kinds = list(KINDS)[-1:] if options.quick else list(KINDS)
-    as_it_is = candidates(FunctionalObjective(loss, params), kinds)
+    eager = candidates(FunctionalObjective(loss, params), kinds)
     objective = FunctionalObjective(loss, params, compile=how)
     compiled: dict[str, Callable[[], Tensor]] = {}
-    header = ["", "as it is", "compiled", "ratio", "difference", "first call"]
+    header = ["", "eager", "compiled", "ratio", "difference", "first call"]
     table = Table(f"Poisson's equation, 2-{WIDTH}-1 tanh, float64: torch.compile", header)
-    for name, plain in as_it_is.items():
+    for name, plain in eager.items():
         start = time.perf_counter()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's own
+            warnings.simplefilter("ignore")  # those of the compiler
             compiled = compiled or candidates(objective, kinds)
             value = compiled[name]()
         first = time.perf_counter() - start
         difference = ((value - plain()).norm() / plain().norm()).item()
-        calls = {"as it is": plain, "compiled": compiled[name]}
+        calls = {"eager": plain, "compiled": compiled[name]}
         timings = alternate(calls, 2 * options.repeat, options.device)
-        compared = ratio(timings["compiled"], timings["as it is"])
+        compared = ratio(timings["compiled"], timings["eager"])
         cells = [seconds(timings[key].median) for key in calls]
         table.add(name, *cells, compared, f"{difference:.0e}", seconds(first))
         report.record(

@@ -1,4 +1,4 @@
-"""Products that the ten largest eigenvalues take, and the error of traces."""
+"""Number of products for the ten largest eigenvalues, and errors of traces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNT, TOLERANCE = 10, 1e-3
 
 
 def trained_cnn(samples: int, steps: int) -> tuple[nn.Module, Tensor, Tensor, str]:
-    """A network of 20,490 parameters after some steps of Adam, with its data in one batch."""
+    """A network of 20,490 parameters after a few steps of Adam, with its data in one batch."""
     torch.manual_seed(0)
     x, y, name = images(samples)
     x = x.view(-1, 1, 28, 28)
@@ -37,14 +37,13 @@ Stop = Callable[[float, float, float], bool]
 
 
 def power_iteration(A: Any, count: int, stop: Stop, limit: int) -> tuple[list[float], int]:
-    """The eigenvalues of largest magnitude, one after the other, each orthogonal to the last ones.
+    """The eigenvalues of largest magnitude, one by one, each orthogonal to the earlier ones.
 
     Args:
         A: The operator.
-        count: How many.
-        stop: Whether an eigenvalue is good enough: itself, the value of the iteration before, and
-            its residual.
-        limit: The most products for each eigenvalue.
+        count: Number of eigenvalues.
+        stop: The stopping test; takes the value, the one of the iteration before, and the residual.
+        limit: The largest number of products for each eigenvalue.
     """
     generator = torch.Generator().manual_seed(0)
     found: list[Tensor] = []
@@ -71,7 +70,7 @@ def power_iteration(A: Any, count: int, stop: Stop, limit: int) -> tuple[list[fl
 
 
 def operator_of(problem: Any) -> Any:
-    """The operator that diagnostics work with, which counts its products, to give it to others."""
+    """The counting operator that diagnostics use, for other methods."""
     point = load_peer("torch_secondorder.diagnostics._point")
     assert point is not None
     with point.opened(problem, False, 0, "") as opened:
@@ -79,7 +78,7 @@ def operator_of(problem: Any) -> Any:
 
 
 def for_scipy(operator: Any, linalg: Any) -> Any:
-    """The operator as SciPy takes it."""
+    """The operator as a SciPy one."""
 
     def multiply(v: Any) -> Any:
         product: Tensor = operator @ torch.from_numpy(v).flatten().to(operator.dtype)
@@ -89,17 +88,17 @@ def for_scipy(operator: Any, linalg: Any) -> Any:
 
 
 def _error(values: list[float], reference: Tensor) -> float:
-    """The largest relative error, both in order of magnitude."""
+    """The largest relative error, after sorting both by magnitude."""
     sorted_values = torch.tensor(sorted(values, key=abs, reverse=True), dtype=torch.float64)
     return float(((sorted_values - reference) / reference).abs().max())
 
 
 def eigenvalues(options: Options, report: Report) -> None:
-    """Counts products to a relative error of a thousandth."""
+    """Counts the products for a relative error of a thousandth."""
     diagnostics = load_peer("torch_secondorder.diagnostics")
     if diagnostics is None:
         return
-    # Quickly is for a look at whether it runs: with few samples there are few large eigenvalues.
+    # The quick version only shows that it runs: with few samples there are few large eigenvalues.
     count, samples, steps, limit = (2, 20, 10, 10) if options.quick else (COUNT, 500, 150, 400)
     model, x, y, data = trained_cnn(samples, steps)
     loss = nn.functional.cross_entropy
@@ -119,7 +118,7 @@ def eigenvalues(options: Options, report: Report) -> None:
     }
     table = Table(
         f"The {count} eigenvalues of largest magnitude, {problem.size} parameters, {data}",
-        ["method", "products", "ours / these", "largest error"],
+        ["method", "products", "ours / this", "largest error"],
     )
 
     def add(name: str, products: int, values: list[float]) -> None:
@@ -142,7 +141,7 @@ def eigenvalues(options: Options, report: Report) -> None:
 
 
 def traces(options: Options, report: Report) -> None:
-    """Measures relative errors of traces, root mean square over draws."""
+    """Measures relative errors of traces, as root mean squares over draws."""
     diagnostics = load_peer("torch_secondorder.diagnostics")
     hutchinson = load_ours("torch_secondorder.curvature", "Hutchinson")
     if diagnostics is None or hutchinson is None:
@@ -181,7 +180,9 @@ def traces(options: Options, report: Report) -> None:
 PARTS = {"eigenvalues": eigenvalues, "trace": traces}
 
 
-@command("diagnostics", "products for eigenvalues, beside power iteration; traces", tuple(PARTS))
+@command(
+    "diagnostics", "products for eigenvalues, compared with power iteration; traces", tuple(PARTS)
+)
 def run(options: Options, report: Report) -> None:
     """Runs the parts."""
     for name, part in PARTS.items():

@@ -1,4 +1,4 @@
-"""AdaHessian and Sophia: time and memory of a step, estimates, and a badly scaled problem."""
+"""AdaHessian and Sophia: time and memory of a step, diagonal estimates, a badly scaled problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ PARTS = {
 }
 
 
-@command("diagonal", "AdaHessian and Sophia beside other implementations and Adam", tuple(PARTS))
+@command(
+    "diagonal", "AdaHessian and Sophia, compared with other implementations and Adam", tuple(PARTS)
+)
 def run(options: Options, report: Report) -> None:
     """Runs the parts."""
     for name, part in PARTS.items():

@@ -1,4 +1,4 @@
-"""How far estimates of the diagonal are from it, by the number of random vectors."""
+"""Errors of diagonal estimates, by the number of random vectors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _closure(model: nn.Module) -> Callable[[], Tensor]:
 
 
 def run(options: Options, report: Report) -> None:
-    """Measures relative errors, root mean square over entries and draws."""
+    """Measures relative errors, as root mean squares over entries and draws."""
     objective_class = load_ours("torch_secondorder._objective.closure", "ClosureObjective")
     curvature = load_ours("torch_secondorder", "curvature")
     if objective_class is None or curvature is None:

@@ -1,4 +1,4 @@
-"""Whether memory stays where it is over thousands of steps, without the garbage collector."""
+"""Growth of memory over thousands of steps, without the garbage collector."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def network() -> nn.Sequential:
 
 
 def resident() -> int:
-    """Bytes of memory that the process occupies now."""
+    """Resident memory of the process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def watch(make: Any, steps: int) -> tuple[int, int]:
-    """Memory after the first steps, and after all."""
+    """Memory after the first steps, and after all steps."""
     torch.manual_seed(0)
     model = copy.deepcopy(network())
     optimizer = make(model.parameters())
@@ -65,7 +65,7 @@ def watch(make: Any, steps: int) -> tuple[int, int]:
 
 
 def run(options: Options, report: Report) -> None:
-    """Watches AdaHessian and both kinds of Sophia."""
+    """Measures AdaHessian and both kinds of Sophia."""
     adahessian = load_ours("torch_secondorder", "AdaHessian")
     sophia = load_ours("torch_secondorder", "Sophia")
     if adahessian is None or sophia is None or not Path("/proc/self/statm").exists():

@@ -1,4 +1,4 @@
-"""Steps to a loss on a small network whose inputs come in bad units, beside a tuned Adam."""
+"""Steps to a loss on a small network with badly scaled inputs, compared with a tuned Adam."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SOPHIA_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 @dataclass(frozen=True)
 class Problem:
-    """A regression, all of it in one batch.
+    """A regression problem in one batch.
 
     Attributes:
-        model: The network at the start.
-        inputs: Independent, each in a unit of its own.
-        targets: What a network of the same kind makes of the inputs in good units.
+        model: The initial network.
+        inputs: Independent inputs, each in a different unit.
+        targets: Outputs of a similar network for the inputs in good units.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class Problem:
 
 
 def problem(inputs: int, hidden: int, decades: float, seed: int) -> Problem:
-    """Targets are what a network of the same size makes of the inputs in good units."""
+    """A regression on the outputs of a network of the same size, with badly scaled inputs."""
     torch.manual_seed(seed)
     x = torch.randn(1000, inputs)
     widths = [inputs, hidden, 1]
@@ -55,7 +55,7 @@ def problem(inputs: int, hidden: int, decades: float, seed: int) -> Problem:
 
 
 def steps_to(make: Callable[..., Any], made: Problem, limit: int) -> list[tuple[int, float]]:
-    """Steps and seconds to each target; the limit where one is not reached."""
+    """Steps and seconds to each target; the limit for targets that are not reached."""
     optimizer = make(made.model.parameters())
 
     def closure() -> Tensor:
@@ -77,7 +77,7 @@ def steps_to(make: Callable[..., Any], made: Problem, limit: int) -> list[tuple[
 
 
 def run(options: Options, report: Report) -> None:
-    """Tunes everybody's learning rate on each target, and compares medians over seeds."""
+    """Tunes each learning rate for each target, and compares medians over seeds."""
     adahessian = load_ours("torch_secondorder", "AdaHessian")
     sophia = load_ours("torch_secondorder", "Sophia")
     if adahessian is None or sophia is None:
@@ -113,7 +113,7 @@ def run(options: Options, report: Report) -> None:
 
 
 def _best(found: dict[float, list[list[tuple[int, float]]]], i: int) -> tuple[float, float, float]:
-    """Median steps and seconds to a target at the rate that needs the least, and that rate."""
+    """Median steps and seconds to a target at the fastest learning rate, and that rate."""
     medians = {
         rate: statistics.median(reached[i][0] for reached in runs) for rate, runs in found.items()
     }

@@ -1,4 +1,4 @@
-"""What a step costs, beside other implementations, Adam, and the bare products."""
+"""Cost of a step, compared with other implementations, Adam, and bare products."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .networks import Case, cnn, deep_mlp, mlp
 from .registry import Options
 from .report import Report, Table, seconds
 
-RATE = 1e-7  # so small that all candidates stay where the networks begin
+RATE = 1e-7  # so small that the networks hardly change
 PERIOD = 10
 Calls = dict[str, Callable[[], object]]
 
 
 def bare(case: Case) -> Callable[[], object]:
-    """The least there is to do: a gradient with its graph, and one product with the Hessian."""
+    """The minimal work: a gradient with its graph, and one product with the Hessian."""
     params = case.params
     direction = [torch.ones_like(p) for p in params]
 
@@ -34,7 +34,7 @@ def bare(case: Case) -> Callable[[], object]:
 
 
 def stepping(case: Case, make: Callable[..., Any], steps: int = 1) -> Callable[[], None]:
-    """Steps of an optimizer by the standard closure, on a copy of the network."""
+    """Steps of an optimizer with the standard closure, on a copy of the network."""
     model = copy.deepcopy(case.model)
     optimizer = make(model.parameters(), lr=RATE)
 
@@ -52,7 +52,7 @@ def stepping(case: Case, make: Callable[..., Any], steps: int = 1) -> Callable[[
 
 
 def peer_stepping(case: Case, make: Callable[..., Any]) -> Callable[[], None]:
-    """Steps of an implementation that wants `create_graph=True`."""
+    """Steps of an implementation that needs `create_graph=True`."""
     model = copy.deepcopy(case.model)
     optimizer = make(model.parameters(), lr=RATE)
 
@@ -65,13 +65,13 @@ def peer_stepping(case: Case, make: Callable[..., Any]) -> Callable[[], None]:
 
     def call() -> None:
         optimizer.step(closure)
-        optimizer.zero_grad()  # or the graph stays
+        optimizer.zero_grad()  # frees the graph
 
     return call
 
 
 def candidates(case: Case) -> Calls:
-    """All that is installed."""
+    """All installed optimizers."""
     adam = partial(torch.optim.Adam, foreach=True)
     calls: Calls = {"bare": bare(case), "Adam": stepping(case, adam)}
     for name, module, kind in (
@@ -93,16 +93,16 @@ def candidates(case: Case) -> Calls:
 
 
 def run(options: Options, report: Report) -> None:
-    """Measures each network; steps with a period are in the mean over one."""
+    """Measures each network; with an update period, the mean over one period."""
     makers: list[Callable[[torch.device], Case]] = [partial(mlp, batch=128), cnn, deep_mlp]
     kinds: Iterable[Any] = makers[-1:] if options.quick else makers
     columns = ["bare", "Adam", "pytorch_optimizer", "torch_optimizer", "AdaHessian"]
     table = Table(
-        "A step at batch 128; `bare` is a gradient with graph and a product",
+        "A step with batch size 128; bare: a gradient with graph and a product",
         ["network", *columns, "over bare", "over p_o", "over t_o"],
     )
     seldom = Table(
-        f"A step in the mean over {PERIOD}, with an estimate in the first",
+        f"Mean time of {PERIOD} steps, with an estimate in the first",
         ["network", "Adam", "AdaHessian/10", "ratio", "Sophia-G/10", "ratio"],
     )
     for make in progress(list(kinds), "diagonal steps"):

@@ -1,4 +1,4 @@
-"""What ranks send each other in an iteration, and the vectors alive at an optimizer's peak."""
+"""Communication between ranks in an iteration, and peak memory of optimizers in vectors."""
 
 from __future__ import annotations
 

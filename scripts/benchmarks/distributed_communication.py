@@ -1,4 +1,4 @@
-"""Bytes that a rank gives to collectives, on two gloo ranks of this machine."""
+"""Bytes that a rank passes to collectives, with two gloo ranks on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .registry import Options
 from .report import Report, Table
 
 RANKS, HISTORY = 2, 20
-#: Optimizers by their name in the package, and arguments.
+#: Optimizers by name in the package, with arguments.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     f"LBFGS, m = {HISTORY}": ("LBFGS", {"history_size": HISTORY, "max_iter": 1, "max_eval": 20}),
     "NewtonCG": ("NewtonCG", {}),
@@ -29,7 +29,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Counter:
-    """Counts what this process gives to `torch.distributed`, and to the buckets of a module."""
+    """Counts what this process passes to `torch.distributed`, and to the buckets of a module."""
 
     def __init__(self) -> None:
         self.sent = self.messages = self.buckets = 0
@@ -43,7 +43,7 @@ class Counter:
         return call(*args, **kwargs)
 
     def hook(self, group: Any, bucket: Any) -> Any:
-        """Averages a bucket of gradients, as without a hook."""
+        """Averages a bucket of gradients, as DDP does by default."""
         buffer = bucket.buffer()
         self.buckets += buffer.numel() * buffer.element_size()
         work = group.allreduce([buffer.div_(RANKS)])
@@ -63,7 +63,7 @@ def _rank(rank: int, folder: str, steps: int) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
         parallel = DistributedDataParallel(model)
-        # Annotations would have to be objects, and here they are strings.
+        # A lambda, because DDP checks annotations of functions, and here these are strings.
         parallel.register_comm_hook(
             dist.group.WORLD, lambda group, bucket: counter.hook(group, bucket)
         )
@@ -78,7 +78,7 @@ def _rank(rank: int, folder: str, steps: int) -> None:
             loss.backward()
             return loss
 
-        optimizer.step(closure)  # modules are found in it
+        optimizer.step(closure)  # the optimizer finds the modules in this step
         counter.sent = counter.messages = counter.buckets = evaluations = 0
         for _ in range(steps):
             optimizer.step(closure)
@@ -97,15 +97,15 @@ def _rank(rank: int, folder: str, steps: int) -> None:
 
 
 def run(options: Options, report: Report) -> None:
-    """Counts over some steps of one iteration each."""
+    """Counts over several steps of one iteration each."""
     if not dist.is_available():
         return
     steps = 10 if options.quick else 40
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (folder, steps), nprocs=RANKS)
         ranks = [torch.load(Path(folder) / f"rank{rank}") for rank in range(RANKS)]
-    title = f"What a rank gives to collectives in an iteration (mean of {steps}, two gloo ranks)"
-    columns = ["optimizer", "evaluations", "DDP's buckets", "ours", "messages of ours"]
+    title = f"Data passed to collectives in an iteration (mean of {steps}, two gloo ranks)"
+    columns = ["optimizer", "evaluations", "DDP's buckets", "ours", "our messages"]
     table = Table(title, columns)
     for name, values in ranks[0].items():
         table.add(

@@ -1,8 +1,8 @@
-"""Vectors of the parameters' length that are alive at the peak of training.
+"""Peak memory of training, in vectors of the parameters' length.
 
-Every tensor that an operation returns is followed by its storage, from the operation to the end of
-the storage (a dispatch mode sees backward passes too; the collector is off). The network is large
-and the batch small, so that activations do not count. What kernels use inside is not seen.
+Storages of all tensors returned by operations are tracked until they are freed (a dispatch mode
+sees backward passes too; the garbage collector is off). The network is large and the batch small,
+so activations are negligible. Temporary memory inside kernels is not seen.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ HISTORY = 20
 
 
 class Alive(TorchDispatchMode):
-    """Follows the storages of tensors.
+    """A dispatch mode that tracks the storages of tensors.
 
     Args:
-        least: Bytes from which on a storage counts.
+        least: Storages up to this number of bytes are ignored.
 
     Attributes:
-        now: Bytes alive.
-        peak: The most there were.
+        now: Number of bytes alive.
+        peak: The largest such number.
     """
 
     def __init__(self, least: int = 0) -> None:
@@ -42,7 +42,7 @@ class Alive(TorchDispatchMode):
         self._held: dict[int, Any] = {}
 
     def note(self, tensor: Tensor) -> None:
-        """Follows a tensor from here on."""
+        """Tracks a tensor from now on."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._held or size <= self._least:
@@ -59,7 +59,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs an operation and follows what it returns."""
+        """Runs an operation and tracks its results."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -68,7 +68,7 @@ class Alive(TorchDispatchMode):
 
 
 def peak(make: Any, width: int, steps: int) -> float:
-    """The peak in vectors, parameters and gradients included."""
+    """The peak in vectors, including parameters and gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, width))
     size = sum(p.numel() for p in model.parameters())
@@ -102,8 +102,8 @@ def run(options: Options, report: Report) -> None:
     if lbfgs is None or newton is None:
         return
     kept = partial(lbfgs, history_size=HISTORY, max_iter=10)
-    # Of the model and its graph: parameters and gradients; for products also the gradients that
-    # have a graph, and the `J'w` of Gauss-Newton products.
+    # Numbers of vectors of the model and its graph: parameters and gradients; for products also
+    # gradients with a graph, and the `J'w` of Gauss-Newton products.
     makers: dict[str, tuple[Any, int]] = {
         "LBFGS, strong Wolfe": (kept, 2),
         "LBFGS, lr = 3": (partial(kept, lr=3.0), 2),
@@ -118,9 +118,7 @@ def run(options: Options, report: Report) -> None:
         "NewtonCG, differences": (partial(newton, curvature_products="finite_difference"), 2),
     }
     width = 200 if options.quick else 1200
-    title = (
-        f"Vectors alive at the peak (m = {HISTORY} for L-BFGS), n = {4 * width**2 + 3 * width:,}"
-    )
+    title = f"Peak memory in vectors (m = {HISTORY} for L-BFGS), n = {4 * width**2 + 3 * width:,}"
     table = Table(title, ["optimizer", "all", "model and graph", "the rest"])
     for name in progress(list(makers), "distributed memory"):
         make, given = makers[name]

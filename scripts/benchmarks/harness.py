@@ -1,8 +1,8 @@
-"""Timing of candidates side by side, and imports of peers that may be missing.
+"""Timing of candidates side by side, and imports of optional peers.
 
-Machines are noisy: other processes, clock changes and page faults move a time by tens of percent
-from one minute to the next. Candidates are therefore run by turns in one process, so that a slow
-moment hits all of them, and what is reported are medians, and ratios within a round.
+Machines are noisy: other processes, clock changes and page faults change a time by tens of percent
+from one minute to the next. Therefore candidates take turns in one process, so that a slow moment
+affects all of them, and reports contain medians, and ratios within a round.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SAID: set[str] = set()
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call, one sample per round."""
+    """Seconds per call, with one sample per round."""
 
     samples: tuple[float, ...]
 
@@ -60,7 +60,7 @@ class Ratio:
     """One candidate's time over another's.
 
     Attributes:
-        of_medians: The ratio of the two medians, which is the number to quote.
+        of_medians: The ratio of the two medians; quote this number.
         minimum: The smallest ratio within a round.
         median: The median ratio within a round.
         maximum: The largest ratio within a round.
@@ -89,12 +89,12 @@ def ratio(candidate: Timing, base: Timing) -> Ratio:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """The geometric mean; NaN of nothing."""
+    """The geometric mean; NaN for an empty sequence."""
     return statistics.geometric_mean(values) if values else float("nan")
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -114,17 +114,17 @@ def alternate(
     device: torch.device | str = "cpu",
     min_seconds: float = 0.02,
 ) -> dict[str, Timing]:
-    """Times candidates by turns in one process.
+    """Times candidates in turns in one process.
 
-    Each candidate is warmed up, then called in every round as often as makes the round's sample
-    last `min_seconds`. The order is reversed every other round, so that none always follows the
-    same other.
+    Each candidate is warmed up, then called in every round until the sample has taken about
+    `min_seconds`. The order is reversed every other round, so that none always follows the same
+    other one.
 
     Args:
-        candidates: Names and what to call; arguments are bound beforehand.
+        candidates: Functions without arguments, by name.
         repeat: The number of rounds.
-        device: The device that is waited for before the clock is read.
-        min_seconds: The least duration of one sample; 0 makes it a single call.
+        device: The device to wait for before reading the time.
+        min_seconds: The smallest duration of one sample; 0 for a single call.
 
     Returns:
         A timing for each candidate, in the order given.
@@ -144,14 +144,14 @@ def alternate(
 
 
 def load_peer(module: str, package: str | None = None) -> ModuleType | None:
-    """Imports a peer, or says in one line that it is skipped.
+    """Imports a peer, or prints one line that it is skipped.
 
     Args:
         module: The module's dotted name.
-        package: What to install to get it; by default the module's first name.
+        package: The package to install; by default the module's first name.
 
     Returns:
-        The module, or None where it is not installed.
+        The module, or None if it is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -164,7 +164,7 @@ def load_peer(module: str, package: str | None = None) -> ModuleType | None:
 
 
 def load_ours(module: str, name: str) -> Any | None:
-    """Gets one of this library's names, or says in one line that it is not there."""
+    """Gets one of this library's names, or prints one line that it is missing."""
     found = load_peer(module, f"{module}.{name}")
     if found is not None and not hasattr(found, name):
         say(f"skipped: {module} has no {name}")
@@ -173,12 +173,12 @@ def load_ours(module: str, name: str) -> Any | None:
 
 
 def say(line: str, end: str = "\n") -> None:
-    """Prints a line at once, so that it is seen while the benchmark runs."""
+    """Prints a line immediately, so that you see it while the benchmark runs."""
     print(line, end=end, flush=True)
 
 
 def progress(items: Iterable[Item], title: str) -> Iterator[Item]:
-    """Iterates with a progress bar on a terminal with tqdm, with plain lines elsewhere."""
+    """Iterates with a progress bar on a terminal with tqdm, else with plain lines."""
     entries = list(items)
     if sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
         tqdm = importlib.import_module("tqdm").tqdm
@@ -194,7 +194,7 @@ def progress(items: Iterable[Item], title: str) -> Iterator[Item]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Sets torch's number of CPU threads for a while."""
+    """A context with another number of CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

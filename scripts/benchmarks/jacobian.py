@@ -1,4 +1,4 @@
-"""The Jacobian of a small network by its input: ours, the other known ways, and a closed form."""
+"""The Jacobian of a small network by its input: ours, other known methods, and a closed form."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Network:
     """A classifier with one hidden layer.
 
     Attributes:
-        function: From `(..., 500)` to `(..., 10)`; its parameters are constants.
+        function: Maps `(..., 500)` to `(..., 10)`; its parameters are constants.
         weights: Weights and biases in float64, for the closed form.
     """
 
@@ -39,7 +39,7 @@ class Network:
 
     @classmethod
     def make(cls, device: torch.device) -> Network:
-        """The same one at each call."""
+        """A random network, the same at each call."""
         torch.manual_seed(0)
         inputs, hidden, outputs = WIDTHS
         net = nn.Sequential(
@@ -61,7 +61,7 @@ def closed_form(weights: tuple[Array, ...], x: Array) -> Array:
 
 
 def closed_form_of_batch(weights: tuple[Array, ...], x: Array) -> Array:
-    """The same for a batch `(B, 500)`, with the large product last, as one."""
+    """The same for a batch `(B, 500)`, with one large product at the end."""
     w1, b1, w2, b2 = weights
     a = x @ w1.T + b1
     z = np.maximum(a, 0) @ w2.T + b2
@@ -85,9 +85,9 @@ def batched(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def replicated(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The input once for each output, so that one backward pass gives all rows.
+    """One copy of the input for each output, so that one backward pass gives all rows.
 
-    Right only for functions that take rows one by one.
+    This is correct only for functions that handle rows independently.
     """
     with torch.no_grad():
         count = f(x[:1] if x.dim() == 2 else x).shape[-1]
@@ -115,12 +115,12 @@ def one_input(net: Network, x: Tensor) -> Calls:
 
 
 def batch_of_inputs(net: Network, x: Tensor) -> Calls:
-    """All ways to those of a batch, shape `(B, 10, 500)`."""
+    """All methods for the Jacobians of a batch, shape `(B, 10, 500)`."""
     f, array = net.function, x.cpu().numpy()
     weights = tuple(w.astype(np.float32) for w in net.weights)
     ours = load_ours("torch_secondorder.func", "batch_jacobian")
 
-    def of_sum(vectorize: bool) -> Tensor:  # rows are independent: the sum's has those of all
+    def of_sum(vectorize: bool) -> Tensor:  # rows are independent, so a sum over them suffices
         return functional_jacobian(lambda x: f(x).sum(0), x, vectorize=vectorize).transpose(0, 1)
 
     return {
@@ -135,7 +135,7 @@ def batch_of_inputs(net: Network, x: Tensor) -> Calls:
 
 
 def errors(calls: Calls, exact: Array) -> dict[str, float]:
-    """Relative errors; raises where one is too large."""
+    """Relative errors; raises if one is too large."""
     found = {}
     for name, call in calls.items():
         value = torch.as_tensor(call()).detach().cpu().double().numpy()
@@ -161,7 +161,9 @@ def _note(report: Report, key: str, title: str, base: str, calls: Calls, measure
     report.show(table)
 
 
-@command("jacobian", "whole Jacobians of a small network, beside torch.func and a closed form")
+@command(
+    "jacobian", "full Jacobians of a small network, compared with torch.func and a closed form"
+)
 def run(options: Options, report: Report) -> None:
     """Measures one input and a batch."""
     net = Network.make(options.device)

@@ -1,4 +1,4 @@
-"""L-BFGS beside torch's and SciPy's: test functions, softmax regression, and one direction."""
+"""L-BFGS compared with torch's and SciPy's: test functions, softmax regression, one direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PARTS = {
 }
 
 
-@command("lbfgs", "L-BFGS beside torch.optim.LBFGS and SciPy's L-BFGS-B", tuple(PARTS))
+@command("lbfgs", "L-BFGS, compared with torch.optim.LBFGS and SciPy's L-BFGS-B", tuple(PARTS))
 def run(options: Options, report: Report) -> None:
     """Runs the parts."""
     for name, part in PARTS.items():

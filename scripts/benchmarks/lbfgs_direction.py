@@ -20,7 +20,7 @@ SIZES = (1_000, 10_000, 100_000, 1_000_000, 5_000_000)
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an iteration of L-BFGS has at hand: the last direction and two gradients."""
+    """The data of an L-BFGS iteration: the last direction and two gradients."""
 
     direction: Tensor
     previous: Tensor
@@ -30,9 +30,8 @@ class Iteration:
 class TwoLoop:
     """The history update and two-loop recursion as `torch.optim.LBFGS.step` runs them.
 
-    Written out statement by statement from there, because torch offers no function for them. Its
-    curvature test makes the host wait for the device once an iteration, and its `alpha`s twice an
-    item.
+    Copied statement by statement, because torch has no separate function for it. Its curvature test
+    makes the host wait for the device once per iteration, and its `alpha`s twice per pair.
     """
 
     def __init__(self, history_size: int) -> None:
@@ -44,7 +43,7 @@ class TwoLoop:
         self.h_diag: Any = 1
 
     def __call__(self, at: Iteration) -> Tensor:
-        """Takes in the last step and returns the next direction."""
+        """Adds the last step to the history and returns the next direction."""
         y = at.gradient.sub(at.previous)
         s = at.direction.mul(1.0)
         ys = y.dot(s)
@@ -71,13 +70,13 @@ class TwoLoop:
 
 
 class Compact:
-    """This library's history, with the same work on y and s."""
+    """The history of this library, with the same work on y and s."""
 
     def __init__(self, history: Any) -> None:
         self.history = history
 
     def __call__(self, at: Iteration) -> Tensor:
-        """Takes in the last step and returns the next direction."""
+        """Adds the last step to the history and returns the next direction."""
         y = at.gradient.sub(at.previous)
         s = at.direction.mul(1.0)
         self.history.push(s, y)
@@ -86,16 +85,16 @@ class Compact:
 
 
 def make_history(inverse_bfgs: Any, size: int, device: torch.device) -> Any:
-    """Makes this library's history; the one place to adapt when its constructor changes."""
+    """The history of this library; the only place to adapt when its constructor changes."""
     return inverse_bfgs(size, MEMORY, dtype=torch.float32, device=device)
 
 
 def iterations(size: int, device: torch.device) -> list[Iteration]:
-    """A few made-up iterations with y = D s, D positive, so that every pair is kept."""
+    """A few artificial iterations with y = D s, D positive, so that every pair is kept."""
     generator = torch.Generator().manual_seed(0)
     scale = 0.5 + 1.5 * torch.rand(size, generator=generator)
     made = []
-    # Their number is no divisor of the memory, and small, because each takes three vectors.
+    # Not a divisor of the memory, and small, because each takes three vectors.
     for _ in range(3):
         s, previous = torch.randn(2, size, generator=generator).unbind()
         gradient = previous + scale * s
@@ -104,10 +103,10 @@ def iterations(size: int, device: torch.device) -> list[Iteration]:
 
 
 def bandwidth(size: int, options: Options) -> float:
-    """Bytes per second of reading a tensor as large as the history, the best of several.
+    """Bytes per second when reading a tensor as large as the history, the best of several.
 
-    Of a short one it is the call that is measured, and caches hold it: below n = 1e5 the floor
-    says nothing of memory, and the table leaves it out.
+    A short history fits into caches, and its time is that of the call. Below n = 1e5 the floor is
+    therefore no bound from memory, and the table leaves it out.
     """
     history = torch.ones(2 * MEMORY, size, device=options.device)
     timing = alternate({"sum": history.sum}, max(options.repeat, 5), options.device)["sum"]
@@ -141,7 +140,7 @@ def _measure(size: int, inverse_bfgs: Any | None, options: Options) -> dict[str,
     calls = {name: partial(_next, method, cycle(made)) for name, method in methods.items()}
     timings = alternate(calls, max(options.repeat, 7), options.device)
     speed = bandwidth(size, options)
-    # Any L-BFGS direction reads each pair twice: once for products, once for the combination.
+    # Every L-BFGS direction reads each pair twice: for products, and for the combination.
     floor = 2 * 2 * MEMORY * size * 4 / speed if size >= 100_000 else float("nan")
     ours, theirs = timings.get("ours"), timings["torch"]
     return {

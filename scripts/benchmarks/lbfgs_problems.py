@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from tests.support.problems import Problem
 
 TOLERANCE = 1e-6
-# A run that takes more than STRICT evaluations is named in the report, but may go on to BUDGET.
+# The report lists runs with more than STRICT evaluations; they end at BUDGET.
 STRICT, BUDGET = 3_000, 20_000
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one solver did on one problem; the time is None where it did not solve it."""
+    """The result of one solver on one problem; the time is None if it failed."""
 
     evaluations: int
     gradient: float
@@ -36,11 +36,11 @@ class Row:
 
     @property
     def solved(self) -> bool:
-        """Whether the gradient at the end, computed afresh, is within the tolerance."""
+        """True if the final gradient, computed separately, is within the tolerance."""
         return self.gradient <= TOLERANCE
 
     def as_dict(self) -> dict[str, Any]:
-        """What goes into the JSON file."""
+        """The content of the JSON file."""
         fields = {**vars(self), "solved": self.solved}
         return {**fields, "timing": self.timing.as_dict() if self.timing else None}
 
@@ -49,14 +49,14 @@ Results = dict[str, dict[str, Row]]
 
 
 def _evaluation(problem: Problem) -> None:
-    """One evaluation with its gradient: what a solver without any cost of its own would pay."""
+    """One evaluation with its gradient: the cost of a solver without overhead."""
     point = problem.start.clone().requires_grad_()
     problem.function(point).backward()
 
 
 def load_problems(device: torch.device) -> tuple[Problem, ...]:
-    """Loads the table of the tests by path: other packages may install a module `tests`."""
-    path = Path(__file__).resolve().parents[2] / "tests" / "problems.py"
+    """Loads the table of the tests by path, because other packages may install a module `tests`."""
+    path = Path(__file__).resolve().parents[2] / "tests" / "support" / "problems.py"
     spec = importlib.util.spec_from_file_location("_bench_problems", path)
     assert spec is not None
     assert spec.loader is not None
@@ -77,7 +77,7 @@ def _judge(problem: Problem, outcome: Outcome, timing: Timing | None) -> Row:
 
 
 def _measure(problem: Problem, table: dict[str, Solver], options: Options) -> dict[str, Row]:
-    """Runs every solver once for the evaluations, then times those that solved the problem."""
+    """Runs every solver once to count evaluations, then times those that solved the problem."""
     budget = STRICT if options.quick else BUDGET
     rows, calls = {}, {}
     for name, solver in table.items():
@@ -93,7 +93,7 @@ def _measure(problem: Problem, table: dict[str, Solver], options: Options) -> di
 
 
 def _ratios(results: Results, name: str, base: str) -> dict[str, Any]:
-    """Geometric means of `name` over `base`, where both solved the problem."""
+    """Geometric means of `name` over `base`, for problems that both solved."""
     pairs = [(rows[name], rows[base]) for rows in results.values()]
     timed = [(a, b, a.timing, b.timing) for a, b in pairs if a.timing and b.timing]
     evaluations = [a.evaluations / b.evaluations for a, b, _, _ in timed]
@@ -127,7 +127,7 @@ def _show_rows(
                 cells.append(f"{row.evaluations} FAILS |g| {row.gradient:.1e}{mark}")
         table.add(problem, seconds(evaluations[problem]), *cells)
     report.show(table)
-    say("* the value there is not that of a known minimum")
+    say("* the final value is not that of a known minimum")
 
 
 def _show_summary(results: Results, names: list[str], report: Report) -> None:
@@ -154,7 +154,7 @@ def _show_summary(results: Results, names: list[str], report: Report) -> None:
 
 
 def run(options: Options, report: Report) -> None:
-    """Runs every solver on every problem. One CPU thread: the vectors are short."""
+    """Runs every solver on every problem, with one CPU thread because the vectors are short."""
     table = solvers()
     with threads(1):
         problems = load_problems(options.device)

@@ -21,12 +21,12 @@ from .registry import Options
 from .report import Report, Table, seconds
 
 PENALTY = 1e-4
-# Steps in a row that leave the parameters where they were, after which a run counts as stalled.
+# Consecutive steps without a change of the parameters, after which a run counts as stalled.
 STALLED = 3
 
 
 class _ReachedError(Exception):
-    """Ends a run from inside its closure: the last threshold is met, or the time is up."""
+    """Ends a run from inside its closure: the last threshold is met, or time is up."""
 
 
 @dataclass
@@ -34,12 +34,12 @@ class Run:
     """One run to the last threshold.
 
     Attributes:
-        seconds: For each threshold, when an evaluation first met it.
-        evaluations: For each threshold, how many evaluations had been made then.
-        products: The same for products, where the optimizer counts them.
+        seconds: For each threshold, the time when an evaluation first met it.
+        evaluations: For each threshold, the number of evaluations up to then.
+        products: The same for products, if the optimizer counts them.
         best: The smallest |g|_inf of all evaluations.
-        total: All evaluations.
-        ended: Why the run ended.
+        total: Number of all evaluations.
+        ended: Reason for the end of the run.
     """
 
     seconds: dict[float, float] = field(default_factory=dict)
@@ -63,13 +63,14 @@ Make = Callable[[list[Tensor]], Any]
 
 @dataclass(frozen=True)
 class Contest:
-    """What is compared.
+    """A comparison of optimizers.
 
     Attributes:
-        name: Results are recorded under it.
-        thresholds: Of the largest entry of the gradient, falling; a run ends at the last.
-        table: The optimizers. One whose `curvature` has a number `products` is asked for it.
-        pairs: Whose times are divided by whose.
+        name: Name of the recorded results.
+        thresholds: Thresholds for the largest entry of the gradient, decreasing; a run ends at the
+            last.
+        table: The optimizers. If the `curvature` of one has a number `products`, it is recorded.
+        pairs: Pairs whose times are divided.
     """
 
     name: str
@@ -78,12 +79,12 @@ class Contest:
     pairs: tuple[tuple[str, str], ...]
 
 
-# No other stopping test than the gradient.
+# Only the gradient ends a run.
 TOLERANCES: dict[str, Any] = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
 
 
 def optimizers() -> dict[str, Make]:
-    """The optimizers with their defaults, as people run them."""
+    """The optimizers with default settings."""
     table: dict[str, Make] = {}
     ours = load_ours("torch_secondorder", "LBFGS")
     if ours is not None:
@@ -109,7 +110,7 @@ def descend(make: Make, data: Data, thresholds: tuple[float, ...], limit: float)
         loss = functional.cross_entropy(model(data.inputs), data.labels)
         loss = loss + 0.5 * PENALTY * model.weight.square().sum()
         loss.backward()
-        # Every evaluation counts, accepted or not: the same test for all, at one sync each.
+        # Every evaluation counts, accepted or not: one test for all, with one sync each.
         norm = torch.stack([p.grad.abs().max() for p in model.parameters() if p.grad is not None])
         run.total += 1
         _note(run, norm.max().item(), time.perf_counter() - start, thresholds, optimizer)
@@ -144,7 +145,7 @@ def _note(
 
 
 def _timing(runs: list[Run], threshold: float) -> Timing | None:
-    """The times of a threshold; None if a run did not reach it."""
+    """The times to a threshold; None if a run did not reach it."""
     if not all(threshold in run.seconds for run in runs):
         return None
     return Timing(tuple(run.seconds[threshold] for run in runs))
@@ -180,7 +181,7 @@ def _show(contest: Contest, runs: dict[str, list[Run]], title: str, report: Repo
 
 
 def compare(contest: Contest, options: Options, report: Report) -> None:
-    """Runs every optimizer by turns; the time includes the evaluations."""
+    """Runs the optimizers in turns; the time includes the evaluations."""
     count, limit = (2_000, 10.0) if options.quick else (20_000, 60.0)
     inputs, labels, source = images(count)
     data = Data(inputs.to(options.device), labels.to(options.device))
@@ -188,7 +189,7 @@ def compare(contest: Contest, options: Options, report: Report) -> None:
     limit = options.share(limit, len(table) * min(options.repeat, 3))
     descend(next(iter(table.values())), data, thresholds, 1.0)  # warm-up
     runs: dict[str, list[Run]] = {name: [] for name in table}
-    # A run lasts seconds: three tell as much as many of a short one.
+    # A run takes seconds, so three are as good as many short ones.
     turns = [(turn, name) for turn in range(min(options.repeat, 3)) for name in table]
     for _, name in progress(turns, "softmax regression"):
         runs[name].append(descend(table[name], data, thresholds, limit))

@@ -1,4 +1,4 @@
-"""What a step costs inside a Lightning trainer, beside the same loop written by hand."""
+"""Cost of a step inside a Lightning trainer, compared with the same loop written by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .networks import Case, cnn, mlp
 from .registry import Options, command
 from .report import Report, Table, seconds
 
-RATE = 1e-6  # so small that all candidates stay where the networks begin
+RATE = 1e-6  # so small that the networks hardly change
 Make = Callable[[Iterable[nn.Parameter]], Any]
 Loop = Callable[[Case, Make, int], float]
 
@@ -35,7 +35,7 @@ LEAN = {
 
 
 class Repeated:
-    """The batch of a case, so many times; a list would be several loaders to Lightning."""
+    """The batch of a case, repeated; Lightning would take a list for several loaders."""
 
     def __init__(self, case: Case, steps: int) -> None:
         self._batch, self._steps = [case.inputs, case.targets], steps
@@ -49,7 +49,7 @@ class Repeated:
 
 
 def by_hand(case: Case, make: Make, steps: int) -> float:
-    """Seconds a step of a loop with the standard closure."""
+    """Seconds per step of a loop with the standard closure."""
     model = copy.deepcopy(case.model)
     optimizer = make(model.parameters())
     device = case.inputs.device
@@ -77,7 +77,7 @@ def trained(
     make: Make,
     steps: int,
 ) -> float:
-    """Seconds a step of `Trainer.fit`, from the start of the training to its end."""
+    """Seconds per step of `Trainer.fit`, from the start of the training to its end."""
     times = []
 
     class Module(host.LightningModule):  # type: ignore[misc, name-defined]
@@ -117,7 +117,7 @@ def trained(
 
 
 def alternate(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
-    """Runs the candidates by turns; each says its own seconds, after a run to warm up."""
+    """Runs the candidates in turns after a warm-up; each returns its own seconds."""
     for call in candidates.values():
         call()
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -129,7 +129,7 @@ def alternate(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[s
 
 
 def loops(host: ModuleType, monitor: Any) -> dict[str, Loop]:
-    """The ways to train that are compared."""
+    """The training loops of the comparison."""
     lean = partial(trained, host, False, LEAN)
     whole = partial(trained, host, True)
     return {
@@ -141,7 +141,7 @@ def loops(host: ModuleType, monitor: Any) -> dict[str, Loop]:
     }
 
 
-@command("lightning", "Lightning's trainer with AdaHessian beside a loop written by hand")
+@command("lightning", "Lightning's trainer with AdaHessian, compared with a loop written by hand")
 def run(options: Options, report: Report) -> None:
     """Runs the comparison."""
     host = load_peer("lightning.pytorch", "lightning") or load_peer("pytorch_lightning")
@@ -158,12 +158,12 @@ def run(options: Options, report: Report) -> None:
     steps = 10 if options.quick else 50
     ways = loops(host, monitor)
     table = Table(
-        f"Seconds a step over {steps} steps; ratios to the loop by hand: of medians [rounds]",
-        ["network, optimizer", *ways, "lean / by hand", "default / by hand", "monitor costs"],
+        f"Seconds per step over {steps} steps; ratios to the loop by hand: of medians [rounds]",
+        ["network, optimizer", *ways, "lean / by hand", "default / by hand", "cost of monitor"],
     )
     added = Table(
-        "What a step costs more in a lean trainer than by hand",
-        ["network", "with Adam: Lightning's own", "with AdaHessian", "ours of it"],
+        "Additional time of a step in a lean trainer",
+        ["network", "with Adam: Lightning's own", "with AdaHessian", "our part"],
     )
     for kind in progress([mlp, cnn][: 1 if options.quick else 2], "lightning"):
         case = kind(options.device, batch=128)
@@ -171,7 +171,7 @@ def run(options: Options, report: Report) -> None:
         for label, make in makes.items():
             calls = {way: partial(loop, case, make, steps) for way, loop in ways.items()}
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of workers that a list of tensors does not need
+                warnings.simplefilter("ignore")  # about workers, which are not needed here
                 timings = alternate(calls, 2 * options.repeat)
             medians = {way: timing.median for way, timing in timings.items()}
             ratios: list[Ratio] = [

@@ -1,4 +1,4 @@
-"""The networks and data that the benchmarks share, seeded."""
+"""Networks and data of the benchmarks, with fixed seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Case:
     """A network with a batch and a loss.
 
     Attributes:
-        name: What the tables call it.
+        name: Name in the tables.
         model: The network, on the device.
         loss: A module that maps outputs and targets to a scalar.
         inputs: One batch.
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """The parameters, all of them trainable."""
+        """The parameters, which are all trainable."""
         return list(self.model.parameters())
 
     def value(self) -> Tensor:
@@ -97,7 +97,7 @@ def cnn(device: torch.device, batch: int = 128) -> Case:
 
 
 def autoencoder(device: torch.device, batch: int = 256) -> Case:
-    """784-1000-500-250-30 and back, tanh, squared error."""
+    """784-1000-500-250-30 and its mirror image, tanh, squared error."""
     torch.manual_seed(0)
     widths = [784, 1000, 500, 250, 30]
     model = chain(widths + widths[-2::-1], nn.Tanh).to(device)
@@ -126,11 +126,11 @@ def _read_idx(path: Path) -> Tensor:
 def images(count: int) -> tuple[Tensor, Tensor, str]:
     """Flat images of 784 pixels in [0, 1] with ten classes.
 
-    Fashion-MNIST from `$FASHION_MNIST_DIR` or from where Debian's package dataset-fashion-mnist
-    puts it; where there is neither, noisy class templates of the same shape.
+    Fashion-MNIST from `$FASHION_MNIST_DIR` or from Debian's package dataset-fashion-mnist; without
+    either, noisy class templates of the same shape.
 
     Returns:
-        Images of shape (count, 784), labels of shape (count,), and a name that says which.
+        Images of shape (count, 784), labels of shape (count,), and the name of the data.
     """
     for folder in (os.environ.get("FASHION_MNIST_DIR"), DEBIAN):
         pixels = Path(folder or ".", "train-images-idx3-ubyte.gz")

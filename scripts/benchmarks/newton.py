@@ -1,4 +1,4 @@
-"""Newton-CG: what conjugate gradients cost beside products, and runs beside other optimizers."""
+"""Newton-CG: overhead of conjugate gradients over products, and runs of several optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ PARTS = {
 }
 
 
-@command("newton", "Newton-CG beside L-BFGS, Adam and others; the overhead of CG", tuple(PARTS))
+@command(
+    "newton", "Newton-CG, compared with L-BFGS, Adam and others; the overhead of CG", tuple(PARTS)
+)
 def run(options: Options, report: Report) -> None:
     """Runs the parts."""
     for name, part in PARTS.items():

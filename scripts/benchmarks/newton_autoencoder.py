@@ -1,4 +1,4 @@
-"""The autoencoder of `examples/deep_autoencoder.py`, on Fashion-MNIST, against the clock."""
+"""Timed training of the autoencoder of `examples/deep_autoencoder.py`, on Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HESSIAN_FREE = "PyTorchHessianFree"
 
 
 def contenders(example: Any) -> dict[str, Any]:
-    """Those of the example, and one more where it is installed."""
+    """The optimizers of the example, and PyTorchHessianFree if it is installed."""
     table: dict[str, Any] = {entry.label: entry for entry in example.CONTENDERS.values()}
     peer = load_peer("hessianfree.optimizer", HESSIAN_FREE)
     if peer is not None:
@@ -24,13 +24,13 @@ def contenders(example: Any) -> dict[str, Any]:
 
 
 def run(options: Options, report: Report) -> None:
-    """Trains with each, one after the other."""
+    """Trains with each optimizer in turn."""
     example = load_example("deep_autoencoder")
     if example is None:
         return
     count = 500 if options.quick else 4_000
     x, y, source = images(count + TESTED)
-    # The example's widths go by the name; where the files are missing, noise has the same shape.
+    # The name selects the example's widths; without the files, noise has the same shape.
     data = example.Images("fashion-mnist", x[:count], y[:count], x[count:], y[count:])
     data = data.to(options.device)
     model = example.make_network(example.layer_widths(data), 0).to(options.device)
@@ -38,10 +38,10 @@ def run(options: Options, report: Report) -> None:
     runs = race(task, contenders(example), options, "autoencoder", measurements=60)
     results = {
         "error": lambda run: run.loss,
-        "on test images": lambda run: run.score,
+        "test error": lambda run: run.score,
     }
     title = f"Deep autoencoder, {count} images, {source}, float32"
     show(runs, title, results, "newton.autoencoder", report)
     if HESSIAN_FREE in runs:
-        say(f"{HESSIAN_FREE}'s products and backward passes are part of its rest")
+        say(f"products and backward passes of {HESSIAN_FREE} are counted as rest")
     report.record("newton.autoencoder", {"data": source, "images": count})

@@ -1,4 +1,4 @@
-"""What conjugate gradients cost beside the products they ask for."""
+"""Overhead of conjugate gradients over their products."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .networks import Case, autoencoder, mlp
 from .registry import Options
 from .report import Report, Table, number, seconds
 
-# So small that no run converges before its time.
+# So small that no run converges early.
 DAMPING = 1e-6
 BAR = 0.10
 
@@ -38,7 +38,7 @@ def _products(A: LinearOperator, v: Tensor, count: int) -> None:
 
 
 def _syncs(solve: Callable[[int], SolveResult], iterations: int) -> float:
-    """How often an iteration makes the host wait, from two runs of different length."""
+    """Number of times the host waits in an iteration, from two runs of different length."""
     kind = importlib.import_module("torch_secondorder._params.space").Space
     original, calls = kind.to_host, 0
 
@@ -63,7 +63,7 @@ def _syncs(solve: Callable[[int], SolveResult], iterations: int) -> float:
 
 @torch.no_grad()
 def _measure(case: Case, iterations: int, options: Options) -> dict[str, Any]:
-    """Times runs of CG and as many products, by turns."""
+    """Times runs of CG and the same number of products, in turns."""
     objective = ClosureObjective(partial(_closure, case), case.params)
     evaluation = objective.evaluate(curvature=True)
     operator = GaussNewton(evaluation)
@@ -73,7 +73,7 @@ def _measure(case: Case, iterations: int, options: Options) -> dict[str, Any]:
     def solve(most: int, preconditioner: LinearOperator | None = None) -> SolveResult:
         return CG(most, tolerance=0.0, recompute=0)(A, b, preconditioner=preconditioner)
 
-    # The residual that CG computes anew now and then is a product too: vectors are measured here.
+    # Without the recomputed residuals, which take products: this measures work on vectors.
     runs = {"CG": solve, "CG, diagonal": partial(solve, preconditioner=diagonal)}
     for name, call in runs.items():
         done = call(iterations).iterations
@@ -105,7 +105,7 @@ def run(options: Options, report: Report) -> None:
     makers = [(mlp, 64)] if options.quick else [*makers, (autoencoder, 1024)]
     header = ["network", "n", "batch", "product", "overhead", "with a diagonal", "syncs"]
     table = Table(
-        f"CG over {iterations} iterations beside as many damped Gauss-Newton products, float32",
+        f"CG over {iterations} iterations, compared with {iterations} damped Gauss-Newton products",
         header,
     )
     for make, batch in progress(makers, "conjugate gradients"):
@@ -118,5 +118,7 @@ def run(options: Options, report: Report) -> None:
         found["within the bar"] = all(o.of_medians - 1.0 <= BAR for o in overheads)
         report.record(f"newton.cg.{case.name}.{batch}", found)
     report.show(table)
-    say(f"overhead of medians [within a round]; the bar is {BAR:.0%}. syncs: to_host calls an ", "")
+    say(
+        f"overhead of medians [within a round]; the bar is {BAR:.0%}. syncs: to_host calls per ", ""
+    )
     say("iteration, without and with the diagonal")

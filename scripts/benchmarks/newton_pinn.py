@@ -1,4 +1,4 @@
-"""The physics-informed network of `examples/pinn_poisson.py` against the clock."""
+"""Timed training of the physics-informed network of `examples/pinn_poisson.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TARGET = 1e-4
 
 
 def run(options: Options, report: Report) -> None:
-    """Trains with each contender of the example, one after the other."""
+    """Trains with each optimizer of the example in turn."""
     example = load_example("pinn_poisson")
     if example is None:
         return
@@ -21,7 +21,7 @@ def run(options: Options, report: Report) -> None:
     runs = race(task, contenders, options, "Poisson PINN", measurements=600)
     results = {
         f"seconds to {TARGET:g}": lambda run: run.reached(TARGET),
-        "relative L2 at the end": lambda run: run.score,
+        "final relative L2": lambda run: run.score,
     }
     title = f"Poisson's equation, 2-{WIDTH}-1 tanh, float64"
     show(runs, title, results, "newton.pinn", report)

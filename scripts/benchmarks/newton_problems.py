@@ -1,4 +1,4 @@
-"""What Newton-CG with the Hessian takes on test functions, in gradients, beside L-BFGS."""
+"""Cost of Newton-CG with the Hessian on test functions, in gradients, compared with L-BFGS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOLERANCES = (1e-6, 1e-10)
 NAMES = ("extended_rosenbrock", "chained_rosenbrock", "powell_singular", "wood")
-# The chained Rosenbrock function of the tests has 50 variables, and is defined for any number.
+# The Rosenbrock functions of the tests are defined for any number of variables.
 SIZE = 100
 BUDGET = 20_000
 
@@ -36,7 +36,7 @@ def _problems(device: torch.device) -> list[Problem]:
 
 
 def _judged(problem: Problem, outcome: Outcome, tolerance: float) -> dict[str, Any]:
-    """What a solver took, and whether it got there; the gradient is computed afresh."""
+    """Cost and success of a solver; the gradient is computed separately."""
     point = outcome.point.clone().requires_grad_()
     loss = problem.function(point)
     (gradient,) = torch.autograd.grad(loss, point)
@@ -63,7 +63,7 @@ def _cell(found: dict[str, Any]) -> str:
 
 
 def _over(rows: dict[str, dict[str, Any]], base: str) -> dict[str, float]:
-    """Newton-CG over another, with a product counted as one gradient and as two."""
+    """Newton-CG over another solver, with a product counted as one gradient and as two."""
     mine, other = rows["NewtonCG"], rows[base]
     if not (mine["solved"] and other["solved"]):
         return {"one": float("nan"), "two": float("nan")}
@@ -72,9 +72,9 @@ def _over(rows: dict[str, dict[str, Any]], base: str) -> dict[str, float]:
 
 
 def run(options: Options, report: Report) -> None:
-    """Runs every solver once: counts do not vary. One CPU thread, for the vectors are short."""
+    """Runs every solver once, because counts do not vary, with one CPU thread for short vectors."""
     if options.device.type != "cpu":
-        say("skipped: newton problems, which only counts, and on the CPU")
+        say("skipped: newton problems, which only counts work, on the CPU")
         return
     table: dict[str, Solver] = {
         "NewtonCG": partial(in_one_step, NewtonCG, curvature="hessian"),
@@ -103,4 +103,4 @@ def run(options: Options, report: Report) -> None:
             key = f"newton.problems.{problem.name}.{tolerance:g}"
             report.record(key, {"n": problem.size, **rows, "NewtonCG over": over})
     report.show(shown)
-    say("* the value there is not that of a known minimum")
+    say("* the final value is not that of a known minimum")

@@ -19,12 +19,12 @@ THRESHOLDS = (1e-4, 1e-5, 1e-6)
 
 
 def _newton(params: list[Tensor], **arguments: Any) -> NewtonCG:
-    """With the Gauss-Newton matrix, which is the default, but counting its products."""
+    """Newton-CG with the Gauss-Newton matrix, as by default, with its products counted."""
     return NewtonCG(params, curvature=Watch(), **TOLERANCES, **arguments)
 
 
 def run(options: Options, report: Report) -> None:
-    """Runs Newton-CG with its defaults and variants, and L-BFGS; all by turns."""
+    """Runs Newton-CG with its defaults and variants, and L-BFGS, in turns."""
     newton: dict[str, Make] = {
         "NewtonCG": _newton,
         "NewtonCG nystrom": partial(_newton, preconditioner="nystrom"),

@@ -1,4 +1,4 @@
-"""What penalties on the Jacobian add to a training step of an autoencoder."""
+"""Cost of penalties on the Jacobian in a training step of an autoencoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .report import Report, Table, seconds
 PROJECTIONS = 8
 WEIGHT = 0.1
 
-# Pixels, units of the code, batch: the sizes of the papers, and one where calls rule.
+# Pixels, units of the code, batch: the sizes of the papers, and one dominated by call overhead.
 SIZES = ((784, 500, 256), (64, 30, 32))
 
 Penalty = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -28,7 +28,7 @@ class Step:
 
     Args:
         sizes: Pixels, units, batch.
-        device: Where it runs.
+        device: The device to run on.
     """
 
     def __init__(self, sizes: tuple[int, int, int], device: torch.device) -> None:
@@ -44,7 +44,7 @@ class Step:
 
         Args:
             penalty: Takes the encoder, the batch and its code.
-            differentiated: Whether the code has to be made with a graph that reaches the batch.
+            differentiated: Makes the code with a graph that includes the batch.
         """
         for p in self.params:
             p.grad = None
@@ -57,7 +57,7 @@ class Step:
 
 
 def loop_penalty(encoder: nn.Module, x: Tensor, code: Tensor, projections: int) -> Tensor:
-    """One backward pass for each projection, as facebookresearch/jacobian_regularizer has it.
+    """One backward pass for each projection, as in facebookresearch/jacobian_regularizer.
 
     Written from its description: a random unit vector for each sample, the vector-Jacobian product
     with a graph, and the mean of the squared norms.
@@ -73,7 +73,7 @@ def loop_penalty(encoder: nn.Module, x: Tensor, code: Tensor, projections: int) 
 
 
 def candidates(step: Step, contractive: Any, jacobian: Any) -> dict[str, Callable[[], object]]:
-    """The steps that are compared; those with "(code)" use the code that the loss has."""
+    """The steps of the comparison; "(code)" means that the penalty uses the code of the loss."""
 
     def projected(encoder: nn.Module, x: Tensor, code: Tensor, count: int, shared: bool) -> Tensor:
         outputs = code if shared else None
@@ -100,7 +100,7 @@ def candidates(step: Step, contractive: Any, jacobian: Any) -> dict[str, Callabl
     }
 
 
-@command("penalties", "training steps with penalties on the Jacobian beside plain ones")
+@command("penalties", "training steps with penalties on the Jacobian, compared with plain ones")
 def run(options: Options, report: Report) -> None:
     """Measures each size."""
     contractive = load_ours("torch_secondorder.penalties", "contractive_penalty")
@@ -111,7 +111,7 @@ def run(options: Options, report: Report) -> None:
     for sizes in progress(SIZES[-1:] if options.quick else SIZES, "penalties"):
         name = f"{sizes[0]}-{sizes[1]}, batch {sizes[2]}"
         calls = candidates(Step(sizes, options.device), contractive, jacobian)
-        # The differences are small ones: more rounds than elsewhere.
+        # The differences are small, so more rounds are needed.
         timings = alternate(calls, 4 * options.repeat, options.device)
         table = Table(f"Forward and backward of an autoencoder, {name}", header)
         looped = timings[f"{PROJECTIONS} projections, loop (code)"]

@@ -1,4 +1,4 @@
-"""Hessian and Gauss-Newton products from a captured evaluation, in gradients and by curvlinops."""
+"""Cost of Hessian and Gauss-Newton products, in gradients and compared with curvlinops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .registry import Options, command
 from .report import Report, Table, seconds
 
 Calls = dict[str, Callable[[], object]]
-COLUMNS = 8  # of a product with a matrix
+COLUMNS = 8  # of the matrix in a product with a matrix
 
 
 def _gradient(case: Case) -> None:
@@ -41,7 +41,7 @@ def _vector(case: Case, *columns: int) -> Tensor:
 
 
 def _double_backward(case: Case, vector: Tensor) -> Callable[[], Tensor]:
-    """The textbook product on a retained graph, written by hand."""
+    """The textbook product with a retained graph, written by hand."""
     params = case.params
     gradients = torch.autograd.grad(case.value(), params, create_graph=True)
     pieces = vector.split([p.numel() for p in params])
@@ -55,7 +55,7 @@ def _double_backward(case: Case, vector: Tensor) -> Callable[[], Tensor]:
 
 
 def _set_up(case: Case, name: str) -> Callable[[], Any] | None:
-    """What an iteration pays for one of our operators before its first product."""
+    """The work for one of our operators before its first product."""
     objective_class = load_ours("torch_secondorder._objective.closure", "ClosureObjective")
     operator_class = load_ours("torch_secondorder.curvature", name)
     if objective_class is None or operator_class is None:
@@ -78,7 +78,7 @@ def _curvlinops(case: Case, name: str) -> Any | None:
 
 
 def _agree(case: Case, products: dict[str, Callable[[], Tensor]], base: str, most: float) -> None:
-    """Raises unless all products are that of one of them."""
+    """Raises unless all products agree with one of them."""
     expected = products[base]()
     for name, call in products.items():
         error = ((call() - expected).norm() / expected.norm()).item()
@@ -87,7 +87,7 @@ def _agree(case: Case, products: dict[str, Callable[[], Tensor]], base: str, mos
 
 
 def hessian_calls(case: Case) -> Calls:
-    """A gradient, and the Hessian products that are installed; all are checked to agree."""
+    """A gradient, and all installed Hessian products, which are checked to agree."""
     vector = _vector(case)
     products = {"double backward": _double_backward(case, vector)}
     set_up, theirs = _set_up(case, "Hessian"), _curvlinops(case, "HessianLinearOperator")
@@ -117,9 +117,9 @@ def _in_double(case: Case) -> Case:
 
 
 def gauss_newton_calls(case: Case) -> Calls:
-    """A gradient, Gauss-Newton products, and what comes before and beside them.
+    """A gradient, Gauss-Newton products, their set-up, and a product with a matrix.
 
-    Products are checked to agree in double precision, where rounding hides no mistake.
+    Products are checked to agree in double precision, so that rounding hides no mistake.
     """
     exact, products = _gauss_newton_products(_in_double(case)), _gauss_newton_products(case)
     if exact:
@@ -134,7 +134,7 @@ def gauss_newton_calls(case: Case) -> Calls:
 
 
 def _relative(timings: dict[str, Timing], name: str, base: str, times: int = 1) -> Any:
-    """The ratio of two candidates, the second called so many times; None where one is missing."""
+    """The ratio of one candidate to several calls of another; None if one is missing."""
     ours, theirs = timings.get(name), timings.get(base)
     if ours is None or theirs is None:
         return None
@@ -149,7 +149,7 @@ def _note(report: Report, table: Table, key: str, case: Case, timings: Any, rati
     report.record(key, result)
 
 
-@command("products", "Hessian and Gauss-Newton products in gradients, and beside curvlinops")
+@command("products", "Hessian and Gauss-Newton products, in gradients and compared with curvlinops")
 def run(options: Options, report: Report) -> None:
     """Measures each network."""
     kinds = ("ours", "double backward", "curvlinops")
@@ -159,7 +159,7 @@ def run(options: Options, report: Report) -> None:
     )
     pairs = ("ours / gradient", "curvlinops / gradient", "ours / curvlinops", "set-up / gradient")
     gauss_newton = Table(
-        "Gauss-Newton product; set-up: an evaluation with curvature and the operator's making",
+        "Gauss-Newton product; set-up: an evaluation with curvature, and making the operator",
         ["network", "gradient", *pairs, f"matmat({COLUMNS}) / {COLUMNS} matvec"],
     )
     makers = [mlp, cnn, autoencoder, tanh_net]

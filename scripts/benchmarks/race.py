@@ -1,7 +1,7 @@
-"""Training against the clock: one optimizer after the other from the same start.
+"""Timed training: one optimizer after the other from the same start.
 
-What is trained, and by what, are a task and contenders as `examples/_training.py` has them; the
-runs here also say where the time went, and end when it is up, in the middle of a step if need be.
+Tasks and contenders are those of `examples/_training.py`. The runs here also record how the time
+was used, and end when it is up, even in the middle of a step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .watch import Watch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 KINDS = ("products", "evaluations", "trials")
-# Steps in a row on the full data that leave the parameters where they were.
+# Consecutive steps on the full data without a change of the parameters.
 STALLED = 3
 
 Loss = Callable[[nn.Module], Tensor]
@@ -38,13 +38,13 @@ Advance = Callable[[Loss], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer as it takes part, for what the examples' own cannot say.
+    """An optimizer in a comparison, with an option that the examples do not have.
 
     Attributes:
         make: Makes it for the parameters of a network.
-        batch_size: Samples that a step sees; None for all.
-        by_forward: Whether `step` takes a function that returns loss and outputs, as
-            PyTorchHessianFree's does, and no closure.
+        batch_size: Number of samples in a step; None for all.
+        by_forward: True if `step` takes a function that returns loss and outputs instead of a
+            closure, as in PyTorchHessianFree.
     """
 
     make: Callable[[Iterable[nn.Parameter]], Any]
@@ -58,18 +58,18 @@ class _TimeUpError(Exception):
 
 @dataclass
 class Run:
-    """One contender's run; the clock stands still while the network is judged.
+    """One contender's run; the clock stops during measurements.
 
     Attributes:
-        limit: Seconds.
-        device: Where the work is done.
-        seconds: By kind of work: products, the first evaluation of a step, and all others.
-        calls: How many of each; products are counted as vectors.
-        steps: Steps that were finished.
-        iterations: Those of linear solvers, in finished steps.
+        limit: Time limit in seconds.
+        device: The device of the network.
+        seconds: Time by kind of work: products, first evaluations of steps, other evaluations.
+        calls: Number of calls by kind of work; products are counted by vectors.
+        steps: Number of finished steps.
+        iterations: Number of iterations of linear solvers, in finished steps.
         history: Seconds, loss over all data, and score.
         seen: Seconds and loss of evaluations on all data.
-        ended: Why before time was up, if so.
+        ended: Reason for the end of the run.
     """
 
     limit: float
@@ -103,7 +103,7 @@ class Run:
 
     @contextmanager
     def doing(self, kind: str) -> Iterator[None]:
-        """Adds up the time of one kind of work; ends the run if none is left."""
+        """Adds up the time of one kind of work; ends the run if no time is left."""
         start = self.now()
         if start > self.limit:
             raise _TimeUpError
@@ -113,31 +113,31 @@ class Run:
             self.seconds[kind] += self.now() - start
 
     def within(self) -> list[tuple[float, float, float]]:
-        """The history up to the limit, which a step that cannot be ended may overrun."""
+        """The history up to the limit; a step that cannot be interrupted may exceed it."""
         return [entry for entry in self.history if entry[0] <= 1.01 * self.limit]
 
     @property
     def loss(self) -> float:
-        """The lowest loss over all data met in time."""
+        """The lowest loss over all data within the limit."""
         seen = [loss for at, loss in self.seen if at <= self.limit]
         return min(seen + [loss for _, loss, _ in self.within()])
 
     @property
     def score(self) -> float:
-        """The score when time was up."""
+        """The score at the limit."""
         return self.within()[-1][2]
 
     def reached(self, score: float) -> float:
-        """When the score first fell below; NaN if it never did."""
+        """The time when the score first fell below a value; NaN if it never did."""
         return next((at for at, _, value in self.within() if value < score), float("nan"))
 
     def shares(self) -> dict[str, float]:
-        """Shares of the time by kind of work, and the rest."""
+        """Shares of the time by kind of work, with the rest."""
         shares = {kind: spent / max(self.used, 1e-9) for kind, spent in self.seconds.items()}
         return {**shares, "rest": 1.0 - sum(shares.values())}
 
     def as_dict(self) -> dict[str, Any]:
-        """What goes into the JSON file."""
+        """The content of the JSON file."""
         fields = {key: value for key, value in vars(self).items() if key not in ("seen", "_since")}
         fields |= {"device": str(self.device), "loss": self.loss, "score": self.score}
         return {**fields, "shares": self.shares()}
@@ -167,7 +167,7 @@ def _by_closure(optimizer: Any, model: nn.Module, run: Run, full: bool) -> Advan
 
 
 def _by_forward(optimizer: Any, model: nn.Module, run: Run, full: bool) -> Advance:
-    """A step of PyTorchHessianFree; what happens in its products cannot be seen from here."""
+    """A step of PyTorchHessianFree, whose products cannot be observed."""
     outputs: list[Tensor] = []
     model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
 
@@ -204,11 +204,11 @@ def train(task: Any, contender: Any, limit: float, device: torch.device, interva
     """Trains a copy of the task's network.
 
     Args:
-        task: What is trained: has `model`, `losses(batch_size)` and `measure(model)`.
-        contender: What it is trained by: has `make` and `batch_size`.
-        limit: Seconds.
-        device: Where the network is.
-        interval: Seconds from one measurement to the next, at least.
+        task: The problem: has `model`, `losses(batch_size)` and `measure(model)`.
+        contender: The optimizer: has `make` and `batch_size`.
+        limit: Time limit in seconds.
+        device: The device of the network.
+        interval: Smallest number of seconds between two measurements.
     """
     model, run = copy.deepcopy(task.model), Run(limit, device)
     optimizer = contender.make(model.parameters())
@@ -237,7 +237,7 @@ def train(task: Any, contender: Any, limit: float, device: torch.device, interva
             except _TimeUpError:
                 run.ended = "time is up"
         if run.ended and before is not None:
-            _put_back(model, before)  # where some search was trying is no result
+            _put_back(model, before)  # trial points of a search are not results
         if before is not None:
             still = still + 1 if all(map(torch.equal, before, _parameters(model))) else 0
         if run.used > limit:
@@ -253,7 +253,7 @@ def train(task: Any, contender: Any, limit: float, device: torch.device, interva
 def race(
     task: Any, contenders: dict[str, Any], options: Options, title: str, measurements: int
 ) -> dict[str, Run]:
-    """Trains with each contender in turn: 60 seconds each, 20 on a device, 1 to try it out."""
+    """Trains with each contender in turn: 60 seconds each, 20 on a GPU, 1 if quick."""
     limit = 1.0 if options.quick else 60.0 if options.device.type == "cpu" else 20.0
     limit = options.share(limit, len(contenders))
     runs = {}
@@ -270,9 +270,9 @@ def show(
     key: str,
     report: Report,
 ) -> None:
-    """Prints what came of a race, and where its time went."""
+    """Prints the results of a race, and the use of its time."""
     header = ["optimizer", *results, "seconds", "steps", *KINDS, "solver iterations", "ended"]
-    table = Table(f"{title}; trials: evaluations but the first of a step", header)
+    table = Table(f"{title}; trials: all evaluations except the first of a step", header)
     shares = Table("Shares of the time", ["optimizer", *KINDS, "rest"])
     for name, run in runs.items():
         found = [number(result(run)) for result in results.values()]
@@ -288,7 +288,7 @@ def show(
 
 
 def load_example(name: str) -> ModuleType | None:
-    """Imports one of the examples, or says in one line that it is skipped."""
+    """Imports one of the examples, or prints one line that it is skipped."""
     if str(EXAMPLES) not in sys.path:
         sys.path.append(str(EXAMPLES))
-    return load_peer(name, f"examples/{name}.py or what it needs")
+    return load_peer(name, f"examples/{name}.py or a package that it needs")

@@ -12,15 +12,14 @@ from .report import Report
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of a sub-command.
+    """The command line's options for a sub-command.
 
     Attributes:
-        device: Where models and data are placed.
-        repeat: Timed rounds; every candidate runs once in each.
-        quick: Smaller sizes and shorter limits, to see that it works.
-        part: The one part of the sub-command to run; None runs all.
-        seconds: About how long all runs against the clock together may take; None for as long as
-            they ask for.
+        device: The device of models and data.
+        repeat: Number of timed rounds; every candidate runs once in each.
+        quick: Smaller sizes and shorter limits, to check that it works.
+        part: The only part of the sub-command to run; None runs all.
+        seconds: Approximate time for all timed runs together; None for their own limits.
     """
 
     device: torch.device
@@ -30,13 +29,17 @@ class Options:
     seconds: float | None = None
 
     def wants(self, part: str | None) -> bool:
-        """Whether a part is to run."""
+        """True if a part should run."""
         return self.part is None or self.part == part
 
     def share(self, wanted: float, runs: int) -> float:
-        """How long one of several runs may take that each want so many seconds.
+        """The time limit for each of several runs.
 
-        A quarter of the time is for what is done before and beside them.
+        A quarter of the total time is reserved for other work.
+
+        Args:
+            wanted: The limit that each run would have by itself.
+            runs: Number of runs.
         """
         if self.seconds is None:
             return wanted
@@ -48,7 +51,7 @@ Run = Callable[[Options, Report], None]
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: its name, one line of help, the names of its parts and what it does."""
+    """A sub-command: its name, one line of help, the names of its parts and its function."""
 
     name: str
     help: str
@@ -60,7 +63,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(name: str, summary: str, parts: tuple[str, ...] = ()) -> Callable[[Run], Run]:
-    """Enters a function in the table of sub-commands."""
+    """Registers a function in the table of sub-commands."""
 
     def register(run: Run) -> Run:
         COMMANDS[name] = Command(name, summary, parts, run)

@@ -1,4 +1,4 @@
-"""What a benchmark hands back: aligned tables for people, one JSON document for programs."""
+"""Results of a benchmark: aligned tables for people, one JSON document for programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PEERS = (
 
 @dataclass
 class Table:
-    """A table of text, its first column aligned left and the others right."""
+    """A text table with the first column aligned left and the others right."""
 
     title: str
     header: Sequence[str]
@@ -58,7 +58,7 @@ class Table:
 
 
 def seconds(value: float) -> str:
-    """A duration with three digits and a fitting unit."""
+    """A duration with three digits and a suitable unit."""
     if not math.isfinite(value):
         return "-"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
@@ -68,7 +68,7 @@ def seconds(value: float) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number with so many digits; a dash where there is none."""
+    """A number with a number of digits; a dash for NaN and infinity."""
     return f"{value:.{digits}g}" if math.isfinite(value) else "-"
 
 
@@ -115,19 +115,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        # Near zero on a machine that is fit for measuring.
+        # Close to zero on a machine that is suitable for measurements.
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "peers": {name: _version(name) for name in _PEERS},
     }
 
 
 class Report:
-    """Collects results under dotted names, prints tables as they come, and writes the JSON.
+    """Collects results under dotted names, prints tables immediately, and writes the JSON file.
 
     Args:
-        device: Where the work is done.
-        path: The JSON file, if there is to be one. It is written after each result, so that a run
-            that is ended leaves what it had.
+        device: The device of the benchmarks.
+        path: The JSON file, or None. It is written after each result, so that an interrupted run
+            keeps its results.
     """
 
     def __init__(self, device: torch.device, path: Path | None = None) -> None:
@@ -145,12 +145,12 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Writes what was recorded so far."""
+        """Writes the results so far."""
         if self.path is None:
             return
         document = {"environment": self.environment, "results": self.results}
         # JSON has no NaN and no infinity: both become null.
-        beside = self.path.with_name(self.path.name + ".part")  # never half of it
+        beside = self.path.with_name(self.path.name + ".part")  # replaced at once when complete
         beside.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
         beside.replace(self.path)
 

@@ -1,4 +1,4 @@
-"""The L-BFGS implementations that are compared, each run on one smooth function to the end."""
+"""L-BFGS implementations, each run on a smooth function until it ends."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a solver ended, and what it took.
+    """The result of a solver and its cost.
 
     Attributes:
-        point: Where it ended.
-        evaluations: Of the function with its gradient.
-        products: With the Hessian.
+        point: The final point.
+        evaluations: Number of evaluations of the function with its gradient.
+        products: Number of products with the Hessian.
     """
 
     point: Tensor
@@ -41,7 +41,7 @@ def with_closure(
     budget: int,
     **arguments: Any,
 ) -> Outcome:
-    """Runs an L-BFGS of torch's interface in one call of `step`."""
+    """Runs an L-BFGS with torch's interface in one call of `step`."""
     return in_one_step(
         optimizer_class, function, start, tolerance, budget, max_eval=budget, **arguments
     )
@@ -82,7 +82,7 @@ def in_one_step(
 def with_scipy(
     minimize: Any, function: Function, start: Tensor, tolerance: float, budget: int, memory: int
 ) -> Outcome:
-    """Runs SciPy's L-BFGS-B on the same function, with the shortest way to NumPy and back."""
+    """Runs SciPy's L-BFGS-B on the same function, with the cheapest conversion to NumPy."""
     count = 0
 
     def value_and_gradient(x: Any) -> tuple[float, Any]:
@@ -106,7 +106,7 @@ def with_scipy(
 
 
 def solvers() -> dict[str, Solver]:
-    """The solvers that are installed; the first is what the others are compared with."""
+    """All installed solvers; the others are compared with the first."""
     table: dict[str, Solver] = {}
     ours = load_ours("torch_secondorder", "LBFGS")
     if ours is not None:

@@ -1,4 +1,4 @@
-"""Counts and times the products of a Newton-CG run, from outside."""
+"""A curvature for Newton-CG that counts and times its products."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class Watch:
     """A `curvature` for `NewtonCG`: the Gauss-Newton matrix, with its products counted.
 
     Args:
-        around: Makes a context for each product; a time limit may raise there.
+        around: Makes a context for each product; a time limit may raise in it.
 
     Attributes:
-        products: With single vectors, so far; a backward pass for the diagonal counts as one.
+        products: Number of products with single vectors; a backward pass for the diagonal counts
+            as one.
     """
 
     def __init__(self, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
@@ -33,7 +34,7 @@ class Watch:
 
     @contextmanager
     def counted(self, products: int) -> Iterator[None]:
-        """Counts what runs within, unless it is part of something that is counted already."""
+        """A context that counts products, unless it is inside another such context."""
         if self._inside:
             yield
             return
@@ -47,7 +48,7 @@ class Watch:
 
 
 class _Watched(GaussNewton):
-    """Still a `GaussNewton`, for that is what the preconditioner "martens" asks for."""
+    """A counting `GaussNewton`; the preconditioner "martens" needs this class."""
 
     def __init__(self, evaluation: Evaluation, watch: Watch) -> None:
         super().__init__(evaluation)

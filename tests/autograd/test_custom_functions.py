@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from tests.support.closures import standard
+from tests.support.custom_functions import Scalar, cube, custom_function, slope_of_cube
 from torch_secondorder import (
     LBFGS,
     AdaHessian,
@@ -30,48 +31,6 @@ from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder.curvature import GaussNewton, Hessian
 
 DOUBLE = torch.float64
-Scalar = Callable[[Tensor], Tensor]
-
-
-def made(value: Scalar, slope: Scalar, kind: str = "right") -> Any:
-    """A custom function, right or wrong in one of the ways that are met."""
-
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.slope = slope(x)
-        return value(x)
-
-    def right(ctx: Any, g: Tensor) -> Tensor:
-        return slope(ctx.saved_tensors[0]) * g
-
-    def no_graph(ctx: Any, g: Tensor) -> Tensor:
-        with torch.no_grad():
-            return slope(ctx.saved_tensors[0]) * g
-
-    def saved(ctx: Any, g: Tensor) -> Tensor:
-        result: Tensor = ctx.slope * g
-        return result
-
-    def detached(ctx: Any, g: Tensor) -> Tensor:
-        return slope(ctx.saved_tensors[0]) * g.detach()
-
-    backward = {
-        "right": right,
-        "no_graph": no_graph,
-        "saved": saved,
-        "detached": detached,
-        "once": once_differentiable(right),
-    }[kind]
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"Custom_{kind}", (Function,), methods)
-
-
-def cube(x: Tensor) -> Tensor:
-    return x**3
-
-
-def slope_of_cube(x: Tensor) -> Tensor:
-    return 3 * x**2
 
 
 CURVED: dict[str, tuple[Scalar, Scalar]] = {
@@ -110,12 +69,12 @@ SCALES = [1e-6, 1e-3, 1.0, 30.0, 1e6]
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", [*CURVED, *PIECEWISE_LINEAR])
 def test_right_functions_are_never_refused(name: str, scale: float, dtype: torch.dtype) -> None:
-    function = made(*(CURVED | PIECEWISE_LINEAR)[name])
+    function = custom_function(*(CURVED | PIECEWISE_LINEAR)[name])
     for size in (1, 7, 500):
         x = drawn(size, scale, dtype, seed=size)
         for argument in (x, x * 1):
             before = argument.detach().clone()
-            finding = found(made(*(CURVED | PIECEWISE_LINEAR)[name]), argument)
+            finding = found(custom_function(*(CURVED | PIECEWISE_LINEAR)[name]), argument)
             assert finding.transposes and finding.curves, finding
             assert torch.equal(argument.detach(), before)
     assert function is not None
@@ -129,15 +88,17 @@ def test_wrong_functions_are_found(kind: str, name: str, scale: float, dtype: to
     for size in (1, 7, 500):
         x = drawn(size, scale, dtype, seed=size)
         for argument in (x, x * 1):
-            finding = found(made(*CURVED[name], kind), argument)
+            finding = found(custom_function(*CURVED[name], kind), argument)
             # What saved its derivative is fine for products with the Jacobian.
             assert (finding.transposes, finding.curves) == (kind == "saved", False)
 
 
 def test_zeros_do_not_hide_what_is_wrong() -> None:
     for kind in ("no_graph", "saved"):
-        assert not found(made(cube, slope_of_cube, kind), torch.zeros(3, requires_grad=True)).curves
-    assert found(made(cube, slope_of_cube), torch.zeros(3, requires_grad=True)).curves
+        assert not found(
+            custom_function(cube, slope_of_cube, kind), torch.zeros(3, requires_grad=True)
+        ).curves
+    assert found(custom_function(cube, slope_of_cube), torch.zeros(3, requires_grad=True)).curves
 
 
 class Solve(Function):
@@ -259,23 +220,13 @@ WRONG = ["no_graph", "detached", "saved", "once"]
 HUTCHINSON: dict[str, Callable[..., Any]] = {"AdaHessian": AdaHessian, "Sophia": Sophia}
 
 
-def standard(optimizer: Any, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    return closure
-
-
 def loss_of(function: Any, x: Tensor) -> Tensor:
     return F.mse_loss(function.apply(x), torch.ones_like(x))
 
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_hessian_is_refused(kind: str) -> None:
-    function = made(cube, slope_of_cube, kind)
+    function = custom_function(cube, slope_of_cube, kind)
     x = nn.Parameter(torch.full((2,), 2.0, dtype=DOUBLE))
     match = rf"Custom_{kind}.*curvature_products=\"finite_difference\""
     optimizer = NewtonCG([x], curvature="hessian")
@@ -295,7 +246,7 @@ def test_a_hessian_is_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("name", HUTCHINSON)
 def test_an_estimate_is_refused(name: str, kind: str) -> None:
-    function = made(cube, slope_of_cube, kind)
+    function = custom_function(cube, slope_of_cube, kind)
     x = nn.Parameter(torch.full((2,), 2.0))
     match = rf"Custom_{kind}.*estimator=\"gnb\""
     optimizer = HUTCHINSON[name]([x])
@@ -315,7 +266,7 @@ def test_an_estimate_is_refused(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["right", "saved"])
 def test_gauss_newton_needs_no_curvature_of_what_lies_below_the_outputs(kind: str) -> None:
     x = nn.Parameter(torch.tensor([2.0, -1.0], dtype=DOUBLE))
-    function = made(cube, slope_of_cube, kind)
+    function = custom_function(cube, slope_of_cube, kind)
     objective = ClosureObjective(lambda: loss_of(function, x), [x])
     product = GaussNewton(objective.evaluate(curvature=True)) @ torch.ones(2, dtype=DOUBLE)
     torch.testing.assert_close(product, 9 * x.detach() ** 4)
@@ -324,7 +275,7 @@ def test_gauss_newton_needs_no_curvature_of_what_lies_below_the_outputs(kind: st
 @pytest.mark.parametrize("where", ["loss", "penalty"])
 def test_gauss_newton_needs_that_of_what_lies_above(where: str) -> None:
     x = nn.Parameter(torch.tensor([2.0, -1.0], dtype=DOUBLE))
-    function = made(cube, slope_of_cube, "saved")
+    function = custom_function(cube, slope_of_cube, "saved")
 
     def loss() -> Tensor:
         z = mark_outputs(x * 2)
@@ -340,7 +291,7 @@ def test_gauss_newton_needs_that_of_what_lies_above(where: str) -> None:
 def test_what_the_parameters_have_no_part_in_is_not_refused() -> None:
     x = nn.Parameter(torch.ones(2, dtype=DOUBLE))
     data = torch.full((2,), 3.0, dtype=DOUBLE, requires_grad=True)
-    function = made(cube, slope_of_cube, "saved")
+    function = custom_function(cube, slope_of_cube, "saved")
 
     def loss() -> Tensor:
         unused = function.apply(x)
@@ -351,7 +302,7 @@ def test_what_the_parameters_have_no_part_in_is_not_refused() -> None:
 
 
 def test_a_function_that_somebody_kept_is_noticed() -> None:
-    apply = made(cube, slope_of_cube, "saved").apply
+    apply = custom_function(cube, slope_of_cube, "saved").apply
     x = nn.Parameter(torch.ones(2))
     objective = ClosureObjective(lambda: apply(x).sum(), [x])
     with pytest.raises(MissingSecondDerivative, match="Custom_saved"):
@@ -365,7 +316,7 @@ def test_functions_over_a_data_set(curvature: str) -> None:
             result: Tensor = function.apply(super().forward(x))
             return result
 
-    function = made(cube, slope_of_cube, "no_graph")
+    function = custom_function(cube, slope_of_cube, "no_graph")
     model = Layer(2, 1)
     closure = DatasetClosure(model, F.mse_loss, [(torch.randn(4, 2), torch.randn(4, 1))] * 2)
     with pytest.raises(MissingSecondDerivative, match="Custom_no_graph"):
@@ -373,7 +324,10 @@ def test_functions_over_a_data_set(curvature: str) -> None:
 
 
 def test_inside_a_checkpoint() -> None:
-    function, layer = made(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2), nn.Linear(3, 3).double()
+    function, layer = (
+        custom_function(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
+        nn.Linear(3, 3).double(),
+    )
     x = torch.randn(5, 3, dtype=DOUBLE)
 
     def product(inner: Callable[[Tensor], Tensor]) -> Tensor:
@@ -448,7 +402,7 @@ class _Late:
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("name", ["NewtonCG", *HUTCHINSON])
 def test_a_term_that_comes_after_a_warm_up_is_found(name: str, kind: str) -> None:
-    function = made(cube, slope_of_cube, kind)
+    function = custom_function(cube, slope_of_cube, kind)
     x = nn.Parameter(torch.tensor([1.5, 2.0]))
     makers = {**HUTCHINSON, "NewtonCG": partial(NewtonCG, curvature="hessian")}
     optimizer = makers[name]([x])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.custom_functions import Cube
 from tests.support.oracles import CASES, dense_hessian, make_case
 from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
@@ -155,21 +156,6 @@ def test_it_is_of_where_the_objective_stands(device: torch.device) -> None:
         for _ in range(2):
             assert_products(operator, cubic_hessian(objective.position), 1e-6)
             objective.accept(torch.ones(3, dtype=torch.float64, device=device))
-
-
-class Cube(torch.autograd.Function):
-    """A function that can be differentiated once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * grad
 
 
 def test_nothing_needs_a_second_derivative(device: torch.device) -> None:

@@ -281,9 +281,9 @@ def test_diagonals_can_be_repeated(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": "true"}, "'sampled' or 'empirical', got 'true'"),
+        ({"labels": "true"}, "'sampled', 'empirical', got 'true'"),
         ({"n_samples": 0}, "at least 1, got 0"),
-        ({"remainder": "drop"}, "'hessian' or 'ignore', got 'drop'"),
+        ({"remainder": "drop"}, "'hessian', 'ignore', got 'drop'"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:

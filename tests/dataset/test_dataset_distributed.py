@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import gc
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +13,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
+from tests.support.ranks import on_both, run_on_ranks
 from torch_secondorder import LBFGS, AdaHessian, DatasetClosure, NewtonCG, Sophia, StepStatus
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
 ]
-
-RANKS = 2
 
 
 def data() -> TensorDataset:
@@ -155,34 +150,11 @@ def checks(rank: int, ranks: int) -> dict[str, Any]:
     return found
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    try:
-        found: Any = checks(rank, RANKS)
-    except Exception:
-        found = traceback.format_exc()
-    torch.save(found, f"{folder}/rank{rank}")
-    gc.collect()  # nothing of the group may outlive it, or its threads end the process
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the first rank found; the ranks agree bit for bit."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=RANKS)
-    first, second = (torch.load(folder / f"rank{rank}") for rank in range(RANKS))
-    for each in (first, second):
-        assert isinstance(each, dict), each
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    return first
+    ranks = run_on_ranks([checks], tmp_path_factory.mktemp("ranks"))
+    return on_both(ranks, "checks")
 
 
 @pytest.fixture(scope="module")

@@ -350,7 +350,7 @@ LINE = from_closure(lambda: (W**2).sum(), [W])
         (
             lambda: from_model(nn.Linear(1, 1), F.mse_loss, (W, W), reduction="none"),
             ValueError,
-            "reduction must be 'mean' or 'sum', got 'none'",
+            "reduction must be one of 'mean', 'sum', got 'none'",
         ),
         (
             lambda: from_closure(lambda: W.sum(), [W], curvature="newton"),

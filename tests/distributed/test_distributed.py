@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.ranks import Check, on_both, run_on_ranks
+from tests.support.shares import Share
 from torch_secondorder import LBFGS, FunctionalObjective, NewtonCG, StepStatus
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder.curvature import Fisher, GaussNewton, Hessian
@@ -22,32 +22,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
 ]
-
-
-class Share:
-    """A model and the part of a batch that one rank has; one of one is the whole."""
-
-    def __init__(self, rank: int, ranks: int, dtype: torch.dtype = torch.float64) -> None:
-        torch.manual_seed(7)
-        self.plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-        x, y = torch.randn(16, 4).to(dtype), torch.randint(3, (16,))
-        self.x, self.y = x.chunk(ranks)[rank], y.chunk(ranks)[rank]
-        self.model = self.plain if ranks == 1 else DistributedDataParallel(self.plain)
-
-    def loss(self) -> Tensor:
-        return F.cross_entropy(self.model(self.x), self.y)
-
-    def closure(self) -> Tensor:
-        self.model.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        return loss
-
-    def values(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.plain.parameters()]
-
-    def gradients(self) -> list[Tensor]:
-        return [p.grad.clone() for p in self.plain.parameters()]
 
 
 def train(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.test_distributed import Share
 from tests.support.ranks import Check, on_both, run_on_ranks
+from tests.support.shares import Share
 from torch_secondorder import AdaHessian, Sophia, StepStatus
 from torch_secondorder.curvature import Hutchinson
 

@@ -10,7 +10,7 @@ import torch
 
 import train_char_lm as example
 from _training import Run, Task
-from tests.examples.test_examples import run_example
+from tests.support.examples import run_example
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_the_winner_is_read_off_the_runs() -> None:
 
 def test_runs_that_another_seed_could_reorder_are_level() -> None:
     said = example.verdict([ended("A", 1.2), ended("B", 1.2 - example.GAP / 2)], "In 9 steps each")
-    assert said.startswith("In 9 steps each: B and A are level")
+    assert said.startswith("In 9 steps each: B and A are equal")
 
 
 def test_a_sample_goes_on_from_the_training_text(text: example.Text) -> None:

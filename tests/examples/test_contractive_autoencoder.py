@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import contractive_autoencoder as example
-from tests.examples.test_examples import run_example
+from tests.support.examples import run_example
 
 SCRIPT = "contractive_autoencoder.py"
 QUICK = ("--dataset", "digits", "--images", "400", "--units", "30", "--epochs", "4")
@@ -56,8 +56,8 @@ def test_the_statement_follows_the_numbers() -> None:
     falling = [
         result(n, v) for n, v in zip(("ae", "ae+wd", "dae", "cae"), (4, 3, 2, 1), strict=True)
     ]
-    assert "as published: reproduced; DAE and" in example.statement(falling)
+    assert "as published: reproduced; a stronger" in example.statement(falling)
     falling[1].norm = 1.5
     said = example.statement(falling)
     assert "not reproduced, DAE, noise 0.3 2.000 >= AE, weight decay 1.500." in said
-    assert "not all of which ran" in example.statement(falling[:3])
+    assert "not all of them ran" in example.statement(falling[:3])

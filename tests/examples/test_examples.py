@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-def run_example(
-    *arguments: str | Path,
-    cwd: Path,
-    environment: dict[str, str] | None = None,
-    script: str = "compare_optimizers.py",
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+from tests.support.examples import run_example
 
 
 def write_idx(path: Path, array: torch.Tensor) -> None:
@@ -131,7 +110,7 @@ def test_the_autoencoder_takes_digits_where_there_is_nothing_else(tmp_path: Path
         script="deep_autoencoder.py",
     )
     assert done.returncode == 0, done.stderr
-    assert "Fashion-MNIST is not on this machine: the small digits" in done.stdout
+    assert "Fashion-MNIST is not on this machine: using the small digits" in done.stdout
 
 
 @pytest.mark.slow
@@ -184,7 +163,7 @@ def test_the_classifier(tmp_path: Path) -> None:
         script="train_classifier.py",
     )
     assert done.returncode == 0, done.stderr
-    header = ("learning rate", "steps", "time a step", "training loss", "test accuracy, %")
+    header = ("learning rate", "steps", "time per step", "training loss", "test accuracy, %")
     start = next(i for i, line in enumerate(done.stdout.splitlines()) if "learning rate " in line)
     lines = done.stdout.splitlines()[start:]
     assert all(name in lines[0] for name in header)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jacobian_speed
-from tests.examples.test_examples import run_example
+from tests.support.examples import run_example
 
 pytest.importorskip("scipy")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import torch_secondorder.func._limits as limits
+from torch_secondorder._foundation import memory
 from torch_secondorder.func import (
     batch_jacobian,
     check_derivatives,
@@ -79,16 +79,16 @@ def test_chunk_sizes(chunk_size: Any) -> None:
         lambda: hessian_diagonal(total, ONES, chunk_size=chunk_size),
         lambda: module_jacobian(nn.Tanh(), torch.ones(2, 2), chunk_size=chunk_size),
     ):
-        with pytest.raises(ValueError, match=r"chunk_size is how many.*at least 1"):
+        with pytest.raises(ValueError, match="chunk_size must be an integer of at least 1"):
             call()
 
 
 def test_modes() -> None:
-    with pytest.raises(ValueError, match=r"mode is one of .*'forward'.*got 'backward'"):
+    with pytest.raises(ValueError, match=r"mode must be one of .*'forward'.*got 'backward'"):
         jacobian(torch.sin, ONES, "backward")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="mode is one of"):
+    with pytest.raises(ValueError, match="mode must be one of"):
         batch_jacobian(torch.sin, torch.ones(2, 2), "rev")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"wrt is one of .*'parameters'.*got 'weights'"):
+    with pytest.raises(ValueError, match=r"wrt must be one of .*'parameters'.*got 'weights'"):
         module_jacobian(nn.Tanh(), torch.ones(2, 2), "weights")  # type: ignore[arg-type]
 
 
@@ -130,10 +130,10 @@ def test_jacobians_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None
         batch_jacobian(torch.sin, x.view(2, -1))
     with pytest.raises(MemoryError, match=r"unit vectors would have .*pass a smaller chunk_size"):
         hessian_diagonal(total, x)
-    monkeypatch.setattr(limits, "free_memory", lambda device: float("inf"))
+    monkeypatch.setattr(memory, "free_memory", lambda device: float("inf"))
     with pytest.raises(MemoryError, match=r"and 2\*\*31 is the most"):
         jacobian(torch.sin, x)
-    monkeypatch.setattr(limits, "free_memory", lambda device: 1e8)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e8)
     # The Jacobian fits, what it is made with does not.
     with pytest.raises(MemoryError, match=r"unit vectors.*0.1 GiB are free: pass a smaller chunk"):
         jacobian(lambda x: x[0].expand(6000) * 1, ONES, "reverse")
@@ -141,8 +141,8 @@ def test_jacobians_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_free_is_known() -> None:
-    assert limits.free_memory(torch.device("cpu")) > 2**20
-    assert limits.free_memory(torch.device("meta")) == float("inf")
+    assert memory.free_memory(torch.device("cpu")) > 2**20
+    assert memory.free_memory(torch.device("meta")) == float("inf")
 
 
 # --- rows that depend on each other ---

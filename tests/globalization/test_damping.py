@@ -233,11 +233,11 @@ def test_damping_writes_to_nothing_that_was_given() -> None:
     assert (operator @ v[:, None]).tolist() == [[2.0], [2.0]] and v.tolist() == [1.0, 1.0]
 
 
-DAMPING = "the damping must be positive and finite to begin with, got "
+DAMPING = "initial must be a finite number above 0 or None, got "
 BOUNDS = "bounds are relative to the damping to begin with, 0 < smallest <= 1 <= largest, got "
 FACTORS = r"decrease must lie in \(0, 1\) and increase above 1, got "
-RADIUS = "the radius must be positive and finite to begin with, got "
-LARGEST = "largest is relative to the radius to begin with, at least 1 and finite, got "
+RADIUS = "initial must be a finite number above 0 or None, got "
+LARGEST = "largest must be a finite number of at least 1, got "
 SHRINK = r"shrink must lie in \(0, 1\) and grow above 1, got "
 ACCEPT = "gain ratios need 0 <= accept < poor < good, got "
 SHAPES = r"this operator multiplies shapes \(2,\) and \(2, k\), got "

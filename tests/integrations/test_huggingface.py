@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
-from tests.examples.test_examples import run_example
 from tests.support.diagonal_references import assert_moved, assert_same, values
+from tests.support.examples import run_example
 from torch_secondorder import LBFGS, AdaHessian, NewtonCG, Sophia, StepStatus
 
 transformers = pytest.importorskip("transformers")

@@ -31,11 +31,6 @@ pytestmark = NOISE
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=HOSTS, ids=lambda host: host.__name__)
-def host(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 @pytest.fixture(params=OPTIMIZERS)
 def configure(request: pytest.FixtureRequest) -> Any:
     return OPTIMIZERS[request.param]

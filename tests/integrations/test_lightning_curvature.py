@@ -35,11 +35,6 @@ FIGURES = ["top_eigenvalue", "trace", "trace_error", "lowest", "negative"]
 CONFIGURATIONS = {**OPTIMIZERS, "Adam": lambda p: torch.optim.Adam(p, lr=0.05)}
 
 
-@pytest.fixture(params=HOSTS, ids=lambda host: host.__name__)
-def host(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
@@ -124,7 +119,7 @@ def test_nothing_is_logged_within(host: Any) -> None:
     with unnoticed(model):
         model.log("anything", 1.0)  # without a trainer this warns
         model.log_dict({"anything": 1.0})
-    with pytest.raises(TypeError, match="Linear is no LightningModule"), unnoticed(model.net[0]):
+    with pytest.raises(TypeError, match="Linear is not a LightningModule"), unnoticed(model.net[0]):
         pass
 
 
@@ -191,7 +186,7 @@ def test_what_cannot_be_looked_at_is_refused(host: Any, tmp_path: Path) -> None:
     manual = module(
         host, OPTIMIZERS["LBFGS"], training_step=training_step, automatic_optimization=False
     )
-    with pytest.raises(ValueError, match="gives none under manual optimization"):
+    with pytest.raises(ValueError, match="returns none with manual optimization"):
         trainer(host, tmp_path, callbacks=callbacks).fit(manual, Batches())
     nothing = module(host, OPTIMIZERS["LBFGS"], training_step=training_step)
     with pytest.raises(TypeError, match="training_step returned no loss"):
@@ -202,7 +197,7 @@ def test_what_cannot_be_looked_at_is_refused(host: Any, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"every_n_steps": 0}, "every_n_steps must be an integer of at least 1, got 0"),
-        ({"batch": "held"}, "batch must be one of .*'current', 'first'.*, got 'held'"),
+        ({"batch": "held"}, "batch must be one of 'current', 'first', got 'held'"),
         ({"max_products": 0}, "max_products must be"),
         ({"trace_products": 2}, "trace_products must be an integer of at least 3, got 2"),
         ({"spectrum_products": -1}, "spectrum_products must be"),

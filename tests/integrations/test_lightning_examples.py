@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.test_examples import run_example
+from tests.support.examples import run_example
 
 #: What a reader should not have to read past.
 NOISE = ("Warning", "GPU", "TPU", "litlogger", "Trainer.fit", "Traceback")

@@ -1,8 +1,9 @@
-"""`SecondOrderMonitor` logs what steps were like, and refuses settings that go wrong."""
+"""`SecondOrderMonitor` logs reports, and rejects incompatible settings."""
 
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from tests.support.lightning_problems import (
     trainer,
     weights,
 )
-from torch_secondorder import LBFGS, AdaHessian, Sophia
+from torch_secondorder import (
+    LBFGS,
+    AdaHessian,
+    SecondOrderOptimizer,
+    Sophia,
+    StepInfo,
+    StepStatus,
+)
 from torch_secondorder.integrations.lightning import SecondOrderMonitor
 from torch_secondorder.integrations.lightning._checks import check_settings
 from torch_secondorder.integrations.lightning._host import found_bases
@@ -38,11 +46,6 @@ SHOWN = {
     "LBFGS": {"evals", "step_length", "skipped"},
     "NewtonCG": {"evals", "step_length", "damping", "gain", "cg"},
 }
-
-
-@pytest.fixture(params=HOSTS, ids=lambda host: host.__name__)
-def host(request: pytest.FixtureRequest) -> Any:
-    return request.param
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -106,6 +109,37 @@ def test_what_is_logged_can_stop_the_training(host: Any, tmp_path: Path) -> None
     assert fitted.optimizers[0].info.grad_norm < 1e-3
 
 
+@dataclass(frozen=True, slots=True)
+class OwnInfo(StepInfo):
+    temperature: float = 0.0
+    note: str = ""
+
+
+class Own(SecondOrderOptimizer):
+    """An optimizer of another package, with a report of its own."""
+
+    def _export_state(self) -> dict[str, Any]:
+        return {}
+
+    def _import_state(self, state: dict[str, Any]) -> None:
+        pass
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        self.info = OwnInfo(StepStatus.MOVED, loss.item(), None, 0.5, temperature=2, note="warm")
+        return loss
+
+
+def test_the_numbers_of_any_report_are_logged(host: Any, tmp_path: Path) -> None:
+    model = module(host, lambda params: Own(params, {"lr": 1.0, "weight_decay": 0.0}))
+    fitted = trainer(host, tmp_path, callbacks=[SecondOrderMonitor()])
+    fitted.fit(model, Batches())
+    names = {name for name in fitted.callback_metrics if name.startswith("Own/")}
+    fields = {"loss", "grad_norm", "iterations", "evaluations", "temperature"}
+    assert names == {f"Own/{field}" for field in fields}
+    assert fitted.callback_metrics["Own/temperature"] == 2.0
+
+
 def test_other_optimizers_are_left_alone(host: Any, tmp_path: Path) -> None:
     model = module(host, lambda p: torch.optim.Adam(p))
     fitted = trainer(host, tmp_path, accumulate_grad_batches=2, callbacks=[SecondOrderMonitor()])
@@ -144,7 +178,7 @@ def test_two_of_a_kind_have_names_of_their_own(tmp_path: Path) -> None:
 
 
 def accumulated(name: str, net: nn.Module, batches: Any, parts: int) -> None:
-    """What Lightning does with `accumulate_grad_batches`, in one closure."""
+    """Training as Lightning does with `accumulate_grad_batches`, in one closure."""
     optimizer = OPTIMIZERS[name](net.parameters())
     data = list(batches)
     for start in range(0, len(data), parts):
@@ -202,7 +236,7 @@ def test_settings_that_change_the_loss_between_evaluations(
 ) -> None:
     said = refusal(host, tmp_path, optimizer, accumulate_grad_batches=4, gradient_clip_val=0.5)
     assert "accumulate_grad_batches=4: " in said and "AdaHessian or Sophia" in said
-    assert "gradient_clip_val=0.5: " in said and "leave it out" in said
+    assert "gradient_clip_val=0.5: " in said and "remove it" in said
     schedule = host.callbacks.GradientAccumulationScheduler({3: 2})
     said = refusal(host, tmp_path, optimizer, callbacks=[schedule])
     assert "accumulate_grad_batches" in said and "clip" not in said
@@ -214,7 +248,7 @@ def test_batches_that_are_fetched_in_the_step(host: Any, tmp_path: Path) -> None
         raise AssertionError
 
     model = module(host, OPTIMIZERS["LBFGS"], training_step=training_step)
-    assert "take (batch, batch_idx)" in refusal(host, tmp_path, "LBFGS", model)
+    assert "use the signature (batch, batch_idx)" in refusal(host, tmp_path, "LBFGS", model)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -226,7 +260,7 @@ def test_a_gradient_scaler(host: Any, optimizer: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_strategies_that_hide_the_parameters(host: Any, strategy: str) -> None:
-    """They need devices or packages to begin with: what is asked of them is their class."""
+    """Only the class of the strategy is checked: running it needs devices or packages."""
     kind = getattr(host.strategies, strategy)
     made = host.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     made.strategy.precision_plugin = None

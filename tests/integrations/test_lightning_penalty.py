@@ -30,11 +30,6 @@ CONFIGURATIONS = {**OPTIMIZERS, "Adam": lambda p: torch.optim.Adam(p, lr=0.05)}
 WEIGHT = 0.3
 
 
-@pytest.fixture(params=HOSTS, ids=lambda host: host.__name__)
-def host(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 def autoencoder() -> nn.Module:
     torch.manual_seed(4)
     encoder = nn.Sequential(nn.Linear(5, 4), nn.Sigmoid())

@@ -7,9 +7,8 @@ import copy
 import gc
 import pickle
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +20,38 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from tests.autograd.test_custom_functions import cube, slope_of_cube
-from tests.autograd.test_custom_functions import made as made_function
-from tests.distributed.test_distributed import Share
-from tests.optim.test_diagonal_contract import (
-    DOUBLE,
+from tests.support.closures import standard
+from tests.support.custom_functions import Cube, cube, custom_function, slope_of_cube
+from tests.support.diagonal_references import Task, assert_same, values
+from tests.support.diagonal_runs import (
     KINDS,
-    OnceCubed,
+    NO_WARNING_OF_CYCLES,
+    PARTS,
     eval_loss,
     every,
+    five_steps,
+    live_graphs,
     live_tensors,
     periods,
+    steps_on_parts,
     tiny,
     twice,
 )
-from tests.optim.test_watching import PARTS, live_graphs
-from tests.support.diagonal_references import Task, assert_same, standard, values
 from tests.support.ranks import on_both, run_on_ranks
+from tests.support.shares import Share
 from torch_secondorder import LBFGS, AdaHessian, NewtonCG, Sophia, StepStatus
 from torch_secondorder._autograd.graph import MissingSecondDerivative
 
 ORIGINAL = torch.autograd.backward
 
+DOUBLE = torch.float64
+
+pytestmark = NO_WARNING_OF_CYCLES
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _nobody_else_listens() -> None:
     gc.collect()  # optimizers of other files, in cycles with the errors that they raised
-
-
-@pytest.fixture(autouse=True)
-def _without_torchs_warning_about_cycles() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
-        yield
 
 
 # The same numbers as with a closure.
@@ -63,31 +61,15 @@ def _without_torchs_warning_about_cycles() -> Iterator[None]:
 @periods
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_loop_equals_the_closure(kind: str, period: int, clip: bool) -> None:
-    def run(closes: bool) -> list[Tensor]:
-        task = Task()
-        optimizer = KINDS[kind](task.model.parameters(), update_period=period)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4)
+    def step(optimizer: Any, task: Task, clip_gradients: Callable[[], None]) -> None:
+        optimizer.zero_grad()
+        task.loss().backward()
+        clip_gradients()
+        assert optimizer.step() is None
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = task.loss()
-            loss.backward()
-            if clip:
-                nn.utils.clip_grad_norm_(task.model.parameters(), 0.1)
-            return loss
-
-        for _ in range(5):
-            if closes:
-                optimizer.step(closure)
-            else:
-                closure()
-                assert optimizer.step() is None
-            schedule.step()
-            assert optimizer.info.status is StepStatus.MOVED
-        return values(task.model)
-
+    found, expected = five_steps(kind, period, clip, step), five_steps(kind, period, clip)
     # Drawn labels go by logarithms of probabilities in the place of logits.
-    assert_same(run(False), run(True), 1e-14 if kind == "Sophia-G" else 0)
+    assert_same(found, expected, 1e-14 if kind == "Sophia-G" else 0)
 
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -134,28 +116,15 @@ def test_outputs_are_found_behind(loss: str) -> None:
 @pytest.mark.parametrize("mixed", [False, True])
 def test_micro_batches_add_up(kind: str, period: int, to_none: bool, mixed: bool) -> None:
     """Some of them in contexts, if mixed."""
-
-    def run(closes: bool) -> list[Tensor]:
-        task = Task()
-        optimizer = KINDS[kind](task.model.parameters(), update_period=period)
-
-        def backward() -> Tensor:
-            for number, part in enumerate(PARTS):
-                inside = mixed and not closes and number == 1
-                with optimizer.watching() if inside else contextlib.nullcontext():
-                    eval_loss(task, part).backward()
-            return torch.zeros(())
-
-        for _ in range(4):
-            if closes:
-                optimizer.step(lambda: (optimizer.zero_grad(), backward())[1])
-            else:
-                backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=to_none)
-        return values(task.model)
-
-    assert_same(run(False), run(True), 1e-12)
+    task = Task()
+    optimizer = KINDS[kind](task.model.parameters(), update_period=period)
+    for _ in range(4):
+        for number, part in enumerate(PARTS):
+            with optimizer.watching() if mixed and number == 1 else contextlib.nullcontext():
+                eval_loss(task, part).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+    assert_same(values(task.model), steps_on_parts(kind, period), 1e-12)
 
 
 @every
@@ -730,9 +699,9 @@ def test_checkpointed_models() -> None:
 def test_a_pass_that_shows_no_curvature_is_an_error_at_the_step_only(kind: str) -> None:
     p = nn.Parameter(torch.full((2,), 2.0, dtype=DOUBLE))
     optimizer = KINDS[kind]([p])
-    OnceCubed.apply(p).sum().backward()
+    Cube.apply(p).sum().backward()
     assert_same([p.grad], [torch.full((2,), 12.0, dtype=DOUBLE)], 0)
-    with pytest.raises(MissingSecondDerivative, match="OnceCubed, marked once_differentiable"):
+    with pytest.raises(MissingSecondDerivative, match="Cube, marked once_differentiable"):
         optimizer.step()
     optimizer.zero_grad()
     (p**3).sum().backward()
@@ -901,7 +870,7 @@ def test_two_ranks_are_one_with_the_whole_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["right", "no_graph", "saved", "detached", "once"])
 def test_custom_functions_are_examined_where_nobody_captures(kind: str) -> None:
-    function = made_function(cube, slope_of_cube, kind)
+    function = custom_function(cube, slope_of_cube, kind)
     for make in (AdaHessian, Sophia):
         x = torch.tensor([2.0, 3.0], dtype=DOUBLE, requires_grad=True)
         optimizer = make([x])
@@ -919,7 +888,7 @@ def test_custom_functions_are_examined_where_nobody_captures(kind: str) -> None:
 def test_a_custom_function_that_nobody_saw_applied_is_refused() -> None:
     gc.collect()  # optimizers of other tests
     x = torch.tensor([2.0, 3.0], dtype=DOUBLE, requires_grad=True)
-    loss = made_function(cube, slope_of_cube).apply(x).square().sum()
+    loss = custom_function(cube, slope_of_cube).apply(x).square().sum()
     optimizer = AdaHessian([x])
     loss.backward()
     with pytest.raises(MissingSecondDerivative, match="could not be examined"):
@@ -929,7 +898,7 @@ def test_a_custom_function_that_nobody_saw_applied_is_refused() -> None:
 def test_labels_need_no_examination() -> None:
     x = torch.tensor([2.0, 3.0], dtype=DOUBLE, requires_grad=True)
     optimizer = Sophia([x], estimator="gnb")
-    function = made_function(cube, slope_of_cube, "no_graph")
+    function = custom_function(cube, slope_of_cube, "no_graph")
     F.mse_loss(function.apply(x), torch.ones(2, dtype=DOUBLE)).backward()
     optimizer.step()
     assert optimizer.info.status is StepStatus.MOVED

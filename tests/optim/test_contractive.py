@@ -514,13 +514,13 @@ def test_bad_arguments() -> None:
         Contractive(adam, lambda x: x, 1.0)
     with pytest.raises(ValueError, match=r"weight must be .*-1\.0"):
         Contractive(adam, net.encoder, -1.0)
-    with pytest.raises(ValueError, match=r"method is one of .*'wild'"):
+    with pytest.raises(ValueError, match=r"method must be one of .*'wild'"):
         Contractive(adam, net.encoder, 1.0, "wild")
-    with pytest.raises(ValueError, match="noise is a positive"):
+    with pytest.raises(ValueError, match="noise must be a finite number above 0"):
         Contractive(adam, net.encoder, 1.0, noise=-1.0)
-    with pytest.raises(ValueError, match="n_noise is an integer"):
+    with pytest.raises(ValueError, match="n_noise must be an integer of at least 1"):
         Contractive(adam, net.encoder, 1.0, n_noise=0)
-    with pytest.raises(ValueError, match="n_projections is an integer"):
+    with pytest.raises(ValueError, match="n_projections must be an integer of at least 1"):
         Contractive(adam, net.encoder, 1.0, n_projections=0)
     with pytest.raises(ValueError, match="none of the encoder's parameters is among"):
         Contractive(adam, copy.deepcopy(net.encoder), 1.0)

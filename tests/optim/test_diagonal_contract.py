@@ -7,18 +7,18 @@ import gc
 import io
 import math
 import pickle
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from tests.support.closures import standard
+from tests.support.custom_functions import Cube
 from tests.support.diagonal_references import (
     PlainAdaHessian,
     PlainSophia,
@@ -26,36 +26,25 @@ from tests.support.diagonal_references import (
     assert_moved,
     assert_same,
     plain,
-    standard,
     values,
 )
-from torch_secondorder import AdaHessian, FunctionalObjective, Sophia, StepStatus
+from tests.support.diagonal_runs import (
+    KINDS,
+    NO_WARNING_OF_CYCLES,
+    eval_loss,
+    every,
+    live_tensors,
+    periods,
+    tiny,
+    twice,
+)
+from torch_secondorder import FunctionalObjective, StepStatus
 
 DOUBLE = torch.float64
 
-KINDS: dict[str, Callable[..., Any]] = {
-    "AdaHessian": lambda params, **rest: AdaHessian(params, **{"lr": 0.02, **rest}),
-    "Sophia": lambda params, **rest: Sophia(
-        params, **{"lr": 0.01, "gamma": 20.0, "update_period": 1, **rest}
-    ),
-    "Sophia-G": lambda params, **rest: Sophia(
-        params,
-        **{"lr": 0.01, "gamma": 20.0, "update_period": 1, "estimator": "gnb", **rest},
-    ),
-}
+pytestmark = NO_WARNING_OF_CYCLES
+
 REFERENCES = {"AdaHessian": PlainAdaHessian, "Sophia": PlainSophia}
-
-every = pytest.mark.parametrize("kind", KINDS)
-#: Those that differentiate twice.
-twice = pytest.mark.parametrize("kind", ["AdaHessian", "Sophia"])
-periods = pytest.mark.parametrize("period", [1, 3])
-
-
-@pytest.fixture(autouse=True)
-def _without_torchs_warning_about_cycles() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using backward.. with create_graph=True")
-        yield
 
 
 def trained(
@@ -78,12 +67,6 @@ def of_the_whole(task: Task, optimizer: Any) -> Callable[[], Tensor]:
 
 
 # Several ways to say the same.
-
-
-def eval_loss(task: Task, part: slice = slice(None)) -> Tensor:
-    """Without statistics of the batch: parts add up to the whole."""
-    task.model.eval()
-    return F.cross_entropy(task.model(task.tokens[part]), task.y[part], reduction="sum") / 8
 
 
 @twice
@@ -871,25 +854,12 @@ def test_statistics_are_put_back_after_a_loss_that_is_not_finite(
     assert int(task.model.batchnorm.num_batches_tracked) == steps + 1
 
 
-class OnceCubed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * g
-
-
 @twice
 def test_functions_that_are_differentiable_once_are_refused(kind: str) -> None:
     p = nn.Parameter(torch.ones(2, dtype=DOUBLE))
     optimizer = KINDS[kind]([p])
     with pytest.raises(RuntimeError, match="no second derivative"):
-        optimizer.step(standard(optimizer, lambda: OnceCubed.apply(p).sum()))
+        optimizer.step(standard(optimizer, lambda: Cube.apply(p).sum()))
     assert torch.equal(p, torch.ones_like(p))
 
 
@@ -897,7 +867,7 @@ def test_labels_drawn_from_the_model_need_no_second_derivative() -> None:
     p = nn.Parameter(torch.ones(3, dtype=DOUBLE))
     optimizer = KINDS["Sophia-G"]([p])
     target = torch.zeros(3, dtype=DOUBLE)
-    optimizer.step(standard(optimizer, lambda: F.mse_loss(OnceCubed.apply(p), target)))
+    optimizer.step(standard(optimizer, lambda: F.mse_loss(Cube.apply(p), target)))
     # J = 3, B = 2 / 3, and signs have no variance.
     torch.testing.assert_close(
         optimizer.state[p]["exp_hessian"], 0.01 * torch.full((3,), 6.0, dtype=DOUBLE)
@@ -944,19 +914,6 @@ def test_an_exception_in_the_closure_leaves_everything(kind: str) -> None:
 
 
 # Memory.
-
-
-def tiny() -> tuple[nn.Module, Callable[[], Tensor]]:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Softplus(), nn.Flatten(), nn.Linear(8, 2)
-    )
-    x, y = torch.randn(4, 1, 4, 4), torch.randint(2, (4,))
-    return model, lambda: F.cross_entropy(model(x), y)
-
-
-def live_tensors() -> int:
-    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
 @every

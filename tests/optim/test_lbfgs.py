@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.closures import SEARCHES, rosenbrock, standard, start_at
 from tests.support.oracles import make_case
 from tests.support.problems import NONCONVEX, make_problems
 from torch_secondorder import LBFGS, StepStatus
@@ -27,28 +28,6 @@ from torch_secondorder.globalization import (
     StrongWolfe,
     Trial,
 )
-
-SEARCHES = ["strong_wolfe", "hager_zhang", "armijo"]
-
-
-def closure_of(
-    optimizer: torch.optim.Optimizer, function: Callable[[], Tensor]
-) -> Callable[[], Tensor]:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = function()
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def rosenbrock(x: Tensor) -> Tensor:
-    return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
-
-
-def start_at(*values: float, device: torch.device | str = "cpu") -> nn.Parameter:
-    return nn.Parameter(torch.tensor(values, dtype=torch.float64, device=device))
 
 
 def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -81,7 +60,7 @@ def test_keywords_of_newer_versions_mean_the_same() -> None:
         for make in (torch.optim.LBFGS, LBFGS):
             x = start_at(-1.2, 1.0)
             optimizer = make([x], line_search_fn=None, lr=1e-3, max_iter=3, **{name: known[name]})
-            loss = optimizer.step(closure_of(optimizer, lambda x=x: -rosenbrock(x)))
+            loss = optimizer.step(standard(optimizer, lambda x=x: -rosenbrock(x)))
             ends.append(x.detach())
             returned.append(loss.item())
         torch.testing.assert_close(ends[1], ends[0])
@@ -134,7 +113,7 @@ def test_fixed_steps_follow_torch(problem: str, per_step: int, device: torch.dev
         optimizer = make([x], 0.5, per_step, 1000, 0, 0, 1, None)
         path = []
         for _ in range(12 // per_step):
-            optimizer.step(closure_of(optimizer, lambda x=x: function(x)))
+            optimizer.step(standard(optimizer, lambda x=x: function(x)))
             path.append(x.detach().clone())
         paths.append(torch.stack(path))
     torch.testing.assert_close(paths[1], paths[0], rtol=1e-10, atol=1e-10)
@@ -145,7 +124,7 @@ def test_the_first_fixed_step_is_that_of_torch_at_any_history_size() -> None:
     for make in (torch.optim.LBFGS, LBFGS):
         x = start_at(-1.2, 1.0)
         optimizer = make([x], max_iter=1, line_search_fn=None)
-        optimizer.step(closure_of(optimizer, lambda x=x: rosenbrock(x)))
+        optimizer.step(standard(optimizer, lambda x=x: rosenbrock(x)))
         ends.append(x.detach())
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-14, atol=0)
 
@@ -170,7 +149,7 @@ def test_problems_are_solved(name: str, search: str, device: torch.device) -> No
     problem = next(p for p in make_problems(device) if p.name == name)
     x = nn.Parameter(problem.start.clone())
     optimizer = LBFGS([x], max_iter=2000, max_eval=4000, tolerance_grad=1e-6, line_search_fn=search)
-    optimizer.step(closure_of(optimizer, lambda: problem.function(x)))
+    optimizer.step(standard(optimizer, lambda: problem.function(x)))
     assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT, optimizer.info
     assert gradient_of(problem.function, x).abs().max() <= 1e-6
     assert problem.is_minimum(problem.function(x).item())
@@ -181,7 +160,7 @@ def test_the_ill_conditioned_quadratic(search: str) -> None:
     problem = next(p for p in make_problems() if p.name == "ill_conditioned_quadratic")
     x = nn.Parameter(problem.start.clone())
     optimizer = LBFGS([x], max_iter=3000, max_eval=3000, tolerance_grad=1e-6, line_search_fn=search)
-    optimizer.step(closure_of(optimizer, lambda: problem.function(x)))
+    optimizer.step(standard(optimizer, lambda: problem.function(x)))
     assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT, optimizer.info
     assert optimizer.info.evaluations <= 3000
 
@@ -203,7 +182,7 @@ def test_negative_curvature_on_the_way_does_not_make_steps_too_long(
             noise = torch.randn(problem.size, dtype=torch.float64, generator=generator)
             x = nn.Parameter(problem.start * (1 + 1e-13 * noise))
             optimizer = LBFGS([x], max_iter=2000, max_eval=2000, tolerance_grad=1e-5)
-            optimizer.step(closure_of(optimizer, lambda x=x: problem.function(x)))
+            optimizer.step(standard(optimizer, lambda x=x: problem.function(x)))
             assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT
             counts.append(math.log(optimizer.info.evaluations))
         return math.exp(sum(counts) / len(counts))
@@ -238,7 +217,7 @@ def test_pairs_come_from_one_batch_each(
     monkeypatch.setattr(InverseBFGS, "push", spy)
     for batch in batches * 2:
         current = batch
-        optimizer.step(closure_of(optimizer, lambda: function(x)))
+        optimizer.step(standard(optimizer, lambda: function(x)))
         assert not optimizer.info.history_reset
         assert optimizer.info.skipped_pairs == 0
     assert len(distances) == 30
@@ -266,7 +245,7 @@ def test_pairs_without_curvature(
     x = start_at(0.1, -0.2, 0.3)
     first = gradient_of(lambda x: x.cos().sum(), x)
     optimizer = LBFGS([x], lr=0.1, max_iter=6, line_search_fn=search, damping=damping)
-    optimizer.step(closure_of(optimizer, lambda: x.cos().sum()))
+    optimizer.step(standard(optimizer, lambda: x.cos().sum()))
     info = optimizer.info
     assert (info.iterations, info.status) == (6, StepStatus.MAX_ITERATIONS)
     if damping:
@@ -283,7 +262,7 @@ def test_pairs_without_curvature(
 def test_damping_leaves_good_pairs_alone() -> None:
     x = start_at(-1.2, 1.0)
     optimizer = LBFGS([x], max_iter=200, damping=True)
-    optimizer.step(closure_of(optimizer, lambda: rosenbrock(x)))
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
     assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT
     assert (
         optimizer.info.damped_pairs + optimizer.info.skipped_pairs < optimizer.info.iterations / 2
@@ -426,11 +405,11 @@ def test_a_small_loss_does_not_end_early(scale: float, search: str) -> None:
         optimizer = LBFGS([x], max_iter=1, line_search_fn=search)
         path = []
         for _ in range(20):
-            optimizer.step(closure_of(optimizer, lambda x=x, f=factor: f * rosenbrock(x)))
+            optimizer.step(standard(optimizer, lambda x=x, f=factor: f * rosenbrock(x)))
             assert optimizer.info.status is StepStatus.MAX_ITERATIONS
             path.append(x.detach().clone())
         for _ in range(100):
-            optimizer.step(closure_of(optimizer, lambda x=x, f=factor: f * rosenbrock(x)))
+            optimizer.step(standard(optimizer, lambda x=x, f=factor: f * rosenbrock(x)))
         torch.testing.assert_close(x.detach(), torch.ones_like(x), rtol=0, atol=1e-4)
         paths.append(torch.stack(path))
     exact = math.frexp(scale)[0] == 0.5  # powers of two: not even the rounding differs
@@ -440,7 +419,7 @@ def test_a_small_loss_does_not_end_early(scale: float, search: str) -> None:
 def test_an_explicit_tolerance_is_absolute() -> None:
     x = start_at(-1.2, 1.0)
     optimizer = LBFGS([x], tolerance_grad=1e-5)
-    optimizer.step(closure_of(optimizer, lambda: 1e-8 * rosenbrock(x)))
+    optimizer.step(standard(optimizer, lambda: 1e-8 * rosenbrock(x)))
     assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT
     assert optimizer.info.evaluations == 1
 
@@ -454,7 +433,7 @@ def test_a_line_search_instance_is_used() -> None:
     seen: list[tuple[float, float]] = []
     x = start_at(-1.2, 1.0)
     optimizer = LBFGS([x], lr=0.25, max_iter=3, max_eval=99, line_search_fn=Halving())
-    optimizer.step(closure_of(optimizer, lambda: rosenbrock(x)))
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
     assert seen == [(0.25, torch.finfo(torch.float64).eps)] * 3
 
 
@@ -480,7 +459,7 @@ def test_the_host_waits_once_an_iteration_outside_the_line_search(
 
     monkeypatch.setattr(space, "to_host", counted)
     optimizer.line_search = search
-    optimizer.step(closure_of(optimizer, lambda: rosenbrock(x)))
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
     assert optimizer.info.iterations == 25
     # At the start: loss and gradient, and the size of the parameters.
     assert waits <= 25 + 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from tests.optim.test_lbfgs import closure_of, rosenbrock, start_at
+from tests.support.closures import rosenbrock, standard, start_at
 from tests.support.oracles import make_case
 from torch_secondorder import LBFGS, StepStatus
 
@@ -24,7 +24,7 @@ def coupled(a: Tensor, b: Tensor) -> Tensor:
 
 def run(optimizer: LBFGS, function: Callable[[], Tensor], steps: int = 4) -> list[float]:
     """The losses seen at the start of each step."""
-    return [optimizer.step(closure_of(optimizer, function)).item() for _ in range(steps)]
+    return [optimizer.step(standard(optimizer, function)).item() for _ in range(steps)]
 
 
 def pair(device: torch.device | str = "cpu") -> tuple[nn.Parameter, nn.Parameter]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.optim.test_lbfgs import SEARCHES, closure_of, rosenbrock, start_at
+from tests.support.closures import SEARCHES, rosenbrock, standard, start_at
 from tests.support.oracles import make_case
 from torch_secondorder import LBFGS, StepStatus
 
@@ -195,7 +195,7 @@ def test_a_loss_that_falls_without_end(
         return  # far out it is made of rounding: how it ends depends on the machine's sine
     x = torch.tensor([1.0, 2.0], dtype=dtype, device=device, requires_grad=True)
     optimizer = LBFGS([x], line_search_fn=search, max_iter=60, max_eval=1000)
-    closure = closure_of(optimizer, lambda: FALLING[name](x))
+    closure = standard(optimizer, lambda: FALLING[name](x))
     optimizer.step(closure)
     info = optimizer.info
     assert info.status is StepStatus.UNBOUNDED and "without end" in info.status.value
@@ -215,7 +215,7 @@ def test_a_bounded_loss_is_not_called_unbounded(
 ) -> None:
     x = torch.tensor([1.0, 2.0], dtype=dtype, requires_grad=True)
     optimizer = LBFGS([x], line_search_fn=search, lr=1.0 if search else 0.1)
-    closure = closure_of(optimizer, lambda: BOUNDED[name](x))
+    closure = standard(optimizer, lambda: BOUNDED[name](x))
     for _ in range(5):
         optimizer.step(closure)
         assert optimizer.info.status is not StepStatus.UNBOUNDED
@@ -226,6 +226,6 @@ def test_a_bounded_loss_is_not_called_unbounded(
 def test_steps_without_a_search_end_at_minus_infinity() -> None:
     x = torch.tensor([80.0], requires_grad=True)
     optimizer = LBFGS([x], line_search_fn=None, lr=1.0, max_iter=100, max_eval=1000)
-    optimizer.step(closure_of(optimizer, lambda: -x.exp().sum()))
+    optimizer.step(standard(optimizer, lambda: -x.exp().sum()))
     assert optimizer.info.status is StepStatus.UNBOUNDED
     assert x.isfinite().all() and math.isfinite(optimizer.info.loss_after)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.custom_functions import Cube
 from torch_secondorder import DatasetClosure, FunctionalObjective, NewtonCG, StepStatus
 from torch_secondorder import mark_outputs as mark
 from torch_secondorder._autograd.graph import MissingSecondDerivative
@@ -171,21 +172,6 @@ def sum_of_squares() -> Problem:
 def rosenbrock() -> Problem:
     x = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
     return Problem([x], lambda: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2)
-
-
-class Cube(torch.autograd.Function):
-    """Its backward cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x * x * grad
 
 
 class Late(torch.autograd.Function):

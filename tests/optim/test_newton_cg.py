@@ -18,29 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.closures import GLOBALIZATIONS, closure_of, start_at
+from tests.support.custom_functions import Cube, NanCurvature
 from tests.support.oracles import CASES, make_case
 from torch_secondorder import FunctionalObjective, NewtonCG, StepStatus, mark_outputs
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder.curvature import Damped, GaussNewton, Hessian
 from torch_secondorder.globalization import Armijo, LevenbergMarquardt, StrongWolfe, TrustRegion
 from torch_secondorder.solvers import CG, MINRES, Martens, Nystrom, SolveStatus
-
-GLOBALIZATIONS = ["damping", "trust_region", "line_search"]
-
-
-def closure_of(value: Callable[[], Tensor], *params: Tensor) -> Callable[[], Tensor]:
-    def closure() -> Tensor:
-        for p in params:
-            p.grad = None
-        loss = value()
-        loss.backward()
-        return loss
-
-    return closure
-
-
-def point(*values: float) -> nn.Parameter:
-    return nn.Parameter(torch.tensor(values, dtype=torch.float64))
 
 
 class Regression:
@@ -171,7 +156,7 @@ def test_small_batches(device: torch.device) -> None:
 
 
 def test_products_come_from_the_curvature_closure() -> None:
-    x = point(1.0, 1.0)
+    x = start_at(1.0, 1.0)
     calls = []
 
     def tenfold() -> Tensor:
@@ -210,7 +195,7 @@ def test_gradients_of_the_curvature_closure_do_not_stay(to_none: bool) -> None:
 
 
 def test_what_a_curvature_closure_does_not_go_with() -> None:
-    x = point(1.0)
+    x = start_at(1.0)
     closure = closure_of(lambda: x.square().sum(), x)
     with pytest.raises(ValueError, match="does not go with curvature_products"):
         NewtonCG([x], curvature_products="finite_difference").step(closure, closure)
@@ -233,7 +218,7 @@ def test_a_factory_makes_the_operator() -> None:
         made.append(evaluation)
         return Damped(Hessian(evaluation), 2.0)
 
-    x = point(1.0, -1.0)
+    x = start_at(1.0, -1.0)
     optimizer = NewtonCG([x], curvature=factory, globalization="line_search")
     optimizer.step(closure_of(lambda: x.square().sum(), x))
     assert len(made) == 1
@@ -249,21 +234,6 @@ def test_finite_differences_follow_the_hessian() -> None:
             optimizer.step(made.closure())
         weights.append(torch.cat([p.detach().flatten() for p in made.params()]))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
-
-
-class Cube(torch.autograd.Function):
-    """Its backward cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x * x * grad
 
 
 class Custom(nn.Module):
@@ -355,7 +325,7 @@ def test_a_model_in_eval_mode() -> None:
 
 @pytest.mark.parametrize("globalization", GLOBALIZATIONS)
 def test_away_from_a_saddle(globalization: str) -> None:
-    x = point(0.5, 1e-3)
+    x = start_at(0.5, 1e-3)
 
     def value() -> Tensor:  # a saddle at zero, minima at (0, 1) and (0, -1)
         return x[0] ** 2 - x[1] ** 2 / 2 + x[1] ** 4 / 4
@@ -373,7 +343,7 @@ def test_away_from_a_saddle(globalization: str) -> None:
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 def test_a_singular_operator(globalization: str, curvature: str) -> None:
     """Twice the same column, and a parameter that the loss is linear in."""
-    w, slope = point(1.0, 3.0), point(0.5)
+    w, slope = start_at(1.0, 3.0), start_at(0.5)
 
     def value() -> Tensor:
         z = torch.stack([w.sum(), 2 * w.sum()])
@@ -387,45 +357,21 @@ def test_a_singular_operator(globalization: str, curvature: str) -> None:
 
 @pytest.mark.parametrize("globalization", GLOBALIZATIONS)
 def test_a_gradient_of_zero(globalization: str) -> None:
-    x = point(0.0, 0.0)
+    x = start_at(0.0, 0.0)
     optimizer = NewtonCG([x], curvature="hessian", globalization=globalization)
     assert optimizer.step(closure_of(lambda: x.square().sum(), x)).item() == 0
     assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT
     assert optimizer.info.products == 0 and x.tolist() == [0, 0]
 
 
-class Broken(torch.autograd.Function):
-    """The square, with a second derivative that is not a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * BrokenSlope.apply(x)
-
-
-class BrokenSlope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * torch.nan
-
-
 @pytest.mark.parametrize("globalization", GLOBALIZATIONS)
 @pytest.mark.parametrize("preconditioner", [None, "nystrom"])
 def test_a_product_that_is_not_finite(globalization: str, preconditioner: str | None) -> None:
-    x = point(1.0, 2.0)
+    x = start_at(1.0, 2.0)
     optimizer = NewtonCG(
         [x], curvature="hessian", globalization=globalization, preconditioner=preconditioner
     )
-    optimizer.step(closure_of(lambda: Broken.apply(x).sum(), x))
+    optimizer.step(closure_of(lambda: NanCurvature.apply(x).sum(), x))
     info = optimizer.info
     assert info.loss_after < info.loss and info.loss_after == pytest.approx(x.square().sum().item())
     expected = "no entry of a product was finite, products were differences of gradients"
@@ -436,7 +382,7 @@ def test_a_product_that_is_not_finite(globalization: str, preconditioner: str | 
 
 @pytest.mark.parametrize("globalization", GLOBALIZATIONS)
 def test_a_wall_of_infinite_loss(globalization: str) -> None:
-    x = point(1.0)
+    x = start_at(1.0)
 
     def value() -> Tensor:  # the Newton step from here leads behind the wall at zero
         return (x.log() * x - 0.9 * x - 0.5 * x.log()).sum()
@@ -448,7 +394,7 @@ def test_a_wall_of_infinite_loss(globalization: str) -> None:
 
 
 def test_a_trial_that_is_not_finite_raises_the_damping() -> None:
-    x = point(1.0)
+    x = start_at(1.0)
 
     def value() -> Tensor:
         return (x - 3).square().sum() + torch.where(x > 1.5, torch.inf, 0.0).sum()
@@ -462,7 +408,7 @@ def test_a_trial_that_is_not_finite_raises_the_damping() -> None:
 
 @pytest.mark.parametrize("globalization", GLOBALIZATIONS)
 def test_nothing_but_non_finite_trials(globalization: str) -> None:
-    x = point(1.0)
+    x = start_at(1.0)
     calls = 0
 
     def value() -> Tensor:
@@ -483,7 +429,7 @@ def test_a_rejected_step_is_solved_again_on_the_same_operator() -> None:
         made.append(Hessian(evaluation))
         return made[-1]
 
-    x = point(3.0)
+    x = start_at(3.0)
 
     def value() -> Tensor:  # far out the curvature is tiny, and the solution much too far
         return (1 + x.square()).log().sum()
@@ -504,7 +450,7 @@ def test_a_gradient_that_lies(globalization: str) -> None:
         made.append(Hessian(evaluation))
         return made[-1]
 
-    x = point(1.0)
+    x = start_at(1.0)
 
     def value() -> Tensor:
         return x.square().sum() - 2 * x.detach().square().sum()
@@ -563,18 +509,34 @@ def test_strategies(arguments: dict[str, Any], device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"curvature": "newton"}, ValueError, "unknown curvature 'newton'; known: 'auto', 'ggn'"),
+        (
+            {"curvature": "newton"},
+            ValueError,
+            "'auto', 'ggn', .* got 'newton'",
+        ),
         ({"curvature_products": "exact"}, ValueError, "'finite_difference', got 'exact'"),
-        ({"globalization": "hope"}, ValueError, "unknown globalization 'hope'"),
-        ({"globalization": 3}, TypeError, "a line search is a name, an instance"),
-        ({"solver": "lu"}, ValueError, "unknown solver 'lu'; known: 'cg', 'minres'"),
+        (
+            {"globalization": "hope"},
+            ValueError,
+            "'damping', 'trust_region', .* got 'hope'",
+        ),
+        ({"globalization": 3}, TypeError, "line_search must be one of .* an instance"),
+        ({"solver": "lu"}, ValueError, "solver must be one of 'cg', 'minres', .* got 'lu'"),
         ({"solver": MINRES}, TypeError, "an instance such as MINRES"),
         ({"solver": "minres", "globalization": "trust_region"}, ValueError, "needs solver='cg'"),
         ({"solver": "minres", "curvature": "hessian"}, ValueError, "needs solver='cg'"),
-        ({"preconditioner": "ilu"}, ValueError, "unknown preconditioner 'ilu'"),
+        (
+            {"preconditioner": "ilu"},
+            ValueError,
+            "preconditioner must be .* got 'ilu'",
+        ),
         ({"preconditioner": Nystrom}, TypeError, "an instance such as Nystrom"),
         ({"damping": -1.0}, ValueError, "damping must be .* got -1.0"),
-        ({"damping": 0.0}, ValueError, "the damping must be positive"),
+        (
+            {"damping": 0.0},
+            ValueError,
+            "damping must be a finite number above 0",
+        ),
         ({"damping": 1.0, "globalization": LevenbergMarquardt()}, ValueError, "leave damping out"),
         ({"max_iter": 0}, ValueError, "max_iter must be an integer of at least 1, got 0"),
         ({"max_cg_iter": 2.5}, ValueError, "max_cg_iter must be an integer"),
@@ -585,11 +547,11 @@ def test_strategies(arguments: dict[str, Any], device: torch.device) -> None:
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        NewtonCG([point(1.0)], **arguments)
+        NewtonCG([start_at(1.0)], **arguments)
 
 
 def test_a_loss_without_outputs() -> None:
-    x = point(1.0)
+    x = start_at(1.0)
     closure = closure_of(lambda: x.square().sum(), x)
     with pytest.raises(RuntimeError, match=r"mark_outputs(.|\n)*curvature=.hessian."):
         NewtonCG([x], curvature="ggn").step(closure)
@@ -600,7 +562,7 @@ def test_a_loss_without_outputs() -> None:
 
 
 def test_martens_needs_outputs() -> None:
-    x = point(1.0)
+    x = start_at(1.0)
     optimizer = NewtonCG([x], curvature="hessian", preconditioner="martens")
     with pytest.raises(TypeError, match="does not know; use curvature='ggn', or 'nystrom'"):
         optimizer.step(closure_of(lambda: x.square().sum(), x))
@@ -639,10 +601,10 @@ def test_resuming_bit_for_bit(arguments: dict[str, Any], device: torch.device) -
 
 
 def test_a_state_of_another_size() -> None:
-    optimizer = NewtonCG([point(1.0, 2.0)], curvature="hessian", globalization="damping")
+    optimizer = NewtonCG([start_at(1.0, 2.0)], curvature="hessian", globalization="damping")
     x = optimizer.param_groups[0]["params"][0]
     optimizer.step(closure_of(lambda: x.square().sum(), x))
-    other = NewtonCG([point(1.0)], curvature="hessian", globalization="damping")
+    other = NewtonCG([start_at(1.0)], curvature="hessian", globalization="damping")
     with pytest.raises(ValueError, match="2 parameter entries, the optimizer has 1"):
         other.load_state_dict(optimizer.state_dict())
 
@@ -686,7 +648,7 @@ def test_lr_zero_moves_nothing() -> None:
 
 def test_the_gauss_newton_matrix_ignores_what_it_is_told_to() -> None:
     """A factory is the way to options of an operator."""
-    x = point(2.0)
+    x = start_at(2.0)
 
     def value() -> Tensor:
         return F.mse_loss(x, torch.zeros_like(x)) + x.square().sum()

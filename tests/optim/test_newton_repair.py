@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.optim.test_newton_cg import GLOBALIZATIONS, Broken, closure_of
-from tests.solvers.test_minres import Dense, symmetric, vector_of
+from tests.support.closures import GLOBALIZATIONS, closure_of
+from tests.support.custom_functions import NanCurvature
+from tests.support.dense_operators import Dense, symmetric, vector_of
 from torch_secondorder import NewtonCG, mark_outputs
 from torch_secondorder.curvature._masked import Masked
 from torch_secondorder.solvers import CG
@@ -141,7 +142,7 @@ def test_differences_take_the_place_of_all(device: torch.device) -> None:
         breaks = products == "autograd"
 
         def value(x: Tensor = x, breaks: bool = breaks) -> Tensor:
-            return (Broken.apply(x - 1) if breaks else torch.square(x - 1)).square().sum()
+            return (NanCurvature.apply(x - 1) if breaks else torch.square(x - 1)).square().sum()
 
         optimizer = NewtonCG([x], curvature="hessian", curvature_products=products)
         optimizer.step(closure_of(value, x))
@@ -155,7 +156,7 @@ def test_where_differences_are_no_numbers_either(globalization: str, device: tor
     x = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64, device=device))
 
     def value() -> Tensor:  # no number beyond a wall that is closer than any step
-        return Broken.apply(x - 3).sum() + 1e-8 * (x[0] - (1 - 1e-12)).sqrt()
+        return NanCurvature.apply(x - 3).sum() + 1e-8 * (x[0] - (1 - 1e-12)).sqrt()
 
     optimizer = NewtonCG([x], curvature="hessian", globalization=globalization)
     optimizer.step(closure_of(value, x))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.optim.test_newton_cg import GLOBALIZATIONS, closure_of, point
+from tests.support.closures import GLOBALIZATIONS, closure_of, start_at
 from torch_secondorder import NewtonCG, StepStatus
 from torch_secondorder._params.space import WHOLE, max_norm
 from torch_secondorder.curvature import Diagonal
@@ -86,7 +86,7 @@ def test_the_iterate_before_negative_curvature_is_kept(device: torch.device) -> 
 
 
 def test_a_boundary_step_that_fails_leaves_the_iterate_before() -> None:
-    x = point(0.999, 0.005)
+    x = start_at(0.999, 0.005)
 
     def value() -> Tensor:  # a wall not far along a direction of negative curvature
         a, b = x
@@ -152,7 +152,7 @@ def test_a_damping_far_too_large_does_not_end_a_step(scale: float, device: torch
 
 
 def test_a_radius_far_too_short_does_not_end_a_step() -> None:
-    x = point(0.0, 0.0)
+    x = start_at(0.0, 0.0)
 
     def value() -> Tensor:
         return 1.0 + (x[0] - 3e6) ** 2 * 1e-12 + (x[1] + 1e6) ** 2 * 3e-12
@@ -186,7 +186,7 @@ def test_norms_of_vectors_whose_squares_leave_the_range(
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_what_a_rule_began_with_is_kept(arguments: dict[str, Any], steps: int) -> None:
     def run(*counts: int) -> tuple[list[float], NewtonCG]:
-        x = point(-1.2, 1.0)
+        x = start_at(-1.2, 1.0)
 
         def value() -> Tensor:
             return 1e-25 * (100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2)
@@ -211,7 +211,7 @@ def test_what_a_rule_began_with_is_kept(arguments: dict[str, Any], steps: int) -
 
 def test_states_of_earlier_releases() -> None:
     """They do not have what the damping began with, which was one."""
-    x = point(-1.2, 1.0)
+    x = start_at(-1.2, 1.0)
     optimizer = NewtonCG([x], curvature="hessian", globalization="damping", damping=1.0)
     closure = closure_of(lambda: (x**4).sum(), x)
     optimizer.step(closure)

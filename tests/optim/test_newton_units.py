@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.optim.test_newton_cg import closure_of
+from tests.support.closures import closure_of
 from torch_secondorder import NewtonCG
 from torch_secondorder.solvers import Martens
 

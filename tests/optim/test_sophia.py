@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.closures import standard
 from tests.support.diagonal_references import (
     DEFAULTS,
     PlainSophia,
@@ -21,7 +22,6 @@ from tests.support.diagonal_references import (
     assert_same,
     assert_trajectories_agree,
     plain,
-    standard,
     values,
 )
 from torch_secondorder import Sophia, StepStatus, mark_outputs

@@ -5,60 +5,51 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
-from tests.distributed.test_distributed import Share
-from tests.optim.test_diagonal_contract import KINDS, eval_loss, every, live_tensors, periods, twice
-from tests.support.diagonal_references import Task, assert_same, standard, values
+from tests.support.closures import standard
+from tests.support.diagonal_references import Task, assert_same, values
+from tests.support.diagonal_runs import (
+    KINDS,
+    PARTS,
+    eval_loss,
+    every,
+    five_steps,
+    live_graphs,
+    live_tensors,
+    periods,
+    steps_on_parts,
+    twice,
+)
 from tests.support.ranks import on_both, run_on_ranks
+from tests.support.shares import Share
 from torch_secondorder import AdaHessian, Sophia, StepStatus
-
-PARTS = (slice(0, 3), slice(3, 5), slice(5, 8))
 
 
 @every
 @periods
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_loop_that_watches_equals_the_closure(kind: str, period: int, clip: bool) -> None:
-    def run(watches: bool) -> list[Tensor]:
-        task = Task()
-        optimizer = KINDS[kind](task.model.parameters(), update_period=period)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
+    def step(optimizer: Any, task: Task, clip_gradients: Callable[[], None]) -> None:
+        with optimizer.watching():
             loss = task.loss()
             loss.backward()
-            if clip:
-                nn.utils.clip_grad_norm_(task.model.parameters(), 0.1)
-            return loss
+        clip_gradients()
+        assert optimizer.step() is None
+        optimizer.zero_grad()
 
-        for _ in range(5):
-            if watches:
-                with optimizer.watching():
-                    loss = task.loss()
-                    loss.backward()
-                if clip:
-                    nn.utils.clip_grad_norm_(task.model.parameters(), 0.1)
-                assert optimizer.step() is None
-                optimizer.zero_grad()
-            else:
-                optimizer.step(closure)
-            schedule.step()
-            assert optimizer.info.status is StepStatus.MOVED
-        return values(task.model)
-
-    assert_same(run(True), run(False), 0)
+    assert_same(five_steps(kind, period, clip, step), five_steps(kind, period, clip), 0)
 
 
 @every
@@ -66,31 +57,16 @@ def test_a_loop_that_watches_equals_the_closure(kind: str, period: int, clip: bo
 @pytest.mark.parametrize("contexts", ["one", "one each"])
 @pytest.mark.parametrize("to_none", [True, False])
 def test_micro_batches_add_up(kind: str, period: int, contexts: str, to_none: bool) -> None:
-    def run(watches: bool) -> list[Tensor]:
-        task = Task()
-        optimizer = KINDS[kind](task.model.parameters(), update_period=period)
-
-        def backward() -> Tensor:
+    task = Task()
+    optimizer = KINDS[kind](task.model.parameters(), update_period=period)
+    for _ in range(4):
+        with optimizer.watching() if contexts == "one" else nullcontext():
             for part in PARTS:
-                eval_loss(task, part).backward()
-            return torch.zeros(())
-
-        for _ in range(4):
-            if not watches:
-                optimizer.step(lambda: (optimizer.zero_grad(), backward())[1])
-                continue
-            with ExitStack() as stack:
-                if contexts == "one":
-                    stack.enter_context(optimizer.watching())
-                    backward()
-                for part in PARTS if contexts == "one each" else ():
-                    with optimizer.watching():
-                        eval_loss(task, part).backward()
-            optimizer.step()
-            task.model.zero_grad(set_to_none=to_none)
-        return values(task.model)
-
-    assert_same(run(True), run(False), 1e-12)
+                with optimizer.watching() if contexts == "one each" else nullcontext():
+                    eval_loss(task, part).backward()
+        optimizer.step()
+        task.model.zero_grad(set_to_none=to_none)
+    assert_same(values(task.model), steps_on_parts(kind, period), 1e-12)
 
 
 @every
@@ -125,11 +101,6 @@ def test_a_batch_that_is_dropped_takes_its_curvature_along(kind: str) -> None:
         return [w.detach(), optimizer.state[w]["exp_hessian"]]
 
     assert_same(run(True), run(False), 1e-14)
-
-
-def live_graphs() -> int:
-    gc.collect()
-    return sum(issubclass(type(o), Tensor) and o.grad_fn is not None for o in gc.get_objects())
 
 
 @every

@@ -48,7 +48,7 @@ RULES = Rules(
         "_foundation": "",
         "_params": "_foundation",
         "_autograd": "_foundation",
-        "func": "_autograd",
+        "func": "_foundation _autograd",
         "_closure": "_foundation _autograd",
         "_objective": "_foundation _params _autograd _closure",
         "curvature": "_foundation _params _autograd _closure _objective",
@@ -59,14 +59,17 @@ RULES = Rules(
         "diagnostics": "_foundation _params _closure _objective curvature solvers dataset",
         "_optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
-            "penalties dataset"
+            "dataset"
         ),
-        "optim": ("_params _closure _objective curvature solvers globalization penalties _optim"),
+        "optim": (
+            "_foundation _params _closure _objective curvature solvers globalization penalties "
+            "_optim"
+        ),
         "__init__": (
             "_foundation func _closure _objective curvature solvers globalization penalties "
             "dataset diagnostics optim"
         ),
-        "integrations": "penalties diagnostics _optim optim",
+        "integrations": "_foundation penalties diagnostics _optim optim",
     },
     doors={
         "curvature._loss_curvature": "_optim",
@@ -79,7 +82,7 @@ RULES = Rules(
         "dataset._objective": "diagnostics _optim",
         "dataset._operator": "diagnostics _optim",
         "diagnostics._point": "integrations",
-        "penalties._encoder": "_optim optim integrations",
+        "penalties._encoder": "optim integrations",
         "solvers._units": "_optim",
     },
     reserved={

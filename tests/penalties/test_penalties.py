@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations
 
 from tests.support.oracles import assert_matrix, dense_hessian
 from torch_secondorder import FunctionalObjective, NewtonCG
+from torch_secondorder._foundation import memory
 from torch_secondorder.curvature import Hessian
-from torch_secondorder.penalties import _checks as checks
 from torch_secondorder.penalties import _squares as squares
 from torch_secondorder.penalties import contractive, contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import CG
@@ -649,7 +649,7 @@ def test_batchnorm_is_refused_and_does_not_move(penalty: Any, track: bool) -> No
             TypeError,
             "x has dtype torch.complex64",
         ),
-        (torch.sin, [1.0], TypeError, "x is a tensor, got list"),
+        (torch.sin, [1.0], TypeError, "x must be a tensor, got list"),
         (torch.sin, torch.tensor(1.0), ValueError, "a batch of samples"),
         (torch.sin, torch.ones(0, 3), ValueError, r"a batch of samples .* \(0, 3\)"),
         (torch.sum, torch.ones(4, 3), ValueError, r"each of the 4 samples .* shape \(\)"),
@@ -678,10 +678,10 @@ def test_bad_functions_and_samples(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_projections": 0}, "n_projections is an integer of at least 1, got 0"),
+        ({"n_projections": 0}, "n_projections must be an integer of at least 1, got 0"),
         ({"n_projections": 1.5}, "got 1.5"),
         ({"n_projections": True}, "got True"),
-        ({"method": "fast"}, "method is one of .*'exact', 'projection', got 'fast'"),
+        ({"method": "fast"}, "method must be one of .*'exact', 'projection', got 'fast'"),
     ],
 )
 def test_bad_arguments(penalty: Any, arguments: dict[str, Any], message: str) -> None:
@@ -695,9 +695,9 @@ def test_bad_arguments(penalty: Any, arguments: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"noise": 0.0}, "noise is a positive standard deviation, or None, got 0.0"),
+        ({"noise": 0.0}, "noise must be a finite number above 0 or None, got 0.0"),
         ({"noise": math.nan}, "got nan"),
-        ({"n_noise": 0}, "n_noise is an integer of at least 1, got 0"),
+        ({"n_noise": 0}, "n_noise must be an integer of at least 1, got 0"),
         ({"code": torch.ones(5, 2)}, r"code has shape \(5, 2\), not \(5, 3\)"),
         ({"code": torch.ones(4, 3)}, "code is to have one output for each of the 5 samples"),
         ({"code": torch.ones(5, 3)}, "code has no graph"),
@@ -716,8 +716,9 @@ def test_outputs_without_a_way_to_x() -> None:
 
 def test_jacobians_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     x, deep = data("cpu", 5, 4), stack(4, 6, 3)
-    monkeypatch.setattr(checks, "total_memory", lambda device: 100.0)
-    message = r"5 x 3 x 4 numbers, .* GiB, .* memory of cpu: use method='projection'"
+    monkeypatch.setattr(memory, "total_memory", lambda device: 100.0)
+    monkeypatch.setattr(memory, "_SMALL", 0)
+    message = r"5 x 3 x 4 = 60 elements, .* and cpu has .* GiB: use method='projection'"
     with pytest.raises(ValueError, match=message):
         jacobian_penalty(deep, x)
     with pytest.raises(ValueError, match="use method='projection'"):
@@ -726,4 +727,4 @@ def test_jacobians_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_memory_is_asked_of_the_system(device: torch.device) -> None:
-    assert 2**28 < checks.total_memory(device) < 2**50
+    assert 2**28 < memory.total_memory(device) < 2**50

@@ -13,18 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.solvers.test_minres import Dense, Itself, check_numbers, spectrum, symmetric, vector_of
+from tests.support.dense_operators import (
+    EXACT,
+    Dense,
+    Identity,
+    check_numbers,
+    metric,
+    spectrum,
+    symmetric,
+    vector_of,
+)
 from torch_secondorder._params import space, vector
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.solvers import CG, SolveStatus
 
-EXACT = CG(1000, tolerance=1e-10)
 SIZES = [1, 2, 7, 40]
-
-
-def metric(size: int, seed: int = 10) -> Tensor:
-    """A preconditioner that is nothing special."""
-    return symmetric(torch.logspace(-1, 1, size, dtype=torch.float64), seed)
 
 
 def quadratic(a: Tensor, b: Tensor, x: Tensor) -> float:
@@ -293,13 +296,13 @@ def test_nothing_given_is_written_to(device: torch.device) -> None:
     b = vector_of(5).to(device).requires_grad_()
     before = b.detach().clone()
     for solver in (CG(), CG(recompute=1), CG(keep_iterates=True)):
-        for m in (None, Itself()):
+        for m in (None, Identity()):
             for x0 in (None, 2 * b, -b):
-                result = solver(Itself(), b, preconditioner=m, x0=x0)
+                result = solver(Identity(), b, preconditioner=m, x0=x0)
                 assert result.status is SolveStatus.CONVERGED and not result.x.requires_grad
                 torch.testing.assert_close(result.x, before)
                 assert torch.equal(b.detach(), before) and result.x is not b
-    held = CG()(Itself(), b, preconditioner=Itself(), radius=0.5)
+    held = CG()(Identity(), b, preconditioner=Identity(), radius=0.5)
     torch.testing.assert_close(held.x, 0.5 * before / before.norm())
     assert torch.equal(b.detach(), before)
 
@@ -358,26 +361,29 @@ LATER = (Dense(torch.arange(1.0, 6.0).diag()), torch.tensor([1.0, 1.0, 0.0, 0.0,
         (lambda: CG(progress=-1e-3), r"progress must lie in \[0, 1\), got -0.001"),
         (lambda: CG(slack=0.0), "slack must be above 0, got 0.0"),
         (lambda: CG(slack=math.nan), "slack must be above 0, got nan"),
-        (lambda: CG()(Itself(), torch.ones(4)), r"b must have shape \(5,\), got \(4,\)"),
-        (lambda: CG()(Itself(), ONES, x0=ONES[:, None]), r"x0 must have shape \(5,\), got \(5, 1"),
+        (lambda: CG()(Identity(), torch.ones(4)), r"b must have shape \(5,\), got \(4,\)"),
         (
-            lambda: CG()(Itself(), ONES, preconditioner=Dense(torch.eye(4))),
+            lambda: CG()(Identity(), ONES, x0=ONES[:, None]),
+            r"x0 must have shape \(5,\), got \(5, 1",
+        ),
+        (
+            lambda: CG()(Identity(), ONES, preconditioner=Dense(torch.eye(4))),
             "the preconditioner is of size 4, the operator of 5",
         ),
-        (lambda: CG()(Itself(), ONES / 0), "b must be finite, but its norm is inf"),
-        (lambda: CG()(Itself(), ONES * math.nan), "b must be finite, but its norm is nan"),
+        (lambda: CG()(Identity(), ONES / 0), "b must be finite, but its norm is inf"),
+        (lambda: CG()(Identity(), ONES * math.nan), "b must be finite, but its norm is nan"),
         (
-            lambda: CG()(Itself(), ONES, x0=ONES, radius=1.0),
+            lambda: CG()(Identity(), ONES, x0=ONES, radius=1.0),
             "a trust radius needs a start at zero: leave x0 out",
         ),
-        (lambda: CG()(Itself(), ONES, radius=-1.0), "must be at least 0 and finite, got -1.0"),
-        (lambda: CG()(Itself(), ONES, radius=math.nan), "must be at least 0 and finite, got nan"),
+        (lambda: CG()(Identity(), ONES, radius=-1.0), "must be at least 0 and finite, got -1.0"),
+        (lambda: CG()(Identity(), ONES, radius=math.nan), "must be at least 0 and finite, got nan"),
         (
-            lambda: CG()(Itself(), ONES, preconditioner=BAD),
+            lambda: CG()(Identity(), ONES, preconditioner=BAD),
             "the preconditioner is not positive definite: r'P r is -5.0",
         ),
         (
-            lambda: CG()(Itself(), ONES, preconditioner=Dense(torch.zeros(5, 5))),
+            lambda: CG()(Identity(), ONES, preconditioner=Dense(torch.zeros(5, 5))),
             "the preconditioner is not positive definite: r'P r is 0.0",
         ),
         (

@@ -10,8 +10,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.solvers.test_cg import EXACT, metric
-from tests.solvers.test_minres import Dense, Itself, check_numbers, spectrum, symmetric, vector_of
+from tests.support.dense_operators import (
+    EXACT,
+    Dense,
+    Identity,
+    check_numbers,
+    metric,
+    spectrum,
+    symmetric,
+    vector_of,
+)
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.solvers import CG, SolveStatus
 
@@ -83,7 +91,7 @@ def test_a_radius_far_shorter_than_the_step(curvature: float, device: torch.devi
 
 def test_a_radius_of_zero(device: torch.device) -> None:
     b = vector_of(5).to(device)
-    result = CG()(Itself(), b, radius=0.0)
+    result = CG()(Identity(), b, radius=0.0)
     assert result.status is SolveStatus.BOUNDARY and not result.x.any() and result.decrease == 0
 
 

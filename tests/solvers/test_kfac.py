@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import gc
 import io
 import math
-import traceback
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,9 +23,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tests.optim.test_newton_cg import closure_of
-from tests.solvers.test_preconditioners import dense, least, seeded
+from tests.support.closures import closure_of
+from tests.support.dense_operators import dense, seeded, smallest_eigenvalue
 from tests.support.oracles import CASES, make_case
+from tests.support.ranks import on_both, run_on_ranks
 from torch_secondorder import FunctionalObjective, NewtonCG
 from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
@@ -98,8 +97,8 @@ def assembled(operator: GaussNewton, damping: float, seed: int = 0) -> Tensor:
         places, a, s = block_of(operator, f)
         balance = math.sqrt((a.trace() / len(a)) / (s.trace() / len(s)))
         share = max(1e-4, 10 * torch.finfo(a.dtype).eps * len(a) * len(s))
-        least = share * float(a.trace() / len(a) * s.trace() / len(s))
-        root = math.sqrt(max(damping + slots[f.weight].decay, least))
+        smallest_eigenvalue = share * float(a.trace() / len(a) * s.trace() / len(s))
+        root = math.sqrt(max(damping + slots[f.weight].decay, smallest_eigenvalue))
         inverses = [
             torch.linalg.inv(m + shift * torch.eye(len(m), dtype=m.dtype, device=m.device))
             for m, shift in ((s, root / balance), (a, root * balance))
@@ -474,7 +473,7 @@ def test_the_rest_goes_by_the_diagonal(name: str, damping: float, device: torch.
     torch.testing.assert_close(
         found, assembled(operator, damping), rtol=1e-8, atol=1e-9 * float(found.max())
     )
-    assert least(inverse) > 0
+    assert smallest_eigenvalue(inverse) > 0
     eye = torch.eye(operator.size, dtype=torch.float64, device=device)
     torch.testing.assert_close(inverse @ eye, found)
     assert inverse.size == operator.size and inverse.dtype == operator.dtype
@@ -529,7 +528,7 @@ def test_layers_wider_than_the_largest(largest: int, layers: int) -> None:
     assert len(kfac._factors) == layers == len(operator.factors(seeded(), largest))
     assert products == (2 if 0 < layers < 3 else 1)
     assert (kfac._diagonal is None) is (layers == 3)
-    assert least(kfac.inverse(0.1)) > 0
+    assert smallest_eigenvalue(kfac.inverse(0.1)) > 0
 
 
 def test_factors_that_are_too_large_are_never_made() -> None:
@@ -1001,36 +1000,15 @@ def factors_of_ranks(rank: int, ranks: int) -> list[Any]:
     return [(f.weight, f.bias, f.inputs, f.outputs) for f in operator.factors(seeded())]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=30),
-    )
-    found: Any
-    try:
-        found = [train_ranks(rank, 2, a) for a in ({}, {"period": 3}, {"decay": 0.5})]
-        found.append(factors_of_ranks(rank, 2))
-    except Exception:
-        found = traceback.format_exc()
-    torch.save(found, f"{folder}/rank{rank}")
-    gc.collect()  # nothing of the group may outlive it, or its threads end the process
-    dist.barrier()
-    dist.destroy_process_group()
+def runs_and_factors(rank: int, ranks: int) -> list[Any]:
+    runs = [train_ranks(rank, ranks, a) for a in ({}, {"period": 3}, {"decay": 0.5})]
+    return [*runs, factors_of_ranks(rank, ranks)]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 def test_ranks_agree(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
-    assert not isinstance(first, str), first
-    assert not isinstance(second, str), second
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    *runs, factors = first
+    *runs, factors = on_both(run_on_ranks([runs_and_factors], tmp_path), "runs_and_factors")
     for losses, _ in runs:
         assert losses[-1] < 0.5 * losses[0]
     torch.testing.assert_close(factors, factors_of_ranks(0, 1), rtol=1e-12, atol=1e-12)

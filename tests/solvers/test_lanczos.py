@@ -12,35 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.dense_operators import Dense, Identity
 from torch_secondorder._params import vector
-from torch_secondorder.curvature import Diagonal, LinearOperator
+from torch_secondorder.curvature import Diagonal
 from torch_secondorder.solvers.lanczos import Tridiagonal, lanczos
 
 DTYPES = [torch.float32, torch.float64]
-
-
-class Dense(LinearOperator):
-    """A matrix that counts its products and spoils one of them."""
-
-    def __init__(self, matrix: Tensor, spoil: int = -1) -> None:
-        self.matrix, self.size = matrix, len(matrix)
-        self.products, self.spoil = 0, spoil
-
-    def matvec(self, v: Tensor) -> Tensor:
-        self.products += 1
-        product = self.matrix @ v
-        if self.products == self.spoil:
-            product[0] = math.nan
-        return product
-
-
-class Itself(LinearOperator):
-    """The identity that gives its argument away."""
-
-    size = 5
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return v
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -199,7 +176,7 @@ def test_trivial_operators(reorthogonalize: bool, device: torch.device) -> None:
     ones = torch.ones(5, device=device)
     zero = lanczos(Diagonal(0 * ones), ones, 5, reorthogonalize=reorthogonalize)
     assert zero.diagonal.tolist() == [0.0] and zero.residual == 0.0
-    one = lanczos(Itself(), ones.requires_grad_(), 5, reorthogonalize=reorthogonalize)
+    one = lanczos(Identity(), ones.requires_grad_(), 5, reorthogonalize=reorthogonalize)
     assert one.diagonal.tolist() == pytest.approx([1.0])
     assert one.residuals().tolist() == pytest.approx([0.0], abs=1e-6)
 
@@ -232,34 +209,34 @@ def test_a_product_that_is_not_finite(
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: lanczos(Itself(), torch.ones(5), 0), ValueError, "steps .* at least 1, got 0"),
-        (lambda: lanczos(Itself(), torch.ones(5), 2.0), ValueError, "steps .* got 2.0"),
+        (lambda: lanczos(Identity(), torch.ones(5), 0), ValueError, "steps .* at least 1, got 0"),
+        (lambda: lanczos(Identity(), torch.ones(5), 2.0), ValueError, "steps .* got 2.0"),
         (
-            lambda: lanczos(Itself(), torch.ones(4), 1),
+            lambda: lanczos(Identity(), torch.ones(4), 1),
             ValueError,
             r"start must have shape \(5,\), got \(4,\)",
         ),
         (
-            lambda: lanczos(Itself(), torch.zeros(5), 1),
+            lambda: lanczos(Identity(), torch.zeros(5), 1),
             ValueError,
             "start must be finite and not zero, but its norm is 0.0",
         ),
         (
-            lambda: lanczos(Itself(), torch.full((5,), math.nan), 1),
+            lambda: lanczos(Identity(), torch.full((5,), math.nan), 1),
             ValueError,
             "start must be finite and not zero, but its norm is nan",
         ),
         (
-            lambda: lanczos(Itself(), torch.full((5,), math.inf), 1),
+            lambda: lanczos(Identity(), torch.full((5,), math.inf), 1),
             ValueError,
             "start must be finite and not zero, but its norm is inf",
         ),
         (
-            lambda: lanczos(Itself(), torch.ones(5), 1, reorthogonalize=False).ritz_vectors([0]),
+            lambda: lanczos(Identity(), torch.ones(5), 1, reorthogonalize=False).ritz_vectors([0]),
             ValueError,
             "Ritz vectors need the basis; call lanczos with reorthogonalize=True",
         ),
-        (lambda: lanczos(Itself(), torch.ones(5), 1).ritz_vectors([1]), IndexError, "1"),
+        (lambda: lanczos(Identity(), torch.ones(5), 1).ritz_vectors([1]), IndexError, "1"),
     ],
 )
 def test_errors(make: Callable[[], object], error: type[Exception], message: str) -> None:

@@ -14,85 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.dense_operators import (
+    Dense,
+    Identity,
+    check_numbers,
+    rotation,
+    spectrum,
+    symmetric,
+    vector_of,
+)
 from torch_secondorder._params import space, vector
-from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers._minres_scalars import MinresScalars
-from torch_secondorder.solvers.base import SolveResult, SolveStatus
+from torch_secondorder.solvers.base import SolveStatus
 from torch_secondorder.solvers.minres import MINRES
 
 OFF = MINRES(stop_at_negative_curvature=False, tolerance=1e-10, max_iterations=1000)
 DTYPES = [torch.float32, torch.float64]
-
-
-class Dense(LinearOperator):
-    """A matrix that counts its products and spoils one of them."""
-
-    def __init__(self, matrix: Tensor, spoil: int = -1, value: float = math.nan) -> None:
-        self.matrix, self.size = matrix, len(matrix)
-        self.products, self.spoil, self.value = 0, spoil, value
-
-    def matvec(self, v: Tensor) -> Tensor:
-        assert v.dtype == self.matrix.dtype and v.device == self.matrix.device
-        self.products += 1
-        product = self.matrix @ v
-        if self.products == self.spoil:
-            product[0] = self.value
-        return product
-
-
-class Itself(LinearOperator):
-    """The identity that gives its argument away."""
-
-    size = 5
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return v
-
-
-def rotation(size: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))[0]
-
-
-def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
-    q = rotation(len(eigenvalues), seed)
-    a = (q * eigenvalues) @ q.T
-    return (a + a.T) / 2
-
-
-def spectrum(size: int, *, negative: bool = False, zeros: bool = False) -> Tensor:
-    eigenvalues = torch.logspace(-2, 1, size, dtype=torch.float64)
-    if negative:
-        eigenvalues[1::3] *= -1
-    if zeros:
-        eigenvalues[::5] = 0
-    return eigenvalues
-
-
-def vector_of(size: int, seed: int = 7) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, dtype=torch.float64, generator=generator)
-
-
-def check_numbers(result: SolveResult, a: Tensor, b: Tensor, *, relative: float = 1e-9) -> None:
-    """Compares what a result says of its `x` with what `x` is."""
-    x = result.x
-    assert torch.isfinite(x).all()
-    residual = torch.linalg.vector_norm(b - a @ x) / torch.linalg.vector_norm(b)
-    assert result.residual_norm == pytest.approx(float(residual), rel=1e-4, abs=relative)
-    products = torch.stack([b @ x, x @ (a @ x) / 2])
-    scale = float(products.abs().max())
-    assert abs(result.decrease - float(products[0] - products[1])) <= relative * scale
-    p = result.negative_direction
-    assert (p is not None) == (result.status is SolveStatus.NEGATIVE_CURVATURE)
-    if p is None:
-        assert result.negative_curvature == 0.0
-    else:
-        quotient = float(p @ (a @ p) / (p @ p))
-        magnitude = float(torch.linalg.matrix_norm(a, 2))
-        assert quotient <= relative * magnitude
-        assert abs(result.negative_curvature - quotient) <= relative * magnitude
-        assert result.negative_curvature <= 0.0
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -429,12 +366,12 @@ def test_a_start_whose_product_is_not_finite(device: torch.device) -> None:
 def test_nothing_given_is_written_to(device: torch.device) -> None:
     b = vector_of(5).to(device).requires_grad_()
     before = b.detach().clone()
-    result = MINRES()(Itself(), b, preconditioner=Itself(), x0=2 * b)
+    result = MINRES()(Identity(), b, preconditioner=Identity(), x0=2 * b)
     assert result.status is SolveStatus.CONVERGED and not result.x.requires_grad
     torch.testing.assert_close(result.x, before)
     assert torch.equal(b.detach(), before)
-    torch.testing.assert_close(MINRES()(Itself(), b).x, before)
-    torch.testing.assert_close(MINRES()(Itself(), b, preconditioner=Itself()).x, before)
+    torch.testing.assert_close(MINRES()(Identity(), b).x, before)
+    torch.testing.assert_close(MINRES()(Identity(), b, preconditioner=Identity()).x, before)
 
 
 def test_the_device_is_waited_for_once_per_iteration(
@@ -463,21 +400,21 @@ def test_the_device_is_waited_for_once_per_iteration(
         (lambda: MINRES(tolerance=1.0), r"tolerance must lie in \[0, 1\), got 1.0"),
         (lambda: MINRES(tolerance=math.nan), r"tolerance must lie in \[0, 1\), got nan"),
         (lambda: MINRES(tolerance=-1e-3), r"tolerance must lie in \[0, 1\), got -0.001"),
-        (lambda: MINRES()(Itself(), torch.ones(4)), r"b must have shape \(5,\), got \(4,\)"),
+        (lambda: MINRES()(Identity(), torch.ones(4)), r"b must have shape \(5,\), got \(4,\)"),
         (
-            lambda: MINRES()(Itself(), torch.ones(5), x0=torch.ones(5, 1)),
+            lambda: MINRES()(Identity(), torch.ones(5), x0=torch.ones(5, 1)),
             r"x0 must have shape \(5,\), got \(5, 1\)",
         ),
         (
-            lambda: MINRES()(Itself(), torch.full((5,), math.nan)),
+            lambda: MINRES()(Identity(), torch.full((5,), math.nan)),
             "b must be finite, but its norm is nan",
         ),
         (
-            lambda: MINRES()(Itself(), torch.ones(5), x0=torch.full((5,), math.inf)),
+            lambda: MINRES()(Identity(), torch.ones(5), x0=torch.full((5,), math.inf)),
             "x0 must be finite",
         ),
         (
-            lambda: MINRES()(Itself(), torch.ones(5), preconditioner=Dense(-torch.eye(5))),
+            lambda: MINRES()(Identity(), torch.ones(5), preconditioner=Dense(-torch.eye(5))),
             "the preconditioner is not positive definite: u'M u is -5.0",
         ),
         (
@@ -489,11 +426,11 @@ def test_the_device_is_waited_for_once_per_iteration(
             "the preconditioner is not positive definite: u'M u is -",
         ),
         (
-            lambda: MINRES()(Itself(), torch.ones(5), preconditioner=Dense(torch.zeros(5, 5))),
+            lambda: MINRES()(Identity(), torch.ones(5), preconditioner=Dense(torch.zeros(5, 5))),
             "the preconditioner is not positive definite: u'M u is 0.0",
         ),
         (
-            lambda: MINRES()(Itself(), torch.ones(5), preconditioner=Dense(torch.eye(4))),
+            lambda: MINRES()(Identity(), torch.ones(5), preconditioner=Dense(torch.eye(4))),
             "the preconditioner is of size 4, the operator of 5",
         ),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.solvers.test_minres import symmetric, vector_of
+from tests.support.dense_operators import symmetric, vector_of
 from tests.support.oracles import make_case
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder.curvature import (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.support.closures import standard
 from tests.support.oracles import flat
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder.curvature._loss_curvature import LossCurvature
@@ -63,18 +64,6 @@ class Task:
             {"params": [p for layer in some for p in layer.parameters()], **options}
             for some, options in zip(layers, own, strict=False)
         ]
-
-
-def standard(optimizer: Any, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The standard closure."""
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    return closure
 
 
 def real(tensor: Tensor) -> Tensor:

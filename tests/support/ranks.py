@@ -26,7 +26,7 @@ def _run(rank: int, checks: Sequence[Check], folder: str) -> None:
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=RANKS,
-        timeout=datetime.timedelta(seconds=30),
+        timeout=datetime.timedelta(seconds=60),
     )
     found: dict[str, Any] = {}
     for check in checks:

@@ -17,6 +17,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.private_torch import number_of_function_modes, running_pass
+
 __all__ = ["Listeners", "Substitution", "intercepting"]
 
 #: Takes what `Tensor.backward` takes, the tensor first.
@@ -48,7 +50,7 @@ def intercepting(handler: Handler) -> Iterator[None]:
     >>> x.grad
     tensor(7.)
     """
-    handling = _Handling(handler, _modes())
+    handling = _Handling(handler, number_of_function_modes())
     token = _handlings.set((*_handlings.get(), handling))
     _method.begin()
     try:
@@ -56,10 +58,6 @@ def intercepting(handler: Handler) -> Iterator[None]:
     finally:
         _method.end()
         _handlings.reset(token)
-
-
-def _modes() -> int:
-    return int(torch._C._len_torch_function_stack())
 
 
 class Substitution:
@@ -120,7 +118,7 @@ def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _others_first(tensor: Tensor, depth: int) -> bool:
     """Whether a mode that was entered later, or the tensor's own class, is to see the call."""
-    modes = _modes()
+    modes = number_of_function_modes()
     return modes > depth or (modes == 0 and torch.overrides.has_torch_function_unary(tensor))
 
 
@@ -203,7 +201,7 @@ class Listeners:
         @functools.wraps(original)
         def backward(*args: Any, **kwargs: Any) -> None:
             # Inside a pass a part of it is computed anew, as for a checkpoint, by any thread.
-            nested = _handling.get() or torch._C._current_graph_task_id() != -1
+            nested = _handling.get() or running_pass() != -1
             listeners = () if nested else tuple(self)
             if not listeners:
                 original(*args, **kwargs)

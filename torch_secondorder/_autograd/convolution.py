@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
+
+from torch_secondorder._foundation.private_torch import (
+    executes,
+    forward_mode_active,
+    innermost_transform,
+    is_batched_gradient,
+)
 
 __all__ = ["CONVOLUTIONS", "convolution", "with_second_derivatives"]
 
@@ -60,8 +67,8 @@ def _substituted(
         and not torch.is_autocast_enabled(input.device.type)
         and not torch.compiler.is_compiling()
         # Transforms of torch.func go by rules of their own, and so does forward mode.
-        and not _transformed()
-        and forward_ad._current_level < 0
+        and innermost_transform() is None
+        and not forward_mode_active()
     )
     if not plain:
         return None
@@ -70,13 +77,9 @@ def _substituted(
     return result
 
 
-def _transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def _batched(gradient: Tensor) -> bool:
     """Whether this is several gradients, for `torch.func.vmap` or for `is_grads_batched`."""
-    return _transformed() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return innermost_transform() is not None or is_batched_gradient(gradient)
 
 
 def with_second_derivatives(
@@ -147,7 +150,7 @@ def _executes(ctx: Any, index: int) -> bool:
     node = edges[index][0] if index < len(edges) else None
     if node is None or hasattr(node, "variable"):  # of a leaf the engine does not tell
         return node is not None
-    return bool(torch._C._will_engine_execute_node(node))
+    return bool(executes(node))
 
 
 class _Convolution(Function):

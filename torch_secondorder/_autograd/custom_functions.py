@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torch_secondorder._foundation.private_torch import APPLY_IN_C, FORWARD_CLASS
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 
 __all__ = [
-    "APPLY_IN_C",
     "Finding",
     "applied",
     "finding_at",
@@ -158,9 +158,6 @@ def _examined(cls: Any, apply: Callable[..., Any], args: Sequence[Any]) -> tuple
             return Finding(name, False, False, f"which raises {reason!r}"), True
 
 
-# Up to torch 2.13 `Function.apply` is written in Python, and goes through the class below it, which
-# those who have kept a copy of it do as well. Later it is in C, and copies are not seen.
-APPLY_IN_C = not isinstance(vars(torch.autograd.Function)["apply"], classmethod)
 _NOTE = "_torch_secondorder_finding"
 
 
@@ -172,7 +169,7 @@ def note(node: Any, finding: Finding | None) -> None:
 
 def finding_at(node: Any) -> Finding | None:
     """What is known of a node; None for one of PyTorch's own, or of a function that is trusted."""
-    cls = getattr(type(node), "_forward_cls", None)
+    cls = getattr(type(node), FORWARD_CLASS, None)
     if cls is None or trusted(cls):
         return None
     reason = (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge
 
 from torch_secondorder._autograd.custom_functions import (
     Finding,
@@ -16,6 +16,7 @@ from torch_secondorder._autograd.custom_functions import (
     marked_once_differentiable,
     unseen,
 )
+from torch_secondorder._foundation.private_torch import FORWARD_CLASS, engine_run_backward
 from torch_secondorder._foundation.subclasses import plain, plainly
 
 __all__ = [
@@ -340,7 +341,7 @@ class Graph:
             if not batched:
                 # `torch.autograd.grad` without its look at every shape, which takes four
                 # microseconds a parameter; these fit.
-                products: tuple[Tensor | None, ...] = _engine_run_backward(
+                products: tuple[Tensor | None, ...] = engine_run_backward(
                     outputs, weights, retain, False, tuple(self.params), True, accumulate_grad=False
                 )
                 return products
@@ -412,7 +413,7 @@ def refuse(suspects: Sequence[Suspect], instead: str = _INSTEAD) -> None:
 
 def _wrong(node: Any) -> Iterator[str]:
     """The name of an operation whose second derivative is known to be wrong."""
-    function = getattr(type(node), "_forward_cls", None)
+    function = getattr(type(node), FORWARD_CLASS, None)
     if function is not None and marked_once_differentiable(function):
         yield f"{function.__name__}, marked once_differentiable"
     elif unseen(node):

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from torch_secondorder._autograd.convolution import with_second_derivatives
 from torch_secondorder._autograd.graph import MissingSecondDerivative, Output, versions
 from torch_secondorder._autograd.weight_norm import weight_norm
+from torch_secondorder._foundation.private_torch import attention_by_definition
 
 __all__ = ["MENDED", "leaves_of", "nodes_of", "standard_losses", "twice_differentiable"]
 
@@ -125,15 +126,9 @@ def _attention(node: Any) -> tuple[Tensor, list[Any]]:
     bias = getattr(node, "_saved_attn_mask", None)
     if bias is None:
         bias = getattr(node, "_saved_attn_bias", None)
-    result, _ = torch.ops.aten._scaled_dot_product_attention_math(
-        query,
-        key,
-        value,
-        bias,
-        0.0,
-        node._saved_is_causal,
-        scale=node._saved_scale,
-        enable_gqa=query.shape[-3] != key.shape[-3],
+    grouped = query.shape[-3] != key.shape[-3]
+    result = attention_by_definition(
+        query, key, value, bias, node._saved_is_causal, node._saved_scale, grouped
     )
     return result, [query, key, value, bias]
 

@@ -28,6 +28,10 @@ from torch_secondorder._autograd.weight_norm import (
     restore_weight_norm,
     weight_norm,
 )
+from torch_secondorder._foundation.private_torch import (
+    enable_overrideable_attention,
+    overrideable_attention_enabled,
+)
 
 __all__ = ["REPLACEMENTS", "twice_differentiable", "with_second_derivatives"]
 
@@ -79,14 +83,6 @@ def with_second_derivatives(f: Callable[..., Any]) -> Callable[..., Any]:
 _State: TypeAlias = tuple[bool, bool, bool, bool, bool, bool]
 _DIFFERENTIABLE: _State = (True, False, False, False, False, False)
 
-# The backend of another package has no public name.
-_overrideable: Callable[[], bool] = getattr(
-    torch._C, "_get_overrideable_sdp_enabled", lambda: False
-)
-_enable_overrideable: Callable[[bool], None] = getattr(
-    torch._C, "_set_sdp_use_overrideable", lambda enabled: None
-)
-
 
 def _read() -> _State:
     return (
@@ -94,7 +90,7 @@ def _read() -> _State:
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
-        _overrideable(),
+        overrideable_attention_enabled(),
         mha.get_fastpath_enabled(),
     )
 
@@ -105,7 +101,7 @@ def _write(state: _State) -> None:
     cuda.enable_flash_sdp(flash)
     cuda.enable_mem_efficient_sdp(efficient)
     cuda.enable_cudnn_sdp(cudnn)
-    _enable_overrideable(overrideable)
+    enable_overrideable_attention(overrideable)
     mha.set_fastpath_enabled(fused)
 
 

@@ -6,16 +6,20 @@ PyTorch's fused operation saves the norms, and its second derivative takes them 
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from torch_secondorder._foundation.private_torch import (
+    FUSED_WEIGHT_NORM,
+    WEIGHT_NORM_HOLDERS,
+    WEIGHT_NORM_NAME,
+)
 
 __all__ = ["WEIGHT_NORM", "replace_weight_norm", "restore_weight_norm", "weight_norm"]
 
 #: The function that `weight_norm` stands in for.
-WEIGHT_NORM = torch._weight_norm
+WEIGHT_NORM = FUSED_WEIGHT_NORM
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -37,10 +41,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / squares.sqrt())
 
 
-# The modules of PyTorch that look the function up when they are called.
-_HOLDERS = (torch, importlib.import_module("torch.nn.utils.weight_norm"))
-
-
 def replace_weight_norm() -> list[Any]:
     """Lets modules of PyTorch that normalize weights call `weight_norm`, in all threads.
 
@@ -50,13 +50,13 @@ def replace_weight_norm() -> list[Any]:
         The functions that were there, for `restore_weight_norm`.
     """
     # Assignments alone: they are made around each small Jacobian.
-    before = [holder._weight_norm for holder in _HOLDERS]
-    for holder in _HOLDERS:
-        setattr(holder, "_weight_norm", weight_norm)  # noqa: B010
+    before = [getattr(holder, WEIGHT_NORM_NAME) for holder in WEIGHT_NORM_HOLDERS]
+    for holder in WEIGHT_NORM_HOLDERS:
+        setattr(holder, WEIGHT_NORM_NAME, weight_norm)
     return before
 
 
 def restore_weight_norm(before: list[Any]) -> None:
     """Puts back the functions that `replace_weight_norm` found."""
-    for holder, function in zip(_HOLDERS, before, strict=True):
-        setattr(holder, "_weight_norm", function)  # noqa: B010
+    for holder, function in zip(WEIGHT_NORM_HOLDERS, before, strict=True):
+        setattr(holder, WEIGHT_NORM_NAME, function)

@@ -17,14 +17,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from torch_secondorder._autograd.backward_hook import Substitution, intercepting
 from torch_secondorder._autograd.custom_functions import (
-    APPLY_IN_C,
     applied,
     finding_at,
     note,
@@ -41,6 +39,14 @@ from torch_secondorder._autograd.graph import (
     versions,
 )
 from torch_secondorder._autograd.twice_differentiable import REPLACEMENTS, twice_differentiable
+from torch_secondorder._foundation.private_torch import (
+    APPLY_HOLDER,
+    ENGINE_ENTRY,
+    innermost_transform,
+    own_apply,
+    sequence_number,
+    sequence_number_of,
+)
 from torch_secondorder._foundation.subclasses import like, plain, plainly, snapshot
 
 __all__ = [
@@ -150,7 +156,7 @@ class Capture(TorchFunctionMode):
         self._token = _active.set(self)
         _applications.begin()
         _accumulations.begin()
-        self._begun = _sequence_number()
+        self._begun = sequence_number()
         if self._watches:
             super().__enter__()  # type: ignore[no-untyped-call]
         else:
@@ -255,7 +261,7 @@ class Capture(TorchFunctionMode):
             return self._differentiated(loss, weight, retain)
         finally:
             self._differentiates = False
-            self._begun = _sequence_number()
+            self._begun = sequence_number()
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss; raises where a reentrant checkpoint has left it without a graph."""
@@ -269,7 +275,7 @@ class Capture(TorchFunctionMode):
         node = _node(loss)
         # The length of the forward pass and its last operation: graphs of other operations have
         # others, or are very much alike. To walk over the graph would take a hundred times as long.
-        kind = () if node is None else (node._sequence_nr() - self._begun, node.name())
+        kind = () if node is None else (sequence_number_of(node) - self._begun, node.name())
         if self._receiver is None:
             self.graph.kind += kind
             return self.graph.differentiate(loss, weight)
@@ -307,7 +313,7 @@ class Capture(TorchFunctionMode):
             or not torch.is_grad_enabled()
             or trusted(cls)
         )
-        if passes or torch._C._functorch.peek_interpreter_stack() is not None:
+        if passes or innermost_transform() is not None:
             return apply(*args)
         with uncaptured():
             result, finding = applied(cls, apply, args)
@@ -348,7 +354,7 @@ def _noticing_applications(_: Any) -> Any:
     """An `apply` of custom functions that shows them to the capture of its thread."""
 
     def apply(cls: Any, *args: Any) -> Any:
-        capture, inner = _active.get(), _own_apply(cls)
+        capture, inner = _active.get(), own_apply(cls)
         if capture is not None:
             return capture._apply(cls, inner, args)
         return _noted(cls, inner, args) if _everywhere else inner(*args)
@@ -361,7 +367,7 @@ def _noticing_accumulation(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(*args: Any, **kwargs: Any) -> Any:
         capture = _active.get()
-        if capture is None or not kwargs.get("accumulate_grad"):
+        if capture is None or not kwargs.get("accumulate_grad", _ACCUMULATES):
             return run(*args, **kwargs)
         params = capture.graph.params
         before = [(p.grad, 0 if p.grad is None else p.grad._version) for p in params]
@@ -375,23 +381,12 @@ def _noticing_accumulation(run: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-def _own_apply(cls: Any) -> Callable[..., Any]:
-    """The `apply` of a custom function that nobody has replaced."""
-    if APPLY_IN_C:
-        apply: Callable[..., Any] = torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)
-        return apply
-    above: Callable[..., Any] = super(_SingleLevelFunction, cls).apply
-    return above
-
-
 # What all custom functions go through.
-_applications = Substitution(
-    torch.autograd.Function if APPLY_IN_C else _SingleLevelFunction,
-    "apply",
-    _noticing_applications,
-)
+_applications = Substitution(APPLY_HOLDER, "apply", _noticing_applications)
+# By itself, `torch.autograd.backward` accumulates gradients; the engine is told to.
+_ACCUMULATES = ENGINE_ENTRY == "backward"
 # What `torch.autograd.backward` does, which some call in the place of `Tensor.backward`.
-_accumulations = Substitution(torch.autograd, "_engine_run_backward", _noticing_accumulation)
+_accumulations = Substitution(torch.autograd, ENGINE_ENTRY, _noticing_accumulation)
 
 
 # Who wants custom functions examined that are applied outside of captures.
@@ -413,8 +408,7 @@ def examine_everywhere(begin: bool) -> None:
 
 def _noted(cls: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Applies a custom function, examines it, and notes at its node what was found."""
-    within = torch._C._functorch.peek_interpreter_stack() is not None
-    if within or trusted(cls) or not torch.is_grad_enabled():
+    if trusted(cls) or not torch.is_grad_enabled() or innermost_transform() is not None:
         return apply(*args)
     result, finding = applied(cls, apply, args)
     note(_node_of(result), finding)
@@ -432,9 +426,6 @@ def _node_of(result: Any) -> Any:
     results = result if isinstance(result, (tuple, list)) else (result,)
     nodes = (r.grad_fn for r in results if isinstance(r, Tensor))
     return next((node for node in nodes if node is not None), None)
-
-
-_sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 
 @contextmanager

@@ -17,13 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_secondorder._foundation.private_torch import DDP_FIRST_PASS_SEEN
+
 __all__ = ["Ranks"]
 
 # What a DistributedDataParallel module looks at in its forward, and what it has to find there so
 # that it leaves gradients alone. The second is of its first backward pass under a static graph.
 _QUIET = {
     "require_backward_grad_sync": False,
-    "_static_graph_delay_allreduce_enqueued": True,
+    DDP_FIRST_PASS_SEEN: True,
 }
 # What it learns from a forward like that, and must not.
 _KEPT = ("require_forward_param_sync",)
@@ -94,7 +96,7 @@ class Ranks:
     def delays_averaging(self) -> bool:
         """Whether a module with a static graph has yet to see its first backward pass."""
         return self._any and any(
-            module.static_graph and not module._static_graph_delay_allreduce_enqueued
+            module.static_graph and not getattr(module, DDP_FIRST_PASS_SEEN, True)
             for module in self._modules
         )
 

@@ -22,12 +22,12 @@ from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder._foundation.private_torch import NormBase, fsdp_dtype
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 from torch_secondorder._foundation.subclasses import plain, snapshot
 
@@ -133,7 +133,7 @@ class ModuleRegistry:
             for inner in module.modules():
                 if isinstance(inner, DistributedDataParallel):
                     self.ranks.note(inner)
-                elif isinstance(inner, _NormBase):
+                elif isinstance(inner, NormBase):
                     self._norms.add(inner)
                 if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
                     self._sharded.add(inner)
@@ -198,8 +198,7 @@ class ModuleRegistry:
 
 def _policy_precision(module: Any) -> float:
     """The machine epsilon that a module of `fully_shard` computes with; 0 for the parameters'."""
-    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)  # it is not public
-    dtype = getattr(policy, "param_dtype", None)
+    dtype = fsdp_dtype(module)
     return 0.0 if dtype is None else torch.finfo(dtype).eps
 
 

@@ -13,7 +13,7 @@ from torch_secondorder._foundation.subclasses import plain
 __all__ = [
     "STANDARD_CLOSURE",
     "backward_of",
-    "check_callable",
+    "check_is_closure",
     "differentiable",
     "lost_graph",
     "no_gradient",
@@ -30,7 +30,7 @@ STANDARD_CLOSURE = """\
     optimizer.step(closure)"""
 
 
-def check_callable(closure: Any) -> None:
+def check_is_closure(closure: Any) -> None:
     """Raises a TypeError that shows the standard closure, unless this can be called."""
     if not callable(closure):
         raise TypeError(

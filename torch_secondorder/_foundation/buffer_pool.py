@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.private_torch import shares_storage
+
 __all__ = ["BufferPool"]
 
 _SMALL = 2**20  # bytes; below, the C library keeps the memory anyway
@@ -32,27 +34,8 @@ class BufferPool:
         """
         kept = self._kept.get(name)
         fits = kept is not None and kept.numel() == size and kept.dtype == dtype
-        if kept is None or not fits or kept.device != device or _shared(kept):
+        if kept is None or not fits or kept.device != device or shares_storage(kept):
             kept = torch.empty(size, dtype=dtype, device=device)
             if device.type == "cpu":
                 self._kept[name] = kept
         return kept
-
-
-def _shared(tensor: Tensor) -> bool:
-    """Whether other tensors use the same storage."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None:  # it is not public
-        return True
-    storage = tensor.untyped_storage()
-    return bool(count(storage._cdata) > _ALONE)
-
-
-def _uses_of_one() -> int:
-    tensor = torch.empty(1)
-    count = getattr(torch._C, "_storage_Use_Count", lambda _: 0)
-    storage = tensor.untyped_storage()
-    return int(count(storage._cdata))
-
-
-_ALONE = _uses_of_one()

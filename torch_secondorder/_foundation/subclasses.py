@@ -13,13 +13,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.private_torch import plainly
+
 __all__ = ["all_plain", "like", "plain", "plainly", "snapshot"]
 
 _T = TypeVar("_T")
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
-
-#: A context inside which functions take subclasses for plain tensors, and return these.
-plainly = torch._C.DisableTorchFunctionSubclass
 
 
 def _wraps(value: Any) -> bool:

@@ -22,6 +22,7 @@ from torch.autograd.graph import increment_version
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._closure.replay import ModuleRegistry, Replay
+from torch_secondorder._foundation.memory import free_memory
 from torch_secondorder._objective.evaluation import Evaluation, Linearization, RawEvaluation, Slot
 from torch_secondorder._params.vector import ParameterVector
 
@@ -265,11 +266,8 @@ class Objective(ABC):
         if around.moving and (around.buffers_in_loss() or around.unknown_kinds()):
             return False
         for device in self.vector.devices:
-            if device.type == "cuda":
-                free, _ = torch.cuda.mem_get_info(device)
-                used = torch.cuda.memory_allocated(device)
-                if free + torch.cuda.memory_reserved(device) < 2 * used:
-                    return False
+            if device.type == "cuda" and free_memory(device) < torch.cuda.memory_allocated(device):
+                return False
         return True
 
     def abandon(self) -> None:

@@ -12,7 +12,7 @@ from torch_secondorder._closure.capture import Capture, uncaptured
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import (
     backward_of,
-    check_callable,
+    check_is_closure,
     differentiable,
     lost_graph,
     scalar,
@@ -99,7 +99,7 @@ class ClosureObjective(Objective):
         curvature_closure: Callable[[], Any] | None = None,
     ) -> None:
         for given in (closure, closure if curvature_closure is None else curvature_closure):
-            check_callable(given)
+            check_is_closure(given)
         super().__init__(vector, regularization, master, registry)
         self._closure = closure
         self._curvature_closure = curvature_closure

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, fx
 from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative, Multiply
 from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._closure.validation import differentiable, scalar
+from torch_secondorder._foundation.private_torch import dynamo_error, traces_autograd
 from torch_secondorder._objective.tracing import not_compiled, split, traced
 
 __all__ = ["CompiledFunction", "CompiledGraph"]
@@ -69,19 +69,15 @@ class CompiledFunction:
     def _received(self, tree: Any) -> tuple[_Program, Sequence[Tensor]]:
         """The program that runs for this tree now, and what it is given."""
         _thread.received = None
-        known = hasattr(torch._dynamo.config, "trace_autograd_ops")
-        switch: Any = nullcontext()
-        if known:  # for functions that call torch.autograd.grad
-            switch = torch._dynamo.config.patch(trace_autograd_ops=True)
         try:
-            with torch.enable_grad(), switch:
+            with torch.enable_grad(), traces_autograd():
                 result = self._front(self._function, tree)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        except dynamo_error("FailOnRecompileLimitHit") as error:
             raise not_compiled(
                 "it has become another one too often (torch._dynamo.config.recompile_limit); "
                 "numbers and objects that it refers to and that change have to be tensors"
             ) from error
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except dynamo_error("TorchDynamoException") as error:
             raise not_compiled(str(error).strip().partition("\n\n")[0]) from error
         if _thread.received is None:  # there was nothing to compute
             differentiable(scalar(result))
@@ -160,7 +156,7 @@ def _front_of(function: Callable[[Any], Any]) -> Callable[..., Any]:
         inner = inner.func
     code = getattr(inner, "__code__", type(inner))
     if code not in _fronts:
-        torch._dynamo.allow_in_graph(mark_outputs)
+        torch.compiler.allow_in_graph(mark_outputs)
         own = FunctionType(_loss.__code__.replace(), _loss.__globals__)
         _fronts[code] = torch.compile(own, backend=_Program, fullgraph=True, dynamic=False)
     return _fronts[code]

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import differentiable, scalar, touched
+from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._objective.compiled import CompiledFunction
 from torch_secondorder._objective.evaluation import RawEvaluation

@@ -15,7 +15,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture, uncaptured
@@ -23,7 +22,7 @@ from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import (
     backward_of,
-    check_callable,
+    check_is_closure,
     differentiable,
     lost_graph,
     no_gradient,
@@ -31,6 +30,11 @@ from torch_secondorder._closure.validation import (
     touched,
 )
 from torch_secondorder._foundation.buffer_pool import BufferPool
+from torch_secondorder._foundation.private_torch import (
+    any_autocast_enabled,
+    flatten_tensors,
+    unflatten_tensors,
+)
 from torch_secondorder._foundation.subclasses import all_plain, plainly, snapshot
 from torch_secondorder._objective.functional import FunctionalObjective
 
@@ -146,7 +150,7 @@ class SingleEvaluation:
         self._functional = isinstance(source, FunctionalObjective)
         self._compiled = source.bind_to(params) if self._functional else None
         self._source: Callable[[], Any] = source.source if self._functional else source
-        check_callable(self._source)
+        check_is_closure(self._source)
         self._params = params
         self._registry = registry
         self._before = {slot: snapshot(b) for slot, b in registry.moving_buffers()}
@@ -297,7 +301,7 @@ class _Relay:
             joined = _join(gradients, params, evaluation._buffer_pool)
             if joined is None:
                 return [None if g is None else g.detach().clone() for g in gradients]
-            views = list(_unflatten_dense_tensors(joined, all_plain(params)))
+            views = list(unflatten_tensors(joined, all_plain(params)))
         if joined is not None:
             evaluation._joined = joined, views
             evaluation._pointers = [0 if view is None else view.data_ptr() for view in views]
@@ -330,7 +334,7 @@ class _Relay:
 @contextmanager
 def without_autocast(params: Sequence[Tensor]) -> Iterator[None]:
     """Products are taken in the precision of the gradients that they are derivatives of."""
-    if not torch._C._is_any_autocast_enabled():
+    if not any_autocast_enabled():
         yield
         return
     types = {p.device.type for p in params}
@@ -354,7 +358,7 @@ def _join(
             return None
         size += g.numel()
     if len(params) > 1 and not buffer_pool.pays(size, dtype, device):
-        joined: Tensor = _flatten_dense_tensors(gradients)
+        joined: Tensor = flatten_tensors(gradients)
         return joined.detach()
     pieces = [g.detach().reshape(-1) for g in gradients if g is not None]
     return torch.cat(pieces, out=buffer_pool.empty("gradient", size, dtype, device))

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_secondorder._autograd.graph import Graph, Multiply
 from torch_secondorder._closure.capture import Capture, uncaptured
 from torch_secondorder._closure.validation import differentiable, scalar
+from torch_secondorder._foundation.private_torch import without_zero_tensors
 
 __all__ = ["not_compiled", "split", "traced"]
 
@@ -48,7 +48,7 @@ def traced(
             params.append(p)
             if place is not None:
                 leaves[place] = p
-        with uncaptured(), _WithoutZeroTensors(), torch.enable_grad():
+        with uncaptured(), without_zero_tensors(), torch.enable_grad():
             with Capture(params) as capture:
                 loss = scalar(function(*leaves)[0])
             gradients = capture.differentiate(differentiable(loss))
@@ -73,18 +73,6 @@ def traced(
         _check(node)
     whole.graph.eliminate_dead_code()
     return whole
-
-
-class _WithoutZeroTensors(TorchDispatchMode):
-    """Forward mode makes tensors without memory, at which tracing in the real mode crashes."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _aten._efficientzerotensor.default:
-            func = _aten.zeros.default
-        return func(*args, **(kwargs or {}))
 
 
 def _check(node: fx.Node) -> None:

@@ -5,30 +5,35 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.validation import check_callable, scalar
+from torch_secondorder._closure.validation import check_is_closure, scalar
+from torch_secondorder._foundation.checks import check_number
+from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._objective.one_shot import nonzero
-from torch_secondorder._optim.info import StepInfo, StepStatus
+from torch_secondorder._optim.checkpoint import add_state, hide_names, show_names, take_state
+from torch_secondorder._optim.info import LazyInfo, StepInfo, StepStatus
+from torch_secondorder._optim.state import Field, ModelField, ParameterField
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "check_number", "copied", "makes_state_only"]
+__all__ = ["SecondOrderOptimizer", "makes_state_only"]
 
 
 class SecondOrderOptimizer(Optimizer):
     """Base class of the optimizers, driven by a standard closure.
 
-    A subclass checks its own arguments, implements `step`, and keeps what belongs to the whole
-    model through `_export_state` and `_import_state`. There are two kinds: `FlatOptimizer` and
-    `DiagonalOptimizer`.
+    A subclass checks its own arguments, implements `step`, and declares its state in
+    `_state_fields`, from which checkpoints, copies and pickles are made. Two subclasses have more
+    to build on: `FlatOptimizer` and `DiagonalOptimizer`.
 
     Args:
         params: Parameters or groups, as for any `torch.optim.Optimizer`.
@@ -42,38 +47,67 @@ class SecondOrderOptimizer(Optimizer):
         ValueError: A hyperparameter is out of range.
     """
 
-    info: StepInfo | None  # of no class: Lightning's wrappers look there before they ask the object
+    #: The state that checkpoints have besides the groups, by name; see `_optim.state`. A subclass
+    #: lists its own, those of its bases are added.
+    _state_fields: ClassVar[dict[str, Field]] = {}
+    _model_fields: ClassVar[tuple[ModelField, ...]] = ()
+    _parameter_fields: ClassVar[tuple[ParameterField, ...]] = ()
+    #: Attributes besides torch's own that pickling and `copy.deepcopy` carry along; likewise.
+    _carried: ClassVar[tuple[str, ...]] = ("info",)
     #: The class of its reports.
     _info_type: type[StepInfo] = StepInfo
-    #: Names of whole-model state that is not always there.
-    _optional_names: tuple[str, ...] = ()
-    #: Names of it in checkpoints of peers.
-    _foreign_names: tuple[str, ...] = ()
-    #: The state that has the names of all of it, in `optimizer.state`.
-    _named: dict[str, Any] | None = None
     #: A hyperparameter that tells this optimizer's checkpoints, and those it can read, from others.
     _recognized_by = "lr"
-    #: Attributes besides torch's own that pickling and `copy.deepcopy` carry along.
-    _carried: tuple[str, ...] = ("info",)
+    #: The state that has the names of whole-model state, in `optimizer.state`.
+    _named: dict[str, Any] | None = None
+    #: Whether `torch.distributed.checkpoint` has asked for the state.
+    _for_distributed = False
+    #: For optimizers that declare a `Random`.
+    _generator: torch.Generator | None = None
+    _seed = 0
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fields: dict[str, Field] = {}
+        carried: list[str] = []
+        for base in reversed(cls.__mro__):
+            fields |= vars(base).get("_state_fields", {})
+            carried += vars(base).get("_carried", ())
+        cls._model_fields = tuple(f for f in fields.values() if isinstance(f, ModelField))
+        cls._parameter_fields = tuple(f for f in fields.values() if isinstance(f, ParameterField))
+        cls._carried = tuple(dict.fromkeys(carried))
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._vector: ParameterVector | None = None
         self._registry = ModuleRegistry()
         self.info = None
+        self._start_fields()
         super().__init__(params, defaults)
         if self._sharded:
+            for field in self._model_fields:
+                field.check_sharded(type(self).__name__)
             # There is a state from now on, and distributed checkpoints need no step to make one.
-            _ = self.state[self._parameters[0]]
+            self._show_names()
 
-    # For subclasses.
+    def _start_fields(self) -> None:
+        for field in self._model_fields:
+            if not field.held and field.at not in vars(self):
+                setattr(self, field.at, field.initial())
 
     @abstractmethod
-    def _export_state(self) -> dict[str, Any]:
-        """Whole-model state: tensors, numbers, and lists or dicts of them."""
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        """Performs one step; see the subclasses."""
 
-    @abstractmethod
-    def _import_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `_export_state` gave; empty for none. Raises ValueError on misfits."""
+    @property
+    def info(self) -> StepInfo | None:
+        """The report of the last step, None before the first."""
+        # Nothing is set here: `self` may be a wrapper that stands for this object.
+        info: StepInfo | None = self._info() if isinstance(self._info, LazyInfo) else self._info
+        return info
+
+    @info.setter
+    def info(self, info: Any) -> None:
+        self._info = info
 
     # Gradients and groups.
 
@@ -146,7 +180,7 @@ class SecondOrderOptimizer(Optimizer):
         loss, value = None, math.nan
         if closure is not None:
             source = closure.source if isinstance(closure, FunctionalObjective) else closure
-            check_callable(source)
+            check_is_closure(source)
             with torch.enable_grad():
                 loss = source()
         if loss is not None:
@@ -163,7 +197,7 @@ class SecondOrderOptimizer(Optimizer):
         """See `torch.optim.Optimizer.state_dict`; loads with `torch.load(weights_only=True)`."""
 
         def add(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            self._add_state(state_dict["state"])
+            add_state(self, state_dict["state"])
 
         # Before all other hooks, which are to see the whole.
         handle = self.register_state_dict_post_hook(add, prepend=True)
@@ -208,80 +242,69 @@ class SecondOrderOptimizer(Optimizer):
                 handle.remove()
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what torch does not know, after it has loaded the rest."""
+        """Loads declared state, after torch has loaded the rest."""
         self._vector = None
-        # A checkpoint of a peer lacks what only we have. On loading torch adds a default of its
-        # own, which is none of ours: a state that was saved again would differ.
+        # A checkpoint of a peer lacks our own hyperparameters. On loading torch adds a default of
+        # its own, which is none of ours: a state that was saved again would differ.
         self.defaults.pop("differentiable", None)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._import(_by_parameter(state_dict))
-        self._hide_names()  # torch has left values there
+        take_state(self, state_dict)
+        hide_names(self)  # torch has left values there
         self._show_names()
 
-    def _whole_state(self) -> dict[str, Any]:
-        """Whole-model state, as checkpoints have it."""
-        return self._export_state()
-
-    def _whole_names(self) -> set[str]:
-        """The names of whole-model state, in checkpoints."""
-        return {*self._whole_state(), *self._optional_names, *self._foreign_names}
-
     def _show_names(self, params: Sequence[Tensor] | None = None) -> None:
-        """Puts the names of whole-model state where `torch.distributed.checkpoint` looks for them.
+        """See `show_names`; for each step, with its trainable parameters if they are at hand."""
+        show_names(self, params or self._trainable or self._parameters)
 
-        It finds in a flattened checkpoint only what `optimizer.state` has a name for. There is None
-        under each; `state_dict` gives values.
+    @property
+    def _in_pieces(self) -> bool:
+        """Whether checkpoints have a part of each vector under each parameter."""
+        if self._sharded:
+            return True
+        several = self._for_distributed or (dist.is_available() and dist.is_initialized())
+        return several and any(field.vector_names for field in self._model_fields)
 
-        Args:
-            params: The trainable parameters, if they are at hand.
+    def _before_saving(self) -> None:
+        """Waits for what a state has to have."""
+
+    def _export_state(self) -> dict[str, Any]:
+        """The declared state of the whole model, as tensors, numbers, and lists and dicts."""
+        return {k: v for field in self._model_fields for k, v in field.save(self).items()}
+
+    def _import_state(self, found: dict[str, Any]) -> None:
+        """Takes over what `_export_state` gave; what is not there begins anew.
+
+        Raises:
+            ValueError: The state does not fit; nothing has changed.
         """
-        params = params or self._trainable or self._parameters
-        if not params or (self._named is not None and self.state.get(params[0]) is self._named):
-            return
-        self._hide_names()
-        self._named = self.state[params[0]]
-        names = self._whole_names().difference(self._foreign_names)
-        self._named.update(dict.fromkeys(sorted(names)))
+        loaded = {
+            field: field.load(found, self)
+            for field in self._model_fields
+            if any(name in found for name in field.names)
+        }
+        self._reset_state()
+        for field, value in loaded.items():
+            field.set(self, value)
 
-    def _hide_names(self) -> None:
-        names = self._whole_names()
-        for state in self.state.values():
-            for name in names.intersection(state):
-                del state[name]
-        self._named = None
+    def _reset_state(self) -> None:
+        """Gives all declared state of the whole model its initial value.
 
-    def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
-        """Adds whole-model state to a state dict, under the number of the first that is trained.
-
-        Distributed checkpoints leave the state of others out, and want one of each that is trained.
+        A subclass that keeps some in objects replaces these.
         """
-        params, whole = self._parameters, self._whole_state()
-        names = {*whole, *self._optional_names, *self._foreign_names}
-        trained = [number for number, p in enumerate(params) if p.requires_grad]
-        for number in trained or range(len(params))[:1]:
-            states.setdefault(number, {})
-        # Beside the parameter's own state, not in it: the tensors may be replaced.
-        for number, state in states.items():
-            states[number] = {k: v for k, v in state.items() if k not in names and v is not None}
-        for number in (trained or range(len(params)))[:1]:
-            states[number] = states[number] | whole
+        for field in self._model_fields:
+            if not field.held:
+                field.set(self, field.initial())
 
-    def _import(self, states: list[dict[str, Any]]) -> None:
-        """Takes whole-model state from the original: torch has cast it to the parameter's dtype.
-
-        Args:
-            states: One for each parameter.
-        """
-        found: dict[str, Any] = {}
-        for name in self._whole_names():
-            values = [state[name] for state in states if state.get(name) is not None]
-            if values:
-                found[name] = copied(values[0])
-        self._import_state(found)
+    def _random(self, device: torch.device) -> torch.Generator:
+        """The generator of random numbers on a device, see `Random`; made of `_seed` at first."""
+        if self._generator is None or self._generator.device.type != device.type:
+            self._generator = torch.Generator(device).manual_seed(int(self._seed))
+        return self._generator
 
     def __getstate__(self) -> dict[str, Any]:
+        self._before_saving()
         state: dict[str, Any] = super().__getstate__()
         carried = {name: getattr(self, name) for name in self._carried}
         return state | carried | {"model_state": self._export_state()}
@@ -295,6 +318,7 @@ class SecondOrderOptimizer(Optimizer):
         if model_state is not None:  # unpickled or copied; torch also comes here to load a state
             self._vector = self._named = None
             self._registry = ModuleRegistry()
+            self._start_fields()
             try:
                 self._import_state(model_state)
             except ValueError:  # parameters were frozen since the last step
@@ -311,40 +335,3 @@ def makes_state_only(groups: Sequence[dict[str, Any]]) -> bool:
     return all(float(group["lr"]) == 0 for group in groups) and all(
         p.grad is not None and p.grad.grad_fn is None and not nonzero(p.grad) for p in params
     )
-
-
-def _by_parameter(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states in the order of the parameters, which are numbers, or names in checkpoints."""
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    found = [state_dict["state"].get(key, {}) for key in keys]
-    # What a flattened checkpoint has not comes out of it as an empty dict.
-    return [
-        {
-            name: v
-            for name, v in state.items()
-            if v is not None and not (isinstance(v, dict) and not v)
-        }
-        for state in found
-    ]
-
-
-def check_number(name: str, value: Any, *, low: float, integer: bool = False) -> None:
-    """Raises a ValueError that shows `value` unless it is a finite number of at least `low`."""
-    kind = "an integer" if integer else "a finite number"
-    try:
-        number = float(value)
-    except (RuntimeError, TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= low) or (integer and int(number) != value):
-        raise ValueError(f"{name} must be {kind} of at least {low:g}, got {value!r}")
-
-
-def copied(value: Any) -> Any:
-    """A copy of tensors, and of lists and dicts of them."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [copied(v) for v in value]
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from typing import NamedTuple
@@ -111,7 +112,18 @@ class Descent:
         self._stalled = 0  # iterations since the lowest loss or gradient
         self._lowest_loss, self._lowest_gradient = point.loss, point.grad_norm
 
-    def ending(self) -> StepStatus | None:
+    def run(self, iterate: Callable[[Descent], StepStatus | None]) -> StepStatus:
+        """Iterates until something ends the step.
+
+        Args:
+            iterate: One iteration from `point` on; returns the reason to end the step, or None.
+        """
+        status = None
+        while status is None:
+            status = self._ending() or iterate(self)
+        return status
+
+    def _ending(self) -> StepStatus | None:
         """The reason to end the step at the current point, if there is one."""
         if self.point.grad_norm <= self.tolerance_grad:
             return StepStatus.CONVERGED_GRADIENT

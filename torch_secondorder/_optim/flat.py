@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from math import isfinite, sqrt
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
@@ -17,15 +16,34 @@ from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder._optim.base import SecondOrderOptimizer, copied, makes_state_only
+from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
 from torch_secondorder._optim.descent import Descent, DescentInfo, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
+from torch_secondorder._optim.state import Number, Pieces, Vector, declare
 from torch_secondorder._params.vector import ParameterVector, max_norm
 from torch_secondorder.dataset._objective import DatasetObjective
 from torch_secondorder.dataset.closure import DatasetClosure
 
-__all__ = ["FlatOptimizer", "Rows", "check_size"]
+__all__ = ["FlatOptimizer"]
+
+
+class _Master(Vector):
+    """The position in work precision, where parameters are held in less."""
+
+    of_vector = False  # it is dropped with its vector only, not when an optimizer begins anew
+
+    def bind(self, name: str) -> None:
+        """See `Field.bind`."""
+        super().bind(name)
+        self.small_names = ()
+
+    def cut(self, optimizer: FlatOptimizer) -> Pieces:
+        """See `ModelField.cut`; the parameters stand for a position that is missing."""
+        vector = ParameterVector(optimizer._trainable)
+        if not vector.needs_master:
+            return {}, {}
+        return {}, {self.name: (vector.read(self.get(optimizer)), None)}
 
 
 class FlatOptimizer(SecondOrderOptimizer):
@@ -44,11 +62,10 @@ class FlatOptimizer(SecondOrderOptimizer):
       hyperparameter that is left out has the default of `LBFGS`.
     - `_iterate`: one iteration. `descent.point` is the current point. A line search along a
       direction goes by way of `Line`, whose `accept` moves the parameters.
-    - `_forget`: drops what was learned, when other parameters are trained.
-    - its state, see `_export_state`.
+    - `_state_fields`: what it keeps from step to step, see `torch_secondorder._optim.state`.
 
-    It may override `_evaluate` and `_begin`, name the class of its report in `_info_type`, and give
-    the report's further fields in `_details`.
+    It may override `_forget`, `_evaluate`, `_begin` and `_finish`, and name the class of its report
+    in `_info_type`.
 
     Args:
         params: See `SecondOrderOptimizer`.
@@ -56,15 +73,10 @@ class FlatOptimizer(SecondOrderOptimizer):
     """
 
     _step_supports_amp_scaling = True  # else a `GradScaler` would not let itself be noticed
-    _carried = (*SecondOrderOptimizer._carried, "_master")
-    _optional_names: tuple[str, ...] = ("master",)
+    _state_fields = declare(master=_Master(), largest_gradient=Number(0.0))
+    _master: Tensor | None
+    _largest_gradient: float  # at the starts of all steps
     _info_type: type[DescentInfo] = DescentInfo
-    #: The position in work precision, where parameters are held in less.
-    _master: Tensor | None = None
-    #: Whether `torch.distributed.checkpoint` has asked for the state.
-    _for_distributed = False
-    #: The largest entry of all gradients at the starts of steps.
-    _largest_gradient = 0.0
 
     # For subclasses.
 
@@ -77,9 +89,15 @@ class FlatOptimizer(SecondOrderOptimizer):
             converged or the budget is spent.
         """
 
-    @abstractmethod
     def _forget(self, reason: str) -> None:
-        """Drops what was learned about a parameter vector that is no longer trained."""
+        """Drops state that belongs to a parameter vector: all declared vectors and matrices.
+
+        Args:
+            reason: A clause for the report.
+        """
+        for field in self._model_fields:
+            if field.of_vector:
+                field.set(self, field.initial())
 
     def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
         """Evaluates the objective at the start of a step, with one synchronization."""
@@ -93,13 +111,18 @@ class FlatOptimizer(SecondOrderOptimizer):
     def _begin(self, descent: Descent) -> None:
         """Prepares the first iteration of a step."""
 
-    def _details(self) -> dict[str, Any]:
-        """Fields of the report beside those that `DescentInfo` has."""
-        return {}
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        """Ends a step.
 
-    def _refuse_start(self) -> dict[str, Any]:
-        """Reacts to a start that is not finite; returns the details of the report."""
-        self._forget("the loss or gradient at the start of a step was not finite")
+        Args:
+            objective: The function that was minimized.
+            descent: The step; None if its start was not finite and nothing was done.
+
+        Returns:
+            Fields of the report besides those of `DescentInfo`.
+        """
+        if descent is None:
+            self._forget("the loss or gradient at the start of a step was not finite")
         return {}
 
     # Steps.
@@ -132,7 +155,8 @@ class FlatOptimizer(SecondOrderOptimizer):
             self._prepare_state()
             return None
         objective = self._objective(params, rates, decays, closure, curvature_closure)
-        self._show_names(params)  # before there is a history, which would be copied
+        if self._named is None or self.state.get(params[0]) is not self._named:
+            self._show_names(params)  # before there is a history, which would be copied
         # The objective notes a surrounding autocast for the closure; our sums are not to be cast.
         with torch.no_grad(), objective, ExitStack() as stack:
             for device_type in objective.autocast:
@@ -166,11 +190,11 @@ class FlatOptimizer(SecondOrderOptimizer):
         # A copy: a closure may use one tensor for all its losses.
         returned = evaluation.closure_loss.clone()
         del evaluation
-        if not point.finite:
+        if not (isfinite(loss) and isfinite(grad_norm) and isfinite(point.length)):
             objective.abandon()
-            details = self._refuse_start()
+            further = self._finish(objective, None)
             status, evaluations = StepStatus.NONFINITE_START, objective.evaluations
-            self.info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **details)
+            self.info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **further)
             return returned
         self._largest_gradient = max(self._largest_gradient, grad_norm)
         group = self.param_groups[0]
@@ -183,11 +207,10 @@ class FlatOptimizer(SecondOrderOptimizer):
         )
         del point  # a gradient, and perhaps a graph, that the iterations need not hold for long
         self._begin(descent)
-        ending = None
-        while ending is None:
-            ending = descent.ending() or self._iterate(descent)
+        status = descent.run(self._iterate)
+        further = self._finish(objective, descent)
         self.info = self._info_type(
-            ending,
+            status,
             loss,
             descent.point.loss,
             descent.point.grad_norm,
@@ -196,7 +219,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             step_length=descent.step_length,
             search_status=descent.search_status,
             nonfinite_trials=descent.nonfinite_trials,
-            **self._details(),
+            **further,
         )
         return returned
 
@@ -254,150 +277,13 @@ class FlatOptimizer(SecondOrderOptimizer):
         if len(set(rates)) > 1:
             # Rounded: a scheduler that multiplies all rates leaves their ratios alone but for the
             # last digits.
-            scale = [math.sqrt(float(f"{rate / max(rates):.9e}")) for rate in rates]
+            scale = [sqrt(float(f"{rate / max(rates):.9e}")) for rate in rates]
         if self._vector is None or not self._vector.matches(params, scale):
             if self._vector is not None:
                 self._forget("the trainable parameters or their relative learning rates changed")
                 self._master = None
             self._vector = ParameterVector(params, scale)
-            if self._master is not None and self._master.numel() != self._vector.size:
-                self._master = None  # what is trained has changed since it was loaded
+            for field in self._model_fields:  # others may be frozen than when it was loaded
+                if isinstance(field, Vector) and not field.fits(self, self._vector):
+                    field.set(self, None)
         return self._vector
-
-    # Checkpoints.
-
-    def _import(self, states: list[dict[str, Any]]) -> None:
-        if is_cut_up(states) or self._sharded:
-            states = [self._gathered_state(states)]
-        master = next((s["master"] for s in states if s.get("master") is not None), None)
-        vector = self._known_vector()
-        if master is not None and vector is not None:
-            if self._trainable:
-                check_size(master.numel(), vector)
-            master = master.to(vector.device, vector.dtype, copy=True)
-        self._master = master
-        super()._import(states)
-
-    # Checkpoints of sharded parameters: vectors as DTensors, a part under each parameter, so that
-    # `torch.distributed.checkpoint` can cut them up anew. That loads into the tensors that a new
-    # optimizer shows: so all are there from the beginning, in full size, and numbers are tensors.
-    # So are those of whole parameters where there are several processes.
-
-    @property
-    def _cuts_up(self) -> bool:
-        """Whether checkpoints have a part of each vector under each parameter."""
-        several = dist.is_available() and dist.is_initialized()
-        return self._sharded or self._for_distributed or several
-
-    def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
-        """Whole-model state as numbers and small tensors, and vectors by their names."""
-        raise NotImplementedError
-
-    def _join_state(
-        self, small: dict[str, Any], vectors: dict[str, Tensor], vector: ParameterVector
-    ) -> dict[str, Any]:
-        """What `_import_state` takes, from what `_split_state` gave."""
-        raise NotImplementedError
-
-    def _whole_state(self) -> dict[str, Any]:
-        master = {} if self._master is None else {"master": self._master.clone()}
-        return self._export_state() | master
-
-    def _whole_names(self) -> set[str]:
-        names = super()._whole_names()
-        if self._cuts_up and self._trainable:
-            names.update(self._split_state(ParameterVector(self._trainable))[0])
-        return names
-
-    def _show_names(self, params: Sequence[Tensor] | None = None) -> None:
-        named = self._named
-        super()._show_names(params)
-        if self._named is not named and self._cuts_up and self._trainable:
-            vector = ParameterVector(self._trainable)
-            names = [*self._split_state(vector)[1], *(["master"] if vector.needs_master else [])]
-            for p in vector.params:
-                self.state[p].update(dict.fromkeys(_PREFIX + name for name in names))
-
-    def _hide_names(self) -> None:
-        super()._hide_names()
-        for state in self.state.values():
-            for name in [name for name in state if name.startswith(_PREFIX)]:
-                del state[name]
-
-    def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
-        if not self._cuts_up or not self._trainable:
-            super()._add_state(states)
-            return
-        states.clear()
-        params = self._parameters
-        vector = ParameterVector(self._trainable)
-        small, vectors = self._split_state(vector)
-        if vector.needs_master:
-            vectors["master"] = Rows(vector.read(self._master))
-        numbers = [i for i, p in enumerate(params) if p.requires_grad and p.numel()]
-        # Under the first that is trained: distributed checkpoints leave out the others.
-        states[numbers[0]] = {name: _as_tensor(value) for name, value in small.items()}
-        for name, rows in vectors.items():
-            for number, part in zip(numbers, vector.distribute(*rows), strict=True):
-                states.setdefault(number, {})[_PREFIX + name] = part
-        for number, p in enumerate(params):
-            if p.requires_grad:
-                states.setdefault(number, {})
-
-    def _gathered_state(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """What `_export_state` gave and a master copy, from a state that `_add_state` cut up."""
-        if not any(states) or not self._trainable:
-            return {}
-        vector = ParameterVector(self._trainable)
-        trained = {id(p) for p in vector.params}
-        found = [s for p, s in zip(self._parameters, states, strict=True) if id(p) in trained]
-        names = [name for name in found[0] if name.startswith(_PREFIX)]
-        if not names or any(name not in state for name in names for state in found):
-            raise ValueError(
-                "this state is not one of sharded parameters, or others were frozen when it was "
-                "saved: save it from an optimizer of parameters that are sharded (over one rank "
-                "is fine) and trained as here"
-            )
-        vectors = {
-            name.removeprefix(_PREFIX): vector.collect([state[name] for state in found])
-            for name in names
-        }
-        small = {k: _as_number(v) for k, v in found[0].items() if not k.startswith(_PREFIX)}
-        master = vectors.pop("master", None)
-        state = self._join_state(small, vectors, vector)
-        return state if master is None else state | {"master": master}
-
-
-class Rows(NamedTuple):
-    """A vector `(n,)`, or several `(k, n)` in a checkpoint that has room for `rows` of them."""
-
-    vectors: Tensor
-    rows: int | None = None
-
-
-#: What the names of cut-up vectors in a checkpoint begin with.
-_PREFIX = "flat_"
-
-
-def is_cut_up(states: Sequence[dict[str, Any]]) -> bool:
-    """Whether states by parameter have parts of vectors."""
-    return any(name.startswith(_PREFIX) for state in states for name in state)
-
-
-def _as_tensor(value: Any) -> Any:
-    """A number as a tensor; what is a tensor, or a dict of them, as it is."""
-    dtype = torch.float64 if isinstance(value, float) else None
-    return torch.tensor(value, dtype=dtype) if isinstance(value, (int, float)) else value
-
-
-def _as_number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and not value.dim() else copied(value)
-
-
-def check_size(size: int, vector: ParameterVector) -> None:
-    """Raises a ValueError unless a state of `size` parameter entries fits the vector."""
-    if size != vector.size:
-        raise ValueError(
-            f"this state is of {size} parameter entries, the optimizer has {vector.size}: load it "
-            "with the model and the frozen parameters that it was saved with"
-        )

@@ -28,7 +28,7 @@ from torch_secondorder.globalization import (
     TrustRegion,
     falls_without_end,
 )
-from torch_secondorder.globalization.line_search import rounding_allowance
+from torch_secondorder.globalization.line_search import ROUNDING
 from torch_secondorder.solvers import CG, Iterate, SolveResult, SolveStatus
 from torch_secondorder.solvers._units import Rescaled, unit_of
 
@@ -192,7 +192,7 @@ class Model:
         self._kept: Tensor | None = None  # coordinates with a curvature, if not all have one
         self._solve = solve
         self._inverse = inverse
-        self._allowance = rounding_allowance(point.loss, self.precision)
+        self._allowance = ROUNDING * self.precision * abs(point.loss)
 
     def solve(self, damping: float, **more: Any) -> SolveResult:
         """Solves `(A + damping I) x = -g`.

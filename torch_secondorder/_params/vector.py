@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 # A third of the time of views and `torch.cat` from Python, which counts for small networks.
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parameter import is_lazy
 
 from torch_secondorder._foundation.buffer_pool import BufferPool
+from torch_secondorder._foundation.private_torch import flatten_tensors, unflatten_tensors
 from torch_secondorder._foundation.subclasses import all_plain
 from torch_secondorder._params.space import (
     WHOLE,
@@ -193,7 +193,7 @@ class ParameterVector:
                 out = buffer_pool.empty("gathered", self.size, self.dtype, self.device)
                 pieces = [t.detach().reshape(-1) for t in tensors if t is not None]
                 return torch.cat(pieces, out=out)
-            joined: Tensor = _flatten_dense_tensors(tensors)
+            joined: Tensor = flatten_tensors(tensors)
             return joined.detach()
         if self._uniform:
             shape = (*batch, -1)
@@ -216,7 +216,7 @@ class ParameterVector:
         The pieces are views wherever dtype and device allow.
         """
         if self._uniform and flat.dim() == 1:
-            return list(_unflatten_dense_tensors(flat, self._likes))
+            return list(unflatten_tensors(flat, self._likes))
         pieces = flat.split_with_sizes(self._counts, dim=-1)
         return [s.typed(p) for s, p in zip(self._segments, pieces, strict=True)]
 
@@ -226,7 +226,7 @@ class ParameterVector:
         A complex parameter's piece is real, `(..., 2)`. On the device of the parameter.
         """
         if self._uniform:
-            return list(_unflatten_dense_tensors(flat, self._likes))
+            return list(unflatten_tensors(flat, self._likes))
         return [
             piece.view(s.shape).to(s.device)
             for s, piece in zip(self._segments, flat.split(self._counts), strict=True)

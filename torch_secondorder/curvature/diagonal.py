@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Graph, added
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.buffer_pool import BufferPool
+from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
@@ -128,11 +129,8 @@ class Hutchinson(DiagonalEstimator):
         distribution: Distribution = "rademacher",
         weighted: bool = False,
     ) -> None:
-        _check_count(n_samples)
-        if distribution not in get_args(Distribution):
-            raise ValueError(
-                f"distribution is one of {get_args(Distribution)}, got {distribution!r}"
-            )
+        check_integer("n_samples", n_samples)
+        check_choice("distribution", distribution, Distribution)
         self.n_samples = n_samples
         self.distribution: Distribution = distribution
         self.weighted = weighted
@@ -264,7 +262,7 @@ class GaussNewtonBartlett(DiagonalEstimator):
     signed = False
 
     def __init__(self, n_samples: int = 1) -> None:
-        _check_count(n_samples)
+        check_integer("n_samples", n_samples)
         self.n_samples = n_samples
 
     def __call__(self, evaluation: Evaluation, generator: torch.Generator | None = None) -> Tensor:
@@ -340,10 +338,7 @@ def resolve_estimator(estimator: Any, n_samples: int = 1) -> DiagonalEstimator:
     """
     if isinstance(estimator, DiagonalEstimator):
         return estimator
-    if not isinstance(estimator, str) or estimator not in _NAMED:
-        raise ValueError(
-            f"estimator must be one of {sorted(_NAMED)} or a DiagonalEstimator, got {estimator!r}"
-        )
+    check_choice("estimator", estimator, _NAMED, "a DiagonalEstimator")
     return _NAMED[estimator](n_samples)
 
 
@@ -389,8 +384,3 @@ def row_norms(roots: Tensor, space: Space = WHOLE) -> Tensor:
     scaled, inner = roots / largest, inner / largest / largest
     squares = torch.mul(inner @ scaled, scaled).sum(0)
     return squares.clamp_(min=0).sqrt_().mul_(largest).mul_(largest / count)
-
-
-def _check_count(n_samples: int) -> None:
-    if not isinstance(n_samples, int) or n_samples < 1:
-        raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")

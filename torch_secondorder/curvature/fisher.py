@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder.curvature._output_space import Tensors
 from torch_secondorder.curvature._random import Draws
-from torch_secondorder.curvature.gauss_newton import GaussNewton, random_roots
+from torch_secondorder.curvature.gauss_newton import GaussNewton, Remainder, random_roots
 
 __all__ = ["Fisher"]
+
+#: Where the labels come from.
+Labels: TypeAlias = Literal["sampled", "empirical"]
 
 
 class Fisher(GaussNewton):
@@ -53,15 +57,13 @@ class Fisher(GaussNewton):
         self,
         evaluation: Evaluation,
         *,
-        labels: Literal["sampled", "empirical"] = "sampled",
+        labels: Labels = "sampled",
         n_samples: int = 1,
         generator: torch.Generator | None = None,
-        remainder: Literal["hessian", "ignore"] = "hessian",
+        remainder: Remainder = "hessian",
     ) -> None:
-        if labels not in ("sampled", "empirical"):
-            raise ValueError(f"labels is 'sampled' or 'empirical', got {labels!r}")
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+        check_choice("labels", labels, Labels)
+        check_integer("n_samples", n_samples)
         super().__init__(evaluation, remainder=remainder)
         if labels == "sampled":
             self._require_outputs()

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Multiply, added
 from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._objective.evaluation import Evaluation, Slot
 from torch_secondorder.curvature._likelihoods import Likelihood
 from torch_secondorder.curvature._loss_curvature import LossCurvature
@@ -21,6 +22,9 @@ from torch_secondorder.curvature._random import Draws
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import Linearized
 from torch_secondorder.curvature.kronecker import KroneckerFactors, kronecker_factors
+
+#: The treatment of loss terms that do not depend on the outputs.
+Remainder: TypeAlias = Literal["hessian", "ignore"]
 
 __all__ = ["GaussNewton"]
 
@@ -65,11 +69,8 @@ class GaussNewton(Linearized):
             [4., 8.]])
     """
 
-    def __init__(
-        self, evaluation: Evaluation, *, remainder: Literal["hessian", "ignore"] = "hessian"
-    ) -> None:
-        if remainder not in ("hessian", "ignore"):
-            raise ValueError(f"remainder is 'hessian' or 'ignore', got {remainder!r}")
+    def __init__(self, evaluation: Evaluation, *, remainder: Remainder = "hessian") -> None:
+        check_choice("remainder", remainder, Remainder)
         super().__init__(evaluation)
         self._adds_remainder = remainder == "hessian"
         self._whole: Multiply | None = None

@@ -130,9 +130,10 @@ class InverseBFGS(LinearOperator):
             scale: `s'y / y'y`, if it is known on the host.
         """
         if self._pending:
+            assert self._buffers is not None
             newest = self._cut.differences[self._newest]
-            of_y = self.space.total(torch.mv(self._held.steps, newest))
-            self._enter(of_y, self._held.inverse)
+            of_y = self.space.total(torch.mv(self._buffers.steps, newest))
+            self._enter(of_y, self._buffers.inverse)
         if self.count == self.history_size:
             del self._scales[0]
         elif self.count == self._room:
@@ -159,27 +160,36 @@ class InverseBFGS(LinearOperator):
     def _multiply(self, v: Tensor, sign: float) -> Tensor:
         if not self.count:
             return sign * v
-        steps, differences, inverse, diagonal = self._held
+        assert self._buffers is not None
+        steps, differences, inverse, diagonal = self._buffers
+        space, whole = self.space, self.space is WHOLE
         if self._pending:
             newest = self._cut.differences[self._newest]
-            of_y, of_v = self.space.totals(*_two_products(steps, newest, v))
+            if steps.shape[1] < 2 * _BLOCK:  # the rows lie in cache the second time
+                of_y, of_v = torch.mv(steps, newest), torch.mv(steps, v)
+            else:
+                of_y, of_v = _two_products(steps, newest, v)
+            if not whole:
+                of_y, of_v = space.totals(of_y, of_v)
             self._enter(of_y, inverse)
         else:
-            of_v = self.space.total(torch.mv(steps, v))
-        gamma = self._gamma()
+            of_v = torch.mv(steps, v)
+            if not whole:
+                of_v = space.total(of_v)
+        # The scale of what no pair speaks of.
+        gamma = self._scales[-1]
+        if self.largest_scale:
+            gamma = min(max(self._scales), _BOLDEST * gamma)
         work, small = self.dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
         # Scaled before anything is multiplied with Y: the square of a gradient may have no place.
         scaled = torch.addmv(v, differences.t(), p2.to(work), alpha=-1).mul_(gamma)
-        of_scaled = self.space.total(torch.mv(differences, scaled))
+        of_scaled = torch.mv(differences, scaled)
+        if not whole:
+            of_scaled = space.total(of_scaled)
         inner = torch.mul(diagonal, p2).sub_(of_scaled)
         p1 = torch.mv(inverse.t(), inner)
         return torch.addmv(scaled, steps.t(), p1.to(work), beta=sign, alpha=sign)
-
-    def _gamma(self) -> float:
-        """The scale of what no pair speaks of."""
-        newest = self._scales[-1]
-        return min(max(self._scales), _BOLDEST * newest) if self.largest_scale else newest
 
     def _enter(self, of_y: Tensor, inverse: Tensor) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""
@@ -194,11 +204,6 @@ class InverseBFGS(LinearOperator):
         torch.div(column, s_y, out=cut.columns[newest])
         cut.diagonal[newest].copy_(s_y)
         self._pending = False
-
-    @property
-    def _held(self) -> _Buffers:
-        assert self._buffers is not None
-        return self._buffers
 
     def _grow(self, room: int) -> None:
         """Makes room for more pairs."""
@@ -296,10 +301,8 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
 
 
 def _two_products(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """`rows @ a` and `rows @ b` in one pass over `rows`, shape `(k, n)`."""
+    """`rows @ a` and `rows @ b` in one pass over `rows`, shape `(k, n)` with a large `n`."""
     n = rows.shape[1]
-    if n < 2 * _BLOCK:  # the rows lie in cache the second time
-        return torch.mv(rows, a), torch.mv(rows, b)
     both = torch.stack((a, b))
     if rows.device.type != "cpu":
         of_a, of_b = torch.mm(both, rows.T).unbind()

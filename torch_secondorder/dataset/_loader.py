@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,6 +21,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._foundation.subclasses import plain
 
 __all__ = [

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_secondorder._closure.validation import differentiable, scalar
+from torch_secondorder._foundation.checks import (
+    check_callable,
+    check_choice,
+    check_instance,
+    check_integer,
+)
 from torch_secondorder._foundation.progress_bar import bar
 from torch_secondorder.dataset._loader import (
     as_pair,
@@ -96,16 +102,13 @@ class DatasetClosure:
         keep_graphs: int = 0,
         progress: bool | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
-        for name, given in (("loss_fn", loss_fn), ("forward", forward), ("count", count)):
-            if not callable(given) and (given is not None or name == "loss_fn"):
-                raise TypeError(f"{name} must be callable, got {type(given).__name__}")
+        check_instance("model", model, nn.Module, "a torch.nn.Module")
+        check_callable("loss_fn", loss_fn)
+        check_callable("forward", forward, optional=True)
+        check_callable("count", count, optional=True)
         check_loader(loader)
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        if not isinstance(keep_graphs, int) or keep_graphs < 0:
-            raise ValueError(f"keep_graphs must be an integer of at least 0, got {keep_graphs!r}")
+        check_choice("reduction", reduction, ("mean", "sum"))
+        check_integer("keep_graphs", keep_graphs, 0)
         self.model = model
         self.loss_fn = loss_fn
         self.loader = loader

@@ -1,9 +1,9 @@
-"""The Lanczos process with thick restarts, for some eigenvalues at an end of the spectrum."""
+"""The Lanczos process with thick restarts, for a few eigenvalues at an end of the spectrum."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,28 +11,28 @@ from torch import Tensor
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._random import draw
 
-__all__ = ["Ending", "Krylov", "Ritz", "Which", "fitting", "subspace_room"]
+__all__ = ["Convergence", "Krylov", "Ritz", "Which", "subspace_room", "vectors_in_memory"]
 
-Which = Literal["largest", "smallest", "magnitude"]
+Which: TypeAlias = Literal["largest", "smallest", "magnitude"]
 
-_ROUNDING = 100.0  # units of precision below which a remainder is none, as in `solvers.lanczos`
+_ROUNDING = 100.0  # in units of precision; smaller remainders count as zero, as in `lanczos`
 _MEMORY = 256 * 2**20  # bytes for the basis
-_MOST = 300  # beyond it the small eigenproblem takes longer than most products
+_MAX_ROOM = 300  # beyond it the small eigenproblem takes longer than most products
 
 
 def subspace_room(size: int, dtype: torch.dtype, k: int) -> int:
-    """How many vectors of a basis to hold: what fits in 256 MiB, between `2 k + 20` and 300."""
-    return min(size, max(2 * k + 20, min(fitting(size, dtype), _MOST)))
+    """Number of basis vectors to hold: as many as fit in 256 MiB, between `2 k + 20` and 300."""
+    return min(size, max(2 * k + 20, min(vectors_in_memory(size, dtype), _MAX_ROOM)))
 
 
-def fitting(size: int, dtype: torch.dtype) -> int:
-    """How many vectors fit into 256 MiB."""
+def vectors_in_memory(size: int, dtype: torch.dtype) -> int:
+    """Number of vectors that fit into 256 MiB."""
     return int(_MEMORY // (size * torch.finfo(dtype).bits // 8))
 
 
 @dataclass(frozen=True, slots=True)
 class Ritz:
-    """Approximate eigenpairs, best wanted first; float64, on the host.
+    """Approximate eigenpairs, the most wanted first; float64, on the host.
 
     Attributes:
         values: Shape `(j,)`.
@@ -46,24 +46,24 @@ class Ritz:
 
 
 class Krylov:
-    """An orthonormal basis that grows by one product at a time, and what `A` does inside it.
+    """An orthonormal basis that grows by one product at a time, with the projection of `A` on it.
 
-    Every new vector is made orthogonal to all before it, twice. Where the basis is full it shrinks
-    to the Ritz vectors that are wanted most, and grows again (Wu and Simon 2000, "Thick-restart
+    Every new vector is made orthogonal to all earlier ones, twice. When the basis is full it
+    shrinks to the most wanted Ritz vectors and grows again (Wu and Simon 2000, "Thick-restart
     Lanczos method for large symmetric eigenvalue problems"). Because all coefficients of a new
     vector are computed anyway, the arrow that a restart leaves in the projected matrix needs no
-    formulas of its own. Where the space is invariant, it goes on from a random vector outside.
+    special formulas. When the space is invariant, it continues with a random vector outside.
 
     Args:
         A: A symmetric operator.
-        room: Vectors that the basis holds, at most `n`.
-        generator: Where random vectors come from.
+        room: The largest number of vectors in the basis, at most `n`.
+        generator: Source of random vectors.
 
     Attributes:
-        count: Vectors in the basis.
-        restarted: Whether the basis has been shrunk.
-        since_break: Steps since the space was last found to be invariant, or in all.
-        breaks: How many times it was.
+        count: Number of vectors in the basis.
+        restarted: True after the basis has been shrunk.
+        breaks: How often the space was found to be invariant.
+        since_break: Number of steps since then, or since the start.
     """
 
     def __init__(self, A: LinearOperator, room: int, generator: torch.Generator) -> None:
@@ -79,17 +79,17 @@ class Krylov:
 
     @property
     def precision(self) -> float:
-        """A residual as small as this is rounding."""
+        """The largest residual that counts as rounding."""
         return self._rounding * self._magnitude
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another vector."""
+        """True if the basis has no room for another vector."""
         return self.count == len(self._basis)
 
     @property
     def exhausted(self) -> bool:
-        """Whether the basis spans everything, so that Ritz pairs are eigenpairs."""
+        """True if the basis spans the whole space, so that Ritz pairs are eigenpairs."""
         return self.count == self._A.size
 
     def step(self) -> None:
@@ -105,7 +105,7 @@ class Krylov:
         second = basis @ rest
         rest.addmv_(basis.T, second, alpha=-1.0)
         column = torch.cat([first + second, torch.linalg.vector_norm(rest)[None]])
-        column = column.to("cpu", torch.float64)  # one transfer for all of them
+        column = column.to("cpu", torch.float64)  # one transfer for all coefficients
         self._projected[: j + 1, j] = self._projected[j, : j + 1] = column[:-1]
         self._residual = float(column[-1])
         self._magnitude = max(self._magnitude, float(column.norm()))
@@ -129,7 +129,7 @@ class Krylov:
         return _unit(v)
 
     def ritz(self, which: Which) -> Ritz:
-        """The Ritz pairs, best wanted first."""
+        """The Ritz pairs, the most wanted first."""
         j = self.count
         values, vectors = torch.linalg.eigh(self._projected[:j, :j])
         key = {"largest": -values, "smallest": values, "magnitude": -values.abs()}[which]
@@ -153,16 +153,16 @@ class Krylov:
         self.restarted = True
 
 
-class Ending:
-    """Tells whether the best Ritz pairs are what was asked for.
+class Convergence:
+    """The test for convergence of the most wanted Ritz pairs.
 
-    Pairs of an invariant space have no residual, but need not be the ones wanted: a start sees one
-    vector of each eigenspace. The space goes on from a random vector then, which sees what is left;
-    so the pairs count once that has changed nothing, or has had the time to.
+    Pairs of an invariant space have no residual, but need not be the wanted ones: a start vector
+    sees one vector of each eigenspace. The space then continues with a random vector, which sees
+    the rest. The pairs are accepted once that vector has changed nothing, or has had enough steps.
 
     Args:
         krylov: The space.
-        k: How many pairs are wanted.
+        k: Number of wanted pairs.
     """
 
     def __init__(self, krylov: Krylov, k: int) -> None:
@@ -170,12 +170,12 @@ class Ending:
         self._at_break: Tensor | None = None
 
     def reached(self, ritz: Ritz, allowed: Tensor, broke: bool) -> bool:
-        """Whether to stop.
+        """True if the search may stop.
 
         Args:
             ritz: The pairs, at least `k`.
-            allowed: The largest residuals allowed, where not below rounding.
-            broke: Whether the space was just found to be invariant.
+            allowed: The largest residuals allowed; rounding is always allowed.
+            broke: True if the space was just found to be invariant.
         """
         krylov, k = self._krylov, self._k
         if krylov.exhausted:
@@ -187,7 +187,7 @@ class Ending:
         return bool((ritz.residuals[:k] <= allowed.clamp_min(krylov.precision)).all())
 
     def complete(self, ritz: Ritz) -> bool:
-        """Whether the invariant space just found changes nothing; ask once for each."""
+        """True if the invariant space just found changes nothing; call it once for each."""
         values = ritz.values[: self._k]
         before, self._at_break = self._at_break, values
         return before is not None and bool(

@@ -16,7 +16,7 @@ from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._products import AT_ONCE
 from torch_secondorder.diagnostics.problem import Problem, as_problem
 
-__all__ = ["Counted", "Point", "check_count", "generator_of", "opened"]
+__all__ = ["Counted", "Point", "generator_of", "opened"]
 
 
 class Counted(LinearOperator):
@@ -125,9 +125,3 @@ def _keep_model(stack: ExitStack, problem: Problem) -> None:
 def generator_of(generator: torch.Generator | None) -> torch.Generator:
     """The given generator, or a new one with a fixed seed instead of torch's global one."""
     return torch.Generator().manual_seed(0) if generator is None else generator
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises a ValueError unless this is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.curvature import LinearOperator
-from torch_secondorder.diagnostics._point import Counted, Point, check_count, opened
+from torch_secondorder.diagnostics._point import Counted, Point, opened
 from torch_secondorder.diagnostics.problem import Source
 from torch_secondorder.solvers import CG, LinearSolver, SolveStatus
 
@@ -20,15 +20,15 @@ __all__ = ["ObservedInformation", "observed_information"]
 class ObservedInformation:
     """The covariance of an estimate, from the observed information matrix `I`.
 
-    Without directions this is about all parameters, and `k` is `n`; else about the `k` combinations
-    of them that were asked for, `C'theta`.
+    Without directions it covers all parameters, and `k` is `n`; otherwise the `k` combinations
+    `C'theta` of them.
 
     Attributes:
         covariance: `I^-1`, or `C'I^-1 C`, shape `(k, k)`, float64, on the host.
-        information: `I`, `(n, n)`, likewise; None where it was not formed.
-        newton_decrement: `sqrt(g'I^-1 g)`: how many standard errors lie, at most in any direction,
-            between here and the estimate. It should be far below one. None where it is not known.
-        products: Products that were taken.
+        information: `I`, `(n, n)`, likewise; None if it was not formed.
+        newton_decrement: `sqrt(g'I^-1 g)`: the distance to the estimate in standard errors, in the
+            direction where it is largest. It should be far below one. None if it is unknown.
+        products: Number of products.
     """
 
     covariance: Tensor
@@ -38,7 +38,7 @@ class ObservedInformation:
 
     @property
     def standard_errors(self) -> Tensor:
-        """The roots of the covariance's diagonal, `(k,)`; see `Problem.named`."""
+        """The square roots of the covariance's diagonal, `(k,)`; see `Problem.named`."""
         return self.covariance.diagonal().sqrt()
 
 
@@ -53,27 +53,27 @@ def observed_information(
 ) -> ObservedInformation:
     """Covariance and standard errors from the Hessian of the negative log-likelihood.
 
-    At the maximum of the likelihood, where the model is right, the inverse of this matrix estimates
+    At the maximum of the likelihood, if the model is correct, the inverse of this matrix estimates
     the covariance of the estimate (Efron and Hinkley 1978). The loss has to be the sum of the
-    negative log-likelihoods of all observations; for a mean say by `scale` over how many. Squared
-    errors are log-likelihoods only after division by twice the variance of the noise. A penalty in
-    the loss counts as the negative logarithm of a prior.
+    negative log-likelihoods of all observations; if it is a mean, give their number as `scale`.
+    Squared errors are log-likelihoods only after division by twice the variance of the noise. A
+    penalty in the loss counts as the negative logarithm of a prior.
 
     Args:
-        source: See `eigenpairs`; with parameters at the estimate.
-        scale: What to multiply the loss by to make it that sum: the number of observations for a
-            loss that is their mean.
-        directions: Combinations of parameters, as columns `C`, `(n, k)` or `(n,)`. One linear
-            system is solved for each instead of forming the matrix.
-        largest: The most parameters for which the matrix is formed.
-        solver: Solves these systems; conjugate gradients to a residual of 1e-8 (1e-5 in float32)
-            by default. `MINRES` is another choice where the matrix is nearly singular.
-        progress: Whether to show a bar, see `eigenpairs`.
+        source: See `eigenpairs`; its parameters are the estimate.
+        scale: Factor that turns the loss into that sum: the number of observations, if the loss is
+            their mean.
+        directions: Combinations of parameters, as columns `C`, `(n, k)` or `(n,)`. For each a
+            linear system is solved, and the matrix is not formed.
+        largest: The largest number of parameters for which the matrix is formed.
+        solver: Solver of these systems; by default conjugate gradients to a residual of 1e-8 (1e-5
+            in float32). Use `MINRES` if the matrix is nearly singular.
+        progress: Shows a progress bar, see `eigenpairs`.
 
     Raises:
         TypeError: The source is of another kind.
         ValueError: There are too many parameters to form the matrix, the matrix is not positive
-            definite, so that there is no covariance, or an argument is out of range.
+            definite and has no inverse, or an argument is out of range.
         RuntimeError: Loss or products are not finite or have no derivative, or a system was not
             solved.
 
@@ -83,9 +83,8 @@ def observed_information(
     >>> observed_information(loss).standard_errors  # one over the root of three
     tensor([0.5774], dtype=torch.float64)
     """
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be above 0 and finite, got {scale!r}")
-    check_count("largest", largest)
+    check_number("scale", scale, above=0)
+    check_integer("largest", largest)
     with opened(source, progress, None, "observed information") as point:
         A = point.operator
         if directions is not None:
@@ -106,12 +105,12 @@ def _dense(point: Point, scale: float) -> ObservedInformation:
     information = (information + information.T) / 2
     values = torch.linalg.eigvalsh(information)
     lowest, highest = float(values[0]), float(values.abs().max())
-    # What rounding in the products can do to an eigenvalue of zero.
+    # Rounding in the products can make a zero eigenvalue this large.
     if lowest <= A.size * torch.finfo(A.dtype).eps * highest:
         raise ValueError(
             "the observed information is not positive definite: its eigenvalues reach from "
             f"{lowest:.3g} to {highest:.3g}. This is not a maximum of the likelihood, or the data "
-            "do not determine all parameters: ask for directions= that they do, or add a prior"
+            "do not determine all parameters: pass directions= that they do, or add a prior"
         )
     factor = torch.linalg.cholesky(information)
     decrement = None
@@ -133,8 +132,8 @@ def _along(
         result = solver(A, column)
         if result.status is SolveStatus.NEGATIVE_CURVATURE:
             raise ValueError(
-                "the observed information is not positive definite: a curvature of "
-                f"{result.negative_curvature:.3g} was met. This is not a maximum of the likelihood"
+                "the observed information is not positive definite: it has a curvature of "
+                f"{result.negative_curvature:.3g}. This is not a maximum of the likelihood"
             )
         if result.status is not SolveStatus.CONVERGED:
             raise RuntimeError(

@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_secondorder._closure.validation import check_callable
+from torch_secondorder._closure.validation import check_is_closure
+from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
@@ -65,8 +66,7 @@ class Problem:
         curvature: Curvature = "hessian",
         retain: bool = True,
     ) -> None:
-        if curvature not in _OPERATORS:
-            raise ValueError(f"curvature must be one of {sorted(_OPERATORS)}, got {curvature!r}")
+        check_choice("curvature", curvature, _OPERATORS)
         self.vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
         count = len(self.vector.params)
         self.names = [str(i) for i in range(count)] if names is None else list(names)
@@ -243,7 +243,7 @@ def from_closure(
     >>> from_closure(lambda: (w**2).sum(), [w]).size
     2
     """
-    check_callable(closure)
+    check_is_closure(closure)
     make = partial(_closure_objective, closure)
     return Problem(make, params, curvature=curvature, retain=retain)
 

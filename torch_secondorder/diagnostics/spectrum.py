@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._foundation.progress_bar import optional
 from torch_secondorder.curvature._random import draw
-from torch_secondorder.diagnostics._point import check_count, generator_of, opened
+from torch_secondorder.diagnostics._point import generator_of, opened
 from torch_secondorder.diagnostics.problem import Source
 from torch_secondorder.solvers import lanczos
 
@@ -21,14 +22,14 @@ __all__ = ["SpectralDensity", "spectral_density"]
 
 @dataclass(frozen=True, slots=True)
 class SpectralDensity:
-    """Points and weights that stand for the eigenvalues of a matrix.
+    """The distribution of the eigenvalues of a matrix, as points with weights.
 
     Attributes:
         nodes: One row for each random vector, `(n_vectors, m)`, ascending; float64, on the host.
-        weights: The share of the spectrum at each, `(n_vectors, m)`; each row adds up to one. Where
-            a row has fewer nodes than others, those at its end weigh nothing.
+        weights: The share of the spectrum at each node, `(n_vectors, m)`; each row adds up to one.
+            If a row has fewer nodes than others, it ends with nodes of weight zero.
         size: `n`, the number of eigenvalues.
-        products: Products that were taken.
+        products: Number of products.
     """
 
     nodes: Tensor
@@ -40,11 +41,12 @@ class SpectralDensity:
         """The mean of a function over the eigenvalues, with its standard error.
 
         Args:
-            function: Takes a tensor of eigenvalues, works entry by entry.
+            function: Takes a tensor of eigenvalues, and applies to each entry.
 
         Returns:
-            The mean, and the standard error over the random vectors, NaN for a single one. Times
-            `size`, the mean is the trace of the function: a log-determinant for `torch.log`.
+            The mean, and its standard error over the random vectors (NaN for a single one).
+            Multiplied by `size`, the mean is the trace of the function; for `torch.log` that is the
+            log-determinant.
         """
         means = torch.where(self.weights > 0, self.weights * function(self.nodes), 0.0).sum(1)
         count = len(means)
@@ -55,8 +57,8 @@ class SpectralDensity:
         """The density on a grid: each node is a Gaussian; it integrates to one.
 
         Args:
-            grid: Where, any shape.
-            width: Standard deviation of the Gaussians; a hundredth of the spectrum by default.
+            grid: Points, any shape.
+            width: Standard deviation of the Gaussians; by default a hundredth of the spectrum.
 
         Returns:
             Shaped like `grid`, float64.
@@ -65,18 +67,17 @@ class SpectralDensity:
             ValueError: `width` is not positive.
         """
         width = self._width() if width is None else width
-        if not 0 < width < math.inf:
-            raise ValueError(f"width must be above 0 and finite, got {width!r}")
+        check_number("width", width, above=0)
         points = grid.detach().to("cpu", torch.float64)
         distances = (points.reshape(-1, 1) - self.nodes.reshape(1, -1)) / width
         bells = torch.exp(-0.5 * distances**2) / (width * math.sqrt(2 * math.pi))
         return (bells @ self.weights.reshape(-1) / len(self.nodes)).reshape(points.shape)
 
     def plot(self, ax: Any = None, *, width: float | None = None) -> Any:
-        """Draws the density with matplotlib, on a logarithmic scale.
+        """Plots the density with matplotlib, on a logarithmic scale.
 
         Args:
-            ax: The axes to draw on; those of a new figure by default.
+            ax: The axes to plot on; by default those of a new figure.
             width: See `density`.
 
         Returns:
@@ -91,7 +92,7 @@ class SpectralDensity:
         width = self._width() if width is None else width
         low, high = float(self.nodes.min()) - 5 * width, float(self.nodes.max()) + 5 * width
         grid = torch.linspace(low, high, 1000, dtype=torch.float64)
-        # What is below one eigenvalue in many is rounding, and would stretch the scale.
+        # Densities far below one eigenvalue are rounding, and would stretch the scale.
         floor = 1e-3 / (self.size * width)
         ax.semilogy(grid.tolist(), self.density(grid, width).clamp_min(floor).tolist())
         ax.set_xlabel("eigenvalue")
@@ -114,18 +115,18 @@ def spectral_density(
 ) -> SpectralDensity:
     """The eigenvalue density by stochastic Lanczos quadrature (Ghorbani, Krishnan and Xiao 2019).
 
-    For each of `n_vectors` Gaussian vectors `n_steps` products give a Gauss quadrature of the
-    spectrum as that vector sees it; their mean is the density, with moments up to degree
-    `2 n_steps - 1` that are right in expectation.
+    For each of `n_vectors` Gaussian vectors, `n_steps` products give a Gauss quadrature of the
+    spectrum as seen by that vector. The density is their mean, and its moments up to degree
+    `2 n_steps - 1` are exact in expectation.
 
     Args:
         source: See `eigenpairs`.
-        n_vectors: Random vectors.
-        n_steps: Products for each; fewer are taken where they give all.
-        reorthogonalize: Whether to hold `n_steps` vectors and keep them orthogonal. Without, three
-            are held, and isolated eigenvalues come as several nodes that share their weight.
-        generator: Where the vectors come from; one with a fixed seed by default.
-        progress: Whether to show a bar, see `eigenpairs`.
+        n_vectors: Number of random vectors.
+        n_steps: Number of products for each; fewer if these already give the whole spectrum.
+        reorthogonalize: Holds `n_steps` vectors and keeps them orthogonal. If False, three are
+            held, and an isolated eigenvalue appears as several nodes that share its weight.
+        generator: Source of the random vectors; by default one with a fixed seed.
+        progress: Shows a progress bar, see `eigenpairs`.
 
     Raises:
         TypeError: The source is of another kind.
@@ -137,8 +138,8 @@ def spectral_density(
     >>> [round(node, 4) for node in spectrum.nodes[0].tolist()]
     [1.0, 2.0]
     """
-    check_count("n_vectors", n_vectors)
-    check_count("n_steps", n_steps)
+    check_integer("n_vectors", n_vectors)
+    check_integer("n_steps", n_steps)
     generator = generator_of(generator)
     with opened(source, progress, n_vectors * n_steps, "spectral density") as point:
         A = point.operator
@@ -156,7 +157,7 @@ def spectral_density(
 
 
 def _stacked(rows: list[Tensor], *, repeat_last: bool) -> Tensor:
-    """Rows of different lengths as one tensor, filled up with their last entry or zero."""
+    """Rows of different lengths as one tensor, padded with their last entry or zero."""
     longest = max(map(len, rows))
     filled = [
         torch.cat([row, (row[-1:] if repeat_last else row.new_zeros(1)).expand(longest - len(row))])

@@ -1,4 +1,4 @@
-"""The loss along a line, as a parabola."""
+"""The second-order model of a loss along a line."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["SecondOrderModel", "second_order_model"]
 
 @dataclass(frozen=True, slots=True)
 class SecondOrderModel:
-    """`value + slope t + curvature t^2 / 2`, the loss at a distance `t d` to second order.
+    """The parabola `value + slope t + curvature t^2 / 2`, a model of the loss at a distance `t d`.
 
     Attributes:
-        direction: `d`, shape `(n,)`, as long as it was given.
+        direction: `d`, shape `(n,)`, not normalized.
         value: The loss here.
         slope: `g'd`.
         curvature: `d'H d`; divided by `d'd` it lies between the extreme eigenvalues.
-        step: The `t` where the parabola is lowest, or None where it has no lowest point. Along the
-            negative gradient it is the learning rate of the best next step, `g'g / g'H g`.
-        reason: Why there is no step, in a sentence; None where there is one.
+        step: The `t` that minimizes the parabola, or None if it has no minimum. Along the negative
+            gradient it is the best learning rate for the next step, `g'g / g'H g`.
+        reason: A sentence that says why there is no step; None if there is one.
     """
 
     direction: Tensor
@@ -37,12 +37,12 @@ class SecondOrderModel:
     reason: str | None
 
     def __call__(self, t: float) -> float:
-        """The parabola at `t`."""
+        """The value of the parabola at `t`."""
         return self.value + t * (self.slope + 0.5 * t * self.curvature)
 
     @property
     def decrease(self) -> float | None:
-        """How far the parabola falls up to `step`, None where there is none."""
+        """The decrease of the parabola at `step`, None without one."""
         return None if self.step is None else -0.5 * self.step * self.slope
 
 
@@ -53,8 +53,8 @@ def second_order_model(
 
     Args:
         source: A `Problem` (see `from_model`, `from_closure`) or a `FunctionalObjective`.
-        direction: Shape `(n,)`, or tensors shaped like the parameters; the negative gradient by
-            default.
+        direction: Shape `(n,)`, or tensors shaped like the parameters; by default the negative
+            gradient.
 
     Raises:
         TypeError: The source is of another kind; a bare operator has no gradient.
@@ -74,7 +74,7 @@ def second_order_model(
         if not torch.isfinite(point.grad).all():
             raise RuntimeError(f"the loss is {point.value:g} here, but its gradient is not finite")
         d = -point.grad if given is None else given
-        # In float64: the numbers of many parameters are added up.
+        # In float64, because these are sums over many parameters.
         wide = d.double()
         slope = float(point.grad.double() @ wide)
         curvature = float((point.operator @ d).double() @ wide)
@@ -84,14 +84,14 @@ def second_order_model(
 
 def _lowest(slope: float, curvature: float, moves: bool) -> tuple[float | None, str | None]:
     if not moves:
-        return None, "The direction is zero: the loss is stationary here, or none was given."
+        return None, "The direction is zero: the loss is stationary here, or the given one is zero."
     if curvature > 0:
         step = -slope / curvature
         if math.isfinite(step):
             return step, None
     if curvature < 0:
-        return None, "The curvature is negative along the direction: no point is the lowest."
-    return None, "The curvature is zero along the direction: no point is the lowest."
+        return None, "The curvature is negative along the direction: the parabola has no minimum."
+    return None, "The curvature is zero along the direction: the parabola has no minimum."
 
 
 def _flat(problem: Problem, direction: Tensor | Sequence[Tensor]) -> Tensor:

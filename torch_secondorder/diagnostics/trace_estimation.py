@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder.curvature._random import draw
-from torch_secondorder.diagnostics._point import Counted, check_count, generator_of, opened
+from torch_secondorder.diagnostics._point import Counted, generator_of, opened
 from torch_secondorder.diagnostics.problem import Source
 
 __all__ = ["TraceEstimate", "trace"]
@@ -21,10 +22,10 @@ class TraceEstimate:
 
     Attributes:
         value: The estimate.
-        standard_error: Estimated from the spread of the random part; 0 where there is none, NaN
-            where a single sample shows no spread.
-        low_rank: What the subspace found holds of the trace exactly, `tr(Q'A Q)`.
-        products: Products that were taken.
+        standard_error: Estimated from the spread of the random part; 0 if there is no random part,
+            NaN if it has a single sample.
+        low_rank: The exact trace in the subspace found, `tr(Q'A Q)`.
+        products: Number of products.
     """
 
     value: float
@@ -42,20 +43,20 @@ def trace(
 ) -> TraceEstimate:
     """The trace by Hutch++ (Meyer, Musco, Musco and Woodruff 2021).
 
-    A third of the products finds the subspace `Q` of the largest eigenvalues from `A` times random
-    signs, a third gives the trace there exactly, and a third is spent on Hutchinson's estimate of
-    the rest, whose variance is that of the small eigenvalues alone. The error falls like one over
-    the number of products, Hutchinson's like one over its root. It is exact up to rounding where
-    the rank is at most a third of `n_products`, or the size at most `n_products`. Where eigenvalues
-    decay slowly, a third of few products finds too little of a subspace to pay for itself:
+    A third of the products finds the subspace `Q` of the largest eigenvalues, as `A` times random
+    signs. A third computes the trace there exactly, and a third is used for Hutchinson's estimate
+    of the rest, whose variance comes from the small eigenvalues alone. The error falls like one
+    over the number of products, Hutchinson's like one over its square root. The result is exact up
+    to rounding if the rank is at most a third of `n_products`, or the size at most `n_products`. If
+    eigenvalues decay slowly, a third of a few products finds too small a subspace to be worth it:
     `Hutchinson` in `torch_secondorder.curvature` is then as good, up to about 100 products for the
     Hessian of a small network.
 
     Args:
         source: See `eigenpairs`.
-        n_products: Products to take, at least 3.
-        generator: Where random signs come from; one with a fixed seed by default.
-        progress: Whether to show a bar, see `eigenpairs`.
+        n_products: Number of products, at least 3.
+        generator: Source of random signs; by default one with a fixed seed.
+        progress: Shows a progress bar, see `eigenpairs`.
 
     Raises:
         TypeError: The source is of another kind.
@@ -67,7 +68,7 @@ def trace(
     >>> estimate.value, estimate.standard_error, estimate.products
     (7.0, 0.0, 3)
     """
-    check_count("n_products", n_products, 3)
+    check_integer("n_products", n_products, 3)
     with opened(source, progress, n_products, "trace") as point:
         A = point.operator
         if n_products >= A.size:
@@ -77,7 +78,7 @@ def trace(
         Q = torch.linalg.qr(A.matmat(_signs(A, k, generator)))[0]
         low_rank = _inner(Q, A.matmat(Q)).sum().item()
         G = _signs(A, n_products - 2 * k, generator)
-        for _ in range(2):  # the second time for rounding
+        for _ in range(2):  # the second time removes rounding errors
             G = G - Q @ (Q.T @ G)
         samples = _inner(G, A.matmat(G))
         count = len(samples)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
-from torch_secondorder.func._limits import Mode, check_chunk_size, check_mode, spans
+from torch_secondorder._foundation.checks import check_choice, check_integer
+from torch_secondorder.func._limits import Mode, spans
 from torch_secondorder.func._recorded import composing
 from torch_secondorder.func._trees import flatten
 from torch_secondorder.func.jacobians import check_matrix, forward_pays, reverse
@@ -53,8 +54,8 @@ def batch_jacobian(
             [[6., 0.],
              [0., 8.]]])
     """
-    check_mode(mode)
-    check_chunk_size(chunk_size)
+    check_choice("mode", mode, Mode)
+    check_integer("chunk_size", chunk_size, optional=True)
     check_batch("x", x, None)
     f = with_second_derivatives(f)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder.func._trees import basis, flattened, named, numels, unflatten
 from torch_secondorder.func.jacobians import reverse
 from torch_secondorder.func.transforms import push

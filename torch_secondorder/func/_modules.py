@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
+from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder.func._batches import batch_jacobian, check_batch, differs
-from torch_secondorder.func._limits import check_chunk_size, spans
+from torch_secondorder.func._limits import spans
 from torch_secondorder.func._recorded import composing
 from torch_secondorder.func._trees import basis, numels
 from torch_secondorder.func.jacobians import check_matrix, jacobian
@@ -52,9 +53,8 @@ def module_jacobian(
     >>> module_jacobian(model, torch.tensor([[3.0, 4.0]]), "parameters")["weight"].detach()
     tensor([[[[3., 4.]]]])
     """
-    if wrt not in get_args(Wrt):
-        raise ValueError(f"wrt is one of {get_args(Wrt)}, got {wrt!r}")
-    check_chunk_size(chunk_size)
+    check_choice("wrt", wrt, Wrt)
+    check_integer("chunk_size", chunk_size, optional=True)
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     if wrt == "inputs":
         return batch_jacobian(

@@ -8,20 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 
-try:  # what torch.func.vmap is made of
-    from torch._C._functorch import (
-        _add_batch_dim,
-        _remove_batch_dim,
-        _vmap_decrement_nesting,
-        _vmap_increment_nesting,
-        maybe_current_level,
-    )
-
-    _DIRECT = True
-except ImportError:  # they are not public
-    _DIRECT = False
+from torch_secondorder._foundation.private_torch import (
+    BATCHES_DIRECTLY,
+    add_batch_dim,
+    begin_batch,
+    end_batch,
+    engine_run_backward,
+    innermost_transform,
+    remove_batch_dim,
+)
 
 __all__ = ["Recorded", "composing"]
 
@@ -55,7 +51,7 @@ def composing(tensors: Sequence[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if not _DIRECT or maybe_current_level() is not None:
+    if not BATCHES_DIRECTLY or innermost_transform() is not None:
         return True
     return any(type(t) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) for t in tensors)
 
@@ -110,16 +106,16 @@ class Recorded:
 
     def _at_once(self, outputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         count = len(directions[0])
-        level = _vmap_increment_nesting(count, "error")
+        level = begin_batch(count, "error")
         try:
-            batched = [_add_batch_dim(c, 0, level) for c in directions]
+            batched = [add_batch_dim(c, 0, level) for c in directions]
             found = self._backward(outputs, batched)
             return [
-                x.new_zeros(count, *x.shape) if g is None else _remove_batch_dim(g, level, count, 0)
+                x.new_zeros(count, *x.shape) if g is None else remove_batch_dim(g, level, count, 0)
                 for g, x in zip(found, self._inputs, strict=True)
             ]
         finally:
-            _vmap_decrement_nesting()
+            end_batch()
 
     def _in_turn(self, outputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
         rows = [
@@ -135,8 +131,7 @@ class Recorded:
         self, outputs: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
         # The graph is kept for the next chunk, and for `_in_turn`; it goes with this object.
-        engine = Variable._execution_engine
-        found: tuple[Tensor | None, ...] = engine.run_backward(
+        return engine_run_backward(
             tuple(outputs),
             tuple(directions),
             True,
@@ -145,7 +140,6 @@ class Recorded:
             allow_unreachable=True,
             accumulate_grad=False,
         )
-        return found
 
     def _closes_over_parameters(self) -> bool:
         """Whether a leaf other than the inputs is in the graph."""

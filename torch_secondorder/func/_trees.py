@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
+from torch_secondorder._foundation.private_torch import pytree
 
 __all__ = ["basis", "flatten", "flattened", "like", "named", "numels", "scalar", "unflatten"]
 

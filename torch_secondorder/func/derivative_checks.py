@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder.func._differences import KINDS, Comparison, Discrepancy
 from torch_secondorder.func._trees import flatten
 
@@ -87,8 +88,7 @@ def check_derivatives(
     >>> check_derivatives(lambda x: Wrong.apply(x).sum(), torch.ones(3)).passed
     False
     """
-    if not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"directions must be an integer of at least 1, got {directions!r}")
+    check_integer("directions", directions)
     leaves, spec = flatten(x, "x")
     generator = generator or torch.Generator().manual_seed(0)
     check = Comparison(f, [leaf.detach().double() for leaf in leaves], spec, generator)

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.func import grad
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
-from torch_secondorder.func._limits import check_chunk_size, check_size, spans
+from torch_secondorder._foundation.checks import check_integer
+from torch_secondorder._foundation.memory import check_fits
+from torch_secondorder.func._limits import spans
 from torch_secondorder.func._trees import basis, flatten, like, numels, scalar, unflatten
 from torch_secondorder.func.transforms import derivative, pullback, vectorized
 
@@ -128,7 +130,7 @@ def hessian_diagonal(f: Callable[[Any], Tensor], x: Any, *, chunk_size: int | No
     >>> hessian_diagonal(lambda x: x[0] ** 2 * x[1] ** 3, torch.tensor([3.0, 5.0]))
     tensor([250., 270.])
     """
-    check_chunk_size(chunk_size)
+    check_integer("chunk_size", chunk_size, optional=True)
     leaves, spec = flatten(x, "x")
     sizes = numels(leaves)
     count = sum(sizes)
@@ -168,10 +170,9 @@ def _diagonals(
 def _check_units(count: int, leaf: Tensor, chunk_size: int | None) -> None:
     if torch.compiler.is_compiling():
         return
-    check_size(
+    check_fits(
         "the matrix of unit vectors",
-        count if chunk_size is None else min(chunk_size, count),
-        count,
+        (count if chunk_size is None else min(chunk_size, count), count),
         leaf.dtype,
         leaf.device,
         "pass a smaller chunk_size, the number of products done at once",

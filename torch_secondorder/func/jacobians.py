@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.func._limits import Mode, check_chunk_size, check_mode, check_size, spans
+from torch_secondorder._foundation.checks import check_choice, check_integer
+from torch_secondorder._foundation.memory import check_fits
+from torch_secondorder.func._limits import Mode, spans
 from torch_secondorder.func._recorded import Recorded, composing
 from torch_secondorder.func._trees import basis, flatten, flattened, numels, unflatten
 from torch_secondorder.func.transforms import pullback, push, vectorized
@@ -70,8 +72,8 @@ def jacobian(
     >>> jacobian(lambda p: p["w"] ** 2, {"w": torch.ones(1), "b": torch.ones(2)})
     {'w': tensor([[2.]]), 'b': tensor([[0., 0.]])}
     """
-    check_mode(mode)
-    check_chunk_size(chunk_size)
+    check_choice("mode", mode, Mode)
+    check_integer("chunk_size", chunk_size, optional=True)
     leaves, spec = flatten(x, "x")
     of_leaves, specs = flattened(f, spec)
     if mode == "forward":
@@ -108,9 +110,9 @@ def check_matrix(
     if torch.compiler.is_compiling() or not leaves:
         return
     dtype, device = leaves[0].dtype, leaves[0].device
-    check_size("the Jacobian", rows, columns, dtype, device, _INSTEAD)
+    check_fits("the Jacobian", (rows, columns), dtype, device, _INSTEAD)
     width = at_once if chunk_size is None else min(chunk_size, at_once)
-    check_size("the matrix of unit vectors", width, at_once, dtype, device, _CHUNK)
+    check_fits("the matrix of unit vectors", (width, at_once), dtype, device, _CHUNK)
 
 
 def _rows(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import vmap
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
+from torch_secondorder._foundation.private_torch import load_forward_rules
 
 __all__ = ["derivative", "jvp", "pullback", "push", "vectorized", "vjp"]
 
@@ -29,7 +28,7 @@ def derivative(f: Callable[..., Any], inputs: tuple[Any, ...], tangents: tuple[A
         NotImplementedError: An operation has no rule for forward mode.
     """
     if not torch.compiler.is_compiling():
-        _load_rules()
+        load_forward_rules()
     try:
         return torch.func.jvp(f, inputs, tangents)[1]
     except RuntimeError as error:  # of which NotImplementedError is one
@@ -45,18 +44,6 @@ def derivative(f: Callable[..., Any], inputs: tuple[Any, ...], tangents: tuple[A
 def pullback(f: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[..., tuple[Any, ...]]]:
     """The value of a function, and what multiplies with its Jacobian from the left."""
     return cast("tuple[Any, Callable[..., tuple[Any, ...]]]", torch.func.vjp(f, *inputs))
-
-
-@cache
-def _load_rules() -> None:
-    # Its first use makes torch compile some rules of forward mode, in a way of its own that it
-    # warns of, in categories that differ by version. That is no business of our callers, who may
-    # have made warnings errors.
-    load = getattr(forward_ad, "_maybe_load_decompositions", None)  # it is not public
-    if load is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load()
 
 
 def push(

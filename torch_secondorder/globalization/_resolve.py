@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder.globalization.backtracking import Armijo, FixedStep
 from torch_secondorder.globalization.damping import LevenbergMarquardt
 from torch_secondorder.globalization.hager_zhang import HagerZhang
@@ -42,15 +43,9 @@ def resolve_line_search(spec: str | LineSearch | None) -> LineSearch:
     """
     if spec is None:
         return FixedStep()
-    if isinstance(spec, str):
-        if spec not in _KNOWN:
-            names = ", ".join(repr(name) for name in _KNOWN)
-            raise ValueError(f"unknown line search {spec!r}; known: {names}, or None for none")
+    if isinstance(spec, (str, type)) or not callable(spec):
+        check_choice("line_search", spec, _KNOWN, "an instance such as StrongWolfe(), or None")
         return _KNOWN[spec]()
-    if isinstance(spec, type) or not callable(spec):
-        raise TypeError(
-            f"a line search is a name, an instance such as StrongWolfe(), or None, got {spec!r}"
-        )
     return spec
 
 
@@ -72,16 +67,15 @@ def resolve_globalization(
     if spec is None:
         spec = "trust_region" if uses_hessian else "damping"
     if spec == "damping":
+        check_number("damping", damping, above=0, optional=True)
         return LevenbergMarquardt() if damping is None else LevenbergMarquardt(initial=damping)
     if spec == "trust_region":
         return TrustRegion()
     if spec == "line_search":
         return resolve_line_search("armijo")
-    if isinstance(spec, str) and spec not in LINE_SEARCHES:
-        raise ValueError(
-            f"unknown globalization {spec!r}; known: 'damping', 'trust_region', 'line_search', "
-            "the names of line searches, or an instance"
-        )
+    if isinstance(spec, str):
+        known = ("damping", "trust_region", "line_search", *LINE_SEARCHES)
+        check_choice("globalization", spec, known, "an instance such as TrustRegion()")
     if isinstance(spec, LevenbergMarquardt) and damping is not None:
         raise ValueError("the damping to begin with is LevenbergMarquardt's own: leave damping out")
     if isinstance(spec, (LevenbergMarquardt, TrustRegion)):

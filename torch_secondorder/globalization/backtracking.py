@@ -5,20 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.globalization.line_search import (
+    ROUNDING,
     SHORTEST,
     Phi,
     Proposals,
     SearchResult,
     SearchStatus,
     Trial,
-    check_budget,
-    check_range,
-    check_search,
-    decreases,
-    is_descent,
     retreat,
-    rounding_allowance,
     run_search,
 )
 
@@ -55,20 +51,17 @@ class Armijo:
     max_evaluations: int = 25
 
     def __post_init__(self) -> None:
-        check_range("c1", self.c1, 0.0, 1.0)
-        check_range("shrink", self.shrink, 0.0, 1.0)
-        check_budget(self.max_evaluations)
+        check_number("c1", self.c1, above=0, below=1)
+        check_number("shrink", self.shrink, above=0, below=1)
+        check_integer("max_evaluations", self.max_evaluations)
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Search along `phi`; see `LineSearch`."""
-        check_search(t0, precision)
-        if not is_descent(start):
-            return SearchResult(start, SearchStatus.NOT_DESCENT, 0, 0)
-        allowance = rounding_allowance(start.loss, precision)
+        allowance = ROUNDING * precision * abs(start.loss)
         steepest, gentle = 0.9 * start.slope, (2.0 * self.c1 - 1.0) * start.slope
 
-        def accept(trial: Trial) -> SearchStatus | None:
-            if decreases(start, trial, self.c1):
+        def accept(trial: Trial, sufficient: bool) -> SearchStatus | None:
+            if sufficient:
                 return SearchStatus.ARMIJO
             unresolved = abs(trial.loss - start.loss) <= allowance
             if unresolved and steepest <= trial.slope <= gentle:
@@ -76,7 +69,14 @@ class Armijo:
             return None
 
         return run_search(
-            self._propose(start, t0, allowance), accept, phi, start, self.max_evaluations
+            self._propose(start, t0, allowance),
+            accept,
+            phi,
+            start,
+            t0,
+            precision,
+            fraction=self.c1,
+            max_evaluations=self.max_evaluations,
         )
 
     def _propose(self, start: Trial, t: float, allowance: float) -> Proposals:
@@ -116,10 +116,17 @@ class FixedStep:
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Take the step `t0`; see `LineSearch`."""
-        check_search(t0, precision)
-        if not start.finite:
-            return SearchResult(start, SearchStatus.NOT_DESCENT, 0, 0)
-        return run_search(self._propose(t0), lambda _: SearchStatus.FIXED, phi, start, 25)
+        return run_search(
+            self._propose(t0),
+            lambda trial, sufficient: SearchStatus.FIXED,
+            phi,
+            start,
+            t0,
+            precision,
+            fraction=0.0,
+            max_evaluations=25,
+            uphill=True,
+        )
 
     def _propose(self, t: float) -> Proposals:
         first, walls = t, 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from torch_secondorder._foundation.checks import check_number
+
 __all__ = ["LevenbergMarquardt"]
 
 
@@ -54,10 +56,7 @@ class LevenbergMarquardt:
     largest: float = 1e20
 
     def __post_init__(self) -> None:
-        if self.initial is not None and not 0.0 < self.initial < inf:
-            raise ValueError(
-                f"the damping must be positive and finite to begin with, got {self.initial!r}"
-            )
+        check_number("initial", self.initial, above=0, optional=True)
         if not 0.0 < self.smallest <= 1.0 <= self.largest < inf:
             raise ValueError(
                 "bounds are relative to the damping to begin with, 0 < smallest <= 1 <= largest, "

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from math import inf
 from typing import TypeAlias
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.globalization.line_search import (
     COLLAPSED,
     LONGEST,
+    ROUNDING,
     SHORTEST,
     Phi,
     Proposals,
     SearchResult,
     SearchStatus,
     Trial,
-    check_budget,
-    check_range,
-    check_search,
-    decreases,
-    is_descent,
     retreat,
-    rounding_allowance,
     run_search,
 )
 
@@ -74,34 +71,38 @@ class HagerZhang:
     max_evaluations: int = 25
 
     def __post_init__(self) -> None:
-        check_range("delta", self.delta, 0.0, 0.5)
-        check_range("sigma", self.sigma, 0.0, 1.0)
+        check_number("delta", self.delta, above=0, below=0.5)
+        check_number("sigma", self.sigma, above=0, below=1)
         if self.sigma < self.delta:
             raise ValueError(f"sigma must be at least delta = {self.delta!r}, got {self.sigma!r}")
-        check_range("rho", self.rho, 1.0, float("inf"))
-        check_range("theta", self.theta, 0.0, 1.0)
-        check_range("gamma", self.gamma, 0.0, 1.0)
-        check_budget(self.max_evaluations)
+        check_number("rho", self.rho, above=1, below=inf)
+        check_number("theta", self.theta, above=0, below=1)
+        check_number("gamma", self.gamma, above=0, below=1)
+        check_integer("max_evaluations", self.max_evaluations)
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Search along `phi`; see `LineSearch`."""
-        check_search(t0, precision)
-        if not is_descent(start):
-            return SearchResult(start, SearchStatus.NOT_DESCENT, 0, 0)
-        ceiling = start.loss + rounding_allowance(start.loss, precision)
+        ceiling = start.loss + ROUNDING * precision * abs(start.loss)
         steepest = self.sigma * start.slope
         gentle = (2.0 * self.delta - 1.0) * start.slope
 
-        def accept(trial: Trial) -> SearchStatus | None:
+        def accept(trial: Trial, sufficient: bool) -> SearchStatus | None:
             if trial.slope >= steepest:
-                if decreases(start, trial, self.delta):
+                if sufficient:
                     return SearchStatus.WOLFE
                 if trial.loss <= ceiling and trial.slope <= gentle:
                     return SearchStatus.APPROXIMATE_WOLFE
             return None
 
         return run_search(
-            self._propose(start, t0, ceiling), accept, phi, start, self.max_evaluations
+            self._propose(start, t0, ceiling),
+            accept,
+            phi,
+            start,
+            t0,
+            precision,
+            fraction=self.delta,
+            max_evaluations=self.max_evaluations,
         )
 
     def _propose(self, start: Trial, t0: float, ceiling: float) -> Proposals:

@@ -1,9 +1,9 @@
-"""Line searches: what they exchange, and the loop they share.
+"""The interface of line searches, and the loop that they share.
 
-A line search looks at one function of one number, ``phi(t) = f(x + t d)``, through Python floats.
-It knows no tensor and no optimizer. Each search is a generator that proposes a step and is sent
-what was found there; `run_search` does the rest for all of them: it calls ``phi``, counts, tests
-for acceptance, keeps the best point and ends when the budget is out.
+A line search sees one function of one number, ``phi(t) = f(x + t d)``, through Python floats. It
+knows no tensors and no optimizers. Each search is a generator that proposes a step and is sent the
+trial made there. `run_search` does the rest for all of them: it calls ``phi``, counts, tests for
+acceptance, keeps the best point and ends when the budget is spent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Trial:
 
     @property
     def finite(self) -> bool:
-        """Whether both the loss and the slope are finite."""
+        """True if both the loss and the slope are finite."""
         return isfinite(self.loss) and isfinite(self.slope)
 
 
@@ -41,7 +41,13 @@ Phi: TypeAlias = Callable[[float], Trial]
 
 
 class SearchStatus(Enum):
-    """Why a line search stopped; the value says it in a sentence."""
+    """The reason why a line search stopped; the value says it in a sentence.
+
+    Attributes:
+        accepted: Whether the trial is a step to take; if not, it is the start.
+    """
+
+    accepted: bool
 
     WOLFE = "The Wolfe conditions hold."
     APPROXIMATE_WOLFE = "Slopes meet the Wolfe conditions; the loss did not rise beyond rounding."
@@ -50,17 +56,19 @@ class SearchStatus(Enum):
     IMPROVED = "No point met the conditions; the best one found lowers the loss."
     UNBOUNDED = "The loss still falls at the longest step allowed; the best point was taken."
     FIXED = "The step was taken without a search."
-    NO_DECREASE = "No step with a lower loss was found; the start is returned."
-    NOT_DESCENT = "The loss does not fall along the direction, or the start is not finite."
-    NONFINITE = "Every trial was non-finite, down to the shortest step; the start is returned."
+    NO_DECREASE = "No step with a lower loss was found; the start is returned.", False
+    NOT_DESCENT = "The loss does not fall along the direction, or the start is not finite.", False
+    NONFINITE = (
+        "Every trial was non-finite, down to the shortest step; the start is returned.",
+        False,
+    )
 
-    @property
-    def accepted(self) -> bool:
-        """Whether the trial is a step to take; if not, it is the start."""
-        return self not in _REJECTED
-
-
-_REJECTED = (SearchStatus.NO_DECREASE, SearchStatus.NOT_DESCENT, SearchStatus.NONFINITE)
+    def __new__(cls, sentence: str, accepted: bool = True) -> SearchStatus:
+        """Makes a member whose value is its sentence alone."""
+        member = object.__new__(cls)
+        member._value_ = sentence
+        member.accepted = accepted
+        return member
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +89,11 @@ class SearchResult:
 
 
 def falls_without_end(slope: float, result: SearchResult) -> bool:
-    """Whether the loss falls at the longest step allowed as steeply as at the start of the line.
+    """Tells whether the loss falls as steeply at the longest step allowed as at the start.
 
     Args:
-        slope: That at the start.
-        result: What the search found.
+        slope: The slope at the start of the line.
+        result: The result of the search.
     """
     unbounded = result.status is SearchStatus.UNBOUNDED
     return unbounded and result.trial.slope <= _AS_STEEP * slope
@@ -111,6 +119,9 @@ class LineSearch(Protocol):
 Proposals: TypeAlias = Generator[float, Trial, SearchStatus | None]
 """Yields steps, is sent trials, returns UNBOUNDED, or None when there is nowhere left to look."""
 
+Accept: TypeAlias = Callable[[Trial, bool], SearchStatus | None]
+"""Takes a finite trial and whether its decrease is sufficient; returns None to go on."""
+
 SHORTEST = 1e-20
 """A first step scaled down by this much that is still non-finite ends the search."""
 
@@ -125,81 +136,70 @@ COLLAPSED = 1e-3
 INDISTINCT = 1e-9
 """Relative width at which a bracket is given up even if slopes in it still shrink."""
 
+ROUNDING = 4.0
+"""Units of relative precision by which two nearby losses may differ by rounding alone.
 
-def decreases(start: Trial, trial: Trial, fraction: float) -> bool:
-    """Whether the loss fell by at least `fraction` of what the slope at the start promises.
-
-    It must have fallen at all: where the promise is lost in rounding, equality proves nothing.
-    """
-    promised = start.loss + fraction * trial.t * start.slope
-    return trial.loss <= promised and trial.loss < start.loss
-
-
-def rounding_allowance(loss: float, precision: float) -> float:
-    """The difference between two losses near `loss` that rounding alone may cause.
-
-    Four units of `precision`. Measured on float32 mean losses over 20,000 samples: errors have a
-    standard deviation of 0.5 units, and those of 200 neighbouring points differ by up to 2.6.
-    """
-    return 4.0 * precision * abs(loss)
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise a ValueError that shows `value` unless it lies strictly between `low` and `high`."""
-    if not (isinstance(value, (int, float)) and low < value < high):
-        raise ValueError(f"{name} must lie in ({low:g}, {high:g}), got {value!r}")
-
-
-def check_budget(value: int) -> None:
-    """Raise a ValueError that shows `value` unless it is a whole number of at least one."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"max_evaluations must be an integer of at least 1, got {value!r}")
-
-
-def check_search(t0: float, precision: float) -> None:
-    """Raise a ValueError if a search cannot begin with these."""
-    if not 0.0 < t0 < inf:
-        raise ValueError(f"t0 must be a positive finite step, got {t0!r}")
-    if not 0.0 <= precision < 1.0:
-        raise ValueError(f"precision must lie in [0, 1), a machine epsilon, got {precision!r}")
-
-
-def is_descent(start: Trial) -> bool:
-    """Whether the loss falls from `start`, as far as its own numbers say."""
-    return start.finite and start.slope < 0.0
+Measured on float32 mean losses over 20,000 samples: errors have a standard deviation of 0.5 units,
+and those of 200 neighbouring points differ by up to 2.6.
+"""
 
 
 def run_search(
     proposals: Proposals,
-    accept: Callable[[Trial], SearchStatus | None],
+    accept: Accept,
     phi: Phi,
     start: Trial,
+    t0: float,
+    precision: float,
+    *,
+    fraction: float,
     max_evaluations: int,
+    uphill: bool = False,
 ) -> SearchResult:
     """Evaluate what `proposals` asks for until `accept` takes a trial, or the end.
 
     Args:
-        proposals: Where to look; it sees every trial, non-finite ones too.
+        proposals: The steps to try, beginning with `t0`; sent every trial, non-finite ones too.
         accept: The status with which a finite trial ends the search, or None to go on.
         phi: The function searched.
         start: The point at ``t = 0``.
+        t0: The first step.
+        precision: Machine epsilon of the arithmetic behind `phi`.
+        fraction: A decrease is sufficient if it is at least this fraction of what the slope at the
+            start promises. The loss must have fallen at all: where the promise is lost in rounding,
+            equality proves nothing.
         max_evaluations: Budget of calls of `phi`.
+        uphill: Whether the loss may rise along the line.
 
     Returns:
         The accepted trial; without one, the best trial below the start's loss, or else the start.
+
+    Raises:
+        ValueError: If `t0` is not positive and finite, or `precision` is not in [0, 1).
     """
+    if not 0.0 < t0 < inf:
+        raise ValueError(f"t0 must be a positive finite step, got {t0!r}")
+    if not 0.0 <= precision < 1.0:
+        raise ValueError(f"precision must lie in [0, 1), a machine epsilon, got {precision!r}")
+    start_loss, slope = start.loss, start.slope
+    if not (isfinite(start_loss) and isfinite(slope) and (uphill or slope < 0.0)):
+        return SearchResult(start, SearchStatus.NOT_DESCENT, 0, 0)
     best, ending = start, None
     evaluations = nonfinite = 0
     t = next(proposals)
     while True:
         trial = phi(t)
         evaluations += 1
-        if not trial.finite:
+        loss = trial.loss
+        if not (isfinite(loss) and isfinite(trial.slope)):
             nonfinite += 1
-        elif (status := accept(trial)) is not None:
-            return SearchResult(trial, status, evaluations, nonfinite)
-        elif trial.loss < best.loss:
-            best = trial
+        else:
+            sufficient = loss <= start_loss + fraction * trial.t * slope and loss < start_loss
+            status = accept(trial, sufficient)
+            if status is not None:
+                return SearchResult(trial, status, evaluations, nonfinite)
+            if loss < best.loss:
+                best = trial
         if evaluations == max_evaluations:
             break
         try:

@@ -5,23 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import copysign, inf, isfinite, nan, sqrt
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.globalization.line_search import (
     COLLAPSED,
     INDISTINCT,
     LONGEST,
+    ROUNDING,
     SHORTEST,
     Phi,
     Proposals,
     SearchResult,
     SearchStatus,
     Trial,
-    check_budget,
-    check_range,
-    check_search,
-    decreases,
-    is_descent,
     retreat,
-    rounding_allowance,
     run_search,
 )
 
@@ -70,33 +66,37 @@ class StrongWolfe:
     max_evaluations: int = 25
 
     def __post_init__(self) -> None:
-        check_range("c1", self.c1, 0.0, 1.0)
-        check_range("c2", self.c2, 0.0, 1.0)
+        check_number("c1", self.c1, above=0, below=1)
+        check_number("c2", self.c2, above=0, below=1)
         if self.c2 < self.c1:
             raise ValueError(f"c2 must be at least c1 = {self.c1!r}, got {self.c2!r}")
-        check_range("extrapolation", self.extrapolation, 1.0, inf)
-        check_budget(self.max_evaluations)
+        check_number("extrapolation", self.extrapolation, above=1, below=inf)
+        check_integer("max_evaluations", self.max_evaluations)
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Search along `phi`; see `LineSearch`."""
-        check_search(t0, precision)
-        if not is_descent(start):
-            return SearchResult(start, SearchStatus.NOT_DESCENT, 0, 0)
-        allowance = rounding_allowance(start.loss, precision)
+        allowance = ROUNDING * precision * abs(start.loss)
         flat = -self.c2 * start.slope
         # On a parabola, sufficient decrease is a slope of at most this.
         gentle = min(flat, (2.0 * self.c1 - 1.0) * start.slope)
 
-        def accept(trial: Trial) -> SearchStatus | None:
+        def accept(trial: Trial, sufficient: bool) -> SearchStatus | None:
             if abs(trial.slope) <= flat:
-                if decreases(start, trial, self.c1):
+                if sufficient:
                     return SearchStatus.WOLFE
                 if abs(trial.loss - start.loss) <= allowance and trial.slope <= gentle:
                     return SearchStatus.APPROXIMATE_WOLFE
             return None
 
         return run_search(
-            self._propose(start, t0, allowance), accept, phi, start, self.max_evaluations
+            self._propose(start, t0, allowance),
+            accept,
+            phi,
+            start,
+            t0,
+            precision,
+            fraction=self.c1,
+            max_evaluations=self.max_evaluations,
         )
 
     def _propose(self, start: Trial, t: float, allowance: float) -> Proposals:

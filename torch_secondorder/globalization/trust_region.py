@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from torch_secondorder._foundation.checks import check_number
+
 __all__ = ["TrustRegion"]
 
 
@@ -46,15 +48,8 @@ class TrustRegion:
     largest: float = 1e20
 
     def __post_init__(self) -> None:
-        if self.initial is not None and not 0.0 < self.initial < inf:
-            raise ValueError(
-                f"the radius must be positive and finite to begin with, got {self.initial!r}"
-            )
-        if not 1.0 <= self.largest < inf:
-            raise ValueError(
-                "largest is relative to the radius to begin with, at least 1 and finite, got "
-                f"{self.largest!r}"
-            )
+        check_number("initial", self.initial, above=0, optional=True)
+        check_number("largest", self.largest, low=1)
         if not 0.0 < self.shrink < 1.0 < self.grow < inf:
             raise ValueError(
                 f"shrink must lie in (0, 1) and grow above 1, got {self.shrink!r} and {self.grow!r}"

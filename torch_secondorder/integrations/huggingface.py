@@ -1,20 +1,21 @@
-"""The Hugging Face Trainer: AdaHessian and Sophia in its loop, which has no closure.
+"""AdaHessian and Sophia in the Hugging Face Trainer, whose loop has no closure.
 
     sophia = (Sophia, {"lr": 1e-3})
     trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=sophia)
     trainer.add_callback(SecondOrderCallback(trainer))
     trainer.train()
 
-Loops written with accelerate need nothing from here. Every optimizer takes a closure there, with
-`accelerator.backward(loss)` in the place of `loss.backward()` and all micro-batches inside:
+Loops written with accelerate do not need this module. Pass a closure to any optimizer, with
+`accelerator.backward(loss)` instead of `loss.backward()` and all micro-batches inside:
 
     model, optimizer = accelerator.prepare(model, LBFGS(model.parameters()))
     optimizer.step(closure)
 
-AdaHessian and Sophia also go without: forward and backward pass of each micro-batch run inside
-`with accelerator.accumulate(model), sophia.watching():`, where `sophia` is what was prepared.
+AdaHessian and Sophia also work without a closure: run the forward and backward pass of each
+micro-batch inside `with accelerator.accumulate(model), sophia.watching():`, where `sophia` is the
+prepared optimizer.
 
-This module needs `transformers` and `accelerate`; nothing else of the package imports it.
+This module needs `transformers` and `accelerate`; no other module of the package imports it.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ _ENGINES = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEG
 
 
 class SecondOrderCallback(TrainerCallback):
-    """Lets AdaHessian and Sophia see the backward passes of a `transformers.Trainer`.
+    """Shows AdaHessian and Sophia the backward passes of a `transformers.Trainer`.
 
-    While it trains, `trainer.training_step` runs inside `optimizer.watching()`: in steps where the
-    curvature is due it is estimated as the trainer calls `backward()`, over all micro-batches of
-    gradient accumulation, and no graph is kept. All other steps run untouched, and so does what the
-    trainer does with gradients, clipping for one. At the start of training the configuration is
-    checked. Other optimizers than those of this package are let alone.
+    During training, `trainer.training_step` runs inside `optimizer.watching()`. In steps that
+    update the curvature, the optimizer estimates it when the trainer calls `backward()`, over all
+    micro-batches of gradient accumulation, and keeps no graph. All other steps are unchanged, as is
+    the trainer's handling of gradients, such as clipping. The configuration is checked at the start
+    of training. Optimizers of other packages are ignored.
 
     Give the optimizer to the trainer as `optimizer_cls_and_kwargs=(Sophia, {"lr": 1e-3})`, with all
-    its arguments but `weight_decay`, which `TrainingArguments` has, or as `optimizers=(optimizer,
-    None)`.
+    its arguments except `weight_decay`, which belongs to `TrainingArguments`, or as
+    `optimizers=(optimizer, None)`.
 
     Args:
-        trainer: The trainer that it is added to, also one of a subclass of `transformers.Trainer`
-            whose `training_step` runs both forward and backward pass.
+        trainer: The trainer that the callback is added to. It may be of a subclass of
+            `transformers.Trainer` whose `training_step` runs both forward and backward pass.
 
     Raises:
-        TypeError: Not a `transformers.Trainer`.
-        RuntimeError: At the start of training: something in its configuration cannot work.
+        TypeError: The argument is not a `transformers.Trainer`.
+        RuntimeError: At the start of training: the configuration is not supported.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -63,10 +64,10 @@ class SecondOrderCallback(TrainerCallback):
                 f"{type(trainer).__name__}: trainer.add_callback(SecondOrderCallback(trainer))"
             )
         self._trainer = trainer
-        self._inside: Callable[..., Any] | None = None  # what stands in for its training_step
+        self._replacement: Callable[..., Any] | None = None  # of the trainer's `training_step`
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Checks the configuration, and begins to watch."""
+        """Checks the configuration, and replaces the trainer's `training_step`."""
         self._leave()  # an exception may have ended an earlier training
         optimizer = unwrapped(self._trainer.optimizer)
         if not isinstance(optimizer, SecondOrderOptimizer):
@@ -78,18 +79,19 @@ class SecondOrderCallback(TrainerCallback):
             with optimizer.watching():
                 return training_step(*args, **kwargs)
 
-        # On the instance: a context that callbacks opened and closed would survive an exception.
-        self._inside = watched_training_step
+        # Not a context that callbacks open and close: an exception would leave it open.
+        self._replacement = watched_training_step
         vars(self._trainer)["training_step"] = watched_training_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves the trainer as it was."""
+        """Restores the trainer."""
         self._leave()
 
     def _leave(self) -> None:
-        if self._inside is not None and vars(self._trainer).get("training_step") is self._inside:
-            del vars(self._trainer)["training_step"]
-        self._inside = None
+        own = vars(self._trainer)
+        if self._replacement is not None and own.get("training_step") is self._replacement:
+            del own["training_step"]
+        self._replacement = None
 
     def _checked(self, optimizer: SecondOrderOptimizer) -> DiagonalOptimizer:
         name, accelerator = type(optimizer).__name__, self._trainer.accelerator
@@ -97,27 +99,29 @@ class SecondOrderCallback(TrainerCallback):
             raise RuntimeError(
                 f"{name} evaluates the loss more than once a step, and the Trainer, which passes "
                 "no closure, evaluates it once: use AdaHessian or Sophia here, or write the loop "
-                f"with accelerate, where optimizer.step(closure) works for {name}"
+                f"with accelerate and call optimizer.step(closure), which works for {name}"
             )
         if accelerator.distributed_type in _ENGINES:
             raise RuntimeError(
-                f"{name} under {accelerator.distributed_type.value}: its backward pass does not "
-                "show the gradients' graph, so that there would be no curvature; use "
+                f"{name} under {accelerator.distributed_type.value}: its backward pass hides the "
+                "graph of the gradients, from which the curvature comes; use "
                 "DistributedDataParallel"
             )
         if accelerator.scaler is not None or accelerator.mixed_precision == "fp16":
             raise RuntimeError(
-                f"{name} with fp16=True: the scale of float16's losses cannot be taken out of the "
-                "curvature; train with bf16=True, which needs none"
+                f"{name} with fp16=True: the loss scale of float16 cannot be removed from the "
+                "curvature; train with bf16=True, which needs no loss scale"
             )
         return optimizer
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside what `accelerator.prepare` made of it, with `info` and `watching`.
+    """The optimizer inside the wrapper that `accelerator.prepare` returns.
+
+    It has `info` and `watching`.
 
     Args:
-        optimizer: Wrapped or not; `trainer.optimizer` for instance.
+        optimizer: The optimizer, wrapped or not; `trainer.optimizer` for instance.
     """
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer

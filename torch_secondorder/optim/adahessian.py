@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.types import ParamsT
-from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
 from torch_secondorder._optim.diagonal.blocks import Block, narrowed
 from torch_secondorder._optim.diagonal.fsdp import check_averaging
@@ -136,11 +136,7 @@ class AdaHessian(DiagonalOptimizer):
         super()._check_group(group)
         check_betas(group["betas"])
         check_number("hessian_power", group["hessian_power"], low=0.0)
-        check_number("eps", group["eps"], low=0.0)
-        if not float(group["eps"]) > 0:
-            raise ValueError(
-                f"eps must be positive, or flat directions divide by zero, got {group['eps']!r}"
-            )
+        check_number("eps", group["eps"], above=0.0)  # flat directions would divide by zero
         block = group["average_block"]
         if not (block is None or block == "spatial" or (type(block) is int and block >= 1)):
             raise ValueError(

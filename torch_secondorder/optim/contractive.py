@@ -1,35 +1,23 @@
-"""A wrapper that adds the contractive penalty to what any optimizer minimizes."""
+"""A wrapper that adds the contractive penalty to the loss of any optimizer."""
 
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict, defaultdict
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
-from torch_secondorder._optim.base import check_number, makes_state_only
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._optim.info import Report, StepInfo
-from torch_secondorder._optim.penalized import Penalized, not_called
-from torch_secondorder._optim.present import Scaling
-from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, Recorder
+from torch_secondorder._optim.wrapper import WrapperOptimizer
+from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, Recorder, seeded
 
 __all__ = ["Contractive", "ContractiveInfo"]
-
-_NAME = "contractive"  # in checkpoints
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +25,11 @@ class ContractiveInfo(Report):
     """Report of one call of `Contractive.step()`.
 
     Attributes:
-        loss: The closure's, without the penalty, in the first evaluation; NaN without a closure.
-        penalty: The penalty there, not multiplied by the weight.
+        loss: The closure's loss without the penalty, in the first evaluation; NaN without a
+            closure.
+        penalty: The penalty in the first evaluation, not multiplied by the weight.
         weight: The weight.
-        inner: The report of the optimizer inside, if it gives one; its losses are with the penalty.
+        inner: The report of the optimizer inside, if it has one; its losses include the penalty.
     """
 
     loss: float
@@ -49,44 +38,45 @@ class ContractiveInfo(Report):
     inner: StepInfo | None
 
 
-class Contractive(Optimizer):
+class Contractive(WrapperOptimizer):
     """Makes the training of an autoencoder contractive, by wrapping its optimizer.
 
     The optimizer inside minimizes `loss + weight * contractive_penalty(encoder, x)` (see
-    `torch_secondorder.penalties.contractive_penalty`) instead of the closure's loss, where `x` is
-    what the encoder is called with: a forward hook sees that. The penalty is in every evaluation:
-    its value in line searches, its gradient, its curvature in products. It joins the loss where
-    `backward()` is called, so one pass serves both, and gradients that the closure clips are of the
-    sum. Where a closure calls `backward()` several times, each adds the mean over what the encoder
-    got since the last: for `n` micro-batches whose losses are divided by `n`, give `weight / n`.
+    `torch_secondorder.penalties.contractive_penalty`) instead of the closure's loss. A forward hook
+    sees `x`, the input of the encoder. The penalty is part of every evaluation: line searches see
+    its value, steps its gradient, products its curvature. It is added to the loss when you call
+    `backward()`, so one pass serves both, and gradient clipping in the closure applies to the sum.
+    If a closure calls `backward()` several times, each call adds the mean over the inputs since the
+    last one: for `n` micro-batches whose losses are divided by `n`, give `weight / n`.
 
-    Without a closure (`loss.backward()`, then `optimizer.step()`) the gradient of the penalty is
-    added in `step()`, at one more pass through the encoder; the mean is over all inputs whose codes
-    `backward()` has reached since the last step or `zero_grad()`.
+    Without a closure (`loss.backward()`, then `optimizer.step()`), `step()` adds the gradient of
+    the penalty, which takes one more pass through the encoder. The mean is over all inputs whose
+    codes `backward()` has reached since the last step or `zero_grad()`.
 
-    Groups and state are those of the optimizer inside, so schedulers may be given either. So is
-    every attribute that this class does not have itself.
+    Groups and state are those of the optimizer inside, so a scheduler may be given either. All
+    attributes that this class lacks are looked up there as well.
 
     Args:
         optimizer: Any optimizer, of this package or another.
         encoder: The module inside the model that maps an input to its code, a tensor to a tensor.
-        weight: Of the penalty.
+        weight: The weight of the penalty.
         method: `"auto"`, `"exact"` or `"projection"`, see `contractive_penalty`.
-        noise: Standard deviation of the noise for the penalty of the higher-order contractive
+        noise: The standard deviation of the noise for the penalty of the higher-order contractive
             autoencoder; None for the plain one. Wrap twice for both.
-        n_noise: Noisy copies of each sample.
-        n_projections: Random vectors for each sample, where there are projections.
-        seed: Of noise and random vectors. All evaluations of a step see the same, and resumed
-            training those that it would have seen.
+        n_noise: The number of noisy copies of each sample.
+        n_projections: The number of random vectors for each sample, for projections.
+        seed: The seed of noise and random vectors. All evaluations of a step see the same numbers,
+            and resumed training sees the numbers of an uninterrupted run.
 
     Attributes:
         optimizer: The optimizer inside.
-        weight: Of the penalty; may be changed from step to step, and is part of checkpoints.
+        weight: The weight of the penalty. You may change it between steps; checkpoints carry it.
 
     Raises:
-        TypeError: The optimizer is none, or the encoder no module.
+        TypeError: The optimizer is no `torch.optim.Optimizer`, or the encoder no module.
         ValueError: An argument is out of range, or the optimizer has no parameter of the encoder.
 
+    >>> import torch
     >>> encoder = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
     >>> model = nn.Sequential(encoder, nn.Linear(3, 4))
     >>> optimizer = Contractive(torch.optim.Adam(model.parameters()), encoder, weight=0.1)
@@ -102,7 +92,9 @@ class Contractive(Optimizer):
     True
     """
 
-    _step_supports_amp_scaling = True  # else a `GradScaler` would not let itself be noticed
+    _entry = "contractive"
+    _saved: ClassVar[dict[str, str]] = {"weight": "weight", **WrapperOptimizer._saved}
+    _carried = (*WrapperOptimizer._carried, "penalty", "weight")
 
     def __init__(
         self,
@@ -116,67 +108,33 @@ class Contractive(Optimizer):
         n_projections: int = 1,
         seed: int = 0,
     ) -> None:
-        # Not `super().__init__()`: groups and state are those of the optimizer inside.
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer is what trains the model, got {type(optimizer).__name__}: make it "
-                "first, as in Contractive(torch.optim.Adam(model.parameters()), ...)"
-            )
         check_number("weight", weight, low=0.0)
-        self.optimizer = optimizer
+        self.weight = weight
         self.penalty = EncoderPenalty(
             encoder, method, noise=noise, n_noise=n_noise, n_projections=n_projections
         )
+        super().__init__(optimizer, _EncoderTerm(self.penalty), seed)
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in owned for p in encoder.parameters()):
             raise ValueError(
                 "none of the encoder's parameters is among the optimizer's: give the encoder that "
                 "is part of the model that the optimizer trains, not a copy"
             )
-        self.weight = weight
-        self._seed, self._steps = seed, 0
-        self._penalized = Penalized(self.penalty)
-        self._listen()
 
-    def _listen(self) -> None:
-        for name in _HOOKS:
-            setattr(self, name, OrderedDict())
-        self._patch_step_function()
+    def _set_up(self) -> None:
+        super()._set_up()
         self._recorder = Recorder(self.penalty.encoder)
         handle = self.penalty.encoder.register_forward_hook(self._recorder, with_kwargs=True)
         weakref.finalize(self, handle.remove)
 
-    # What is the inner optimizer's.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of the optimizer inside."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """The state of the optimizer inside."""
-        return self.optimizer.state
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # while a copy or pickle is being put together
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the optimizer inside."""
-        self.optimizer.add_param_group(param_group)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops gradients, and what they were of.
+        """Drops gradients, and the inputs of the encoder that belong to them.
 
         Args:
             set_to_none: See `torch.optim.Optimizer.zero_grad`.
         """
         self._recorder.inputs.clear()
-        self.optimizer.zero_grad(set_to_none)
-
-    # The step.
+        super().zero_grad(set_to_none)
 
     @property
     def info(self) -> ContractiveInfo | None:
@@ -187,69 +145,24 @@ class Contractive(Optimizer):
         weight, inner = float(self.weight), getattr(self.optimizer, "info", None)
         return ContractiveInfo(loss, penalty, weight, inner)
 
-    def step(self, closure: Any = None, **more: Any) -> Any:
-        """Performs a step of the optimizer inside, on loss and penalty.
+    # See `WrapperOptimizer`.
 
-        Args:
-            closure: What the optimizer inside takes: the standard closure, a `FunctionalObjective`,
-                or None where gradients are there already.
-            **more: What else it takes; a `curvature_closure` gets the penalty as well.
-
-        Returns:
-            What the optimizer inside returns: the loss with the penalty, mostly.
-
-        Raises:
-            RuntimeError: The encoder was not called, or the loop has to pass a closure.
-            TypeError: The encoder's input or output is no tensor.
-            ValueError: See `contractive_penalty`; `weight` is out of range.
-        """
+    def _factor(self) -> float:
         check_number("weight", self.weight, low=0.0)
-        if closure is not None:
-            Scaling(self).refuse_closure()
-        elif not self._recorder.inputs and makes_state_only(self.param_groups):
-            return self.optimizer.step(**more)
-        params = [p for group in self.param_groups for p in group["params"]]
-        sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
-        self._penalized.begin(params, sign * self.weight, self._seed + self._steps)
+        return self.weight
+
+    def _begin_step(self) -> None:
         self._recorder.active = False
-        try:
-            if closure is None:
-                if not self._unscale(params):
-                    return None
-                penalty = self._add_to_gradients(params, sign)
-                self._penalized.first = penalty.new_tensor(torch.nan), penalty
-                result = self.optimizer.step(**more)
-            else:
-                if more.get("curvature_closure") is not None:
-                    more["curvature_closure"] = self._penalized.closure(more["curvature_closure"])
-                result = self.optimizer.step(self._penalized.closure(closure), **more)
-        finally:
-            self._recorder.active = True
-            self._recorder.inputs.clear()
-        self._steps += 1
-        return result
 
-    def _unscale(self, params: list[Tensor]) -> bool:
-        """Takes out what a `GradScaler` has multiplied `p.grad` by; False where the step is not."""
-        scaling = Scaling(self)
-        if scaling.inverse is None:
-            return True
-        gradients = [p.grad for p in params if p.grad is not None]
-        if any(g.grad_fn is not None for g in gradients):
-            scaling.forget()
-            raise RuntimeError(
-                "the gradients have a graph, which a GradScaler's scale cannot be taken out of: "
-                "train in bfloat16, which needs no scaler"
-            )
-        if bool(scaling.inverse.isnan()):
-            return False
-        for g in gradients:
-            g.mul_(scaling.inverse.to(g.device))
-        return True
+    def _end_step(self) -> None:
+        self._recorder.active = True
+        self._recorder.inputs.clear()
 
-    def _add_to_gradients(self, params: list[Tensor], sign: float) -> Tensor:
-        """Adds the penalty of what the encoder has got to `p.grad`; returns its value."""
-        inputs, calls, generator = self._recorder.inputs, Calls(), self._penalized.generator()
+    def _has_present_term(self) -> bool:
+        return bool(self._recorder.inputs)
+
+    def _present_term(self) -> Tensor:
+        inputs = self._recorder.inputs
         if any(x.requires_grad for x in inputs):
             raise RuntimeError(
                 "the encoder's inputs depend on parameters, and their graph is gone: without a "
@@ -260,66 +173,34 @@ class Contractive(Optimizer):
                 "with several processes the gradient of the penalty has to be there before "
                 f"gradients are averaged. Pass a closure:\n{STANDARD_CLOSURE}"
             )
-        with torch.enable_grad():
-            for x in inputs:
-                calls.add(len(x), self.penalty.at(x, generator=generator(x.device)))
-            penalty = calls.take()
-            if penalty is None:
-                raise not_called()
-            graph = any(p.grad is not None and p.grad.grad_fn is not None for p in params)
-            (sign * self.weight * penalty).backward(create_graph=graph)
-        return penalty.detach()
-
-    # Checkpoints, pickling, copying.
-
-    def state_dict(self) -> dict[str, Any]:
-        """That of the optimizer inside, with the weight and what random numbers depend on."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        result: dict[str, Any] = dict(self.optimizer.state_dict())
-        own: dict[str, Any] = {"weight": self.weight, "seed": self._seed, "steps": self._steps}
-        if _NAME in result:
-            own["inside"] = result[_NAME]
-        result[_NAME] = own
-        for group in result["param_groups"]:
-            if group["params"]:  # all that distributed checkpoints leave of this
-                group[_NAME] = dict(own)
-                break
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, result)
-            result = result if changed is None else changed
-        return result
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, or a checkpoint of the optimizer inside alone.
-
-        Raises:
-            ValueError: The state does not fit the optimizer inside.
-        """
-        inner = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, inner)
-            inner = inner if changed is None else dict(changed)
-        groups = inner["param_groups"]
-        found = [inner.pop(_NAME, None), *(group.get(_NAME) for group in groups)]
-        own = next((dict(value) for value in found if value), None)
-        inner["param_groups"] = [{k: v for k, v in g.items() if k != _NAME} for g in groups]
-        if own is not None and "inside" in own:
-            inner[_NAME] = own["inside"]
-        self.optimizer.load_state_dict(inner)
-        if own is not None:
-            self.weight, self._seed, self._steps = own["weight"], own["seed"], own["steps"]
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Neither hooks nor the `step` of a scheduler, as in torch: they are of this object.
-        names = ("optimizer", "penalty", "weight", "_seed", "_steps", "_penalized")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._listen()
+        calls, generator = Calls(), seeded(self._seed + self._steps)
+        for x in inputs:
+            calls.add(len(x), self.penalty.at(x, generator=generator(x.device)))
+        penalty = calls.take()
+        if penalty is None:
+            raise _not_called()
+        return penalty
 
     def __repr__(self) -> str:
         return f"Contractive({self.optimizer!r}, weight={self.weight})"
+
+
+class _EncoderTerm:
+    """The penalty of the calls of an encoder, see `torch_secondorder._optim.wrapper.Term`."""
+
+    def __init__(self, penalty: EncoderPenalty) -> None:
+        self._penalty = penalty
+
+    def watching(self, seed: int, tree: Any = None) -> AbstractContextManager[Calls]:
+        return self._penalty.watching(seeded(seed))
+
+    def missing(self) -> RuntimeError:
+        return _not_called()
+
+
+def _not_called() -> RuntimeError:
+    return RuntimeError(
+        "the encoder was not called with gradients enabled, so there is nothing to penalize: call "
+        "the model that it is part of, not a copy, nor a compiled version of it, which does not "
+        "show the calls inside"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.descent import Candidate, Descent, DescentInfo, Line, Point
-from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size
+from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder._optim.info import StepStatus
+from torch_secondorder._optim.state import ModelField, Number, Pieces, check_size, copied, declare
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.globalization import (
     FixedStep,
     LineSearch,
+    SearchResult,
     SearchStatus,
     falls_without_end,
     resolve_line_search,
@@ -45,6 +48,58 @@ class LBFGSInfo(DescentInfo):
     skipped_pairs: int = 0
     damped_pairs: int = 0
     history_reset: str = ""
+
+
+class _History(ModelField):
+    """The pairs of `LBFGS`; takes those of `torch.optim.LBFGS` as well."""
+
+    small_names = (
+        *("history_size", "count", "_room", "_newest", "_pending"),
+        *("scales", "inverse", "diagonal"),
+    )
+    vector_names = ("steps", "differences")
+    foreign_names = (
+        *("d", "t", "ro", "al", "H_diag", "old_dirs", "old_stps"),
+        *("prev_flat_grad", "prev_loss"),
+    )
+    of_vector = True
+
+    def save(self, optimizer: LBFGS) -> dict[str, Any]:
+        """See `ModelField.save`."""
+        inverse = self.get(optimizer)
+        return {self.name: {} if inverse is None else inverse.state_dict()}
+
+    def cut(self, optimizer: LBFGS) -> Pieces:
+        """See `ModelField.cut`."""
+        vector = ParameterVector(optimizer._trainable)
+        inverse, size = self.get(optimizer), optimizer._history_size(vector)
+        if inverse is None or (inverse.size, inverse.history_size) != (vector.size, size):
+            inverse = _history(vector, size)
+        small, steps, differences = inverse.split_state()
+        return small, {"steps": (steps, size), "differences": (differences, size)}
+
+    def load(self, found: Mapping[str, Any], optimizer: LBFGS) -> InverseBFGS | None:
+        """See `ModelField.load`."""
+        vector = optimizer._known_vector()
+        if vector is None:
+            return None
+        history = found.get(self.name)
+        if "steps" in found:
+            history = InverseBFGS.join_state(dict(found), found["steps"], found["differences"])
+        if history:
+            # If all parameters are frozen there is nothing to compare it with; the next step does.
+            if optimizer._trainable:
+                check_size(history["size"], vector)
+            inverse = _history(vector, history["history_size"], history["size"])
+            inverse.load_state_dict(copied(history))
+            return inverse
+        if not found.get("old_stps"):
+            return None
+        inverse = _history(vector, optimizer._history_size(vector))
+        for y, s in zip(found["old_dirs"], found["old_stps"], strict=True):
+            check_size(s.numel(), vector)
+            inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
+        return inverse
 
 
 class LBFGS(FlatOptimizer):
@@ -100,11 +155,11 @@ class LBFGS(FlatOptimizer):
 
     _info_type = LBFGSInfo
     _recognized_by = "max_iter"
-    _foreign_names = (
-        *("d", "t", "ro", "al", "H_diag", "old_dirs", "old_stps"),
-        *("prev_flat_grad", "prev_loss"),
-    )
-    _carried = (*FlatOptimizer._carried, "line_search", "_reset_reason")
+    _state_fields = declare(n_iter=Number(0), func_evals=Number(0), history=_History("_inverse"))
+    _n_iter: int
+    _func_evals: int
+    _inverse: InverseBFGS | None
+    _carried = ("line_search", "_reset_reason")
 
     def __init__(
         self,
@@ -121,18 +176,14 @@ class LBFGS(FlatOptimizer):
         maximize: bool = False,
         damping: bool = False,
     ) -> None:
-        check_number("max_iter", max_iter, low=1, integer=True)
+        check_integer("max_iter", max_iter, whole_floats=True)
         if history_size is not None:
-            check_number("history_size", history_size, low=1, integer=True)
+            check_integer("history_size", history_size, whole_floats=True)
         check_number("tolerance_change", tolerance_change, low=0.0)
-        if tolerance_grad is not None:
-            check_number("tolerance_grad", tolerance_grad, low=0.0)
-        if max_eval is not None:
-            check_number("max_eval", max_eval, low=1, integer=True)
+        check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
+        check_integer("max_eval", max_eval, optional=True, whole_floats=True)
         self.line_search = resolve_line_search(line_search_fn)
-        self._inverse: InverseBFGS | None = None
         self._reset_reason = ""
-        self._counts = {"n_iter": 0, "func_evals": 0}
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -145,35 +196,32 @@ class LBFGS(FlatOptimizer):
             "damping": damping,
         }
         super().__init__(params, defaults)
-        if self._sharded:
-            self._show_names()
-
-    def _step(self, objective: Objective, lr: float) -> Tensor:
-        loss = super()._step(objective, lr)
-        assert self.info is not None
-        self._reset_reason = ""
-        self._counts["n_iter"] += self.info.iterations
-        self._counts["func_evals"] += self.info.evaluations
-        return loss
 
     def _begin(self, descent: Descent) -> None:
-        group = self.param_groups[0]
+        group, vector = self.param_groups[0], descent.objective.vector
         descent.max_eval = group["max_eval"] or group["max_iter"] * 5 // 4
-        if isinstance(self.line_search, FixedStep):
+        searches = not isinstance(self.line_search, FixedStep)
+        if not searches:
             descent.patience = inf  # without a search the loss may climb for a while
-        self._inverse = self._fitting_history(descent.objective.vector)
+        size, inverse = self._history_size(vector), self._inverse
+        if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
+            self._forget("history_size or the trainable parameters changed")
+        if self._inverse is None:
+            self._inverse = _history(vector, size)
+        self._inverse.largest_scale = searches
         self._skipped = self._damped = 0
 
-    def _details(self) -> dict[str, Any]:
-        return {
-            "skipped_pairs": self._skipped,
-            "damped_pairs": self._damped,
-            "history_reset": self._reset_reason,
-        }
-
-    def _refuse_start(self) -> dict[str, Any]:
-        super()._refuse_start()
-        return {"history_reset": self._reset_reason}
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        self._func_evals += objective.evaluations
+        further: dict[str, Any] = {}
+        if descent is None:
+            super()._finish(objective, descent)
+        else:
+            self._n_iter += descent.count
+            further = {"skipped_pairs": self._skipped, "damped_pairs": self._damped}
+        further["history_reset"] = self._reset_reason
+        self._reset_reason = ""
+        return further
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         if descent.objective.renewed:
@@ -186,15 +234,19 @@ class LBFGS(FlatOptimizer):
         result = self.line_search(line, line.start, descent.lr, precision=precision)
         descent.search_status = result.status
         descent.nonfinite_trials += result.nonfinite
-        unbounded = line.bottomless or falls_without_end(line.slope, result)
+        unbounded = line.bottomless or (
+            result.status is SearchStatus.UNBOUNDED and falls_without_end(line.slope, result)
+        )
         if result.status.accepted:
             before = descent.point
             self._learn(line, result.trial.t, before, line.accept(result.trial))
-            return StepStatus.UNBOUNDED if unbounded else None
         if unbounded:
             return StepStatus.UNBOUNDED
-        # A second try is worth it without the history.
-        if self._held.count:
+        return None if result.status.accepted else self._failed(result)
+
+    def _failed(self, result: SearchResult) -> StepStatus | None:
+        """Drops the history after a search in vain; without one the step is over."""
+        if self._inverse is not None and self._inverse.count:
             self._drop_history(f"the line search ended with {result.status.name}")
             return None
         if result.status is SearchStatus.NONFINITE:
@@ -204,9 +256,8 @@ class LBFGS(FlatOptimizer):
 
     def _line(self, descent: Descent) -> Line:
         """The line of the next search; one synchronization."""
-        grad = descent.point.grad
-        assert grad is not None
-        history = self._held
+        grad, history = descent.point.grad, self._inverse
+        assert grad is not None and history is not None
         if history.count:
             direction = history.direction(grad)
             slope, square = descent.space.to_host(sums=(grad @ direction, direction @ direction))
@@ -237,8 +288,8 @@ class LBFGS(FlatOptimizer):
             candidate: The accepted trial.
         """
         assert candidate.point is not None and candidate.point.grad is not None
-        assert before.grad is not None
-        history, y, y_y = self._held, candidate.y, candidate.y_y
+        history, y, y_y = self._inverse, candidate.y, candidate.y_y
+        assert before.grad is not None and history is not None
         if y is None:
             y = candidate.point.grad - before.grad
         precision = torch.finfo(y.dtype)
@@ -259,87 +310,28 @@ class LBFGS(FlatOptimizer):
             self._skipped += 1
 
     def _drop_history(self, reason: str) -> None:
-        """Drops the pairs within a step, and keeps their memory."""
+        """Drops the pairs during a step."""
+        assert self._inverse is not None
         self._reset_reason = reason
-        self._held.reset()
+        self._inverse.reset()
 
     # The history and its place in checkpoints.
 
-    @property
-    def _held(self) -> InverseBFGS:
-        """The history, during a step."""
-        assert self._inverse is not None
-        return self._inverse
-
-    def _fitting_history(self, vector: ParameterVector) -> InverseBFGS:
-        """The history; a new one where there is none, or none that fits."""
-        size = self.param_groups[0]["history_size"] or _default_history_size(vector)
-        inverse = self._inverse
-        if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
-            self._forget("history_size or the trainable parameters changed")
-        if self._inverse is None:
-            self._inverse = _history(vector, size)
-        self._inverse.largest_scale = not isinstance(self.line_search, FixedStep)
-        return self._inverse
-
     def _forget(self, reason: str) -> None:
+        super()._forget(reason)
         self._reset_reason = reason
-        self._inverse = None
 
-    def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
-        size = self.param_groups[0]["history_size"] or _default_history_size(vector)
-        inverse = self._inverse
-        if inverse is None or (inverse.size, inverse.history_size) != (vector.size, size):
-            inverse = _history(vector, size)
-        small, steps, differences = inverse.split_state()
-        counts = self._counts | {"largest_gradient": self._largest_gradient}
-        return counts | small, {"steps": Rows(steps, size), "differences": Rows(differences, size)}
-
-    def _join_state(
-        self, small: dict[str, Any], vectors: dict[str, Tensor], vector: ParameterVector
-    ) -> dict[str, Any]:
-        names = ("n_iter", "func_evals", "largest_gradient")
-        history = InverseBFGS.join_state(small, vectors["steps"], vectors["differences"])
-        return {name: small[name] for name in names} | {"history": history}
-
-    def _export_state(self) -> dict[str, Any]:
-        history = {} if self._inverse is None else self._inverse.state_dict()
-        return self._counts | {"largest_gradient": self._largest_gradient, "history": history}
-
-    def _import_state(self, state: dict[str, Any]) -> None:
-        inverse = None
-        # With all parameters frozen there is nothing to hold it against; the next step does.
-        vector = self._known_vector()
-        if vector is None:
-            pass
-        elif history := state.get("history"):
-            if self._trainable:
-                check_size(history["size"], vector)
-            inverse = _history(vector, history["history_size"], history["size"])
-            inverse.load_state_dict(history)
-        elif state.get("old_stps"):
-            size = self.param_groups[0]["history_size"] or _default_history_size(vector)
-            inverse = _from_torch(state, size, vector)
-        self._inverse = inverse
-        self._largest_gradient = state.get("largest_gradient", 0.0)
-        self._counts = {name: state.get(name, 0) for name in ("n_iter", "func_evals")}
-
-
-def _default_history_size(vector: ParameterVector) -> int:
-    # Of the whole vector: all ranks keep as many pairs, and so they do when they get fewer or more.
-    pair = 2 * vector.whole_size * torch.finfo(vector.dtype).bits // 8
-    return max(20, min(200, _HISTORY_BYTES // pair))
+    def _history_size(self, vector: ParameterVector) -> int:
+        """The number of pairs to keep; by default as many as fit into the memory set aside."""
+        size: int | None = self.param_groups[0]["history_size"]
+        if size:
+            return size
+        # The size of the whole vector counts: all ranks keep the same number of pairs, however many
+        # ranks there are.
+        pair = 2 * vector.whole_size * torch.finfo(vector.dtype).bits // 8
+        return max(20, min(200, _HISTORY_BYTES // pair))
 
 
 def _history(vector: ParameterVector, history_size: int, size: int | None = None) -> InverseBFGS:
     size = vector.size if size is None else size
     return InverseBFGS(size, history_size, vector.dtype, vector.device, space=vector.space)
-
-
-def _from_torch(state: dict[str, Any], history_size: int, vector: ParameterVector) -> InverseBFGS:
-    """The history of a `torch.optim.LBFGS` checkpoint."""
-    inverse = _history(vector, history_size)
-    for y, s in zip(state["old_dirs"], state["old_stps"], strict=True):
-        check_size(s.numel(), vector)
-        inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
-    return inverse

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
+from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder._objective.base import EvaluationsSpent, Objective
 from torch_secondorder._objective.evaluation import Evaluation
-from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.curvature_choice import (
     CURVATURES,
     DIFFERENCES,
@@ -26,7 +26,7 @@ from torch_secondorder._optim.curvature_choice import (
     suited_preconditioner,
 )
 from torch_secondorder._optim.descent import Descent, DescentInfo, Point
-from torch_secondorder._optim.flat import FlatOptimizer, Rows, check_size
+from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.quadratic_model import (
     Memory,
@@ -38,7 +38,7 @@ from torch_secondorder._optim.quadratic_model import (
     searched,
     within_radius,
 )
-from torch_secondorder._params.vector import ParameterVector
+from torch_secondorder._optim.state import Choice, Nested, Number, Random, Vector, declare
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._output_space import UnknownOutputs
 from torch_secondorder.globalization import (
@@ -64,8 +64,6 @@ _PRODUCTS = ("autograd", "finite_difference")
 _MOST_ITERATIONS = 250
 
 
-#: The vectors of `Memory` that checkpoints have, where they are there.
-_VECTORS = ("direction", "sizes")
 # Iterations without a new best loss or gradient after which only rounding error is left.
 _PATIENCE = 5
 # Iterates of conjugate gradients to choose from; each is a vector.
@@ -107,6 +105,18 @@ class NewtonCGInfo(DescentInfo):
     curvature: str = ""
     preconditioner: str = ""
     repair: str = ""
+
+
+class _Suited(Choice):
+    """The name of the preconditioner that suits, where it was left to the optimizer."""
+
+    def set(self, optimizer: NewtonCG, value: str) -> None:
+        """See `ModelField.set`."""
+        if optimizer._chosen is not None:
+            optimizer._chosen, optimizer.preconditioner = (
+                value,
+                resolve_preconditioner(value or None),
+            )
 
 
 class NewtonCG(FlatOptimizer):
@@ -180,9 +190,22 @@ class NewtonCG(FlatOptimizer):
 
     _info_type = NewtonCGInfo
     _recognized_by = "max_cg_iter"
-    _optional_names = (*FlatOptimizer._optional_names, *_VECTORS, "generator", "preconditioner")
+    _state_fields = declare(
+        damping=Number(0.0, "_memory.damping"),
+        radius=Number(0.0, "_memory.radius"),
+        length=Number(0.0, "_memory.length"),
+        start=Number(0.0, "_memory.start"),
+        kind=Choice(KINDS, "_choice.kind"),
+        indefinite=Number(False, "_choice.indefinite"),
+        chosen=_Suited(SUITED),
+        direction=Vector("_memory.direction"),
+        sizes=Vector("_memory.sizes"),
+        generator=Random(),
+        preconditioner=Nested("preconditioner"),
+    )
+    _chosen: str | None
+    preconditioner: Preconditioner | None
     _carried = (
-        *FlatOptimizer._carried,
         "curvature",
         "curvature_products",
         "globalization",
@@ -215,26 +238,18 @@ class NewtonCG(FlatOptimizer):
         curvature_products: str = "autograd",
         seed: int = 0,
     ) -> None:
-        check_number("max_iter", max_iter, low=1, integer=True)
+        check_integer("max_iter", max_iter, whole_floats=True)
         for name, count in (("max_cg_iter", max_cg_iter), ("max_eval", max_eval)):
-            if count is not None:
-                check_number(name, count, low=1, integer=True)
+            check_integer(name, count, optional=True, whole_floats=True)
         check_number("tolerance_change", tolerance_change, low=0.0)
         for name, value in (("tolerance_grad", tolerance_grad), ("damping", damping)):
-            if value is not None:
-                check_number(name, value, low=0.0)
-        if not callable(curvature) and curvature not in CURVATURES:
-            raise ValueError(
-                f"unknown curvature {curvature!r}; known: {', '.join(map(repr, CURVATURES))}, or "
-                "a function from an Evaluation to a LinearOperator"
-            )
-        if curvature_products not in _PRODUCTS:
-            raise ValueError(
-                f"curvature_products is 'autograd' or 'finite_difference', got "
-                f"{curvature_products!r}"
-            )
+            check_number(name, value, low=0.0, optional=True)
+        if not callable(curvature):
+            others = "a function from an Evaluation to a LinearOperator"
+            check_choice("curvature", curvature, CURVATURES, others)
+        check_choice("curvature_products", curvature_products, _PRODUCTS)
         self.curvature = curvature
-        check_number("seed", seed, low=0, integer=True)
+        check_integer("seed", seed, low=0, whole_floats=True)
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -275,10 +290,7 @@ class NewtonCG(FlatOptimizer):
             )
         self._constant_damping = damping or 0.0
         self._seed = seed
-        self._generator: torch.Generator | None = None  # made where the parameters are
         self._memory = self._fresh_memory()
-        if self._sharded:
-            self._show_names()
 
     def step(  # type: ignore[override]
         self, closure: Any = None, curvature_closure: Callable[[], Any] | None = None
@@ -319,11 +331,15 @@ class NewtonCG(FlatOptimizer):
 
     def _begin(self, descent: Descent) -> None:
         descent.patience = _PATIENCE
-        self._current_generator(descent.objective.vector)
+        self._random(descent.objective.vector.device)
         self._tally, self._gain_ratio = Tally(), nan
 
-    def _details(self) -> dict[str, Any]:
-        tally, memory = self._tally, self._memory
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        memory = self._memory
+        if descent is None:
+            memory.direction = None
+            return {"curvature": self._choice.kind}
+        tally = self._tally
         trusts = isinstance(self.globalization, TrustRegion)
         return {
             "products": tally.products,
@@ -337,10 +353,6 @@ class NewtonCG(FlatOptimizer):
             "preconditioner": type(self.preconditioner).__name__ if self.preconditioner else "",
             "repair": tally.repair,
         }
-
-    def _refuse_start(self) -> dict[str, Any]:
-        self._memory.direction = None
-        return {"curvature": self._choice.kind}
 
     # The iterations of one step.
 
@@ -489,11 +501,6 @@ class NewtonCG(FlatOptimizer):
         descent.search_status = move.search_status
         self._gain_ratio = move.gain_ratio
 
-    def _current_generator(self, vector: ParameterVector) -> torch.Generator:
-        if self._generator is None or self._generator.device.type != vector.device.type:
-            self._generator = torch.Generator(vector.device).manual_seed(self._seed)
-        return self._generator
-
     def _suited(self, size: int) -> tuple[Globalization, Preconditioner | None]:
         """Globalization and preconditioner for the curvature that was found."""
         found = self._choice
@@ -521,76 +528,17 @@ class NewtonCG(FlatOptimizer):
         start = (rule.initial or 0.0) if isinstance(rule, TrustRegion) else 0.0
         return Memory(self._constant_damping, start, start=start, rule=rule)
 
-    def _export_state(self) -> dict[str, Any]:
-        memory = self._memory
-        state: dict[str, Any] = {
-            "damping": memory.damping,
-            "radius": memory.radius,
-            "length": memory.length,
-            "start": memory.start,
-            "largest_gradient": self._largest_gradient,
-            "kind": KINDS.index(self._choice.kind),
-            "indefinite": self._choice.indefinite,
-        }
-        if self._chosen is not None:
-            state["chosen"] = SUITED.index(self._chosen)
-        for name in _VECTORS:
-            vector = getattr(memory, name)
-            if vector is not None:
-                state[name] = vector.clone()
-        if self._generator is not None:
-            state["generator"] = self._generator.get_state()
-        if self.preconditioner is not None:
-            state["preconditioner"] = self.preconditioner.state_dict()
-        return state
+    def _reset_state(self) -> None:
+        super()._reset_state()
+        self._memory = self._fresh_memory()
+        self._choice.kind, self._choice.indefinite = "", False
 
-    def _split_state(self, vector: ParameterVector) -> tuple[dict[str, Any], dict[str, Rows]]:
-        self._current_generator(vector)
-        small, vectors = self._export_state(), {}
-        for name in _VECTORS:
-            found = small.pop(name, None)
-            fits = found is not None and found.numel() == vector.size
-            if not fits:
-                found = torch.zeros(vector.size, dtype=vector.dtype, device=vector.device)
-            small[f"has_{name}"], vectors[name] = fits, Rows(found)
-        return small, vectors
-
-    def _join_state(
-        self, small: dict[str, Any], vectors: dict[str, Tensor], vector: ParameterVector
-    ) -> dict[str, Any]:
-        there = {name for name in _VECTORS if small.pop(f"has_{name}", False)}
-        return small | {name: v for name, v in vectors.items() if name in there}
-
-    def _import_state(self, state: dict[str, Any]) -> None:
-        vector, memory = self._known_vector(), self._fresh_memory()
-        generator: torch.Generator | None = None
-        if vector is not None and "damping" in state:
-            memory = Memory(
-                state["damping"],
-                state["radius"],
-                length=state["length"],
-                # States of earlier releases have none; their bounds were absolute.
-                start=state.get("start", 1.0),
-            )
-            for name in _VECTORS:
-                if name in state:
-                    check_size(state[name].numel(), vector)
-                    setattr(memory, name, state[name].to(vector.device, vector.dtype))
-            if "generator" in state:
-                generator = torch.Generator(vector.device)
-                generator.set_state(state["generator"].cpu())
-        self._generator = generator
-        self._largest_gradient = state.get("largest_gradient", 0.0)
-        kind = KINDS[int(state.get("kind", 0))]  # earlier releases went by what they were told
-        self._choice.kind, self._choice.indefinite = kind, bool(state.get("indefinite", False))
-        if kind:
-            self.globalization = self._rules[kind in ("hessian", DIFFERENCES)]
-        memory.rule, self._memory = self.globalization, memory
-        if self._chosen is not None:
-            self._chosen = SUITED[int(state.get("chosen", 0))]
-            self.preconditioner = resolve_preconditioner(self._chosen or None)
-        if self.preconditioner is not None:
-            self.preconditioner.load_state_dict(state.get("preconditioner", {}))
+    def _import_state(self, found: dict[str, Any]) -> None:
+        # States of earlier releases have no start; their bounds were absolute.
+        super()._import_state({"start": 1.0} | found if "damping" in found else found)
+        if self._choice.kind:
+            self.globalization = self._rules[self._choice.kind in ("hessian", DIFFERENCES)]
+        self._memory.rule = self.globalization
 
 
 def _check_sharded(curvature: Any, preconditioner: Any, curvature_products: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.types import ParamsT
-from torch_secondorder._optim.base import check_number
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
 from torch_secondorder._optim.diagonal.blocks import Block, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
@@ -134,10 +134,8 @@ class Sophia(DiagonalOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_betas(group["betas"])
-        for name in ("gamma", "eps"):
-            check_number(name, group[name], low=0.0)
-        if not float(group["eps"]) > 0:
-            raise ValueError(f"eps must be positive, got {group['eps']!r}")
+        check_number("gamma", group["gamma"], low=0.0)
+        check_number("eps", group["eps"], above=0.0)
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
         group, lr, estimate = block.group, inputs.lr, inputs.estimate

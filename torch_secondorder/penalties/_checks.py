@@ -6,48 +6,26 @@ refused has not moved.
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from torch_secondorder._foundation.memory import check_fits
+from torch_secondorder._foundation.private_torch import BatchNorm
 
 __all__ = [
-    "check_choice",
-    "check_count",
-    "check_fits",
-    "check_noise",
+    "check_fits_exactly",
     "check_outputs",
     "check_samples",
     "check_separate",
 ]
 
 
-def check_choice(name: str, value: str, known: Collection[str]) -> None:
-    """Raises ValueError where a name is none of those known."""
-    if value not in known:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises ValueError where a number is not an integer of at least one."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is an integer of at least 1, got {value!r}")
-
-
-def check_noise(noise: float | None) -> None:
-    """Raises ValueError where a standard deviation is not positive and finite."""
-    if noise is not None and not 0 < noise < math.inf:
-        raise ValueError(f"noise is a positive standard deviation, or None, got {noise!r}")
-
-
 def check_samples(x: Tensor) -> None:
     """Raises TypeError or ValueError where `x` is no batch that can be differentiated by."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x is a tensor, got {type(x).__name__}")
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(
             f"x has dtype {x.dtype}, and there are derivatives by real floating-point numbers "
@@ -66,7 +44,7 @@ def check_separate(f: Callable[..., Any]) -> None:
         return
     for name, inner in module.named_modules():
         # Without running statistics it takes those of the batch in evaluation as well.
-        if isinstance(inner, _BatchNorm) and (inner.training or inner.running_mean is None):
+        if isinstance(inner, BatchNorm) and (inner.training or inner.running_mean is None):
             what = f"{type(inner).__name__} {name!r}" if name else type(inner).__name__
             raise ValueError(
                 f"{what} normalizes with the statistics of the batch, so an output depends on all "
@@ -90,23 +68,13 @@ def check_outputs(y: Any, n: int, name: str = "f(x)") -> None:
         raise ValueError(f"{name} is empty: it has shape {tuple(y.shape)}")
 
 
-def check_fits(shape: tuple[int, ...], like: Tensor) -> None:
-    """Raises ValueError where a tensor and its gradient would exceed the memory of the machine."""
-    needed = 2 * math.prod(shape) * like.element_size()
-    if needed > total_memory(like.device):
-        sizes = " x ".join(f"{size:,}" for size in shape)
-        raise ValueError(
-            f"exact Jacobians of this batch are {sizes} numbers, which with their gradient take "
-            f"{needed / 2**30:,.1f} GiB, more than the memory of {like.device}: use "
-            "method='projection', or smaller batches"
-        )
-
-
-def total_memory(device: torch.device) -> float:
-    """Bytes of memory that the device has; infinity where the system does not tell."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):
-        return math.inf
+def check_fits_exactly(shape: Sequence[int], like: Tensor) -> None:
+    """Raises a ValueError where exact Jacobians and their gradient would exceed all memory."""
+    check_fits(
+        "exact Jacobians of this batch",
+        shape,
+        like.dtype,
+        like.device,
+        "use method='projection', or smaller batches",
+        with_gradient=True,
+    )

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder._foundation.subclasses import plain, plainly
-from torch_secondorder.penalties._checks import check_choice, check_count, check_noise
 from torch_secondorder.penalties.contractive import contractive_penalty
 
 __all__ = ["Calls", "EncoderPenalty", "Recorder", "input_of", "seeded"]
@@ -81,9 +81,9 @@ class EncoderPenalty:
                 f"{type(encoder).__name__}"
             )
         check_choice("method", method, ("auto", "exact", "projection"))
-        check_noise(noise)
-        check_count("n_noise", n_noise)
-        check_count("n_projections", n_projections)
+        check_number("noise", noise, above=0, optional=True)
+        check_integer("n_noise", n_noise)
+        check_integer("n_projections", n_projections)
         self.encoder = encoder
         self.method = method
         self.noise = noise

@@ -5,13 +5,13 @@ No derivative is taken by the input: a module is looked at, and called layer by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from torch_secondorder._foundation.private_torch import global_module_hooks, module_hooks
 from torch_secondorder.penalties._chain import Chain
 from torch_secondorder.penalties._squares import logistic_slope
 
@@ -83,23 +83,15 @@ def _unrolled(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_plain(module: nn.Module) -> bool:
     replaced = "forward" in vars(module) or _forward_of(type(module)) is not _FORWARDS[type(module)]
-    return not replaced and not _hooked(
-        *(module._forward_hooks, module._forward_pre_hooks),
-        *(module._backward_hooks, module._backward_pre_hooks),
-    )
+    return not replaced and not _hooked(module_hooks(module))
 
 
 def _watched_globally() -> bool:
     """Whether there are hooks on all modules."""
-    return _hooked(
-        torch_module._global_forward_hooks,
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
-    )
+    return _hooked(global_module_hooks())
 
 
-def _hooked(*hooks: Mapping[Any, Any]) -> bool:
+def _hooked(hooks: Iterable[Mapping[Any, Any]]) -> bool:
     """Whether there are hooks other than this package's own, which change nothing.
 
     Optimizers of this package set some to see which modules a closure calls, and with what.

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from torch_secondorder._foundation.private_torch import innermost_transform
+
 __all__ = ["logistic_slope", "squared_sum"]
 
 # Numbers from which on a pass takes longer than a function in Python.
@@ -45,7 +47,7 @@ def logistic_slope(h: Tensor) -> Tensor:
 
 def _pays(t: Tensor) -> bool:
     # Transforms of torch.func go by rules of their own.
-    return t.numel() >= _WORTHWHILE and torch._C._functorch.peek_interpreter_stack() is None
+    return t.numel() >= _WORTHWHILE and innermost_transform() is None
 
 
 class _SquaredSum(Function):

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
+from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder._foundation.subclasses import like, plain
 from torch_secondorder.penalties._chain import Chain, changes, largest, mean_squared_norm
 from torch_secondorder.penalties._checks import (
-    check_choice,
-    check_count,
-    check_fits,
-    check_noise,
+    check_fits_exactly,
     check_outputs,
     check_samples,
     check_separate,
@@ -91,9 +89,9 @@ def contractive_penalty(
     0.125
     """
     check_choice("method", method, ("auto", "exact", "projection"))
-    check_count("n_projections", n_projections)
-    check_count("n_noise", n_noise)
-    check_noise(noise)
+    check_integer("n_projections", n_projections)
+    check_integer("n_noise", n_noise)
+    check_number("noise", noise, above=0, optional=True)
     x, given = plain(x), x
     check_samples(x)
     check_separate(encoder)
@@ -133,7 +131,7 @@ def _in_closed_form(
     weights = [m.weight for m in modules if isinstance(m, nn.Linear)]
     numbers = largest(weights)
     if force:
-        check_fits((len(points), numbers), weights[0])
+        check_fits_exactly((len(points), numbers), weights[0])
     elif len(weights) > 1 and len(points) * numbers * weights[0].element_size() > _LARGEST_CHAIN:
         return None
     slope = None if code is None else slope_from_output(modules, code)

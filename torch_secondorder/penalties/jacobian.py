@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
+from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder._foundation.subclasses import like, plain, plainly
 from torch_secondorder.penalties._checks import (
-    check_choice,
-    check_count,
-    check_fits,
+    check_fits_exactly,
     check_outputs,
     check_samples,
     check_separate,
@@ -68,7 +67,7 @@ def jacobian_penalty(
     tensor(60., grad_fn=<...>)
     """
     check_choice("method", method, ("exact", "projection"))
-    check_count("n_projections", n_projections)
+    check_integer("n_projections", n_projections)
     check_samples(plain(x))
     check_separate(f)
     differentiable = torch.is_grad_enabled()
@@ -106,7 +105,7 @@ def exact_rows(y: Tensor, x: Tensor) -> Tensor:
     """
     sample = plain(x)[0]
     count, d = y[0].numel(), sample.numel()
-    check_fits((len(y), count, d), y)
+    check_fits_exactly((len(y), count, d), y)
     if count <= 2 * d:
         return pulled(y, x, _units(y))
     # Columns: the product `J'u` is linear in `u`, and its derivative by `u` along `t` is `J t`.

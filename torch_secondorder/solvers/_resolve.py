@@ -1,15 +1,20 @@
-"""The one place where names of solvers and preconditioners are resolved."""
+"""Resolution of names of solvers and preconditioners."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
+from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder.solvers.base import LinearSolver, Preconditioner
 from torch_secondorder.solvers.kfac import KFAC
 from torch_secondorder.solvers.minres import MINRES
 from torch_secondorder.solvers.preconditioners import Martens, Nystrom
 
-__all__ = ["resolve_preconditioner", "resolve_solver"]
+__all__ = ["PreconditionerName", "SolverName", "resolve_preconditioner", "resolve_solver"]
+
+PreconditionerName: TypeAlias = Literal["kfac", "martens", "nystrom"]
+SolverName: TypeAlias = Literal["cg", "minres"]
 
 _NAMED: dict[str, Callable[[], Preconditioner]] = {
     "kfac": KFAC,
@@ -19,7 +24,7 @@ _NAMED: dict[str, Callable[[], Preconditioner]] = {
 
 
 def resolve_preconditioner(spec: str | Preconditioner | None) -> Preconditioner | None:
-    """The preconditioner that `spec` names.
+    """A preconditioner from its name.
 
     Args:
         spec: `"kfac"`, `"martens"`, `"nystrom"`, an instance (returned as it is), or None for none.
@@ -30,18 +35,12 @@ def resolve_preconditioner(spec: str | Preconditioner | None) -> Preconditioner 
     """
     if spec is None or isinstance(spec, Preconditioner):
         return spec
-    if not isinstance(spec, str):
-        raise TypeError(
-            f"a preconditioner is a name, an instance such as Nystrom(), or None, got {spec!r}"
-        )
-    if spec not in _NAMED:
-        names = ", ".join(map(repr, _NAMED))
-        raise ValueError(f"unknown preconditioner {spec!r}; known: {names}, or None for none")
+    check_choice("preconditioner", spec, _NAMED, "an instance such as Nystrom(), or None")
     return _NAMED[spec]()
 
 
 def resolve_solver(spec: str | LinearSolver, max_iterations: int) -> LinearSolver | None:
-    """The linear solver that `spec` names.
+    """A linear solver from its name.
 
     Args:
         spec: `"cg"`, `"minres"`, or an instance (returned as it is).
@@ -54,12 +53,7 @@ def resolve_solver(spec: str | LinearSolver, max_iterations: int) -> LinearSolve
         ValueError: The name is unknown.
         TypeError: It is neither a name nor an instance.
     """
-    if spec == "cg":
-        return None
-    if spec == "minres":
-        return MINRES(max_iterations)
-    if isinstance(spec, str):
-        raise ValueError(f"unknown solver {spec!r}; known: 'cg', 'minres', or an instance")
-    if isinstance(spec, type) or not callable(spec):
-        raise TypeError(f"a solver is a name or an instance such as MINRES(), got {spec!r}")
+    if isinstance(spec, (str, type)) or not callable(spec):
+        check_choice("solver", spec, SolverName, "an instance such as MINRES()")
+        return MINRES(max_iterations) if spec == "minres" else None
     return spec

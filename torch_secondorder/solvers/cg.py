@@ -9,6 +9,7 @@ from math import ceil, inf, isfinite, sqrt
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers.base import Iterate, SolveResult, SolveStatus, check_system
 
@@ -67,13 +68,9 @@ class CG:
 
     def __post_init__(self) -> None:
         for name, least in (("max_iterations", 1), ("recompute", 0), ("most_iterates", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            check_integer(name, getattr(self, name), least)
         for name in ("tolerance", "progress"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+            check_number(name, getattr(self, name), low=0, below=1)
         if not self.slack > 0:
             raise ValueError(f"slack must be above 0, got {self.slack!r}")
 

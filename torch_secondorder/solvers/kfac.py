@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._objective.evaluation import Slot
 from torch_secondorder.curvature import FromOutputs, LinearOperator
 from torch_secondorder.solvers._units import power_of_two
@@ -37,11 +38,9 @@ class KFAC(Preconditioner):
     """
 
     def __init__(self, period: int = 1, decay: float = 0.0, largest: int = 4096) -> None:
-        for name, value in (("period", period), ("largest", largest)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay!r}")
+        check_integer("period", period)
+        check_integer("largest", largest)
+        check_number("decay", decay, low=0, below=1)
         self._period, self._decay, self._largest = period, decay, largest
         self._age = 0
         self._factors: list[_Layer] = []

@@ -9,6 +9,7 @@ from math import hypot, isfinite
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._params.vector import to_host
 from torch_secondorder.curvature import LinearOperator
 
@@ -122,8 +123,7 @@ def lanczos(
         >>> [round(weight, 4) for weight in first.square().tolist()]
         [0.3333, 0.3333, 0.3333]
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+    check_integer("steps", steps)
     if start.shape != (A.size,):
         raise ValueError(f"start must have shape ({A.size},), got {tuple(start.shape)}")
     start = start.detach()

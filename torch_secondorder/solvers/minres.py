@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._foundation.deprecation import renamed
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers._minres_iteration import MinresIteration
@@ -63,12 +64,8 @@ class MINRES:
     stop_at_negative_curvature: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_iterations, int) or self.max_iterations < 1:
-            raise ValueError(
-                f"max_iterations must be an integer of at least 1, got {self.max_iterations!r}"
-            )
-        if not (isinstance(self.tolerance, (int, float)) and 0.0 <= self.tolerance < 1.0):
-            raise ValueError(f"tolerance must lie in [0, 1), got {self.tolerance!r}")
+        check_integer("max_iterations", self.max_iterations)
+        check_number("tolerance", self.tolerance, low=0, below=1)
 
     def __call__(
         self,

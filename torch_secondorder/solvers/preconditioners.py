@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.curvature import Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.solvers.base import Preconditioner
 
@@ -29,10 +30,8 @@ class Martens(Preconditioner):
     """
 
     def __init__(self, power: float = 0.75, n_samples: int = 4) -> None:
-        if not 0 < power <= 1:
-            raise ValueError(f"power must lie in (0, 1], got {power!r}")
-        if not isinstance(n_samples, int) or n_samples < 1:
-            raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+        check_number("power", power, above=0, high=1)
+        check_integer("n_samples", n_samples)
         self._power = power
         self._n_samples = n_samples
         self._diagonal: Tensor | None = None
@@ -89,9 +88,8 @@ class Nystrom(Preconditioner):
     """
 
     def __init__(self, rank: int = 60, period: int = 20) -> None:
-        for name, value in (("rank", rank), ("period", period)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_integer("rank", rank)
+        check_integer("period", period)
         self._rank = rank
         self._period = period
         self._age = 0

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_secondorder._foundation.buffer_pool import BufferPool
+from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import (
     GradientTrace,
@@ -35,23 +36,31 @@ from torch_secondorder._objective.one_shot import (
     Outcome,
     SingleEvaluation,
 )
-from torch_secondorder._optim.base import SecondOrderOptimizer, check_number, makes_state_only
-from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout, as_real, prepare
+from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
+from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
     ShardedEvaluation,
     check_closure,
     held_outcome,
     held_parts,
-    part_states,
-    whole_states,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
 from torch_secondorder._optim.diagonal.schedule import EstimateSchedule, capturing
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
-from torch_secondorder._optim.info import LazyInfo, StepInfo
+from torch_secondorder._optim.info import LazyInfo
 from torch_secondorder._optim.present import Scaling, present_gradients
+from torch_secondorder._optim.state import (
+    Count,
+    MasterCopy,
+    Moment,
+    Number,
+    Random,
+    as_real,
+    declare,
+    prepare,
+)
 from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
 from torch_secondorder._params.vector import ParameterVector, max_norm
 from torch_secondorder.curvature.diagonal import (
@@ -61,6 +70,26 @@ from torch_secondorder.curvature.diagonal import (
 )
 
 __all__ = ["DiagonalOptimizer", "check_betas"]
+
+
+class _OutOfTurn(Number):
+    """Steps that estimate out of turn; parameters thawed since the last step need some."""
+
+    def save(self, optimizer: DiagonalOptimizer) -> dict[str, Any]:
+        """See `ModelField.save`."""
+        schedule = optimizer._schedule
+        new = schedule.has_new(optimizer._trainable)
+        least = schedule.warm_up(optimizer._period) if new else 0
+        return {self.name: max(schedule.out_of_turn, least)}
+
+
+class _GeneratorBefore(Random):
+    """The generator as it was before an observation, which is not saved."""
+
+    def save(self, optimizer: DiagonalOptimizer) -> dict[str, Any]:
+        """See `ModelField.save`."""
+        before = optimizer._generator_before
+        return super().save(optimizer) if before is None else {self.name: before}
 
 
 class DiagonalOptimizer(SecondOrderOptimizer):
@@ -101,8 +130,17 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _info_type = DiagonalInfo
-    _carried = (*SecondOrderOptimizer._carried, "estimator", "_watches")
-    _optional_names: tuple[str, ...] = ("generator",)
+    _carried = ("estimator", "_watches")
+    _state_fields = declare(
+        steps=Number(0, "_schedule.steps"),
+        overdue=_OutOfTurn(0, "_schedule.out_of_turn"),
+        generator=_GeneratorBefore(),
+        step=Count(),
+        curvature_step=Count(),
+        exp_avg=Moment(),
+        exp_hessian=Moment(),
+        master=MasterCopy(),
+    )
     #: The number of first steps that all estimate the curvature, at most a period.
     _warm_up = 1
     #: The least number of labels that `GaussNewtonBartlett` draws for the first estimate.
@@ -128,10 +166,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self.estimator = estimator
         self._watches = False  # until everything is set up
         self._schedule = EstimateSchedule(self._warm_up)
-        self._generator: torch.Generator | None = None
         self._last_trace: GradientTrace | None = None  # of the gradients that the last step left
         self._buffer_pool = BufferPool()
-        self._layout = BlockLayout()
+        self._layout = BlockLayout(self._parameter_fields)
         super().__init__(params, defaults)
         self._watches = watch
         self._listen()
@@ -155,7 +192,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         for name in ("update_period", "accumulation_steps"):
-            check_number(name, group[name], low=1, integer=True)
+            check_integer(name, group[name], whole_floats=True)
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -416,10 +453,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """The vector of the parameters, and the source of random numbers."""
         if self._vector is None or not self._vector.matches(params, None):
             self._vector = ParameterVector(params)
-        if self._generator is None:
-            self._generator = torch.Generator(self._vector.device)
-            self._generator.manual_seed(int(self.param_groups[0]["seed"]))
-        return self._vector, self._generator
+        return self._vector, self._random(self._vector.device)
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
         """A watch that takes the estimate of the coming step."""
@@ -578,80 +612,33 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             "that ran before the curvature was due (update_period may have been changed since)"
         )
 
-    # The report, made when it is read.
-
-    @property
-    def info(self) -> StepInfo | None:
-        """The report of the last step, None before the first."""
-        # Nothing is set here: `self` may be a wrapper that stands for this object.
-        info: StepInfo | None = self._info() if isinstance(self._info, LazyInfo) else self._info
-        return info
-
-    @info.setter
-    def info(self, info: Any) -> None:
-        self._info = info
-
     # Checkpoints.
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
         for p in params:
-            prepare(self.state[p], p, on_device=self._on_device)
+            prepare(self._parameter_fields, self.state[p], p, on_device=self._on_device)
         self._show_names()
 
-    def _export_state(self) -> dict[str, Any]:
+    @property
+    def _seed(self) -> int:  # type: ignore[override]
+        return int(self.param_groups[0]["seed"])
+
+    def _before_saving(self) -> None:
         self._schedule.confirm(self._trainable)
-        if self._generator is None and self._trainable:
-            self._vector_and_generator(self._trainable)  # there has to be one to load into
-        schedule = self._schedule
-        overdue = schedule.out_of_turn
-        if schedule.has_new(self._trainable):
-            overdue = max(overdue, schedule.warm_up(self._period))
-        state: dict[str, Any] = {"steps": schedule.steps, "overdue": overdue}
-        if self._generator is not None:
-            # An observation is not saved, nor the random numbers that were drawn for it.
-            before = self._generator_before
-            state["generator"] = self._generator.get_state() if before is None else before
-        return state
 
-    def _add_state(self, states: dict[int, dict[str, Any]]) -> None:
-        if not self._sharded:
-            super()._add_state(states)
-        elif self._trainable:
-            states.update(whole_states(self._parameters, self.state, self._export_state()))
-
-    def _import(self, states: list[dict[str, Any]]) -> None:
-        if self._sharded:
-            states = [part_states(self._parameters, states, self.state)]
-        super()._import(states)
-
-    def _import_state(self, state: dict[str, Any]) -> None:
-        vector, saved = self._known_vector(), state.get("generator")
+    def _reset_state(self) -> None:
+        super()._reset_state()
         self._forget_observation()
-        self._layout = BlockLayout()
+        self._layout = BlockLayout(self._parameter_fields)
         self._schedule = EstimateSchedule(self._warm_up)
-        self._schedule.steps = int(state.get("steps", 0))
-        self._schedule.out_of_turn = int(state.get("overdue", 0))
-        self._schedule.trained = self._trainable if self._schedule.steps else None
-        self._last_trace = self._generator = None
+        self._last_trace = None
         self._buffer_pool = BufferPool()
-        self._listen()
-        if saved is not None and vector is not None:
-            self._generator = torch.Generator(vector.device)
-            try:
-                self._generator.set_state(saved.cpu())
-            except RuntimeError:  # of a device of another type: other probes do as well
-                seed = int(self.param_groups[0]["seed"])
-                self._generator.manual_seed(seed + self._schedule.steps)
 
-    def _finish_loading(self, state_dict: dict[str, Any]) -> None:
-        # torch casts state to the parameters' dtype, and a narrow one would lose the rest.
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, p in zip(saved, self._parameters, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and name in self.state[p]:
-                    self.state[p][name] = value.to(p.device, copy=True)
-        super()._finish_loading(state_dict)
+    def _import_state(self, found: dict[str, Any]) -> None:
+        super()._import_state(found)
+        self._schedule.trained = self._trainable if self._schedule.steps else None
+        self._listen()
 
 
 #: Types of hyperparameters that do not change in place.

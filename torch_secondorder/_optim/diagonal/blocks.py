@@ -6,7 +6,7 @@ any number of parameters. Only the steps that touch gradients and parameters wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -14,9 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-# From C++: views one by one take longer than the arithmetic on a small network.
-from torch._utils import _unflatten_dense_tensors
-
+from torch_secondorder._foundation.private_torch import fused_adam, unflatten_tensors, unscale
+from torch_secondorder._optim.state import ParameterField, as_real, prepare
 from torch_secondorder._params.space import local
 
 __all__ = [
@@ -25,10 +24,8 @@ __all__ = [
     "Block",
     "BlockLayout",
     "Number",
-    "as_real",
     "narrowed",
     "nonfinite",
-    "prepare",
 ]
 
 #: A number on the host, or a 0-dim tensor on the device.
@@ -39,7 +36,6 @@ MOMENTS = ("exp_avg", "exp_hessian")
 #: The counts that each parameter has.
 COUNTS = ("step", "curvature_step")
 _ALMOST_ONE = 1 - 2.0**-53
-_fused: Callable[..., Any] | None = getattr(torch, "_fused_adam_", None)  # it is not public
 
 
 class Block:
@@ -101,7 +97,7 @@ class Block:
         # The fused kernel goes through memory from end to end. Float64 is left out: the kernel
         # disturbs the first moment by 1e-16, which users of float64 may notice.
         self._can_fuse = (
-            _fused is not None
+            fused_adam is not None
             and self.master is None
             and all(
                 real.is_contiguous() and real.dtype == torch.float32 and not real.is_cuda
@@ -120,7 +116,7 @@ class Block:
 
     def pieces(self, flat: Tensor) -> list[Tensor]:
         """Views of a vector `(n,)`, shaped like the parameters (as pairs if these are complex)."""
-        return list(_unflatten_dense_tensors(flat, self._reals))
+        return list(unflatten_tensors(flat, self._reals))
 
     def is_intact(self, states: Any) -> bool:
         """Whether parameters and moments are still where they were when the block was made.
@@ -193,10 +189,10 @@ class Block:
         """
         if not self._can_fuse:
             return False
-        assert _fused is not None
-        _fused(
+        assert fused_adam is not None
+        fused_adam(
             self._reals,
-            list(_unflatten_dense_tensors(estimate, self._reals)),
+            list(unflatten_tensors(estimate, self._reals)),
             self._exp_avg_parts,
             self._exp_hessian_parts,
             [],
@@ -247,6 +243,9 @@ class Block:
 class BlockLayout:
     """Puts parameters into blocks, and leaves them there as long as nothing changes.
 
+    Args:
+        fields: The declared state of each parameter.
+
     Attributes:
         blocks: The blocks of the last step.
         lacks_curvature: Whether a parameter had a gradient in the last step, and no curvature yet.
@@ -254,7 +253,8 @@ class BlockLayout:
             asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fields: Sequence[ParameterField]) -> None:
+        self._fields = fields
         self.blocks: list[Block] = []
         self.lacks_curvature = self.got_curvature = False
         self._key: list[object] = []
@@ -301,7 +301,7 @@ class BlockLayout:
         for place, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
             if gradient is not None:
                 state = states[p]
-                prepare(state, p, on_device=on_device)
+                prepare(self._fields, state, p, on_device=on_device)
                 if has_estimate or bool(state["curvature_step"]):
                     members[id(p)] = place, state
                     if notes_first and has_estimate and not self.got_curvature:
@@ -346,42 +346,6 @@ def _make_blocks(
     return blocks
 
 
-def prepare(state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
-    """Fills in the state of a parameter, and brings it to the parameter's device and dtype.
-
-    Args:
-        state: The state, empty for a new one.
-        p: The parameter.
-        on_device: Whether counts are kept on the device.
-    """
-    real = as_real(p)
-    dtype = torch.promote_types(real.dtype, torch.float32)
-    device = p.device if on_device else torch.device("cpu")
-    for name in COUNTS:
-        count = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32)
-        state[name] = count.to(device)
-    for name in MOMENTS:
-        if name in state:
-            state[name] = state[name].to(p.device, dtype)
-        else:
-            state[name] = torch.zeros(real.shape, dtype=dtype, device=p.device)
-    if dtype == real.dtype:
-        state.pop("master", None)
-    elif "master" not in state:
-        state["master"] = real.to(dtype, copy=True)
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """The tensor without a graph, dense and real; complex numbers become pairs.
-
-    Of a sharded tensor, the part that this process holds.
-    """
-    tensor = local(tensor).detach()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
 def narrowed(number: Number, like: Tensor) -> Number:
     """A number on the device in the dtype of its operand; a number on the host unchanged.
 
@@ -417,7 +381,7 @@ def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) ->
                 for t in group:
                     t.copy_(t.float().mul_(inverse))
         else:
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, inverse)
+            unscale(group, found, inverse)
         total = found if total is None else total + found.to(total.device)
     assert total is not None
     return total

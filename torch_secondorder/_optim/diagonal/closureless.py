@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +29,7 @@ from torch_secondorder._autograd.traversal import (
     twice_differentiable,
 )
 from torch_secondorder._closure.capture import examine_everywhere, suspects_among
+from torch_secondorder._foundation.private_torch import engine_run_backward, plainly, tensor_hooks
 from torch_secondorder._objective.one_shot import without_autocast
 from torch_secondorder._optim.diagonal.observation import Observation
 
@@ -93,7 +94,7 @@ class _Watchers(Listeners):
     ) -> None:
         """What `torch.autograd.backward` does while anybody watches."""
         more = (grad_tensors, retain_graph, create_graph, grad_variables, inputs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with plainly():
             root = None if grad_variables is not None else _root(tensors, grad_tensors)
             nodes = [] if root is None else nodes_of(root[:1])
             leaves = leaves_of(nodes) if inputs is None else _leaves_among(inputs)
@@ -241,7 +242,7 @@ def _accumulate(
     if not create_graph:
         values = tuple(g.detach() for g in values)
     with _without_hooks(ends):
-        _engine_run_backward(
+        engine_run_backward(
             ends,
             values,
             create_graph,
@@ -255,7 +256,7 @@ def _accumulate(
 @contextmanager
 def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Lets the hooks of `Tensor.register_hook` rest: they have seen these gradients."""
-    held = [(p._backward_hooks, dict(p._backward_hooks)) for p in leaves if p._backward_hooks]
+    held = [(hooks, dict(hooks)) for p in leaves if (hooks := tensor_hooks(p))]
     for hooks, _ in held:
         hooks.clear()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,8 @@ from torch import Tensor
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.one_shot import GradientTrace, Outcome, without_autocast
-from torch_secondorder._optim.diagonal.blocks import COUNTS, MOMENTS, prepare
 from torch_secondorder._optim.diagonal.sampled_labels import DrawnLabels
-from torch_secondorder._params.space import local, sharded_like
+from torch_secondorder._params.space import local
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
@@ -32,8 +31,6 @@ __all__ = [
     "check_closure",
     "held_outcome",
     "held_parts",
-    "part_states",
-    "whole_states",
 ]
 
 
@@ -192,66 +189,3 @@ def held_outcome(outcome: Outcome, vector: ParameterVector) -> Outcome:
 def held_parts(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     """What this process holds of each."""
     return [None if tensor is None else local(tensor) for tensor in tensors]
-
-
-# Checkpoints: moments as DTensors, and all of them from the beginning, for that is what
-# `torch.distributed.checkpoint` loads into; numbers as tensors for the same reason.
-
-
-def whole_states(
-    params: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]], model_state: dict[str, Any]
-) -> dict[int, dict[str, Any]]:
-    """The states of sharded parameters for a checkpoint, by their numbers."""
-    result: dict[int, dict[str, Any]] = {}
-    for number, p in enumerate(params):
-        if not p.requires_grad:
-            continue
-        state = dict(states.get(p, {}))
-        prepare(state, p, on_device=False)
-        # Whole-model state is under the first that is trained: others may be left out.
-        shared = {} if result else {n: torch.as_tensor(v) for n, v in model_state.items()}
-        result[number] = shared | {
-            name: state[name].clone() if name in COUNTS else sharded_like(state[name].clone(), p)
-            for name in (*COUNTS, *MOMENTS, "master")
-            if name in state
-        }
-    return result
-
-
-def part_states(
-    params: Sequence[Tensor], saved: Sequence[dict[str, Any]], states: Any
-) -> dict[str, Any]:
-    """Takes over what this process holds of the states in a checkpoint.
-
-    Args:
-        params: The parameters.
-        saved: Theirs.
-        states: By parameter, where they go.
-
-    Returns:
-        The whole-model state among them.
-
-    Raises:
-        ValueError: They do not fit.
-    """
-    model_state: dict[str, Any] = {}
-    for number, (p, state) in enumerate(zip(params, saved, strict=True)):
-        own, shape = {}, local(p).shape
-        for name, value in state.items():
-            if name not in (*COUNTS, *MOMENTS, "master"):
-                number_like = isinstance(value, Tensor) and not value.dim()
-                model_state[name] = value.item() if number_like else value
-                continue
-            part = local(value).to(p.device, copy=True)
-            if name not in COUNTS and part.shape != shape:
-                raise ValueError(
-                    f"{name} of parameter {number} has shape {tuple(part.shape)} in this process, "
-                    f"and the parameter {tuple(shape)}: load it into this optimizer's state_dict() "
-                    "by torch.distributed.checkpoint, which cuts it up anew"
-                )
-            own[name] = part
-        if own:
-            states[p] = own
-        else:
-            states.pop(p, None)
-    return model_state

@@ -10,9 +10,9 @@ from weakref import ReferenceType
 from torch import Tensor
 
 from torch_secondorder._objective.one_shot import GradientTrace
-from torch_secondorder._optim.diagonal.blocks import as_real
 from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.info import StepInfo
+from torch_secondorder._optim.state import as_real
 from torch_secondorder._params.vector import max_norm
 
 __all__ = ["DiagonalInfo", "report_of"]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._objective.one_shot import Outcome
-from torch_secondorder._optim.diagonal.blocks import Block, Number, as_real, nonfinite
+from torch_secondorder._optim.diagonal.blocks import Block, Number, nonfinite
 from torch_secondorder._optim.info import StepStatus
+from torch_secondorder._optim.state import as_real
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
 

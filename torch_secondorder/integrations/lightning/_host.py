@@ -1,4 +1,4 @@
-"""The base of the callbacks, which both packages of Lightning accept, and what they all ask."""
+"""The base class of the callbacks, accepted by both Lightning packages, and the optimizers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch_secondorder.optim import SecondOrderOptimizer
 
 __all__ = ["Callback", "found_bases", "our_optimizers"]
 
-#: The same code under two names; an object of one is none of the other.
+#: The same code under two names; neither accepts objects of the other.
 _HOSTS = ("lightning.pytorch", "pytorch_lightning")
 
 
 def found_bases(hosts: tuple[str, ...] = _HOSTS) -> tuple[type, ...]:
-    """The `Callback` classes of all packages of Lightning that can be imported.
+    """The `Callback` classes of all installed Lightning packages.
 
     Args:
-        hosts: Their names.
+        hosts: Names of the packages.
 
     Raises:
-        ImportError: There is none.
+        ImportError: None is installed.
     """
     found: list[type] = []
     for name in hosts:
         try:
             first = not found and not any(host in sys.modules for host in hosts)
-            with nullcontext() if first else _messages_kept():
+            with nullcontext() if first else _logger_kept():
                 found.append(importlib.import_module(f"{name}.callbacks").Callback)
         except ImportError as error:
             reason = error
@@ -41,8 +41,8 @@ def found_bases(hosts: tuple[str, ...] = _HOSTS) -> tuple[type, ...]:
 
 
 @contextmanager
-def _messages_kept() -> Iterator[None]:
-    """What both packages log goes to the logger of the one imported last; here to that before."""
+def _logger_kept() -> Iterator[None]:
+    """Restores the logger that both packages share; importing one sets it to its own."""
     shared: Any = importlib.import_module("lightning_utilities.core.rank_zero")
     before = shared.log
     try:
@@ -54,21 +54,21 @@ def _messages_kept() -> Iterator[None]:
 if TYPE_CHECKING:
 
     class Callback:
-        """Lightning's base class, of whichever package."""
+        """Lightning's base class, from either package."""
 
 else:
     Callback = type(
         "Callback",
         found_bases(),
-        {"__doc__": "A callback of every Lightning installed.", "__module__": __name__},
+        {"__doc__": "A callback of every installed Lightning.", "__module__": __name__},
     )
 
 
 def our_optimizers(trainer: Any) -> dict[str, SecondOrderOptimizer]:
-    """This package's optimizers among the trainer's, each with a name of its own.
+    """The trainer's optimizers that belong to this package, by unique names.
 
     Args:
-        trainer: Of either package, with its optimizers set up.
+        trainer: A trainer from either package, with its optimizers set up.
     """
     found: dict[str, SecondOrderOptimizer] = {}
     for optimizer in trainer.optimizers:

@@ -1,4 +1,4 @@
-"""Runs a module's `training_step` once more without a trace in logs, metrics or random numbers."""
+"""Extra runs of a module's `training_step`, without a trace in logs, metrics or random numbers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-__all__ = ["cloned", "loss_of", "unnoticed"]
+from torch_secondorder._foundation.private_torch import pytree
+
+__all__ = ["cloned", "loss_of", "replaced", "unnoticed"]
 
 
 def loss_of(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> Callable[[], Any]:
-    """A closure that gives the loss of a batch, in the trainer's precision, over all of its ranks.
+    """A closure for the loss of a batch, in the trainer's precision and over all of its ranks.
 
     Args:
-        trainer: While it is fitting.
-        pl_module: Its module, under automatic optimization.
-        batch: On the device.
+        trainer: The trainer, while it is fitting.
+        pl_module: Its module, with automatic optimization.
+        batch: The batch, on the device.
         batch_idx: Its number.
 
     Raises:
@@ -30,35 +31,35 @@ def loss_of(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> Callabl
     arguments = (batch, batch_idx) if takes_index else (batch,)
 
     def closure() -> Any:
-        # In place changes of the batch are not to be seen by the step itself.
+        # Cloned, so that in-place changes of the batch do not reach the actual step.
         output = trainer.strategy.training_step(*cloned(arguments))
         loss = output.get("loss") if isinstance(output, dict) else output
         if loss is None:
-            raise TypeError("training_step returned no loss, so that there is no curvature of it")
+            raise TypeError("training_step returned no loss, so there is no curvature")
         return loss
 
     return closure
 
 
 def cloned(batch: Any) -> Any:
-    """The batch with copies of its tensors."""
+    """A copy of a batch with cloned tensors."""
     return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
 
 
 @contextmanager
 def unnoticed(pl_module: Any) -> Iterator[None]:
-    """Within, nothing is logged; after it, metrics and random states are as before.
+    """A context in which nothing is logged; restores metrics and random states on exit.
 
-    Random states are those of torch, NumPy and Python. The parameters' gradients and the buffers
-    are left to whoever evaluates.
+    Random states are those of torch, NumPy and Python. Gradients and buffers are not restored here:
+    diagnostics do that.
 
     Args:
         pl_module: The module.
     """
     with ExitStack() as stack:
-        stack.enter_context(_isolated(pl_module))
+        stack.enter_context(_random_states_kept(pl_module))
         for name in ("log", "log_dict"):
-            stack.enter_context(_replaced(pl_module, name, _nothing))
+            stack.enter_context(replaced(pl_module, name, lambda *_, **__: None))
         for module in pl_module.modules():
             if _is_metric(module):
                 kept = {k: _copied(v) for k, v in vars(module).items()}
@@ -66,22 +67,19 @@ def unnoticed(pl_module: Any) -> Iterator[None]:
         yield
 
 
-def _isolated(pl_module: Any) -> Any:
-    """Lightning's own context for random states."""
+def _random_states_kept(pl_module: Any) -> Any:
+    """Lightning's context that restores random states."""
     for kind in type(pl_module).__mro__:
         if kind.__name__ == "LightningModule":
             package = kind.__module__.rpartition(".core.")[0]
             return importlib.import_module(f"{package}.utilities.seed").isolate_rng()
-    raise TypeError(f"{type(pl_module).__name__} is no LightningModule")
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+    raise TypeError(f"{type(pl_module).__name__} is not a LightningModule")
 
 
 @contextmanager
-def _replaced(pl_module: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(pl_module)
+def replaced(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """A context in which an instance has another attribute."""
+    own = vars(instance)
     missing = object()
     before = own.get(name, missing)
     own[name] = value
@@ -95,7 +93,7 @@ def _replaced(pl_module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _is_metric(module: nn.Module) -> bool:
-    """Whether this is a metric of torchmetrics, whose state is in plain attributes."""
+    """True for metrics of torchmetrics, which keep their state in plain attributes."""
     return any(
         kind.__name__ == "Metric" and kind.__module__.startswith("torchmetrics.")
         for kind in type(module).__mro__

@@ -1,4 +1,4 @@
-"""Looks at the curvature of the training loss now and then."""
+"""A callback that logs the curvature of the training loss at intervals."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 
+from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder.diagnostics import (
     SpectralDensity,
     definiteness,
@@ -18,42 +19,41 @@ from torch_secondorder.diagnostics import (
     spectral_density,
     trace,
 )
-from torch_secondorder.diagnostics._point import check_count
 from torch_secondorder.integrations.lightning._host import Callback
 from torch_secondorder.integrations.lightning._unnoticed import cloned, loss_of, unnoticed
 
 __all__ = ["CurvatureMonitor"]
 
-Batch = Literal["current", "first"]
+Batch: TypeAlias = Literal["current", "first"]
 
 
 class CurvatureMonitor(Callback):
-    """Logs what the Hessian of the training loss is like, and leaves the training as it was.
+    """Logs properties of the Hessian of the training loss, without changing the training.
 
-    With any optimizer. Before every `every_n_steps`-th step it logs, to all loggers,
+    It works with any optimizer. Before every `every_n_steps`-th step it logs, to all loggers,
 
     * `curvature/top_eigenvalue`: the largest eigenvalue;
     * `curvature/trace`, and `curvature/trace_error`, its standard error;
     * `curvature/lowest`: the lowest curvature found, and `curvature/negative`: 1 if it is negative
       beyond rounding, else 0;
 
-    and draws the density of the eigenvalues for loggers to TensorBoard, where matplotlib is
-    installed. The loss is that of `training_step`, which is called a few times more: what it logs
-    is dropped, metrics of torchmetrics, buffers, gradients and random states (of torch, NumPy and
-    Python) are put back. What it does to anything else stays done. Under DistributedDataParallel
-    it is the mean loss of all ranks.
+    and plots the density of the eigenvalues for TensorBoard loggers, if matplotlib is installed.
+    The loss comes from a few additional calls of `training_step`: their logs are dropped, and
+    metrics of torchmetrics, buffers, gradients and random states (of torch, NumPy and Python) are
+    restored. Other side effects are not undone. Under DistributedDataParallel it is the mean loss
+    of all ranks.
 
     Args:
-        every_n_steps: Steps of the optimizer from one look to the next; the first is before any.
-        batch: `"current"` looks at the batch of the coming step; `"first"` holds the first batch of
-            the training and looks at it each time, so that the figures can be compared.
-        max_products: The most products for each of the two ends of the spectrum.
-        trace_products: Products for the trace, at least 3.
-        spectrum_products: Products for the density; 0 for none.
+        every_n_steps: Number of optimizer steps between two logs; the first is before any step.
+        batch: `"current"` uses the batch of the coming step. `"first"` keeps the first batch of the
+            training and uses it each time, so that you can compare the values.
+        max_products: The largest number of products for each of the two ends of the spectrum.
+        trace_products: Number of products for the trace, at least 3.
+        spectrum_products: Number of products for the density; 0 for none.
 
     Raises:
-        ValueError: An argument is out of range; or from `Trainer.fit`: the module is under manual
-            optimization, where `training_step` gives no loss.
+        ValueError: An argument is out of range; or from `Trainer.fit`: the module uses manual
+            optimization, in which `training_step` returns no loss.
 
     >>> monitor = CurvatureMonitor(every_n_steps=500)  # Trainer(callbacks=[monitor])
     """
@@ -68,91 +68,89 @@ class CurvatureMonitor(Callback):
         spectrum_products: int = 80,
     ) -> None:
         super().__init__()
-        check_count("every_n_steps", every_n_steps)
-        if batch not in get_args(Batch):
-            raise ValueError(f"batch must be one of {get_args(Batch)}, got {batch!r}")
-        check_count("max_products", max_products)
-        check_count("trace_products", trace_products, 3)
+        check_integer("every_n_steps", every_n_steps)
+        check_choice("batch", batch, Batch)
+        check_integer("max_products", max_products)
+        check_integer("trace_products", trace_products, 3)
         if spectrum_products != 0:
-            check_count("spectrum_products", spectrum_products)
+            check_integer("spectrum_products", spectrum_products)
         self.every_n_steps = every_n_steps
         self.batch = batch
         self.max_products = max_products
         self.trace_products = trace_products
         self.spectrum_products = spectrum_products
-        self._held: tuple[Any, int] | None = None
-        self._last: int | None = None  # the step that was last looked at
-        self._worked = False
+        self._first_batch: tuple[Any, int] | None = None
+        self._last_step: int | None = None  # the step of the last log
+        self._succeeded = False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """See `Callback.on_fit_start`.
 
         Raises:
-            ValueError: The module is under manual optimization.
+            ValueError: The module uses manual optimization.
         """
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "CurvatureMonitor takes the loss from training_step, which gives none under manual "
-                "optimization; torch_secondorder.diagnostics can be called from there"
+                "CurvatureMonitor takes the loss from training_step, which returns none with "
+                "manual optimization; call torch_secondorder.diagnostics from training_step instead"
             )
-        self._last = None
+        self._last_step = None
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See `Callback.on_train_batch_start`; looks at the curvature where that is due."""
-        if self.batch == "first" and self._held is None:
-            self._held = cloned(batch), batch_idx
+        """See `Callback.on_train_batch_start`; logs the curvature when it is due."""
+        if self.batch == "first" and self._first_batch is None:
+            self._first_batch = cloned(batch), batch_idx
         step = trainer.global_step
-        # Once a step, where the gradients of several batches are accumulated.
-        if step % self.every_n_steps or step == self._last:
+        # Several batches may belong to one step, if gradients are accumulated.
+        if step % self.every_n_steps or step == self._last_step:
             return
-        self._last = step
-        looked_at = self._held or (batch, batch_idx)
-        draws = self.spectrum_products > 0 and bool(_tensorboards(trainer)) and _can_draw()
+        self._last_step = step
+        used = self._first_batch or (batch, batch_idx)
+        plots = self.spectrum_products > 0 and bool(_tensorboards(trainer)) and _can_plot()
         try:
             with unnoticed(pl_module):
-                closure = loss_of(trainer, pl_module, *looked_at)
-                figures, spectrum = self._look(closure, pl_module, draws)
+                closure = loss_of(trainer, pl_module, *used)
+                values, spectrum = self._measure(closure, pl_module, plots)
         except RuntimeError as error:
-            if not self._worked:
+            if not self._succeeded:
                 raise
-            # A loss that has become infinite, say: what the training does about it is its affair.
+            # The loss may have become infinite; handling that is up to the training.
             warnings.warn(f"no curvature before step {step}: {error}", stacklevel=2)
             return
-        self._worked = True
+        self._succeeded = True
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=step)
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in figures.items()})
+            logger.log_metrics(values, step=step)
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         if spectrum is not None and trainer.is_global_zero:
             for logger in _tensorboards(trainer):
-                logger.experiment.add_figure("curvature/spectrum", _drawn(spectrum), step)
+                logger.experiment.add_figure("curvature/spectrum", _plotted(spectrum), step)
 
-    def _look(
-        self, closure: Callable[[], Any], pl_module: Any, draws: bool
+    def _measure(
+        self, closure: Callable[[], Any], pl_module: Any, plots: bool
     ) -> tuple[dict[str, float], SpectralDensity | None]:
-        """Each of these evaluates the closure once, and puts back what that changes."""
+        """The values to log and the spectrum to plot, each from one evaluation of the closure."""
         problem = from_closure(closure, [p for p in pl_module.parameters() if p.requires_grad])
         top = eigenpairs(problem, 1, tolerance=1e-2, max_products=self.max_products, progress=False)
         total = trace(problem, self.trace_products, progress=False)
-        # Two products at least: one for the search, one for its certificate.
-        most = max(2, self.max_products)
-        lowest = definiteness(problem, max_products=most, progress=False)
+        # At least two products: one for the search, one for its certificate.
+        lowest = definiteness(problem, max_products=max(2, self.max_products), progress=False)
         spectrum = None
-        if draws:
+        if plots:
             spectrum = spectral_density(problem, 1, self.spectrum_products, progress=False)
-        figures = {
+        values = {
             "curvature/top_eigenvalue": float(top.values[0]),
             "curvature/trace": total.value,
             "curvature/trace_error": total.standard_error,
             "curvature/lowest": lowest.curvature,
             "curvature/negative": float(lowest.semidefinite is False),
         }
-        return figures, spectrum
+        return values, spectrum
 
 
 def _tensorboards(trainer: Any) -> list[Any]:
-    """The loggers that take figures as TensorBoard does, of whichever package."""
+    """The trainer's TensorBoard loggers, from either package."""
     return [
         logger
         for logger in trainer.loggers
@@ -160,12 +158,12 @@ def _tensorboards(trainer: Any) -> list[Any]:
     ]
 
 
-def _can_draw() -> bool:
+def _can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _drawn(spectrum: SpectralDensity) -> Any:
-    """A figure of its own, that pyplot and its windows know nothing of."""
+def _plotted(spectrum: SpectralDensity) -> Any:
+    """A separate figure, independent of pyplot and its windows."""
     figure = importlib.import_module("matplotlib.figure").Figure(layout="constrained")
     spectrum.plot(figure.add_subplot())
     return figure

@@ -1,4 +1,4 @@
-"""Logs the reports of the optimizers, and looks at the trainer's settings before it begins."""
+"""A callback that logs optimizer reports, and checks the trainer's settings before training."""
 
 from __future__ import annotations
 
@@ -7,52 +7,42 @@ from typing import Any
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder.integrations.lightning._checks import check_settings
 from torch_secondorder.integrations.lightning._host import Callback, our_optimizers
-from torch_secondorder.optim import LBFGS, SecondOrderOptimizer, StepInfo
+from torch_secondorder.optim import StepInfo
 
 __all__ = ["SecondOrderMonitor"]
 
-#: What is logged: field of `StepInfo`, and its short name on the progress bar, empty for none.
-_SEARCHED = {
-    "grad_norm": "",
+#: Fields of reports that the progress bar shows, with their names there.
+_SHORT_NAMES = {
     "evaluations": "evals",
-    "iterations": "",
     "step_length": "step_length",
-    "nonfinite_trials": "",
-}
-_OF_LBFGS = {**_SEARCHED, "skipped_pairs": "skipped", "damped_pairs": ""}
-_OF_NEWTON = {
-    **_SEARCHED,
+    "skipped_pairs": "skipped",
     "damping": "damping",
     "gain_ratio": "gain",
-    "trust_radius": "",
     "solver_iterations": "cg",
-    "products": "",
-    "negative_curvature": "",
 }
-_OF_DIAGONAL = {"grad_norm": "", "products": "", "unclipped": ""}
 
 
 class SecondOrderMonitor(Callback):
-    """Logs `optimizer.info` as `"LBFGS/step_length"` and so on, and refuses settings that go wrong.
+    """Logs the numbers in `optimizer.info`, as `"LBFGS/step_length"` and so on.
 
-    `LBFGS` and `NewtonCG` are logged with every step; `AdaHessian` and `Sophia`, whose report has
-    to be made first, where the trainer's `log_every_n_steps` says so. What is logged can be
-    monitored by other callbacks, such as `EarlyStopping(monitor="LBFGS/grad_norm")`. Several
-    optimizers of one class are `"LBFGS"`, `"LBFGS-1"` and so on. Other packages' optimizers are
-    left alone.
+    `LBFGS` and `NewtonCG` are logged with every step. `AdaHessian` and `Sophia`, whose reports are
+    made on demand, are logged when the trainer's `log_every_n_steps` says so. Other callbacks can
+    monitor the logged values, for instance `EarlyStopping(monitor="LBFGS/grad_norm")`. Several
+    optimizers of one class are called `"LBFGS"`, `"LBFGS-1"` and so on. Optimizers of other
+    packages are ignored, unless they derive from `SecondOrderOptimizer`.
 
-    When fitting begins it looks at `accumulate_grad_batches`, `gradient_clip_val`, `precision`, the
-    strategy and the signature of `training_step`. Where gradients of several batches are
-    accumulated it tells `AdaHessian` and `Sophia` how many (`accumulation_steps`), fewer at the end
-    of an epoch.
+    When fitting begins it checks `accumulate_grad_batches`, `gradient_clip_val`, `precision`, the
+    strategy and the signature of `training_step`. If gradients of several batches are accumulated,
+    it tells `AdaHessian` and `Sophia` the number (`accumulation_steps`), which is smaller at the
+    end of an epoch.
 
     Args:
-        progress_bar: Whether the progress bar shows the most telling ones, under short names:
+        progress_bar: Also shows the most important values on the progress bar, under short names:
             `evals`, `step_length`, `skipped` (pairs), `damping`, `gain` (ratio), `cg` (iterations).
 
     Raises:
-        ValueError: From `Trainer.fit`: a setting does not go with an optimizer. The message says
-            what to do.
+        ValueError: From `Trainer.fit`: a setting is incompatible with an optimizer. The message
+            suggests a fix.
 
     >>> monitor = SecondOrderMonitor()  # Trainer(callbacks=[monitor])
     """
@@ -60,67 +50,58 @@ class SecondOrderMonitor(Callback):
     def __init__(self, *, progress_bar: bool = True) -> None:
         super().__init__()
         self.progress_bar = progress_bar
-        self._logged = 0  # the step that was last
-        self._own_parts: dict[str, int] = {}
+        self._last_logged = 0  # a step
+        self._own_accumulation: dict[str, int] = {}  # the optimizers' own `accumulation_steps`
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """See `Callback.on_fit_start`.
 
         Raises:
-            ValueError: A setting does not go with an optimizer.
+            ValueError: A setting is incompatible with an optimizer.
         """
         check_settings(trainer, pl_module, our_optimizers(trainer))
-        self._logged = 0
+        self._last_logged = 0
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See `Callback.on_train_batch_start`; says how many batches are accumulated."""
+        """See `Callback.on_train_batch_start`; sets the number of batches accumulated so far."""
         if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             for name, optimizer in our_optimizers(trainer).items():
                 if isinstance(optimizer, DiagonalOptimizer):
                     group = optimizer.param_groups[0]
-                    self._own_parts.setdefault(name, group["accumulation_steps"])
+                    self._own_accumulation.setdefault(name, group["accumulation_steps"])
                     group["accumulation_steps"] = batch_idx % trainer.accumulate_grad_batches + 1
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See `Callback.on_train_batch_end`; logs what the step was like."""
+        """See `Callback.on_train_batch_end`; logs the reports of the step."""
         optimizers = our_optimizers(trainer)
-        for name, parts in self._own_parts.items():  # as it was, for checkpoints
-            optimizers[name].param_groups[0]["accumulation_steps"] = parts
-        self._own_parts.clear()
+        for name, own in self._own_accumulation.items():  # restored for checkpoints
+            optimizers[name].param_groups[0]["accumulation_steps"] = own
+        self._own_accumulation.clear()
         step = trainer.global_step
-        if step == self._logged or trainer.barebones:
+        if step == self._last_logged or trainer.barebones:
             return
-        self._logged = step
+        self._last_logged = step
         interval = trainer.log_every_n_steps
         for name, optimizer in optimizers.items():
             lazy = isinstance(optimizer, DiagonalOptimizer)
             if lazy and (interval == 0 or step % interval):
                 continue
             if optimizer.info is not None:
-                self._log(pl_module, name, optimizer, optimizer.info)
+                self._log(pl_module, name, optimizer.info, shown=self.progress_bar and not lazy)
 
-    def _log(
-        self, pl_module: Any, name: str, optimizer: SecondOrderOptimizer, info: StepInfo
-    ) -> None:
-        fields = _fields(optimizer)
-        values = {field: getattr(info, field, None) for field in fields}
-        values = {field: float(value) for field, value in values.items() if value is not None}
-        logged = {f"{name}/{field}": value for field, value in values.items()}
+    @staticmethod
+    def _log(pl_module: Any, name: str, info: StepInfo, *, shown: bool) -> None:
+        numbers = {
+            field: float(value)
+            for field, value in info.as_dict().items()
+            if isinstance(value, (int, float))
+        }
+        logged = {f"{name}/{field}": value for field, value in numbers.items()}
         pl_module.log_dict(logged, on_step=True, on_epoch=False)
-        if self.progress_bar:
-            shown = {
-                short: values[field] for field, short in fields.items() if short and field in values
-            }
-            pl_module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-
-
-def _fields(optimizer: SecondOrderOptimizer) -> dict[str, str]:
-    if isinstance(optimizer, LBFGS):
-        return _OF_LBFGS
-    if isinstance(optimizer, DiagonalOptimizer):
-        return _OF_DIAGONAL
-    return _OF_NEWTON  # and somebody else's: all there is
+        if shown:
+            short = {_SHORT_NAMES[f]: value for f, value in numbers.items() if f in _SHORT_NAMES}
+            pl_module.log_dict(short, on_step=True, on_epoch=False, prog_bar=True, logger=False)

@@ -1,15 +1,17 @@
-"""Makes a module's training contractive."""
+"""A callback that adds the contractive penalty to a module's training loss."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from torch_secondorder._optim.base import check_number
+from torch_secondorder._foundation.checks import check_number
 from torch_secondorder.integrations.lightning._host import Callback
+from torch_secondorder.integrations.lightning._unnoticed import replaced
 from torch_secondorder.penalties._encoder import Calls, EncoderPenalty, seeded
 
 __all__ = ["JacobianPenaltyCallback"]
@@ -18,30 +20,30 @@ __all__ = ["JacobianPenaltyCallback"]
 class JacobianPenaltyCallback(Callback):
     """Adds `weight * contractive_penalty(encoder, x)` to the loss that `training_step` returns.
 
-    `x` is what the encoder is called with in `training_step`; where that happens several times, the
-    penalty is the mean over all samples. The loss is changed before the trainer sees it, so the
-    penalty is in every evaluation of a step, and divided with the loss where batches are
-    accumulated. Validation and testing are left alone. `jacobian_penalty/<encoder>` is logged with
-    every batch: the penalty at the start of the step, not multiplied by the weight.
+    `x` is the input of the encoder in `training_step`. If `training_step` calls the encoder several
+    times, the penalty is the mean over all samples. The loss is changed before the trainer sees it,
+    so every evaluation of a step includes the penalty, and it is scaled with the loss when batches
+    are accumulated. Validation and testing are not affected. `jacobian_penalty/<encoder>` is logged
+    with every batch: the penalty at the start of the step, without the weight.
 
-    With any optimizer. `torch_secondorder.Contractive` does the same for loops without a trainer,
-    and for manual optimization.
+    It works with any optimizer. `torch_secondorder.Contractive` does the same for loops without a
+    trainer, and for manual optimization.
 
     Args:
-        encoder: Where the module has it, as in `get_submodule`: `"encoder"`, `"net.encoder"`. It
-            maps a tensor to a tensor.
-        weight: Of the penalty.
+        encoder: Path of the encoder in the module, as for `get_submodule`: `"encoder"`,
+            `"net.encoder"`. It maps a tensor to a tensor.
+        weight: Weight of the penalty.
         method: `"auto"`, `"exact"` or `"projection"`, see
             `torch_secondorder.penalties.contractive_penalty`.
         noise: Standard deviation of the noise for the penalty of the higher-order contractive
             autoencoder; None for the plain one. Use two callbacks for both.
         n_noise: Noisy copies of each sample.
-        n_projections: Random vectors for each sample, where there are projections.
-        seed: Of noise and random vectors; all evaluations of a step see the same.
+        n_projections: Random vectors for each sample, if projections are used.
+        seed: Seed of noise and random vectors, which are the same in all evaluations of a step.
 
     Raises:
         ValueError: An argument is out of range; or from `Trainer.fit`: there is no such encoder, or
-            the module is under manual optimization.
+            the module uses manual optimization.
         RuntimeError: From `Trainer.fit`: `training_step` did not call the encoder.
 
     >>> callback = JacobianPenaltyCallback("encoder", weight=0.1)  # Trainer(callbacks=[callback])
@@ -70,15 +72,15 @@ class JacobianPenaltyCallback(Callback):
             n_noise=n_noise,
             n_projections=n_projections,
         )
-        self._make(nn.Identity())  # to have the arguments checked now
+        self._make(nn.Identity())  # checks the arguments
         self._first: Tensor | None = None
-        self._undo: Callable[[], None] = _nothing
+        self._replaced = ExitStack()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """See `Callback.on_fit_start`; puts a `training_step` with the penalty in its place.
+        """See `Callback.on_fit_start`; replaces `training_step` by one with the penalty.
 
         Raises:
-            ValueError: There is no such encoder, or no loss to add to.
+            ValueError: There is no such encoder, or the module uses manual optimization.
         """
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -92,16 +94,14 @@ class JacobianPenaltyCallback(Callback):
         def training_step(*args: Any, **kwargs: Any) -> Any:
             with penalty.watching(seeded(self.seed + trainer.global_step)) as calls:
                 output = original(*args, **kwargs)
-            return self._added(output, calls)
+            return self._with_penalty(output, calls)
 
-        own = vars(pl_module)
-        self._undo = functools.partial(_put_back, own, own.get("training_step"))
-        own["training_step"] = training_step
+        self._replaced.enter_context(replaced(pl_module, "training_step", training_step))
 
-    def _added(self, output: Any, calls: Calls) -> Any:
-        """What `training_step` returned, with the penalty in its loss."""
+    def _with_penalty(self, output: Any, calls: Calls) -> Any:
+        """The output of `training_step`, with the penalty added to its loss."""
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        if loss is None:  # the batch is to be skipped
+        if loss is None:  # Lightning skips the batch
             return output
         value = calls.take()
         if value is None:
@@ -129,12 +129,12 @@ class JacobianPenaltyCallback(Callback):
             pl_module.log(name, self._first, on_step=True, on_epoch=False)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """See `Callback.on_fit_end`; the module is as it was."""
-        self._undo()
+        """See `Callback.on_fit_end`; restores the module."""
+        self._replaced.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """See `Callback.on_exception`."""
-        self._undo()
+        """See `Callback.on_exception`; restores the module."""
+        self._replaced.close()
 
 
 def _submodule(pl_module: Any, name: str) -> nn.Module:
@@ -148,14 +148,3 @@ def _submodule(pl_module: Any, name: str) -> nn.Module:
             f"{type(pl_module).__name__} has no module {name!r} to penalize; it has {known}"
         )
     return module
-
-
-def _put_back(own: dict[str, Any], before: Any) -> None:
-    if before is None:
-        own.pop("training_step", None)
-    else:
-        own["training_step"] = before
-
-
-def _nothing() -> None:
-    pass

@@ -1,0 +1,482 @@
+"""The whole public API as a user's program has it; `mypy --strict` accepts each line.
+
+The functions are run as well, so what type checkers are told is what happens. A line that is to be
+an error for them has `type: ignore`, which is an error itself where it is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import assert_type
+
+import torch_secondorder
+from torch_secondorder import (
+    LBFGS,
+    AdaHessian,
+    AdaHessianInfo,
+    Contractive,
+    ContractiveInfo,
+    DatasetClosure,
+    Evaluation,
+    FunctionalObjective,
+    LBFGSInfo,
+    NewtonCG,
+    NewtonCGInfo,
+    SecondOrderOptimizer,
+    Sophia,
+    SophiaInfo,
+    StepInfo,
+    StepStatus,
+    mark_outputs,
+)
+from torch_secondorder.curvature import (
+    Damped,
+    Diagonal,
+    DiagonalEstimator,
+    FiniteDifference,
+    Fisher,
+    FromOutputs,
+    GaussNewton,
+    GaussNewtonBartlett,
+    Hessian,
+    Hutchinson,
+    InverseBFGS,
+    KroneckerFactors,
+    LinearOperator,
+    exact_diagonal,
+)
+from torch_secondorder.dataset import BatchSum, DatasetObjective, curvature_at
+from torch_secondorder.diagnostics import (
+    Definiteness,
+    Eigenpairs,
+    ObservedInformation,
+    Problem,
+    SecondOrderModel,
+    SpectralDensity,
+    TraceEstimate,
+    definiteness,
+    eigenpairs,
+    from_closure,
+    from_model,
+    observed_information,
+    second_order_model,
+    spectral_density,
+    trace,
+)
+from torch_secondorder.func import (
+    DerivativeReport,
+    Discrepancy,
+    batch_jacobian,
+    check_derivatives,
+    ggnvp,
+    hessian_diagonal,
+    hvp,
+    jacobian,
+    jvp,
+    module_jacobian,
+    vhp,
+    vjp,
+)
+from torch_secondorder.globalization import (
+    Armijo,
+    FixedStep,
+    Globalization,
+    HagerZhang,
+    LevenbergMarquardt,
+    LineSearch,
+    Phi,
+    SearchResult,
+    SearchStatus,
+    StrongWolfe,
+    Trial,
+    TrustRegion,
+    falls_without_end,
+    resolve_globalization,
+    resolve_line_search,
+)
+from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
+from torch_secondorder.solvers import (
+    CG,
+    KFAC,
+    MINRES,
+    Iterate,
+    LinearSolver,
+    Martens,
+    Nystrom,
+    NystromApproximation,
+    Preconditioner,
+    SolveResult,
+    SolveStatus,
+    Tridiagonal,
+    lanczos,
+    resolve_preconditioner,
+    resolve_solver,
+)
+
+
+def model_and_data() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A small regression."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
+    return model, torch.randn(8, 3), torch.randn(8, 2)
+
+
+def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of all examples."""
+    return nn.functional.mse_loss(outputs, targets)
+
+
+def closure_for(
+    model: nn.Module, x: Tensor, y: Tensor, zero_grad: Callable[[], None]
+) -> Callable[[], Tensor]:
+    """The standard closure."""
+
+    def closure() -> Tensor:
+        zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+# Optimizers.
+
+
+def lbfgs() -> None:
+    model, x, y = model_and_data()
+    optimizer = LBFGS(model.parameters(), lr=0.5, max_iter=2, line_search_fn="hager_zhang")
+    assert_type(optimizer.info, LBFGSInfo | None)
+    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(loss, Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.step_length, float)
+    assert_type(optimizer.info.search_status, SearchStatus | None)
+    assert_type(optimizer.info.status, StepStatus)
+    assert_type(optimizer.info.as_dict(), dict[str, Any])
+    LBFGS(model.parameters(), line_search_fn=StrongWolfe(c2=0.5))
+    LBFGS(model.parameters(), line_search_fn=None)
+    with refusal():
+        LBFGS(model.parameters(), line_search_fn="newton")  # type: ignore[arg-type]
+
+
+def a_closure_may_return_a_number() -> None:
+    model, x, y = model_and_data()
+    optimizer = LBFGS(model.parameters())
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()
+        return loss.item()
+
+    assert_type(optimizer.step(closure), Tensor)
+    with refusal():
+        optimizer.step("closure")  # type: ignore[call-overload]
+
+
+def groups() -> None:
+    model, x, y = model_and_data()
+    weights: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 1e-3},
+        {"params": [p for p in model.parameters() if p.ndim == 1]},
+    ]
+    optimizer = LBFGS(weights, max_iter=2)
+    optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    AdaHessian(model.named_parameters())
+    Sophia([torch.zeros(2, requires_grad=True)]).add_param_group({"params": model[0].weight})
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    with refusal():
+        LBFGS(3)  # type: ignore[arg-type]
+
+
+def newton_cg() -> None:
+    model, x, y = model_and_data()
+    optimizer = NewtonCG(
+        model.parameters(),
+        curvature="ggn",
+        globalization=TrustRegion(initial=1.0),
+        preconditioner="martens",
+        solver="cg",
+        curvature_products="autograd",
+    )
+    closure = closure_for(model, x, y, optimizer.zero_grad)
+    assert_type(optimizer.step(closure), Tensor)
+    assert_type(optimizer.step(closure, curvature_closure=closure), Tensor)
+    assert_type(optimizer.info, NewtonCGInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.products, int)
+    NewtonCG(model.parameters(), curvature=GaussNewton, solver=MINRES(20), preconditioner=KFAC())
+    NewtonCG(model.parameters(), globalization="damping", damping=1.0)
+    with refusal():
+        NewtonCG(model.parameters(), curvature="kfac")  # type: ignore[arg-type]
+    with refusal():
+        NewtonCG(model.parameters(), solver="lu")  # type: ignore[arg-type]
+    with refusal():
+        NewtonCG(model.parameters(), curvature_products="exact")  # type: ignore[arg-type]
+
+
+def adahessian() -> None:
+    model, x, y = model_and_data()
+    optimizer = AdaHessian(model.parameters(), lr=0.1, estimator="hutchinson", average_block=2)
+    assert_type(optimizer.step(closure_for(model, x, y, optimizer.zero_grad)), Tensor)
+    assert_type(optimizer.info, AdaHessianInfo | None)
+    optimizer.zero_grad()
+    assert_type(optimizer.curvature_due, bool)
+    loss_of(model(x), y).backward()
+    assert_type(optimizer.step(), Tensor | None)
+    optimizer.zero_grad()
+    with optimizer.watching():
+        loss_of(model(x), y).backward()
+    optimizer.step()
+    AdaHessian(model.parameters(), estimator=Hutchinson(2), average_block=None)
+    with refusal():
+        AdaHessian(model.parameters(), estimator="fisher")  # type: ignore[arg-type]
+
+
+def sophia() -> None:
+    model, x, y = model_and_data()
+    optimizer = Sophia(model.parameters(), lr=1e-2, estimator="gnb", betas=(0.9, 0.99))
+    scheduler = StepLR(optimizer, 10)
+    optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    scheduler.step()
+    assert_type(optimizer.info, SophiaInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.unclipped, float | None)
+    Sophia(model.parameters(), estimator=GaussNewtonBartlett())
+
+
+def contractive() -> None:
+    encoder = nn.Sequential(nn.Linear(3, 2), nn.Sigmoid())
+    model, x = nn.Sequential(encoder, nn.Linear(2, 3)), torch.rand(6, 3)
+    optimizer = Contractive(torch.optim.Adam(model.parameters()), encoder, 0.1, method="exact")
+    optimizer.step(closure_for(model, x, x, optimizer.zero_grad))
+    assert_type(optimizer.info, ContractiveInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.inner, StepInfo | None)
+    with refusal():
+        Contractive(optimizer, encoder, 0.1, method="all")  # type: ignore[arg-type]
+
+
+def any_optimizer() -> None:
+    model, x, y = model_and_data()
+    optimizers: list[SecondOrderOptimizer] = [
+        LBFGS(model.parameters()),
+        NewtonCG(model.parameters()),
+        AdaHessian(model.parameters()),
+        Sophia(model.parameters()),
+    ]
+    for optimizer in optimizers:
+        optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+        assert_type(optimizer.info, StepInfo | None)
+        if isinstance(optimizer.info, NewtonCGInfo):
+            assert_type(optimizer.info.products, int)
+
+
+def functions_in_place_of_closures() -> None:
+    model, x, y = model_and_data()
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return loss_of(torch.func.functional_call(model, params, (x,)), y)
+
+    objective = FunctionalObjective(loss, dict(model.named_parameters()), compile=False)
+    assert_type(LBFGS(model.parameters()).step(objective), Tensor)
+    assert_type(Sophia(model.parameters()).step(objective), Tensor)
+
+
+def whole_data_sets() -> None:
+    model, x, y = model_and_data()
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    closure = DatasetClosure(model, loss_of, loader, reduction="mean", keep_graphs=2)
+    assert_type(closure(), Tensor)
+    assert_type(LBFGS(model.parameters()).step(closure), Tensor)
+    assert_type(NewtonCG(model.parameters()).step(closure), Tensor)
+    objective = DatasetObjective(closure, model.parameters())
+    operator = curvature_at(objective, objective.evaluate(), lambda e, g: Hessian(e))
+    assert_type(operator, LinearOperator)
+    assert isinstance(operator, BatchSum)
+    assert_type(operator @ torch.ones(operator.size), Tensor)
+    with refusal():
+        DatasetClosure(model, loss_of, loader, reduction="max")  # type: ignore[arg-type]
+
+
+# Curvature, solvers and globalization.
+
+
+def evaluated() -> Evaluation:
+    """An evaluation with curvature."""
+    w = torch.tensor([1.0, 2.0])
+    objective = FunctionalObjective(lambda p: ((p["w"] ** 2) ** 2).sum(), {"w": w})
+    return objective.evaluate(curvature=True)
+
+
+def operators() -> None:
+    evaluation = evaluated()
+    assert_type(evaluation.loss, Tensor)
+    assert_type(evaluation.grad, Tensor)
+    hessian = Hessian(evaluation)
+    v = torch.ones(2)
+    assert_type(hessian @ v, Tensor)
+    assert_type(hessian.matmat(torch.eye(2)), Tensor)
+    assert_type(Damped(hessian, 0.1).matvec(v), Tensor)
+    assert_type(Diagonal(v) @ v, Tensor)
+    assert_type(exact_diagonal(hessian), Tensor)
+    assert_type(Hutchinson(4, distribution="gaussian")(hessian), Tensor)
+    inverse = InverseBFGS(2, history_size=3)
+    inverse.push(v, 2 * v)
+    assert_type(inverse.direction(v), Tensor)
+    w = torch.tensor([1.0, 2.0])
+    differences = FiniteDifference(FunctionalObjective(lambda p: (p**4).sum(), w))
+    assert_type(differences.size, int)
+    estimators: list[DiagonalEstimator] = [Hutchinson(), GaussNewtonBartlett(2)]
+    assert len(estimators) == 2
+    with refusal():
+        Hutchinson(distribution="cauchy")  # type: ignore[arg-type]
+
+
+def curvature_by_outputs() -> None:
+    model, x, _ = model_and_data()
+    labels = torch.randint(0, 2, (8,))
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        outputs = torch.func.functional_call(model, params, (x,))
+        return nn.functional.cross_entropy(mark_outputs(outputs), labels)
+
+    objective = FunctionalObjective(loss, dict(model.named_parameters()))
+    evaluation = objective.evaluate(curvature=True)
+    ggn = GaussNewton(evaluation, remainder="ignore")
+    fisher = Fisher(evaluation, labels="empirical")
+    assert_type(ggn.diagonal(), Tensor)
+    assert_type(ggn.factors(), list[KroneckerFactors])
+    assert isinstance(fisher, FromOutputs)
+    assert_type(GaussNewtonBartlett()(evaluation), Tensor)
+    with refusal():
+        Fisher(evaluation, labels="true")  # type: ignore[arg-type]
+
+
+def linear_solvers() -> None:
+    operator: LinearOperator = Diagonal(torch.tensor([1.0, 2.0, 3.0]))
+    b = torch.ones(3)
+    solvers: list[LinearSolver] = [CG(), MINRES(max_iterations=10)]
+    for solver in solvers:
+        result = solver(operator, b, x0=torch.zeros(3))
+        assert_type(result, SolveResult)
+        assert_type(result.x, Tensor)
+        assert_type(result.status, SolveStatus)
+    assert_type(CG(keep_iterates=True)(operator, b, radius=1.0).iterates, tuple[Iterate, ...])
+    preconditioners: list[Preconditioner] = [Nystrom(rank=2), Martens(), KFAC()]
+    preconditioners[0].refresh(operator, None)
+    assert_type(preconditioners[0].inverse(0.1), LinearOperator)
+    approximation = NystromApproximation.of(operator, 2)
+    assert_type(approximation, NystromApproximation)
+    found = lanczos(operator, b, 2)
+    assert_type(found, Tridiagonal)
+    assert_type(found.eigh(), tuple[Tensor, Tensor])
+    assert_type(resolve_preconditioner("nystrom"), Preconditioner | None)
+    assert_type(resolve_solver("minres", 10), LinearSolver | None)
+
+
+def line_searches() -> None:
+    def phi(t: float) -> Trial:
+        return Trial(t, (t - 1.0) ** 2, 2 * (t - 1.0))
+
+    function: Phi = phi
+    searches: list[LineSearch] = [StrongWolfe(), HagerZhang(), Armijo(), FixedStep()]
+    for search in searches:
+        result = search(function, phi(0.0), 1.0, precision=1e-12)
+        assert_type(result, SearchResult)
+        assert_type(result.status, SearchStatus)
+        assert_type(result.trial.loss, float)
+        assert_type(falls_without_end(-2.0, result), bool)
+    assert_type(resolve_line_search("strong_wolfe"), LineSearch)
+    chosen: Globalization = resolve_globalization("trust_region", None, True)
+    if isinstance(chosen, TrustRegion):
+        assert_type(chosen.begun(1.0), float)
+    assert_type(LevenbergMarquardt(initial=1.0).begun(1.0), float)
+
+
+# Derivatives and penalties.
+
+
+def derivatives() -> None:
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    v = torch.ones(2, dtype=torch.float64)
+
+    def f(x: Tensor) -> Tensor:
+        return (x**3).sum()
+
+    def elementwise(x: Tensor) -> Tensor:
+        return x**3
+
+    trees: list[Any] = [
+        *(hvp(f, x, v), vhp(f, x, v), hessian_diagonal(f, x), ggnvp(elementwise, f, x, v)),
+        *(jacobian(elementwise, x, "reverse"), jvp(elementwise, (x,), (v,)), vjp(elementwise, x)),
+        module_jacobian(nn.Linear(2, 2).double(), torch.ones(3, 2).double(), "inputs"),
+    ]
+    assert all(tree is not None for tree in trees)
+    assert_type(batch_jacobian(elementwise, torch.ones(3, 2), "forward"), Tensor)
+    report = check_derivatives(f, x, directions=2)
+    assert_type(report, DerivativeReport)
+    assert_type(report.gradient, Discrepancy)
+    with refusal():
+        jacobian(elementwise, x, "both")  # type: ignore[arg-type]
+
+
+def penalties() -> None:
+    encoder = nn.Sequential(nn.Linear(3, 2), nn.Sigmoid())
+    x = torch.rand(4, 3)
+    assert_type(contractive_penalty(encoder, x, "exact"), Tensor)
+    assert_type(jacobian_penalty(encoder, x, "projection", n_projections=2), Tensor)
+    with refusal():
+        jacobian_penalty(encoder, x, "auto")  # type: ignore[arg-type]
+
+
+# Diagnostics.
+
+
+def diagnostics() -> None:
+    model, x, y = model_and_data()
+    problem = from_model(model, loss_of, [(x, y)], curvature="hessian", reduction="mean")
+    assert_type(problem, Problem)
+    pairs = eigenpairs(problem, 2, "largest")
+    assert_type(pairs, Eigenpairs)
+    assert_type(pairs.values, Tensor)
+    assert_type(trace(problem, 30), TraceEstimate)
+    assert_type(definiteness(problem), Definiteness)
+    assert_type(spectral_density(problem, 2, 5), SpectralDensity)
+    line = second_order_model(problem)
+    assert_type(line, SecondOrderModel)
+    assert_type(line(0.5), float)
+    closure = closure_for(model, x, y, model.zero_grad)
+    assert_type(from_closure(closure, model.parameters(), curvature="gauss_newton"), Problem)
+    operator = Diagonal(torch.tensor([1.0, 2.0]))
+    assert_type(observed_information(operator), ObservedInformation)
+    assert_type(observed_information(operator).standard_errors, Tensor)
+    with refusal():
+        eigenpairs(problem, 2, "middle")  # type: ignore[arg-type]
+
+
+class refusal:
+    """Expects an error that says what is wrong."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> bool:
+        assert kind is not None and issubclass(kind, TypeError | ValueError)
+        return True
+
+
+assert_type(torch_secondorder.__version__, str)
+
+ALL = [
+    *(lbfgs, a_closure_may_return_a_number, groups, newton_cg, adahessian, sophia, contractive),
+    *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
+    *(curvature_by_outputs, linear_solvers, line_searches, derivatives, penalties, diagnostics),
+]

@@ -1,0 +1,379 @@
+"""Optimizers that wrap any optimizer and add a term to the loss that it minimizes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_secondorder._autograd.backward_hook import intercepting
+from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
+from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
+from torch_secondorder._foundation.subclasses import plain
+from torch_secondorder._objective.functional import FunctionalObjective
+from torch_secondorder._objective.one_shot import GradientTrace
+from torch_secondorder._optim.base import makes_state_only
+from torch_secondorder._optim.present import Scaling
+from torch_secondorder.dataset import DatasetClosure
+
+__all__ = ["PenalizedLoss", "Term", "Values", "WrapperOptimizer"]
+
+
+class Values(Protocol):
+    """Values of a term during one evaluation.
+
+    Attributes:
+        taken: The values that were taken so far, detached.
+    """
+
+    taken: list[Tensor]
+
+    def take(self) -> Tensor | None:  # pragma: no cover - a protocol
+        """The value since the last call, with its graph; None if there is none."""
+
+
+class Term(Protocol):
+    """A term that is added to the loss of each evaluation."""
+
+    def watching(
+        self, seed: int, tree: Any = None
+    ) -> AbstractContextManager[Values]:  # pragma: no cover - a protocol
+        """A context around one forward pass, which collects the term's values.
+
+        Args:
+            seed: The seed of random numbers, the same for all evaluations of a step.
+            tree: The argument of a `FunctionalObjective`'s function; None in a closure, where the
+                parameters themselves are differentiated.
+        """
+
+    def missing(self) -> RuntimeError:  # pragma: no cover - a protocol
+        """The error for an evaluation in which the term had no value."""
+
+
+class PenalizedLoss:
+    """Adds a term to closures and functions; one object for all steps.
+
+    Args:
+        term: The term.
+
+    Attributes:
+        first: Loss and term in the first evaluation of the step, the term without its factor.
+    """
+
+    def __init__(self, term: Term) -> None:
+        self.first: tuple[Tensor, Tensor] | None = None
+        self._term = term
+        self._params: Sequence[Tensor] = ()
+        self._factor, self._seed = 0.0, 0
+        self._partial: tuple[Tensor, Tensor] | None = None  # of the first pass over a data set
+
+    def begin(self, params: Sequence[Tensor], factor: float, seed: int) -> None:
+        """Begins a step.
+
+        Args:
+            params: The parameters.
+            factor: The factor of the term.
+            seed: See `Term.watching`.
+        """
+        self.first = self._partial = None
+        self._params, self._factor, self._seed = params, factor, seed
+
+    def closure(self, closure: Any) -> Any:
+        """A closure, `DatasetClosure` or `FunctionalObjective` with the term."""
+        # Partial functions of methods of this object: the optimizer inside recognizes the closure
+        # at the next step, and uses again what it has learned about it.
+        if isinstance(closure, FunctionalObjective):
+            return closure.with_function(partial(self._evaluate_function, closure.function))
+        if isinstance(closure, DatasetClosure):
+            return closure.amended(self._evaluate_batch)
+        check_is_closure(closure)
+        return partial(self._evaluate, closure)
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Tensor:
+        """The closure's loss with the term, which each `loss.backward()` inside adds as well."""
+        before = GradientTrace(self._params)
+        with (
+            self._term.watching(self._seed) as values,
+            intercepting(partial(self._backward, values)),
+        ):
+            loss = scalar(closure())
+        if values.taken:
+            return self._sum(loss, torch.stack(values.taken).sum())
+        if before.shows_backward(self._params):
+            raise self._term.missing() if values.take() is None else lost_graph()
+        # The caller differentiates the loss that it gets.
+        return self._sum(loss, self._taken(values))
+
+    def _evaluate_function(self, function: Callable[[Any], Tensor], tree: Any) -> Tensor:
+        with self._term.watching(self._seed, tree) as values:
+            loss = scalar(function(tree))
+        return self._sum(loss, self._taken(values))
+
+    def _evaluate_batch(
+        self, compute: Callable[[], Tensor], weight: float, share: float, last: bool
+    ) -> Tensor:
+        """The loss of a part of the data, with its part of the mean that the term is."""
+        with self._term.watching(self._seed) as values:
+            loss = compute()
+        value = self._taken(values)
+        if self.first is None:
+            so_far = self._partial or (0.0, 0.0)
+            found = so_far[0] + weight * loss.detach(), so_far[1] + share * value.detach()
+            self._partial, self.first = (None, found) if last else (found, None)
+        return loss + self._factor * (share / weight) * value
+
+    def _sum(self, loss: Tensor, value: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = loss.detach(), value.detach()
+        return loss + self._factor * value
+
+    def _taken(self, values: Values) -> Tensor:
+        value = values.take()
+        if value is None:
+            raise self._term.missing()
+        return value
+
+    def _backward(
+        self, values: Values, loss: Tensor, gradient: Tensor | None = None, *args: Any, **more: Any
+    ) -> None:
+        """Stands in for `loss.backward()` inside a closure."""
+        value = values.take()
+        loss, gradient = plain(loss), plain(gradient)
+        if value is not None:
+            if gradient is not None:
+                loss, gradient = (loss * gradient).sum(), None
+            loss = loss + self._factor * value
+        loss.backward(gradient, *args, **more)
+
+    def add_to_gradients(self, value: Tensor) -> None:
+        """Adds the gradient of the term to `p.grad`, for a step without a closure.
+
+        Args:
+            value: The term, with its graph.
+        """
+        grads = [p.grad for p in self._params if p.grad is not None]
+        graph = any(g.grad_fn is not None for g in grads)
+        (self._factor * value).backward(create_graph=graph)
+        self.first = value.new_tensor(torch.nan), value.detach()
+
+
+class WrapperOptimizer(Optimizer, ABC):
+    """Base class of optimizers that wrap another one and add a term to its loss.
+
+    A subclass implements `_factor` and `_present_term`, and names its entry in checkpoints and the
+    attributes that go there. The groups and the state are those of the optimizer inside, so
+    schedulers may be given either; so is every attribute that this class does not have itself.
+
+    Args:
+        optimizer: Any optimizer, of this package or another.
+        term: The term.
+        seed: The seed of random numbers; each step adds one to it.
+
+    Attributes:
+        optimizer: The optimizer inside.
+
+    Raises:
+        TypeError: The optimizer is no `torch.optim.Optimizer`.
+    """
+
+    #: The name of the wrapper's entry in checkpoints.
+    _entry: str
+    #: The attributes in that entry, by their names there.
+    _saved: ClassVar[dict[str, str]] = {"seed": "_seed", "steps": "_steps"}
+    #: The attributes that pickling and `copy.deepcopy` carry along.
+    _carried: tuple[str, ...] = ("optimizer", "_penalized", "_seed", "_steps")
+    _step_supports_amp_scaling = True  # otherwise a `GradScaler` would stay unnoticed
+
+    def __init__(self, optimizer: Optimizer, term: Term, seed: int = 0) -> None:
+        # Not `super().__init__()`: groups and state are those of the optimizer inside.
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer is what trains the model, got {type(optimizer).__name__}: make it "
+                f"first, as in {type(self).__name__}(torch.optim.Adam(model.parameters()), ...)"
+            )
+        self.optimizer = optimizer
+        self._penalized = PenalizedLoss(term)
+        self._seed, self._steps = seed, 0
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Makes everything that copies do not share: hooks, here as in torch."""
+        for name in OPTIMIZER_HOOKS:
+            setattr(self, name, OrderedDict())
+        self._patch_step_function()
+
+    # For subclasses.
+
+    @abstractmethod
+    def _factor(self) -> float:
+        """The factor of the term at this step.
+
+        Raises:
+            ValueError: It is out of range.
+        """
+
+    @abstractmethod
+    def _present_term(self) -> Tensor:
+        """The term for the gradients that are there, with its graph: a step without a closure.
+
+        Raises:
+            RuntimeError: The loop has to pass a closure.
+        """
+
+    def _has_present_term(self) -> bool:
+        """Whether a step without a closure has a term to add."""
+        return True
+
+    def _begin_step(self) -> None:
+        """Prepares a step."""
+
+    def _end_step(self) -> None:
+        """Cleans up after a step, also after an error."""
+
+    # Delegated to the optimizer inside.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The groups of the optimizer inside."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The state of the optimizer inside."""
+        return self.optimizer.state
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # while a copy or pickle is being put together
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the optimizer inside."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients.
+
+        Args:
+            set_to_none: See `torch.optim.Optimizer.zero_grad`.
+        """
+        self.optimizer.zero_grad(set_to_none)
+
+    # The step.
+
+    def step(self, closure: Any = None, **more: Any) -> Any:
+        """Performs a step of the optimizer inside, on the loss with the term.
+
+        Args:
+            closure: The argument of the optimizer inside: the standard closure, a
+                `FunctionalObjective`, or None if the gradients are there already.
+            **more: Further arguments; a `curvature_closure` gets the term as well.
+
+        Returns:
+            The value that the optimizer inside returns: mostly the loss with the term.
+
+        Raises:
+            RuntimeError: The term has no value, or the loop has to pass a closure.
+            ValueError: The factor of the term is out of range.
+        """
+        factor = self._factor()
+        if closure is not None:
+            Scaling(self).refuse_closure()
+        elif not self._has_present_term() and makes_state_only(self.param_groups):
+            return self.optimizer.step(**more)
+        params = [p for group in self.param_groups for p in group["params"]]
+        sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
+        penalized = self._penalized
+        penalized.begin(params, sign * factor, self._seed + self._steps)
+        self._begin_step()
+        try:
+            if closure is None:
+                if not self._unscale(params):
+                    return None
+                with torch.enable_grad():
+                    penalized.add_to_gradients(self._present_term())
+                result = self.optimizer.step(**more)
+            else:
+                if more.get("curvature_closure") is not None:
+                    more["curvature_closure"] = penalized.closure(more["curvature_closure"])
+                result = self.optimizer.step(penalized.closure(closure), **more)
+        finally:
+            self._end_step()
+        self._steps += 1
+        return result
+
+    def _unscale(self, params: Sequence[Tensor]) -> bool:
+        """Divides `p.grad` by the scale of a `GradScaler`; False if the step is to be skipped."""
+        scaling = Scaling(self)
+        if scaling.inverse is None:
+            return True
+        gradients = [p.grad for p in params if p.grad is not None]
+        if any(g.grad_fn is not None for g in gradients):
+            scaling.forget()
+            raise RuntimeError(
+                "the gradients have a graph, which a GradScaler's scale cannot be taken out of: "
+                "train in bfloat16, which needs no scaler"
+            )
+        if bool(scaling.inverse.isnan()):
+            return False
+        for g in gradients:
+            g.mul_(scaling.inverse.to(g.device))
+        return True
+
+    # Checkpoints, pickling, copying.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer inside, with an entry for the wrapper's own."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        entry, result = self._entry, dict(self.optimizer.state_dict())
+        own: dict[str, Any] = {name: getattr(self, at) for name, at in self._saved.items()}
+        if entry in result:
+            own["inside"] = result[entry]
+        result[entry] = own
+        for group in result["param_groups"]:
+            if group["params"]:  # distributed checkpoints keep the groups only
+                group[entry] = dict(own)
+                break
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state from `state_dict`, or a checkpoint of the optimizer inside alone.
+
+        Raises:
+            ValueError: The state does not fit the optimizer inside.
+        """
+        entry, inner = self._entry, dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, inner)
+            inner = inner if changed is None else dict(changed)
+        groups = inner["param_groups"]
+        found = [inner.pop(entry, None), *(group.get(entry) for group in groups)]
+        own = next((dict(value) for value in found if value), None)
+        inner["param_groups"] = [{k: v for k, v in g.items() if k != entry} for g in groups]
+        if own is not None and "inside" in own:
+            inner[entry] = own["inside"]
+        self.optimizer.load_state_dict(inner)
+        if own is not None:
+            for name, at in self._saved.items():
+                setattr(self, at, own[name])
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without hooks and the `step` of a scheduler, as in torch: they belong to this object.
+        return {name: getattr(self, name) for name in self._carried}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_up()
