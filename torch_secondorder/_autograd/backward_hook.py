@@ -117,7 +117,7 @@ def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _others_first(tensor: Tensor, depth: int) -> bool:
-    """Whether a mode that was entered later, or the tensor's own class, is to see the call."""
+    """True if a mode that was entered later, or the tensor's own class, is to see the call."""
     modes = number_of_function_modes()
     return modes > depth or (modes == 0 and torch.overrides.has_torch_function_unary(tensor))
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: gradients that can be differentiated again, and outputs."""
+"""The graph of an evaluation: gradients that can be differentiated again, and outputs."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Output:
 
     @property
     def intact(self) -> bool:
-        """Whether the loss's arguments still are what it was given."""
+        """True if the loss's arguments still are what it was given."""
         return self.versions == versions(self.arguments.values())
 
 
@@ -400,7 +400,7 @@ def _below(nodes: Iterable[Any]) -> Iterator[Any]:
 
 
 def _reaches(node: Any, params: Collection[int]) -> bool:
-    """Whether a way goes from a node to one of some leaves, given by their ids."""
+    """True if a way goes from a node to one of some leaves, given by their ids."""
     return any(id(getattr(n, "variable", None)) in params for n in _below([node]))
 
 

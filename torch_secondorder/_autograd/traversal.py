@@ -181,7 +181,7 @@ def _outputs(node: Any, loss: Callable[..., Any], names: tuple[str, ...]) -> lis
 
 
 def _is_log_softmax(node: Any, result: Tensor) -> bool:
-    """Whether a node has made logarithms of the probabilities of classes."""
+    """True if a node has made logarithms of the probabilities of classes."""
     if type(node).__name__ != "LogSoftmaxBackward0":
         return False
     return _signed(node._saved_dim) % result.dim() == (1 if result.dim() > 1 else 0)

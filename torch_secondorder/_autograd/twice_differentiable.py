@@ -1,4 +1,4 @@
-"""What a forward pass needs so that it can be differentiated twice.
+"""Replacements for operations of a forward pass that cannot be differentiated twice.
 
 Some of PyTorch's kernels have no second derivative, and others one that is wasteful. All that has
 to be different while a function runs whose derivatives are going to be differentiated stands here:

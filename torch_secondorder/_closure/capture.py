@@ -1,4 +1,4 @@
-"""What is caught inside a closure: the gradient's graph at `backward()`, and the model's outputs.
+"""Capture inside a closure: the gradient's graph at `backward()`, and the model's outputs.
 
 An optimizer that needs curvature must differentiate the gradient once more, so the gradient has to
 be made with a graph. Instead of asking the user for `create_graph=True`, the evaluation of the
@@ -215,7 +215,7 @@ class Capture(TorchFunctionMode):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        """What `loss.backward(...)` does here; the graph is kept whatever the flags say.
+        """Stands in for `loss.backward(...)`; the graph is kept whatever the flags say.
 
         Raises:
             RuntimeError: `inputs` was given: the gradient of a part of the parameters would not be
@@ -299,7 +299,7 @@ class Capture(TorchFunctionMode):
         return gradients
 
     def _apply(self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """What `Function.apply` does here: the function is examined where that is new."""
+        """Stands in for `Function.apply`; a function that is new is examined."""
         if cls is CheckpointFunction:
             result = apply(*args)
             node = _node_of(result)
@@ -365,7 +365,7 @@ def _noticing_applications(_: Any) -> Any:
 
 
 def _noticing_accumulation(run: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs backward passes, which tells the capture of its thread of new gradients."""
+    """A stand-in for the autograd engine that tells its thread's capture of new gradients."""
 
     def backward(*args: Any, **kwargs: Any) -> Any:
         capture = _active.get()

@@ -85,19 +85,19 @@ class Ranks:
 
     @property
     def count(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         group = self.group
         return 1 if group is None else dist.get_world_size(group)
 
     @property
     def own(self) -> int:
-        """Which of them this is."""
+        """The number of this rank."""
         group = self.group
         return 0 if group is None else dist.get_rank(group)
 
     @property
     def delays_averaging(self) -> bool:
-        """Whether a module with a static graph has yet to see its first backward pass."""
+        """True if a module with a static graph has yet to see its first backward pass."""
         return self.met and any(
             module.static_graph and not getattr(module, DDP_FIRST_PASS_SEEN, True)
             for module in self._modules
@@ -160,7 +160,7 @@ class Ranks:
         return self._sum(roots, math.sqrt(self.count))
 
     def any(self, flag: bool, device: torch.device | None = None) -> bool:
-        """Whether a flag is set on any of the ranks; all have to ask, and all get this answer.
+        """True if a flag is set on any of the ranks; all have to ask, and all get this answer.
 
         Args:
             flag: This rank's.

@@ -64,7 +64,7 @@ _UNKNOWN: tuple[Callable[[], torch.nn.Module | None], bool] = (lambda: None, Fal
 
 
 class ModuleRegistry:
-    """What closures call, found by watching, kept from step to step.
+    """Modules and functions that closures call, found by watching, kept from step to step.
 
     Attributes:
         ranks: Those that share the work, from the DistributedDataParallel modules met.
@@ -92,7 +92,7 @@ class ModuleRegistry:
         self.graphs: set[Hashable] = set()
 
     def knows(self, source: Callable[..., Any], what: str) -> bool:
-        """Whether something about a closure like this one was noted.
+        """True if something about a closure like this one was noted.
 
         Args:
             source: The same code over the same modules is a closure like it.
@@ -206,7 +206,7 @@ def _policy_precision(module: Any) -> float:
 
 
 def _identity(source: Any, depth: int = 4) -> object:
-    """What a closure is made of: code, and the modules and functions that it holds."""
+    """The key of a closure: its code, and the modules and functions that it holds."""
     if isinstance(source, partial):
         parts = (source.func, *source.args, *source.keywords.values())
         return tuple(_identity(part, depth - 1) for part in parts) if depth else id(source)
@@ -282,7 +282,7 @@ class Replay:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is drawn inside is no part of the closure's randomness."""
+        """A context whose random draws are no part of the closure's randomness."""
         states = [(device, random_state(device)) for device, _ in self._random]
         yield
         for device, state in states:
@@ -335,7 +335,7 @@ class Replay:
         return {slot: snapshot(b) for slot, b in now.items() if b is not None}
 
     def _note_after(self) -> dict[_Slot, Tensor]:
-        """Where the first evaluation has left the buffers."""
+        """The values that the first evaluation has left in the buffers."""
         if self._after is None:
             self._after = self._now(self._before)
         return self._after

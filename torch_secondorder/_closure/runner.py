@@ -146,7 +146,7 @@ _nothing = nullcontext()
 def _made(
     gradients: Sequence[Tensor | None], params: Sequence[Tensor], before: GradientTrace | None
 ) -> bool:
-    """Whether a closure has made gradients."""
+    """True if a closure has made gradients."""
     if before is not None:
         return before.shows_backward(params)
     return any(g is not None for g in gradients)
@@ -178,7 +178,7 @@ class GradientTrace:
                 self.any = True
 
     def matches(self, params: Sequence[Tensor]) -> bool:
-        """Whether all of them still have these very gradients, unchanged."""
+        """True if all of them still have these very gradients, unchanged."""
         if len(params) != len(self._marks):
             return False
         for p, mark in zip(params, self._marks, strict=True):
@@ -191,7 +191,7 @@ class GradientTrace:
         return True
 
     def shows_backward(self, params: Sequence[Tensor]) -> bool:
-        """Whether gradients were made since, and not just dropped or set to zero."""
+        """True if gradients were made since, and not just dropped or set to zero."""
         if self.matches(params) or all(p.grad is None for p in params):
             return False
         # Values are read only if there were gradients before: on a device that waits.
@@ -199,13 +199,13 @@ class GradientTrace:
 
 
 def any_nonzero(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether some gradient has an entry that is not zero."""
+    """True if some gradient has an entry that is not zero."""
     present = [gradient for gradient in gradients if gradient is not None]
     return any(map(nonzero, present))
 
 
 def nonzero(gradient: Tensor) -> bool:
-    """Whether any entry is not zero."""
+    """True if any entry is not zero."""
     gradient = gradient.detach()
     values = gradient if gradient.layout is torch.strided else gradient.to_dense()
     return bool(values.any())

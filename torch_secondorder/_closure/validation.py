@@ -1,4 +1,4 @@
-"""What a closure has to be and to return, and the errors where it is not."""
+"""Checks of closures and of their results, with errors that say how to fix them."""
 
 from __future__ import annotations
 

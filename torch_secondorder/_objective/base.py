@@ -238,14 +238,14 @@ class Objective(ABC):
         return None
 
     def _copies(self, source: Callable[..., Any]) -> bool:
-        """Whether graphs of a closure or function have to be of copies."""
+        """True if graphs of a closure or function have to be of copies."""
         return self.registry.knows(source, _WRITES)
 
     def _note_writes(self, source: Callable[..., Any]) -> None:
         self.registry.note(source, _WRITES)
 
     def has_room_for_a_graph(self) -> bool:
-        """Whether a graph may be kept beside that of the position: if all in use fits twice.
+        """True if a graph may be kept beside that of the position: if all in use fits twice.
 
         Where buffers move on with an accepted step, that of a trial is of another function. A graph
         is kept on all ranks or on none: gradients are averaged differently with one.

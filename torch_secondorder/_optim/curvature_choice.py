@@ -119,7 +119,7 @@ class CurvatureChoice:
                 objective.registry.forget(objective.source, DIFFERENCES)
 
     def captures(self, objective: Objective) -> bool:
-        """Whether products come from the graph of an evaluation."""
+        """True if products come from the graph of an evaluation."""
         if self._by_differences:
             return False
         return not (self.automatic and self._needs_differences(objective))
@@ -141,7 +141,7 @@ class CurvatureChoice:
                 raise error from other  # there is no gradient either, for the same reason
 
     def falls_back(self, error: RuntimeError, objective: Objective) -> bool:
-        """Whether another kind of curvature is there for one whose graph or product raised."""
+        """True if another kind of curvature is there for one whose graph or product raised."""
         if not self.automatic:
             return False
         self._seen_batches = False
@@ -263,7 +263,7 @@ def _linear(operator: LinearOperator, evaluation: Evaluation) -> tuple[int, floa
 
 
 def most_iterations(preconditioner: Preconditioner | None) -> int:
-    """How many iterations conjugate gradients make at most, where nothing else is said."""
+    """The default for the most iterations of conjugate gradients."""
     return _WITH_FACTORS if isinstance(preconditioner, KFAC) else _MOST_ITERATIONS
 
 

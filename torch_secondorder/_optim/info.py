@@ -11,7 +11,7 @@ __all__ = ["LazyInfo", "Report", "StepInfo", "StepStatus"]
 
 
 class StepStatus(Enum):
-    """How a step ended, each with what it means."""
+    """The ways in which a step ends, each with its meaning."""
 
     MOVED = "one update was made"
     MOVED_ON_OLD_CURVATURE = (

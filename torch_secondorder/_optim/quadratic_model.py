@@ -64,7 +64,7 @@ def point_of(evaluation: Evaluation, space: Space) -> Point:
 
 @dataclass(slots=True)
 class Memory:
-    """What goes on from one step to the next.
+    """State that goes on from one step to the next.
 
     Attributes:
         damping: Of the next system; 0 as long as a rule has not begun.
@@ -101,7 +101,7 @@ class Memory:
 
 @dataclass(slots=True)
 class Tally:
-    """What a step did, added up."""
+    """Totals over one step."""
 
     products: int = 0
     solver_iterations: int = 0
@@ -337,7 +337,7 @@ class Model:
         return Trial(t, loss, slope * unit if isfinite(length) else inf, point)
 
     def gain_ratio(self, proposal: Proposal, trial: Trial) -> float:
-        """What a trial gained over what the model promised; NaN where that is no number."""
+        """The gain of a trial over the gain that the model promised; NaN if that is no number."""
         if not (isfinite(trial.loss) and isfinite(trial.slope)):
             return nan
         gained = self.point.loss - trial.loss
@@ -350,7 +350,7 @@ class Model:
         return gained / promised if promised > 0 else nan
 
     def unresolved(self, proposal: Proposal) -> bool:
-        """Whether the loss cannot show what the model promises."""
+        """True if the loss cannot show what the model promises."""
         return proposal.decrease <= self._allowance
 
 
@@ -500,7 +500,7 @@ def _search(model: Model, search: LineSearch, proposal: Proposal, first: Trial) 
 
 
 def _hopeless(result: SolveResult) -> StepStatus:
-    """What it means that a solver has no direction of descent."""
+    """The status of a step whose solver has found no direction of descent."""
     if result.status is SolveStatus.NONFINITE or not isfinite(result.decrease):
         return StepStatus.NONFINITE_PRODUCTS
     return StepStatus.NO_DECREASE

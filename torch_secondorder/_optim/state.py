@@ -129,7 +129,7 @@ class ModelField(Field, ABC):
 
     @property
     def held(self) -> bool:
-        """Whether an object that the optimizer holds has the value, and its initial one."""
+        """True if an object that the optimizer holds has the value, and its initial one."""
         return "." in self.at
 
     def initial(self) -> Any:
@@ -234,7 +234,7 @@ class Vector(ModelField):
         self.small_names, self.vector_names = (f"has_{name}",), (name,)
 
     def fits(self, optimizer: Any, vector: ParameterVector) -> bool:
-        """Whether there is a value of the right size."""
+        """True if there is a value of the right size."""
         value = self.get(optimizer)
         return value is not None and value.shape[-1] == vector.size
 

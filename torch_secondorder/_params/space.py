@@ -152,7 +152,7 @@ class ShardedSpace(Space):
         norms: Sequence[Tensor] = (),
         whole: Sequence[Tensor] = (),
     ) -> Tensor:
-        """What `to_host` reads, as one tensor; it takes one message, whatever is in it."""
+        """The numbers for `to_host` as one tensor; it takes one message, whatever is in it."""
         kinds = (sums, largest, norms, whole)
         counts = [len(kind) for kind in kinds]
         numbers = torch.stack([number.double() for kind in kinds for number in kind])
@@ -180,7 +180,7 @@ class ShardedSpace(Space):
 
 
 def space_of(params: Sequence[Tensor]) -> Space:
-    """Where flat vectors of these parameters live.
+    """The space of flat vectors of these parameters.
 
     Raises:
         ValueError: Some parameters are sharded and others not, or in another way.
@@ -221,7 +221,7 @@ def space_of(params: Sequence[Tensor]) -> Space:
 
 
 class _Placed(NamedTuple):
-    """Where a distributed tensor is."""
+    """The mesh and the placements of a distributed tensor."""
 
     mesh: DeviceMesh
     placements: tuple[Any, ...]
@@ -237,14 +237,14 @@ class _Placed(NamedTuple):
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
+    """True if this is a DTensor."""
     # Its module takes half a second to import; where there is a DTensor it has been.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, detached: an alias of a DTensor's part.
+    """The part of a tensor that this process holds, detached: an alias of a DTensor's part.
 
     Of an asynchronous tensor it waits until it is there.
     """

@@ -38,7 +38,7 @@ __all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Where one parameter lives in the flat vector; a complex number takes two real slots."""
+    """The place of a parameter in the flat vector; a complex number takes two real slots."""
 
     shape: torch.Size  # of the real view: (..., 2) for a complex parameter
     count: int  # real numbers in it
@@ -147,14 +147,14 @@ class ParameterVector:
         self.scale = None if scale is None else self.expand(scale)
 
     def _held(self, tensors: Sequence[Any] | None = None) -> Sequence[Any]:
-        """What this process holds of tensors like the parameters, or of the parameters."""
+        """The parts that this process holds of the parameters, or of tensors like them."""
         tensors = self.params if tensors is None else tensors
         if not self.sharded:
             return all_plain(tensors)
         return [None if tensor is None else local(tensor) for tensor in tensors]
 
     def matches(self, params: Sequence[Tensor], scale: Sequence[float] | None) -> bool:
-        """Whether this vector still describes these parameters under this scale."""
+        """True if this vector still describes these parameters under this scale."""
         if len(params) != len(self.params):
             return False
         if (None if scale is None else tuple(scale)) != self._factors:
@@ -262,7 +262,7 @@ class ParameterVector:
         return torch.where(rounded == flat, master, flat)
 
     def slots(self) -> list[tuple[int, int, float]]:
-        """Where each parameter begins and ends in the flat vector, and its scale."""
+        """The beginning and end of each parameter in the flat vector, and its scale."""
         ends = list(itertools.accumulate(self._counts))
         factors = self._factors or (1.0,) * len(ends)
         return [
@@ -271,7 +271,7 @@ class ParameterVector:
         ]
 
     def holds(self, flat: Tensor) -> bool:
-        """Whether the parameters have these values, `(n,)`, as far as their precision goes."""
+        """True if the parameters have these values, `(n,)`, as far as their precision goes."""
         if self.device.type == "cpu":  # one by one, without a copy
             return all(map(torch.equal, self._held(), self.split(flat)))
         # A device would be waited for as many times.
@@ -279,7 +279,7 @@ class ParameterVector:
 
     @property
     def needs_master(self) -> bool:
-        """Whether some parameter is held in less precision than the work vector."""
+        """True if some parameter is held in less precision than the work vector."""
         return any(s.real_dtype != self.dtype for s in self._segments)
 
     def write(self, flat: Tensor) -> None:
@@ -334,7 +334,7 @@ class ParameterVector:
         return result
 
     def collect(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What `distribute` cut up, or the same as plain tensors of whole parameters: `(..., n)`.
+        """The flat vector of parts from `distribute`, or of plain whole tensors: `(..., n)`.
 
         Raises:
             ValueError: Their shapes or placements do not fit.

@@ -115,7 +115,7 @@ class OutputSpace:
             return _derivative(gradient, tensors, tangents, batched)
 
     def reaches(self, stops: Collection[Tensor | GradientEdge]) -> tuple[list[bool], bool]:
-        """What lies on the ways from the loss to the parameters.
+        """The nodes on the ways from the loss to the parameters.
 
         Args:
             stops: Tensors where a way ends.
@@ -133,7 +133,7 @@ class OutputSpace:
         return list(map(met.__contains__, self._places)), bypassed
 
     def depends(self, tensor: Tensor, others: Collection[Tensor | GradientEdge]) -> bool:
-        """Whether a tensor is made from one of the outputs or of some others."""
+        """True if a tensor is made from one of the outputs or of some others."""
         ends = self._ends.union(_places(others))
         return not ends.isdisjoint(_walk(_places((tensor,)), ends))
 

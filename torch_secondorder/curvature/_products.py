@@ -20,7 +20,7 @@ _LARGE = 100_000
 
 
 def vectorizing_pays(size: int, device: torch.device) -> bool:
-    """Whether to multiply several vectors in one pass, for `size` parameters."""
+    """True if one pass for several vectors pays, for `size` parameters."""
     return not (device.type == "cpu" and size > _LARGE)
 
 

@@ -87,7 +87,7 @@ def batch_jacobian(
 
 
 def differs(one: Tensor, other: Tensor) -> bool:
-    """Whether two evaluations of the same rows differ by more than rounding."""
+    """True if two evaluations of the same rows differ by more than rounding."""
     tolerance = torch.finfo(one.dtype).eps ** 0.5
     gap, size = torch.linalg.vector_norm(one - other), torch.linalg.vector_norm(other)
     if float(gap) <= tolerance * float(size):

@@ -17,7 +17,7 @@ __all__ = ["DerivativeReport", "Discrepancy", "check_derivatives"]
 
 @dataclass(frozen=True)
 class DerivativeReport:
-    """What `check_derivatives` found; true where all is within the tolerance.
+    """The findings of `check_derivatives`; true if all is within the tolerance.
 
     Attributes:
         passed: Whether every error is within the tolerance.

@@ -27,7 +27,7 @@ _CHUNK = "pass a smaller chunk_size, the number of rows or columns made at once"
 
 
 def forward_pays(inputs: int, outputs: int, batch: int = 1) -> bool:
-    """Whether the columns of a Jacobian are cheaper than its rows."""
+    """True if the columns of a Jacobian are cheaper than its rows."""
     # A column takes 1 to 1.4 times as long as a row, and vmap with dual numbers 0.8 ms more before
     # the first. Three tanh layers of width w on w / 4 numbers, forward / reverse in ms: one input,
     # w = 64: 1.2 / 0.3, w = 256: 2.0 / 1.6; batch of 64, w = 64: 2.2 / 2.3, w = 256: 25 / 79.
@@ -95,7 +95,7 @@ def jacobian(
 def reverse(
     f: Callable[..., tuple[Tensor, ...]], leaves: Sequence[Tensor]
 ) -> tuple[Pull, Sequence[Tensor]]:
-    """What pulls many cotangents back at once, and the outputs."""
+    """A function that pulls many cotangents back at once, and the outputs."""
     if not composing(leaves):
         recorded = Recorded(f, leaves)
         return recorded.pull, recorded.outputs

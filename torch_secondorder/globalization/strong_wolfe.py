@@ -179,7 +179,7 @@ def _tilted(trial: Trial, tilt: float) -> Trial:
 
 
 def _passed(best: Trial, trial: Trial, allowance: float) -> bool:
-    """Whether a minimum lies between the two: the slope turned, or the loss rose beyond doubt."""
+    """True if a minimum lies between the two: the slope turned, or the loss rose beyond doubt."""
     turned = (trial.slope > 0.0) != (best.slope > 0.0)
     return turned or trial.loss - best.loss > allowance
 
@@ -212,7 +212,7 @@ def _unresolved(a: Trial, b: Trial, allowance: float) -> bool:
 
 
 def _secant(a: Trial, b: Trial) -> float:
-    """Where the line through the slopes at `a` and `b` is zero; nan if they are parallel."""
+    """The zero of the line through the slopes at `a` and `b`; nan if they are parallel."""
     bend = b.slope - a.slope
     return b.t - b.slope * ((b.t - a.t) / bend) if bend else nan
 

@@ -477,7 +477,7 @@ class NewtonCG(FlatOptimizer):
         )
 
     def _keeps_graphs(self, objective: Objective) -> bool:
-        """Whether the graph of a trial has room beside that of the point."""
+        """True if the graph of a trial has room beside that of the point."""
         return self._choice.kind != DIFFERENCES and objective.has_room_for_a_graph()
 
     def _take(self, descent: Descent, move: Move) -> None:

@@ -42,7 +42,7 @@ class Watcher(Protocol):
     def observation_of(
         self, reached: Collection[int]
     ) -> Observation | None:  # pragma: no cover - a protocol
-        """What observes a pass; None where that reaches no parameter.
+        """The observation of a pass; None if the pass reaches no parameter.
 
         Args:
             reached: The identities of the leaves that it reaches.
@@ -92,7 +92,7 @@ class _Watchers(Listeners):
         grad_variables: Any = None,
         inputs: Any = None,
     ) -> None:
-        """What `torch.autograd.backward` does while anybody watches."""
+        """Stands in for `torch.autograd.backward` while anybody watches."""
         more = (grad_tensors, retain_graph, create_graph, grad_variables, inputs)
         with plainly():
             root = None if grad_variables is not None else _root(tensors, grad_tensors)
@@ -113,7 +113,7 @@ class _Watchers(Listeners):
         original(tensors, *more)
 
     def _can_observe(self, observations: Sequence[Observation], left_out: set[int]) -> bool:
-        """Whether a pass goes by way of the observations; why not is noted there."""
+        """True if a pass goes by way of the observations; why not is noted there."""
         late = self._modules is None and _several_processes()
         if late:
             self._update()  # from the next pass on
@@ -146,7 +146,7 @@ def _several_processes() -> bool:
 
 
 def _root(tensors: Any, grad_tensors: Any) -> tuple[Tensor, Tensor | None] | None:
-    """What a pass begins with and its weight, as one tensor; None for what is no such pass."""
+    """The root of a pass and its weight, several roots as one sum; None if that cannot be had."""
     roots = (tensors,) if isinstance(tensors, Tensor) else tensors
     if isinstance(roots, GradientEdge):
         return None
@@ -175,7 +175,7 @@ def _root(tensors: Any, grad_tensors: Any) -> tuple[Tensor, Tensor | None] | Non
 
 
 def _leaves_among(inputs: Any) -> list[Tensor]:
-    """What gradients are asked for; empty where some of that is no leaf."""
+    """The leaves whose gradients are asked for; empty if something else is asked for, too."""
     if isinstance(inputs, dict):
         inputs = inputs.values()
     asked = [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else list(inputs)
