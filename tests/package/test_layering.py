@@ -82,7 +82,6 @@ RULES = Rules(
         "dataset._objective": "diagnostics _optim",
         "dataset._operator": "diagnostics _optim",
         "penalties._encoder": "optim integrations",
-        "solvers._resolve": "optim",
         "solvers._units": "_optim",
     },
     reserved={
