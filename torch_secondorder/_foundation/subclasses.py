@@ -18,7 +18,7 @@ from torch_secondorder._foundation.private_torch import plainly
 __all__ = ["PLAIN_TYPES", "all_plain", "like", "plain", "plainly", "snapshot"]
 
 _T = TypeVar("_T")
-#: Types that `plain` leaves as they are.
+#: The types of plain tensors, and of None in their place.
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
 

@@ -42,7 +42,6 @@ class _Segment:
     """The place of one parameter in the flat vector; a complex number takes two real slots."""
 
     shape: torch.Size  # of the real view: (..., 2) for a complex parameter
-    held_shape: torch.Size  # of the parameter, or of its part in this process
     count: int  # real numbers in it
     dtype: torch.dtype  # of the parameter
     real_dtype: torch.dtype
@@ -52,10 +51,7 @@ class _Segment:
     def of(cls, parameter: Tensor) -> _Segment:
         """Of a parameter, or of the part of it that this process holds."""
         real = _real(parameter.detach())
-        return cls(
-            *(real.shape, parameter.shape, real.numel()),
-            *(parameter.dtype, real.dtype, parameter.device),
-        )
+        return cls(real.shape, real.numel(), parameter.dtype, real.dtype, parameter.device)
 
     def typed(self, piece: Tensor) -> Tensor:
         """A piece `(..., count)` of a work vector in the parameter's shape, dtype and device."""
@@ -72,6 +68,13 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 _data: Callable[[Tensor], Tensor] = attrgetter("data")
+
+
+def _all_dense(tensors: Iterable[Tensor | None]) -> bool:
+    for tensor in tensors:  # noqa: SIM110 - a generator takes twice the time
+        if tensor is None or tensor.layout is not torch.strided:
+            return False
+    return True
 
 
 class ParameterVector:
@@ -98,6 +101,7 @@ class ParameterVector:
         device: Of the work vector.
         devices: Of the parameters.
         needs_master: Whether some parameter is held in less precision than the work vector.
+        is_large: Whether work vectors are so large that a `BufferPool` pays.
         precision: The machine epsilon that a loss of these parameters is computed with.
 
     Raises:
@@ -118,7 +122,10 @@ class ParameterVector:
         check_parameters(self.params)
         self.space = space_of(self.params)
         self.sharded = self.space is not WHOLE
-        self._segments = [_Segment.of(p) for p in self._held()]
+        held_parts = self._held()
+        self._segments = [_Segment.of(p) for p in held_parts]
+        self._kinds = [(p.dtype, p.device, p.shape) for p in held_parts]
+        self._plain = held_parts is self.params
         self._counts = [s.count for s in self._segments]
         self.size = sum(self._counts)
         self.whole_size = sum(p.numel() * (1 + p.is_complex()) for p in self.params)
@@ -137,6 +144,7 @@ class ParameterVector:
         self._uniform = all(
             s.dtype == self.dtype and s.device == self.device for s in self._segments
         )
+        self.is_large = BufferPool.pays(self.size, self.dtype, self.device)
         self.precision = max(torch.finfo(s.real_dtype).eps for s in self._segments)
         # One tensor, as in much of numerical optimization, need not be cut up or put together.
         self._single = self._uniform and len(self.params) == 1
@@ -157,15 +165,10 @@ class ParameterVector:
             return False
         if (None if scale is None else tuple(scale)) != self._factors:
             return False
-        held = params if PLAIN_TYPES.issuperset(map(type, params)) else self._held(params)
-        for p, part, own, segment in zip(params, held, self.params, self._segments, strict=True):
-            # Data can be replaced from outside.
-            if (
-                p is not own
-                or part.dtype != segment.dtype
-                or part.device != segment.device
-                or part.shape != segment.held_shape
-            ):
+        held = params if self._plain else self._held(params)
+        for p, known, part, kind in zip(params, self.params, held, self._kinds, strict=True):
+            # The data of a parameter may be replaced from outside.
+            if p is not known or (part.dtype, part.device, part.shape) != kind:
                 return False
         return True
 
@@ -187,20 +190,13 @@ class ParameterVector:
         Returns:
             Shape `(*batch, n)`, without the scale applied.
         """
-        if not PLAIN_TYPES.issuperset(map(type, tensors)):
+        if self.sharded or not PLAIN_TYPES.issuperset(map(type, tensors)):
             tensors = self._held(tensors)
-        dense = self._uniform and not batch
-        if dense:
-            for t in tensors:
-                if t is None or t.layout is not torch.strided:
-                    dense = False
-                    break
-        if dense:
-            if self._single:
-                first: Any = tensors[0]
-                copy: Tensor = first.detach().flatten().clone()
-                return copy
-            if buffer_pool is not None and buffer_pool.pays(self.size, self.dtype, self.device):
+        first: Tensor | None = tensors[0]
+        if self._single and not batch and first is not None and first.layout is torch.strided:
+            return first.detach().flatten().clone()
+        if self._uniform and not batch and _all_dense(tensors):
+            if buffer_pool is not None and self.is_large:
                 out = buffer_pool.empty("gathered", self.size, self.dtype, self.device)
                 pieces = [t.detach().reshape(-1) for t in tensors if t is not None]
                 return torch.cat(pieces, out=out)
@@ -283,7 +279,7 @@ class ParameterVector:
     def holds(self, flat: Tensor) -> bool:
         """True if the parameters have these values, `(n,)`, as far as their precision goes."""
         if self.device.type == "cpu":  # one by one, without a copy
-            held = self.params if PLAIN_TYPES.issuperset(map(type, self.params)) else self._held()
+            held = self.params if self._plain else self._held()
             pieces = unflatten_tensors(flat, self._likes) if self._uniform else self.split(flat)
             return all(map(torch.equal, held, pieces))
         # A device would be waited for as many times.
@@ -301,7 +297,7 @@ class ParameterVector:
         before it is used.
         """
         # `.data` is an alias with a version counter of its own; `.detach()` would share it.
-        held = self.params if PLAIN_TYPES.issuperset(map(type, self.params)) else self._held()
+        held = self.params if self._plain else self._held()
         if self._single:
             shape = self._segments[0].shape
             held[0].data.copy_(flat if len(shape) == 1 else flat.view(shape))
