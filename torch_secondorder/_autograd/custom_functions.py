@@ -1,9 +1,9 @@
 """Second derivatives of custom autograd functions, compared with differences.
 
-Nothing tells whether the backward of a `torch.autograd.Function` can be differentiated: where it
-runs without a graph, or reuses what the forward pass computed, a second derivative is silently
-wrong. So a function that is applied in another way than before is examined by itself, where it is
-applied. Let `F(x, g)` be its backward, for inputs `x` and incoming gradients `g`. With random `w`:
+Nothing tells whether the backward of a `torch.autograd.Function` can be differentiated: if it runs
+without a graph, or reuses results of the forward pass, a second derivative is silently wrong. So a
+function is examined by itself whenever it is applied in a new way. Let `F(x, g)` be its backward,
+for inputs `x` and incoming gradients `g`. With random `w`:
 
 * `F` is linear in `g`, so the derivative of `w'F` by `g`, times `g`, is `w'F` again. That is exact,
   and all that products with a Jacobian and its transpose need (Gauss-Newton, Fisher).
@@ -66,7 +66,7 @@ _ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 
 class Finding(NamedTuple):
-    """The outcome of examining a custom function.
+    """The result of examining a custom function.
 
     Attributes:
         name: The function's.
@@ -89,7 +89,7 @@ _findings: WeakKeyDictionary[Any, dict[Any, Finding]] = WeakKeyDictionary()
 
 
 def trusted(cls: type) -> bool:
-    """True if a function is known to be right, or not to be run for a test."""
+    """True if a function is known to be right, or must not be run for a test."""
     return f"{cls.__module__}.{cls.__qualname__}".startswith(_TRUSTED)
 
 
@@ -121,7 +121,7 @@ def _differentiated(value: Any) -> bool:
 
 
 def _kind(argument: Any) -> Any:
-    """The kind of an argument, which tells ways to apply a function apart."""
+    """A key that tells one way to apply a function from another."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.device.type, argument.dim(), argument.requires_grad
     if argument is None or isinstance(argument, (bool, str)):
@@ -130,7 +130,7 @@ def _kind(argument: Any) -> Any:
 
 
 def _examined(cls: Any, apply: Callable[..., Any], args: Sequence[Any]) -> tuple[Finding, bool]:
-    """The finding, and whether it can be relied on at other values."""
+    """The finding, and whether it holds for other values."""
     name = cls.__name__
     if marked_once_differentiable(cls):
         return Finding(name, False, False, "marked once_differentiable"), True
@@ -168,7 +168,7 @@ def note(node: Any, finding: Finding | None) -> None:
 
 
 def finding_at(node: Any) -> Finding | None:
-    """The finding for a node; None for PyTorch's own nodes and those of trusted functions."""
+    """The finding for a node; None for one of PyTorch's own, or of a trusted function."""
     cls = getattr(type(node), FORWARD_CLASS, None)
     if cls is None or trusted(cls):
         return None
@@ -383,7 +383,7 @@ class _Examination:
         return _sizes(point) * self._rerun.uniform(point) * signs
 
     def _reached(self, direction: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Tensor]:
-        """Masks of where gradients may change along a direction; nothing is rounded elsewhere."""
+        """The entries that may change along a direction: nothing is rounded elsewhere."""
         here = self._moved(direction, incoming, 0.0)
         there = self._moved(direction, incoming, 1.0)
         return [(a != b) | (d != 0) for a, b, d in zip(here, there, direction, strict=True)]
@@ -474,7 +474,7 @@ class _Examination:
 
 
 class _View(NamedTuple):
-    """The evidence along one direction.
+    """The comparison along one direction.
 
     Attributes:
         agrees: Whether product and difference are the same.

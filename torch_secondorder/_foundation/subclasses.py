@@ -41,7 +41,7 @@ def plain(value: _T) -> _T:
     >>> type(plain(torch.ones(2).as_subclass(Labelled)))
     <class 'torch.Tensor'>
     """
-    if not _wraps(value):
+    if type(value) in PLAIN_TYPES or not _wraps(value):
         return value
     with plainly():
         return cast(_T, Tensor.as_subclass(cast(Tensor, value), Tensor))

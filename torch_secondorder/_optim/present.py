@@ -20,7 +20,7 @@ _WATCHING = "run forward and backward pass in `with optimizer.watching():`"
 
 
 class Scaling:
-    """The scale that a `torch.amp.GradScaler` has left on the optimizer for this step.
+    """The traces that a `torch.amp.GradScaler` has left on the optimizer for this step.
 
     It leaves the gradients of an optimizer that says so as they are, and tells what they were
     scaled by and whether it found infinity.
