@@ -89,6 +89,7 @@ class ParameterVector:
 
     Attributes:
         params: The parameters, in order.
+        scale: The scale as a vector `(n,)`; None for one everywhere.
         space: Where the work vectors live; who needs an inner product of whole vectors asks it.
         size: `n`, the number of real degrees of freedom, of those in this process.
         whole_size: That of all processes together.
@@ -143,7 +144,7 @@ class ParameterVector:
         # One tensor, as in much of numerical optimization, need not be cut up or put together.
         self._single = self._uniform and len(self.params) == 1
         self._factors = None if scale is None else tuple(scale)
-        self._scale = None if scale is None else self.expand(scale)
+        self.scale = None if scale is None else self.expand(scale)
 
     def _held(self, tensors: Sequence[Any] | None = None) -> Sequence[Any]:
         """What this process holds of tensors like the parameters, or of the parameters."""
@@ -242,7 +243,7 @@ class ParameterVector:
 
     def scaled(self, flat: Tensor) -> Tensor:
         """Multiplies `(..., n)` by the scale: from steps to moves, from gradients to slopes."""
-        return flat if self._scale is None else flat * self._scale
+        return flat if self.scale is None else flat * self.scale
 
     # Reading and moving the parameters themselves.
 

@@ -338,6 +338,7 @@ def resolve_estimator(estimator: Any, n_samples: int = 1) -> DiagonalEstimator:
 
     Raises:
         ValueError: The name is unknown, or `n_samples` below one.
+        TypeError: It is neither a name nor an estimator.
     """
     if isinstance(estimator, DiagonalEstimator):
         return estimator
