@@ -82,7 +82,7 @@ class EstimateSchedule:
         group: dict[str, Any],
         check: FiniteCheck,
         layout: BlockLayout,
-    ) -> None:
+    ) -> bool:
         """Counts a step that moved something.
 
         Args:
@@ -90,6 +90,9 @@ class EstimateSchedule:
             group: The hyperparameters.
             check: The check of the step, which may turn out to have moved nothing.
             layout: The blocks of the step, which tell whether parameters wait for an estimate.
+
+        Returns:
+            See `is_due`.
         """
         if layout.got_curvature or self.has_new(params):
             self.out_of_turn = self.warm_up(group) - 1  # this step is the first of them
@@ -102,10 +105,12 @@ class EstimateSchedule:
         self.steps += 1
         if check.on_device and not self._has_moved:
             self._unconfirmed = check
+        return self.is_due(params, group)
 
-    def repeat(self) -> None:
-        """Lets the next step estimate, in turn or not."""
+    def repeat(self) -> bool:
+        """Lets the next step estimate, in turn or not; says whether it does."""
         self.out_of_turn = max(self.out_of_turn, 1)
+        return self._active
 
     def confirm(self, params: Sequence[Tensor]) -> None:
         """Takes back a step on a device that turned out to have moved nothing; waits for it once.
