@@ -224,7 +224,7 @@ class _HutchinsonWatch(DiagonalWatch):
     def diagonal(self, *, magnitudes: bool = False) -> Tensor:
         gather = partial(self._vector.gather, buffer_pool=self._buffer_pool)
         products = list(map(gather, self._sums))
-        if self.ranks is not None and self.ranks.count > 1:
+        if self.ranks is not None and self.ranks.met and self.ranks.count > 1:
             # Each with its own probes, should they differ.
             return self.ranks.average_(self._estimator.mean(self._probes, products))
         if magnitudes and len(products) == 1 and self._estimator.distribution == "rademacher":
