@@ -325,7 +325,7 @@ class Nested(ModelField):
     """An object that has `state_dict` and `load_state_dict`, or None.
 
     Its state is made of numbers, tensors, and lists and dicts of them, which are the same in all
-    processes. An empty dict resets it.
+    processes. 0-dim tensors come back as numbers. An empty dict resets it.
     """
 
     def save(self, optimizer: Any) -> dict[str, Any]:
