@@ -157,7 +157,10 @@ def _by_parameter(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _as_tensor(value: Any) -> Any:
-    """A number as a tensor, also in dicts: `torch.distributed.checkpoint` may lose plain numbers."""
+    """A number as a tensor, also in dicts.
+
+    `torch.distributed.checkpoint` loses plain numbers of states that are named by integers.
+    """
     if isinstance(value, dict):
         return {name: _as_tensor(v) for name, v in value.items()}
     dtype = torch.float64 if isinstance(value, float) else None
