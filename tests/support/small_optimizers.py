@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature import Hutchinson
 from torch_secondorder.optim.extending import (
     Block,
     Count,
@@ -34,12 +33,11 @@ class Kronecker(DiagonalOptimizer):
     """Gradients divided by the roots of Kronecker factors of their own, as in Shampoo."""
 
     decoupled = True
+    _estimates = False
     _state_fields = declare(factor=Factors(scale=1e-3, max_size=5))
 
     def __init__(self, params: Any, lr: float = 0.1, **more: Any) -> None:
-        defaults = {"lr": lr, "weight_decay": 0.0, "update_period": 1, "seed": 0}
-        defaults |= {"accumulation_steps": 1, "maximize": False, "capturable": None}
-        super().__init__(params, defaults | more, Hutchinson())
+        super().__init__(params, {"lr": lr} | more)
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
         group = block.group

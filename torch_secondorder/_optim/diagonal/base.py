@@ -51,6 +51,7 @@ from torch_secondorder._optim.info import LazyInfo
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
     Count,
+    Factors,
     MasterCopy,
     Moment,
     Number,
@@ -101,16 +102,30 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
         class Newton(DiagonalOptimizer):
             def __init__(self, params, lr=1.0):
-                defaults = {
-                    **{"lr": lr, "weight_decay": 0.0, "update_period": 1, "seed": 0},
-                    **{"accumulation_steps": 1, "maximize": False, "capturable": None},
-                }
-                super().__init__(params, defaults, Hutchinson())
+                super().__init__(params, {"lr": lr}, Hutchinson())
 
             def _update(self, block, inputs):
                 if inputs.estimate is not None:
                     block.exp_hessian.copy_(inputs.estimate)
                 block.move(inputs.lr, inputs.gradient / block.exp_hessian.abs().clamp_(min=1e-4))
+
+    More moments than these two are declared as in `_optim.state`, and are then in `block.moments`.
+    An optimizer that works on whole parameters by shape, as Kronecker-factored methods do, declares
+    `Factors` and goes over `block.members(inputs.gradient)`: the state of each parameter and its
+    gradient. If it needs no estimate of the diagonal, it sets `_estimates = False`:
+
+        class Shampoo(DiagonalOptimizer):
+            _estimates = False
+            _state_fields = declare(factor=Factors(scale=1e-6))
+
+            def __init__(self, params, lr=0.1):
+                super().__init__(params, {"lr": lr})
+
+            def _update(self, block, inputs):
+                direction = inputs.gradient.clone()
+                for state, piece in block.members(direction):
+                    piece.copy_(precondition(piece, state))
+                block.move(inputs.lr, direction)
 
     Further hooks: `_check_group` for hyperparameters of its own, `_shares` for the report, and the
     class attributes below. All hyperparameters may differ between groups, except `update_period`,
@@ -119,7 +134,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     Args:
         params: See `SecondOrderOptimizer`.
         defaults: Hyperparameters.
-        estimator: Estimates the diagonal.
+        estimator: Estimates the diagonal; None for a class with `_estimates = False`.
         watch: Whether the optimizer sees backward passes outside of closures and contexts.
 
     Attributes:
@@ -139,6 +154,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         exp_hessian=Moment(),
         master=MasterCopy(),
     )
+    #: Whether it estimates the curvature. If not, there is no `exp_hessian` and nothing waits.
+    _estimates = True
     #: The number of first steps that all estimate the curvature, at most a period.
     _warm_up = 1
     #: The least number of labels that `GaussNewtonBartlett` draws for the first estimate.
@@ -158,19 +175,28 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
-        estimator: DiagonalEstimator,
+        estimator: DiagonalEstimator | None = None,
         *,
         watch: bool = True,
     ) -> None:
-        self.estimator = estimator
+        self.estimator: DiagonalEstimator = estimator  # type: ignore[assignment]
         self._watches = False  # until everything is set up
-        self._schedule = EstimateSchedule(self._warm_up)
+        self._schedule = EstimateSchedule(self._warm_up, active=self._estimates)
         self._last_trace: GradientTrace | None = None  # of the gradients that the last step left
         self._buffer_pool = BufferPool()
         self._layout = BlockLayout(self._parameter_fields)
-        super().__init__(params, defaults)
+        super().__init__(params, {**_DEFAULTS, **defaults})
         self._watches = watch
         self._listen(self._trainable)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls._estimates:
+            cls._parameter_fields = tuple(
+                field
+                for field in cls._parameter_fields
+                if field.name not in ("exp_hessian", "curvature_step")
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
@@ -192,6 +218,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super()._check_group(group)
         for name in ("update_period", "accumulation_steps"):
             check_integer(name, group[name], whole_floats=True)
+        matrices = any(isinstance(field, Factors) for field in self._parameter_fields)
+        if matrices and any(is_distributed(p) for p in group["params"][:1]):
+            raise ValueError(
+                f"{type(self).__name__} keeps matrices for the dimensions of whole parameters, "
+                "which fully_shard cuts apart: use DistributedDataParallel"
+            )
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -651,7 +683,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super()._reset_state()
         self._forget_observation()
         self._layout = BlockLayout(self._parameter_fields)
-        self._schedule = EstimateSchedule(self._warm_up)
+        self._schedule = EstimateSchedule(self._warm_up, active=self._estimates)
         self._last_trace = None
         self._buffer_pool = BufferPool()
 
@@ -661,6 +693,15 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._listen(self._trainable)
 
 
+#: Hyperparameters that every such optimizer has, unless it gives others.
+_DEFAULTS = {
+    "weight_decay": 0.0,
+    "update_period": 1,
+    "seed": 0,
+    "accumulation_steps": 1,
+    "maximize": False,
+    "capturable": None,
+}
 #: Types of hyperparameters that do not change in place.
 _IMMUTABLE = frozenset({bool, float, int, str, type(None)})
 

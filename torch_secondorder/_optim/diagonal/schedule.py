@@ -24,6 +24,7 @@ class EstimateSchedule:
 
     Args:
         warm_up: The number of first steps that all estimate.
+        active: Whether the optimizer estimates the curvature at all.
 
     Attributes:
         steps: The number of steps that moved something.
@@ -32,8 +33,8 @@ class EstimateSchedule:
             before the first.
     """
 
-    def __init__(self, warm_up: int = 1) -> None:
-        self._warm_up = warm_up
+    def __init__(self, warm_up: int = 1, *, active: bool = True) -> None:
+        self._warm_up, self._active = warm_up, active
         self.steps = 0
         self.out_of_turn = 0
         self.trained: Sequence[Tensor] | None = None
@@ -55,7 +56,7 @@ class EstimateSchedule:
             params: The trainable parameters.
             group: The hyperparameters; `update_period` counts from one estimate to the next.
         """
-        if not params:
+        if not params or not self._active:
             return False
         if self._unconfirmed is not None:
             self.confirm(params)
