@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,21 +42,22 @@ class Kronecker(DiagonalOptimizer):
         group = block.group
         if group["weight_decay"]:
             block.decay(1 - inputs.lr * group["weight_decay"])
+        direction = inputs.gradient.clone()
         with torch.autocast(block.device.type, enabled=False):
-            direction = torch.cat([*self._directions(block, inputs.gradient)])
+            for state, piece in block.members(direction):
+                piece.copy_(self._preconditioned(piece, state))
         block.move(inputs.lr, -direction if group["maximize"] else direction)
 
-    def _directions(self, block: Block, gradients: Tensor) -> Iterator[Tensor]:
-        for state, gradient in block.members(gradients):
-            direction = gradient
-            for name in [name for name in state if name.startswith("factor_")]:
-                dim, factor = int(name.removeprefix("factor_")), state[name]
-                rows = gradient.movedim(dim, 0).reshape(len(factor), -1)
-                factor.add_(rows @ rows.T)
-                values, vectors = torch.linalg.eigh(factor)
-                root = vectors @ torch.diag(values.clamp(min=1e-12) ** -0.25) @ vectors.T
-                direction = torch.tensordot(root, direction, ([1], [dim])).movedim(0, dim)
-            yield direction.reshape(-1)
+    def _preconditioned(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+        direction = gradient
+        for name in [name for name in state if name.startswith("factor_")]:
+            dim, factor = int(name.removeprefix("factor_")), state[name]
+            rows = gradient.movedim(dim, 0).reshape(len(factor), -1)
+            factor.add_(rows @ rows.T)
+            values, vectors = torch.linalg.eigh(factor)
+            root = vectors @ torch.diag(values.clamp(min=1e-12) ** -0.25) @ vectors.T
+            direction = torch.tensordot(root, direction, ([1], [dim])).movedim(0, dim)
+        return direction
 
 
 class Averaging(FlatOptimizer):
