@@ -1,4 +1,4 @@
-"""The base of all optimizers: groups, checkpoints, and the report."""
+"""Base class of all optimizers: groups, declared state and its checkpoints, and the report."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class SecondOrderOptimizer(Optimizer):
 
     @property
     def _sharded(self) -> bool:
-        """True if the parameters are sharded."""
+        """True if the parameters are DTensors."""
         return any(is_distributed(p) for p in self._parameters[:1])
 
     def _known_vector(self) -> ParameterVector | None:
@@ -347,10 +347,10 @@ class SecondOrderOptimizer(Optimizer):
 
 
 def makes_state_only(groups: Sequence[dict[str, Any]]) -> bool:
-    """True if a step without a closure now moves nothing, whatever the curvature.
+    """True if a step without a closure would move nothing, for any curvature.
 
-    Gradients and learning rates of zero are how `torch.distributed.checkpoint` asks a new optimizer
-    for its state.
+    `torch.distributed.checkpoint` makes a new optimizer fill in its state by such a step, with
+    gradients and learning rates of zero.
     """
     params = [p for group in groups for p in group["params"] if p.requires_grad]
     return all(float(group["lr"]) == 0 for group in groups) and all(
