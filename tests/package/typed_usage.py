@@ -20,6 +20,7 @@ from torch_secondorder import (
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
+    ClosureObjective,
     Contractive,
     ContractiveInfo,
     DatasetClosure,
@@ -51,13 +52,13 @@ from torch_secondorder.curvature import (
     LinearOperator,
     exact_diagonal,
 )
-from torch_secondorder.dataset import BatchSum, DatasetObjective, curvature_at
 from torch_secondorder.diagnostics import (
     Definiteness,
     Eigenpairs,
     ObservedInformation,
     Problem,
     SecondOrderModel,
+    Source,
     SpectralDensity,
     TraceEstimate,
     definiteness,
@@ -297,11 +298,6 @@ def whole_data_sets() -> None:
     assert_type(closure(), Tensor)
     assert_type(LBFGS(model.parameters()).step(closure), Tensor)
     assert_type(NewtonCG(model.parameters()).step(closure), Tensor)
-    objective = DatasetObjective(closure, model.parameters())
-    operator = curvature_at(objective, objective.evaluate(), lambda e, g: Hessian(e))
-    assert_type(operator, LinearOperator)
-    assert isinstance(operator, BatchSum)
-    assert_type(operator @ torch.ones(operator.size), Tensor)
     with refusal():
         DatasetClosure(model, loss_of, loader, reduction="max")  # type: ignore[arg-type]
 
@@ -350,6 +346,9 @@ def curvature_by_outputs() -> None:
 
     objective = FunctionalObjective(loss, dict(model.named_parameters()))
     evaluation = objective.evaluate(curvature=True)
+    weight = next(model.parameters())
+    of_closure = ClosureObjective(lambda: (weight**2).sum(), [weight])
+    assert_type(of_closure.evaluate(curvature=True), Evaluation)
     ggn = GaussNewton(evaluation, remainder="ignore")
     fisher = Fisher(evaluation, labels="empirical")
     assert_type(ggn.diagonal(), Tensor)
@@ -444,7 +443,8 @@ def diagnostics() -> None:
     model, x, y = model_and_data()
     problem = from_model(model, loss_of, [(x, y)], curvature="hessian", reduction="mean")
     assert_type(problem, Problem)
-    pairs = eigenpairs(problem, 2, "largest")
+    source: Source = problem
+    pairs = eigenpairs(source, 2, "largest")
     assert_type(pairs, Eigenpairs)
     assert_type(pairs.values, Tensor)
     assert_type(trace(problem, 30), TraceEstimate)
@@ -454,7 +454,7 @@ def diagnostics() -> None:
     assert_type(line, SecondOrderModel)
     assert_type(line(0.5), float)
     closure = closure_for(model, x, y, model.zero_grad)
-    assert_type(from_closure(closure, model.parameters(), curvature="gauss_newton"), Problem)
+    assert_type(from_closure(closure, model.parameters(), curvature="ggn"), Problem)
     operator = Diagonal(torch.tensor([1.0, 2.0]))
     assert_type(observed_information(operator), ObservedInformation)
     assert_type(observed_information(operator).standard_errors, Tensor)

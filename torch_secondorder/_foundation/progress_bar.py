@@ -1,4 +1,4 @@
-"""Progress bars and plots, from packages that need not be installed."""
+"""Progress bars, and imports of optional packages."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["bar", "optional"]
 
 
 def optional(module: str, package: str, purpose: str) -> Any:
-    """Imports a module that this package can do without.
+    """Imports a module of an optional package.
 
     Args:
-        module: Its name.
-        package: What to install for it.
-        purpose: What it is needed for, for the error.
+        module: Name of the module.
+        package: Name of the package to install.
+        purpose: The feature that needs it, for the error.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: The package is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -40,27 +40,27 @@ def bar(
     """A progress bar on stderr.
 
     Args:
-        progress: True for a bar, False for none, None for one where tqdm is installed and stderr is
+        progress: True for a bar, False for none; None for a bar if tqdm is installed and stderr is
             a terminal.
-        total: How much is to come, at most; None if that is not known.
-        label: What is done.
-        unit: What is counted.
-        delay: Seconds before it appears: what is done sooner needs none.
+        total: The largest number of units to come; None if unknown.
+        label: Text beside the bar.
+        unit: Name of the units.
+        delay: Seconds before the bar appears.
 
     Yields:
-        What to call with the number just done.
+        A function that advances the bar by a number of units.
 
     Raises:
         ImportError: `progress` is True, and tqdm is not installed.
     """
-    if progress is False or (progress is None and not sys.stderr.isatty()):
-        yield lambda done: None
-        return
-    try:
-        tqdm = optional("tqdm", "tqdm", "progress=True")
-    except ImportError:
-        if progress:
-            raise
+    tqdm = None
+    if progress or (progress is None and sys.stderr.isatty()):
+        try:
+            tqdm = optional("tqdm", "tqdm", "progress=True")
+        except ImportError:
+            if progress:
+                raise
+    if tqdm is None:
         yield lambda done: None
         return
     with tqdm.tqdm(total=total, desc=label, unit=unit, delay=delay, leave=False) as shown:

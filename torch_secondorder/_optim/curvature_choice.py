@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +28,19 @@ from torch_secondorder.dataset._operator import BatchSum
 from torch_secondorder.solvers import KFAC, Martens, Preconditioner
 
 __all__ = [
-    "CURVATURES",
     "DIFFERENCES",
     "KINDS",
     "SUITED",
     "CurvatureChoice",
+    "CurvatureName",
     "Factory",
     "most_iterations",
     "suited_preconditioner",
 ]
 
-Factory = Callable[[Evaluation], LinearOperator]
+Factory: TypeAlias = Callable[[Evaluation], LinearOperator]
 
-CURVATURES = ("auto", "ggn", "hessian", "fisher", "empirical_fisher")
+CurvatureName: TypeAlias = Literal["auto", "ggn", "hessian", "fisher", "empirical_fisher"]
 DIFFERENCES = "hessian by differences"
 #: All that may be found, as numbers in checkpoints count them.
 KINDS = ("", "ggn", "hessian", DIFFERENCES, "fisher", "empirical_fisher", "own")
@@ -75,7 +76,7 @@ class CurvatureChoice:
     its place.
 
     Args:
-        spec: One of `CURVATURES`, or a function from an `Evaluation` to a `LinearOperator`.
+        spec: A name, or a function from an `Evaluation` to a `LinearOperator`.
         by_differences: Whether products are differences of gradients in any case.
         preconditioner: The one that was asked for; one made from model outputs needs a curvature
             that is made from them, indefinite or not.
@@ -92,7 +93,7 @@ class CurvatureChoice:
 
     def __init__(
         self,
-        spec: str | Factory,
+        spec: CurvatureName | Factory,
         by_differences: bool,
         preconditioner: Preconditioner | None = None,
         counts_layers: bool = False,

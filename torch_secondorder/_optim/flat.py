@@ -6,17 +6,18 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from math import isfinite, sqrt
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
+from torch_secondorder._foundation.types import Closure
 from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
+from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.descent import Descent, DescentInfo, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
@@ -127,7 +128,13 @@ class FlatOptimizer(SecondOrderOptimizer):
 
     # Steps.
 
-    def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def step(self, closure: StepClosure) -> Tensor: ...
+
+    @overload
+    def step(self, closure: StepClosure | None = None) -> Tensor | None: ...
+
+    def step(self, closure: Any = None) -> Tensor | None:
         """Performs one step.
 
         Args:
@@ -144,7 +151,17 @@ class FlatOptimizer(SecondOrderOptimizer):
         """
         return self._run(closure)
 
-    def _run(self, closure: Any, curvature_closure: Any = None) -> Tensor | None:
+    def _run(
+        self,
+        closure: Closure | FunctionalObjective | None,
+        curvature_closure: Closure | None = None,
+    ) -> Tensor | None:
+        """See `step`.
+
+        Args:
+            closure: See `step`.
+            curvature_closure: Another closure to take products with the curvature from.
+        """
         if hasattr(self, "found_inf"):  # a GradScaler calls
             Scaling(self).refuse_closure()
         params, rates, decays = self._trained()
@@ -194,7 +211,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             objective.abandon()
             further = self._finish(objective, None)
             status, evaluations = StepStatus.NONFINITE_START, objective.evaluations
-            self.info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **further)
+            self._info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **further)
             return returned
         self._largest_gradient = max(self._largest_gradient, grad_norm)
         group = self.param_groups[0]
@@ -209,7 +226,7 @@ class FlatOptimizer(SecondOrderOptimizer):
         self._begin(descent)
         status = descent.run(self._iterate)
         further = self._finish(objective, descent)
-        self.info = self._info_type(
+        self._info = self._info_type(
             status,
             loss,
             descent.point.loss,
@@ -240,8 +257,8 @@ class FlatOptimizer(SecondOrderOptimizer):
         params: Sequence[Tensor],
         rates: Sequence[Any],
         decays: Sequence[Any],
-        closure: Any,
-        curvature_closure: Any,
+        closure: Closure | FunctionalObjective,
+        curvature_closure: Closure | None,
     ) -> Objective:
         """The function that a step minimizes."""
         maximize = set()
@@ -265,8 +282,9 @@ class FlatOptimizer(SecondOrderOptimizer):
                     "a curvature_closure goes with a closure, not with a FunctionalObjective"
                 )
             return closure.bind(vector, regularization, master)
-        over_data = any(isinstance(c, DatasetClosure) for c in (closure, curvature_closure))
-        kind = DatasetObjective if over_data else ClosureObjective
+        kind = ClosureObjective
+        if isinstance(closure, DatasetClosure) or isinstance(curvature_closure, DatasetClosure):
+            kind = DatasetObjective
         return kind.for_step(
             closure, vector, regularization, master, self._registry, curvature_closure
         )

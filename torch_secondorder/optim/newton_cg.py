@@ -6,21 +6,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
+from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.base import EvaluationsSpent, Objective
 from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._optim.base import StepClosure
 from torch_secondorder._optim.curvature_choice import (
-    CURVATURES,
     DIFFERENCES,
     KINDS,
     SUITED,
     CurvatureChoice,
+    CurvatureName,
     Factory,
     most_iterations,
     suited_preconditioner,
@@ -42,6 +44,7 @@ from torch_secondorder._optim.state import Choice, Nested, Number, Random, Vecto
 from torch_secondorder.curvature._output_space import UnknownOutputs
 from torch_secondorder.globalization import (
     Globalization,
+    GlobalizationName,
     LevenbergMarquardt,
     TrustRegion,
     resolve_globalization,
@@ -55,14 +58,12 @@ from torch_secondorder.solvers import (
     resolve_preconditioner,
     resolve_solver,
 )
+from torch_secondorder.solvers._resolve import PreconditionerName, SolverName
 
 __all__ = ["NewtonCG", "NewtonCGInfo"]
 
-_PRODUCTS = ("autograd", "finite_difference")
-# Of a solver by name.
+# Most iterations of a solver by name.
 _MOST_ITERATIONS = 250
-
-
 # Iterations without a new best loss or gradient after which only rounding error is left.
 _PATIENCE = 5
 # Iterates of conjugate gradients to choose from; each is a vector.
@@ -187,6 +188,7 @@ class NewtonCG(FlatOptimizer):
     'hessian'
     """
 
+    info: NewtonCGInfo | None
     _info_type = NewtonCGInfo
     _recognized_by = "max_cg_iter"
     _state_fields = declare(
@@ -219,22 +221,22 @@ class NewtonCG(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
-        curvature: str | Factory = "auto",
+        curvature: CurvatureName | Factory = "auto",
         max_iter: int = 1,
         *,
-        globalization: str | Globalization | None = None,
+        globalization: GlobalizationName | Globalization | None = None,
         damping: float | None = None,
-        preconditioner: str | Preconditioner | None = "auto",
-        solver: str | LinearSolver = "cg",
+        preconditioner: Literal["auto"] | PreconditionerName | Preconditioner | None = "auto",
+        solver: SolverName | LinearSolver = "cg",
         max_cg_iter: int | None = None,
         max_eval: int | None = None,
         tolerance_grad: float | None = None,
         tolerance_change: float = 1e-9,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        curvature_products: str = "autograd",
+        curvature_products: Literal["autograd", "finite_difference"] = "autograd",
         seed: int = 0,
     ) -> None:
         check_integer("max_iter", max_iter, whole_floats=True)
@@ -245,8 +247,8 @@ class NewtonCG(FlatOptimizer):
             check_number(name, value, low=0.0, optional=True)
         if not callable(curvature):
             others = "a function from an Evaluation to a LinearOperator"
-            check_choice("curvature", curvature, CURVATURES, others)
-        check_choice("curvature_products", curvature_products, _PRODUCTS)
+            check_choice("curvature", curvature, CurvatureName, others)
+        check_choice("curvature_products", curvature_products, ("autograd", "finite_difference"))
         self.curvature = curvature
         check_integer("seed", seed, low=0, whole_floats=True)
         defaults = {
@@ -293,9 +295,15 @@ class NewtonCG(FlatOptimizer):
         self._seed = seed
         self._memory = self._fresh_memory()
 
-    def step(  # type: ignore[override]
-        self, closure: Any = None, curvature_closure: Callable[[], Any] | None = None
-    ) -> Tensor | None:
+    @overload  # type: ignore[override]
+    def step(self, closure: StepClosure, curvature_closure: Closure | None = None) -> Tensor: ...
+
+    @overload
+    def step(
+        self, closure: StepClosure | None = None, curvature_closure: Closure | None = None
+    ) -> Tensor | None: ...
+
+    def step(self, closure: Any = None, curvature_closure: Closure | None = None) -> Tensor | None:
         """Performs one step.
 
         Args:

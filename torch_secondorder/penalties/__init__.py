@@ -1,4 +1,4 @@
-"""Penalties on the Jacobian of a network by its input, to be added to a loss."""
+"""Penalties on the Jacobian of a network with respect to its input, to add to a loss."""
 
 from torch_secondorder.penalties.contractive import contractive_penalty
 from torch_secondorder.penalties.jacobian import jacobian_penalty

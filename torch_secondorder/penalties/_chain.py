@@ -1,7 +1,7 @@
-"""Norms of Jacobians that are products of matrices, `D_L W_L ... D_1 W_1` at each sample.
+"""Norms of Jacobians that are products of matrices, `D_L W_L ... D_1 W_1` for each sample.
 
-For one layer the squared norm is a sum over units, which costs no product of matrices at all (Rifai
-et al. 2011); for more, the product is formed from the end that makes it cheaper.
+For one layer the squared norm is a sum over units, without any matrix product (Rifai et al. 2011).
+For several layers the product is formed from the cheaper end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Chain", "changes", "largest", "mean_squared_norm"]
 
 
 class Chain(NamedTuple):
-    """Jacobians `D_L W_L ... D_1 W_1` at each of several entries.
+    """Jacobians `D_L W_L ... D_1 W_1`, one for each entry of a batch.
 
     Attributes:
         weights: `W_k`, each of shape `(units, inputs)`.
@@ -29,11 +29,11 @@ class Chain(NamedTuple):
 
 
 def changes(values: Tensor, n: int) -> Tensor:
-    """What has changed from the first `n` entries to the others, or the entries if there are none.
+    """Differences between later entries and the first `n`; the entries themselves if there are `n`.
 
     Args:
-        values: Shape `(n, ...)`; or `(n + k n, ...)`, of a batch and of `k` that belong to it.
-        n: Samples of a batch.
+        values: Shape `(n, ...)`; or `(n + k n, ...)`, for a batch and `k` noisy copies of it.
+        n: Number of samples in the batch.
 
     Returns:
         Shape `(n, ...)` or `(k n, ...)`.
@@ -45,16 +45,16 @@ def changes(values: Tensor, n: int) -> Tensor:
 
 
 def mean_squared_norm(chain: Chain, n: int) -> Tensor:
-    """Mean over the batch of `|J|^2`, or of `|J - J'|^2` where the chain is of more than a batch.
+    """Mean over the batch of `|J|^2`, or of `|J - J'|^2` if the chain includes noisy copies.
 
     Args:
-        chain: Of the entries that `changes` speaks of.
-        n: Samples of a batch.
+        chain: The Jacobians, with entries as for `changes`.
+        n: Number of samples in the batch.
     """
     weights = chain.weights
     if len(weights) == 1:
         change = changes(chain.slopes[0], n)
-        # The sum over the batch first, which leaves one pass over the weights.
+        # Summed over the batch first, so that one pass over the weights suffices.
         return (squared_sum(change, 0) * squared_sum(weights[0], 1)).sum() / len(change)
     if not _output_first(weights):
         jacobian = changes(_from_input(chain), n)
@@ -66,7 +66,7 @@ def mean_squared_norm(chain: Chain, n: int) -> Tensor:
 
 
 def largest(weights: Sequence[Tensor]) -> int:
-    """Numbers for each sample in the largest array that `mean_squared_norm` makes."""
+    """Elements per sample of the largest array in `mean_squared_norm`."""
     if len(weights) == 1:
         return weights[0].shape[0]
     if _output_first(weights):
@@ -76,7 +76,7 @@ def largest(weights: Sequence[Tensor]) -> int:
 
 
 def _output_first(weights: Sequence[Tensor]) -> bool:
-    """Whether the product takes fewer multiplications from the side of the output."""
+    """True if the product takes fewer multiplications from the output side."""
     between = [w.numel() for w in weights[1:]]
     first, last = weights[0], weights[-1]
     from_output = last.shape[0] * (sum(between[:-1]) + first.shape[0] * min(first.shape))
@@ -84,7 +84,7 @@ def _output_first(weights: Sequence[Tensor]) -> bool:
 
 
 def _from_output(chain: Chain) -> Tensor:
-    """`D_L W_L ... W_2 D_1`, all but the first matrix: shape `(entries, outputs, units)`."""
+    """The product without the first matrix, `D_L W_L ... W_2 D_1`: `(entries, outputs, units)`."""
     weights, slopes = chain
     product = slopes[-1].unsqueeze(2) * weights[-1]
     for weight, slope in zip(weights[-2:0:-1], slopes[-2:0:-1], strict=True):
@@ -93,7 +93,7 @@ def _from_output(chain: Chain) -> Tensor:
 
 
 def _from_input(chain: Chain) -> Tensor:
-    """The Jacobians: shape `(entries, outputs, inputs)`."""
+    """The Jacobians, shape `(entries, outputs, inputs)`."""
     weights, slopes = chain
     product = slopes[0].unsqueeze(2) * weights[0]
     for weight, slope in zip(weights[1:], slopes[1:], strict=True):

@@ -1,7 +1,7 @@
-"""What the arguments of a penalty have to be, and the errors.
+"""Checks of the arguments of a penalty.
 
-All but the look at the outputs comes before the function is called, so that a module that is
-refused has not moved.
+All checks except that of the outputs come before the function is called, so that a rejected module
+is unchanged.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ __all__ = [
 
 
 def check_samples(x: Tensor) -> None:
-    """Raises TypeError or ValueError where `x` is no batch that can be differentiated by."""
+    """Raises a TypeError or ValueError unless `x` is a batch with derivatives."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(
-            f"x has dtype {x.dtype}, and there are derivatives by real floating-point numbers "
-            "only: convert it, for instance with x.float()"
+            f"x has dtype {x.dtype}, and derivatives need a real floating-point dtype: convert it, "
+            "for instance with x.float()"
         )
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(
-            f"x is a batch of samples with the batch in front, got shape {tuple(x.shape)}"
+            f"x must be a non-empty batch, with the batch dimension first, got shape "
+            f"{tuple(x.shape)}"
         )
 
 
 def check_separate(f: Callable[..., Any]) -> None:
-    """Raises ValueError where a module has norm layers that mix the samples of a batch."""
+    """Raises a ValueError if a module has norm layers that mix the samples of a batch."""
     module = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
     if not isinstance(module, nn.Module):
         return
     for name, inner in module.named_modules():
-        # Without running statistics it takes those of the batch in evaluation as well.
+        # Without running statistics, it uses those of the batch in evaluation mode as well.
         if isinstance(inner, BatchNorm) and (inner.training or inner.running_mean is None):
             what = f"{type(inner).__name__} {name!r}" if name else type(inner).__name__
             raise ValueError(
@@ -54,22 +55,22 @@ def check_separate(f: Callable[..., Any]) -> None:
 
 
 def check_outputs(y: Any, n: int, name: str = "f(x)") -> None:
-    """Raises TypeError or ValueError where `y` is not one output for each of `n` samples."""
+    """Raises a TypeError or ValueError unless `y` has one output for each of `n` samples."""
     if not isinstance(y, Tensor):
-        raise TypeError(f"{name} is to be a tensor, got {type(y).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(y).__name__}")
     if not y.is_floating_point():
-        raise TypeError(f"{name} is to be real and floating-point, got {y.dtype}")
+        raise TypeError(f"{name} must be real and floating-point, got {y.dtype}")
     if y.dim() == 0 or y.shape[0] != n:
         raise ValueError(
-            f"{name} is to have one output for each of the {n} samples of x, with the batch in "
-            f"front; it has shape {tuple(y.shape)}"
+            f"{name} must have one output for each of the {n} samples of x, with the batch "
+            f"dimension first, got shape {tuple(y.shape)}"
         )
     if y.numel() == 0:
         raise ValueError(f"{name} is empty: it has shape {tuple(y.shape)}")
 
 
 def check_fits_exactly(shape: Sequence[int], like: Tensor) -> None:
-    """Raises a ValueError where exact Jacobians and their gradient would exceed all memory."""
+    """Raises a ValueError if exact Jacobians and their gradient would exceed all memory."""
     check_fits(
         "exact Jacobians of this batch",
         shape,

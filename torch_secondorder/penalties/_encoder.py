@@ -1,4 +1,4 @@
-"""The contractive penalty of what an encoder is called with, wherever that happens."""
+"""The contractive penalty of an encoder inside a model, computed when the model calls it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Calls", "EncoderPenalty", "Recorder", "input_of", "seeded"]
 
 
 class Calls:
-    """The penalties of an encoder's calls, until they are taken.
+    """The penalties of an encoder's calls, until they are added to a loss.
 
     Attributes:
-        taken: What was taken so far.
+        taken: The values taken so far.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Calls:
         self._waiting: list[tuple[int, Tensor]] = []
 
     def add(self, samples: int, penalty: Tensor) -> None:
-        """Notes a call with so many samples."""
+        """Records the penalty of a call with a number of samples."""
         self._waiting.append((samples, penalty))
 
     def take(self) -> Tensor | None:
-        """The mean over all samples since the last time, with its graph; None without any."""
+        """The mean over all samples since the last call, with its graph; None without samples."""
         if not self._waiting:
             return None
         total = sum(samples for samples, _ in self._waiting)
@@ -45,17 +45,17 @@ class Calls:
 
 
 class EncoderPenalty:
-    """Takes `contractive_penalty` of the inputs that an encoder gets while it is watched.
+    """The `contractive_penalty` of an encoder at the inputs it gets.
 
     Args:
         encoder: The module.
-        method: See `contractive_penalty`, as are the others.
+        method: See `contractive_penalty`.
         noise: Standard deviation of the noise; None for the plain penalty.
         n_noise: Noisy copies of each sample.
         n_projections: Random vectors for each sample.
 
     Raises:
-        TypeError: The encoder is no module.
+        TypeError: The encoder is not a module.
         ValueError: An argument is out of range.
 
     >>> encoder = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid())
@@ -109,15 +109,15 @@ class EncoderPenalty:
     def watching(
         self, generator: Callable[[torch.device], torch.Generator | None] = lambda _: None
     ) -> Iterator[Calls]:
-        """Notes the penalty of each call inside that is made to be differentiated.
+        """A context that computes the penalty of each call with gradients enabled.
 
-        The penalty shares the graph of the call where it can: one `backward()` is for both.
+        If possible, the penalty shares the graph of the call, so one `backward()` serves both.
 
         Args:
-            generator: Where noise and random vectors come from, by device.
+            generator: Source of noise and random vectors, by device.
 
         Raises:
-            TypeError: The encoder's input or output is no tensor.
+            TypeError: The encoder's input or output is not a tensor.
             ValueError: See `contractive_penalty`.
         """
         calls, busy = Calls(), False
@@ -143,17 +143,17 @@ class EncoderPenalty:
 
 
 class Recorder:
-    """A forward hook that notes the inputs of an encoder whose code a backward pass has reached.
+    """A forward hook that records the inputs of calls whose code a backward pass has reached.
 
-    For loops without a closure, where the calls that count are known only afterwards. A copy of the
-    module gets a copy of its hooks: that one is empty and notes nothing.
+    This is for loops without a closure, in which only `backward()` shows which calls count. A copy
+    of the module gets a copy of its hooks: that copy is empty and records nothing.
 
     Args:
-        encoder: The module whose calls are noted; None for none.
+        encoder: The module to record; None for no module.
 
     Attributes:
-        inputs: What was noted.
-        active: Whether anything is.
+        inputs: The recorded inputs.
+        active: False pauses recording.
     """
 
     def __init__(self, encoder: nn.Module | None = None) -> None:
@@ -162,7 +162,7 @@ class Recorder:
         self._encoder = (lambda: None) if encoder is None else weakref.ref(encoder)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, code: Any) -> None:
-        """Waits for the backward pass of a call."""
+        """Registers a hook on the code for the backward pass."""
         if not (self.active and isinstance(code, Tensor)) or module is not self._encoder():
             return
         with plainly():
@@ -177,24 +177,24 @@ class Recorder:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The one tensor that an encoder was called with.
+    """The only argument of an encoder's call, a tensor.
 
     Raises:
-        TypeError: It was called with something else.
+        TypeError: The encoder was called with other arguments.
     """
     given = [*args, *kwargs.values()]
     if len(given) != 1 or not isinstance(given[0], Tensor):
         kinds = ", ".join(type(value).__name__ for value in given)
         raise TypeError(
-            f"the penalty is of an encoder that takes one tensor; this one was called with "
-            f"({kinds}): choose the module inside it that does, or add contractive_penalty of a "
+            f"the penalty needs an encoder that takes one tensor; this one was called with "
+            f"({kinds}): choose a module inside it that does, or add contractive_penalty of a "
             "function of one tensor to the loss"
         )
     return given[0]
 
 
 def seeded(seed: int) -> Callable[[torch.device], torch.Generator]:
-    """New random generators by device, one for each, that begin at a seed."""
+    """A function that makes a random generator for each device, with a seed."""
     made: dict[torch.device, torch.Generator] = {}
 
     def generator(device: torch.device) -> torch.Generator:

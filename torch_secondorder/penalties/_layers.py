@@ -1,6 +1,6 @@
-"""Finds encoders of linear layers and elementwise activations, and the factors of their Jacobians.
+"""Closed-form Jacobians of encoders made of linear layers and elementwise activations.
 
-No derivative is taken by the input: a module is looked at, and called layer by layer.
+They need no differentiation by the input: the modules are inspected, and called layer by layer.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def _forward_of(kind: type[nn.Module]) -> Any:
     return getattr(kind, "forward", None)
 
 
-#: Derivatives of activations that are known from their values.
+#: Activations with derivatives that follow from their values.
 _FROM_OUTPUT: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Sigmoid: logistic_slope,
     nn.Tanh: lambda h: 1 - h.square(),
     nn.ReLU: lambda h: (h > 0).to(h.dtype),
 }
-#: Others that work on each number alone, without chance, and have two derivatives.
+#: Other deterministic elementwise activations with two derivatives.
 _ELEMENTWISE: tuple[type[nn.Module], ...] = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardswish, nn.Hardtanh),
     *(nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU6, nn.SELU, nn.SiLU, nn.Softplus),
     *(nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold),
 )
-# As they were before anybody put another function there.
+# The original forward functions, to detect replacements.
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: _forward_of(kind)
     for kind in (nn.Sequential, nn.Flatten, nn.Linear, *_FROM_OUTPUT, *_ELEMENTWISE)
@@ -42,18 +42,18 @@ _FORWARDS: dict[type[nn.Module], Any] = {
 
 
 def stack_of(encoder: object, x: Tensor) -> list[nn.Module] | None:
-    """The modules of an encoder of linear layers and elementwise activations.
+    """The modules of an encoder made of linear layers and elementwise activations.
 
-    Only where their kinds say all there is to know: subclasses (those made by parametrizations
-    among them), modules with hooks, and replaced forwards may compute anything.
+    Subclasses (such as those made by parametrizations), modules with hooks and replaced forwards
+    may compute anything, and are not accepted.
 
     Args:
-        encoder: What is looked at.
-        x: What it will be called with.
+        encoder: The encoder.
+        x: Its input.
 
     Returns:
-        Linear layers and activations in order, the first a linear layer or a Flatten before it;
-        None where the encoder is anything else.
+        Linear layers and activations in order; the first is a linear layer, or a Flatten before
+        one. None if the encoder is anything else.
     """
     if not isinstance(encoder, nn.Module) or _watched_globally():
         return None
@@ -74,7 +74,7 @@ def stack_of(encoder: object, x: Tensor) -> list[nn.Module] | None:
 
 
 def _unrolled(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and, in Sequentials of any depth, those that it calls, in order."""
+    """A module and, for nested Sequentials, the modules that it calls, in order."""
     yield module
     if type(module) is nn.Sequential:
         for inner in module:
@@ -87,14 +87,14 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _watched_globally() -> bool:
-    """Whether there are hooks on all modules."""
+    """True if there are global hooks on all modules."""
     return _hooked(global_module_hooks())
 
 
 def _hooked(hooks: Iterable[Mapping[Any, Any]]) -> bool:
-    """Whether there are hooks other than this package's own, which change nothing.
+    """True if there are hooks that do not belong to this package.
 
-    Optimizers of this package set some to see which modules a closure calls, and with what.
+    Optimizers of this package set hooks to observe the modules of a closure; they change nothing.
     """
     package = __name__.partition(".")[0]
     return any(
@@ -105,14 +105,14 @@ def _hooked(hooks: Iterable[Mapping[Any, Any]]) -> bool:
 
 
 def slope_from_output(modules: list[nn.Module], code: Tensor) -> Tensor | None:
-    """The derivative of a single layer's activation from what the encoder gave, if it is known.
+    """The derivative of a single layer's activation, from the encoder's output.
 
     Args:
-        modules: Of the encoder, see `stack_of`.
-        code: What the encoder gave, shape `(n, units)`.
+        modules: The encoder's modules, see `stack_of`.
+        code: The encoder's output, shape `(n, units)`.
 
     Returns:
-        The shape of `code`; None where there is more to know.
+        The derivative, shaped like `code`; None if the output does not determine it.
     """
     linear, *activations = (m for m in modules if type(m) is not nn.Flatten)
     if type(linear) is nn.Linear and len(activations) == 1:
@@ -129,19 +129,19 @@ def _slope(activation: nn.Module, a: Tensor) -> tuple[Tensor, Tensor]:
         return derive(h), h
     if not a.requires_grad:
         a = a.detach().requires_grad_()
-    # Those that work in place would overwrite what is differentiated by.
+    # An in-place activation would overwrite the tensor to differentiate by.
     h = activation(a.clone() if getattr(activation, "inplace", False) else a)
-    # Each sum has one term that depends on each number.
+    # Each element affects one term of the sum, so this is the elementwise derivative.
     (slope,) = torch.autograd.grad(h.sum(), a, create_graph=True)
     return slope, h
 
 
 def chain_of(modules: list[nn.Module], x: Tensor) -> Chain:
-    """Calls the modules of a stack one after the other, and takes their derivatives.
+    """The factors of the Jacobian, from calling the modules of a stack one by one.
 
     Args:
         modules: See `stack_of`.
-        x: Shape `(entries, inputs)`, or any that a Flatten in front makes this of.
+        x: Shape `(entries, inputs)`, or any shape if the first module is a Flatten.
     """
     weights: list[Tensor] = []
     slopes: list[Tensor | None] = []

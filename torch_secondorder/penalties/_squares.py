@@ -1,8 +1,8 @@
-"""Sums of squares, whose derivatives take one pass.
+"""Sums of squares with derivatives that take one pass.
 
-The derivative that PyTorch has for a square makes a tensor of twice the argument and multiplies it
-by an expanded gradient. Beside a training step on a CPU that is most of what a penalty in closed
-form costs, where every pass over the weights counts.
+PyTorch's derivative of a square makes a tensor of twice the argument and multiplies it by an
+expanded gradient. On a CPU these passes over the weights are most of the cost of a penalty in
+closed form.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch_secondorder._foundation.private_torch import innermost_transform
 
 __all__ = ["logistic_slope", "squared_sum"]
 
-# Numbers from which on a pass takes longer than a function in Python.
+# From this number of elements on, a pass takes longer than a Python function call.
 _WORTHWHILE = 2**15
 
 
 def squared_sum(t: Tensor, dim: int | None = None) -> Tensor:
-    """The sum of the squares of all numbers, or along one dimension.
+    """The sum of the squares of all elements, or along one dimension.
 
     >>> squared_sum(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1)
     tensor([ 5., 25.])
@@ -46,7 +46,7 @@ def logistic_slope(h: Tensor) -> Tensor:
 
 
 def _pays(t: Tensor) -> bool:
-    # Transforms of torch.func go by rules of their own.
+    # Transforms of torch.func do not support these functions.
     return t.numel() >= _WORTHWHILE and innermost_transform() is None
 
 
@@ -55,8 +55,8 @@ class _SquaredSum(Function):
     def forward(ctx: Any, t: Tensor, dim: int | None) -> Tensor:
         ctx.save_for_backward(t)
         ctx.dim = dim
-        # Norms and dot products make no tensor of the squares, but add up with less care: of 1.6
-        # million numbers in float32 a norm has four right digits, this sum seven.
+        # Norms and dot products need no tensor of squares, but are less accurate: for 1.6 million
+        # numbers in float32 a norm has four correct digits, this sum seven.
         return t.square().sum(dim)
 
     @staticmethod

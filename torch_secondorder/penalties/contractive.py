@@ -1,4 +1,4 @@
-"""The penalty of the contractive autoencoder, in closed form where the encoder allows it."""
+"""The penalty of the contractive autoencoder, in closed form if the encoder allows it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from torch_secondorder.penalties.jacobian import differentiated, exact_rows, pro
 
 __all__ = ["contractive_penalty"]
 
-# What "auto" spends, in bytes of the largest array. Products of a chain take a few large matrix
-# products; a Jacobian by differentiation a backward pass for each of its rows.
+# Limits of "auto", in bytes of the largest array. A chain takes a few large matrix products; a
+# Jacobian by differentiation takes a backward pass for each of its rows.
 _LARGEST_CHAIN = 2**28
 _LARGEST_JACOBIAN = 2**26
 
@@ -41,36 +41,38 @@ def contractive_penalty(
     generator: torch.Generator | None = None,
     code: Tensor | None = None,
 ) -> Tensor:
-    """Squared Frobenius norm of an encoder's Jacobian, in the mean over the batch.
+    """Squared Frobenius norm of an encoder's Jacobian; the mean over the batch.
 
-    The penalty of the contractive autoencoder (Rifai et al. 2011, "Contractive auto-encoders:
-    explicit invariance during feature extraction"). With `noise`, that of the higher-order
-    contractive autoencoder instead, `E|J(x) - J(x + e)|^2` for `e` from `N(0, noise^2)`, which
-    holds the curvature down (Rifai et al. 2011, "Higher order contractive auto-encoder"); a loss
-    adds both, each with its own weight.
+    This is the penalty of the contractive autoencoder (Rifai et al. 2011, "Contractive
+    auto-encoders: explicit invariance during feature extraction"). With `noise` it is that of the
+    higher-order contractive autoencoder instead, `E|J(x) - J(x + e)|^2` for `e` from
+    `N(0, noise^2)`, which keeps the curvature small (Rifai et al. 2011, "Higher order contractive
+    auto-encoder"). Their loss adds both, each with its own weight.
 
-    How it is computed depends on the encoder:
+    The computation depends on the encoder:
 
-    * a `Linear` with elementwise activations of `torch.nn`, in `Sequential`s or alone, maybe behind
-      a `Flatten`: in closed form, for sigmoid units `sum_i (h_i (1 - h_i))^2 sum_j W_ij^2`;
-    * several of them: the product of their Jacobians, from the end that makes it cheaper;
-    * anything else, and modules with hooks or replaced forwards: by differentiation, exactly where
-      the Jacobians of the batch take at most 64 MiB, else by random projections, see
-      `jacobian_penalty`. `"auto"` goes there as well from products that take more than 256 MiB.
+    * For a `Linear` with elementwise activations of `torch.nn`, in `Sequential`s or alone, with or
+      without a `Flatten` before it, there is a closed form; for sigmoid units it is
+      `sum_i (h_i (1 - h_i))^2 sum_j W_ij^2`.
+    * For several of them it is the product of their Jacobians, from the cheaper end.
+    * For anything else, and for modules with hooks or replaced forwards, it uses differentiation:
+      exact if the Jacobians of the batch take at most 64 MiB, else random projections, see
+      `jacobian_penalty`. `"auto"` also does this if the product would take more than 256 MiB.
 
-    It can be differentiated any number of times, in closed form by transforms of `torch.func` too.
+    You can differentiate it any number of times, in closed form also with transforms of
+    `torch.func`.
 
     Args:
-        encoder: Maps a batch to a batch, each sample on its own.
+        encoder: Maps a batch to a batch, each sample independently.
         x: Shape `(n, ...)`, real and floating-point.
-        method: `"auto"`; `"exact"`, for no projections whatever the size; or `"projection"`, for
-            nothing else.
+        method: `"auto"`; `"exact"` for no projections, whatever the size; or `"projection"` for
+            projections in any case.
         noise: Standard deviation of the noise.
         n_noise: Noisy copies of each sample.
         n_projections: Random vectors for each sample.
-        generator: Where noise and random vectors come from.
-        code: What `encoder(x)` gave, where the loss has it already: for one layer of sigmoid, tanh
-            or ReLU units it saves calling the encoder again, which is most of the cost.
+        generator: Source of noise and random vectors.
+        code: The output `encoder(x)`, if the loss has it already. For one layer of sigmoid, tanh or
+            ReLU units this saves another call of the encoder, which is most of the cost.
 
     Returns:
         A 0-dim tensor with a graph, unless gradients are disabled.
@@ -79,7 +81,7 @@ def contractive_penalty(
         TypeError: `x` or the encoder's output is not a real floating-point tensor.
         ValueError: The encoder has BatchNorm that uses the statistics of the batch; its output, or
             `code`, is not one for each sample, or has no graph; `"exact"` does not fit into memory;
-            `noise` is not positive, a number less than one, or `method` unknown.
+            or an argument is out of range.
 
     >>> encoder = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Sigmoid())
     >>> for p in encoder.parameters():
@@ -114,7 +116,7 @@ def contractive_penalty(
 
 
 def _with_noise(x: Tensor, noise: float, n_noise: int, generator: torch.Generator | None) -> Tensor:
-    """The batch, and noisy copies of it behind."""
+    """The batch, followed by noisy copies of it."""
     shape = n_noise * len(x), *x.shape[1:]
     drawn = torch.randn(shape, dtype=x.dtype, device=x.device, generator=generator)
     copies = x.repeat(n_noise, *[1] * (x.dim() - 1))
@@ -124,7 +126,7 @@ def _with_noise(x: Tensor, noise: float, n_noise: int, generator: torch.Generato
 def _in_closed_form(
     encoder: Callable[[Tensor], Tensor], points: Tensor, n: int, code: Tensor | None, *, force: bool
 ) -> Tensor | None:
-    """From the layers of the encoder; None where it has others, or is too large and not forced."""
+    """The closed form; None if the layers have none, or if it is too large and not forced."""
     modules = stack_of(encoder, points)
     if modules is None:
         return None
@@ -138,11 +140,11 @@ def _in_closed_form(
     if code is None or slope is None:
         return mean_squared_norm(chain_of(modules, points), n)
     if code.shape != (n, len(weights[0])):
-        raise ValueError(f"code has shape {tuple(code.shape)}, not {(n, len(weights[0]))}")
+        raise ValueError(f"code must have shape {(n, len(weights[0]))}, got {tuple(code.shape)}")
     if weights[0].requires_grad and not code.requires_grad:
         raise ValueError(
-            "code has no graph, and gradients would lack what passes through it: give what "
-            "encoder(x) returned, not detached"
+            "code has no graph, and gradients through it would be missing: pass the output of "
+            "encoder(x) without detach()"
         )
     if len(points) > n:
         slope = torch.cat([slope, *chain_of(modules, points[n:]).slopes])
@@ -157,7 +159,7 @@ def _by_differentiation(
     n_projections: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """From derivatives by the input."""
+    """The penalty by differentiation with respect to the input."""
     point = differentiated(points)
     y = plain(with_second_derivatives(encoder)(point))
     check_outputs(y, len(points), "encoder(x)")

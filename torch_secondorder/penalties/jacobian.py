@@ -1,4 +1,4 @@
-"""The squared Frobenius norm of the Jacobian by the input, exact or by random projections."""
+"""The squared Frobenius norm of the Jacobian, exact or by random projections."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ def jacobian_penalty(
     *,
     outputs: Tensor | None = None,
 ) -> Tensor:
-    """Squared Frobenius norm of the Jacobian of `f` at each sample, in the mean over the batch.
+    """Squared Frobenius norm of the Jacobian of `f` for each sample; the mean over the batch.
 
     With `C` outputs for a sample, `|J|^2 = C E|J'v|^2` for `v` uniform on the unit sphere of
     `R^C`. `"projection"` draws such vectors for each sample and takes the mean, which is unbiased
     and needs one backward pass of `n_projections` times the batch (Hoffman, Roberts and Yaida 2019,
     "Robust learning with Jacobian regularization"; their loss has half of this value). `"exact"`
-    takes all of the Jacobian, by rows or by columns, whichever are fewer. Either is one batched
-    pass, and can be differentiated any number of times, by parameters and by `x`. Inside transforms
-    of `torch.func`, `x` has to be what is differentiated by.
+    computes the whole Jacobian, by rows or by columns, whichever are fewer. Both take one batched
+    pass, and you can differentiate the result any number of times, by parameters and by `x`. Inside
+    transforms of `torch.func`, `x` has to be the variable of the transform.
 
     Args:
-        f: Maps a batch to a batch, each sample on its own. Its operations need two derivatives,
-            and a third for `"exact"` where a sample has many more outputs than inputs.
+        f: Maps a batch to a batch, each sample independently. Its operations need two derivatives,
+            and a third for `"exact"` if a sample has many more outputs than inputs.
         x: Shape `(n, ...)`, real and floating-point.
         method: `"exact"` or `"projection"`.
         n_projections: Vectors for each sample.
-        generator: Where they come from, on the device of the outputs.
-        outputs: What `f(x)` gave, where the loss has it already and `x` required a gradient then:
-            saves another call of `f`, about a third of what one projection costs. Attention in `f`
-            has to be on its math backend then (`torch.nn.attention.sdpa_kernel`), as it is in
-            calls from here.
+        generator: Source of these vectors, on the device of the outputs.
+        outputs: The output `f(x)`, if the loss has it already and `x` required a gradient. This
+            saves another call of `f`, about a third of the cost of one projection. Attention in `f`
+            must have used its math backend (`torch.nn.attention.sdpa_kernel`), as in calls from
+            this function.
 
     Returns:
         A 0-dim tensor with a graph, unless gradients are disabled.
@@ -60,7 +60,7 @@ def jacobian_penalty(
         TypeError: `x` or `f(x)` is not a real floating-point tensor.
         ValueError: `f` is a module with BatchNorm that uses the statistics of the batch; `f(x)`
             does not have one output for each sample, or does not depend on `x`; the exact Jacobian
-            does not fit into memory; `method` is unknown or `n_projections` less than one.
+            does not fit into memory; or an argument is out of range.
 
     >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> jacobian_penalty(lambda x: x**2, x)  # the mean of 4 + 16 and 36 + 64
@@ -72,7 +72,7 @@ def jacobian_penalty(
     check_separate(f)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        # The alias: derivatives are by the argument alone, also where `f` holds `x` itself.
+        # An alias, so that derivatives are by the argument alone, even if `f` holds `x` itself.
         point = x if outputs is not None else differentiated(plain(x))
         y = with_second_derivatives(f)(like(point, x)) if outputs is None else outputs
         y, n = plain(y), len(plain(x))
@@ -86,29 +86,29 @@ def jacobian_penalty(
 
 
 def differentiated(x: Tensor) -> Tensor:
-    """Another tensor with these values, to differentiate by; `x` is behind it if it has a graph."""
+    """A tensor with the values of `x` to differentiate by, with `x` in its graph if it has one."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
 def exact_rows(y: Tensor, x: Tensor) -> Tensor:
-    """The Jacobian of each sample in one batched pass, by the smaller of its dimensions.
+    """The Jacobian of each sample in one batched pass, along the smaller of its dimensions.
 
     Args:
-        y: Shape `(n, ...)`, made of `x` with a graph.
+        y: Shape `(n, ...)`, computed from `x` with a graph.
         x: Shape `(n, ...)`.
 
     Returns:
         Shape `(C, n, ...)` with the shape of `x` at the end, or `(d, n, ...)` with that of `y`.
 
     Raises:
-        ValueError: Too large, or `y` does not depend on `x`.
+        ValueError: The Jacobian is too large, or `y` does not depend on `x`.
     """
     sample = plain(x)[0]
     count, d = y[0].numel(), sample.numel()
     check_fits_exactly((len(y), count, d), y)
     if count <= 2 * d:
         return pulled(y, x, _units(y))
-    # Columns: the product `J'u` is linear in `u`, and its derivative by `u` along `t` is `J t`.
+    # By columns: the product `J'u` is linear in `u`, and its derivative by `u` along `t` is `J t`.
     u = torch.zeros_like(y).requires_grad_()
     return pulled(pulled(y, x, u.unsqueeze(0))[0], u, _units(plain(x)))
 
@@ -123,11 +123,11 @@ def projected_rows(
     """Products `J'v` with `v` uniform on unit spheres, for `E|J|^2 = scale * sum |J'v|^2`.
 
     Args:
-        y: Shape `(n, ...)`, made of `x` with a graph.
+        y: Shape `(n, ...)`, computed from `x` with a graph.
         x: Shape `(n, ...)`.
         n_projections: Vectors for each sample.
-        generator: Where they come from.
-        copies: The batch is so many batches one after the other, which get the same vectors.
+        generator: Source of these vectors.
+        copies: Number of batches that are concatenated in `y`; they get the same vectors.
 
     Returns:
         Shape `(n_projections, n, ...)`, and the scale.
@@ -144,8 +144,8 @@ def pulled(y: Tensor, x: Tensor, v: Tensor) -> Tensor:
     """Products `J'v` for several `v`, in one pass.
 
     Args:
-        y: Made of `x` with a graph.
-        x: What is differentiated by.
+        y: Computed from `x` with a graph.
+        x: The variable to differentiate by.
         v: Shape `(p, *y.shape)`.
 
     Returns:
@@ -158,7 +158,7 @@ def pulled(y: Tensor, x: Tensor, v: Tensor) -> Tensor:
     with plainly():
         linked = y.requires_grad and x.requires_grad
         if linked and len(v) == 1:
-            # No batching rules are needed, which few functions lack.
+            # Without batching rules, which some functions lack.
             found = torch.autograd.grad(y, x, v[0], create_graph=True, allow_unused=True)
             found = tuple(None if g is None else g.unsqueeze(0) for g in found)
         elif linked:
@@ -168,8 +168,8 @@ def pulled(y: Tensor, x: Tensor, v: Tensor) -> Tensor:
     if found[0] is None:
         raise ValueError(
             "f(x) does not depend on x through differentiable operations: detach(), no_grad() or "
-            "an operation without a derivative may stand between them, or given outputs were made "
-            "while x did not require a gradient"
+            "an operation without a derivative may be between them, or x did not require a "
+            "gradient when the given outputs were computed"
         )
     return found[0]
 
