@@ -427,7 +427,10 @@ class NewtonCG(FlatOptimizer):
             self._solver_at(descent, rule, preconditioner),
             None if preconditioner is None else preconditioner.inverse,
             self._tally,
-            descent.count + 1 < descent.max_iter and self._keeps_graphs(objective),
+            # Trials keep their graph where it is used again and has room beside that of the point.
+            descent.count + 1 < descent.max_iter
+            and choice.kind != DIFFERENCES
+            and objective.has_room_for_a_graph(),
         )
         if preconditioner is not suited and isinstance(rule, TrustRegion):
             # The radius is a length in the metric of the one that was left out.
@@ -475,10 +478,6 @@ class NewtonCG(FlatOptimizer):
             most_iterates=_ITERATES,
             overwrites=True,
         )
-
-    def _keeps_graphs(self, objective: Objective) -> bool:
-        """Whether the graph of a trial has room beside that of the point."""
-        return self._choice.kind != DIFFERENCES and objective.has_room_for_a_graph()
 
     def _take(self, descent: Descent, move: Move) -> None:
         """Goes where a move leads."""

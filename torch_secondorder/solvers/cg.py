@@ -67,10 +67,15 @@ class CG:
     overwrites: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("max_iterations", 1), ("recompute", 0), ("most_iterates", 0)):
-            check_integer(name, getattr(self, name), least)
+        # An optimizer makes one for each system: ordinary numbers need no calls.
+        counts = (self.max_iterations, self.recompute, self.most_iterates)
+        if {*map(type, counts)} != {int} or min(counts) < 0 or self.max_iterations < 1:
+            for name, least in (("max_iterations", 1), ("recompute", 0), ("most_iterates", 0)):
+                check_integer(name, getattr(self, name), least)
         for name in ("tolerance", "progress"):
-            check_number(name, getattr(self, name), low=0, below=1)
+            value = getattr(self, name)
+            if type(value) is not float or not 0.0 <= value < 1.0:
+                check_number(name, value, low=0, below=1)
         if not self.slack > 0:
             raise ValueError(f"slack must be above 0, got {self.slack!r}")
 
