@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_secondorder._autograd.graph import Graph, Output, Overwritten, Suspect, explained, refuse
+from torch_secondorder._autograd.vectorized import several
 from torch_secondorder._foundation.subclasses import plainly
 
 __all__ = ["OutputSpace", "Tensors", "UnknownOutputs"]
@@ -85,13 +86,7 @@ class OutputSpace:
         """`J' u` for several `u`, stacked; in one vectorized pass where operations allow."""
         columns = zip(*cotangents, strict=True)
         stacked = [None if any(q is None for q in c) else torch.stack(c) for c in columns]
-        try:
-            return self.pull(stacked, batched=True)
-        except Overwritten:
-            raise
-        except (RuntimeError, NotImplementedError):  # an operation without a batching rule
-            products = zip(*map(self.pull, cotangents), strict=True)
-            return [None if c[0] is None else torch.stack(c) for c in products]
+        return several(self.pull, stacked)
 
     def pull(self, cotangents: Tensors, batched: bool = False) -> Tensors:
         """`J' u`: from weights shaped like the outputs to tensors shaped like the parameters."""
