@@ -81,7 +81,6 @@ RULES = Rules(
         "dataset._loader": "diagnostics",
         "dataset._objective": "diagnostics _optim",
         "dataset._operator": "diagnostics _optim",
-        "diagnostics._point": "integrations",
         "penalties._encoder": "optim integrations",
         "solvers._units": "_optim",
     },

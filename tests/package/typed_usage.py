@@ -51,7 +51,6 @@ from torch_secondorder.curvature import (
     LinearOperator,
     exact_diagonal,
 )
-from torch_secondorder.dataset import BatchSum, DatasetObjective, curvature_at
 from torch_secondorder.diagnostics import (
     Definiteness,
     Eigenpairs,
@@ -297,11 +296,6 @@ def whole_data_sets() -> None:
     assert_type(closure(), Tensor)
     assert_type(LBFGS(model.parameters()).step(closure), Tensor)
     assert_type(NewtonCG(model.parameters()).step(closure), Tensor)
-    objective = DatasetObjective(closure, model.parameters())
-    operator = curvature_at(objective, objective.evaluate(), lambda e, g: Hessian(e))
-    assert_type(operator, LinearOperator)
-    assert isinstance(operator, BatchSum)
-    assert_type(operator @ torch.ones(operator.size), Tensor)
     with refusal():
         DatasetClosure(model, loss_of, loader, reduction="max")  # type: ignore[arg-type]
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
 from torch_secondorder._objective.base import Objective, Regularization
-from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
@@ -22,8 +21,7 @@ from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
 from torch_secondorder._params.vector import ParameterVector, max_norm
-from torch_secondorder.dataset._objective import DatasetObjective
-from torch_secondorder.dataset.closure import DatasetClosure
+from torch_secondorder.dataset._objective import objective_of
 
 __all__ = ["FlatOptimizer"]
 
@@ -265,9 +263,7 @@ class FlatOptimizer(SecondOrderOptimizer):
                     "a curvature_closure goes with a closure, not with a FunctionalObjective"
                 )
             return closure.bind(vector, regularization, master)
-        over_data = any(isinstance(c, DatasetClosure) for c in (closure, curvature_closure))
-        kind = DatasetObjective if over_data else ClosureObjective
-        return kind.for_step(
+        return objective_of(
             closure, vector, regularization, master, self._registry, curvature_closure
         )
 

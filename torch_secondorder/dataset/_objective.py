@@ -21,7 +21,7 @@ from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset._loader import fingerprint, generators_of
 from torch_secondorder.dataset.closure import DatasetClosure, UseBatch
 
-__all__ = ["DatasetObjective", "Passes"]
+__all__ = ["DatasetObjective", "objective_of"]
 
 _Fingerprint: TypeAlias = tuple[list[torch.Size], list[Tensor]]
 
@@ -84,12 +84,11 @@ class DatasetObjective(ClosureObjective):
     Args:
         closure: See `ClosureObjective`.
         params: See `ClosureObjective`.
-        curvature_closure: See `ClosureObjective`. At least one of the two closures is a
-            `DatasetClosure`.
+        curvature_closure: See `ClosureObjective`. Products come from this closure, or from
+            `closure` without it, which has to be a `DatasetClosure`.
 
     Attributes:
-        passes: Passes over the data that products come from; None if they come from an ordinary
-            closure.
+        passes: Passes over the data that products come from.
     """
 
     def _begin(
@@ -104,8 +103,8 @@ class DatasetObjective(ClosureObjective):
         own = _for_one_step(closure)
         other = None if curvature_closure is None else _for_one_step(curvature_closure)
         super()._begin(own, vector, regularization, master, registry, other)
-        source = own if other is None else other
-        self.passes = source if isinstance(source, Passes) else None
+        assert isinstance(self.source, Passes)
+        self.passes = self.source
         self._here = False  # True if the last evaluation was at the current position
         # Kept, though it holds a gradient: evaluating again would take a pass over the data.
         self._trial: Evaluation | None = None
@@ -118,7 +117,7 @@ class DatasetObjective(ClosureObjective):
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """See `Objective.evaluate`; an accepted trial is not evaluated again."""
         last = self._last()
-        if last is not None and self._here and self.passes is not None:
+        if last is not None and self._here:
             return last
         return super().evaluate(curvature=curvature)
 
@@ -135,7 +134,6 @@ class DatasetObjective(ClosureObjective):
                 evaluation has curvature, but leaves out weight decay and other ranks.
             label: The label of the progress bar.
         """
-        assert self.passes is not None
 
         def one(compute: Callable[[], Tensor], weight: float) -> None:
             use(partial(self._of_batch, compute), weight)
@@ -160,7 +158,7 @@ class DatasetObjective(ClosureObjective):
 
     def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
         self._here, self._trial = False, None
-        raw = super()._run(position, curvature and self.passes is None)
+        raw = super()._run(position, False)
         self._here = position is self.position
         return raw
 
@@ -173,7 +171,6 @@ class DatasetObjective(ClosureObjective):
         self._here = self._here and not self.renewed
 
     def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
-        assert self.passes is not None
         closure = self.passes.closure
         self.settle()
         copies = self._copies(closure)
@@ -191,7 +188,6 @@ class DatasetObjective(ClosureObjective):
 
     def copy_saved(self) -> bool:
         """Makes graphs save copies from now on; returns False if they do already."""
-        assert self.passes is not None
         if self._copies(self.passes.closure):
             return False
         self._note_writes(self.passes.closure)
@@ -231,3 +227,27 @@ class _OfBatch(Linearization):
 
 def _for_one_step(closure: Callable[[], Any]) -> Callable[[], Any]:
     return Passes(closure) if isinstance(closure, DatasetClosure) else closure
+
+
+def objective_of(
+    closure: Callable[[], Any],
+    vector: ParameterVector,
+    regularization: Regularization | None = None,
+    master: Tensor | None = None,
+    registry: ModuleRegistry | None = None,
+    curvature_closure: Callable[[], Any] | None = None,
+) -> ClosureObjective:
+    """The objective of one step, with closures that may be over data sets.
+
+    Args:
+        closure: See `ClosureObjective`.
+        vector: See `Objective`.
+        regularization: See `Objective`.
+        master: See `Objective`.
+        registry: See `Objective`.
+        curvature_closure: See `ClosureObjective`.
+    """
+    source = closure if curvature_closure is None else curvature_closure
+    kind = DatasetObjective if isinstance(source, DatasetClosure) else ClosureObjective
+    closure = _for_one_step(closure)
+    return kind.for_step(closure, vector, regularization, master, registry, curvature_closure)

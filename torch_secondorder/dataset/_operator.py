@@ -43,7 +43,7 @@ def curvature_at(
         kind: Makes the operator of an evaluation.
         generator: Source of random numbers for `kind`.
     """
-    if isinstance(objective, DatasetObjective) and objective.passes is not None:
+    if isinstance(objective, DatasetObjective):
         return BatchSum(objective, kind, generator)
     return kind(evaluation, generator)
 
@@ -64,7 +64,6 @@ class BatchSum(LinearOperator):
     def __init__(
         self, objective: DatasetObjective, kind: Kind, generator: torch.Generator | None = None
     ) -> None:
-        assert objective.passes is not None
         vector = objective.vector
         self.size, self.dtype, self.device = vector.size, vector.dtype, vector.device
         self._objective = objective
