@@ -20,6 +20,11 @@ DEVICES = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Lets `tests/optim/test_conformance.py` test an optimizer of another package."""
+    parser.addoption("--optimizer", metavar="MODULE:NAME", help="a class or function to test")
+
+
 @pytest.fixture(params=DEVICES, ids=str)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that this machine has; numerical tests run on each."""

@@ -305,7 +305,7 @@ def test_subclasses_of_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_diagnostics(kind: str, curvature: Any) -> None:
     values, found = torch.linspace(-1, 1, 18, dtype=torch.float64).view(6, 3), []
     for x in (values, KINDS[kind].of(values)):

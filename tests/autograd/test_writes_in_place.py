@@ -330,7 +330,7 @@ def test_projections_over_data_sets(keep: int) -> None:
 
 
 @pytest.mark.parametrize("retain", [True, False])
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_diagnostics_of_several_batches(curvature: Any, retain: bool) -> None:
     found = []
     for writes in (True, False):

@@ -128,7 +128,7 @@ def test_optimizers_take_the_same_steps(name: str, way: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_diagnostics_see_the_same(curvature: Any) -> None:
     found = []
     for sparse in (False, True):

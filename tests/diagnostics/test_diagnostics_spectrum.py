@@ -221,7 +221,7 @@ def test_definiteness_of_a_model_at_a_saddle_and_of_its_gauss_newton_matrix() ->
     assert lowest < -1e-2
     answer = definiteness(from_model(case.model, case.loss, data))
     assert answer.semidefinite is False and lowest - 1e-12 <= answer.curvature < 0
-    gauss_newton = from_model(case.model, case.loss, data, curvature="gauss_newton")
+    gauss_newton = from_model(case.model, case.loss, data, curvature="ggn")
     assert definiteness(gauss_newton).semidefinite is True
 
 

@@ -92,7 +92,7 @@ def lbfgs(rank: int, ranks: int) -> list[Any]:
     for how, arguments in (
         ({}, {}),
         ({"reshard_after_forward": False}, {"weight_decay": 0.01}),
-        ({}, {"line_search_fn": "hager_zhang", "history_size": 3, "damping": True}),
+        ({}, {"line_search_fn": "hager_zhang", "history_size": 3, "powell_damping": True}),
         ({}, {"line_search_fn": None, "lr": 0.1}),
         ({"mesh": "replicated"}, {"weight_decay": 0.01}),
     ):
@@ -102,7 +102,7 @@ def lbfgs(rank: int, ranks: int) -> list[Any]:
         share = Share(rank, ranks, **(how if ranks else {}))
         optimizer = LBFGS(share.model.parameters(), max_iter=3, **arguments)
         # Without `backward()` it is the optimizer that calls it.
-        closure = share.loss if "damping" in arguments else share.closure
+        closure = share.loss if "powell_damping" in arguments else share.closure
         found += [optimizer.step(closure).item() for _ in range(6)]
         found += [optimizer.info.grad_norm, optimizer.info.loss_after, *share.values()]
     return found

@@ -1,9 +1,14 @@
-"""What every optimizer promises; a new one is found through `__all__` and held to it."""
+"""Promises of every optimizer.
+
+An optimizer in `torch_secondorder.__all__` is found by itself, as are those of the documentation.
+For one of your own: `pytest tests/optim/test_conformance.py --optimizer mypackage:MyOptimizer`.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import io
 import math
 from collections.abc import Callable
@@ -17,11 +22,17 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import torch_secondorder
+from tests.support.documented import module_of
+from tests.support.small_optimizers import Kronecker
 from torch_secondorder import FunctionalObjective, SecondOrderOptimizer, StepInfo, StepStatus
 
 #: What an optimizer needs in order to make progress here, where its defaults do not do.
-ARGUMENTS: dict[str, dict[str, Any]] = {"LBFGS": {"max_iter": 3}, "Sophia": {"lr": 0.03}}
-#: Those whose weight decay is a move of its own, as in AdamW, instead of a term of the loss.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "DenseBFGS": {"max_iter": 3},
+    "LBFGS": {"max_iter": 3},
+    "Sophia": {"lr": 0.03},
+}
+#: Optimizers whose weight decay moves the parameters, as in AdamW, instead of joining the loss.
 DECOUPLED = {"AdaHessian", "Sophia"}
 
 
@@ -38,15 +49,29 @@ def concrete_optimizers() -> list[type[SecondOrderOptimizer]]:
     ]
 
 
-@pytest.fixture(params=concrete_optimizers(), ids=lambda cls: cls.__name__)
-def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
+def documented_optimizers() -> list[type[SecondOrderOptimizer]]:
+    return [module_of("adding_an_optimizer").DenseBFGS]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs each test for the optimizer named on the command line, or for all of ours."""
+    if "kind" not in metafunc.fixturenames:
+        return
+    kinds = [*concrete_optimizers(), *documented_optimizers(), Kronecker]
+    if named := metafunc.config.getoption("--optimizer", None):
+        module, _, name = named.partition(":")
+        kinds = [getattr(importlib.import_module(module), name)]
+    metafunc.parametrize("kind", kinds, ids=[kind.__name__ for kind in kinds])
+
+
+@pytest.fixture
+def make(kind: Any) -> Callable[..., Any]:
     """Makes an optimizer of the kind under test."""
-    kind = request.param
 
     def make(params: Any, **more: Any) -> SecondOrderOptimizer:
         return kind(params, **(ARGUMENTS.get(kind.__name__, {}) | more))
 
-    make.decoupled = kind.__name__ in DECOUPLED
+    make.decoupled = kind.__name__ in DECOUPLED or getattr(kind, "decoupled", False)
     return make
 
 
@@ -101,7 +126,8 @@ def trained(make: Callable, net: Net, steps: int = 3, **arguments: Any) -> list[
 def test_there_are_optimizers_to_test() -> None:
     assert torch_secondorder.LBFGS in concrete_optimizers()
     assert SecondOrderOptimizer not in concrete_optimizers()
-    assert set(ARGUMENTS) <= {kind.__name__ for kind in concrete_optimizers()}
+    kinds = [*concrete_optimizers(), *documented_optimizers()]
+    assert set(ARGUMENTS) <= {kind.__name__ for kind in kinds}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -244,7 +244,7 @@ def test_pairs_without_curvature(
     monkeypatch.setattr(InverseBFGS, "push", spy)
     x = start_at(0.1, -0.2, 0.3)
     first = gradient_of(lambda x: x.cos().sum(), x)
-    optimizer = LBFGS([x], lr=0.1, max_iter=6, line_search_fn=search, damping=damping)
+    optimizer = LBFGS([x], lr=0.1, max_iter=6, line_search_fn=search, powell_damping=damping)
     optimizer.step(standard(optimizer, lambda: x.cos().sum()))
     info = optimizer.info
     assert (info.iterations, info.status) == (6, StepStatus.MAX_ITERATIONS)
@@ -261,7 +261,7 @@ def test_pairs_without_curvature(
 
 def test_damping_leaves_good_pairs_alone() -> None:
     x = start_at(-1.2, 1.0)
-    optimizer = LBFGS([x], max_iter=200, damping=True)
+    optimizer = LBFGS([x], max_iter=200, powell_damping=True)
     optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
     assert optimizer.info.status is StepStatus.CONVERGED_GRADIENT
     assert (

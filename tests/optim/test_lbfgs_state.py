@@ -70,7 +70,7 @@ class Training:
         {"history_size": 3, "max_iter": 3, "max_eval": 50},
         {"max_iter": 2, "max_eval": 50},
         {"max_iter": 2, "line_search_fn": None, "lr": 0.1},
-        {"max_iter": 1, "maximize": False, "weight_decay": 1e-3, "damping": True},
+        {"max_iter": 1, "maximize": False, "weight_decay": 1e-3, "powell_damping": True},
     ],
     ids=["wrapped", "growing", "fixed steps", "all options"],
 )

@@ -57,6 +57,7 @@ from torch_secondorder.diagnostics import (
     ObservedInformation,
     Problem,
     SecondOrderModel,
+    Source,
     SpectralDensity,
     TraceEstimate,
     definiteness,
@@ -438,6 +439,8 @@ def diagnostics() -> None:
     model, x, y = model_and_data()
     problem = from_model(model, loss_of, [(x, y)], curvature="hessian", reduction="mean")
     assert_type(problem, Problem)
+    sources: list[Source] = [problem, Diagonal(x.new_ones(3))]
+    assert_type(trace(sources[1], 3), TraceEstimate)
     pairs = eigenpairs(problem, 2, "largest")
     assert_type(pairs, Eigenpairs)
     assert_type(pairs.values, Tensor)
@@ -448,7 +451,7 @@ def diagnostics() -> None:
     assert_type(line, SecondOrderModel)
     assert_type(line(0.5), float)
     closure = closure_for(model, x, y, model.zero_grad)
-    assert_type(from_closure(closure, model.parameters(), curvature="gauss_newton"), Problem)
+    assert_type(from_closure(closure, model.parameters(), curvature="ggn"), Problem)
     operator = Diagonal(torch.tensor([1.0, 2.0]))
     assert_type(observed_information(operator), ObservedInformation)
     assert_type(observed_information(operator).standard_errors, Tensor)

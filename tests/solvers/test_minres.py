@@ -24,9 +24,8 @@ from tests.support.dense_operators import (
     vector_of,
 )
 from torch_secondorder._params import space, vector
-from torch_secondorder.solvers._minres_scalars import MinresScalars
 from torch_secondorder.solvers.base import SolveStatus
-from torch_secondorder.solvers.minres import MINRES
+from torch_secondorder.solvers.minres import MINRES, MinresScalars
 
 OFF = MINRES(stop_at_negative_curvature=False, tolerance=1e-10, max_iterations=1000)
 DTYPES = [torch.float32, torch.float64]

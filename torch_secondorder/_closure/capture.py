@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -51,7 +51,7 @@ from torch_secondorder._foundation.subclasses import like, plain, plainly, snaps
 
 __all__ = [
     "Capture",
-    "Receiver",
+    "Sink",
     "examine_everywhere",
     "mark_outputs",
     "suspects_among",
@@ -82,8 +82,8 @@ STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
 _active: ContextVar[Capture | None] = ContextVar("active_capture", default=None)
 
 
-class Receiver(Protocol):
-    """Takes the graph of each `loss.backward()` as it happens, instead of it being kept.
+class Sink(Protocol):
+    """Takes the graph of each `loss.backward()` as it happens, so that it is not kept.
 
     Attributes:
         twice: Whether gradients are made with a graph of their own.
@@ -96,7 +96,7 @@ class Receiver(Protocol):
     def __call__(
         self, graph: Graph, retain: bool
     ) -> Sequence[Tensor | None]:  # pragma: no cover - a protocol
-        """Uses the graph of one `backward()`, and gives the gradients for `p.grad`.
+        """Uses the graph of one `backward()`, and returns the gradients for `p.grad`.
 
         Args:
             graph: With one loss and its gradients. It ends after this call.
@@ -117,35 +117,37 @@ class Capture(TorchFunctionMode):
 
     Args:
         params: The leaves to differentiate with respect to.
-        receiver: Gets the graphs one by one, so that none has to be kept.
+        sink: Takes the graphs one by one, so that none has to be kept.
         copies: Whether the graph saves copies, which takes as much memory again. Whatever is then
             written in place, it stays what it was; else products raise `Overwritten`.
 
     Attributes:
-        graph: What was caught; without losses where there is a receiver.
-        calls: How many times `backward()` was called.
+        graph: The retained graph; it has no losses if there is a sink.
+        calls: The number of calls of `backward()`.
         foreign: Whether parameters got gradients from somewhere else.
-        copies: The same.
+        copies: Whether the graph saves copies.
+        keeps: Whether the graph is kept, because there is no sink.
         place: Copies of the parameters at the last `backward()`, for a graph of copies.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], receiver: Receiver | None = None, *, copies: bool = False
+        self, params: Sequence[Tensor], sink: Sink | None = None, *, copies: bool = False
     ) -> None:
         super().__init__()
         self.graph = Graph(params)
         self.calls = 0
         self.foreign = False
         self.place: list[Tensor] | None = None
-        self._receiver = receiver
+        self.keeps = sink is None
+        self._sink = sink
         self._suspended = False
         self._differentiates = False
         self._cut_off = False  # whether a reentrant checkpoint got nothing that has a graph
         self.copies = copies
-        self._looks = receiver is None or receiver.outputs
-        self._twice = receiver is None or receiver.twice
+        self._looks = sink is None or sink.outputs
+        self._twice = sink is None or sink.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
-        self._watches = self._looks or any(p.dim() > 2 for p in params)
+        self._watches = self._looks or max(map(Tensor.dim, params)) > 2
         self._kernels: AbstractContextManager[Any] = twice_differentiable()
 
     def __enter__(self) -> Capture:
@@ -196,7 +198,7 @@ class Capture(TorchFunctionMode):
         if func in STANDARD_LOSSES:
             return self._run_loss(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func is F.linear and self._receiver is None and not torch.compiler.is_compiling():
+        if func is F.linear and self._sink is None and not torch.compiler.is_compiling():
             # Looked at where somebody asks for it: networks make many such calls.
             taken = args[0] if args else kwargs["input"]
             if self.copies:
@@ -234,7 +236,7 @@ class Capture(TorchFunctionMode):
                     p.grad = added(p.grad, g) if sparse else p.grad.add_(g)
                 else:
                     # Not an alias: the graph goes on using the storage of `g`.
-                    p.grad = g.clone() if self._receiver is None else g
+                    p.grad = g.clone() if self._sink is None else g
 
     def _intercept(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self._suspended:
@@ -245,7 +247,7 @@ class Capture(TorchFunctionMode):
     def differentiate(
         self, loss: Tensor, weight: Tensor | None = None, retain: bool = False
     ) -> Sequence[Tensor | None]:
-        """The gradients of a loss, whose graph is kept, or given to the receiver.
+        """The gradients of a loss, whose graph is kept, or given to the sink.
 
         Args:
             loss: What `backward()` is called on.
@@ -276,7 +278,7 @@ class Capture(TorchFunctionMode):
         # The length of the forward pass and its last operation: graphs of other operations have
         # others, or are very much alike. To walk over the graph would take a hundred times as long.
         kind = () if node is None else (sequence_number_of(node) - self._begun, node.name())
-        if self._receiver is None:
+        if self._sink is None:
             self.graph.kind += kind
             return self.graph.differentiate(loss, weight)
         graph = Graph(
@@ -286,8 +288,8 @@ class Capture(TorchFunctionMode):
             kind=kind,
             instead=INSTEAD_OF_ESTIMATES,
         )
-        graph.differentiate(loss, weight, twice=self._receiver.twice)
-        gradients = self._receiver(graph, retain)
+        graph.differentiate(loss, weight, twice=self._sink.twice)
+        gradients = self._sink(graph, retain)
         if (self.graph.outputs or self.graph.suspects) and not retain:
             # What is spent is let go, or the graphs of all micro-batches would pile up.
             spent = set(graph.nodes())
@@ -428,17 +430,20 @@ def _node_of(result: Any) -> Any:
     return next((node for node in nodes if node is not None), None)
 
 
+def uncaptured() -> AbstractContextManager[None]:
+    """A context that hides everything inside from a capture around it."""
+    capture = _active.get()
+    return nullcontext() if capture is None else _hidden_from(capture)
+
+
 @contextmanager
-def uncaptured() -> Iterator[None]:
-    """Nothing of what runs inside is for a capture around."""
-    capture, token = _active.get(), _active.set(None)
-    if capture is not None:
-        capture._suspended = True
+def _hidden_from(capture: Capture) -> Iterator[None]:
+    token = _active.set(None)
+    capture._suspended = True
     try:
         yield
     finally:
-        if capture is not None:
-            capture._suspended = False
+        capture._suspended = False
         _active.reset(token)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,6 +38,9 @@ class Ranks:
     losses, as DistributedDataParallel has it: where batches are uneven, a sample of a small one
     counts for more. Gradients and products are means likewise.
 
+    Attributes:
+        met: Whether a module was ever noted. If not, there is one rank, and nothing to average.
+
     >>> Ranks().average(torch.ones(2)), Ranks().gather([3, 5])
     (tensor([1., 1.]), [[3, 5]])
     """
@@ -45,7 +48,7 @@ class Ranks:
     def __init__(self) -> None:
         # In the order in which they were met, which is the same on all ranks.
         self._modules: WeakKeyDictionary[DistributedDataParallel, None] = WeakKeyDictionary()
-        self._any = False  # whether there ever was one, which is faster to ask
+        self.met = False
         # Those that are to leave gradients alone now, with what they held before.
         self._quiet: dict[DistributedDataParallel, dict[str, Any]] | None = None
 
@@ -69,14 +72,14 @@ class Ranks:
             elif known is not None:  # the group is gone, and its modules with it
                 self._modules.clear()
             self._modules[module] = None
-            self._any = True
+            self.met = True
         if self._quiet is not None:
             self._silence(module)
 
     @property
     def group(self) -> Any:
         """The process group; None without one."""
-        if not self._any:
+        if not self.met:
             return None
         return next((module.process_group for module in self._modules), None)
 
@@ -95,18 +98,55 @@ class Ranks:
     @property
     def delays_averaging(self) -> bool:
         """Whether a module with a static graph has yet to see its first backward pass."""
-        return self._any and any(
+        return self.met and any(
             module.static_graph and not getattr(module, DDP_FIRST_PASS_SEEN, True)
             for module in self._modules
         )
 
     def average(self, tensor: Tensor) -> Tensor:
         """The mean over the ranks, a copy; the tensor itself where there is one rank."""
-        return tensor if self.count == 1 else self.average_(tensor.clone())
+        return self.average_(tensor.clone()) if self.met and self.count > 1 else tensor
 
     def average_(self, tensor: Tensor) -> Tensor:
         """The mean over the ranks, in the place of a contiguous tensor."""
-        return self._sum(tensor, self.count)
+        return self._sum(tensor, self.count) if self.met else tensor
+
+    def average_gradients(
+        self, gradients: Sequence[Tensor | None], params: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """The means of gradients over the ranks; one message for each dtype and device.
+
+        Args:
+            gradients: This rank's, one for each parameter.
+            params: The parameters.
+
+        Returns:
+            The means, None where no rank has a gradient; and the same as one vector that they are
+            views of, if they are of one kind and complete.
+        """
+        if self.count == 1:
+            return gradients, None
+        result: list[Tensor | None] = [None] * len(params)
+        kinds: dict[Any, list[int]] = {}
+        for i, p in enumerate(params):
+            kinds.setdefault((p.dtype, p.device), []).append(i)
+        for (dtype, device), places in kinds.items():
+            pieces = [_dense(gradients[i], params[i]).detach() for i in places]
+            used = torch.tensor(
+                [gradients[i] is not None for i in places], dtype=torch.float32, device=device
+            )
+            # Ranks may differ in the parameters that they used, but not in what they send.
+            message = torch.cat([piece.reshape(-1) for piece in pieces] + [used.to(dtype)])
+            message = self.average_(message)
+            anywhere = message[len(message) - len(places) :]
+            chunks = message.split([piece.numel() for piece in pieces] + [len(places)])
+            for i, chunk, share in zip(places, chunks, anywhere, strict=False):
+                if gradients[i] is not None or bool(share):
+                    result[i] = chunk.view_as(params[i])
+        complete = (
+            len(kinds) == 1 and not message.is_complex() and all(g is not None for g in result)
+        )
+        return result, message[: len(message) - len(params)] if complete else None
 
     def join_roots_(self, roots: Tensor) -> Tensor:
         """A random root of the mean of the ranks' matrices, in the place of those of each.
@@ -159,13 +199,18 @@ class Ranks:
         dist.all_reduce(tensor, group=group)
         return tensor.div_(divisor)
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Inside, the modules average no gradients, and expect none.
+    def quiet(self) -> AbstractContextManager[None]:
+        """A context inside which the modules average no gradients, and expect none.
 
-        That is for evaluations whose gradients we make and average ourselves: a module that has
+        It is for evaluations whose gradients we make and average ourselves: a module that has
         prepared for a backward pass, and sees none or only a part of it, may refuse the next one.
         """
+        # Modules need a process group.
+        several = self.met or (dist.is_available() and dist.is_initialized())
+        return self._quieted() if several else nullcontext()
+
+    @contextmanager
+    def _quieted(self) -> Iterator[None]:
         self._quiet, before = {}, self._quiet
         try:
             for module in list(self._modules):
@@ -184,6 +229,12 @@ class Ranks:
             changed = {n: v for n, v in _QUIET.items() if n in state and state[n] is not v}
             self._quiet[module] = {n: state[n] for n in (*changed, *_KEPT) if n in state}
             state.update(changed)
+
+
+def _dense(gradient: Tensor | None, p: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(p, requires_grad=False)
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _members(group: Any) -> list[int] | None:

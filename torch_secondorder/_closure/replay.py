@@ -160,10 +160,13 @@ class ModuleRegistry:
                     self._moving[slot.module.training].add(slot.module)
                     self.moving = self.moving or slot.module not in self._norms
 
-    def moving_buffers(self) -> list[tuple[_Slot, Tensor]]:
-        """The buffers that the coming evaluation may change."""
+    def buffers_before(self) -> dict[_Slot, Tensor]:
+        """Copies of the buffers that the coming evaluation may change."""
+        if not self._norms and not self._stateful:
+            return {}
         # Of all normalization layers, in whatever mode: the closure may set them to train.
-        return [pair for module in self._norms | self._stateful for pair in _slots(module)]
+        modules = self._norms | self._stateful
+        return {slot: snapshot(b) for module in modules for slot, b in _slots(module)}
 
     def unknown_kinds(self) -> set[type]:
         """Classes of modules of whose moving buffers it is not known whether they are in the loss.
@@ -247,7 +250,7 @@ class Replay:
             t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)
         }
         self._random = [(d, random_state(d)) for d in {torch.device("cpu"), *devices}]
-        self._before = {s: snapshot(b) for s, b in registry.moving_buffers()}
+        self._before = registry.buffers_before()
         self._after: dict[_Slot, Tensor] | None = None
         self._entry: dict[_Slot, Tensor] = {}  # what was before, of buffers that have moved on
         self._evaluations = 0

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import plainly
 
-__all__ = ["all_plain", "like", "plain", "plainly", "snapshot"]
+__all__ = ["PLAIN_TYPES", "all_plain", "like", "plain", "plainly", "snapshot"]
 
 _T = TypeVar("_T")
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
+#: The types of plain tensors, and of None in their place.
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
 
 def _wraps(value: Any) -> bool:
     """Whether this is a plain tensor with something added in Python."""
     kind: Any = type(value)
-    if kind in _PLAIN or not isinstance(value, Tensor):
+    if kind in PLAIN_TYPES or not isinstance(value, Tensor):
         return False
     return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
@@ -48,7 +49,7 @@ def plain(value: _T) -> _T:
 
 def all_plain(tensors: Sequence[Any]) -> Sequence[Any]:
     """The same of several."""
-    if _PLAIN.issuperset(map(type, tensors)):
+    if PLAIN_TYPES.issuperset(map(type, tensors)):
         return tensors
     return list(map(plain, tensors))
 

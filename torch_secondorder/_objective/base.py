@@ -22,8 +22,9 @@ from torch.autograd.graph import increment_version
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._closure.replay import ModuleRegistry, Replay
+from torch_secondorder._closure.runner import Run
 from torch_secondorder._foundation.memory import free_memory
-from torch_secondorder._objective.evaluation import Evaluation, Linearization, RawEvaluation, Slot
+from torch_secondorder._objective.evaluation import Evaluation, Linearization, Slot
 from torch_secondorder._params.vector import ParameterVector
 
 __all__ = ["EvaluationsSpent", "Objective", "Regularization"]
@@ -33,13 +34,13 @@ class EvaluationsSpent(Exception):
     """A step has made all the evaluations that it may make."""
 
 
-# What is noted of closures that write what their graphs have saved.
+# The note on closures that write what their graphs have saved, see `ModuleRegistry.note`.
 _WRITES = "writes"
 
 
 @dataclass(frozen=True, slots=True)
 class Regularization:
-    """What is done to a loss before it is minimized: `sign * loss + sum(decay * theta**2) / 2`.
+    """Changes to a loss before it is minimized: `sign * loss + sum(decay * theta**2) / 2`.
 
     Attributes:
         maximize: Whether the sign is -1.
@@ -58,21 +59,24 @@ class Objective(ABC):
 
     Args:
         vector: The parameters, or their vector.
-        regularization: What is done to the loss before it is minimized.
+        regularization: Changes to the loss before it is minimized.
         master: The position in work precision, if it is known better than the parameters hold it
             (see `ParameterVector.read`).
-        registry: What earlier steps learned of the modules that are called.
+        registry: The record of modules, ranks and closures that earlier steps have made.
 
     Attributes:
         vector: Maps the parameters to the work vector.
-        position: Where the parameters are, shape `(n,)`, without the scale.
-        evaluations: How many times the loss was evaluated.
-        examinations: How many of these were for looking at what moves the modules' buffers.
-        limit: How many times it may be; one more raises `EvaluationsSpent`.
-        renewed: Whether the function is another one since the last evaluation: buffers that the
-            loss depends on have moved on with an accepted step.
+        position: The position of the parameters, shape `(n,)`, without the scale.
+        evaluations: The number of evaluations of the loss.
+        examinations: How many of these only examined the buffers that modules move.
+        limit: The largest number of evaluations; one more raises `EvaluationsSpent`.
+        renewed: Whether the function has changed since the last evaluation: buffers that the loss
+            depends on have moved on with an accepted step.
         generation: Counts the moves; an evaluation's linearization is valid for one.
+        registry: The record of modules, ranks and closures.
         ranks: The ranks that the loss is averaged over.
+        autocast: The autocast regions in which closures run, those around the place where this was
+            made: dtypes by device type.
     """
 
     def __init__(
@@ -83,21 +87,22 @@ class Objective(ABC):
         registry: ModuleRegistry | None = None,
     ) -> None:
         self.vector = vector if isinstance(vector, ParameterVector) else ParameterVector(vector)
+        self.registry = registry or ModuleRegistry()
+        self.ranks = self.registry.ranks
         self.position = self.vector.read(master)
         self.evaluations = self.examinations = 0
         self.limit: float = inf
         self.renewed = False
         self.generation = 0
         self._entry = self.position
-        # What the parameters hold now; None where the last trial has left them.
+        # The position that the parameters hold now; None if the last trial has left them there.
         self._placed: Tensor | None = self.position
         self._tried: tuple[Tensor, float] | None = None  # the last trial
         self._abandoned = False
         self._unseen = False  # whether the parameters moved without a trace
-        self._last: Callable[[], Evaluation | None] = lambda: None
-        self._registry = registry or ModuleRegistry()
-        self.ranks = self._registry.ranks
-        self._replay = Replay(self._registry, self.vector.devices)
+        self._last_evaluation: ref[Evaluation] | None = None
+        self._replay = Replay(self.registry, self.vector.devices)
+        self.autocast = self._replay.autocast
         regularization = regularization or Regularization()
         self._sign = -1.0 if regularization.maximize else 1.0
         self._regularization = regularization
@@ -107,19 +112,9 @@ class Objective(ABC):
         self._decays = bool(decay)
 
     @property
-    def autocast(self) -> dict[str, torch.dtype]:
-        """Device types for which a closure runs under autocast, as where this was made."""
-        return self._replay.autocast
-
-    @property
-    def registry(self) -> ModuleRegistry:
-        """What earlier steps learned of the modules that are called, and of closures."""
-        return self._registry
-
-    @property
     @abstractmethod
     def source(self) -> Callable[..., Any]:
-        """What products come from, for `ModuleRegistry.knows`."""
+        """The closure or function that products come from, for `ModuleRegistry.knows`."""
 
     @property
     def precision(self) -> float:
@@ -143,12 +138,13 @@ class Objective(ABC):
 
         Args:
             step: Shape `(n,)`, in the work space.
-            t: What it is multiplied by.
+            t: A factor of the step.
             curvature: Whether to retain the graph for the case that this is accepted, see `accept`;
                 until then no product can be made from it.
         """
         self._tried = (step, t)
-        position = self._moved(step, t)
+        scale = self.vector.scale
+        position = torch.add(self.position, step if scale is None else step * scale, alpha=t)
         evaluation = self._evaluate_at(position, curvature)
         if evaluation.linearization is not None:
             evaluation.linearization.suspend()
@@ -162,21 +158,21 @@ class Objective(ABC):
         Args:
             step: As given to `trial`.
             t: As given to `trial`.
-            trial: What was evaluated there. If it has a graph, products are made from that now.
+            trial: The evaluation there. If it has a graph, products are made from that now.
         """
         tried, at = self._tried or (None, t)
         there = self._placed is None and tried is step and at == t
         graph = None if trial is None else trial.linearization
+        scale = self.vector.scale
+        move = step if scale is None else step * scale
         if self.position is self._entry:
-            self._go(self._moved(step, t), there=there, unseen=graph is not None)
+            position = torch.add(self.position, move, alpha=t)
         else:
-            last = self._last()
-            if last is not None:
-                _ = last.grad  # before what it is made of changes
+            self._complete_last()
             # In place: a vector's memory costs as much as the arithmetic.
-            position = self.position.add_(self.vector.scaled(step), alpha=t)
-            self._go(position, there=there, unseen=graph is not None)
-        if self._registry.moving:
+            position = self.position.add_(move, alpha=t)
+        self._go(position, there=there, unseen=graph is not None)
+        if self.registry.moving:
             self._move_buffers_on(there)
         if graph is not None:
             graph.resume()
@@ -187,10 +183,10 @@ class Objective(ABC):
         Args:
             there: Whether the last evaluation was here.
         """
-        for kind in self._registry.unknown_kinds():
+        for kind in self.registry.unknown_kinds():
             self._examine(kind)
             there = True
-        if not self._registry.buffers_in_loss():
+        if not self.registry.buffers_in_loss():
             return
         if not there:
             self._evaluate_at(self.position, False)
@@ -204,15 +200,12 @@ class Objective(ABC):
             moved = self._loss_here()
         repeated = self._loss_here()
         self.examinations += self.evaluations - before
-        # What is not the same a second time, on devices that add in any order, shows nothing.
+        # A loss that differs a second time, on devices that add in any order, shows nothing.
         in_loss = abs(moved - first) > 10 * abs(repeated - first)
-        self._registry.note_kind(kind, in_loss)
+        self.registry.note_kind(kind, in_loss)
 
     def _loss_here(self) -> float:
         return self._evaluate_at(self.position, False).loss.item()
-
-    def _moved(self, step: Tensor, t: float) -> Tensor:
-        return torch.add(self.position, self.vector.scaled(step), alpha=t)
 
     def settle(self, place: Tensor | None = None) -> None:
         """Puts the parameters back to `position` after a trial.
@@ -226,32 +219,30 @@ class Objective(ABC):
             self._placed = place
         self._tried = None  # it is a vector, and nothing stands there any more
 
-    def evaluated_again(self) -> RawEvaluation | None:
+    def evaluated_again(self) -> Run | None:
         """The evaluation at `position` with a graph of copies; None where there can be none."""
         source = self._captured_source
         if source is None:
             return None
         self._note_writes(source)
-        last = self._last()
-        if last is not None:
-            _ = last.grad  # before what it is made of changes
+        self._complete_last()
         self.settle()
         with torch.enable_grad():
-            raw = self._run(self.position, True)
+            again = self._run(self.position, True)
         self.evaluations += 1
-        return raw
+        return again
 
     @property
     def _captured_source(self) -> Callable[..., Any] | None:
-        """What graphs come from; None where they cannot be made again."""
+        """The closure or function that graphs come from; None if they cannot be made again."""
         return None
 
     def _copies(self, source: Callable[..., Any]) -> bool:
         """Whether graphs of a closure or function have to be of copies."""
-        return self._registry.knows(source, _WRITES)
+        return self.registry.knows(source, _WRITES)
 
     def _note_writes(self, source: Callable[..., Any]) -> None:
-        self._registry.note(source, _WRITES)
+        self.registry.note(source, _WRITES)
 
     def has_room_for_a_graph(self) -> bool:
         """Whether a graph may be kept beside that of the position: if all in use fits twice.
@@ -262,8 +253,8 @@ class Objective(ABC):
         return not self.ranks.any(not self._has_room_here(), self.vector.device)
 
     def _has_room_here(self) -> bool:
-        around = self._registry
-        if around.moving and (around.buffers_in_loss() or around.unknown_kinds()):
+        registry = self.registry
+        if registry.moving and (registry.buffers_in_loss() or registry.unknown_kinds()):
             return False
         for device in self.vector.devices:
             if device.type == "cuda" and free_memory(device) < torch.cuda.memory_allocated(device):
@@ -278,16 +269,18 @@ class Objective(ABC):
         """Turns a product with the loss's curvature into one with the objective's.
 
         Args:
-            direction: What was multiplied, `(n,)` or `(k, n)`, scale applied.
+            direction: The direction that was multiplied, `(n,)` or `(k, n)`, scale applied.
             products: The parts of the product, shaped like the parameters; None for zeros.
         """
         flat = self.vector.gather(products, batch=direction.shape[:-1])
         if self._sign < 0:
             flat.neg_()
-        flat = self.ranks.average_(flat)
+        if self.ranks.met:
+            flat = self.ranks.average_(flat)
         if self._decays:
             flat.add_(self._decay * direction)
-        return self.vector.scaled(flat)
+        scale = self.vector.scale
+        return flat if scale is None else flat * scale
 
     def slots(self) -> list[Slot]:
         """See `Linearization.slots`."""
@@ -306,69 +299,79 @@ class Objective(ABC):
         return diagonal
 
     @abstractmethod
-    def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
+    def _run(self, position: Tensor, curvature: bool) -> Run:
         """Evaluates at `position`."""
 
     def _evaluate_at(self, position: Tensor, curvature: bool) -> Evaluation:
         if self.evaluations >= self.limit:
             raise EvaluationsSpent
-        last = self._last()
-        if last is not None:
-            _ = last.grad  # before what it is made of changes
+        if self._last_evaluation is not None:
+            self._complete_last()
+        vector, ranks = self.vector, self.ranks
         try:
             with torch.enable_grad():
-                raw = self._run_on_all_ranks(position, curvature)
+                if curvature:
+                    found = self._run_on_all_ranks(position)
+                else:
+                    found = self._run(position, False)
         except BaseException:
             self.settle()
             raise
         self.evaluations += 1
-        loss = raw.loss.detach()
-        vector = self.vector
+        loss = found.loss.detach()
         if loss.dtype != vector.dtype or loss.device != vector.device:
             loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
-        loss = vector.space.mean(self.ranks.average(loss))
+        if ranks.met:
+            loss = ranks.average(loss)
+        if vector.sharded:
+            loss = vector.space.mean(loss)
         closure_loss = loss
         if self._sign < 0:
             loss = -loss
         if self._decays:
             loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
         linearization = None
-        if raw.graph is not None:
-            linearization = Linearization(self, raw.graph, copies=raw.copies, place=raw.place)
-        flatten = partial(self._flat_gradient, raw, position if self._decays else None)
+        if found.graph is not None:
+            linearization = Linearization(self, found.graph, copies=found.copies, place=found.place)
+        flatten = partial(self._flat_gradient, found, position if self._decays else None)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
-        self._last = ref(evaluation)
+        self._last_evaluation = ref(evaluation)
         return evaluation
 
-    def _run_on_all_ranks(self, position: Tensor, curvature: bool) -> RawEvaluation:
-        """Evaluates; if one rank finds no second derivative, no rank does.
+    def _complete_last(self) -> None:
+        """Flattens the gradient of the last evaluation before what it is made of changes."""
+        last = None if self._last_evaluation is None else self._last_evaluation()
+        if last is not None:
+            _ = last.grad
+
+    def _run_on_all_ranks(self, position: Tensor) -> Run:
+        """Evaluates with curvature; if one rank finds no second derivative, no rank does.
 
         Others would wait for products that this one cannot have a part in.
         """
-        if not curvature:
-            return self._run(position, curvature)
-        device = self.vector.device
+        ranks, device = self.ranks, self.vector.device
         try:
-            raw = self._run(position, curvature)
+            found = self._run(position, True)
         except MissingSecondDerivative:
-            self.ranks.any(True, device)
+            ranks.any(True, device)
             raise
-        if self.ranks.any(False, device):
+        if ranks.met and ranks.any(False, device):
             raise MissingSecondDerivative(
                 "an operation inside the closure of another rank has no second derivative; the "
                 "error of that rank names it"
             )
-        return raw
+        return found
 
-    def _flat_gradient(self, raw: RawEvaluation, position: Tensor | None) -> Tensor:
-        grad = self.vector.gather(raw.grads)
-        if not raw.averaged:
+    def _flat_gradient(self, found: Run, position: Tensor | None) -> Tensor:
+        grad = self.vector.gather(found.gradients)
+        if self.ranks.met and not found.averaged:
             grad = self.ranks.average_(grad)
         if self._sign < 0:
             grad.neg_()
         if position is not None:
             grad.add_(self._decay * position)
-        return self.vector.scaled(grad)
+        scale = self.vector.scale
+        return grad if scale is None else grad * scale
 
     def _go(self, position: Tensor, *, there: bool = False, unseen: bool = False) -> None:
         if unseen:

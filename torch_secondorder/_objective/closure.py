@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from torch_secondorder._closure.capture import Capture, uncaptured
+from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.validation import (
-    backward_of,
-    check_is_closure,
-    differentiable,
-    lost_graph,
-    scalar,
-    touched,
-)
+from torch_secondorder._closure.runner import Run, run
+from torch_secondorder._closure.validation import check_is_closure
 from torch_secondorder._objective.base import Objective, Regularization
-from torch_secondorder._objective.evaluation import RawEvaluation
 from torch_secondorder._params.vector import ParameterVector
 
 __all__ = ["ClosureObjective"]
@@ -98,8 +92,9 @@ class ClosureObjective(Objective):
         registry: ModuleRegistry | None = None,
         curvature_closure: Callable[[], Any] | None = None,
     ) -> None:
-        for given in (closure, closure if curvature_closure is None else curvature_closure):
-            check_is_closure(given)
+        check_is_closure(closure)
+        if curvature_closure is not None:
+            check_is_closure(curvature_closure)
         super().__init__(vector, regularization, master, registry)
         self._closure = closure
         self._curvature_closure = curvature_closure
@@ -109,84 +104,72 @@ class ClosureObjective(Objective):
         """See `Objective.source`."""
         return self._curvature_closure or self._closure
 
-    def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
-        params = self.vector.params
-        if curvature and self.vector.sharded:
+    def _run(self, position: Tensor, curvature: bool) -> Run:
+        vector = self.vector
+        if curvature and vector.sharded:
             raise RuntimeError(
                 "the hooks of fully_shard let no second derivative through: for sharded parameters "
                 "multiply with torch_secondorder.curvature.FiniteDifference(objective)"
             )
         # Whatever is in `p.grad` is of another evaluation, whether or not the closure clears it.
-        for p in params:
+        for p in vector.params:
             p.grad = None
         if position is not self._placed:
-            self.vector.move(position)
+            vector.move(position)
             self._placed = position
         if curvature and self._curvature_closure is None:
             return self._run_captured(self._closure, position)
-        with uncaptured():
-            loss = scalar(self._replay.run(self._closure))
-            grads = [p.grad for p in params]
-            if grads[0] is None and all(g is None for g in grads):
-                backward_of(loss)
-                grads = [p.grad for p in params]
-        raw = RawEvaluation(loss, touched(grads), None, averaged=True)
+        replayed = partial(self._replay.run, self._closure)
+        loss, gradients = run(replayed, vector.params, self.registry)
         if curvature:
-            other = self._other_evaluation(grads)
-            raw = raw._replace(graph=other.graph, copies=other.copies, place=other.place)
-        return raw
+            return self._with_other_graph(Run(loss, gradients, averaged=True))
+        return Run(loss, gradients, averaged=True)
 
-    def _other_evaluation(self, grads: Sequence[Tensor | None]) -> RawEvaluation:
-        """That of the curvature closure; leaves the gradients of the closure in place."""
+    def _with_other_graph(self, own: Run) -> Run:
+        """Takes the graph from the curvature closure; leaves the closure's gradients in place."""
         assert self._curvature_closure is not None
-        start = self.position
-        if not self.vector.holds(start):  # the closure has moved them
-            start = self.vector.gather(self.vector.params)
-        for p in self.vector.params:
+        vector, start = self.vector, self.position
+        if not vector.holds(start):  # the closure has moved them
+            start = vector.gather(vector.params)
+        for p in vector.params:
             p.grad = None
         try:
             self.evaluations += 1
-            return self._run_captured(self._curvature_closure, start)
+            other = self._run_captured(self._curvature_closure, start)
         finally:
-            for p, grad in zip(self.vector.params, grads, strict=True):
+            for p, grad in zip(vector.params, own.gradients, strict=True):
                 p.grad = grad
+        return own._replace(graph=other.graph, copies=other.copies, place=other.place)
 
     @property
     def _captured_source(self) -> Callable[..., Any]:
-        return self._closure if self._curvature_closure is None else self._curvature_closure
+        return self.source
 
-    def _run_captured(self, closure: Callable[[], Any], start: Tensor) -> RawEvaluation:
-        """Evaluates a closure where the parameters are, at `start`."""
-        raw = self._captured(closure)
+    def _run_captured(self, closure: Callable[[], Any], start: Tensor) -> Run:
+        """Evaluates a closure where the parameters are, at `start`, and keeps the graph."""
+        found = self._captured(closure)
         if self.vector.holds(start):
-            return raw if start is self.position else raw._replace(place=start)
-        if not raw.copies:
+            return found if start is self.position else found._replace(place=start)
+        if not found.copies:
             # It moves parameters, which the graph has saved.
             self._note_writes(closure)
             self.vector.move(start)
             for p in self.vector.params:
                 p.grad = None
             self.evaluations += 1
-            raw = self._captured(closure)
+            found = self._captured(closure)
         self._placed = self._tried = None
-        return raw
+        return found
 
-    def _captured(self, closure: Callable[[], Any]) -> RawEvaluation:
+    def _captured(self, closure: Callable[[], Any]) -> Run:
         params = self.vector.params
         capture = Capture(params, copies=self._copies(closure))
-        with capture, self.ranks.quiet():
-            loss = scalar(self._replay.run(closure))
-            if capture.foreign or (not capture.calls and any(p.grad is not None for p in params)):
-                raise lost_graph()
-            if not capture.calls:
-                capture.backward(differentiable(capture.checked(loss)))
-        grads = touched([p.grad for p in params])
-        capture.graph.check_once(self._registry.graphs)
-        place = self._place_of(capture)
-        return RawEvaluation(loss, grads, capture.graph, copies=capture.copies, place=place)
+        loss, gradients = run(partial(self._replay.run, closure), params, self.registry, capture)
+        place = None if capture.place is None else self._place_of(capture)
+        return Run(loss, gradients, capture.graph, copies=capture.copies, place=place)
 
     def _place_of(self, capture: Capture) -> Tensor | None:
-        """Where parameters were when a graph of copies was made, if that is not `position`."""
+        """The place where a graph of copies was made, if that is not `position`."""
         if capture.place is None:
             return None
         place = self.vector.gather(capture.place)

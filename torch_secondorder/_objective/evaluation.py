@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Multiply
 from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder._closure.runner import Run
 from torch_secondorder._params.vector import ParameterVector
 
-__all__ = ["Evaluation", "Linearization", "RawEvaluation", "Slot"]
+__all__ = ["Evaluation", "Linearization", "Slot"]
 
 
 class Evaluation:
@@ -38,8 +40,6 @@ class Evaluation:
     tensor([2., 4.])
     """
 
-    __slots__ = ("__weakref__", "_flatten", "_grad", "closure_loss", "linearization", "loss")
-
     def __init__(
         self,
         loss: Tensor,
@@ -51,30 +51,17 @@ class Evaluation:
         self.closure_loss = closure_loss
         self.linearization = linearization
         self._flatten: Callable[[], Tensor] | None = flatten
-        self._grad: Tensor | None = None
 
-    @property
+    @cached_property
     def grad(self) -> Tensor:
         """The gradient in the work space, shape `(n,)`.
 
         It is flattened when you first read it, at the latest before the next evaluation: an
         optimizer that works on `p.grad` does not pay for it.
         """
-        if self._flatten is not None:
-            self._grad, self._flatten = self._flatten(), None
-        assert self._grad is not None
-        return self._grad
-
-
-class RawEvaluation(NamedTuple):
-    """What one run of a closure or function gives, before regularization."""
-
-    loss: Tensor
-    grads: Sequence[Tensor | None]
-    graph: Graph | None
-    averaged: bool = False  # whether a DDP module has averaged the gradients over the ranks
-    copies: bool = False  # whether the graph has saved copies
-    place: Tensor | None = None  # where it was made, if the closure has moved parameters
+        flatten, self._flatten = self._flatten, None
+        assert flatten is not None
+        return flatten()
 
 
 class Slot(NamedTuple):
@@ -121,7 +108,7 @@ class Owner(Protocol):
         """See `Linearization.slots`."""
         ...  # pragma: no cover - a protocol
 
-    def evaluated_again(self) -> RawEvaluation | None:
+    def evaluated_again(self) -> Run | None:
         """The same evaluation with a graph of copies; None where there can be none."""
         ...  # pragma: no cover - a protocol
 
@@ -129,11 +116,18 @@ class Owner(Protocol):
 class Linearization:
     """The second-order information at one evaluated point, valid until the parameters move on.
 
-    Hides from operators what lies between the work vector and the graph: scale, sign, weight decay,
-    the average over ranks.
+    It hides everything that lies between the work vector and the graph from operators: scale, sign,
+    weight decay, the average over ranks.
+
+    Args:
+        objective: The objective that stands at the point.
+        graph: The retained graph of the loss.
+        copies: Whether the graph has saved copies.
+        place: The position that the graph belongs to, if the closure has moved parameters.
 
     Attributes:
         graph: The retained graph.
+        ranks: The ranks that the loss is averaged over.
     """
 
     def __init__(
@@ -145,6 +139,7 @@ class Linearization:
         place: Tensor | None = None,
     ) -> None:
         self.graph = graph
+        self.ranks = objective.ranks
         self._copies, self._place = copies, place
         self._objective = objective
         self._generation = objective.generation
@@ -154,7 +149,7 @@ class Linearization:
         self._generation = -1
 
     def resume(self) -> None:
-        """Marks this as of where the objective stands now."""
+        """Marks this as of the point where the objective stands now."""
         self._generation = self._objective.generation
 
     @property
@@ -175,7 +170,7 @@ class Linearization:
         return self.product(v, self.graph.hessian_product)
 
     def product(self, v: Tensor, multiply: Multiply) -> Tensor:
-        """Some curvature of the loss times `v`, made one of the objective.
+        """The product of a curvature of the objective with `v`, from one of the loss.
 
         Args:
             v: Shape `(n,)`, or `(k, n)` for `k` products in one vectorized pass.
@@ -187,7 +182,7 @@ class Linearization:
         """
         self.check()
         vector = self._objective.vector
-        direction = vector.scaled(v)
+        direction = v if vector.scale is None else v * vector.scale
         products = multiply(vector.split(direction), v.dim() == 2)
         return self._objective.product(direction, products)
 
@@ -196,7 +191,7 @@ class Linearization:
 
         Args:
             roots: `k` samples `q` with `E[q q']` equal to the curvature, in parts `(k, ...)` shaped
-                like the parameters; None for zeros. Those of other ranks are independent of them.
+                like the parameters; None for zeros. The roots of other ranks are independent.
             count: `k`.
 
         Returns:
@@ -208,11 +203,6 @@ class Linearization:
     def slots(self) -> list[Slot]:
         """The place of each parameter in the work vector."""
         return self._objective.slots()
-
-    @property
-    def ranks(self) -> Ranks:
-        """Those that the loss is the mean over."""
-        return self._objective.ranks
 
     def check(self) -> None:
         """Makes the graph usable: puts the parameters back to where it was made.
@@ -230,11 +220,11 @@ class Linearization:
     def renew(self) -> bool:
         """Makes the graph again, of copies that nobody writes; says whether it is another one.
 
-        For graphs whose products raise `Overwritten`.
+        It is for graphs whose products raise `Overwritten`.
         """
         self.check()
-        raw = None if self._copies else self._objective.evaluated_again()
-        if raw is None or raw.graph is None:
+        again = None if self._copies else self._objective.evaluated_again()
+        if again is None or again.graph is None:
             return False
-        self.graph, self._copies, self._place = raw.graph, raw.copies, raw.place
+        self.graph, self._copies, self._place = again.graph, again.copies, again.place
         return True

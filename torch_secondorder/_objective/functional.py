@@ -7,17 +7,16 @@ from copy import copy
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.validation import differentiable, scalar, touched
+from torch_secondorder._closure.runner import Run, run
+from torch_secondorder._closure.validation import touched
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._objective.compiled import CompiledFunction
-from torch_secondorder._objective.evaluation import RawEvaluation
 from torch_secondorder._params.vector import ParameterVector
 
 __all__ = ["FunctionalObjective"]
@@ -119,7 +118,7 @@ class FunctionalObjective(Objective):
             registry: See `Objective`; this objective's own by default.
         """
         bound = copy(self)
-        bound._begin(vector, regularization, master, registry or self._registry)
+        bound._begin(vector, regularization, master, registry or self.registry)
         return bound
 
     def bind_to(self, params: Sequence[Tensor]) -> Callable[[bool], tuple[Tensor, Graph]] | None:
@@ -155,19 +154,15 @@ class FunctionalObjective(Objective):
         ]
         return pytree.tree_unflatten(leaves, self._structure)
 
-    def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
+    def _run(self, position: Tensor, curvature: bool) -> Run:
         pieces = [piece.detach().requires_grad_() for piece in self.vector.split(position)]
         tree = self._filled(pieces, self._places)
         if self._compiled is not None:
             loss, graph = self._compiled(tree, pieces, curvature)
-            return RawEvaluation(loss, touched(graph.gradients[0]), graph if curvature else None)
-        if not curvature:
-            with self.ranks.quiet():
-                loss = differentiable(scalar(self._replay.run(lambda: self._function(tree))))
-            gradients = torch.autograd.grad(loss, pieces, allow_unused=True)
-            return RawEvaluation(loss, touched(gradients), None)
-        with Capture(pieces, copies=self._copies(self._function)) as capture, self.ranks.quiet():
-            loss = scalar(self._replay.run(lambda: self._function(tree)))
-        grads = capture.differentiate(differentiable(capture.checked(loss)))
-        capture.graph.check_once(self._registry.graphs)
-        return RawEvaluation(loss, touched(grads), capture.graph, copies=capture.copies)
+            return Run(loss, touched(graph.gradients[0]), graph if curvature else None)
+        capture = Capture(pieces, copies=self._copies(self._function)) if curvature else None
+        call = partial(self._replay.run, partial(self._function, tree))
+        loss, gradients = run(call, pieces, self.registry, capture, pure=True)
+        if capture is None:
+            return Run(loss, touched(gradients))
+        return Run(loss, gradients, capture.graph, copies=capture.copies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -14,11 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._closure.runner import nonzero
 from torch_secondorder._closure.validation import check_is_closure, scalar
 from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder._objective.one_shot import nonzero
 from torch_secondorder._optim.checkpoint import add_state, hide_names, show_names, take_state
 from torch_secondorder._optim.info import LazyInfo, StepInfo, StepStatus
 from torch_secondorder._optim.state import Field, ModelField, ParameterField
@@ -56,6 +57,8 @@ class SecondOrderOptimizer(Optimizer):
     _carried: ClassVar[tuple[str, ...]] = ("info",)
     #: The class of its reports.
     _info_type: type[StepInfo] = StepInfo
+    #: New names of hyperparameters by their old names, which groups and checkpoints may still have.
+    _renamed: ClassVar[dict[str, str]] = {}
     #: A hyperparameter that tells this optimizer's checkpoints, and those it can read, from others.
     _recognized_by = "lr"
     #: The state that has the names of whole-model state, in `optimizer.state`.
@@ -146,9 +149,21 @@ class SecondOrderOptimizer(Optimizer):
         return ParameterVector(params) if params else None
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raises on numbers out of range; asked at each step, for users write to groups."""
+        """Raises on numbers out of range; users may write to groups between steps."""
+        for old, new in self._renamed.items():
+            if old in group:
+                warnings.warn(
+                    f"the hyperparameter {old!r} of {type(self).__name__} is called {new!r} now; "
+                    "the old name will be gone in the next release",
+                    DeprecationWarning,
+                    stacklevel=3,
+                )
+                group[new] = group.pop(old)
         for name in ("lr", "weight_decay"):
-            check_number(name, group[name], low=0.0)
+            value = group[name]
+            # Asked at each step: an ordinary number needs no call.
+            if type(value) is not float or not 0.0 <= value < math.inf:
+                check_number(name, value, low=0.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, see `torch.optim.Optimizer.add_param_group`.
@@ -248,6 +263,9 @@ class SecondOrderOptimizer(Optimizer):
         # its own, which is none of ours: a state that was saved again would differ.
         self.defaults.pop("differentiable", None)
         for group in self.param_groups:
+            for old, new in self._renamed.items():
+                if old in group:
+                    group[new] = group.pop(old)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         take_state(self, state_dict)

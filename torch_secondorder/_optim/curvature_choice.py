@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +23,24 @@ from torch_secondorder.curvature import (
     LinearOperator,
 )
 from torch_secondorder.curvature._output_space import UnknownOutputs
-from torch_secondorder.dataset._operator import BatchSum, curvature_at
+from torch_secondorder.dataset._objective import DatasetObjective
+from torch_secondorder.dataset._operator import BatchSum
 from torch_secondorder.solvers import KFAC, Martens, Preconditioner
 
 __all__ = [
-    "CURVATURES",
     "DIFFERENCES",
     "KINDS",
     "SUITED",
     "CurvatureChoice",
+    "CurvatureName",
     "Factory",
     "most_iterations",
     "suited_preconditioner",
 ]
 
-Factory = Callable[[Evaluation], LinearOperator]
+Factory: TypeAlias = Callable[[Evaluation], LinearOperator]
 
-CURVATURES = ("auto", "ggn", "hessian", "fisher", "empirical_fisher")
+CurvatureName: TypeAlias = Literal["auto", "ggn", "hessian", "fisher", "empirical_fisher"]
 DIFFERENCES = "hessian by differences"
 #: All that may be found, as numbers in checkpoints count them.
 KINDS = ("", "ggn", "hessian", DIFFERENCES, "fisher", "empirical_fisher", "own")
@@ -74,13 +76,16 @@ class CurvatureChoice:
     its place.
 
     Args:
-        spec: One of `CURVATURES`, or a function from an `Evaluation` to a `LinearOperator`.
+        spec: A name, or a function from an `Evaluation` to a `LinearOperator`.
         by_differences: Whether products are differences of gradients in any case.
         preconditioner: The one that was asked for; one made from model outputs needs a curvature
             that is made from them, indefinite or not.
+        counts_layers: Whether `linear_layers` and `linear_share` are needed, to choose a
+            preconditioner.
 
     Attributes:
-        kind: What the last operator was, one of `KINDS`.
+        automatic: Whether another kind may take the place of one that has no products.
+        kind: The kind of the last operator, one of `KINDS`.
         indefinite: Whether the Gauss-Newton matrix has met negative curvature.
         linear_layers: Weights of linear layers, as far as the last operator shows them.
         linear_share: The share of the parameters that these are.
@@ -88,10 +93,13 @@ class CurvatureChoice:
 
     def __init__(
         self,
-        spec: str | Factory,
+        spec: CurvatureName | Factory,
         by_differences: bool,
         preconditioner: Preconditioner | None = None,
+        counts_layers: bool = False,
     ) -> None:
+        self.automatic = spec == "auto" and not by_differences
+        self._counts_layers = counts_layers
         self._needs_outputs = isinstance(preconditioner, (KFAC, Martens))
         self.kind = ""
         self.indefinite = False
@@ -102,11 +110,6 @@ class CurvatureChoice:
         self._semidefinite = False
         self._age = 0
         self._seen_batches = False
-
-    @property
-    def automatic(self) -> bool:
-        """Whether another kind may take the place of one that does not do."""
-        return self._spec == "auto" and not self._by_differences
 
     def begin(self, objective: Objective) -> None:
         """Begins a step."""
@@ -154,7 +157,7 @@ class CurvatureChoice:
         objective: Objective,
         evaluation: Evaluation,
         generator: torch.Generator,
-        sizes: Tensor | None = None,
+        sizes: Callable[[Tensor], Tensor],
     ) -> LinearOperator:
         """The curvature at an evaluated point.
 
@@ -162,17 +165,23 @@ class CurvatureChoice:
             objective: Stands there.
             evaluation: Made by `evaluate`.
             generator: Where what a Fisher matrix draws comes from.
-            sizes: Those of the parameters, for differences.
+            sizes: Gives those of the parameters, for differences, from the position.
         """
         if not self.captures(objective):
             self.kind, self.linear_layers, self.linear_share = DIFFERENCES, 0, 0.0
-            return FiniteDifference(objective, sizes)
-        operator = curvature_at(objective, evaluation, partial(self._of, objective), generator)
-        over_batches = isinstance(operator, BatchSum)
-        if isinstance(operator, BatchSum) and not self._seen_batches:
-            operator.look()  # what the batches have is known once they were evaluated
-        self._seen_batches = over_batches
-        self._agree(objective)
+            sharded = objective.vector.sharded
+            return FiniteDifference(objective, None if sharded else sizes(objective.position))
+        operator: LinearOperator
+        if isinstance(objective, DatasetObjective) and objective.passes is not None:
+            operator = BatchSum(objective, partial(self._of, objective), generator)
+            if not self._seen_batches:
+                operator.look()  # what the batches have is known once they were evaluated
+            self._seen_batches = True
+        else:
+            operator = self._of(objective, evaluation, generator)
+            self._seen_batches = False
+        if objective.ranks.count > 1:
+            self._agree(objective)
         return operator
 
     def _agree(self, objective: Objective) -> None:
@@ -182,8 +191,6 @@ class CurvatureChoice:
         would wait for the others.
         """
         ranks = objective.ranks
-        if ranks.count == 1:
-            return
         own = [KINDS.index(self.kind), self.linear_layers, round(1e6 * self.linear_share)]
         kinds, layers, shares = zip(*ranks.gather(own, objective.vector.device), strict=True)
         self.kind = KINDS[max(kinds)]
@@ -218,7 +225,8 @@ class CurvatureChoice:
                 operator = Fisher(evaluation, labels="empirical")
             else:
                 operator = Fisher(evaluation, generator=generator)
-        self.linear_layers, self.linear_share = _linear(operator, evaluation)
+        if self._counts_layers:
+            self.linear_layers, self.linear_share = _linear(operator, evaluation)
         return operator
 
     def _best(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:

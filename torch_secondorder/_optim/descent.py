@@ -54,11 +54,6 @@ class Point(NamedTuple):
     evaluation: Evaluation | None = None
     length: float = 0.0
 
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradient are finite."""
-        return isfinite(self.loss) and isfinite(self.grad_norm) and isfinite(self.length)
-
 
 class Descent:
     """One call of `step()`: its settings, its current point, and the record of its iterations.

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
+from torch_secondorder._foundation.types import Closure
 from torch_secondorder._objective.base import Objective, Regularization
+from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
@@ -21,6 +23,7 @@ from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
 from torch_secondorder._params.vector import ParameterVector, max_norm
+from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.dataset._objective import objective_of
 
 __all__ = ["FlatOptimizer"]
@@ -125,7 +128,7 @@ class FlatOptimizer(SecondOrderOptimizer):
 
     # Steps.
 
-    def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
+    def step(self, closure: Closure | FunctionalObjective | None = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step.
 
         Args:
@@ -142,7 +145,17 @@ class FlatOptimizer(SecondOrderOptimizer):
         """
         return self._run(closure)
 
-    def _run(self, closure: Any, curvature_closure: Any = None) -> Tensor | None:
+    def _run(
+        self,
+        closure: Closure | FunctionalObjective | None,
+        curvature_closure: Closure | None = None,
+    ) -> Tensor | None:
+        """See `step`.
+
+        Args:
+            closure: See `step`.
+            curvature_closure: Another closure to take products with the curvature from.
+        """
         if hasattr(self, "found_inf"):  # a GradScaler calls
             Scaling(self).refuse_closure()
         params, rates, decays = self._trained()
@@ -192,7 +205,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             objective.abandon()
             further = self._finish(objective, None)
             status, evaluations = StepStatus.NONFINITE_START, objective.evaluations
-            self.info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **further)
+            self._info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **further)
             return returned
         self._largest_gradient = max(self._largest_gradient, grad_norm)
         group = self.param_groups[0]
@@ -207,7 +220,7 @@ class FlatOptimizer(SecondOrderOptimizer):
         self._begin(descent)
         status = descent.run(self._iterate)
         further = self._finish(objective, descent)
-        self.info = self._info_type(
+        self._info = self._info_type(
             status,
             loss,
             descent.point.loss,
@@ -238,8 +251,8 @@ class FlatOptimizer(SecondOrderOptimizer):
         params: Sequence[Tensor],
         rates: Sequence[Any],
         decays: Sequence[Any],
-        closure: Any,
-        curvature_closure: Any,
+        closure: Closure | FunctionalObjective,
+        curvature_closure: Closure | None,
     ) -> Objective:
         """The function that a step minimizes."""
         maximize = set()
@@ -263,9 +276,10 @@ class FlatOptimizer(SecondOrderOptimizer):
                     "a curvature_closure goes with a closure, not with a FunctionalObjective"
                 )
             return closure.bind(vector, regularization, master)
-        return objective_of(
-            closure, vector, regularization, master, self._registry, curvature_closure
-        )
+        make = ClosureObjective.for_step
+        if isinstance(closure, DatasetClosure) or isinstance(curvature_closure, DatasetClosure):
+            make = objective_of
+        return make(closure, vector, regularization, master, self._registry, curvature_closure)
 
     def _current_vector(self, params: Sequence[Tensor], rates: Sequence[float]) -> ParameterVector:
         """The vector of the trainable parameters; what was learned about another one is dropped."""

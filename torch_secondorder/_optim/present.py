@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph
+from torch_secondorder._closure.runner import without_autocast
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
-from torch_secondorder._objective.one_shot import without_autocast
 from torch_secondorder.curvature.diagonal import DiagonalWatch
 
 __all__ = ["Scaling", "present_gradients", "unscaled"]

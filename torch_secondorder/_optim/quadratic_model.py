@@ -128,10 +128,6 @@ class Proposal(NamedTuple):
     held: bool = False
     curvature: float = inf
 
-    def promised(self, t: float) -> float:
-        """What the model promises for `t d`: `-t g'd - t^2 d'A d / 2`."""
-        return -t * self.slope - t * t * (-self.slope - self.decrease)
-
 
 class Move(NamedTuple):
     """A step that was found good.
@@ -186,7 +182,7 @@ class Model:
         self._space = descent.space
         self._unit = unit_of(point.length, operator.dtype)
         self._operator = operator if self._unit == 1.0 else Rescaled(operator, self._unit)
-        self._grad = self._in_units(point.grad)
+        self._grad = point.grad if self._unit == 1.0 else point.grad / self._unit
         self._first: Tensor | None = None  # A P g with the last preconditioner P
         self._repaired = False
         self._kept: Tensor | None = None  # coordinates with a curvature, if not all have one
@@ -194,18 +190,55 @@ class Model:
         self._inverse = inverse
         self._allowance = ROUNDING * self.precision * abs(point.loss)
 
-    def solve(self, damping: float, **more: Any) -> SolveResult:
+    def solve(
+        self, damping: float, *, x0: Tensor | None = None, radius: float | None = None
+    ) -> SolveResult:
         """Solves `(A + damping I) x = -g`.
 
         Args:
             damping: Of at least zero.
-            more: Passed on to the solver; `x0` is used up.
+            x0: The start, which is used up; zero by default.
+            radius: The trust radius; none by default.
         """
-        result = self._solved(damping, **more)
+        unit, operator = self._unit, self._operator
+        if damping:
+            operator = Damped(operator, damping / unit)
+        inverse, stretch = None, 1.0
+        if self._inverse is not None:
+            inverse, stretch = self._preconditioner(damping)
+        # For the gradient itself, and then negated in place: a vector less.
+        more: dict[str, Any] = {}
+        if x0 is not None:
+            more["x0"] = x0.neg_()
+        elif self._first is not None and isinstance(self._solve, CG):
+            more["first_product"] = self._first
+        if radius is not None:
+            more["radius"] = radius * stretch
+        self._first = None
+        result = self._solve(operator, self._grad, preconditioner=inverse, **more)
+        iterates = []
+        for x, decrease, length in result.iterates:
+            iterates.append(Iterate(x.neg_(), decrease * unit, length / stretch))
+        result = replace(
+            result,
+            x=result.x.neg_(),
+            decrease=result.decrease * unit,
+            length=result.length / stretch,
+            negative_curvature=result.negative_curvature * unit,
+            iterates=tuple(iterates),
+        )
+        tally = self.tally
+        tally.products += result.products
+        tally.solver_iterations += result.iterations
+        tally.solver_status = result.status
+        if result.negative_curvature < 0.0:
+            # Of the operator itself: the damping has lifted what the solver saw.
+            curvature = result.negative_curvature - damping
+            tally.negative_curvature = min(tally.negative_curvature, curvature)
         if result.status is SolveStatus.NONFINITE and not result.iterations and self._repair():
-            more.pop("x0", None)
-            del result
-            result = self._solved(damping, **more)
+            del result, operator, inverse, iterates
+            more.clear()
+            return self.solve(damping, radius=radius)
         return result
 
     def _repair(self) -> bool:
@@ -222,42 +255,6 @@ class Model:
             report = "a product of the preconditioner was not finite, it was left out"
         self.tally.repair = report or self.tally.repair
         return bool(report)
-
-    def _solved(self, damping: float, **more: Any) -> SolveResult:
-        unit, operator = self._unit, self._operator
-        if damping:
-            operator = Damped(operator, damping / unit)
-        inverse, stretch = self._preconditioner(damping)
-        # For the gradient itself, and then negated in place: a vector less.
-        if more.get("x0") is not None:
-            more["x0"].neg_()
-        elif self._first is not None and isinstance(self._solve, CG):
-            more["first_product"] = self._first
-        self._first = None
-        if more.get("radius"):
-            more["radius"] *= stretch
-        result = self._solve(operator, self._grad, preconditioner=inverse, **more)
-        iterates = tuple(
-            Iterate(x.neg_(), decrease * unit, length / stretch)
-            for x, decrease, length in result.iterates
-        )
-        result = replace(
-            result,
-            x=result.x.neg_(),
-            decrease=result.decrease * unit,
-            length=result.length / stretch,
-            negative_curvature=result.negative_curvature * unit,
-            iterates=iterates,
-        )
-        tally = self.tally
-        tally.products += result.products
-        tally.solver_iterations += result.iterations
-        tally.solver_status = result.status
-        if result.negative_curvature < 0.0:
-            # Of the operator itself: the damping has lifted what the solver saw.
-            curvature = result.negative_curvature - damping
-            tally.negative_curvature = min(tally.negative_curvature, curvature)
-        return result
 
     def _preconditioner(self, damping: float) -> tuple[LinearOperator | None, float]:
         """The preconditioner, and by what it stretches the lengths that a radius is one of."""
@@ -310,9 +307,6 @@ class Model:
         (size,) = self._space.to_host(norms=[torch.linalg.vector_norm(self._objective.position)])
         return self.point.length / (size or 1.0), size or 1.0
 
-    def _in_units(self, grad: Tensor) -> Tensor:
-        return grad if self._unit == 1.0 else grad / self._unit
-
     def propose(self, direction: Tensor, decrease: float, damping: float) -> Proposal:
         """A proposal along a solution of the damped system, whose quadratic fell by `decrease`."""
         slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
@@ -325,9 +319,10 @@ class Model:
     def trial(self, proposal: Proposal, t: float) -> Trial:
         """Evaluates `t` along a proposal; the payload is a `Point`."""
         evaluation = self._objective.trial(proposal.direction, t, curvature=self._keeps_graphs)
-        grad = evaluation.grad
+        grad, unit = evaluation.grad, self._unit
+        scaled = grad if unit == 1.0 else grad / unit
         slope, grad_norm, length, loss = self._space.to_host(
-            sums=(self._in_units(grad) @ proposal.direction,),
+            sums=(scaled @ proposal.direction,),
             largest=(max_norm(grad),),
             norms=(torch.linalg.vector_norm(grad),),
             whole=(evaluation.loss,),
@@ -336,24 +331,22 @@ class Model:
         # The gradient is a vector: without a graph it is not kept, and computed anew if needed.
         kept = evaluation.linearization is not None
         point = Point(loss, grad_norm, grad if kept else None, evaluation if kept else None, length)
-        if not point.finite:
+        if not (isfinite(loss) and isfinite(grad_norm) and isfinite(length)):
             self._descent.nonfinite_trials += 1
             self.tally.unbounded |= loss == -inf
-        return Trial(t, loss, slope * self._unit if isfinite(length) else inf, point)
-
-    def start(self, proposal: Proposal) -> Trial:
-        """The point itself, as a trial along a proposal."""
-        return Trial(0.0, self.point.loss, proposal.slope)
+        return Trial(t, loss, slope * unit if isfinite(length) else inf, point)
 
     def gain_ratio(self, proposal: Proposal, trial: Trial) -> float:
         """What a trial gained over what the model promised; NaN where that is no number."""
-        if not trial.finite:
+        if not (isfinite(trial.loss) and isfinite(trial.slope)):
             return nan
         gained = self.point.loss - trial.loss
         if abs(gained) <= self._allowance:
             # Lost in rounding: the slopes at both ends know more (trapezoidal rule).
             gained = -0.5 * trial.t * (proposal.slope + trial.slope)
-        promised = proposal.promised(trial.t)
+        # The model's decrease along the direction: -t g'd - t^2 d'A d / 2.
+        t, slope = trial.t, proposal.slope
+        promised = -t * slope - t * t * (-slope - proposal.decrease)
         return gained / promised if promised > 0 else nan
 
     def unresolved(self, proposal: Proposal) -> bool:
@@ -499,8 +492,10 @@ def _search(model: Model, search: LineSearch, proposal: Proposal, first: Trial) 
     def phi(t: float) -> Trial:
         return first if t == first.t else model.trial(proposal, t)
 
-    found = search(phi, model.start(proposal), first.t, precision=model.precision)
-    model.tally.unbounded |= falls_without_end(proposal.slope, found)
+    start = Trial(0.0, model.point.loss, proposal.slope)
+    found = search(phi, start, first.t, precision=model.precision)
+    if found.status is SearchStatus.UNBOUNDED:
+        model.tally.unbounded |= falls_without_end(proposal.slope, found)
     return found
 
 

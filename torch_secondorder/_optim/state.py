@@ -33,7 +33,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_secondorder._params.space import local, sharded_like
+from torch_secondorder._params.space import is_distributed, local, sharded_like
 from torch_secondorder._params.vector import ParameterVector
 
 __all__ = [
@@ -484,16 +484,16 @@ def prepare(
 def cut_state(
     fields: Iterable[ParameterField], state: Mapping[str, Any], p: Tensor
 ) -> dict[str, Any]:
-    """A copy of a sharded parameter's state for a checkpoint."""
-    found = dict(state)
-    fields = list(fields)
-    prepare(fields, found, p)
-    return {
-        name: sharded_like(found[name].clone(), p) if field.sharded else found[name].clone()
-        for field in fields
-        for name in field.names(p)
-        if name in found
-    }
+    """A copy of a parameter's state for a checkpoint, all of it, and DTensors if it is sharded."""
+    found, result = dict(state), {}
+    for field in fields:
+        field.prepare(found, p, on_device=False)
+        for name in field.names(p):
+            if name in found:
+                value = found[name].clone()
+                in_parts = field.sharded and is_distributed(p)
+                result[name] = sharded_like(value, p) if in_parts else value
+    return result
 
 
 def held_state(

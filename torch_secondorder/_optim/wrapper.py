@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_secondorder._autograd.backward_hook import intercepting
+from torch_secondorder._closure.runner import GradientTrace
 from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
 from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
 from torch_secondorder._foundation.subclasses import plain
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder._objective.one_shot import GradientTrace
 from torch_secondorder._optim.base import makes_state_only
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder.dataset import DatasetClosure

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.private_torch import flatten_tensors, unflatten_tensors
-from torch_secondorder._foundation.subclasses import all_plain
+from torch_secondorder._foundation.subclasses import PLAIN_TYPES, all_plain
 from torch_secondorder._params.space import (
     WHOLE,
     local,
@@ -52,15 +52,6 @@ class _Segment:
         real = _real(parameter.detach())
         return cls(real.shape, real.numel(), parameter.dtype, real.dtype, parameter.device)
 
-    def describes(self, parameter: Tensor) -> bool:
-        """Whether the parameter is still of this kind; its data can be replaced from outside."""
-        shape = self.shape[:-1] if self.dtype.is_complex else self.shape
-        return (
-            parameter.dtype == self.dtype
-            and parameter.device == self.device
-            and parameter.shape == shape
-        )
-
     def typed(self, piece: Tensor) -> Tensor:
         """A piece `(..., count)` of a work vector in the parameter's shape, dtype and device."""
         piece = piece.reshape(piece.shape[:-1] + self.shape).to(self.device, self.real_dtype)
@@ -75,8 +66,11 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _is_dense(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.layout is torch.strided
+def _all_dense(tensors: Iterable[Tensor | None]) -> bool:
+    for tensor in tensors:  # noqa: SIM110 - a generator takes twice the time
+        if tensor is None or tensor.layout is not torch.strided:
+            return False
+    return True
 
 
 class ParameterVector:
@@ -95,12 +89,14 @@ class ParameterVector:
 
     Attributes:
         params: The parameters, in order.
+        scale: The scale as a vector `(n,)`; None for one everywhere.
         space: Where the work vectors live; who needs an inner product of whole vectors asks it.
         size: `n`, the number of real degrees of freedom, of those in this process.
         whole_size: That of all processes together.
         dtype: Of the work vector.
         device: Of the work vector.
         devices: Of the parameters.
+        is_large: Whether work vectors are so large that a `BufferPool` pays.
         precision: The machine epsilon that a loss of these parameters is computed with.
 
     Raises:
@@ -121,7 +117,10 @@ class ParameterVector:
         check_parameters(self.params)
         self.space = space_of(self.params)
         self.sharded = self.space is not WHOLE
-        self._segments = [_Segment.of(p) for p in self._held()]
+        held_parts = self._held()
+        self._segments = [_Segment.of(p) for p in held_parts]
+        self._kinds = [(p.dtype, p.device, p.shape) for p in held_parts]
+        self._plain = held_parts is self.params
         self._counts = [s.count for s in self._segments]
         self.size = sum(self._counts)
         self.whole_size = sum(p.numel() * (1 + p.is_complex()) for p in self.params)
@@ -140,11 +139,12 @@ class ParameterVector:
         self._uniform = all(
             s.dtype == self.dtype and s.device == self.device for s in self._segments
         )
+        self.is_large = BufferPool.pays(self.size, self.dtype, self.device)
         self.precision = max(torch.finfo(s.real_dtype).eps for s in self._segments)
         # One tensor, as in much of numerical optimization, need not be cut up or put together.
         self._single = self._uniform and len(self.params) == 1
         self._factors = None if scale is None else tuple(scale)
-        self._scale = None if scale is None else self.expand(scale)
+        self.scale = None if scale is None else self.expand(scale)
 
     def _held(self, tensors: Sequence[Any] | None = None) -> Sequence[Any]:
         """What this process holds of tensors like the parameters, or of the parameters."""
@@ -155,16 +155,16 @@ class ParameterVector:
 
     def matches(self, params: Sequence[Tensor], scale: Sequence[float] | None) -> bool:
         """Whether this vector still describes these parameters under this scale."""
-        return (
-            len(params) == len(self.params)
-            and (None if scale is None else tuple(scale)) == self._factors
-            and all(
-                p is q and s.describes(held)
-                for p, held, q, s in zip(
-                    params, self._held(params), self.params, self._segments, strict=True
-                )
-            )
-        )
+        if len(params) != len(self.params):
+            return False
+        if (None if scale is None else tuple(scale)) != self._factors:
+            return False
+        held = params if self._plain else self._held(params)
+        for p, known, part, kind in zip(params, self.params, held, self._kinds, strict=True):
+            # The data of a parameter may be replaced from outside.
+            if p is not known or (part.dtype, part.device, part.shape) != kind:
+                return False
+        return True
 
     # Between tensors shaped like the parameters and flat vectors.
 
@@ -184,12 +184,13 @@ class ParameterVector:
         Returns:
             Shape `(*batch, n)`, without the scale applied.
         """
-        tensors = self._held(tensors)
+        if self.sharded or not PLAIN_TYPES.issuperset(map(type, tensors)):
+            tensors = self._held(tensors)
         first: Tensor | None = tensors[0]
         if self._single and not batch and first is not None and first.layout is torch.strided:
             return first.detach().flatten().clone()
-        if self._uniform and not batch and all(_is_dense(t) for t in tensors):
-            if buffer_pool is not None and buffer_pool.pays(self.size, self.dtype, self.device):
+        if self._uniform and not batch and _all_dense(tensors):
+            if buffer_pool is not None and self.is_large:
                 out = buffer_pool.empty("gathered", self.size, self.dtype, self.device)
                 pieces = [t.detach().reshape(-1) for t in tensors if t is not None]
                 return torch.cat(pieces, out=out)
@@ -242,7 +243,7 @@ class ParameterVector:
 
     def scaled(self, flat: Tensor) -> Tensor:
         """Multiplies `(..., n)` by the scale: from steps to moves, from gradients to slopes."""
-        return flat if self._scale is None else flat * self._scale
+        return flat if self.scale is None else flat * self.scale
 
     # Reading and moving the parameters themselves.
 

@@ -124,7 +124,8 @@ def likelihood_of(output: Output, coefficient: Tensor) -> Likelihood | None:
     arguments = output.arguments
     make = _KNOWN.get((output.loss, output.argument))
     # The two older ways of choosing a reduction are left to automatic differentiation.
-    if make is None or any(arguments.get(k) is not None for k in ("size_average", "reduce")):
+    older = arguments.get("size_average") is not None or arguments.get("reduce") is not None
+    if make is None or older:
         return None
     z = output.values
     if z.dtype in (torch.float16, torch.bfloat16):

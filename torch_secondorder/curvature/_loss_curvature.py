@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,13 +33,18 @@ class LossCurvature:
     def __init__(self, space: OutputSpace) -> None:
         self._space = space
         self.coefficients, self.bypassed = _coefficients(space)
+        self.likelihoods: list[Likelihood | None] = []
+        self._rest: list[int] = []  # outputs without a likelihood, and their tensors
+        self._tensors: list[Tensor] = []
         with torch.no_grad():
-            self.likelihoods = [
-                likelihood_of(output, c) if c is not None and _separates(output, space) else None
-                for output, c in zip(space.outputs, self.coefficients, strict=True)
-            ]
-        self._rest = [i for i, found in enumerate(self.likelihoods) if found is None]
-        self._tensors = [space.tensors[i] for i in self._rest]
+            for i, (output, c) in enumerate(zip(space.outputs, self.coefficients, strict=True)):
+                found = None
+                if c is not None and _separates(output, space):
+                    found = likelihood_of(output, c)
+                if found is None:
+                    self._rest.append(i)
+                    self._tensors.append(space.tensors[i])
+                self.likelihoods.append(found)
         self._gradient = space.gradient(self._tensors) if self._rest else ()
 
     @property
@@ -52,8 +55,9 @@ class LossCurvature:
     def product(self, tangents: Tensors, batched: bool = False) -> Tensors:
         """`B t`, shaped like the outputs; with `batched` each with a leading dimension."""
         result: list[Tensor | None] = [None] * len(tangents)
-        for i, likelihood, tangent in self.known(tangents):
-            result[i] = likelihood.product(tangent).to(tangent.dtype)
+        for i, (likelihood, tangent) in enumerate(zip(self.likelihoods, tangents, strict=True)):
+            if likelihood is not None and tangent is not None:
+                result[i] = likelihood.product(tangent).to(tangent.dtype)
         if self._rest:
             chosen = [tangents[i] for i in self._rest]
             products = self._space.product_at_fixed_parameters(
@@ -62,12 +66,6 @@ class LossCurvature:
             for i, product in zip(self._rest, products, strict=True):
                 result[i] = product
         return result
-
-    def known(self, tangents: Tensors) -> Iterator[tuple[int, Likelihood, Tensor]]:
-        """The outputs that have a likelihood and a tangent."""
-        for i, (likelihood, tangent) in enumerate(zip(self.likelihoods, tangents, strict=True)):
-            if likelihood is not None and tangent is not None:
-                yield i, likelihood, tangent
 
 
 def _coefficients(space: OutputSpace) -> tuple[list[Tensor | None], bool]:
@@ -85,6 +83,8 @@ def _coefficients(space: OutputSpace) -> tuple[list[Tensor | None], bool]:
 
 def _separates(output: Output, space: OutputSpace) -> bool:
     """Whether its block of the information is its own."""
+    if len(space.outputs) == 1:
+        return True
     together = {o.argument for o in space.outputs if o.value is output.value}
     # Mean and variance are orthogonal.
     return len(together) == 1 or (

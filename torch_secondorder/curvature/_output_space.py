@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from torch_secondorder._foundation.subclasses import plainly
 __all__ = ["OutputSpace", "Tensors", "UnknownOutputs"]
 
 Tensors = Sequence[Tensor | None]
+#: A node of the graph, and the number of one of its outputs.
+Place: TypeAlias = tuple[Any, int]
 
 _NO_OUTPUT = """\
 no model output was found that the loss depends on: Gauss-Newton and Fisher products need one. The
@@ -53,14 +55,20 @@ class OutputSpace:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self.outputs = _relevant(graph)
-        if not self.outputs:
+        self._losses = _places(graph.losses)
+        found = _relevant(graph, self._losses)
+        if not found:
             raise UnknownOutputs(_NO_OUTPUT)
-        self.tensors = [o.tensor for o in self.outputs]
-        self.values = [o.values for o in self.outputs]
-        if any(z.is_complex() for z in self.values):
-            raise ValueError("model outputs must be real: mark torch.view_as_real(z) instead")
-        self._ends = {_place(t) for t in self.tensors}
+        self._places, self.outputs = list(found), list(found.values())
+        self._ends = set(found)
+        self.tensors: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for output in self.outputs:
+            z = output.values
+            if z.is_complex():
+                raise ValueError("model outputs must be real: mark torch.view_as_real(z) instead")
+            self.tensors.append(output.tensor)
+            self.values.append(z)
 
     @cached_property
     def _pulled(self) -> tuple[Tensors, Sequence[Tensor]]:
@@ -116,16 +124,18 @@ class OutputSpace:
             For each output whether a way reaches it that passes through no stop, and whether one
             reaches a parameter that passes through neither stops nor outputs.
         """
-        ends = self._ends | {_place(t) for t in stops}
-        met = _walk(map(_place, self._graph.losses), ends)
-        params = {id(p) for p in self._graph.params}
-        bypassed = any(id(getattr(node, "variable", None)) in params for node, _ in met)
-        return [_place(t) in met for t in self.tensors], bypassed
+        met = _walk(self._losses, self._ends.union(_places(stops)))
+        params, bypassed = set(map(id, self._graph.params)), False
+        for node, _ in met:
+            if id(getattr(node, "variable", None)) in params:
+                bypassed = True
+                break
+        return list(map(met.__contains__, self._places)), bypassed
 
     def depends(self, tensor: Tensor, others: Collection[Tensor | GradientEdge]) -> bool:
         """Whether a tensor is made from one of the outputs or of some others."""
-        ends = self._ends | {_place(t) for t in others}
-        return not ends.isdisjoint(_walk([_place(tensor)], ends))
+        ends = self._ends.union(_places(others))
+        return not ends.isdisjoint(_walk(_places((tensor,)), ends))
 
     def remainder(self) -> Tensors:
         """The gradient of the loss by the parameters at fixed outputs, with its graph."""
@@ -144,7 +154,7 @@ class OutputSpace:
         """The custom functions on the way to the outputs that have a wrong second derivative."""
         if not self._graph.curving:
             return []
-        met = _walk(map(_place, self._graph.losses), self._ends) - self._ends
+        met = _walk(self._losses, self._ends) - self._ends
         nodes = {node for node, _ in met}
         return [suspect for suspect in self._graph.curving if suspect.node in nodes]
 
@@ -190,15 +200,15 @@ def _derivative(
     outputs: Tensors, inputs: Sequence[Tensor], weights: Tensors, batched: bool
 ) -> Tensors:
     """`torch.autograd.grad` over what has a graph; None where there is no derivative."""
+    kept: list[Tensor] = []
+    chosen: list[Tensor] = []
     with plainly():
-        pairs = [
-            (o, w)
-            for o, w in zip(outputs, weights, strict=True)
-            if o is not None and w is not None and o.requires_grad
-        ]
-    if not pairs:
+        for output, weight in zip(outputs, weights, strict=True):
+            if output is not None and weight is not None and output.requires_grad:
+                kept.append(output)
+                chosen.append(weight)
+    if not kept:
         return [None] * len(inputs)
-    kept, chosen = zip(*pairs, strict=True)
     try:
         with plainly():
             return torch.autograd.grad(
@@ -208,51 +218,68 @@ def _derivative(
         raise explained(error) from error
 
 
-def _place(tensor: Tensor | GradientEdge) -> tuple[Any, int]:
-    """Where a tensor that is no leaf stands in the graph."""
-    if isinstance(tensor, GradientEdge):
-        return tensor.node, tensor.output_nr
+def _places(tensors: Iterable[Tensor | GradientEdge]) -> list[Place]:
+    """The places of some tensors, none of them a leaf, in the graph."""
+    places: list[Place] = []
     with plainly():
-        return tensor.grad_fn, tensor.output_nr
+        for tensor in tensors:
+            if isinstance(tensor, GradientEdge):
+                places.append((tensor.node, tensor.output_nr))
+            else:
+                places.append((tensor.grad_fn, tensor.output_nr))
+    return places
 
 
-def _relevant(graph: Graph) -> list[Output]:
+def _relevant(graph: Graph, losses: Sequence[Place]) -> dict[Place, Output]:
     """The outputs that the losses depend on, but not by way of another output alone."""
-    losses = [_place(loss) for loss in graph.losses]
+    outputs = graph.outputs
+    tensors: list[Tensor] = []
+    values: list[Tensor | GradientEdge] = []
+    for output in outputs:
+        tensors.append(output.tensor)
+        # One that was marked has no value; its own place stands in and is not looked at.
+        values.append(output.tensor if output.value is None else output.value)
+    places, of_values = _places(tensors), _places(values)
     # A loss that was evaluated for a report only says nothing.
-    met = _walk(losses, {_place(o.tensor) for o in graph.outputs})
-    marked = {_place(o.tensor): o for o in graph.outputs if o.loss is None}
-    used: dict[Any, list[Output]] = {}
-    for output in graph.outputs:
-        if output.value is not None and _place(output.value) in met:
-            used.setdefault(_place(output.tensor), []).append(output)
-    candidates = dict(marked)
-    for place, outputs in used.items():
+    ends = set(places)
+    met = _walk(losses, ends)
+    candidates: dict[Place, Output] = {}
+    used: dict[Place, list[Output]] = {}
+    for output, place, of_value in zip(outputs, places, of_values, strict=True):
+        if output.loss is None:
+            candidates[place] = output
+        if output.value is not None and of_value in met:
+            used.setdefault(place, []).append(output)
+    marked = set(candidates)
+    for place, takers in used.items():
         # Where what a loss is given is made from a marked output, the mark says more.
-        if marked and place not in marked and _walk(place[0].next_functions, marked) & {*marked}:
+        if marked and place not in marked and _walk(place[0].next_functions, marked) & marked:
             continue
-        if not all(output.intact for output in outputs):
-            name = getattr(outputs[0].loss, "__name__", "a loss")
-            raise Overwritten(
-                f"an argument of {name} was changed in place after the loss took it, so the "
-                "curvature there is lost: write z = z * 2, not z *= 2"
-            )
+        for output in takers:
+            if not output.intact:
+                name = getattr(takers[0].loss, "__name__", "a loss")
+                raise Overwritten(
+                    f"an argument of {name} was changed in place after the loss took it, so the "
+                    "curvature there is lost: write z = z * 2, not z *= 2"
+                )
         # With two losses on one output neither speaks for it alone.
-        candidates[place] = outputs[0] if len(outputs) == 1 else Output(outputs[0].tensor)
-    met = _walk(losses, candidates)
-    return [output for place, output in candidates.items() if place in met]
+        candidates[place] = takers[0] if len(takers) == 1 else Output(takers[0].tensor)
+    if candidates.keys() != ends:
+        met = _walk(losses, candidates)
+    for place in list(candidates):
+        if place not in met:
+            del candidates[place]
+    return candidates
 
 
-def _walk(starts: Iterable[Any], ends: Collection[Any]) -> set[tuple[Any, int]]:
+def _walk(starts: Iterable[Place], ends: Collection[Place]) -> set[Place]:
     """All places on the ways down the graph, where `ends` are met and not passed."""
-    waiting = [place for place in starts if place[0] is not None]
-    met = set(waiting)
+    waiting, met = list(starts), set[Place]()
     while waiting:
         place = waiting.pop()
-        if place in ends:
+        if place[0] is None or place in met:
             continue
-        for following in place[0].next_functions:
-            if following[0] is not None and following not in met:
-                met.add(following)
-                waiting.append(following)
+        met.add(place)
+        if place not in ends:
+            waiting.extend(place[0].next_functions)
     return met

@@ -67,7 +67,10 @@ def rademacher(
     count = -(-size // 64)
     words = torch.empty(count, dtype=torch.int64, device=source)
     words = words.random_(-(2**63), None, generator=generator).to(device).view(integer)
-    room = (buffer_pool or BufferPool()).empty("signs", count * 64, dtype, device)
+    if buffer_pool is None:
+        room = torch.empty(count * 64, dtype=dtype, device=device)
+    else:
+        room = buffer_pool.empty("signs", count * 64, dtype, device)
     one, shifts = _constants(integer, bits, dtype, device)
     torch.bitwise_left_shift(words, shifts, out=room.view(integer).view(bits, -1))
     # Whatever number the bits make, NaN included, its sign is theirs.

@@ -121,16 +121,17 @@ class Damped(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-        return self._lifted(self.operator.matvec(v), v)
+        product, damping = self.operator.matvec(v), self.damping
+        if product is v:  # an operator may be the identity
+            return v * (1 + damping)
+        return product.add_(v, alpha=damping) if damping else product
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`."""
-        return self._lifted(self.operator.matmat(V), V)
-
-    def _lifted(self, product: Tensor, v: Tensor) -> Tensor:
-        if product is v:  # an operator may be the identity
-            return v * (1 + self.damping)
-        return product.add_(v, alpha=self.damping) if self.damping else product
+        product, damping = self.operator.matmat(V), self.damping
+        if product is V:
+            return V * (1 + damping)
+        return product.add_(V, alpha=damping) if damping else product
 
 
 class Linearized(LinearOperator):
@@ -161,7 +162,12 @@ class Linearized(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-        return self._retried(lambda: self._linearization.product(v, self._multiply))
+        try:
+            return self._linearization.product(v, self._multiply)
+        except Overwritten:
+            if not self._renewed():
+                raise
+            return self._linearization.product(v, self._multiply)
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`; vectorized, some at once, where operations allow."""
@@ -178,10 +184,16 @@ class Linearized(LinearOperator):
         try:
             return use()
         except Overwritten:
-            if not self._linearization.renew():
+            if not self._renewed():
                 raise
-            self._attach(self._linearization.graph)
             return use()
+
+    def _renewed(self) -> bool:
+        """Goes on with a graph of copies; returns whether there is one."""
+        renewed = self._linearization.renew()
+        if renewed:
+            self._attach(self._linearization.graph)
+        return renewed
 
     def _attach(self, graph: Graph) -> None:
         """Takes what it needs of a graph; most keep nothing."""

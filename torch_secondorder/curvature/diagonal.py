@@ -168,8 +168,6 @@ class Hutchinson(DiagonalEstimator):
         device: torch.device,
         buffer_pool: BufferPool | None = None,
     ) -> list[Tensor]:
-        if self.n_samples > 1:  # the memory of a buffer_pool is for one
-            buffer_pool = None
         return [
             draw(size, self.distribution, generator, buffer_pool, dtype=dtype, device=device)
             for _ in range(self.n_samples)
@@ -200,27 +198,32 @@ class _HutchinsonWatch(DiagonalWatch):
     ) -> None:
         self._estimator = estimator
         self._vector = vector
-        self._buffer_pool = buffer_pool if estimator.n_samples == 1 else None
+        # Each name in a pool stands for one vector.
+        self._buffer_pool = buffer_pool if estimator.n_samples == 1 and vector.is_large else None
         self._probes = estimator._draw(
-            vector.size, generator, vector.dtype, vector.device, buffer_pool
+            vector.size, generator, vector.dtype, vector.device, self._buffer_pool
         )
-        self._tangents = [vector.split(z) for z in self._probes]
+        self._tangents = list(map(vector.split, self._probes))
         self._sums: list[list[Tensor | None]] = []
 
     def scale_probes(self, factor: Tensor) -> None:
         self._tangents = [self._vector.split(z * factor) for z in self._probes]
 
     def observe(self, graph: Graph, retain: bool) -> None:
-        products = several_products(graph, self._tangents, self._vector, retain)
+        products: list[Sequence[Tensor | None]]
+        if len(self._tangents) == 1:
+            products = [graph.hessian_product(self._tangents[0], retain=retain)]
+        else:
+            products = several_products(graph, self._tangents, self._vector, retain)
         self.products += len(products)
         if self._sums:
             self._sums = [_sum(a, b) for a, b in zip(self._sums, products, strict=True)]
         else:
-            self._sums = [list(parts) for parts in products]
+            self._sums = list(map(list, products))
 
     def diagonal(self, *, magnitudes: bool = False) -> Tensor:
         gather = partial(self._vector.gather, buffer_pool=self._buffer_pool)
-        products = [gather(parts) for parts in self._sums]
+        products = list(map(gather, self._sums))
         if self.ranks is not None and self.ranks.count > 1:
             # Each with its own probes, should they differ.
             return self.ranks.average_(self._estimator.mean(self._probes, products))
@@ -335,6 +338,7 @@ def resolve_estimator(estimator: Any, n_samples: int = 1) -> DiagonalEstimator:
 
     Raises:
         ValueError: The name is unknown, or `n_samples` below one.
+        TypeError: It is neither a name nor an estimator.
     """
     if isinstance(estimator, DiagonalEstimator):
         return estimator

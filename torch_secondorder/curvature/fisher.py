@@ -113,7 +113,10 @@ class Fisher(GaussNewton):
             for i, change in enumerate(changes):
                 products[i] = None if change is None else self._samples.product(i, change)
             return products
-        for i, likelihood, change in self._curvature.known(changes):
+        known = self._curvature.likelihoods
+        for i, (likelihood, change) in enumerate(zip(known, changes, strict=True)):
+            if likelihood is None or change is None:
+                continue
             terms = [likelihood.product_by_root(root, change) for root in self._roots[i]]
             products[i] = (sum(terms[1:], terms[0]) / len(terms)).to(change.dtype)
         return products

@@ -13,10 +13,11 @@ from torch_secondorder._autograd.graph import Multiply, Overwritten
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._closure.replay import ModuleRegistry, Replay
+from torch_secondorder._closure.runner import Run
 from torch_secondorder._closure.validation import differentiable
 from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation, Linearization, RawEvaluation
+from torch_secondorder._objective.evaluation import Evaluation, Linearization
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset._loader import fingerprint, generators_of
 from torch_secondorder.dataset.closure import DatasetClosure, UseBatch
@@ -116,7 +117,7 @@ class DatasetObjective(ClosureObjective):
 
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """See `Objective.evaluate`; an accepted trial is not evaluated again."""
-        last = self._last()
+        last = None if self._last_evaluation is None else self._last_evaluation()
         if last is not None and self._here:
             return last
         return super().evaluate(curvature=curvature)
@@ -156,7 +157,7 @@ class DatasetObjective(ClosureObjective):
             total.add_(scaled(self._decay * scaled(direction)))
         return total
 
-    def _run(self, position: Tensor, curvature: bool) -> RawEvaluation:
+    def _run(self, position: Tensor, curvature: bool) -> Run:
         self._here, self._trial = False, None
         raw = super()._run(position, False)
         self._here = position is self.position
@@ -179,7 +180,7 @@ class DatasetObjective(ClosureObjective):
             gradients = capture.differentiate(loss)
         if closure.keep_graphs and not copies and not self.vector.holds(self.position):
             raise Overwritten("the closure moves parameters that its graph has saved")
-        capture.graph.check_once(self._registry.graphs)
+        capture.graph.check_once(self.registry.graphs)
         value = loss.detach()
         flatten = partial(self._share, gradients)
         place = self._place_of(capture)
@@ -206,6 +207,10 @@ class _OfBatch(Linearization):
 
     _objective: DatasetObjective
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ranks = Ranks()
+
     def product(self, v: Tensor, multiply: Multiply) -> Tensor:
         self.check()
         vector = self._objective.vector
@@ -220,10 +225,6 @@ class _OfBatch(Linearization):
         self.check()
         return self._objective._share(roots, (count,)).square_().mean(0)
 
-    @property
-    def ranks(self) -> Ranks:
-        return Ranks()
-
 
 def _for_one_step(closure: Callable[[], Any]) -> Callable[[], Any]:
     return Passes(closure) if isinstance(closure, DatasetClosure) else closure
@@ -231,7 +232,7 @@ def _for_one_step(closure: Callable[[], Any]) -> Callable[[], Any]:
 
 def objective_of(
     closure: Callable[[], Any],
-    vector: ParameterVector,
+    vector: ParameterVector | Iterable[Tensor],
     regularization: Regularization | None = None,
     master: Tensor | None = None,
     registry: ModuleRegistry | None = None,

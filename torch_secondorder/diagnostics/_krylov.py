@@ -11,12 +11,12 @@ from torch import Tensor
 
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._random import draw
+from torch_secondorder.solvers.lanczos import ROUNDING, orthogonalized
 
 __all__ = ["Convergence", "Krylov", "Ritz", "Which", "subspace_room", "vectors_in_memory"]
 
 Which: TypeAlias = Literal["largest", "smallest", "magnitude"]
 
-_ROUNDING = 100.0  # in units of precision; smaller remainders count as zero, as in `lanczos`
 _MEMORY = 256 * 2**20  # bytes for the basis
 _MAX_ROOM = 300  # beyond it the small eigenproblem takes longer than most products
 
@@ -72,7 +72,7 @@ class Krylov:
         self._A, self._generator = A, generator
         self._basis = torch.empty(room, A.size, dtype=A.dtype, device=A.device)
         self._projected = torch.zeros(room, room, dtype=torch.float64)
-        self._rounding = _ROUNDING * torch.finfo(A.dtype).eps
+        self._rounding = ROUNDING * torch.finfo(A.dtype).eps
         self._residual = 0.0
         self._magnitude = 0.0
         self.count = self.steps = self.since_break = self.breaks = 0
@@ -102,11 +102,7 @@ class Krylov:
         self.count += 1
         self.steps += 1
         basis = self._basis[: self.count]
-        product = self._A @ v
-        first = basis @ product
-        rest = product.addmv(basis.T, first, alpha=-1.0)
-        second = basis @ rest
-        rest.addmv_(basis.T, second, alpha=-1.0)
+        rest, first, second = orthogonalized(self._A @ v, basis)
         column = torch.cat([first + second, torch.linalg.vector_norm(rest)[None]])
         column = column.to("cpu", torch.float64)  # one transfer for all coefficients
         self._projected[: j + 1, j] = self._projected[j, : j + 1] = column[:-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -25,11 +26,11 @@ from torch_secondorder.dataset._operator import BatchSum, curvature_at
 
 __all__ = ["Curvature", "Problem", "Source", "as_problem", "from_closure", "from_model"]
 
-Curvature: TypeAlias = Literal["hessian", "gauss_newton"]
+Curvature: TypeAlias = Literal["hessian", "ggn"]
 
 _OPERATORS: dict[str, Callable[[Evaluation], LinearOperator]] = {
     "hessian": Hessian,
-    "gauss_newton": GaussNewton,
+    "ggn": GaussNewton,
 }
 
 
@@ -43,8 +44,8 @@ class Problem:
         params: The parameters, or their vector.
         names: Names of the parameters; by default their numbers.
         modules: Modules whose modes and gradients are restored.
-        curvature: `"hessian"`, or `"gauss_newton"` for a matrix that is positive semidefinite if
-            the loss is convex in the outputs.
+        curvature: `"hessian"`, or `"ggn"` for the Gauss-Newton matrix, which is positive
+            semidefinite if the loss is convex in the outputs.
         retain: Keeps the graph while products are computed. If False, the loss is evaluated again
             for every product (every eight, if they are computed together).
 
@@ -65,14 +66,23 @@ class Problem:
         curvature: Curvature = "hessian",
         retain: bool = True,
     ) -> None:
-        check_choice("curvature", curvature, _OPERATORS)
+        name: str = curvature
+        if name == "gauss_newton":
+            warnings.warn(
+                "curvature='gauss_newton' is called 'ggn' now, as in NewtonCG; the old name will "
+                "be gone in the next release",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            name = "ggn"
+        check_choice("curvature", name, _OPERATORS)
         self.vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
         count = len(self.vector.params)
         self.names = [str(i) for i in range(count)] if names is None else list(names)
         self.modules = list(modules)
         self.retain = retain
         self._make = make
-        self._operator = _OPERATORS[curvature]
+        self._operator = _OPERATORS[name]
 
     @property
     def size(self) -> int:

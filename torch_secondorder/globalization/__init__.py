@@ -1,7 +1,9 @@
-"""Globalization: how far to go along a direction, and how far to trust a model."""
+"""Globalization: line searches, damping and trust regions."""
 
 from torch_secondorder.globalization._resolve import (
     Globalization,
+    GlobalizationName,
+    LineSearchName,
     resolve_globalization,
     resolve_line_search,
 )
@@ -23,9 +25,11 @@ __all__ = [
     "Armijo",
     "FixedStep",
     "Globalization",
+    "GlobalizationName",
     "HagerZhang",
     "LevenbergMarquardt",
     "LineSearch",
+    "LineSearchName",
     "Phi",
     "SearchResult",
     "SearchStatus",

@@ -1,9 +1,9 @@
-"""The one place where names of line searches and other globalizations are resolved."""
+"""Resolution of names of line searches and other globalizations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder.globalization.backtracking import Armijo, FixedStep
@@ -13,7 +13,10 @@ from torch_secondorder.globalization.line_search import LineSearch
 from torch_secondorder.globalization.strong_wolfe import StrongWolfe
 from torch_secondorder.globalization.trust_region import TrustRegion
 
+LineSearchName: TypeAlias = Literal["strong_wolfe", "hager_zhang", "armijo", "backtracking"]
+GlobalizationName: TypeAlias = LineSearchName | Literal["damping", "trust_region", "line_search"]
 Globalization: TypeAlias = LevenbergMarquardt | TrustRegion | LineSearch
+
 _KNOWN: dict[str, Callable[[], LineSearch]] = {
     "strong_wolfe": StrongWolfe,
     "hager_zhang": HagerZhang,
@@ -22,11 +25,8 @@ _KNOWN: dict[str, Callable[[], LineSearch]] = {
 }
 
 
-LINE_SEARCHES = tuple(_KNOWN)
-
-
 def resolve_line_search(spec: str | LineSearch | None) -> LineSearch:
-    """The line search that `spec` names.
+    """A line search from its name.
 
     Args:
         spec: A name, a line search (returned as it is), or None for no search.
@@ -52,12 +52,12 @@ def resolve_line_search(spec: str | LineSearch | None) -> LineSearch:
 def resolve_globalization(
     spec: str | Globalization | None, damping: float | None, uses_hessian: bool
 ) -> Globalization:
-    """How a Newton step is kept from going too far.
+    """A globalization from its name: it keeps a Newton step from going too far.
 
     Args:
         spec: `"damping"`, `"trust_region"`, `"line_search"`, the name of one, an instance (returned
             as it is), or None for a trust region with the Hessian and damping without.
-        damping: What damping begins with, if it is not the default.
+        damping: The initial damping, if it is not the default.
         uses_hessian: Whether the curvature may be indefinite.
 
     Raises:
@@ -74,7 +74,7 @@ def resolve_globalization(
     if spec == "line_search":
         return resolve_line_search("armijo")
     if isinstance(spec, str):
-        known = ("damping", "trust_region", "line_search", *LINE_SEARCHES)
+        known = ("damping", "trust_region", "line_search", *_KNOWN)
         check_choice("globalization", spec, known, "an instance such as TrustRegion()")
     if isinstance(spec, LevenbergMarquardt) and damping is not None:
         raise ValueError("the damping to begin with is LevenbergMarquardt's own: leave damping out")

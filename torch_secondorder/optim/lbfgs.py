@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._optim.descent import Candidate, Descent, DescentInfo, Line, Point
 from torch_secondorder._optim.flat import FlatOptimizer
@@ -21,6 +23,7 @@ from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.globalization import (
     FixedStep,
     LineSearch,
+    LineSearchName,
     SearchResult,
     SearchStatus,
     falls_without_end,
@@ -31,8 +34,8 @@ __all__ = ["LBFGS", "LBFGSInfo"]
 
 # What the history may take by default, if twenty pairs do not take more.
 _HISTORY_BYTES = 256 * 2**20
-# Powell's constant: a pair keeps at least this share of the curvature that H expects.
-_DAMPING = 0.2
+# Powell's constant: the smallest share of the expected curvature that a corrected pair has.
+_LEAST_CURVATURE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +135,9 @@ class LBFGS(FlatOptimizer):
             steps of length `lr` as they come.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
         maximize: Whether to maximize the closure's loss.
-        damping: Whether a pair with too little curvature is mended (Powell 1978) instead of left
-            out.
+        powell_damping: Whether a pair with too little curvature is corrected (Powell 1978) instead
+            of left out.
+        damping: Old name of `powell_damping`.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex, or `line_search_fn` is of a
@@ -154,6 +158,7 @@ class LBFGS(FlatOptimizer):
     """
 
     _info_type = LBFGSInfo
+    _renamed: ClassVar = {"damping": "powell_damping"}
     _recognized_by = "max_iter"
     _state_fields = declare(n_iter=Number(0), func_evals=Number(0), history=_History("_inverse"))
     _n_iter: int
@@ -163,19 +168,28 @@ class LBFGS(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
         max_iter: int = 20,
         max_eval: int | None = None,
         tolerance_grad: float | None = None,
         tolerance_change: float = 1e-9,
         history_size: int | None = None,
-        line_search_fn: str | LineSearch | None = "strong_wolfe",
+        line_search_fn: LineSearchName | LineSearch | None = "strong_wolfe",
         *,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        damping: bool = False,
+        powell_damping: bool = False,
+        damping: bool | None = None,
     ) -> None:
+        if damping is not None:
+            warnings.warn(
+                "LBFGS(damping=...) is called powell_damping now; the old name will be gone in the "
+                "next release",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            powell_damping = damping
         check_integer("max_iter", max_iter, whole_floats=True)
         if history_size is not None:
             check_integer("history_size", history_size, whole_floats=True)
@@ -193,7 +207,7 @@ class LBFGS(FlatOptimizer):
             "history_size": history_size,
             "weight_decay": weight_decay,
             "maximize": maximize,
-            "damping": damping,
+            "powell_damping": powell_damping,
         }
         super().__init__(params, defaults)
 
@@ -300,8 +314,8 @@ class LBFGS(FlatOptimizer):
         # H g = -d, so B s = -t g whatever B is, and the curvature that B expects is known.
         expected = -t * t * line.slope
         step = line.direction if t == 1.0 else line.direction.mul_(t)
-        if self.param_groups[0]["damping"] and s_y < _DAMPING * expected:
-            keep = (1 - _DAMPING) * expected / (expected - s_y)
+        if self.param_groups[0]["powell_damping"] and s_y < _LEAST_CURVATURE * expected:
+            keep = (1 - _LEAST_CURVATURE) * expected / (expected - s_y)
             history.push(step, y.mul_(keep).sub_(before.grad, alpha=(1 - keep) * t))
             self._damped += 1
         elif s_y > 10 * precision.eps * sqrt(s_s) * sqrt(y_y) and y_y > 0:

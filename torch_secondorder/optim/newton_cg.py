@@ -6,21 +6,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
+from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.base import EvaluationsSpent, Objective
 from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.curvature_choice import (
-    CURVATURES,
     DIFFERENCES,
     KINDS,
     SUITED,
     CurvatureChoice,
+    CurvatureName,
     Factory,
     most_iterations,
     suited_preconditioner,
@@ -39,10 +41,10 @@ from torch_secondorder._optim.quadratic_model import (
     within_radius,
 )
 from torch_secondorder._optim.state import Choice, Nested, Number, Random, Vector, declare
-from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._output_space import UnknownOutputs
 from torch_secondorder.globalization import (
     Globalization,
+    GlobalizationName,
     LevenbergMarquardt,
     TrustRegion,
     resolve_globalization,
@@ -56,14 +58,12 @@ from torch_secondorder.solvers import (
     resolve_preconditioner,
     resolve_solver,
 )
+from torch_secondorder.solvers._resolve import PreconditionerName, SolverName
 
 __all__ = ["NewtonCG", "NewtonCGInfo"]
 
-_PRODUCTS = ("autograd", "finite_difference")
-# Of a solver by name.
+# Most iterations of a solver by name.
 _MOST_ITERATIONS = 250
-
-
 # Iterations without a new best loss or gradient after which only rounding error is left.
 _PATIENCE = 5
 # Iterates of conjugate gradients to choose from; each is a vector.
@@ -220,22 +220,22 @@ class NewtonCG(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1.0,
-        curvature: str | Factory = "auto",
+        curvature: CurvatureName | Factory = "auto",
         max_iter: int = 1,
         *,
-        globalization: str | Globalization | None = None,
+        globalization: GlobalizationName | Globalization | None = None,
         damping: float | None = None,
-        preconditioner: str | Preconditioner | None = "auto",
-        solver: str | LinearSolver = "cg",
+        preconditioner: Literal["auto"] | PreconditionerName | Preconditioner | None = "auto",
+        solver: SolverName | LinearSolver = "cg",
         max_cg_iter: int | None = None,
         max_eval: int | None = None,
         tolerance_grad: float | None = None,
         tolerance_change: float = 1e-9,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        curvature_products: str = "autograd",
+        curvature_products: Literal["autograd", "finite_difference"] = "autograd",
         seed: int = 0,
     ) -> None:
         check_integer("max_iter", max_iter, whole_floats=True)
@@ -246,8 +246,8 @@ class NewtonCG(FlatOptimizer):
             check_number(name, value, low=0.0, optional=True)
         if not callable(curvature):
             others = "a function from an Evaluation to a LinearOperator"
-            check_choice("curvature", curvature, CURVATURES, others)
-        check_choice("curvature_products", curvature_products, _PRODUCTS)
+            check_choice("curvature", curvature, CurvatureName, others)
+        check_choice("curvature_products", curvature_products, ("autograd", "finite_difference"))
         self.curvature = curvature
         check_integer("seed", seed, low=0, whole_floats=True)
         defaults = {
@@ -283,7 +283,9 @@ class NewtonCG(FlatOptimizer):
             None if self._chosen is not None else preconditioner
         )
         by_differences = curvature_products == "finite_difference"
-        self._choice = CurvatureChoice(curvature, by_differences, self.preconditioner)
+        self._choice = CurvatureChoice(
+            curvature, by_differences, self.preconditioner, self._chosen is not None
+        )
         if self.solver is not None and isinstance(self.globalization, TrustRegion):
             raise ValueError(
                 f"a trust region needs solver='cg', got {solver!r}; use globalization='damping'"
@@ -293,7 +295,9 @@ class NewtonCG(FlatOptimizer):
         self._memory = self._fresh_memory()
 
     def step(  # type: ignore[override]
-        self, closure: Any = None, curvature_closure: Callable[[], Any] | None = None
+        self,
+        closure: Closure | FunctionalObjective | None = None,
+        curvature_closure: Closure | None = None,
     ) -> Tensor | None:
         """Performs one step.
 
@@ -398,13 +402,20 @@ class NewtonCG(FlatOptimizer):
     def _move(self, descent: Descent) -> Move | StepStatus:
         objective, choice = descent.objective, self._choice
         assert descent.point.evaluation is not None and self._generator is not None
-        sizes = None
-        if not (choice.captures(objective) or objective.vector.sharded):
-            sizes = self._memory.noted_sizes(objective.position)
-        operator = choice.operator(objective, descent.point.evaluation, self._generator, sizes)
-        rule, suited = self._suited(operator.size)
         memory = self._memory
-        preconditioner = self._refreshed(suited, operator)
+        operator = choice.operator(
+            objective, descent.point.evaluation, self._generator, memory.noted_sizes
+        )
+        rule, suited = self._suited(operator.size)
+        preconditioner = suited
+        if suited is not None:
+            try:
+                self._tally.products += suited.refresh(operator, self._generator)
+            except FloatingPointError:
+                preconditioner = None
+                self._tally.repair = (
+                    "what the preconditioner is made of was not finite, it was left out"
+                )
         model = Model(
             descent,
             operator,
@@ -425,22 +436,6 @@ class NewtonCG(FlatOptimizer):
         finally:
             choice.met(self._tally.negative_curvature)
 
-    def _refreshed(
-        self, preconditioner: Preconditioner | None, operator: LinearOperator
-    ) -> Preconditioner | None:
-        """The preconditioner, made for an operator; None where what it is made of is not finite."""
-        if preconditioner is None:
-            return None
-        assert self._generator is not None
-        try:
-            self._tally.products += preconditioner.refresh(operator, self._generator)
-        except FloatingPointError:
-            self._tally.repair = (
-                "what the preconditioner is made of was not finite, it was left out"
-            )
-            return None
-        return preconditioner
-
     def _solver_at(
         self, descent: Descent, rule: Globalization, preconditioner: Preconditioner | None
     ) -> Callable[..., SolveResult]:
@@ -457,7 +452,13 @@ class NewtonCG(FlatOptimizer):
         if length < inf:
             fall = descent.point.length / length
             forcing = min(_FORCING, max(0.9 * fall**2, 1e-12))
-        most = self._most_cg_iterations(descent.objective, preconditioner)
+        objective = descent.objective
+        most: int | None = self.param_groups[0]["max_cg_iter"]
+        if most is None:
+            most = most_iterations(preconditioner)
+        if self._choice.kind == DIFFERENCES and objective.limit < inf:
+            # A product takes two evaluations for each size of variables, and a trial one.
+            most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
         if not isinstance(rule, LevenbergMarquardt):
             return CG(most, tolerance=forcing, overwrites=True)
         return CG(
@@ -470,17 +471,6 @@ class NewtonCG(FlatOptimizer):
             overwrites=True,
         )
 
-    def _most_cg_iterations(
-        self, objective: Objective, preconditioner: Preconditioner | None
-    ) -> int:
-        most: int | None = self.param_groups[0]["max_cg_iter"]
-        if most is None:
-            most = most_iterations(preconditioner)
-        if self._choice.kind == DIFFERENCES and objective.limit < inf:
-            # A product takes two evaluations for each size of variables, and a trial one.
-            most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
-        return most
-
     def _keeps_graphs(self, objective: Objective) -> bool:
         """Whether the graph of a trial has room beside that of the point."""
         return self._choice.kind != DIFFERENCES and objective.has_room_for_a_graph()
@@ -491,8 +481,9 @@ class NewtonCG(FlatOptimizer):
         point: Point = trial.payload
         objective = descent.objective
         objective.accept(proposal.direction, trial.t, point.evaluation)
+        norm_of = torch.linalg.vector_norm
         norm, size = descent.space.to_host(
-            norms=[torch.linalg.vector_norm(v) for v in (proposal.direction, objective.position)]
+            norms=(norm_of(proposal.direction), norm_of(objective.position))
         )
         moved = abs(trial.t) * norm
         # What is lost in the rounding of the parameters is no step that was kept short.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf, isfinite, sqrt
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._params.space import WHOLE
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers.base import Iterate, SolveResult, SolveStatus, check_system
 
@@ -112,7 +112,8 @@ class CG:
         quadratics, iterates = [run.quadratic], list[Iterate]()
         next_kept, number, kept_at = float(_FIRST_KEPT), 0, -1
         numbers: list[int] = []  # which of those that might be kept are
-        status = SolveStatus.CONVERGED if run.residual <= self._target(run) else None
+        target = max(self.tolerance, torch.finfo(run.x.dtype).eps) * run.size_of_b
+        status = SolveStatus.CONVERGED if run.residual <= target else None
         while status is None:
             if self.keep_iterates and run.count >= ceil(next_kept):
                 if 0 < self.most_iterates <= len(iterates):
@@ -124,18 +125,15 @@ class CG:
             status = run.iterate(bool(self.recompute) and (run.count + 1) % self.recompute == 0)
             if status is None:
                 quadratics.append(run.quadratic)
-                status = self._ending(run, quadratics)
+                status = self._ending(run, quadratics, target)
         if kept_at == run.count:  # the last iteration went nowhere
             iterates.pop()
         if run.interior is not None:
             iterates.append(run.interior)
         return run.result(status, iterates)
 
-    def _target(self, run: _Run) -> float:
-        return max(self.tolerance, torch.finfo(run.x.dtype).eps) * run.size_of_b
-
-    def _ending(self, run: _Run, quadratics: list[float]) -> SolveStatus | None:
-        if run.residual <= self._target(run):
+    def _ending(self, run: _Run, quadratics: list[float], target: float) -> SolveStatus | None:
+        if run.residual <= target:
             return SolveStatus.CONVERGED
         if self.progress and run.residual <= self.slack * run.size_of_b:
             k = max(10, ceil(0.1 * run.count))
@@ -177,6 +175,7 @@ class _Run:
         overwrites: bool,
     ) -> None:
         self._A, self._b, self._space = A, b, A.space
+        self._whole = A.space is WHOLE  # sums need no message then
         self._preconditioner = preconditioner
         self._radius = radius
         self.count = 0
@@ -192,7 +191,8 @@ class _Run:
             self.x, self._r = torch.zeros_like(b), b.clone()
         else:
             # As far along it as is best: a step that was right elsewhere may be too long here.
-            image = self._multiply(x0)
+            self._products += 1
+            image = A.matvec(x0)
             curvature, slope = self._space.totals(x0 @ image, b @ x0)
             share = torch.where(curvature > 0, slope / curvature, 0.0)
             kept = share > 0  # else what is multiplied with zero may still be no number
@@ -201,8 +201,10 @@ class _Run:
                 self.x = x0.copy_(self.x)
             self._r = torch.where(kept, b - share * image, b)
         self._spare = self._r if radius is None else torch.empty_like(self._r)
-        self._p = self._preconditioned(self._r).clone()
-        self._r_z = self._r_p = self._space.total(self._r @ self._p)
+        z = self._r if preconditioner is None else preconditioner.matvec(self._r)
+        self._p = z.clone()
+        r_p = self._r @ self._p
+        self._r_z = self._r_p = r_p if self._whole else self._space.total(r_p)
         r_r, x_br, self.size_of_b, r_z = self._space.to_host(
             sums=(self._r @ self._r, self.x @ torch.add(b, self._r)),
             norms=(torch.linalg.vector_norm(b),),
@@ -210,7 +212,8 @@ class _Run:
         )
         if not isfinite(self.size_of_b):
             raise ValueError(f"b must be finite, but its norm is {self.size_of_b}")
-        self._check(r_z, r_r)
+        if preconditioner is not None:
+            self._check(r_z, r_r)
         self._host_r_z = self._p_p = r_z
         self.residual = sqrt(r_r)
         self.quadratic = -0.5 * x_br
@@ -223,26 +226,37 @@ class _Run:
         """
         if not 0 < self._host_r_z < inf:  # of the preconditioner, or beyond the range of numbers
             return SolveStatus.NONFINITE
+        preconditioner, whole = self._preconditioner, self._whole
         image, self.known = self.known, None
         if image is None:
-            image = self._multiply(self._p)
-        p_A_p = self._space.total(self._p @ image)
+            self._products += 1
+            image = self._A.matvec(self._p)
+        p_A_p = self._p @ image
+        if not whole:
+            p_A_p = self._space.total(p_A_p)
         # Curvature that is as good as none beside the largest one met: nothing moves then.
         least = self._precision * self._largest * self._p_p
         alpha = torch.where(p_A_p > least, self._r_p / p_A_p, 0.0)
         # In place, for the memory's sake, unless the step may have to end at the radius instead.
         r = torch.addcmul(self._r, image, alpha, value=-1, out=self._spare)
-        z = self._preconditioned(r)
-        r_z, r_r = self._products_of(r, z)
+        z = r if preconditioner is None else preconditioner.matvec(r)
+        r_r = r @ r
+        r_z = r_r if preconditioner is None else r @ z
+        if not whole:
+            r_z, r_r = self._space.totals(r_z, r_r)
         beta = r_z / self._r_z
         if recompute:
             # Only what p is made of is replaced: beta belongs to the recurrence.
             if self._radius is None:
                 image = r  # the product is needed at the radius only, and it is a vector
             there = torch.addcmul(self.x, self._p, alpha, out=r)
-            torch.sub(self._b, self._multiply(there), out=r)
-            z = self._preconditioned(r)
-            r_z, r_r = self._products_of(r, z)
+            self._products += 1
+            torch.sub(self._b, self._A.matvec(there), out=r)
+            z = r if preconditioner is None else preconditioner.matvec(r)
+            r_r = r @ r
+            r_z = r_r if preconditioner is None else r @ z
+            if not whole:
+                r_z, r_r = self._space.totals(r_z, r_r)
         curvature, step, share, new_r_z, new_r_r = self._space.to_host(
             whole=(p_A_p, alpha, beta, r_z, r_r)
         )
@@ -263,7 +277,8 @@ class _Run:
             self._x_x = self._square_after(step)
         if not (isfinite(step) and isfinite(new_r_r)):
             return SolveStatus.NONFINITE
-        self._check(new_r_z, new_r_r)
+        if preconditioner is not None:
+            self._check(new_r_z, new_r_r)
         self._largest = max(self._largest, curvature / self._p_p)
         self.count += 1
         self.x.add_(self._p, alpha=step)
@@ -275,7 +290,10 @@ class _Run:
         torch.addcmul(z, self._p, beta, out=self._p)
         self._r_z, self._host_r_z = r_z, new_r_z
         # By recurrence the residual is orthogonal to the directions before; the true one is not.
-        self._r_p = self._space.total(r @ self._p) if recompute else r_z
+        self._r_p = r_z
+        if recompute:
+            r_p = r @ self._p
+            self._r_p = r_p if whole else self._space.total(r_p)
         return None
 
     def result(self, status: SolveStatus, iterates: list[Iterate]) -> SolveResult:
@@ -299,20 +317,6 @@ class _Run:
             negative_curvature=curvature,
             iterates=tuple(iterates),
         )
-
-    def _multiply(self, v: Tensor) -> Tensor:
-        self._products += 1
-        return self._A.matvec(v)
-
-    def _preconditioned(self, r: Tensor) -> Tensor:
-        return r if self._preconditioner is None else self._preconditioner.matvec(r)
-
-    def _products_of(self, r: Tensor, z: Tensor) -> Sequence[Tensor]:
-        """`r'z` and `r'r`."""
-        if self._preconditioner is None:
-            r_r = self._space.total(r @ r)
-            return r_r, r_r
-        return self._space.totals(r @ z, r @ r)
 
     def _check(self, r_z: float, r_r: float) -> None:
         # Where r is tiny, a zero may have underflowed.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_integer
+from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import to_host
 from torch_secondorder.curvature import LinearOperator
 
-__all__ = ["Tridiagonal", "lanczos"]
+__all__ = ["ROUNDING", "Tridiagonal", "lanczos", "orthogonalized", "three_terms"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,50 @@ def lanczos(
     return process.result()
 
 
-_ROUNDING = 100.0
-"""Units of precision below which a remainder is none; of dense matrices it was up to 40 units."""
+def three_terms(
+    product: Tensor, v: Tensor, u: Tensor, before: Tensor, beta: float, space: Space = WHOLE
+) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence: `product - beta * before - alpha * u`.
+
+    In exact arithmetic the result is orthogonal to all vectors before it.
+
+    Args:
+        product: `A v`.
+        v: The newest vector.
+        u: The same, before it was multiplied by a preconditioner.
+        before: The `u` before. Its memory holds the result.
+        beta: Its coefficient, from the step before.
+        space: Where the vectors live.
+
+    Returns:
+        The result and `alpha`, 0-dim.
+    """
+    rest = torch.add(product, before, alpha=-beta, out=before)
+    alpha = space.total(torch.dot(v, rest))
+    return rest.addcmul_(u, alpha, value=-1.0), alpha
+
+
+def orthogonalized(
+    product: Tensor, basis: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes a vector orthogonal to orthonormal rows, twice, for rounding.
+
+    Args:
+        product: Shape `(n,)`.
+        basis: Shape `(k, n)`.
+        out: Memory for the result.
+
+    Returns:
+        The result, and the coefficients taken away the first and the second time, shape `(k,)`.
+    """
+    first = basis @ product
+    rest = torch.addmv(product, basis.T, first, alpha=-1.0, out=out)
+    second = basis @ rest
+    return rest.addmv_(basis.T, second, alpha=-1.0), first, second
+
+
+#: Units of precision below which a remainder is none; of dense matrices it was up to 40 units.
+ROUNDING = 100.0
 
 
 class _Process:
@@ -162,30 +205,19 @@ class _Process:
         """Adds a column to `T`, and tells whether anything is left that is more than rounding."""
         product = (self.A @ self.v).detach()
         before = self.residual
-        entry = self._three_terms(product) if self.basis is None else self._against_all(product)
+        if self.basis is None:
+            _, entry = three_terms(product, self.v, self.v, self.rest, self.residual)
+        else:
+            basis = self.basis[: len(self.diagonal) + 1]
+            basis[-1] = self.v
+            _, first, _ = orthogonalized(product, basis, self.rest)
+            entry = first[-1]
         alpha, self.residual = to_host(entry, torch.linalg.vector_norm(self.rest))
         if not (isfinite(alpha) and isfinite(self.residual)):
             raise RuntimeError(f"the product in step {len(self.diagonal) + 1} is not finite")
         self.diagonal.append(alpha)
         self.magnitude = max(self.magnitude, hypot(before, alpha, self.residual))
-        return self.residual > _ROUNDING * torch.finfo(self.v.dtype).eps * self.magnitude
-
-    def _three_terms(self, product: Tensor) -> Tensor:
-        """Makes the product orthogonal to two vectors, in exact arithmetic to all."""
-        torch.add(product, self.rest, alpha=-self.residual, out=self.rest)
-        alpha = torch.dot(self.v, self.rest)
-        self.rest.addcmul_(self.v, alpha, value=-1.0)
-        return alpha
-
-    def _against_all(self, product: Tensor) -> Tensor:
-        """Makes the product orthogonal to the whole basis, twice, for rounding."""
-        assert self.basis is not None
-        basis = self.basis[: len(self.diagonal) + 1]
-        basis[-1] = self.v
-        first = basis @ product
-        torch.addmv(product, basis.T, first, alpha=-1.0, out=self.rest)
-        self.rest.addmv_(basis.T, basis @ self.rest, alpha=-1.0)
-        return first[-1]
+        return self.residual > ROUNDING * torch.finfo(self.v.dtype).eps * self.magnitude
 
     def advance(self) -> None:
         """Normalizes what is left to the next vector."""

@@ -24,18 +24,16 @@ from typing import Any
 from weakref import ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_secondorder._closure.runner import GradientTrace, IdleClosure
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
-from torch_secondorder._objective.one_shot import (
-    GradientTrace,
-    IdleClosure,
-    Outcome,
-    SingleEvaluation,
-)
+from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
 from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
@@ -79,7 +77,7 @@ class _OutOfTurn(Number):
         """See `ModelField.save`."""
         schedule = optimizer._schedule
         new = schedule.has_new(optimizer._trainable)
-        least = schedule.warm_up(optimizer._period) if new else 0
+        least = schedule.warm_up(optimizer.param_groups[0]) if new else 0
         return {self.name: max(schedule.out_of_turn, least)}
 
 
@@ -153,6 +151,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     # The gradients when it began to listen for backward passes; None if it does not.
     _listening_since: GradientTrace | None = None
     _watches = True
+    _stepping = False
     _checked: list[object] | None = None  # the hyperparameters that were checked last
 
     def __init__(
@@ -171,12 +170,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._layout = BlockLayout(self._parameter_fields)
         super().__init__(params, defaults)
         self._watches = watch
-        self._listen()
+        self._listen(self._trainable)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
         super().add_param_group(param_group)
-        self._listen()
+        self._listen(self._trainable)
 
     # For subclasses.
 
@@ -237,11 +236,14 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """
         try:
             self._check_groups()
-            WATCHERS.discard(self)  # the step sees its own backward passes by other ways
+            self._stepping = True  # backward passes in here are seen by other ways
             try:
                 return self._one_step(closure)
+            except BaseException:
+                self._listen(self._trainable)
+                raise
             finally:
-                self._listen()
+                self._stepping = False
         except BaseException:
             Scaling(self).forget()
             raise
@@ -263,16 +265,18 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _one_step(self, closure: Any) -> Tensor | None:
         params = self._trainable
-        if closure is not None:
+        if closure is not None and hasattr(self, "found_inf"):  # a GradScaler makes this step
             Scaling(self).refuse_closure()
         if not params:
             result: Tensor | None = self._pass(closure)
+            self._listen(params)
             return result
         fresh = closure is None and self._observation is None and not self._schedule.steps
         if fresh and makes_state_only(self.param_groups):
             self._make_state(params)
+            self._listen(params)
             return None
-        if is_distributed(params[0]):
+        if type(params[0]) is not Parameter and is_distributed(params[0]):
             return self._step_sharded(closure, params)
         with torch.no_grad():
             if closure is None:
@@ -280,8 +284,10 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return None
             # The closure makes gradients of its own, unless it is idle: an estimate that was taken
             # before the step is not of these.
-            generator_after = self._rewind_generator()
-            watch = self._watch(params) if self._is_due(params) else None
+            seen_before = self._observation is not None
+            generator_after = self._rewind_generator() if seen_before else None
+            due = self._schedule.is_due(params, self.param_groups[0])
+            watch = self._watch(params) if due else None
             evaluation = SingleEvaluation(
                 closure, params, self._registry, self._last_trace, self._buffer_pool
             )
@@ -293,7 +299,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                     self._generator.set_state(generator_after)
                 self._step_on_present(params, watch)
                 return None
-            self._forget_observation()
+            if seen_before:
+                self._forget_observation()
             diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
             if diagonal is not None and outcome.accumulated and parts > 1:
                 diagonal.mul_(parts)
@@ -333,6 +340,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._advance(params, Outcome(None, gradients), diagonal, (0, products), scaling.inverse)
         if too_early:
             self._schedule.repeat()
+            self._listen(params, self._last_trace)
 
     def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
         """See `step`; this process has a part of each parameter, of its gradient and state."""
@@ -401,13 +409,14 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 inputs = StepInputs(block, gradients, whole, diagonal, vector, check)
                 self._update(block, inputs)
             if blocks:
-                schedule.count(params, self._period, check, layout)
+                schedule.count(params, self.param_groups[0], check, layout)
             else:
                 schedule.repeat()
         elif undo is not None:
             undo()
         self._last_trace = GradientTrace(params)
-        self._show_names(params)
+        if self._named is None or self.state.get(params[0]) is not self._named:
+            self._show_names(params)
         # A weak reference: the optimizer holds its report, and would keep itself alive.
         report = partial(report_of, ref(self), check, loss, params, self._last_trace, effort)
         if isinstance(space, ShardedSpace):
@@ -417,10 +426,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             numbers = space.gathered(sums=counts, largest=[torch.stack(largest).amax()])
             report = partial(report, numbers=numbers)
         self._info = LazyInfo(report)
-
-    @property
-    def _period(self) -> int:
-        return int(self.param_groups[0]["update_period"])
+        self._listen(params, self._last_trace)
 
     @property
     def _on_device(self) -> bool:
@@ -436,7 +442,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     # Estimates.
 
     def _is_due(self, params: Sequence[Tensor]) -> bool:
-        return self._schedule.is_due(params, self._period)
+        return self._schedule.is_due(params, self.param_groups[0])
 
     def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
         """The estimator of the coming step; the first estimate may draw more labels."""
@@ -451,9 +457,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self, params: Sequence[Tensor]
     ) -> tuple[ParameterVector, torch.Generator]:
         """The vector of the parameters, and the source of random numbers."""
-        if self._vector is None or not self._vector.matches(params, None):
-            self._vector = ParameterVector(params)
-        return self._vector, self._random(self._vector.device)
+        vector, generator = self._vector, self._generator
+        if vector is None or generator is None or not vector.matches(params, None):
+            self._vector = vector = ParameterVector(params)
+            generator = self._random(vector.device)
+        return vector, generator
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
         """A watch that takes the estimate of the coming step."""
@@ -466,28 +474,34 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def _can_listen(self) -> bool:
-        params = (p for group in self.param_groups for p in group["params"])
-        first = next(params, None)
-        return (
-            self._watches
-            and first is not None
-            and not is_distributed(first)
-            # With more, micro-batches outside of the closure would cost an estimate each.
-            and self.param_groups[0]["accumulation_steps"] == 1
-        )
+        # With several parts, micro-batches outside of the closure would cost an estimate each.
+        if not self._watches or self.param_groups[0]["accumulation_steps"] != 1:
+            return False
+        for group in self.param_groups:
+            for p in group["params"]:
+                return type(p) is Parameter or not is_distributed(p)
+        return False
 
-    def _listen(self) -> None:
-        """Begins to see backward passes if the next step estimates the curvature; else stops."""
-        params = self._trainable
-        if self._can_listen and self._is_due(params):
-            self._listening_since = GradientTrace(params)
-            WATCHERS.add(self)
-        else:
+    def _listen(self, params: Sequence[Tensor], trace: GradientTrace | None = None) -> None:
+        """Begins to see backward passes if the next step estimates the curvature; else stops.
+
+        Args:
+            params: The trainable parameters.
+            trace: The trace of their gradients as they are now, if there is one.
+        """
+        if self._can_listen and self._schedule.is_due(params, self.param_groups[0]):
+            if self._listening_since is None or (dist.is_available() and dist.is_initialized()):
+                WATCHERS.discard(self)  # anew: there may be a process group now
+                WATCHERS.add(self)
+            self._listening_since = trace or GradientTrace(params)
+        elif self._listening_since is not None:
             self._listening_since = None
             WATCHERS.discard(self)
 
     def observation_of(self, reached: Collection[int]) -> Observation | None:
         """See `torch_secondorder._optim.diagonal.closureless.Watcher`."""
+        if self._stepping:
+            return None
         params = self._trainable
         # Hyperparameters may have changed since it began to listen.
         if not self._can_listen or not any(id(p) in reached for p in params):
@@ -638,7 +652,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _import_state(self, found: dict[str, Any]) -> None:
         super()._import_state(found)
         self._schedule.trained = self._trainable if self._schedule.steps else None
-        self._listen()
+        self._listen(self._trainable)
 
 
 #: Types of hyperparameters that do not change in place.

@@ -6,7 +6,7 @@ any number of parameters. Only the steps that touch gradients and parameters wor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -117,6 +117,10 @@ class Block:
     def pieces(self, flat: Tensor) -> list[Tensor]:
         """Views of a vector `(n,)`, shaped like the parameters (as pairs if these are complex)."""
         return list(unflatten_tensors(flat, self._reals))
+
+    def members(self, flat: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """The state of each parameter, with its piece of a vector, a view of the same shape."""
+        return zip(self._states, self.pieces(flat), strict=True)
 
     def is_intact(self, states: Any) -> bool:
         """Whether parameters and moments are still where they were when the block was made.

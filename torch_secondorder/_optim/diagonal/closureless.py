@@ -29,8 +29,8 @@ from torch_secondorder._autograd.traversal import (
     twice_differentiable,
 )
 from torch_secondorder._closure.capture import examine_everywhere, suspects_among
+from torch_secondorder._closure.runner import without_autocast
 from torch_secondorder._foundation.private_torch import engine_run_backward, plainly, tensor_hooks
-from torch_secondorder._objective.one_shot import without_autocast
 from torch_secondorder._optim.diagonal.observation import Observation
 
 __all__ = ["WATCHERS", "Watcher"]

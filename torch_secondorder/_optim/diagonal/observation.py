@@ -14,30 +14,36 @@ from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._closure.runner import (
+    GradientTrace,
+    WatchSink,
+    any_nonzero,
+    gradients_of,
+)
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
-from torch_secondorder._objective.one_shot import GradientTrace, averaged, nonzero, without_autocast
 from torch_secondorder._optim.present import Scaling, unscaled
 from torch_secondorder.curvature.diagonal import DiagonalWatch
 
 __all__ = ["Observation"]
 
 
-class Observation:
+class Observation(WatchSink):
     """Shows a watch the `backward()` calls of one step, over as many contexts as that takes.
 
     Args:
         params: The parameters.
         watch: Estimates the curvature.
-        registry: What earlier steps learned of the modules that are called.
+        registry: The record of modules and ranks.
         everywhere: Whether calls outside of contexts are seen as well.
 
     Attributes:
-        params: The parameters.
-        watch: The same.
-        calls: How many times `backward()` was seen.
-        open: Whether its context is.
-        failure: Why there is no curvature; None for no reason.
+        watch: Estimates the curvature.
+        calls: The number of `backward()` calls seen.
+        open: Whether its context is open.
+        failure: The reason why there is no curvature, if there is none.
     """
+
+    watch: DiagonalWatch
 
     def __init__(
         self,
@@ -47,18 +53,15 @@ class Observation:
         *,
         everywhere: bool = False,
     ) -> None:
-        self.params = params
-        self.watch = watch
+        super().__init__(params, registry, watch)
         self.calls = 0
         self.open = False
         self.failure: RuntimeError | None = None
-        self.twice, self.outputs = watch.twice, watch.outputs
-        self._registry = registry
         self._everywhere = everywhere
         self._stack = ExitStack()
         self._factor: Tensor | None = None  # of the probes
-        self._left: GradientTrace | None = None  # the gradients after what was seen
-        # What got a gradient past the watch, until the step is made. One is enough to know.
+        self._left: GradientTrace | None = None  # the gradients after the last pass seen
+        # A parameter that got a gradient past the watch since the last step; one is enough.
         self._missed: deque[Tensor] = deque(maxlen=1)
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._missed.append)
@@ -89,7 +92,7 @@ class Observation:
         if not self._is_of(params):
             return False
         untouched = self._left is not None and self._left.matches(params)
-        return untouched or _any_nonzero(params)
+        return untouched or any_nonzero(gradients_of(params))
 
     def has_seen(self, params: Sequence[Tensor]) -> bool:
         """Whether a backward pass was seen, or failed to be, of these parameters."""
@@ -146,30 +149,14 @@ class Observation:
         return 1 / self._factor if inverse is None else inverse / self._factor.to(inverse)
 
     def see(self, graph: Graph, retain: bool) -> None:
-        """Shows the watch the graph of one `backward()`.
-
-        Args:
-            graph: With one loss and its gradients. It ends after this call.
-            retain: Whether the graph of the loss is needed again.
-        """
-        params = self.params
-        if not self.calls and _any_nonzero(params):
+        """See `WatchSink.see`."""
+        if not self.calls and any_nonzero(gradients_of(self.params)):
             raise _partly("there were gradients before it", self._everywhere)
         self.calls += 1
         if self.calls == 1 and self.twice:
             with suppress(NotImplementedError):  # of other estimators than this package's
                 self._scale_probes(graph.losses[0])
-        graph.check_once(self._registry.graphs, self.twice)
-        with without_autocast(params):
-            self.watch.observe(graph, retain)
-
-    def __call__(self, graph: Graph, retain: bool) -> Sequence[Tensor | None]:
-        """See `torch_secondorder._closure.capture.Receiver`."""
-        self.see(graph, retain)
-        # Copies: the graph goes on using the gradients' memory.
-        if self._registry.ranks.count > 1:
-            return averaged(graph.gradients[0], self.params, self._registry.ranks)[0]
-        return [None if g is None else g.detach().clone() for g in graph.gradients[0]]
+        super().see(graph, retain)
 
     def _scale_probes(self, loss: Tensor) -> None:
         """Keeps products within the range of float16 where the loss is multiplied by a number.
@@ -186,11 +173,6 @@ class Observation:
             factor = torch.exp2(-(scale.log2() / 2).floor())
             self.watch.scale_probes(factor)
             self._factor = factor
-
-
-def _any_nonzero(params: Sequence[Tensor]) -> bool:
-    """Whether there is a gradient that is not zero."""
-    return any(p.grad is not None and nonzero(p.grad) for p in params)
 
 
 def _partly(why: str, everywhere: bool = False) -> RuntimeError:

@@ -9,7 +9,7 @@ from weakref import ReferenceType
 
 from torch import Tensor
 
-from torch_secondorder._objective.one_shot import GradientTrace
+from torch_secondorder._closure.runner import GradientTrace
 from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.info import StepInfo
 from torch_secondorder._optim.state import as_real

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,22 +40,26 @@ class EstimateSchedule:
         self._unconfirmed: FiniteCheck | None = None  # of a step that moved something, or nothing
         self._has_moved = False
 
-    def warm_up(self, period: int) -> int:
-        """The number of first steps of a parameter that all estimate the curvature."""
-        return min(period, self._warm_up)
+    def warm_up(self, group: dict[str, Any]) -> int:
+        """The number of first steps of a parameter that all estimate the curvature.
 
-    def is_due(self, params: Sequence[Tensor], period: int) -> bool:
+        Args:
+            group: The hyperparameters.
+        """
+        return min(int(group["update_period"]), self._warm_up)
+
+    def is_due(self, params: Sequence[Tensor], group: dict[str, Any]) -> bool:
         """Whether the next step estimates the curvature.
 
         Args:
             params: The trainable parameters.
-            period: The steps from one estimate to the next.
+            group: The hyperparameters; `update_period` counts from one estimate to the next.
         """
         if not params:
             return False
         if self._unconfirmed is not None:
             self.confirm(params)
-        steps = self.steps
+        steps, period = self.steps, int(group["update_period"])
         if steps % period == 0 or (steps < period and steps < self._warm_up):
             return True
         return self.is_out_of_turn(params)
@@ -73,7 +78,7 @@ class EstimateSchedule:
     def count(
         self,
         params: Sequence[Tensor],
-        period: int,
+        group: dict[str, Any],
         check: FiniteCheck,
         layout: BlockLayout,
     ) -> None:
@@ -81,17 +86,17 @@ class EstimateSchedule:
 
         Args:
             params: The trainable parameters.
-            period: The steps from one estimate to the next.
+            group: The hyperparameters.
             check: The check of the step, which may turn out to have moved nothing.
             layout: The blocks of the step, which tell whether parameters wait for an estimate.
         """
         if layout.got_curvature or self.has_new(params):
-            self.out_of_turn = self.warm_up(period) - 1  # this step is the first of them
+            self.out_of_turn = self.warm_up(group) - 1  # this step is the first of them
         elif self.out_of_turn:
             self.out_of_turn -= 1
         if layout.lacks_curvature:
             # Until the parameter has a gradient at an estimate, or an estimate comes in turn.
-            self.out_of_turn = period
+            self.out_of_turn = int(group["update_period"])
         self.trained = params
         self.steps += 1
         if check.on_device and not self._has_moved:

@@ -133,7 +133,9 @@ class StepInputs:
         vector: ParameterVector | None,
         check: FiniteCheck,
     ) -> None:
-        self._block, self._gradients, self._whole = block, gradients, whole
+        self._block, self._gradients = block, gradients
+        # The gradient as a view, if there is one.
+        self._flat = None if whole is None else _slice(whole, block)
         self.on_device = check.on_device
         self.estimate_weight, weight = check.estimate_weight, check.weight
         self.estimate: Tensor | None = None
@@ -166,9 +168,7 @@ class StepInputs:
     @property
     def gradient(self) -> Tensor:
         """The gradient, `(n,)`, in the precision of the moments."""
-        gradient = None if self._whole is None else _slice(self._whole, self._block)
-        if gradient is None:
-            gradient = self._block.join(self._gradients)
+        gradient = self._block.join(self._gradients) if self._flat is None else self._flat
         if isinstance(self._weight, Tensor):
             return torch.where(self._weight > 0, gradient, 0.0)
         return gradient
@@ -179,8 +179,8 @@ class StepInputs:
         if isinstance(weight, Tensor):
             gradient = self.gradient
             block.exp_avg.lerp_(gradient, weight.to(gradient.dtype))
-        elif self._whole is not None and block.span is not None:
-            block.exp_avg.lerp_(self.gradient, weight)
+        elif self._flat is not None:
+            block.exp_avg.lerp_(self._flat, weight)
         else:
             block.average_parts(self._gradients, weight)
 
