@@ -41,10 +41,10 @@ class Passes:
 
     def __call__(self) -> Tensor:
         """See `DatasetClosure.__call__`."""
-        return self.closure.accumulate(self.over)
+        return self.closure.accumulate(self.for_each_batch)
 
-    def over(self, use: UseBatch, label: str) -> None:
-        """See `DatasetClosure.over`.
+    def for_each_batch(self, use: UseBatch, label: str) -> None:
+        """See `DatasetClosure.for_each_batch`.
 
         Raises:
             RuntimeError: The loader gave other batches than in the first pass.
@@ -52,7 +52,7 @@ class Passes:
         for generator, state in self._states:
             generator.set_state(state)
         found: list[_Fingerprint] = []
-        self.closure.over(use, label, lambda batch: found.append(fingerprint(batch)))
+        self.closure.for_each_batch(use, label, lambda batch: found.append(fingerprint(batch)))
         if self._first is None:
             self._first = found
         elif not _equal(found, self._first):
@@ -106,7 +106,7 @@ class DatasetObjective(ClosureObjective):
         super()._begin(own, vector, regularization, master, registry, other)
         assert isinstance(self.source, Passes)
         self.passes = self.source
-        self._here = False  # True if the last evaluation was at the current position
+        self._evaluated_here = False  # True if the last evaluation was at the current position
         # Kept, though it holds a gradient: evaluating again would take a pass over the data.
         self._trial: Evaluation | None = None
 
@@ -118,7 +118,7 @@ class DatasetObjective(ClosureObjective):
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """See `Objective.evaluate`; an accepted trial is not evaluated again."""
         last = None if self._last_evaluation is None else self._last_evaluation()
-        if last is not None and self._here:
+        if last is not None and self._evaluated_here:
             return last
         return super().evaluate(curvature=curvature)
 
@@ -127,7 +127,9 @@ class DatasetObjective(ClosureObjective):
         self._trial = super().trial(step, t, curvature=curvature)
         return self._trial
 
-    def over(self, use: Callable[[Callable[[], Evaluation], float], None], label: str) -> None:
+    def for_each_batch(
+        self, use: Callable[[Callable[[], Evaluation], float], None], label: str
+    ) -> None:
         """Makes another pass over the batches at the current parameters.
 
         Args:
@@ -140,9 +142,9 @@ class DatasetObjective(ClosureObjective):
             use(partial(self._of_batch, compute), weight)
 
         with torch.enable_grad():
-            self._replay.run(partial(self.passes.over, one, label))
+            self._replay.run(partial(self.passes.for_each_batch, one, label))
 
-    def whole(self, total: Tensor, direction: Tensor) -> Tensor:
+    def complete(self, total: Tensor, direction: Tensor) -> Tensor:
         """Completes a sum over the batches to a product with the objective's curvature.
 
         Adds the other ranks and weight decay.
@@ -158,18 +160,18 @@ class DatasetObjective(ClosureObjective):
         return total
 
     def _run(self, position: Tensor, curvature: bool) -> Run:
-        self._here, self._trial = False, None
+        self._evaluated_here, self._trial = False, None
         raw = super()._run(position, False)
-        self._here = position is self.position
+        self._evaluated_here = position is self.position
         return raw
 
     def _go(self, position: Tensor, *, there: bool = False, unseen: bool = False) -> None:
         super()._go(position, there=there, unseen=unseen)
-        self._here = there
+        self._evaluated_here = there
 
     def _move_buffers_on(self, there: bool) -> None:
         super()._move_buffers_on(there)
-        self._here = self._here and not self.renewed
+        self._evaluated_here = self._evaluated_here and not self.renewed
 
     def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
         closure = self.passes.closure
