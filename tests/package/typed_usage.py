@@ -451,8 +451,9 @@ def diagnostics() -> None:
     model, x, y = model_and_data()
     problem = from_model(model, loss_of, [(x, y)], curvature="hessian", reduction="mean")
     assert_type(problem, Problem)
-    source: Source = problem
-    pairs = eigenpairs(source, 2, "largest")
+    sources: list[Source] = [problem, Diagonal(x.new_ones(3))]
+    assert_type(trace(sources[1], 3), TraceEstimate)
+    pairs = eigenpairs(problem, 2, "largest")
     assert_type(pairs, Eigenpairs)
     assert_type(pairs.values, Tensor)
     assert_type(trace(problem, 30), TraceEstimate)
