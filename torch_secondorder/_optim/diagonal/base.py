@@ -233,7 +233,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def curvature_due(self) -> bool:
-        """Whether the next step estimates the curvature.
+        """True if the next step estimates the curvature.
 
         It is for loops without a closure, with `watch=False`, that keep the graph themselves:
         `loss.backward(create_graph=optimizer.curvature_due)`. An added or thawed parameter makes
@@ -243,7 +243,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def is_second_order(self) -> bool:
-        """Whether a loop that asks, as timm's do, may call `loss.backward(create_graph=True)`.
+        """True if a loop that asks, as timm's do, may call `loss.backward(create_graph=True)`.
 
         The steps are the same with and without. It is needed with `watch=False` only.
         """
@@ -469,7 +469,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def _on_device(self) -> bool:
-        """Whether all decisions of a step stay on the device."""
+        """True if all decisions of a step stay on the device."""
         capturable = self.param_groups[0]["capturable"]
         if capturable is not None:
             return bool(capturable)
@@ -638,7 +638,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         return after
 
     def _is_too_early(self, params: Sequence[Tensor], observation: Observation | None) -> bool:
-        """Whether the gradients were made before the estimate became due.
+        """True if the gradients were made before the estimate became due.
 
         That happens in loops that make optimizers as parameters appear, as Pyro's do, and in loops
         that thaw parameters between estimates, or after the backward pass. The step then uses older
@@ -659,7 +659,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def _uses_graphs(self) -> bool:
-        """Whether the graph of the gradients is enough for an estimate."""
+        """True if the graph of the gradients is enough for an estimate."""
         return not isinstance(self.estimator, GaussNewtonBartlett)
 
     def _why_unseen(self) -> str:

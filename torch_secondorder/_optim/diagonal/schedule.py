@@ -50,7 +50,7 @@ class EstimateSchedule:
         return min(int(group["update_period"]), self._warm_up)
 
     def is_due(self, params: Sequence[Tensor], group: dict[str, Any]) -> bool:
-        """Whether the next step estimates the curvature.
+        """True if the next step estimates the curvature.
 
         Args:
             params: The trainable parameters.
@@ -66,11 +66,11 @@ class EstimateSchedule:
         return self.is_out_of_turn(params)
 
     def is_out_of_turn(self, params: Sequence[Tensor]) -> bool:
-        """Whether some parameter cannot wait until an estimate comes in turn."""
+        """True if some parameter cannot wait until an estimate comes in turn."""
         return self.out_of_turn > 0 or self.has_new(params)
 
     def has_new(self, params: Sequence[Tensor]) -> bool:
-        """Whether some of the parameters were not trained at the last step, if there was one."""
+        """True if some of the parameters were not trained at the last step, if there was one."""
         trained = self.trained
         if trained is None or (len(params) == len(trained) and all(map(is_, params, trained))):
             return False
@@ -132,5 +132,5 @@ class EstimateSchedule:
 
 
 def capturing(parameter: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which forbids reading numbers on the host."""
+    """True if a CUDA graph is being captured, which forbids reading numbers on the host."""
     return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
