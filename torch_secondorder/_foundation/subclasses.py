@@ -23,7 +23,7 @@ PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)
 
 
 def _wraps(value: Any) -> bool:
-    """Whether this is a plain tensor with something added in Python."""
+    """True if this is a plain tensor with something added in Python."""
     kind: Any = type(value)
     if kind in PLAIN_TYPES or not isinstance(value, Tensor):
         return False
