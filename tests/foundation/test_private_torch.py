@@ -245,13 +245,13 @@ def test_unscaling_finds_nonfinite_entries(without: Without, bad: float | None) 
 
 
 def test_autocast_counts_as_on_where_nobody_tells(without: Without) -> None:
-    from torch_secondorder._objective import one_shot
+    from torch_secondorder._closure import runner
 
     module = without("torch:_C._is_any_autocast_enabled")
     assert module.any_autocast_enabled()
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setattr(one_shot, "any_autocast_enabled", module.any_autocast_enabled)
-        with one_shot.without_autocast([torch.ones(1)]):
+        patch.setattr(runner, "any_autocast_enabled", module.any_autocast_enabled)
+        with runner.without_autocast([torch.ones(1)]):
             assert not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu")
 

@@ -17,7 +17,7 @@ from torch_secondorder._autograd.custom_functions import (
     unseen,
 )
 from torch_secondorder._foundation.private_torch import FORWARD_CLASS, engine_run_backward
-from torch_secondorder._foundation.subclasses import plain, plainly
+from torch_secondorder._foundation.subclasses import all_plain, plain, plainly
 
 __all__ = [
     "INSTEAD_OF_ESTIMATES",
@@ -222,7 +222,7 @@ class Graph:
             MissingSecondDerivative: There is a reentrant checkpoint on the way to the parameters,
                 or, with `twice`, a custom function whose backward cannot be differentiated at all.
         """
-        loss, weight = plain(loss), plain(weight)
+        loss, weight = all_plain((loss, weight))
         if self.suspects:
             self._judge(loss, twice)
         try:

@@ -47,7 +47,7 @@ from torch_secondorder._foundation.private_torch import (
     sequence_number,
     sequence_number_of,
 )
-from torch_secondorder._foundation.subclasses import like, plain, plainly, snapshot
+from torch_secondorder._foundation.subclasses import all_plain, like, plain, plainly, snapshot
 
 __all__ = [
     "Capture",
@@ -336,7 +336,8 @@ class Capture(TorchFunctionMode):
             bound.arguments[name] = _not_a_leaf(bound.arguments[name])
         value = func(*bound.args, **bound.kwargs)
         bound.apply_defaults()
-        arguments = {name: plain(argument) for name, argument in bound.arguments.items()}
+        values = all_plain(tuple(bound.arguments.values()))
+        arguments = dict(zip(bound.arguments, values, strict=True))
         if self.copies:
             for name in arguments.keys() - found:
                 if isinstance(arguments[name], Tensor):

@@ -295,6 +295,6 @@ def max_norm(v: Tensor) -> Tensor:
 def to_host(*scalars: Tensor) -> list[float]:
     """0-dim tensors as Python numbers, with one synchronization for all of them."""
     if scalars[0].device.type == "cpu":
-        return [s.item() for s in scalars]
+        return list(map(Tensor.item, scalars))
     dtype = reduce(torch.promote_types, (s.dtype for s in scalars))
     return torch.stack([s.to(dtype) for s in scalars]).tolist()

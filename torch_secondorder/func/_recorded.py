@@ -47,7 +47,7 @@ __all__ = ["Recorded", "composing"]
 
 
 def composing(tensors: Sequence[Tensor]) -> bool:
-    """Whether a transformation of torch.func or torch.compile is looking on.
+    """True inside a transformation of torch.func or torch.compile.
 
     The graph is theirs then, and derivatives have to be taken with the means of torch.func.
     """
@@ -139,7 +139,7 @@ class Recorded:
         )
 
     def _closes_over_parameters(self) -> bool:
-        """Whether a leaf other than the inputs is in the graph."""
+        """True if a leaf other than the inputs is in the graph."""
         own = {id(x) for x in self._inputs}
         to_do: list[Any] = [y.grad_fn for y in self.outputs if y.grad_fn is not None]
         seen = set(to_do)
