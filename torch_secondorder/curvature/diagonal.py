@@ -89,7 +89,7 @@ class DiagonalEstimator(ABC):
         generator: torch.Generator | None,
         buffer_pool: BufferPool | None = None,
     ) -> DiagonalWatch:
-        """A watch that estimates the diagonal in one evaluation of an optimizer.
+        """Begins an estimate of the diagonal for one evaluation of an optimizer.
 
         Args:
             vector: The parameters' vector.
