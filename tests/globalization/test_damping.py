@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.solvers.test_minres import Dense, symmetric, vector_of
+from tests.support.dense_operators import Dense, symmetric, vector_of
 from torch_secondorder.curvature import Damped, Diagonal
 from torch_secondorder.globalization import LevenbergMarquardt, TrustRegion
 

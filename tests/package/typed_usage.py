@@ -20,6 +20,7 @@ from torch_secondorder import (
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
+    ClosureObjective,
     Contractive,
     ContractiveInfo,
     DatasetClosure,
@@ -345,6 +346,9 @@ def curvature_by_outputs() -> None:
 
     objective = FunctionalObjective(loss, dict(model.named_parameters()))
     evaluation = objective.evaluate(curvature=True)
+    weight = next(model.parameters())
+    of_closure = ClosureObjective(lambda: (weight**2).sum(), [weight])
+    assert_type(of_closure.evaluate(curvature=True), Evaluation)
     ggn = GaussNewton(evaluation, remainder="ignore")
     fisher = Fisher(evaluation, labels="empirical")
     assert_type(ggn.diagonal(), Tensor)
@@ -439,9 +443,8 @@ def diagnostics() -> None:
     model, x, y = model_and_data()
     problem = from_model(model, loss_of, [(x, y)], curvature="hessian", reduction="mean")
     assert_type(problem, Problem)
-    sources: list[Source] = [problem, Diagonal(x.new_ones(3))]
-    assert_type(trace(sources[1], 3), TraceEstimate)
-    pairs = eigenpairs(problem, 2, "largest")
+    source: Source = problem
+    pairs = eigenpairs(source, 2, "largest")
     assert_type(pairs, Eigenpairs)
     assert_type(pairs.values, Tensor)
     assert_type(trace(problem, 30), TraceEstimate)

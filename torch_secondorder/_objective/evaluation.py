@@ -23,6 +23,9 @@ class Evaluation:
     get one from a `ClosureObjective`, or from a `FunctionalObjective` if your loss is a pure
     function. It is valid until the parameters move.
 
+    Args:
+        flatten: Computes `grad`, when it is first read.
+
     Attributes:
         loss: The loss that is minimized, regularization included: 0-dim, detached, in work
             precision.

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,10 @@ from torch_secondorder._optim.state import Field, ModelField, ParameterField
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "makes_state_only"]
+__all__ = ["SecondOrderOptimizer", "StepClosure", "makes_state_only"]
+
+#: What an optimizer's `step()` takes.
+StepClosure: TypeAlias = Closure | FunctionalObjective
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -98,7 +101,7 @@ class SecondOrderOptimizer(Optimizer):
                 setattr(self, field.at, field.initial())
 
     @abstractmethod
-    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+    def step(self, closure: StepClosure | None = None) -> Tensor | None:  # type: ignore[override]
         """Performs one step; see the subclasses."""
 
     @property

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from math import isfinite, sqrt
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
+from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.descent import Descent, DescentInfo, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
@@ -128,7 +128,13 @@ class FlatOptimizer(SecondOrderOptimizer):
 
     # Steps.
 
-    def step(self, closure: Closure | FunctionalObjective | None = None) -> Tensor | None:  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def step(self, closure: StepClosure) -> Tensor: ...
+
+    @overload
+    def step(self, closure: StepClosure | None = None) -> Tensor | None: ...
+
+    def step(self, closure: Any = None) -> Tensor | None:
         """Performs one step.
 
         Args:

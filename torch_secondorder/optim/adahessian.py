@@ -92,6 +92,7 @@ class AdaHessian(DiagonalOptimizer):
     True
     """
 
+    info: AdaHessianInfo | None
     _info_type = AdaHessianInfo
     _recognized_by = "hessian_power"
     _magnitudes = True

@@ -157,6 +157,7 @@ class LBFGS(FlatOptimizer):
     ('CONVERGED_GRADIENT', [1.0, 1.0])
     """
 
+    info: LBFGSInfo | None
     _info_type = LBFGSInfo
     _renamed: ClassVar = {"damping": "powell_damping"}
     _recognized_by = "max_iter"

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch_secondorder._foundation.checks import check_choice, check_integer, ch
 from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.base import EvaluationsSpent, Objective
 from torch_secondorder._objective.evaluation import Evaluation
-from torch_secondorder._objective.functional import FunctionalObjective
+from torch_secondorder._optim.base import StepClosure
 from torch_secondorder._optim.curvature_choice import (
     DIFFERENCES,
     KINDS,
@@ -188,6 +188,7 @@ class NewtonCG(FlatOptimizer):
     'hessian'
     """
 
+    info: NewtonCGInfo | None
     _info_type = NewtonCGInfo
     _recognized_by = "max_cg_iter"
     _state_fields = declare(
@@ -294,11 +295,15 @@ class NewtonCG(FlatOptimizer):
         self._seed = seed
         self._memory = self._fresh_memory()
 
-    def step(  # type: ignore[override]
-        self,
-        closure: Closure | FunctionalObjective | None = None,
-        curvature_closure: Closure | None = None,
-    ) -> Tensor | None:
+    @overload  # type: ignore[override]
+    def step(self, closure: StepClosure, curvature_closure: Closure | None = None) -> Tensor: ...
+
+    @overload
+    def step(
+        self, closure: StepClosure | None = None, curvature_closure: Closure | None = None
+    ) -> Tensor | None: ...
+
+    def step(self, closure: Any = None, curvature_closure: Closure | None = None) -> Tensor | None:
         """Performs one step.
 
         Args:

@@ -95,6 +95,7 @@ class Sophia(DiagonalOptimizer):
     True
     """
 
+    info: SophiaInfo | None
     _info_type = SophiaInfo
     _recognized_by = "gamma"
 

@@ -20,7 +20,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, overload
 from weakref import ref
 
 import torch
@@ -34,7 +34,7 @@ from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
-from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
+from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
@@ -217,7 +217,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """
         return self.curvature_due and self._uses_graphs
 
-    def step(self, closure: Any = None) -> Tensor | None:  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def step(self, closure: StepClosure) -> Tensor: ...
+
+    @overload
+    def step(self, closure: StepClosure | None = None) -> Tensor | None: ...
+
+    def step(self, closure: Any = None) -> Tensor | None:
         """Performs one step.
 
         Args:

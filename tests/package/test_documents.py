@@ -1,0 +1,197 @@
+"""The documents: files, names and links that exist, code that runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import warnings
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torch_secondorder import LBFGSInfo
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "torch_secondorder"
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# The places that a path in a document may be relative to.
+BASES = (ROOT, PACKAGE)
+
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"`([^`\n]+)`")
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*(?:\.(?:py|sh|md|txt|toml|json)|/)")
+_DOTTED = re.compile(r"\btorch_secondorder(?:\.\w+)+")
+_MEMBER = re.compile(r"`([A-Z]\w*)\.(\w+)")
+_ROW = re.compile(r"^\| `(\w+)/` \|", re.MULTILINE)
+_IMPORT = re.compile(r"^ *from torch_secondorder\.(\w+)", re.MULTILINE)
+
+
+documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+def prose(text: str) -> str:
+    """The text without its blocks of code."""
+    return _BLOCK.sub("", text)
+
+
+def paths_in(text: str) -> list[str]:
+    """The file paths in inline code; the arguments of a command are looked at one by one."""
+    words = [word for code in _CODE.findall(prose(text)) for word in code.split()]
+    return [word for word in words if _PATH.fullmatch(word)]
+
+
+def resolve(name: str) -> Any:
+    """The object with a dotted name."""
+    parts = name.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for number, part in enumerate(parts[1:], start=2):
+        try:
+            found = importlib.import_module(".".join(parts[:number]))
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith("torch_secondorder"):
+                pytest.skip(f"{name} needs {error.name}")
+            found = getattr(found, part)
+    return found
+
+
+@cache
+def members() -> dict[str, set[str]]:
+    """The names in the bodies of the package's classes, with those of their bases there."""
+    names: dict[str, set[str]] = defaultdict(set)
+    bases: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = [base.id for base in node.bases if isinstance(base, ast.Name)]
+                for item in ast.walk(node):
+                    if isinstance(item, ast.FunctionDef):
+                        names[node.name].add(item.name)
+                    elif isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store):
+                        names[node.name].add(item.id)
+                    elif isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store):
+                        names[node.name].add(item.attr)
+    for _ in range(3):  # deeper than any class is
+        for name, above in bases.items():
+            names[name] |= set().union(*(names[base] for base in above if base in bases))
+    return names
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path) -> list[str]:
+    """The relative links of a document that lead nowhere."""
+    broken = []
+    for link in _LINK.findall(prose(document.read_text(encoding="utf-8"))):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (document.parent / target).resolve() if target else document
+        found = path.exists()
+        if found and anchor:
+            found = anchor in anchors_of(path.read_text(encoding="utf-8"))
+        if not found:
+            broken.append(link)
+    return broken
+
+
+def test_contributing_has_at_most_100_lines() -> None:
+    lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 100
+
+
+def test_contributing_lists_the_packages_bottom_up() -> None:
+    rows = _ROW.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert sorted(rows) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+    for number, row in enumerate(rows):
+        for path in (PACKAGE / row).rglob("*.py"):
+            imported = set(_IMPORT.findall(path.read_text(encoding="utf-8")))
+            assert imported <= set(rows[: number + 1]), path
+
+
+@documents
+def test_every_path_exists(document: Path) -> None:
+    paths = paths_in(document.read_text(encoding="utf-8"))
+    missing = [
+        path
+        for path in paths
+        if not any((base / path).exists() for base in (*BASES, document.parent))
+    ]
+    assert not missing, f"{document.name} mentions files that do not exist: {missing}"
+
+
+@documents
+def test_every_dotted_name_exists(document: Path) -> None:
+    # The changelog names old modules too; they work for one release, with a warning.
+    action = "ignore" if document.name == "CHANGELOG.md" else "error"
+    missing = []
+    with warnings.catch_warnings():
+        warnings.simplefilter(action, DeprecationWarning)  # type: ignore[arg-type]
+        for name in sorted(set(_DOTTED.findall(document.read_text(encoding="utf-8")))):
+            try:
+                resolve(name)
+            except (AttributeError, DeprecationWarning) as error:
+                missing.append(f"{name} ({error})")
+    assert not missing, f"{document.name} mentions names that do not exist: {missing}"
+
+
+@documents
+def test_every_member_of_a_class_exists(document: Path) -> None:
+    text = prose(document.read_text(encoding="utf-8"))
+    missing = [
+        f"{cls}.{name}"
+        for cls, name in _MEMBER.findall(text)
+        if cls in members() and name not in members()[cls]
+    ]
+    assert not missing, f"{document.name} mentions members that do not exist: {missing}"
+    if document.name == "life_of_a_step.md":
+        classes = {cls for cls, _ in _MEMBER.findall(text)}
+        assert classes <= set(members()), classes - set(members())
+
+
+@documents
+def test_every_relative_link_resolves(document: Path) -> None:
+    assert not broken_links(document)
+
+
+def test_broken_links_and_names_are_found(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text(
+        "# One heading\n[a](page.md#one-heading) [b](#one-heading) [c](gone.md) [d](page.md#two)\n"
+        "[e](https://example.org) `tests/gone.py --flag` `optim/lbfgs.py` `.venv` `a / b`\n",
+        encoding="utf-8",
+    )
+    assert broken_links(document) == ["gone.md", "page.md#two"]
+    assert paths_in(document.read_text(encoding="utf-8")) == ["tests/gone.py", "optim/lbfgs.py"]
+    with pytest.raises(AttributeError):
+        resolve("torch_secondorder.optim.lbfgs.Gone")
+
+
+def test_code_of_the_readme_runs() -> None:
+    blocks = _BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    code = [text for language, text in blocks if language == "python"]
+    assert len(code) > 5
+    if any("lightning" in text for text in code):
+        pytest.importorskip("lightning")
+    names: dict[str, Any] = {"__name__": "readme"}
+    for text in code:  # one after the other, as they are read
+        exec(compile(text, "README.md", "exec"), names)
+
+
+def test_report_in_the_readme_has_the_fields_of_today() -> None:
+    blocks = _BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    (shown,) = [text for language, text in blocks if language == "text" and "LBFGSInfo" in text]
+    names = [line.split()[0] for line in shown.partition("LBFGSInfo\n")[2].splitlines()]
+    fields = list(LBFGSInfo.__dataclass_fields__)
+    assert names == [name for name in fields if name != "history_reset"]  # empty, so not shown
