@@ -6,6 +6,7 @@ PyTorch's fused operation saves the norms, and its second derivative takes them 
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,9 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / squares.sqrt())
 
 
+_get = attrgetter(WEIGHT_NORM_NAME)
+
+
 def replace_weight_norm() -> list[Any]:
     """Lets modules of PyTorch that normalize weights call `weight_norm`, in all threads.
 
@@ -50,7 +54,7 @@ def replace_weight_norm() -> list[Any]:
         The functions that were there, for `restore_weight_norm`.
     """
     # Assignments alone: they are made around each small Jacobian.
-    before = [getattr(holder, WEIGHT_NORM_NAME) for holder in WEIGHT_NORM_HOLDERS]
+    before = list(map(_get, WEIGHT_NORM_HOLDERS))
     for holder in WEIGHT_NORM_HOLDERS:
         setattr(holder, WEIGHT_NORM_NAME, weight_norm)
     return before

@@ -23,7 +23,7 @@ PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)
 
 
 def _wraps(value: Any) -> bool:
-    """Whether this is a plain tensor with something added in Python."""
+    """True if this is a plain tensor with something added in Python."""
     kind: Any = type(value)
     if kind in PLAIN_TYPES or not isinstance(value, Tensor):
         return False
@@ -41,7 +41,7 @@ def plain(value: _T) -> _T:
     >>> type(plain(torch.ones(2).as_subclass(Labelled)))
     <class 'torch.Tensor'>
     """
-    if not _wraps(value):
+    if type(value) in PLAIN_TYPES or not _wraps(value):
         return value
     with plainly():
         return cast(_T, Tensor.as_subclass(cast(Tensor, value), Tensor))

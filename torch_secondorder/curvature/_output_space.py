@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_secondorder._autograd.graph import Graph, Output, Overwritten, Suspect, explained, refuse
+from torch_secondorder._autograd.vectorized import several
 from torch_secondorder._foundation.subclasses import plainly
 
 __all__ = ["OutputSpace", "Tensors", "UnknownOutputs"]
@@ -85,13 +86,7 @@ class OutputSpace:
         """`J' u` for several `u`, stacked; in one vectorized pass where operations allow."""
         columns = zip(*cotangents, strict=True)
         stacked = [None if any(q is None for q in c) else torch.stack(c) for c in columns]
-        try:
-            return self.pull(stacked, batched=True)
-        except Overwritten:
-            raise
-        except (RuntimeError, NotImplementedError):  # an operation without a batching rule
-            products = zip(*map(self.pull, cotangents), strict=True)
-            return [None if c[0] is None else torch.stack(c) for c in products]
+        return several(self.pull, stacked)
 
     def pull(self, cotangents: Tensors, batched: bool = False) -> Tensors:
         """`J' u`: from weights shaped like the outputs to tensors shaped like the parameters."""
@@ -115,7 +110,7 @@ class OutputSpace:
             return _derivative(gradient, tensors, tangents, batched)
 
     def reaches(self, stops: Collection[Tensor | GradientEdge]) -> tuple[list[bool], bool]:
-        """What lies on the ways from the loss to the parameters.
+        """The nodes on the ways from the loss to the parameters.
 
         Args:
             stops: Tensors where a way ends.
@@ -133,7 +128,7 @@ class OutputSpace:
         return list(map(met.__contains__, self._places)), bypassed
 
     def depends(self, tensor: Tensor, others: Collection[Tensor | GradientEdge]) -> bool:
-        """Whether a tensor is made from one of the outputs or of some others."""
+        """True if a tensor is made from one of the outputs or of some others."""
         ends = self._ends.union(_places(others))
         return not ends.isdisjoint(_walk(_places((tensor,)), ends))
 

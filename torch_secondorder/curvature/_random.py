@@ -86,7 +86,7 @@ def _constants(
 
 
 class Noise(NamedTuple):
-    """Which random numbers are needed.
+    """Random numbers that are needed: their kind, shape and place.
 
     Attributes:
         kind: `"signs"`, `"normal"`, or `"uniform"` in [0, 1).

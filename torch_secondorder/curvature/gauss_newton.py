@@ -81,11 +81,11 @@ class GaussNewton(Linearized):
 
     @property
     def semidefinite(self) -> bool:
-        """Whether it is known to be positive semidefinite, whatever the parameters are."""
+        """True if it is known to be positive semidefinite, whatever the parameters are."""
         return self._whole is None and not self.bypassed and not self._curvature.unknown
 
     def vanishes(self, linear: Collection[Callable[..., Any]]) -> bool:
-        """Whether it is zero: all of the loss are standard ones that are linear in the outputs.
+        """True if it is zero: all of the loss are standard ones that are linear in the outputs.
 
         Args:
             linear: These losses.

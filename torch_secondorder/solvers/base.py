@@ -1,4 +1,4 @@
-"""What linear solvers take and give back."""
+"""Arguments and results of linear solvers, and the protocols of solvers and preconditioners."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class SolveStatus(Enum):
-    """Why a solver stopped; the value says it in a sentence."""
+    """The reason why a solver stopped; the value says it in a sentence."""
 
     CONVERGED = "The residual is as small as was asked for."
     SLOW_PROGRESS = "The last iterations lowered the quadratic by too little to go on."
@@ -113,7 +113,7 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What is kept between systems: tensors and numbers."""
+        """The state that is kept between systems: tensors and numbers."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:

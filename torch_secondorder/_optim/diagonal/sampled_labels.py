@@ -56,7 +56,7 @@ class DrawnLabels:
 
 
 class _LooksAtOutputs:
-    """What `Capture` asks of a receiver; it receives nothing."""
+    """A receiver for `Capture` that takes nothing."""
 
     twice, outputs = False, True
 
