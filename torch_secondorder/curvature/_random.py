@@ -86,7 +86,7 @@ def _constants(
 
 
 class Noise(NamedTuple):
-    """A request for random numbers.
+    """The random numbers that are needed.
 
     Attributes:
         kind: `"signs"`, `"normal"`, or `"uniform"` in [0, 1).

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, added
+from torch_secondorder._autograd.vectorized import hessian_products, vectorizing_pays
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_choice, check_integer
@@ -19,7 +20,6 @@ from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._loss_curvature import LossCurvature
 from torch_secondorder.curvature._output_space import OutputSpace
-from torch_secondorder.curvature._products import several_products
 from torch_secondorder.curvature._random import Distribution, draw
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import LinearOperator
@@ -89,7 +89,7 @@ class DiagonalEstimator(ABC):
         generator: torch.Generator | None,
         buffer_pool: BufferPool | None = None,
     ) -> DiagonalWatch:
-        """A watch that estimates the diagonal in one evaluation of an optimizer.
+        """Begins an estimate of the diagonal for one evaluation of an optimizer.
 
         Args:
             vector: The parameters' vector.
@@ -214,7 +214,8 @@ class _HutchinsonWatch(DiagonalWatch):
         if len(self._tangents) == 1:
             products = [graph.hessian_product(self._tangents[0], retain=retain)]
         else:
-            products = several_products(graph, self._tangents, self._vector, retain)
+            pays = vectorizing_pays(self._vector.size, self._vector.device)
+            products = hessian_products(graph, self._tangents, pays, retain)
         self.products += len(products)
         if self._sums:
             self._sums = [_sum(a, b) for a, b in zip(self._sums, products, strict=True)]
