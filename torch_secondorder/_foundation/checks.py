@@ -8,6 +8,7 @@ from operator import index
 from typing import Any, NoReturn, get_args
 
 __all__ = [
+    "check_betas",
     "check_callable",
     "check_choice",
     "check_instance",
@@ -161,3 +162,13 @@ def check_instance(name: str, value: Any, kind: type, description: str = "") -> 
 
 def _refuse(name: str, allowed: str, value: Any, optional: bool) -> NoReturn:
     raise ValueError(f"{name} must {allowed}{' or None' if optional else ''}, got {value!r}")
+
+
+def check_betas(betas: Any) -> None:
+    """Raises a ValueError unless `betas` are two numbers of at least zero and below one."""
+    try:
+        fine = len(betas) == 2 and all(0.0 <= float(beta) < 1.0 for beta in betas)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise ValueError(f"betas must be two numbers from 0 up to below 1, got {betas!r}")
