@@ -186,7 +186,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._layout = BlockLayout(self._parameter_fields)
         super().__init__(params, {**_DEFAULTS, **defaults})
         self._watches = watch
-        self._listen(self._trainable)
+        self._listen()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -200,7 +200,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
         super().add_param_group(param_group)
-        self._listen(self._trainable)
+        self._listen()
 
     # For subclasses.
 
@@ -232,7 +232,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def curvature_due(self) -> bool:
-        """Whether the next step estimates the curvature.
+        """True if the next step estimates the curvature.
 
         It is for loops without a closure, with `watch=False`, that keep the graph themselves:
         `loss.backward(create_graph=optimizer.curvature_due)`. An added or thawed parameter makes
@@ -242,7 +242,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def is_second_order(self) -> bool:
-        """Whether a loop that asks, as timm's do, may call `loss.backward(create_graph=True)`.
+        """True if a loop that asks, as timm's do, may call `loss.backward(create_graph=True)`.
 
         The steps are the same with and without. It is needed with `watch=False` only.
         """
@@ -277,7 +277,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             try:
                 return self._one_step(closure)
             except BaseException:
-                self._listen(self._trainable)
+                self._listen()
                 raise
             finally:
                 self._stepping = False
@@ -306,12 +306,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             Scaling(self).refuse_closure()
         if not params:
             result: Tensor | None = self._pass(closure)
-            self._listen(params)
+            self._listen()
             return result
         fresh = closure is None and self._observation is None and not self._schedule.steps
         if fresh and makes_state_only(self.param_groups):
             self._make_state(params)
-            self._listen(params)
+            self._listen()
             return None
         if type(params[0]) is not Parameter and is_distributed(params[0]):
             return self._step_sharded(closure, params)
@@ -376,8 +376,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         products = 0 if watch is None else watch.products
         self._advance(params, Outcome(None, gradients), diagonal, (0, products), scaling.inverse)
         if too_early:
-            self._schedule.repeat()
-            self._listen(params, self._last_trace)
+            self._listen_if(self._schedule.repeat(), params, self._last_trace)
 
     def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
         """See `step`; this process has a part of each parameter, of its gradient and state."""
@@ -446,11 +445,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 inputs = StepInputs(block, gradients, whole, diagonal, vector, check)
                 self._update(block, inputs)
             if blocks:
-                schedule.count(params, self.param_groups[0], check, layout)
+                due = schedule.count(params, self.param_groups[0], check, layout)
             else:
-                schedule.repeat()
-        elif undo is not None:
-            undo()
+                due = schedule.repeat()
+        else:
+            due = schedule.is_due(params, self.param_groups[0])
+            if undo is not None:
+                undo()
         self._last_trace = GradientTrace(params)
         if self._named is None or self.state.get(params[0]) is not self._named:
             self._show_names(params)
@@ -463,11 +464,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             numbers = space.gathered(sums=counts, largest=[torch.stack(largest).amax()])
             report = partial(report, numbers=numbers)
         self._info = cache(report)
-        self._listen(params, self._last_trace)
+        self._listen_if(due, params, self._last_trace)
 
     @property
     def _on_device(self) -> bool:
-        """Whether all decisions of a step stay on the device."""
+        """True if all decisions of a step stay on the device."""
         capturable = self.param_groups[0]["capturable"]
         if capturable is not None:
             return bool(capturable)
@@ -519,14 +520,22 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return type(p) is Parameter or not is_distributed(p)
         return False
 
-    def _listen(self, params: Sequence[Tensor], trace: GradientTrace | None = None) -> None:
-        """Begins to see backward passes if the next step estimates the curvature; else stops.
+    def _listen(self) -> None:
+        """Begins to see backward passes if the next step estimates the curvature; else stops."""
+        params = self._trainable
+        self._listen_if(self._is_due(params), params)
+
+    def _listen_if(
+        self, due: bool, params: Sequence[Tensor], trace: GradientTrace | None = None
+    ) -> None:
+        """Begins to see backward passes, or stops.
 
         Args:
+            due: Whether the next step estimates the curvature.
             params: The trainable parameters.
             trace: The trace of their gradients as they are now, if there is one.
         """
-        if self._can_listen and self._schedule.is_due(params, self.param_groups[0]):
+        if due and self._can_listen:
             if self._listening_since is None or (dist.is_available() and dist.is_initialized()):
                 WATCHERS.discard(self)  # anew: there may be a process group now
                 WATCHERS.add(self)
@@ -628,7 +637,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         return after
 
     def _is_too_early(self, params: Sequence[Tensor], observation: Observation | None) -> bool:
-        """Whether the gradients were made before the estimate became due.
+        """True if the gradients were made before the estimate became due.
 
         That happens in loops that make optimizers as parameters appear, as Pyro's do, and in loops
         that thaw parameters between estimates, or after the backward pass. The step then uses older
@@ -649,7 +658,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def _uses_graphs(self) -> bool:
-        """Whether the graph of the gradients is enough for an estimate."""
+        """True if the graph of the gradients is enough for an estimate."""
         return not isinstance(self.estimator, GaussNewtonBartlett)
 
     def _why_unseen(self) -> str:
@@ -689,7 +698,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _import_state(self, found: dict[str, Any]) -> None:
         super()._import_state(found)
         self._schedule.trained = self._trainable if self._schedule.steps else None
-        self._listen(self._trainable)
+        self._listen()
 
 
 #: Hyperparameters that every such optimizer has, unless it gives others.

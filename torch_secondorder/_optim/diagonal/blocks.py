@@ -135,7 +135,7 @@ class Block:
         return zip(self._states, self.pieces(flat), strict=True)
 
     def is_intact(self, states: Any) -> bool:
-        """Whether parameters and moments are still where they were when the block was made.
+        """True if parameters and moments are still where they were when the block was made.
 
         Args:
             states: The optimizer's state by parameter.
