@@ -98,7 +98,7 @@ class FlatOptimizer(SecondOrderOptimizer):
         """
         for field in self._model_fields:
             if field.of_vector:
-                field.set(self, field.initial())
+                field.set(self, field.initial)
 
     def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
         """Evaluates the objective at the start of a step, with one synchronization."""
