@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from operator import index
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 __all__ = [
     "check_betas",
@@ -118,7 +118,7 @@ def check_choice(name: str, value: Any, choices: Any, others: str = "") -> None:
         ...
     ValueError: mode must be one of 'forward', 'reverse', got 'backward'
     """
-    known: Iterable[str] = get_args(choices) or choices
+    known: Iterable[str] = getattr(choices, "__args__", choices)
     is_string = isinstance(value, str)
     if is_string and value in known:
         return
