@@ -1,4 +1,4 @@
-"""What scripts/gpu_check.sh runs: tests, then benchmarks one by one, each within its time."""
+"""Body of scripts/gpu_check.sh: tests, then benchmarks one by one, each within its time."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the tests passed and no benchmark failed; one without time left has not."""
+        """True if the tests passed and no benchmark failed; one without time left has not."""
         statuses = [entry["status"] for entry in self.document["benchmarks"].values()]
         failed = [status for status in statuses if isinstance(status, int) and status != 0]
         return self.document["pytest"]["status"] == 0 and not failed

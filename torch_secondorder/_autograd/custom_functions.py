@@ -121,7 +121,7 @@ def _differentiated(value: Any) -> bool:
 
 
 def _kind(argument: Any) -> Any:
-    """A key that tells one way to apply a function from another."""
+    """The kind of an argument, which tells ways to apply a function apart."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.device.type, argument.dim(), argument.requires_grad
     if argument is None or isinstance(argument, (bool, str)):

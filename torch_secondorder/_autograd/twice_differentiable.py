@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -22,13 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secondorder._autograd.backward_hook import Patch
 from torch_secondorder._autograd.convolution import CONVOLUTIONS, convolution
-from torch_secondorder._autograd.weight_norm import (
-    WEIGHT_NORM,
-    replace_weight_norm,
-    restore_weight_norm,
-    weight_norm,
-)
+from torch_secondorder._autograd.weight_norm import WEIGHT_NORM, weight_norm
 from torch_secondorder._foundation.private_torch import (
+    WEIGHT_NORM_HOLDERS,
+    WEIGHT_NORM_NAME,
     enable_overrideable_attention,
     overrideable_attention_enabled,
 )
@@ -111,7 +109,10 @@ class _Switches:
     def __enter__(self) -> None:
         with self._lock:
             if not self._before:
-                self._weight_norms = replace_weight_norm()
+                # Assignments alone: this is done around each small Jacobian.
+                self._weight_norms = list(map(_weight_norm_in, WEIGHT_NORM_HOLDERS))
+                for holder in WEIGHT_NORM_HOLDERS:
+                    setattr(holder, WEIGHT_NORM_NAME, weight_norm)
                 if torch.cuda.is_initialized():
                     self._patches = _recurrent
                     Patch.begin(*_recurrent)
@@ -131,12 +132,14 @@ class _Switches:
         with self._lock:
             _write(self._before.pop())
             if not self._before:
-                restore_weight_norm(self._weight_norms)
+                for holder, original in zip(WEIGHT_NORM_HOLDERS, self._weight_norms, strict=True):
+                    setattr(holder, WEIGHT_NORM_NAME, original)
                 if self._patches:
                     Patch.end(*self._patches)
                     self._patches = ()
 
 
+_weight_norm_in = attrgetter(WEIGHT_NORM_NAME)
 _switches = _Switches()
 
 

@@ -120,12 +120,11 @@ def run(
                 return loss, gradients
             gradients = capture.differentiate(differentiable(capture.checked(loss)))
         elif capture is None:
-            loss = scalar(value)
             gradients = list(map(_grad, params))
             # Without gradients before, the first one tells most of the time.
             made = before is None and gradients[0] is not None
             if not made and not _made(gradients, params, before):
-                backward_of(loss)
+                backward_of(scalar(value))
                 if before is not None and before.matches(params):
                     raise no_gradient()
                 gradients = gradients_of(params)
@@ -134,12 +133,14 @@ def run(
             if capture.foreign or _made(gradients_of(params), params, before):
                 raise lost_graph()
             capture.backward(differentiable(capture.checked(loss)))
-    if capture is not None and not pure:
-        # Outside, where the capture does not see each of these operations.
-        loss = scalar(value)
-        if capture.foreign:
-            raise lost_graph()
-        gradients = list(map(_grad, params))
+    if not pure:
+        # Outside, where a capture does not see each of these operations.
+        simple = type(value) is Tensor and not value.dim() and not value.is_complex()
+        loss = value if simple else scalar(value)
+        if capture is not None:
+            if capture.foreign:
+                raise lost_graph()
+            gradients = list(map(_grad, params))
     if capture is None or capture.keeps:
         if gradients[0] is None:
             touched(gradients)

@@ -77,7 +77,8 @@ class SingleEvaluation(WatchSink):
         self._functional = isinstance(source, FunctionalObjective)
         self._compiled = source.bind_to(params) if self._functional else None
         self._source: Callable[[], Any] = source.source if self._functional else source
-        check_is_closure(self._source)
+        if not callable(self._source):
+            check_is_closure(self._source)
         self._before = registry.buffers_before()
         self._buffer_pool = buffer_pool or BufferPool()
         self._began = False

@@ -170,10 +170,10 @@ class CurvatureChoice:
             sharded = objective.vector.sharded
             return FiniteDifference(objective, None if sharded else sizes(objective.position))
         operator: LinearOperator
-        if isinstance(objective, DatasetObjective) and objective.passes is not None:
+        if isinstance(objective, DatasetObjective):
             operator = BatchSum(objective, partial(self._of, objective), generator)
             if not self._seen_batches:
-                operator.look()  # layers and outputs are known once a batch was evaluated
+                operator.evaluate_batches()  # their kind of curvature is known afterwards
             self._seen_batches = True
         else:
             operator = self._of(objective, evaluation, generator)

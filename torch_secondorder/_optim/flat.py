@@ -23,8 +23,8 @@ from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
 from torch_secondorder._params.vector import ParameterVector
-from torch_secondorder.dataset._objective import DatasetObjective
-from torch_secondorder.dataset.closure import DatasetClosure
+from torch_secondorder.dataset import DatasetClosure
+from torch_secondorder.dataset._objective import objective_of
 
 __all__ = ["FlatOptimizer"]
 
@@ -280,12 +280,10 @@ class FlatOptimizer(SecondOrderOptimizer):
                     "a curvature_closure goes with a closure, not with a FunctionalObjective"
                 )
             return closure.bind(vector, regularization, master)
-        kind = ClosureObjective
+        make = ClosureObjective.for_step
         if isinstance(closure, DatasetClosure) or isinstance(curvature_closure, DatasetClosure):
-            kind = DatasetObjective
-        return kind.for_step(
-            closure, vector, regularization, master, self._registry, curvature_closure
-        )
+            make = objective_of
+        return make(closure, vector, regularization, master, self._registry, curvature_closure)
 
     def _current_vector(self, params: Sequence[Tensor], rates: Sequence[float]) -> ParameterVector:
         """The vector of the trainable parameters; what was learned about another one is dropped."""

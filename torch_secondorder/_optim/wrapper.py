@@ -228,7 +228,7 @@ class WrapperOptimizer(Optimizer, ABC):
         """
 
     def _has_present_term(self) -> bool:
-        """Whether a step without a closure has a term to add."""
+        """True if a step without a closure has a term to add."""
         return True
 
     def _begin_step(self) -> None:

@@ -22,7 +22,7 @@ from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset._loader import fingerprint, generators_of
 from torch_secondorder.dataset.closure import DatasetClosure, UseBatch
 
-__all__ = ["DatasetObjective", "Passes"]
+__all__ = ["DatasetObjective", "objective_of"]
 
 _Fingerprint: TypeAlias = tuple[list[torch.Size], list[Tensor]]
 
@@ -41,10 +41,10 @@ class Passes:
 
     def __call__(self) -> Tensor:
         """See `DatasetClosure.__call__`."""
-        return self.closure.accumulate(self.over)
+        return self.closure.accumulate(self.for_each_batch)
 
-    def over(self, use: UseBatch, label: str) -> None:
-        """See `DatasetClosure.over`.
+    def for_each_batch(self, use: UseBatch, label: str) -> None:
+        """See `DatasetClosure.for_each_batch`.
 
         Raises:
             RuntimeError: The loader gave other batches than in the first pass.
@@ -52,7 +52,7 @@ class Passes:
         for generator, state in self._states:
             generator.set_state(state)
         found: list[_Fingerprint] = []
-        self.closure.over(use, label, lambda batch: found.append(fingerprint(batch)))
+        self.closure.for_each_batch(use, label, lambda batch: found.append(fingerprint(batch)))
         if self._first is None:
             self._first = found
         elif not _equal(found, self._first):
@@ -85,12 +85,11 @@ class DatasetObjective(ClosureObjective):
     Args:
         closure: See `ClosureObjective`.
         params: See `ClosureObjective`.
-        curvature_closure: See `ClosureObjective`. At least one of the two closures is a
-            `DatasetClosure`.
+        curvature_closure: See `ClosureObjective`. Products come from this closure, or from
+            `closure` without it, which has to be a `DatasetClosure`.
 
     Attributes:
-        passes: Passes over the data that products come from; None if they come from an ordinary
-            closure.
+        passes: Passes over the data that products come from.
     """
 
     def _begin(
@@ -105,9 +104,9 @@ class DatasetObjective(ClosureObjective):
         own = _for_one_step(closure)
         other = None if curvature_closure is None else _for_one_step(curvature_closure)
         super()._begin(own, vector, regularization, master, registry, other)
-        source = own if other is None else other
-        self.passes = source if isinstance(source, Passes) else None
-        self._here = False  # True if the last evaluation was at the current position
+        assert isinstance(self.source, Passes)
+        self.passes = self.source
+        self._evaluated_here = False  # True if the last evaluation was at the current position
         # Kept, though it holds a gradient: evaluating again would take a pass over the data.
         self._trial: Evaluation | None = None
 
@@ -119,7 +118,7 @@ class DatasetObjective(ClosureObjective):
     def evaluate(self, *, curvature: bool = False) -> Evaluation:
         """See `Objective.evaluate`; an accepted trial is not evaluated again."""
         last = None if self._last_evaluation is None else self._last_evaluation()
-        if last is not None and self._here and self.passes is not None:
+        if last is not None and self._evaluated_here:
             return last
         return super().evaluate(curvature=curvature)
 
@@ -128,7 +127,9 @@ class DatasetObjective(ClosureObjective):
         self._trial = super().trial(step, t, curvature=curvature)
         return self._trial
 
-    def over(self, use: Callable[[Callable[[], Evaluation], float], None], label: str) -> None:
+    def for_each_batch(
+        self, use: Callable[[Callable[[], Evaluation], float], None], label: str
+    ) -> None:
         """Makes another pass over the batches at the current parameters.
 
         Args:
@@ -136,15 +137,14 @@ class DatasetObjective(ClosureObjective):
                 evaluation has curvature, but leaves out weight decay and other ranks.
             label: The label of the progress bar.
         """
-        assert self.passes is not None
 
         def one(compute: Callable[[], Tensor], weight: float) -> None:
             use(partial(self._of_batch, compute), weight)
 
         with torch.enable_grad():
-            self._replay.run(partial(self.passes.over, one, label))
+            self._replay.run(partial(self.passes.for_each_batch, one, label))
 
-    def whole(self, total: Tensor, direction: Tensor) -> Tensor:
+    def complete(self, total: Tensor, direction: Tensor) -> Tensor:
         """Completes a sum over the batches to a product with the objective's curvature.
 
         Adds the other ranks and weight decay.
@@ -160,21 +160,20 @@ class DatasetObjective(ClosureObjective):
         return total
 
     def _run(self, position: Tensor, curvature: bool) -> Run:
-        self._here, self._trial = False, None
-        raw = super()._run(position, curvature and self.passes is None)
-        self._here = position is self.position
+        self._evaluated_here, self._trial = False, None
+        raw = super()._run(position, False)
+        self._evaluated_here = position is self.position
         return raw
 
     def _go(self, position: Tensor, *, there: bool = False, unseen: bool = False) -> None:
         super()._go(position, there=there, unseen=unseen)
-        self._here = there
+        self._evaluated_here = there
 
     def _move_buffers_on(self, there: bool) -> None:
         super()._move_buffers_on(there)
-        self._here = self._here and not self.renewed
+        self._evaluated_here = self._evaluated_here and not self.renewed
 
     def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
-        assert self.passes is not None
         closure = self.passes.closure
         self.settle()
         copies = self._copies(closure)
@@ -192,7 +191,6 @@ class DatasetObjective(ClosureObjective):
 
     def copy_saved(self) -> bool:
         """Makes graphs save copies from now on; returns False if they do already."""
-        assert self.passes is not None
         if self._copies(self.passes.closure):
             return False
         self._note_writes(self.passes.closure)
@@ -232,3 +230,27 @@ class _OfBatch(Linearization):
 
 def _for_one_step(closure: Callable[[], Any]) -> Callable[[], Any]:
     return Passes(closure) if isinstance(closure, DatasetClosure) else closure
+
+
+def objective_of(
+    closure: Callable[[], Any],
+    vector: ParameterVector | Iterable[Tensor],
+    regularization: Regularization | None = None,
+    master: Tensor | None = None,
+    registry: ModuleRegistry | None = None,
+    curvature_closure: Callable[[], Any] | None = None,
+) -> ClosureObjective:
+    """The objective of one step, with closures that may be over data sets.
+
+    Args:
+        closure: See `ClosureObjective`.
+        vector: See `Objective`.
+        regularization: See `Objective`.
+        master: See `Objective`.
+        registry: See `Objective`.
+        curvature_closure: See `ClosureObjective`.
+    """
+    source = closure if curvature_closure is None else curvature_closure
+    kind = DatasetObjective if isinstance(source, DatasetClosure) else ClosureObjective
+    closure = _for_one_step(closure)
+    return kind.for_step(closure, vector, regularization, master, registry, curvature_closure)

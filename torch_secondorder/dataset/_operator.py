@@ -43,7 +43,7 @@ def curvature_at(
         kind: Makes the operator of an evaluation.
         generator: Source of random numbers for `kind`.
     """
-    if isinstance(objective, DatasetObjective) and objective.passes is not None:
+    if isinstance(objective, DatasetObjective):
         return BatchSum(objective, kind, generator)
     return kind(evaluation, generator)
 
@@ -64,7 +64,6 @@ class BatchSum(LinearOperator):
     def __init__(
         self, objective: DatasetObjective, kind: Kind, generator: torch.Generator | None = None
     ) -> None:
-        assert objective.passes is not None
         vector = objective.vector
         self.size, self.dtype, self.device = vector.size, vector.dtype, vector.device
         self._objective = objective
@@ -74,7 +73,7 @@ class BatchSum(LinearOperator):
             self._draws = torch.Generator(generator.device)
             seed = torch.randint(2**62, (), generator=generator, device=generator.device)
             self._seed = int(seed)
-        self._here = Linearization(objective, Graph(vector.params))
+        self._validity = Linearization(objective, Graph(vector.params))
         self._keep = objective.passes.closure.keep_graphs
         self._kept: list[tuple[LinearOperator, float]] = []
         self._after_kept: Callable[[], None] = lambda: None
@@ -82,16 +81,16 @@ class BatchSum(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-        return self._objective.whole(self._sum(v, lambda A: A.matvec(v), _PRODUCT), v)
+        return self._objective.complete(self._sum(v, lambda A: A.matvec(v), _PRODUCT), v)
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`; one pass over the loader for all columns."""
         total = self._sum(V, lambda A: A.matmat(V), _PRODUCT)
-        return self._objective.whole(total.T, V.T).T
+        return self._objective.complete(total.T, V.T).T
 
-    def look(self) -> None:
+    def evaluate_batches(self) -> None:
         """Makes the operators of all batches once, without a product."""
-        self._retried(lambda: self._over(lambda operator, weight: None, "curvature"))
+        self._retried(lambda: self._for_each_operator(lambda operator, weight: None, "curvature"))
 
     # The protocol `FromOutputs`, for preconditioners.
 
@@ -111,7 +110,7 @@ class BatchSum(LinearOperator):
             return _from_outputs(operator).diagonal(n_samples, generator)
 
         total = self._sum(ones, of_batch, "diagonal of the curvature", generator)
-        return self._objective.whole(total, ones)
+        return self._objective.complete(total, ones)
 
     def factors(
         self, generator: torch.Generator | None = None, largest: float = math.inf
@@ -141,7 +140,7 @@ class BatchSum(LinearOperator):
                     rows = sums[layer].rows
                 sums[layer] = replace(found, inputs=inputs, outputs=outputs, rows=rows + found.rows)
 
-        self._over(add, "Kronecker factors")
+        self._for_each_operator(add, "Kronecker factors")
         average = self._objective.ranks.average
         return [
             replace(f, inputs=average(f.inputs / f.rows), outputs=average(f.outputs))
@@ -166,7 +165,7 @@ class BatchSum(LinearOperator):
             def add(operator: LinearOperator, weight: float) -> None:
                 total.add_(term(operator), alpha=weight)
 
-            self._over(add, label)
+            self._for_each_operator(add, label)
             return total
 
         return self._retried(summed, generator)
@@ -190,13 +189,13 @@ class BatchSum(LinearOperator):
             self._all_kept = False
             return summed()
 
-    def _over(self, use: Callable[[LinearOperator, float], None], label: str) -> None:
+    def _for_each_operator(self, use: Callable[[LinearOperator, float], None], label: str) -> None:
         """Calls `use` with the operator of each batch and its weight.
 
         Raises:
             RuntimeError: The parameters have moved since this operator was made.
         """
-        self._here.check()
+        self._validity.check()
         skipped = len(self._kept)
         with self._outside_model():
             for kept in self._kept:
@@ -219,7 +218,7 @@ class BatchSum(LinearOperator):
             elif index == skipped:
                 self._after_kept()
 
-        self._objective.over(one, label)
+        self._objective.for_each_batch(one, label)
         self._all_kept = len(self._kept) == index
 
     def _made(self, index: int, evaluate: Callable[[], Evaluation]) -> LinearOperator:

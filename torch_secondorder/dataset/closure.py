@@ -138,13 +138,13 @@ class DatasetClosure:
                 loss.
             ValueError: The loader gives no samples, or the loss is not a scalar.
         """
-        return self.accumulate(self.over)
+        return self.accumulate(self.for_each_batch)
 
-    def accumulate(self, over: Callable[[UseBatch, str], None]) -> Tensor:
+    def accumulate(self, for_each_batch: Callable[[UseBatch, str], None]) -> Tensor:
         """Loss and gradient from one pass.
 
         Args:
-            over: Makes the pass, see `DatasetClosure.over`.
+            for_each_batch: Makes the pass, see `DatasetClosure.for_each_batch`.
         """
         for module in (self.model, self.loss_fn):
             if isinstance(module, nn.Module):
@@ -161,11 +161,11 @@ class DatasetClosure:
             wide = loss if loss.device.type == "mps" else loss.double()
             total = wide if total is None else total + wide
 
-        over(backward, "loss and gradient")
+        for_each_batch(backward, "loss and gradient")
         assert total is not None  # a loader without samples is refused
         return total.to(dtype)
 
-    def over(
+    def for_each_batch(
         self, use: UseBatch, label: str, inspect: Callable[[Any], None] = lambda batch: None
     ) -> None:
         """Makes one pass over the loader.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -61,6 +62,7 @@ class Krylov:
 
     Attributes:
         count: Number of vectors in the basis.
+        steps: Number of steps, which is that of products.
         restarted: True after the basis has been shrunk.
         breaks: How often the space was found to be invariant.
         since_break: Number of steps since then, or since the start.
@@ -73,7 +75,7 @@ class Krylov:
         self._rounding = ROUNDING * torch.finfo(A.dtype).eps
         self._residual = 0.0
         self._magnitude = 0.0
-        self.count = self.since_break = self.breaks = 0
+        self.count = self.steps = self.since_break = self.breaks = 0
         self.restarted = False
         self._next: Tensor | None = self._random()
 
@@ -98,6 +100,7 @@ class Krylov:
         v, j = self._next, self.count
         self._basis[j] = v
         self.count += 1
+        self.steps += 1
         basis = self._basis[: self.count]
         rest, first, second = orthogonalized(self._A @ v, basis)
         column = torch.cat([first + second, torch.linalg.vector_norm(rest)[None]])
@@ -113,6 +116,36 @@ class Krylov:
             self.breaks += 1
             self.since_break = 0
             self._next = None if self.exhausted else self._random()
+
+    def search(self, k: int, which: Which, max_steps: int) -> Iterator[tuple[Ritz, bool]]:
+        """Grows the space, and yields the Ritz pairs from time to time.
+
+        That is whenever they may have changed suddenly, at every tenth of the steps (the small
+        eigenproblem is not free), and in the end.
+
+        Args:
+            k: Number of wanted pairs.
+            which: The end of the spectrum.
+            max_steps: The largest number of steps.
+
+        Yields:
+            The pairs, and True if the space was just found to be invariant.
+        """
+        due = k
+        while True:
+            breaks = self.breaks
+            self.step()
+            broke = self.breaks > breaks
+            last = self.exhausted or self.steps >= max_steps
+            if not (last or broke or self.full or self.steps >= due):
+                continue
+            due = self.steps + max(1, self.steps // 10)
+            ritz = self.ritz(which)
+            yield ritz, broke
+            if last:
+                return
+            if self.full:
+                self.restart(ritz, k + (self.count - k) // 2)
 
     def _random(self) -> Tensor:
         """A unit vector outside the basis."""

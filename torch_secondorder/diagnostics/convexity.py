@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder.diagnostics._krylov import Convergence, Krylov, vectors_in_memory
-from torch_secondorder.diagnostics._point import Counted, generator_of, opened
+from torch_secondorder.diagnostics._point import generator_of, opened
 from torch_secondorder.diagnostics.problem import Source
 
 __all__ = ["Definiteness", "definiteness"]
@@ -93,51 +93,27 @@ def definiteness(
         needed = _steps(A.size, tolerance, failure_probability)
         room = subspace or max(22, min(needed, vectors_in_memory(A.size, A.dtype)))
         krylov = Krylov(A, min(room, A.size), generator_of(generator))
-        search = _Search(krylov, A, needed, max_products - 1)
+        convergence, magnitude = Convergence(krylov, 1), 0.0
+        # After a restart the bound for a verdict of True does not apply.
+        enough = needed if room >= needed else max_products
+        for ritz, broke in krylov.search(1, "smallest", min(enough, max_products - 1)):
+            if not krylov.restarted:
+                steps = krylov.steps
+            magnitude = max(magnitude, float(ritz.values.abs().max()))
+            seen = krylov.exhausted or (broke and convergence.complete(ritz))
+            # Far enough below zero to stay negative in a separate product.
+            if seen or float(ritz.values[0]) < -2 * krylov.precision:
+                break
         # A separate product, because Ritz values rely on the recurrence.
-        v = krylov.vectors(search.ritz, 1)[:, 0]
+        v = krylov.vectors(ritz, 1)[:, 0]
         product = A @ v
         curvature = float(v.double() @ product.double())
         residual = float(torch.linalg.vector_norm(product - curvature * v))
-        semidefinite = True if search.seen or search.steps >= needed else None
+        semidefinite = True if seen or steps >= needed else None
         if curvature < -krylov.precision:
             semidefinite = False
-        failure = 0.0 if search.seen else _failure(A.size, search.steps, tolerance)
-        magnitude = search.magnitude
+        failure = 0.0 if seen else _failure(A.size, steps, tolerance)
         return Definiteness(semidefinite, curvature, v, residual, magnitude, failure, A.products)
-
-
-class _Search:
-    """A search for the lowest Ritz value: until it is negative, or the verdict is certain enough.
-
-    Attributes:
-        ritz: The pairs at the end, lowest first.
-        magnitude: The largest absolute value seen.
-        seen: True if the space has met all eigenvalues.
-        steps: Number of products before the first restart, which the bound applies to.
-    """
-
-    def __init__(self, krylov: Krylov, A: Counted, needed: int, max_products: int) -> None:
-        convergence = Convergence(krylov, 1)
-        self.magnitude, self.steps, due = 0.0, 0, 1
-        while True:
-            broken = krylov.breaks
-            krylov.step()
-            if not krylov.restarted:
-                self.steps = A.products
-            broke = krylov.breaks > broken
-            last = krylov.exhausted or A.products >= max_products or self.steps >= needed
-            if not (last or broke or krylov.full or A.products >= due):
-                continue
-            due = A.products + max(1, A.products // 10)
-            self.ritz = krylov.ritz("smallest")
-            self.magnitude = max(self.magnitude, float(self.ritz.values.abs().max()))
-            self.seen = krylov.exhausted or (broke and convergence.complete(self.ritz))
-            # Far enough below zero to stay negative in a separate product.
-            if last or self.seen or float(self.ritz.values[0]) < -2 * krylov.precision:
-                return
-            if krylov.full:
-                krylov.restart(self.ritz, 1 + (krylov.count - 1) // 2)
 
 
 def _failure(size: int, steps: int, tolerance: float) -> float:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
-from torch_secondorder.diagnostics._krylov import Convergence, Krylov, Ritz, Which, subspace_room
-from torch_secondorder.diagnostics._point import Counted, generator_of, opened
+from torch_secondorder.diagnostics._krylov import Convergence, Krylov, Which, subspace_room
+from torch_secondorder.diagnostics._point import generator_of, opened
 from torch_secondorder.diagnostics.problem import Source
 
 __all__ = ["Eigenpairs", "eigenpairs"]
@@ -98,7 +98,12 @@ def eigenpairs(
         if room < min(k + 2, A.size):
             raise ValueError(f"subspace must be at least k + 2 = {k + 2}, got {subspace}")
         krylov = Krylov(A, room, generator_of(generator))
-        ritz, converged = _search(krylov, A, k, which, tolerance, max_products)
+        convergence = Convergence(krylov, k)
+        for ritz, broke in krylov.search(k, which, max_products):
+            allowed = tolerance * ritz.values[:k].abs()
+            converged = krylov.count >= k and convergence.reached(ritz, allowed, broke)
+            if converged:
+                break
         return Eigenpairs(
             ritz.values[:k],
             krylov.vectors(ritz, k),
@@ -106,25 +111,3 @@ def eigenpairs(
             A.products,
             converged,
         )
-
-
-def _search(
-    krylov: Krylov, A: Counted, k: int, which: Which, tolerance: float, max_products: int
-) -> tuple[Ritz, bool]:
-    """Grows the space until the wanted pairs converge; returns them, and True if they did."""
-    convergence, due = Convergence(krylov, k), k
-    while True:
-        broken = krylov.breaks
-        krylov.step()
-        last = krylov.exhausted or A.products >= max_products
-        if not (last or krylov.full or krylov.breaks > broken or A.products >= due):
-            continue
-        # The small eigenproblem is not free: it is solved each time products grow by a tenth.
-        due = A.products + max(1, A.products // 10)
-        ritz = krylov.ritz(which)
-        allowed = tolerance * ritz.values[:k].abs()
-        converged = krylov.count >= k and convergence.reached(ritz, allowed, krylov.breaks > broken)
-        if converged or last:
-            return ritz, converged
-        if krylov.full:
-            krylov.restart(ritz, k + (krylov.count - k) // 2)

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch_secondorder._closure.validation import check_is_closure
 from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.dataset._loader import as_pair, length
-from torch_secondorder.dataset._objective import DatasetObjective
-from torch_secondorder.dataset._operator import BatchSum
+from torch_secondorder.dataset._objective import objective_of
+from torch_secondorder.dataset._operator import BatchSum, curvature_at
 
 __all__ = ["Curvature", "Problem", "Source", "as_problem", "from_closure", "from_model"]
 
@@ -119,10 +118,8 @@ class Problem:
         loss = evaluation.loss.item()
         if not isfinite(loss):
             raise RuntimeError(f"the loss is {loss} here, and has no curvature")
-        if isinstance(objective, DatasetObjective):
-            return evaluation, BatchSum(objective, lambda batch, _: self._operator(batch))
-        operator = self._operator(evaluation)
-        if not self.retain:
+        operator = curvature_at(objective, evaluation, lambda e, _: self._operator(e))
+        if not (self.retain or isinstance(operator, BatchSum)):
             operator = _Reevaluated(objective, self._operator, operator)
         return evaluation, operator
 
@@ -213,7 +210,7 @@ def from_model(
         named = [(names.get(id(p), str(i)), p) for i, p in enumerate(params)]
     return Problem(
         # A single batch takes one evaluation for the gradient and the graph.
-        partial(_closure_objective, closure if len(pairs) > 1 else partial(closure.loss, *pairs)),
+        partial(objective_of, closure if len(pairs) > 1 else partial(closure.loss, *pairs)),
         [p for _, p in named],
         [name for name, _ in named],
         [
@@ -254,8 +251,7 @@ def from_closure(
     2
     """
     check_is_closure(closure)
-    make = partial(_closure_objective, closure)
-    return Problem(make, params, curvature=curvature, retain=retain)
+    return Problem(partial(objective_of, closure), params, curvature=curvature, retain=retain)
 
 
 def as_problem(source: Any) -> Problem:
@@ -281,11 +277,6 @@ def as_problem(source: Any) -> Problem:
         f"cannot take the curvature of a {type(source).__name__}: pass {hint}, a "
         "FunctionalObjective or a LinearOperator"
     )
-
-
-def _closure_objective(closure: Callable[[], Any], vector: ParameterVector) -> Objective:
-    kind = DatasetObjective if isinstance(closure, DatasetClosure) else ClosureObjective
-    return kind.for_step(closure, vector)
 
 
 def _is_pair(batches: Any) -> bool:

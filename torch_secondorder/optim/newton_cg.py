@@ -53,12 +53,13 @@ from torch_secondorder.solvers import (
     CG,
     LinearSolver,
     Preconditioner,
+    PreconditionerName,
     SolveResult,
+    SolverName,
     SolveStatus,
     resolve_preconditioner,
     resolve_solver,
 )
-from torch_secondorder.solvers._resolve import PreconditionerName, SolverName
 
 __all__ = ["NewtonCG", "NewtonCGInfo"]
 

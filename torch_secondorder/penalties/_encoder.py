@@ -85,25 +85,20 @@ class EncoderPenalty:
         check_integer("n_noise", n_noise)
         check_integer("n_projections", n_projections)
         self.encoder = encoder
-        self.method = method
-        self.noise = noise
-        self.n_noise = n_noise
-        self.n_projections = n_projections
+        self._penalty = partial(
+            contractive_penalty,
+            encoder,
+            method=method,
+            noise=noise,
+            n_noise=n_noise,
+            n_projections=n_projections,
+        )
 
     def at(
         self, x: Tensor, *, code: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """The penalty of a batch; see `contractive_penalty`."""
-        return contractive_penalty(
-            self.encoder,
-            x,
-            self.method,
-            noise=self.noise,
-            n_noise=self.n_noise,
-            n_projections=self.n_projections,
-            generator=generator,
-            code=code,
-        )
+        return self._penalty(x, generator=generator, code=code)
 
     @contextmanager
     def watching(
