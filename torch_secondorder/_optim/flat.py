@@ -22,7 +22,7 @@ from torch_secondorder._optim.descent import Descent, DescentInfo, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
-from torch_secondorder._params.vector import ParameterVector, max_norm
+from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.dataset._objective import objective_of
 
@@ -104,9 +104,7 @@ class FlatOptimizer(SecondOrderOptimizer):
         """Evaluates the objective at the start of a step, with one synchronization."""
         evaluation = objective.evaluate()
         grad = evaluation.grad
-        grad_norm, loss = objective.vector.space.to_host(
-            largest=(max_norm(grad),), whole=(evaluation.loss,)
-        )
+        grad_norm, loss = objective.vector.space.to_host(largest=(grad,), whole=(evaluation.loss,))
         return evaluation, Point(loss, grad_norm, grad)
 
     def _begin(self, descent: Descent) -> None:
