@@ -21,7 +21,7 @@ from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.checkpoint import add_state, hide_names, show_names, take_state
-from torch_secondorder._optim.info import LazyInfo, StepInfo, StepStatus
+from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.state import Field, ModelField, ParameterField
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
@@ -107,8 +107,9 @@ class SecondOrderOptimizer(Optimizer):
     @property
     def info(self) -> StepInfo | None:
         """The report of the last step, None before the first."""
-        # Nothing is set here: `self` may be a wrapper that stands for this object.
-        info: StepInfo | None = self._info() if isinstance(self._info, LazyInfo) else self._info
+        # A function makes it when it is first read, and remembers it. Nothing is set here: `self`
+        # may be a wrapper that stands for this object.
+        info: StepInfo | None = self._info() if callable(self._info) else self._info
         return info
 
     @info.setter

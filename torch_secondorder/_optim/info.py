@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-__all__ = ["LazyInfo", "Report", "StepInfo", "StepStatus"]
+__all__ = ["Report", "StepInfo", "StepStatus"]
 
 
 class StepStatus(Enum):
@@ -122,21 +121,3 @@ class StepInfo(Report):
     grad_norm: float | None
     iterations: int = 0
     evaluations: int = 0
-
-
-class LazyInfo:
-    """A report that is made when it is first asked for, and kept.
-
-    Args:
-        make: Makes it.
-    """
-
-    def __init__(self, make: Callable[[], StepInfo]) -> None:
-        self._make: Callable[[], StepInfo] | None = make
-        self._made: StepInfo | None = None
-
-    def __call__(self) -> StepInfo | None:
-        """The report."""
-        if self._make is not None:
-            self._made, self._make = self._make(), None
-        return self._made

@@ -22,7 +22,7 @@ __all__ = ["Categorical", "Independent", "Likelihood", "likelihood_of"]
 
 
 class _Labels(NamedTuple):
-    """The recipe for drawing labels from a model.
+    """The way in which labels are drawn from the model.
 
     Attributes:
         noise: The random numbers that they are made from.

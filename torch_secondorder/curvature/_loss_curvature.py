@@ -82,7 +82,7 @@ def _coefficients(space: OutputSpace) -> tuple[list[Tensor | None], bool]:
 
 
 def _separates(output: Output, space: OutputSpace) -> bool:
-    """True if an output has a block of the information to itself."""
+    """True if the information has no entries between this output and others."""
     if len(space.outputs) == 1:
         return True
     together = {o.argument for o in space.outputs if o.value is output.value}

@@ -6,9 +6,9 @@ graph at the outputs while autograd runs; nothing has to be evaluated again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -77,10 +77,14 @@ class OutputSpace:
         weights = [torch.zeros_like(z).requires_grad_() for z in self.values]
         return _differentiated(self.tensors, self._graph.params, weights), weights
 
-    def push(self, tangents: Sequence[Tensor], batched: bool = False) -> Tensors:
-        """`J v`: from directions shaped like the parameters to changes of the outputs."""
+    def sandwiched(
+        self, between: Callable[[Tensors, bool], Tensors], tangents: Sequence[Tensor], batched: bool
+    ) -> Tensors:
+        """`J' B J v`, where `between` multiplies with `B`."""
         pulled, weights = self._pulled
-        return _derivative(pulled, weights, tangents, batched)
+        changes = _derivative(pulled, weights, tangents, batched)
+        products = between(changes, batched)
+        return _derivative(self.tensors, self._graph.params, products, batched)
 
     def pull_each(self, cotangents: Sequence[Tensors]) -> Tensors:
         """`J' u` for several `u`, stacked; in one vectorized pass where operations allow."""
@@ -110,7 +114,7 @@ class OutputSpace:
             return _derivative(gradient, tensors, tangents, batched)
 
     def reaches(self, stops: Collection[Tensor | GradientEdge]) -> tuple[list[bool], bool]:
-        """The nodes on the ways from the loss to the parameters.
+        """Follows the paths from the loss to the parameters.
 
         Args:
             stops: Tensors where a way ends.
@@ -156,7 +160,9 @@ class OutputSpace:
     @contextmanager
     def _cut(self) -> Iterator[None]:
         """Lets no derivative pass from the outputs down to the parameters."""
-        handles = [node.register_prehook(_Without(index)) for node, index in self._ends]
+        handles: list[Any] = []
+        for node, index in self._ends:
+            handles.append(node.register_prehook(partial(_without, index)))
         try:
             yield
         finally:
@@ -164,14 +170,9 @@ class OutputSpace:
                 handle.remove()
 
 
-class _Without:
-    """A hook that drops what arrives at one of a node's outputs."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        return (*gradients[: self._index], None, *gradients[self._index + 1 :])
+def _without(index: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Drops the gradient of one of a node's outputs."""
+    return (*gradients[:index], None, *gradients[index + 1 :])
 
 
 def _differentiated(

@@ -256,7 +256,7 @@ class InverseBFGS(LinearOperator):
 
     @staticmethod
     def join_state(state: dict[str, Any], steps: Tensor, differences: Tensor) -> dict[str, Any]:
-        """A state for `load_state_dict` from the parts of `split_state`, vectors of any size."""
+        """A state for `load_state_dict`: the parts of `split_state`, vectors of any size."""
         room, count = state["_room"], state["count"]
         joined = {name: state[name] for name in _NUMBERS if name != "size"}
         buffers = [

@@ -1,4 +1,4 @@
-"""Arguments and results of linear solvers, and the protocols of solvers and preconditioners."""
+"""Protocols of linear solvers and preconditioners, and results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class SolveStatus(Enum):
-    """The reason why a solver stopped; the value says it in a sentence."""
+    """The reason why a solver stopped; the value is a sentence."""
 
     CONVERGED = "The residual is as small as was asked for."
     SLOW_PROGRESS = "The last iterations lowered the quadratic by too little to go on."
@@ -117,7 +117,7 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave; empty for nothing."""
+        """Restores a state of `state_dict`; an empty one resets."""
 
 
 def check_system(

@@ -302,7 +302,7 @@ class _Run:
         return None
 
     def result(self, status: SolveStatus, iterates: list[Iterate]) -> SolveResult:
-        """The result at the current iterate."""
+        """The result, with the status it ended with."""
         decrease, residual = -self.quadratic, self.residual
         if status is not SolveStatus.NONFINITE:  # or r may not be either
             decrease, r_r = self._space.to_host(

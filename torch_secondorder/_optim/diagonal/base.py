@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, overload
 from weakref import ref
 
@@ -47,7 +47,6 @@ from torch_secondorder._optim.diagonal.observation import Observation
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
 from torch_secondorder._optim.diagonal.schedule import EstimateSchedule, capturing
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
-from torch_secondorder._optim.info import LazyInfo
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
     Count,
@@ -464,7 +463,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             counts = [count.double() for share in self._shares().values() for count in share]
             numbers = space.gathered(sums=counts, largest=[torch.stack(largest).amax()])
             report = partial(report, numbers=numbers)
-        self._info = LazyInfo(report)
+        self._info = cache(report)
         self._listen_if(due, params, self._last_trace)
 
     @property
