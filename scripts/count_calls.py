@@ -60,12 +60,12 @@ class Call:
 
     @property
     def jump(self) -> bool:
-        """Whether the caller is in another file."""
+        """True if the caller is in another file."""
         return self.caller_file is not None and self.caller_file != self.file
 
     @property
     def function(self) -> bool:
-        """Whether a function with a name begins."""
+        """True if a function with a name begins."""
         return not self.resumed and not self.name.rpartition(".")[2].startswith("<")
 
 

@@ -45,7 +45,8 @@ def test_objects_made_anew_are_known_by_what_they_hold(kind: Any) -> None:
     for _ in range(5):
         optimizer.step(partial(lambda closure: closure(), Closure(partial(run, model))))
     around = optimizer._registry
-    assert 0 < len(around._seen) + len(around.graphs) <= 2
+    noted = sum(map(len, around._known.values()))
+    assert 0 < noted + len(around.graphs) <= 2
 
 
 def test_objects_are_told_apart_by_modules_and_class() -> None:

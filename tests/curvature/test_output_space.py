@@ -329,7 +329,7 @@ def test_evaluations_without_curvature_and_unknown_remainders_are_refused() -> N
     objective = FunctionalObjective(lambda t: squares(t), theta)
     with pytest.raises(ValueError, match=r"evaluate\(curvature=True\)"):
         GaussNewton(objective.evaluate())
-    with pytest.raises(ValueError, match="'hessian' or 'ignore', got 'drop'"):
+    with pytest.raises(ValueError, match="'hessian', 'ignore', got 'drop'"):
         GaussNewton(objective.evaluate(curvature=True), remainder="drop")  # type: ignore[arg-type]
 
 

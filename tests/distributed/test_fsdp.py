@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
+from tests.support.small_optimizers import Averaging, Everything
 from torch_secondorder import (
     LBFGS,
     AdaHessian,
@@ -300,6 +301,11 @@ def reshard_newton(rank: int, ranks: int) -> list[Any]:
     return resharded(make, "by name", rank, ranks)
 
 
+def reshard_declared(rank: int, ranks: int) -> list[Any]:
+    """An optimizer of another package, which only declares its state."""
+    return [r for kind in ("plain", "by name") for r in resharded(Averaging, kind, rank, ranks)]
+
+
 def unsharded(rank: int, ranks: int) -> list[Any]:
     """A state of full tensors goes on without sharding."""
     found: list[Any] = [[], []]
@@ -550,6 +556,7 @@ def refuse(rank: int, ranks: int) -> list[Any]:
         lambda: trained.load_state_dict(lbfgs_of.state_dict()),
         lambda: LBFGS(elsewhere).load_state_dict(lbfgs_of.state_dict()),
         lambda: AdaHessian(params).load_state_dict(adapted.state_dict()),
+        lambda: Everything(params),
     ]
     found = []
     for action in actions:
@@ -585,6 +592,7 @@ REFUSALS = (
     "ValueError: the state of parameter 0",
     "ValueError: the state of parameter 0",
     "ValueError: exp_avg of parameter 0 has shape (5, 4) in this process",
+    "ValueError: Everything keeps a matrix over all pairs of parameters",
     "for sharded parameters products are finite differences of gradients",
     "finite_difference",
 )
@@ -615,6 +623,7 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
         reshard_diagonal,
         newton,
         reshard_newton,
+        reshard_declared,
         unsharded,
         lbfgs_on_tiny_numbers,
         history,
@@ -677,6 +686,7 @@ SAME_AS_PLAIN = (
     "reshard_lbfgs",
     "newton",
     "reshard_newton",
+    "reshard_declared",
     "lbfgs_on_tiny_numbers",
     "history",
     "solve",

@@ -245,13 +245,13 @@ def test_unscaling_finds_nonfinite_entries(without: Without, bad: float | None) 
 
 
 def test_autocast_counts_as_on_where_nobody_tells(without: Without) -> None:
-    from torch_secondorder._objective import one_shot
+    from torch_secondorder._closure import runner
 
     module = without("torch:_C._is_any_autocast_enabled")
     assert module.any_autocast_enabled()
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setattr(one_shot, "any_autocast_enabled", module.any_autocast_enabled)
-        with one_shot.without_autocast([torch.ones(1)]):
+        patch.setattr(runner, "any_autocast_enabled", module.any_autocast_enabled)
+        with runner.without_autocast([torch.ones(1)]):
             assert not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu")
 
@@ -296,11 +296,9 @@ def test_accumulated_gradients_are_noticed_without_the_engines_entry(
 ) -> None:
     module = without("torch.autograd:_engine_run_backward")
     assert module.ENGINE_ENTRY == "backward"
-    substitution = backward_hook.Substitution(
-        torch.autograd, module.ENGINE_ENTRY, capture._noticing_accumulation
-    )
+    patch = backward_hook.Patch(torch.autograd, module.ENGINE_ENTRY, capture._noticing_accumulation)
     monkeypatch.setattr(capture, "_ACCUMULATES", True)
-    monkeypatch.setattr(capture, "_accumulations", substitution)
+    monkeypatch.setattr(capture, "_accumulations", patch)
     x = torch.ones(2, requires_grad=True)
     with capture.Capture([x]) as found:
         torch.autograd.backward((x * x).sum())
@@ -321,7 +319,7 @@ def test_passes_are_seen_where_they_have_no_number(
         seen.append(len(those))
         own(*args, **kwargs)
 
-    listeners = backward_hook.Listeners(handler)
+    listeners = backward_hook.BackwardListeners(handler)
     someone = {1}
     listeners.add(someone)
     x = torch.ones(2, requires_grad=True)
@@ -429,7 +427,7 @@ def test_modes_count_as_none_where_nobody_tells(
     module = without("torch:_C._len_torch_function_stack")
     monkeypatch.setattr(backward_hook, "number_of_function_modes", module.number_of_function_modes)
     x = torch.tensor(3.0, requires_grad=True)
-    with backward_hook.intercepting(lambda loss: (loss + x).backward()):
+    with backward_hook.patched_backward(lambda loss: (loss + x).backward()):
         (x * x).backward()
     assert x.grad is not None and x.grad.item() == 7.0
     assert torch.isfinite(minimized(LBFGS)).all()

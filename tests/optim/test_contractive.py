@@ -24,7 +24,7 @@ from torch_secondorder import (
     NewtonCG,
     Sophia,
 )
-from torch_secondorder._autograd.backward_hook import intercepting
+from torch_secondorder._autograd.backward_hook import patched_backward
 from torch_secondorder.penalties import contractive_penalty
 
 WEIGHT = 0.3
@@ -611,7 +611,7 @@ def test_handlers_and_modes_come_to_their_turn() -> None:
 
     x = torch.ones((), requires_grad=True)
     original = Tensor.backward
-    with intercepting(handler("outer")), Mode(), intercepting(handler("inner")):
+    with patched_backward(handler("outer")), Mode(), patched_backward(handler("inner")):
         (x * 2).backward()
     assert seen == ["inner", "mode", "outer"]
     assert Tensor.backward is original

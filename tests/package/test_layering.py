@@ -56,7 +56,9 @@ RULES = Rules(
         "globalization": "_foundation",
         "penalties": "_foundation _autograd",
         "dataset": "_foundation _params _autograd _closure _objective curvature",
-        "diagnostics": "_foundation _params _closure _objective curvature solvers dataset",
+        "diagnostics": (
+            "_foundation _params _autograd _closure _objective curvature solvers dataset"
+        ),
         "_optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
             "dataset"
@@ -76,7 +78,6 @@ RULES = Rules(
         "curvature._masked": "_optim",
         "curvature._output_space": "_optim optim",
         "curvature._random": "diagnostics",
-        "curvature._products": "diagnostics",
         "curvature._samples": "_optim",
         "dataset._loader": "diagnostics",
         "dataset._objective": "diagnostics _optim",

@@ -88,9 +88,11 @@ from torch_secondorder.globalization import (
     Armijo,
     FixedStep,
     Globalization,
+    GlobalizationName,
     HagerZhang,
     LevenbergMarquardt,
     LineSearch,
+    LineSearchName,
     Phi,
     SearchResult,
     SearchStatus,
@@ -112,7 +114,9 @@ from torch_secondorder.solvers import (
     Nystrom,
     NystromApproximation,
     Preconditioner,
+    PreconditionerName,
     SolveResult,
+    SolverName,
     SolveStatus,
     Tridiagonal,
     lanczos,
@@ -377,8 +381,10 @@ def linear_solvers() -> None:
     found = lanczos(operator, b, 2)
     assert_type(found, Tridiagonal)
     assert_type(found.eigh(), tuple[Tensor, Tensor])
-    assert_type(resolve_preconditioner("nystrom"), Preconditioner | None)
-    assert_type(resolve_solver("minres", 10), LinearSolver | None)
+    preconditioner: PreconditionerName = "nystrom"
+    assert_type(resolve_preconditioner(preconditioner), Preconditioner | None)
+    name: SolverName = "minres"
+    assert_type(resolve_solver(name, 10), LinearSolver | None)
 
 
 def line_searches() -> None:
@@ -393,8 +399,10 @@ def line_searches() -> None:
         assert_type(result.status, SearchStatus)
         assert_type(result.trial.loss, float)
         assert_type(falls_without_end(-2.0, result), bool)
-    assert_type(resolve_line_search("strong_wolfe"), LineSearch)
-    chosen: Globalization = resolve_globalization("trust_region", None, True)
+    search_name: LineSearchName = "strong_wolfe"
+    assert_type(resolve_line_search(search_name), LineSearch)
+    name: GlobalizationName = "trust_region"
+    chosen: Globalization = resolve_globalization(name, None, True)
     if isinstance(chosen, TrustRegion):
         assert_type(chosen.begun(1.0), float)
     assert_type(LevenbergMarquardt(initial=1.0).begun(1.0), float)
@@ -443,8 +451,9 @@ def diagnostics() -> None:
     model, x, y = model_and_data()
     problem = from_model(model, loss_of, [(x, y)], curvature="hessian", reduction="mean")
     assert_type(problem, Problem)
-    source: Source = problem
-    pairs = eigenpairs(source, 2, "largest")
+    sources: list[Source] = [problem, Diagonal(x.new_ones(3))]
+    assert_type(trace(sources[1], 3), TraceEstimate)
+    pairs = eigenpairs(problem, 2, "largest")
     assert_type(pairs, Eigenpairs)
     assert_type(pairs.values, Tensor)
     assert_type(trace(problem, 30), TraceEstimate)

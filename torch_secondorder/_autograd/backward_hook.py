@@ -1,4 +1,4 @@
-"""Attributes that stand in the place of others for a time: `Tensor.backward` above all.
+"""Temporary replacements of attributes, of `Tensor.backward` above all.
 
 `torch.autograd.backward` is below it: `Tensor.backward` goes through it.
 """
@@ -9,7 +9,6 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import number_of_function_modes, running_pass
 
-__all__ = ["Listeners", "Substitution", "intercepting"]
+__all__ = ["BackwardListeners", "Patch", "patched_backward"]
 
 #: Takes what `Tensor.backward` takes, the tensor first.
 Handler: TypeAlias = Callable[..., None]
@@ -27,72 +26,86 @@ Handler: TypeAlias = Callable[..., None]
 
 class _Handling(NamedTuple):
     handler: Handler
-    depth: int  # how many function modes were around when it began
+    depth: int  # the number of function modes around it
 
 
 _handlings: ContextVar[tuple[_Handling, ...]] = ContextVar("backward_handlings", default=())
 
 
-@contextmanager
-def intercepting(handler: Handler) -> Iterator[None]:
-    """Inside, and in this thread, `loss.backward(...)` is `handler(loss, ...)`.
+class patched_backward:
+    """A context inside which, in this thread, `loss.backward(...)` is `handler(loss, ...)`.
 
     The handler goes on by calling `backward` itself: that is the handler around, or PyTorch's own.
     Modes of PyTorch and handlers come to their turn in the order in which they were entered, the
-    last one first. Costs nothing an operation, where a `TorchFunctionMode` sees them all.
+    last one first. It costs nothing an operation, where a `TorchFunctionMode` sees them all.
 
     Args:
         handler: Takes what `Tensor.backward` takes.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
-    >>> with intercepting(lambda loss: (loss + x).backward()):
+    >>> with patched_backward(lambda loss: (loss + x).backward()):
     ...     (x * x).backward()
     >>> x.grad
     tensor(7.)
     """
-    handling = _Handling(handler, number_of_function_modes())
-    token = _handlings.set((*_handlings.get(), handling))
-    _method.begin()
-    try:
-        yield
-    finally:
-        _method.end()
-        _handlings.reset(token)
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def __enter__(self) -> None:
+        handling = _Handling(self._handler, number_of_function_modes())
+        self._token = _handlings.set((*_handlings.get(), handling))
+        Patch.begin(_method)
+
+    def __exit__(self, *exception: object) -> None:
+        Patch.end(_method)
+        _handlings.reset(self._token)
 
 
-class Substitution:
-    """Another attribute in the place of one, as long as anybody needs it.
+class Patch:
+    """A replacement for an attribute, in place as long as somebody needs it.
 
     Args:
-        owner: What has the attribute, by itself or from a base class.
-        name: Its name.
-        make: Takes what is there and gives what is to be there instead.
+        owner: The object that has the attribute, by itself or from a base class.
+        name: The attribute's name.
+        make: Takes the original and returns the replacement.
     """
+
+    _lock = threading.Lock()
 
     def __init__(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         self._owner, self._name, self._make = owner, name, make
-        self._lock = threading.Lock()
         self._users = 0
         self._original: Any = None
+        # The last replacement, with the attribute that it was made from.
+        self._made_from: Any = _MISSING
+        self._made: Any = None
 
-    def begin(self) -> None:
-        """Puts it there, unless it is."""
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._original = vars(self._owner).get(self._name, _MISSING)
-                found = getattr(self._owner, self._name, None)
-                setattr(self._owner, self._name, self._make(found))
+    @staticmethod
+    def begin(*patches: Patch) -> None:
+        """Puts replacements in place, unless they are."""
+        with Patch._lock:
+            for patch in patches:
+                patch._users += 1
+                if patch._users == 1:
+                    owner, name = patch._owner, patch._name
+                    patch._original = vars(owner).get(name, _MISSING)
+                    found = getattr(owner, name, None)
+                    if found != patch._made_from:
+                        patch._made_from, patch._made = found, patch._make(found)
+                    setattr(owner, name, patch._made)
 
-    def end(self) -> None:
-        """Takes it away with the last user."""
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                if self._original is _MISSING:
-                    delattr(self._owner, self._name)
-                else:
-                    setattr(self._owner, self._name, self._original)
+    @staticmethod
+    def end(*patches: Patch) -> None:
+        """Takes replacements away again, each with its last user."""
+        with Patch._lock:
+            for patch in patches:
+                patch._users -= 1
+                if patch._users == 0:
+                    if patch._original is _MISSING:
+                        delattr(patch._owner, patch._name)
+                    else:
+                        setattr(patch._owner, patch._name, patch._original)
 
 
 _MISSING = object()
@@ -104,7 +117,13 @@ def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def backward(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         handlings = _handlings.get()
-        if not handlings or _others_first(tensor, handlings[-1].depth):
+        modes = number_of_function_modes()
+        # A mode that was entered later, or the tensor's own class, is to see the call first.
+        if (
+            not handlings
+            or modes > handlings[-1].depth
+            or (modes == 0 and torch.overrides.has_torch_function_unary(tensor))
+        ):
             original(tensor, *args, **kwargs)
             return
         token = _handlings.set(handlings[:-1])
@@ -116,26 +135,21 @@ def _dispatching(original: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-def _others_first(tensor: Tensor, depth: int) -> bool:
-    """Whether a mode that was entered later, or the tensor's own class, is to see the call."""
-    modes = number_of_function_modes()
-    return modes > depth or (modes == 0 and torch.overrides.has_torch_function_unary(tensor))
+_method = Patch(Tensor, "backward", _dispatching)
 
 
-_method = Substitution(Tensor, "backward", _dispatching)
-
-
-class Listeners:
+class BackwardListeners:
     """Objects that see every backward pass of the process for as long as they live and listen.
 
     While there is one, `torch.autograd.backward`, through which `Tensor.backward` goes as well, is
-    a function that asks the handler. Without any it is PyTorch's own. Objects are held weakly. What
-    `intercepting` handles without a backward pass is not seen, nor are passes inside others.
+    a function that asks the handler. Without any it is PyTorch's own. Objects are held weakly.
+    Calls that `patched_backward` handles without a backward pass are not seen, nor are passes
+    inside others.
 
     Args:
         handler: Takes the listeners, PyTorch's own function, and what that takes.
 
-    >>> listeners = Listeners(lambda those, own, *args, **kwargs: own(*args, **kwargs))
+    >>> listeners = BackwardListeners(lambda those, own, *args, **kwargs: own(*args, **kwargs))
     >>> before, someone = torch.autograd.backward, set([1])
     >>> listeners.add(someone)
     >>> torch.autograd.backward is before
@@ -151,6 +165,7 @@ class Listeners:
         self._references: dict[int, ref[Any]] = {}
         self._original: Callable[..., Any] | None = None
         self._replacement: Callable[..., Any] | None = None
+        self._listens = False
 
     def __contains__(self, listener: object) -> bool:
         found = self._references.get(id(listener))
@@ -163,9 +178,10 @@ class Listeners:
 
     def add(self, listener: Any) -> None:
         """Lets an object see backward passes from now on."""
-        if listener in self:
-            return
         key = id(listener)
+        known = self._references.get(key)
+        if known is not None and known() is listener:
+            return
 
         def forget(reference: ref[Any], finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
             if finalizing():  # modules may be gone
@@ -181,21 +197,24 @@ class Listeners:
 
     def discard(self, listener: Any) -> None:
         """Lets an object see no more of them."""
-        if listener in self:
+        known = self._references.get(id(listener))
+        if known is not None and known() is listener:
             with self._lock:
                 self._references.pop(id(listener), None)
                 self._update()
 
     def _update(self) -> None:
-        if self._references and self._replacement is None:
-            self._original = torch.autograd.backward
-            self._replacement = self._asking(self._original)
+        if self._references and not self._listens:
+            if torch.autograd.backward is not self._original:
+                self._original = torch.autograd.backward
+                self._replacement = self._asking(self._original)
             setattr(torch.autograd, "backward", self._replacement)  # noqa: B010
-        elif not self._references and self._replacement is not None:
-            # Else somebody has wrapped it: what is inside of that lets everything through.
+            self._listens = True
+        elif not self._references and self._listens:
+            # Else somebody has wrapped it, and the function inside lets everything through.
             if torch.autograd.backward is self._replacement:
                 setattr(torch.autograd, "backward", self._original)  # noqa: B010
-            self._original = self._replacement = None
+            self._listens = False
 
     def _asking(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -78,7 +78,7 @@ def _substituted(
 
 
 def _batched(gradient: Tensor) -> bool:
-    """Whether this is several gradients, for `torch.func.vmap` or for `is_grads_batched`."""
+    """True for several gradients at once, for `torch.func.vmap` or for `is_grads_batched`."""
     return innermost_transform() is not None or is_batched_gradient(gradient)
 
 
@@ -145,7 +145,7 @@ def _backward(
 
 
 def _executes(ctx: Any, index: int) -> bool:
-    """Whether the derivative by an input is needed in the pass that is running."""
+    """True if the pass that is running needs the derivative by an input."""
     edges = ctx.next_functions  # of tensors among the inputs; a bias comes last or is none
     node = edges[index][0] if index < len(edges) else None
     if node is None or hasattr(node, "variable"):  # of a leaf the engine does not tell

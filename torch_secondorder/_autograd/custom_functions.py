@@ -1,9 +1,9 @@
 """Second derivatives of custom autograd functions, compared with differences.
 
-Nothing tells whether the backward of a `torch.autograd.Function` can be differentiated: where it
-runs without a graph, or reuses what the forward pass computed, a second derivative is silently
-wrong. So a function that is applied in another way than before is examined by itself, where it is
-applied. Let `F(x, g)` be its backward, for inputs `x` and incoming gradients `g`. With random `w`:
+Nothing tells whether the backward of a `torch.autograd.Function` can be differentiated: if it runs
+without a graph, or reuses results of the forward pass, a second derivative is silently wrong. So a
+function is examined by itself whenever it is applied in a new way. Let `F(x, g)` be its backward,
+for inputs `x` and incoming gradients `g`. With random `w`:
 
 * `F` is linear in `g`, so the derivative of `w'F` by `g`, times `g`, is `w'F` again. That is exact,
   and all that products with a Jacobian and its transpose need (Gauss-Newton, Fisher).
@@ -66,7 +66,7 @@ _ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 
 class Finding(NamedTuple):
-    """What the examination of a custom function gave.
+    """The result of examining a custom function.
 
     Attributes:
         name: The function's.
@@ -89,7 +89,7 @@ _findings: WeakKeyDictionary[Any, dict[Any, Finding]] = WeakKeyDictionary()
 
 
 def trusted(cls: type) -> bool:
-    """Whether a function is known to be right, or not to be run for a test."""
+    """True if a function is known to be right, or must not be run for a test."""
     return f"{cls.__module__}.{cls.__qualname__}".startswith(_TRUSTED)
 
 
@@ -121,7 +121,7 @@ def _differentiated(value: Any) -> bool:
 
 
 def _kind(argument: Any) -> Any:
-    """What tells one way to apply a function from another."""
+    """The kind of an argument, which tells ways to apply a function apart."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.device.type, argument.dim(), argument.requires_grad
     if argument is None or isinstance(argument, (bool, str)):
@@ -130,7 +130,7 @@ def _kind(argument: Any) -> Any:
 
 
 def _examined(cls: Any, apply: Callable[..., Any], args: Sequence[Any]) -> tuple[Finding, bool]:
-    """What was found, and whether it is to be relied on where values are others."""
+    """The finding, and whether it holds for other values."""
     name = cls.__name__
     if marked_once_differentiable(cls):
         return Finding(name, False, False, "marked once_differentiable"), True
@@ -168,7 +168,7 @@ def note(node: Any, finding: Finding | None) -> None:
 
 
 def finding_at(node: Any) -> Finding | None:
-    """What is known of a node; None for one of PyTorch's own, or of a function that is trusted."""
+    """The finding for a node; None for one of PyTorch's own, or of a trusted function."""
     cls = getattr(type(node), FORWARD_CLASS, None)
     if cls is None or trusted(cls):
         return None
@@ -181,12 +181,12 @@ def finding_at(node: Any) -> Finding | None:
 
 
 def unseen(node: Any) -> bool:
-    """Whether a custom function was applied by a copy of its `apply` that nothing can notice."""
+    """True if a custom function was applied by a copy of its `apply` that nothing can notice."""
     return APPLY_IN_C and finding_at(node) is not None and not hasattr(node, _NOTE)
 
 
 def marked_once_differentiable(cls: Any) -> bool:
-    """Whether the backward of a custom function is marked `once_differentiable`."""
+    """True if the backward of a custom function is marked `once_differentiable`."""
     backward = getattr(cls, "backward", None)
     while backward is not None:
         code = getattr(backward, "__code__", None)
@@ -347,7 +347,7 @@ class _Examination:
         return found[: len(inputs)], found[len(inputs) :]
 
     def _follows_incoming(self) -> bool:
-        """Whether the derivative by the incoming gradients is a difference."""
+        """True if the derivative by the incoming gradients is a difference."""
         still = [torch.zeros_like(p) for p in self._points]
         incoming = [g * self._rerun.uniform(g) for g in self._incoming]
         every = [torch.ones_like(w, dtype=torch.bool) for w in self._weights]
@@ -355,7 +355,7 @@ class _Examination:
         return view.agrees and view.telling
 
     def _curves(self) -> bool:
-        """Whether products with the second derivative are differences."""
+        """True if products with the second derivative are differences."""
         direction = [self._direction(p, s) for p, s in zip(self._points, self._slopes, strict=True)]
         incoming = [torch.zeros_like(g) for g in self._incoming]
         every = [torch.ones_like(w, dtype=torch.bool) for w in self._weights]
@@ -383,7 +383,7 @@ class _Examination:
         return _sizes(point) * self._rerun.uniform(point) * signs
 
     def _reached(self, direction: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Tensor]:
-        """Where gradients may change along a direction: nothing is rounded elsewhere."""
+        """The entries that may change along a direction: nothing is rounded elsewhere."""
         here = self._moved(direction, incoming, 0.0)
         there = self._moved(direction, incoming, 1.0)
         return [(a != b) | (d != 0) for a, b, d in zip(here, there, direction, strict=True)]
@@ -435,7 +435,7 @@ class _Examination:
         difference: float,
         rounding: float,
     ) -> bool:
-        """Whether a difference is the derivative, and does not depend on the step."""
+        """True if a difference is the derivative, and does not depend on the step."""
         unit = self._eps ** (1 / 3)
         nearest, rounded, _ = self._differences(direction, incoming, _NEAREST)
         again = float(sum(d.sum() for d in nearest))
@@ -474,7 +474,7 @@ class _Examination:
 
 
 class _View(NamedTuple):
-    """What shows along one direction.
+    """The comparison along one direction.
 
     Attributes:
         agrees: Whether product and difference are the same.

@@ -1,7 +1,8 @@
-"""What an evaluation leaves behind: gradients that can be differentiated again, and outputs."""
+"""The retained graph of an evaluation: gradients that can be differentiated again, and outputs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -34,6 +35,7 @@ __all__ = [
     "reentrant",
     "refuse",
     "versions",
+    "walk",
 ]
 
 #: A product with a curvature of the loss: parts of the direction, whether they are batched.
@@ -53,7 +55,7 @@ _REENTRANT = (
     "False} where a trainer does it"
 )
 _SOME_MARKED = "a custom function marked once_differentiable"
-#: What is noted of a reentrant checkpoint.
+#: The finding for a reentrant checkpoint.
 REENTRANT = Finding("CheckpointFunction", False, False, "use_reentrant=True")
 
 
@@ -107,9 +109,9 @@ class Suspect(NamedTuple):
 class Overwritten(RuntimeError):
     """A tensor that a graph has saved was changed in place since.
 
-    Closures may do that: what is written once for each evaluation is harmless in a loop that uses
-    the graph at once, and here the graph of one evaluation is used after others. With a graph of
-    copies it is harmless as well, see `Capture`.
+    Closures may do that: writing once for each evaluation is harmless in a loop that uses the graph
+    at once, but here the graph of one evaluation is used after others. With a graph of copies it is
+    harmless as well, see `Capture`.
     """
 
 
@@ -142,7 +144,7 @@ class Output:
 
     @property
     def intact(self) -> bool:
-        """Whether the loss's arguments still are what it was given."""
+        """True if the loss's arguments are unchanged."""
         return self.versions == versions(self.arguments.values())
 
 
@@ -201,12 +203,13 @@ class Graph:
 
     def linear_calls(self) -> list[LinearCall]:
         """The linear layers met whose weights are among the parameters."""
-        places = {id(p): i for i, p in enumerate(self.params)}
-        calls = (
-            _linear_call(places, node, version, *args, **kwargs)
-            for node, version, args, kwargs in self.linear
-        )
-        return [call for call in calls if call is not None]
+        places = dict(zip(map(id, self.params), itertools.count(), strict=False))
+        found = []
+        for node, version, args, kwargs in self.linear:
+            call = _linear_call(places, node, version, *args, **kwargs)
+            if call is not None:
+                found.append(call)
+        return found
 
     def differentiate(
         self, loss: Tensor, weight: Tensor | None = None, *, twice: bool = True
@@ -222,7 +225,10 @@ class Graph:
             MissingSecondDerivative: There is a reentrant checkpoint on the way to the parameters,
                 or, with `twice`, a custom function whose backward cannot be differentiated at all.
         """
-        loss, weight = plain(loss), plain(weight)
+        if type(loss) is not Tensor:
+            loss = plain(loss)
+        if weight is not None:
+            weight = plain(weight)
         if self.suspects:
             self._judge(loss, twice)
         try:
@@ -280,7 +286,7 @@ class Graph:
             known.add(kind)
 
     def check_differentiable(self, twice: bool = True) -> None:
-        """Looks at each operation, and raises where a derivative would be silently wrong.
+        """Checks each operation, and raises if a derivative would be silently wrong.
 
         PyTorch cuts the graph at the backward of a function marked `once_differentiable`, and at
         reentrant checkpoints, and never reports it in `torch.autograd.grad`: gradients or products
@@ -326,23 +332,29 @@ class Graph:
         Raises:
             MissingSecondDerivative: A custom function has a wrong one.
         """
-        refuse(self.curving, self.instead)
-        pairs = [
-            (gradient, tangent)
-            for gradients in self.gradients
-            for gradient, tangent in zip(gradients, tangents, strict=True)
-            # A gradient without a graph does not depend on the parameters: its rows are zero.
-            if gradient is not None and gradient.requires_grad
-        ]
-        if not pairs:
+        if self.curving:
+            refuse(self.curving, self.instead)
+        outputs, weights = [], []
+        for gradients in self.gradients:
+            for gradient, tangent in zip(gradients, tangents, strict=True):
+                # A gradient without a graph does not depend on the parameters: its rows are zero.
+                if gradient is not None and gradient.requires_grad:
+                    outputs.append(gradient)
+                    weights.append(tangent)
+        if not outputs:
             return (None,) * len(self.params)
-        outputs, weights = zip(*pairs, strict=True)
         try:
             if not batched:
                 # `torch.autograd.grad` without its look at every shape, which takes four
                 # microseconds a parameter; these fit.
                 products: tuple[Tensor | None, ...] = engine_run_backward(
-                    outputs, weights, retain, False, tuple(self.params), True, accumulate_grad=False
+                    tuple(outputs),
+                    tuple(weights),
+                    retain,
+                    False,
+                    tuple(self.params),
+                    True,
+                    accumulate_grad=False,
                 )
                 return products
             with plainly():
@@ -383,25 +395,27 @@ def _linear_call(
 
 def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """All nodes of the graph below some tensors."""
-    return _below(t.grad_fn for t in tensors if t.grad_fn is not None)
+    return walk(t.grad_fn for t in tensors if t.grad_fn is not None)
 
 
-def _below(nodes: Iterable[Any]) -> Iterator[Any]:
-    """Some nodes, and all that a graph has below them."""
-    waiting = list(nodes)
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
+def walk(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Some nodes and all nodes below them, breadth first.
+
+    The order decides which random numbers an output gets, see `standard_losses`.
+    """
+    found = list(dict.fromkeys(nodes))
+    seen = set(found)
+    for node in found:  # grows on the way
         yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                waiting.append(following)
+                found.append(following)
 
 
 def _reaches(node: Any, params: Collection[int]) -> bool:
-    """Whether a way goes from a node to one of some leaves, given by their ids."""
-    return any(id(getattr(n, "variable", None)) in params for n in _below([node]))
+    """True if a path leads from a node to one of some leaves, given by their ids."""
+    return any(id(getattr(n, "variable", None)) in params for n in walk([node]))
 
 
 def refuse(suspects: Sequence[Suspect], instead: str = _INSTEAD) -> None:
@@ -450,8 +464,8 @@ def reentrant() -> MissingSecondDerivative:
 
 def versions(arguments: Iterable[Any]) -> tuple[int, ...]:
     """The version counters of the tensors among a call's arguments."""
-    return tuple(
-        value._version
-        for value in arguments
-        if isinstance(value, Tensor) and not value.is_inference()
-    )
+    found = []
+    for value in arguments:
+        if isinstance(value, Tensor) and not value.is_inference():
+            found.append(value._version)  # noqa: PERF401 - on the way of each evaluation
+    return tuple(found)

@@ -1,7 +1,7 @@
 """Nodes of a graph that is there already: leaves, standard losses, and missing second derivatives.
 
-Captures arrange such things in the forward pass. Where only `backward()` is seen, what the nodes
-have saved takes their place.
+Captures arrange such things in the forward pass. If only `backward()` is seen, the values that the
+nodes have saved take their place.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_secondorder._autograd.convolution import with_second_derivatives
-from torch_secondorder._autograd.graph import MissingSecondDerivative, Output, versions
+from torch_secondorder._autograd.graph import MissingSecondDerivative, Output, versions, walk
 from torch_secondorder._autograd.weight_norm import weight_norm
 from torch_secondorder._foundation.private_torch import attention_by_definition
 
@@ -25,15 +25,7 @@ __all__ = ["MENDED", "leaves_of", "nodes_of", "standard_losses", "twice_differen
 
 def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
     """All nodes of the graph of some tensors, leaves included."""
-    starts = [torch.autograd.graph.get_gradient_edge(t).node for t in tensors if t.requires_grad]
-    found = list(dict.fromkeys(starts))
-    seen = set(found)
-    for node in found:  # grows on the way
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                found.append(following)
-    return found
+    return list(walk(get_gradient_edge(t).node for t in tensors if t.requires_grad))
 
 
 def leaves_of(nodes: Iterable[Any]) -> list[Tensor]:
@@ -181,7 +173,7 @@ def _outputs(node: Any, loss: Callable[..., Any], names: tuple[str, ...]) -> lis
 
 
 def _is_log_softmax(node: Any, result: Tensor) -> bool:
-    """Whether a node has made logarithms of the probabilities of classes."""
+    """True if a node has made logarithms of the probabilities of classes."""
     if type(node).__name__ != "LogSoftmaxBackward0":
         return False
     return _signed(node._saved_dim) % result.dim() == (1 if result.dim() > 1 else 0)

@@ -1,9 +1,9 @@
-"""What a forward pass needs so that it can be differentiated twice.
+"""Forward passes that can be differentiated twice.
 
-Some of PyTorch's kernels have no second derivative, and others one that is wasteful. All that has
-to be different while a function runs whose derivatives are going to be differentiated stands here:
-switches between kernels, which cost nothing an operation, and operations that take the place of
-others, for those who look at every operation anyway.
+Some of PyTorch's kernels have no second derivative, others a wasteful one. This module changes what
+is needed while a function runs whose derivatives will be differentiated again: switches between
+kernels, which cost nothing an operation, and replacements of operations, for modes that see every
+operation anyway.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -20,15 +21,12 @@ from torch import nn
 from torch.backends import cuda, mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torch_secondorder._autograd.backward_hook import Substitution
+from torch_secondorder._autograd.backward_hook import Patch
 from torch_secondorder._autograd.convolution import CONVOLUTIONS, convolution
-from torch_secondorder._autograd.weight_norm import (
-    WEIGHT_NORM,
-    replace_weight_norm,
-    restore_weight_norm,
-    weight_norm,
-)
+from torch_secondorder._autograd.weight_norm import WEIGHT_NORM, weight_norm
 from torch_secondorder._foundation.private_torch import (
+    WEIGHT_NORM_HOLDERS,
+    WEIGHT_NORM_NAME,
     enable_overrideable_attention,
     overrideable_attention_enabled,
 )
@@ -84,17 +82,6 @@ _State: TypeAlias = tuple[bool, bool, bool, bool, bool, bool]
 _DIFFERENTIABLE: _State = (True, False, False, False, False, False)
 
 
-def _read() -> _State:
-    return (
-        cuda.math_sdp_enabled(),
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-        overrideable_attention_enabled(),
-        mha.get_fastpath_enabled(),
-    )
-
-
 def _write(state: _State) -> None:
     math, flash, efficient, cudnn, overrideable, fused = state
     cuda.enable_math_sdp(math)
@@ -116,28 +103,43 @@ class _Switches:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._before: list[_State] = []
-        self._substituted: Sequence[Substitution] = ()
+        self._patches: Sequence[Patch] = ()
         self._weight_norms: list[Any] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._before:
-                self._weight_norms = replace_weight_norm()
-                self._substituted = _recurrent if torch.cuda.is_initialized() else ()
-                for substitution in self._substituted:
-                    substitution.begin()
-            self._before.append(_read())
+                # Assignments alone: this is done around each small Jacobian.
+                self._weight_norms = list(map(_weight_norm_in, WEIGHT_NORM_HOLDERS))
+                for holder in WEIGHT_NORM_HOLDERS:
+                    setattr(holder, WEIGHT_NORM_NAME, weight_norm)
+                if torch.cuda.is_initialized():
+                    self._patches = _recurrent
+                    Patch.begin(*_recurrent)
+            self._before.append(
+                (
+                    cuda.math_sdp_enabled(),
+                    cuda.flash_sdp_enabled(),
+                    cuda.mem_efficient_sdp_enabled(),
+                    cuda.cudnn_sdp_enabled(),
+                    overrideable_attention_enabled(),
+                    mha.get_fastpath_enabled(),
+                )
+            )
             _write(_DIFFERENTIABLE)
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             _write(self._before.pop())
             if not self._before:
-                restore_weight_norm(self._weight_norms)
-                for substitution in self._substituted:
-                    substitution.end()
+                for holder, original in zip(WEIGHT_NORM_HOLDERS, self._weight_norms, strict=True):
+                    setattr(holder, WEIGHT_NORM_NAME, original)
+                if self._patches:
+                    Patch.end(*self._patches)
+                    self._patches = ()
 
 
+_weight_norm_in = attrgetter(WEIGHT_NORM_NAME)
 _switches = _Switches()
 
 
@@ -162,4 +164,4 @@ def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-_recurrent = [Substitution(kind, "forward", _without_cudnn) for kind in (nn.RNN, nn.LSTM, nn.GRU)]
+_recurrent = [Patch(kind, "forward", _without_cudnn) for kind in (nn.RNN, nn.LSTM, nn.GRU)]

@@ -6,17 +6,11 @@ PyTorch's fused operation saves the norms, and its second derivative takes them 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from torch_secondorder._foundation.private_torch import (
-    FUSED_WEIGHT_NORM,
-    WEIGHT_NORM_HOLDERS,
-    WEIGHT_NORM_NAME,
-)
+from torch_secondorder._foundation.private_torch import FUSED_WEIGHT_NORM
 
-__all__ = ["WEIGHT_NORM", "replace_weight_norm", "restore_weight_norm", "weight_norm"]
+__all__ = ["WEIGHT_NORM", "weight_norm"]
 
 #: The function that `weight_norm` stands in for.
 WEIGHT_NORM = FUSED_WEIGHT_NORM
@@ -39,24 +33,3 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # Of operations that have all rules: those of `vector_norm` fail inside vmap of jvp.
     squares = (v * v).sum(others, keepdim=dim != -1)
     return v * (g / squares.sqrt())
-
-
-def replace_weight_norm() -> list[Any]:
-    """Lets modules of PyTorch that normalize weights call `weight_norm`, in all threads.
-
-    It costs nothing an operation.
-
-    Returns:
-        The functions that were there, for `restore_weight_norm`.
-    """
-    # Assignments alone: they are made around each small Jacobian.
-    before = [getattr(holder, WEIGHT_NORM_NAME) for holder in WEIGHT_NORM_HOLDERS]
-    for holder in WEIGHT_NORM_HOLDERS:
-        setattr(holder, WEIGHT_NORM_NAME, weight_norm)
-    return before
-
-
-def restore_weight_norm(before: list[Any]) -> None:
-    """Puts back the functions that `replace_weight_norm` found."""
-    for holder, function in zip(WEIGHT_NORM_HOLDERS, before, strict=True):
-        setattr(holder, WEIGHT_NORM_NAME, function)

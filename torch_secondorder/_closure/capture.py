@@ -1,4 +1,4 @@
-"""What is caught inside a closure: the gradient's graph at `backward()`, and the model's outputs.
+"""Catches the gradient's graph at `backward()` and the model's outputs inside a closure.
 
 An optimizer that needs curvature must differentiate the gradient once more, so the gradient has to
 be made with a graph. Instead of asking the user for `create_graph=True`, the evaluation of the
@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from torch_secondorder._autograd.backward_hook import Substitution, intercepting
+from torch_secondorder._autograd.backward_hook import Patch, patched_backward
 from torch_secondorder._autograd.custom_functions import (
     applied,
     finding_at,
@@ -47,11 +47,12 @@ from torch_secondorder._foundation.private_torch import (
     sequence_number,
     sequence_number_of,
 )
-from torch_secondorder._foundation.subclasses import like, plain, plainly, snapshot
+from torch_secondorder._foundation.subclasses import PLAIN_TYPES, like, plain, plainly, snapshot
 
 __all__ = [
     "Capture",
     "Sink",
+    "active_capture",
     "examine_everywhere",
     "mark_outputs",
     "suspects_among",
@@ -79,7 +80,8 @@ STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(
     }
 )
 
-_active: ContextVar[Capture | None] = ContextVar("active_capture", default=None)
+#: The capture of this thread, if it runs inside one.
+active_capture: ContextVar[Capture | None] = ContextVar("active_capture", default=None)
 
 
 class Sink(Protocol):
@@ -118,8 +120,8 @@ class Capture(TorchFunctionMode):
     Args:
         params: The leaves to differentiate with respect to.
         sink: Takes the graphs one by one, so that none has to be kept.
-        copies: Whether the graph saves copies, which takes as much memory again. Whatever is then
-            written in place, it stays what it was; else products raise `Overwritten`.
+        copies: Whether the graph saves copies, which takes as much memory again. Tensors may then
+            be written in place; otherwise products raise `Overwritten`.
 
     Attributes:
         graph: The retained graph; it has no losses if there is a sink.
@@ -155,25 +157,23 @@ class Capture(TorchFunctionMode):
         if self.copies:
             self._saving = saved_tensors_hooks(snapshot, _itself)
             self._saving.__enter__()
-        self._token = _active.set(self)
-        _applications.begin()
-        _accumulations.begin()
+        self._token = active_capture.set(self)
+        Patch.begin(_applications, _accumulations)
         self._begun = sequence_number()
         if self._watches:
             super().__enter__()  # type: ignore[no-untyped-call]
         else:
-            self._interception = intercepting(self._intercept)
-            self._interception.__enter__()
+            self._patched = patched_backward(self._intercept)
+            self._patched.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self._watches:
             super().__exit__(*exception)  # type: ignore[no-untyped-call]
         else:
-            self._interception.__exit__(*exception)
-        _accumulations.end()
-        _applications.end()
-        _active.reset(self._token)
+            self._patched.__exit__(*exception)
+        Patch.end(_accumulations, _applications)
+        active_capture.reset(self._token)
         if self.copies:
             self._saving.__exit__(*exception)
         self._kernels.__exit__(*exception)
@@ -199,12 +199,14 @@ class Capture(TorchFunctionMode):
             return self._run_loss(func, args, kwargs)
         result = func(*args, **kwargs)
         if func is F.linear and self._sink is None and not torch.compiler.is_compiling():
-            # Looked at where somebody asks for it: networks make many such calls.
+            # They are examined on request only: networks make many such calls.
             taken = args[0] if args else kwargs["input"]
             if self.copies:
                 taken = snapshot(taken)
                 args, kwargs = (taken, *args[1:]), {k: v for k, v in kwargs.items() if k != "input"}
-            self.graph.linear.append((_node(result), versions([plain(taken)]), args, kwargs))
+            if type(taken) not in PLAIN_TYPES:
+                taken = plain(taken)
+            self.graph.linear.append((_node(result), versions([taken]), args, kwargs))
         return result
 
     def backward(
@@ -215,7 +217,7 @@ class Capture(TorchFunctionMode):
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        """What `loss.backward(...)` does here; the graph is kept whatever the flags say.
+        """Stands in for `loss.backward(...)`; the graph is kept whatever the flags say.
 
         Raises:
             RuntimeError: `inputs` was given: the gradient of a part of the parameters would not be
@@ -255,12 +257,20 @@ class Capture(TorchFunctionMode):
             retain: Whether the graph of the loss is needed again.
         """
         self.calls += 1
-        self.checked(loss)
+        if self._cut_off:
+            self.checked(loss)
         if self.copies:
             self.place = [snapshot(p) for p in self.graph.params]
+        node = _node(loss)
+        # The length of the forward pass and its last operation: graphs of other operations have
+        # others, or are very much alike. To walk over the graph would take a hundred times as long.
+        kind = () if node is None else (sequence_number_of(node) - self._begun, node.name())
         self._differentiates = True
         try:
-            return self._differentiated(loss, weight, retain)
+            if self._sink is not None:
+                return self._handed_on(self._sink, loss, weight, retain, kind)
+            self.graph.kind += kind
+            return self.graph.differentiate(loss, weight)
         finally:
             self._differentiates = False
             self._begun = sequence_number()
@@ -271,16 +281,10 @@ class Capture(TorchFunctionMode):
             raise reentrant()
         return loss
 
-    def _differentiated(
-        self, loss: Tensor, weight: Tensor | None, retain: bool
+    def _handed_on(
+        self, sink: Sink, loss: Tensor, weight: Tensor | None, retain: bool, kind: tuple[Any, ...]
     ) -> Sequence[Tensor | None]:
-        node = _node(loss)
-        # The length of the forward pass and its last operation: graphs of other operations have
-        # others, or are very much alike. To walk over the graph would take a hundred times as long.
-        kind = () if node is None else (sequence_number_of(node) - self._begun, node.name())
-        if self._sink is None:
-            self.graph.kind += kind
-            return self.graph.differentiate(loss, weight)
+        """The gradients that a sink makes of the graph of one loss."""
         graph = Graph(
             self.graph.params,
             outputs=[*self.graph.outputs],
@@ -288,10 +292,10 @@ class Capture(TorchFunctionMode):
             kind=kind,
             instead=INSTEAD_OF_ESTIMATES,
         )
-        graph.differentiate(loss, weight, twice=self._sink.twice)
-        gradients = self._sink(graph, retain)
+        graph.differentiate(loss, weight, twice=sink.twice)
+        gradients = sink(graph, retain)
         if (self.graph.outputs or self.graph.suspects) and not retain:
-            # What is spent is let go, or the graphs of all micro-batches would pile up.
+            # Spent outputs are let go, or the graphs of all micro-batches would pile up.
             spent = set(graph.nodes())
             kept = [o for o in self.graph.outputs if _node(o.tensor) not in spent]
             self.graph.outputs[:] = kept
@@ -299,7 +303,7 @@ class Capture(TorchFunctionMode):
         return gradients
 
     def _apply(self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """What `Function.apply` does here: the function is examined where that is new."""
+        """Stands in for `Function.apply`; examines functions that are applied in a new way."""
         if cls is CheckpointFunction:
             result = apply(*args)
             node = _node_of(result)
@@ -336,7 +340,10 @@ class Capture(TorchFunctionMode):
             bound.arguments[name] = _not_a_leaf(bound.arguments[name])
         value = func(*bound.args, **bound.kwargs)
         bound.apply_defaults()
-        arguments = {name: plain(argument) for name, argument in bound.arguments.items()}
+        arguments = dict(bound.arguments)
+        for name, argument in arguments.items():
+            if isinstance(argument, Tensor) and type(argument) not in PLAIN_TYPES:
+                arguments[name] = plain(argument)
         if self.copies:
             for name in arguments.keys() - found:
                 if isinstance(arguments[name], Tensor):
@@ -349,14 +356,14 @@ class Capture(TorchFunctionMode):
             return value
         with plainly():
             copy = Tensor.clone(value)
-        return like(copy, value)
+        return copy if type(value) in PLAIN_TYPES else like(copy, value)
 
 
 def _noticing_applications(_: Any) -> Any:
     """An `apply` of custom functions that shows them to the capture of its thread."""
 
     def apply(cls: Any, *args: Any) -> Any:
-        capture, inner = _active.get(), own_apply(cls)
+        capture, inner = active_capture.get(), own_apply(cls)
         if capture is not None:
             return capture._apply(cls, inner, args)
         return _noted(cls, inner, args) if _everywhere else inner(*args)
@@ -365,10 +372,10 @@ def _noticing_applications(_: Any) -> Any:
 
 
 def _noticing_accumulation(run: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs backward passes, which tells the capture of its thread of new gradients."""
+    """The engine's entry, which tells the capture of its thread about new gradients."""
 
     def backward(*args: Any, **kwargs: Any) -> Any:
-        capture = _active.get()
+        capture = active_capture.get()
         if capture is None or not kwargs.get("accumulate_grad", _ACCUMULATES):
             return run(*args, **kwargs)
         params = capture.graph.params
@@ -383,28 +390,28 @@ def _noticing_accumulation(run: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-# What all custom functions go through.
-_applications = Substitution(APPLY_HOLDER, "apply", _noticing_applications)
+# All custom functions go through it.
+_applications = Patch(APPLY_HOLDER, "apply", _noticing_applications)
 # By itself, `torch.autograd.backward` accumulates gradients; the engine is told to.
 _ACCUMULATES = ENGINE_ENTRY == "backward"
-# What `torch.autograd.backward` does, which some call in the place of `Tensor.backward`.
-_accumulations = Substitution(torch.autograd, ENGINE_ENTRY, _noticing_accumulation)
+# `torch.autograd.backward` goes through it, which some call in the place of `Tensor.backward`.
+_accumulations = Patch(torch.autograd, ENGINE_ENTRY, _noticing_accumulation)
 
 
-# Who wants custom functions examined that are applied outside of captures.
+# One entry for each request to examine custom functions outside of captures.
 _everywhere: list[object] = []
 
 
 def examine_everywhere(begin: bool) -> None:
     """Begins, or ends, to examine custom functions that are applied outside of captures.
 
-    What is found is noted at their nodes, see `suspects_among`.
+    The findings are noted at their nodes, see `suspects_among`.
     """
     if begin:
         _everywhere.append(None)
-        _applications.begin()
+        Patch.begin(_applications)
     else:
-        _applications.end()
+        Patch.end(_applications)
         _everywhere.pop()
 
 
@@ -432,19 +439,19 @@ def _node_of(result: Any) -> Any:
 
 def uncaptured() -> AbstractContextManager[None]:
     """A context that hides everything inside from a capture around it."""
-    capture = _active.get()
+    capture = active_capture.get()
     return nullcontext() if capture is None else _hidden_from(capture)
 
 
 @contextmanager
 def _hidden_from(capture: Capture) -> Iterator[None]:
-    token = _active.set(None)
+    token = active_capture.set(None)
     capture._suspended = True
     try:
         yield
     finally:
         capture._suspended = False
-        _active.reset(token)
+        active_capture.reset(token)
 
 
 @functools.cache
@@ -494,7 +501,7 @@ def mark_outputs(outputs: Tensor) -> Tensor:
             f"mark_outputs takes one tensor, got {type(outputs).__name__}; mark several outputs "
             "one by one"
         )
-    capture = _active.get()
+    capture = active_capture.get()
     if capture is None or not capture._looks:
         return outputs
     with plainly():

@@ -1,6 +1,6 @@
-"""The processes that share a batch: means over them, and what each of them has.
+"""The ranks that share a batch, and means over them.
 
-They are found from the DistributedDataParallel modules that a closure calls. Where there is none
+They are found from the DistributedDataParallel modules that a closure calls. If it calls none,
 nothing is sent, and everything here is the identity.
 """
 
@@ -21,13 +21,13 @@ from torch_secondorder._foundation.private_torch import DDP_FIRST_PASS_SEEN
 
 __all__ = ["Ranks"]
 
-# What a DistributedDataParallel module looks at in its forward, and what it has to find there so
-# that it leaves gradients alone. The second is of its first backward pass under a static graph.
+# The attributes that a DistributedDataParallel module reads in its forward, with the values that
+# make it leave gradients alone. The second is for its first backward pass under a static graph.
 _QUIET = {
     "require_backward_grad_sync": False,
     DDP_FIRST_PASS_SEEN: True,
 }
-# What it learns from a forward like that, and must not.
+# An attribute that a forward like that would change, and must not.
 _KEPT = ("require_forward_param_sync",)
 
 
@@ -49,7 +49,7 @@ class Ranks:
         # In the order in which they were met, which is the same on all ranks.
         self._modules: WeakKeyDictionary[DistributedDataParallel, None] = WeakKeyDictionary()
         self.met = False
-        # Those that are to leave gradients alone now, with what they held before.
+        # The modules that leave gradients alone now, with the attributes that they had before.
         self._quiet: dict[DistributedDataParallel, dict[str, Any]] | None = None
 
     def note(self, module: DistributedDataParallel) -> None:
@@ -85,19 +85,19 @@ class Ranks:
 
     @property
     def count(self) -> int:
-        """How many ranks there are."""
-        group = self.group
+        """The number of ranks."""
+        group = self.group if self.met else None
         return 1 if group is None else dist.get_world_size(group)
 
     @property
     def own(self) -> int:
-        """Which of them this is."""
+        """The index of this rank."""
         group = self.group
         return 0 if group is None else dist.get_rank(group)
 
     @property
     def delays_averaging(self) -> bool:
-        """Whether a module with a static graph has yet to see its first backward pass."""
+        """True if a module with a static graph has yet to see its first backward pass."""
         return self.met and any(
             module.static_graph and not getattr(module, DDP_FIRST_PASS_SEEN, True)
             for module in self._modules
@@ -160,7 +160,7 @@ class Ranks:
         return self._sum(roots, math.sqrt(self.count))
 
     def any(self, flag: bool, device: torch.device | None = None) -> bool:
-        """Whether a flag is set on any of the ranks; all have to ask, and all get this answer.
+        """True if a flag is set on any of the ranks; all have to ask, and all get the same answer.
 
         Args:
             flag: This rank's.
@@ -225,7 +225,7 @@ class Ranks:
         assert self._quiet is not None
         if module not in self._quiet:
             state = vars(module)
-            # What is quiet already is so for a reason that is not ours to end: no_sync(), say.
+            # Attributes that are set already stay so: no_sync() sets them, for instance.
             changed = {n: v for n, v in _QUIET.items() if n in state and state[n] is not v}
             self._quiet[module] = {n: state[n] for n in (*changed, *_KEPT) if n in state}
             state.update(changed)

@@ -5,8 +5,8 @@ evaluations are of different functions; running statistics have to move once, as
 loop that evaluates once; and under DistributedDataParallel every rank has to see the same loss.
 
 Buffers that the loss depends on, such as the vectors of spectral normalization, are another kind:
-a step of many iterations that held them would minimize something else than what is trained. They
-move on with each iterate, and stand still in between.
+a step of many iterations that held them would minimize another loss than the one that is trained.
+They move on with each iterate, and stand still in between.
 """
 
 from __future__ import annotations
@@ -64,13 +64,14 @@ _UNKNOWN: tuple[Callable[[], torch.nn.Module | None], bool] = (lambda: None, Fal
 
 
 class ModuleRegistry:
-    """What closures call, found by watching, kept from step to step.
+    """A record of the modules that closures call, kept from step to step.
 
     Attributes:
-        ranks: Those that share the work, from the DistributedDataParallel modules met.
+        ranks: The ranks that share the work, from the DistributedDataParallel modules met.
         precision: The largest machine epsilon that modules of `fully_shard` compute with by their
             policy; 0 where none has one.
-        graphs: The kinds of graphs that were looked over, see `Graph.check_once`.
+        graphs: The kinds of graphs that were checked, see `Graph.check_once`.
+        sharded: The modules of `fully_shard` that were called.
         moving: Whether modules other than PyTorch's normalization layers were seen to move buffers.
     """
 
@@ -79,7 +80,7 @@ class ModuleRegistry:
         self.precision = 0.0
         self.moving = False
         # Modules met, by id, and whether they were training when their buffers were last compared.
-        # Asked at every call of a module: a WeakKeyDictionary would take twice as long.
+        # Read at every call of a module: a WeakKeyDictionary would take twice as long.
         self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
         self._norms: WeakSet[torch.nn.Module] = WeakSet()
         self._stateful: WeakSet[torch.nn.Module] = WeakSet()
@@ -87,26 +88,27 @@ class ModuleRegistry:
         self._moving: dict[bool, WeakSet[torch.nn.Module]] = {m: WeakSet() for m in (False, True)}
         # By class, whether the loss depends on the buffers that move.
         self._in_loss: dict[type, bool] = {}
-        self._sharded: WeakSet[Any] = WeakSet()  # those of `fully_shard`
-        self._seen: set[object] = set()
+        self.sharded: WeakSet[Any] = WeakSet()
+        self._known: dict[str, set[object]] = {}  # closures by the notes on them
         self.graphs: set[Hashable] = set()
 
     def knows(self, source: Callable[..., Any], what: str) -> bool:
-        """Whether something about a closure like this one was noted.
+        """True if a note was made on a closure like this one.
 
         Args:
-            source: The same code over the same modules is a closure like it.
-            what: What was looked at.
+            source: The closure. The same code over the same modules is a closure like it.
+            what: The name of the note.
         """
-        return (what, _identity(source)) in self._seen
+        known = self._known.get(what)
+        return False if not known else _identity(source) in known
 
     def note(self, source: Callable[..., Any], what: str) -> None:
         """See `knows`."""
-        self._seen.add((what, _identity(source)))
+        self._known.setdefault(what, set()).add(_identity(source))
 
     def forget(self, source: Callable[..., Any], what: str) -> None:
         """Takes a note back, see `knows`."""
-        self._seen.discard((what, _identity(source)))
+        self._known.get(what, set()).discard(_identity(source))
 
     @contextmanager
     def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
@@ -121,7 +123,7 @@ class ModuleRegistry:
         fsdp = sys.modules.get("torch.distributed.fsdp")
 
         def note(module: torch.nn.Module, _: Any) -> None:
-            # Compiled code is not to contain this; the compiled module itself has been noted.
+            # Compiled code must not contain this; the compiled module itself has been noted.
             if torch.compiler.is_compiling():
                 return
             known, training = modes.get(id(module), _UNKNOWN)
@@ -136,7 +138,7 @@ class ModuleRegistry:
                 elif isinstance(inner, NormBase):
                     self._norms.add(inner)
                 if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
-                    self._sharded.add(inner)
+                    self.sharded.add(inner)
                     self.precision = max(self.precision, _policy_precision(inner))
                 modes[id(inner)] = ref(inner), inner.training
                 for slot, buffer in _slots(inner):
@@ -169,9 +171,9 @@ class ModuleRegistry:
         return {slot: snapshot(b) for module in modules for slot, b in _slots(module)}
 
     def unknown_kinds(self) -> set[type]:
-        """Classes of modules of whose moving buffers it is not known whether they are in the loss.
+        """Classes of modules that move buffers, if it is unknown whether the loss depends on these.
 
-        Normalization layers are known: what they move they do not read.
+        Normalization layers are known: they do not read the buffers that they move.
         """
         return {type(module) for module in self._movers()} - self._in_loss.keys()
 
@@ -191,11 +193,11 @@ class ModuleRegistry:
                     yield module
 
     def reshard(self) -> None:
-        """Makes modules of `fully_shard` gather their parameters anew at their next call.
+        """Makes modules of `fully_shard` gather their parameters again at their next call.
 
-        A forward pass that no backward pass follows leaves what it has gathered in place.
+        A forward pass that no backward pass follows leaves the gathered parameters in place.
         """
-        for module in self._sharded:
+        for module in self.sharded:
             module.reshard()
 
 
@@ -206,7 +208,7 @@ def _policy_precision(module: Any) -> float:
 
 
 def _identity(source: Any, depth: int = 4) -> object:
-    """What a closure is made of: code, and the modules and functions that it holds."""
+    """The parts of a closure: its code, and the modules and functions that it holds."""
     if isinstance(source, partial):
         parts = (source.func, *source.args, *source.keywords.values())
         return tuple(_identity(part, depth - 1) for part in parts) if depth else id(source)
@@ -216,7 +218,7 @@ def _identity(source: Any, depth: int = 4) -> object:
             return None
         if not depth or isinstance(source, (torch.nn.Module, type)) or not _has_attributes(source):
             return id(source)
-        # An object made anew for each step, as Lightning does: what it holds stays the same.
+        # Lightning makes a new object for each step, whose contents stay the same.
         return type(source), tuple(_identity(v, depth - 1) for v in vars(source).values())
     inner = []
     for cell in getattr(source, "__closure__", None) or ():
@@ -236,7 +238,7 @@ class Replay:
     that draws from NumPy or from a generator of its own has to reset that by itself.
 
     Args:
-        registry: What is known of the closure's modules.
+        registry: The record of the closure's modules.
         devices: Where the parameters are.
 
     Attributes:
@@ -245,52 +247,62 @@ class Replay:
 
     def __init__(self, registry: ModuleRegistry, devices: Collection[torch.device]) -> None:
         self._registry = registry
-        types = {"cpu", *(d.type for d in devices)}
-        self.autocast = {
-            t: torch.get_autocast_dtype(t) for t in types if torch.is_autocast_enabled(t)
-        }
-        self._random = [(d, random_state(d)) for d in {torch.device("cpu"), *devices}]
+        self.autocast: dict[str, torch.dtype] = {}
+        self._random: list[tuple[Callable[[Tensor], Any], Tensor]] = []  # setters and states
+        for device in {torch.device("cpu"), *devices}:
+            kind = device.type
+            if torch.is_autocast_enabled(kind):
+                self.autocast[kind] = torch.get_autocast_dtype(kind)
+            if kind == "cpu":
+                self._random.append((torch.set_rng_state, torch.get_rng_state()))
+            else:
+                self._random.append((partial(set_random_state, device), random_state(device)))
+        self._devices = devices
         self._before = registry.buffers_before()
         self._after: dict[_Slot, Tensor] | None = None
-        self._entry: dict[_Slot, Tensor] = {}  # what was before, of buffers that have moved on
+        self._entry: dict[_Slot, Tensor] = {}  # buffers that have moved on, as they were before
         self._evaluations = 0
         self._failed = False  # whether the last evaluation was broken off
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
-        self._registry.reshard()
-        first = self._evaluations == 1
+        first, registry = self._evaluations == 1, self._registry
+        if registry.sharded:
+            registry.reshard()
         if not first:
-            self._rewind()
+            if self._before and self._after is None and not self._failed:
+                self._note_after()
+            for set_state, state in self._random:
+                set_state(state)
+            for slot, value in self._before.items():
+                slot.restore(value)
         # An autocast region around caches casts of parameters that have moved since.
         torch.clear_autocast_cache()
         self._failed = True
-        result = self._called(closure, first)
+        if first or self.autocast:
+            with ExitStack() as stack:
+                for device_type, dtype in self.autocast.items():
+                    stack.enter_context(torch.autocast(device_type, dtype=dtype))
+                if first:
+                    stack.enter_context(registry.watch(self._before))
+                result = closure()
+        else:
+            result = closure()
         self._failed = False
         return result
 
-    def _called(self, closure: Callable[[], Any], first: bool) -> Any:
-        if not (first or self.autocast):
-            return closure()
-        with ExitStack() as stack:
-            for device_type, dtype in self.autocast.items():
-                stack.enter_context(torch.autocast(device_type, dtype=dtype))
-            if first:
-                stack.enter_context(self._registry.watch(self._before))
-            return closure()
-
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is drawn inside is no part of the closure's randomness."""
-        states = [(device, random_state(device)) for device, _ in self._random]
+        """Keeps random draws inside apart from the closure's randomness."""
+        states = self._random_now()
         yield
         for device, state in states:
             set_random_state(device, state)
 
     def mark(self) -> Callable[[], None]:
-        """Notes where random state and buffers are within a closure; returns what goes there."""
-        states = [(device, random_state(device)) for device, _ in self._random]
+        """Saves random state and buffers within a closure; returns what restores them."""
+        states = self._random_now()
         now = {slot: slot.read() for slot in self._before}
         buffers = {slot: snapshot(b) for slot, b in now.items() if b is not None}
 
@@ -335,18 +347,13 @@ class Replay:
         return {slot: snapshot(b) for slot, b in now.items() if b is not None}
 
     def _note_after(self) -> dict[_Slot, Tensor]:
-        """Where the first evaluation has left the buffers."""
+        """The buffers as the first evaluation has left them."""
         if self._after is None:
             self._after = self._now(self._before)
         return self._after
 
-    def _rewind(self) -> None:
-        if not self._failed:
-            self._note_after()
-        for device, state in self._random:
-            set_random_state(device, state)
-        for slot, value in self._before.items():
-            slot.restore(value)
+    def _random_now(self) -> list[tuple[torch.device, Tensor]]:
+        return [(d, random_state(d)) for d in {torch.device("cpu"), *self._devices}]
 
     def finish(self, *, aborted: bool = False) -> None:
         """Leaves the buffers as one evaluation at the start of the step would have.
@@ -359,7 +366,8 @@ class Replay:
         held = {**self._before, **self._entry} if aborted else self._after or {}
         for slot, value in held.items():
             slot.restore(value)
-        self._registry.reshard()
+        if self._registry.sharded:
+            self._registry.reshard()
 
     @property
     def precision(self) -> float:

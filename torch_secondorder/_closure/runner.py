@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph
-from torch_secondorder._closure.capture import Capture, uncaptured
+from torch_secondorder._closure.capture import Capture, active_capture, uncaptured
 from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.validation import (
     backward_of,
@@ -104,34 +104,43 @@ def run(
         RuntimeError: No gradient reached the parameters, or their graph was lost.
     """
     gradients: Sequence[Tensor | None]
-    quiet = pure or capture is not None
-    with (
-        uncaptured() if capture is None else capture,
-        registry.ranks.quiet() if quiet else _nothing,
-    ):
+    if capture is None:
+        around: Any = _nothing if active_capture.get() is None else uncaptured()
+    else:
+        around = capture
+    with around, registry.ranks.quiet() if pure or capture is not None else _nothing:
         value = source()
         if value is None and before is not None and before.any and before.matches(params):
             raise IdleClosure
-        loss = scalar(value)
-        if not pure:
-            gradients = gradients_of(params)
+        if pure:
+            loss = scalar(value)
             if capture is None:
-                if not _made(gradients, params, before):
-                    backward_of(loss)
-                    if before is not None and before.matches(params):
-                        raise no_gradient()
-                    gradients = gradients_of(params)
-            elif capture.foreign or (not capture.calls and _made(gradients, params, before)):
-                raise lost_graph()
-            elif not capture.calls:
-                capture.backward(differentiable(capture.checked(loss)))
-                gradients = gradients_of(params)
-        elif capture is None:
-            with plainly():
-                gradients = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
-            return loss, gradients
-        else:
+                with plainly():
+                    gradients = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
+                return loss, gradients
             gradients = capture.differentiate(differentiable(capture.checked(loss)))
+        elif capture is None:
+            gradients = list(map(_grad, params))
+            # Without gradients before, the first one tells most of the time.
+            made = before is None and gradients[0] is not None
+            if not made and not _made(gradients, params, before):
+                backward_of(scalar(value))
+                if before is not None and before.matches(params):
+                    raise no_gradient()
+                gradients = gradients_of(params)
+        elif not capture.calls:
+            loss = scalar(value)
+            if capture.foreign or _made(gradients_of(params), params, before):
+                raise lost_graph()
+            capture.backward(differentiable(capture.checked(loss)))
+    if not pure:
+        # Outside, where a capture does not see each of these operations.
+        simple = type(value) is Tensor and not value.dim() and not value.is_complex()
+        loss = value if simple else scalar(value)
+        if capture is not None:
+            if capture.foreign:
+                raise lost_graph()
+            gradients = list(map(_grad, params))
     if capture is None or capture.keeps:
         if gradients[0] is None:
             touched(gradients)
@@ -146,7 +155,7 @@ _nothing = nullcontext()
 def _made(
     gradients: Sequence[Tensor | None], params: Sequence[Tensor], before: GradientTrace | None
 ) -> bool:
-    """Whether a closure has made gradients."""
+    """True if a closure has made gradients."""
     if before is not None:
         return before.shows_backward(params)
     return any(g is not None for g in gradients)
@@ -178,7 +187,7 @@ class GradientTrace:
                 self.any = True
 
     def matches(self, params: Sequence[Tensor]) -> bool:
-        """Whether all of them still have these very gradients, unchanged."""
+        """True if all of them still have the same gradients, unchanged."""
         if len(params) != len(self._marks):
             return False
         for p, mark in zip(params, self._marks, strict=True):
@@ -191,7 +200,7 @@ class GradientTrace:
         return True
 
     def shows_backward(self, params: Sequence[Tensor]) -> bool:
-        """Whether gradients were made since, and not just dropped or set to zero."""
+        """True if gradients were made since, and not just dropped or set to zero."""
         if self.matches(params) or all(p.grad is None for p in params):
             return False
         # Values are read only if there were gradients before: on a device that waits.
@@ -199,13 +208,13 @@ class GradientTrace:
 
 
 def any_nonzero(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether some gradient has an entry that is not zero."""
+    """True if some gradient has an entry that is not zero."""
     present = [gradient for gradient in gradients if gradient is not None]
     return any(map(nonzero, present))
 
 
 def nonzero(gradient: Tensor) -> bool:
-    """Whether any entry is not zero."""
+    """True if any entry is not zero."""
     gradient = gradient.detach()
     values = gradient if gradient.layout is torch.strided else gradient.to_dense()
     return bool(values.any())
@@ -255,9 +264,6 @@ class WatchSink:
     ) -> None:
         self.params = params
         self._registry = registry
-        self._attach(watch)
-
-    def _attach(self, watch: Watch | None) -> None:
         self.watch = watch
         if watch is not None:
             self.twice, self.outputs = watch.twice, watch.outputs

@@ -1,4 +1,4 @@
-"""What a closure has to be and to return, and the errors where it is not."""
+"""Requirements on closures and their losses, and the errors if they are not met."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def check_is_closure(closure: Any) -> None:
 
 def scalar(loss: Any) -> Tensor:
     """The loss as a 0-dim tensor."""
-    loss = plain(loss)
+    if type(loss) is not Tensor:
+        loss = plain(loss)
     if not isinstance(loss, Tensor):
         if hasattr(loss, "__float__") and not isinstance(loss, bool):  # NumPy's numbers as well
             return torch.tensor(float(loss), dtype=torch.float64, device="cpu")

@@ -24,7 +24,7 @@ class BufferPool:
 
     @staticmethod
     def pays(size: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether a vector is so large that its memory is better used again."""
+        """True for a vector so large that its memory is better used again."""
         return device.type == "cpu" and size * dtype.itemsize > _SMALL
 
     def empty(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -122,7 +122,7 @@ _ALONE = 0 if _storage_uses is None else _uses(torch.empty(1))
 
 
 def shares_storage(tensor: Tensor) -> bool:
-    """Whether other tensors use the same storage."""
+    """True where other tensors use the same storage."""
     return _storage_uses is None or _uses(tensor) > _ALONE
 
 
@@ -319,13 +319,13 @@ def load_forward_rules() -> None:
 if hasattr(forward_ad, "_current_level"):
 
     def forward_mode_active() -> bool:
-        """Whether forward-mode differentiation is on."""
+        """True where forward-mode differentiation is on."""
         return forward_ad._current_level >= 0
 
 else:
 
     def forward_mode_active() -> bool:
-        """Whether forward-mode differentiation is on."""
+        """True where forward-mode differentiation is on."""
         load_forward_rules()  # which the first dual tensor does else, with a warning
         try:
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))

@@ -18,16 +18,16 @@ from torch_secondorder._foundation.private_torch import plainly
 __all__ = ["PLAIN_TYPES", "all_plain", "like", "plain", "plainly", "snapshot"]
 
 _T = TypeVar("_T")
-#: The types of plain tensors, and of None in their place.
-PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
+#: The types of plain tensors, and of what else functions of PyTorch often take.
+PLAIN_TYPES = frozenset(
+    {Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None), bool, int, float, str}
+)
 
 
 def _wraps(value: Any) -> bool:
-    """Whether this is a plain tensor with something added in Python."""
+    """True for a plain tensor with something added in Python."""
     kind: Any = type(value)
-    if kind in PLAIN_TYPES or not isinstance(value, Tensor):
-        return False
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return isinstance(value, Tensor) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def plain(value: _T) -> _T:
@@ -41,7 +41,7 @@ def plain(value: _T) -> _T:
     >>> type(plain(torch.ones(2).as_subclass(Labelled)))
     <class 'torch.Tensor'>
     """
-    if not _wraps(value):
+    if type(value) in PLAIN_TYPES or not _wraps(value):
         return value
     with plainly():
         return cast(_T, Tensor.as_subclass(cast(Tensor, value), Tensor))
@@ -62,7 +62,7 @@ def snapshot(tensor: Tensor) -> Tensor:
 
 def like(tensor: Tensor, original: Tensor) -> Tensor:
     """A plain tensor made one of another's class, with the attributes that are set on that one."""
-    if not _wraps(original):
+    if type(original) in PLAIN_TYPES or not _wraps(original):
         return tensor
     with plainly():
         result = Tensor.as_subclass(tensor, type(original))

@@ -110,6 +110,8 @@ class Objective(ABC):
         # A number stays one: where it is the same everywhere it needs no vector.
         self._decay = self.vector.expand(decay) if isinstance(decay, tuple) else decay
         self._decays = bool(decay)
+        # Whether the objective's gradient is that of the loss.
+        self._unchanged = self._sign > 0 and not self._decays and self.vector.scale is None
 
     @property
     @abstractmethod
@@ -238,17 +240,17 @@ class Objective(ABC):
         return None
 
     def _copies(self, source: Callable[..., Any]) -> bool:
-        """Whether graphs of a closure or function have to be of copies."""
+        """True if graphs of a closure or function have to be of copies."""
         return self.registry.knows(source, _WRITES)
 
     def _note_writes(self, source: Callable[..., Any]) -> None:
         self.registry.note(source, _WRITES)
 
     def has_room_for_a_graph(self) -> bool:
-        """Whether a graph may be kept beside that of the position: if all in use fits twice.
+        """True if a graph may be kept beside that of the position: if all in use fits twice.
 
-        Where buffers move on with an accepted step, that of a trial is of another function. A graph
-        is kept on all ranks or on none: gradients are averaged differently with one.
+        If buffers move on with an accepted step, the graph of a trial is of another function. A
+        graph is kept on all ranks or on none: gradients are averaged differently with one.
         """
         return not self.ranks.any(not self._has_room_here(), self.vector.device)
 
@@ -262,7 +264,7 @@ class Objective(ABC):
         return True
 
     def abandon(self) -> None:
-        """Says that the step comes to nothing: its end leaves buffers as they were before it."""
+        """Marks the step as failed: its end leaves buffers as they were before it."""
         self._abandoned = True
 
     def product(self, direction: Tensor, products: Sequence[Tensor | None]) -> Tensor:
@@ -333,7 +335,11 @@ class Objective(ABC):
         linearization = None
         if found.graph is not None:
             linearization = Linearization(self, found.graph, copies=found.copies, place=found.place)
-        flatten = partial(self._flat_gradient, found, position if self._decays else None)
+        flatten: Callable[[], Tensor]
+        if self._unchanged and (found.averaged or not ranks.met):
+            flatten = partial(vector.gather, found.gradients)
+        else:
+            flatten = partial(self._flat_gradient, found, position if self._decays else None)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
         self._last_evaluation = ref(evaluation)
         return evaluation
@@ -393,7 +399,9 @@ class Objective(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.settle()
+        if self._placed is not self.position:
+            self.settle()
+        self._tried = None
         if self._unseen:
             increment_version(self.vector.params)
         if kind is not None and self.position is not self._entry:

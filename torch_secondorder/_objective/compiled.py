@@ -163,7 +163,7 @@ def _front_of(function: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 class _Program:
-    """What a function does, as a graph of torch's functions; called with the tensors it uses."""
+    """A function as a graph of torch's functions; called with the tensors that it uses."""
 
     def __init__(self, module: fx.GraphModule, _: Any) -> None:
         (end,) = (node for node in module.graph.nodes if node.op == "output")

@@ -131,6 +131,7 @@ class Linearization:
     Attributes:
         graph: The retained graph.
         ranks: The ranks that the loss is averaged over.
+        size: `n`.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Linearization:
     ) -> None:
         self.graph = graph
         self.ranks = objective.ranks
+        self.size = objective.vector.size
         self._copies, self._place = copies, place
         self._objective = objective
         self._generation = objective.generation
@@ -154,11 +156,6 @@ class Linearization:
     def resume(self) -> None:
         """Marks this as of the point where the objective stands now."""
         self._generation = self._objective.generation
-
-    @property
-    def size(self) -> int:
-        """`n`."""
-        return self._objective.vector.size
 
     def hessian_product(self, v: Tensor) -> Tensor:
         """The Hessian of the objective times `v`.
@@ -183,11 +180,14 @@ class Linearization:
         Raises:
             RuntimeError: The parameters have moved since the evaluation.
         """
-        self.check()
-        vector = self._objective.vector
+        objective = self._objective
+        if objective.generation != self._generation:
+            self.check()
+        objective.settle(self._place)
+        vector = objective.vector
         direction = v if vector.scale is None else v * vector.scale
         products = multiply(vector.split(direction), v.dim() == 2)
-        return self._objective.product(direction, products)
+        return objective.product(direction, products)
 
     def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         """The diagonal of a curvature of the loss, from random roots of it.

@@ -90,7 +90,7 @@ class FunctionalObjective(Objective):
 
     @property
     def function(self) -> Callable[[Any], Tensor]:
-        """What is evaluated, a function of the tree."""
+        """The function of the tree that is evaluated."""
         return self._function
 
     def with_function(self, function: Callable[[Any], Tensor]) -> FunctionalObjective:

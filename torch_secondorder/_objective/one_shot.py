@@ -77,14 +77,16 @@ class SingleEvaluation(WatchSink):
         self._functional = isinstance(source, FunctionalObjective)
         self._compiled = source.bind_to(params) if self._functional else None
         self._source: Callable[[], Any] = source.source if self._functional else source
-        check_is_closure(self._source)
+        if not callable(self._source):
+            check_is_closure(self._source)
         self._before = registry.buffers_before()
         self._buffer_pool = buffer_pool or BufferPool()
         self._began = False
         self._accumulates = True
         self._accumulated = False
         self._joined: Tensor | None = None
-        self._views: list[tuple[Tensor | None, int]] = []  # of that, with the places in memory
+        self._views: Sequence[Any] = ()  # of that
+        self._pointers: Sequence[int] = ()  # to their memory
         if stale is not None and stale.matches(params):
             for p in params:
                 p.grad = None
@@ -102,7 +104,8 @@ class SingleEvaluation(WatchSink):
             RuntimeError: No gradient reached the parameters, there is no second derivative, or
                 gradients had accumulated and must not.
         """
-        self._attach(watch)
+        if watch is not None:
+            self.watch, self.twice, self.outputs = watch, watch.twice, watch.outputs
         self._accumulates = accumulates or self._functional
         try:
             # An autocast region around the loop caches casts of parameters that have moved since.
@@ -146,8 +149,8 @@ class SingleEvaluation(WatchSink):
     def _whole(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
         """The vector that the gradients are views of; None where they are not."""
         # The closure may have put other tensors there, or other memory under these.
-        for gradient, (view, pointer) in zip(gradients, self._views, strict=False):
-            if gradient is not view or (view is not None and view.data_ptr() != pointer):
+        for gradient, view, pointer in zip(gradients, self._views, self._pointers, strict=False):
+            if gradient is None or gradient is not view or gradient.data_ptr() != pointer:
                 return None
         return self._joined
 
@@ -160,8 +163,12 @@ class SingleEvaluation(WatchSink):
             return gradients  # a loss of other parameters
         if not self._began:
             self._began = True
-            self._handle_existing_gradients()
-        return super().__call__(graph, retain)
+            for p in self.params:
+                if p.grad is not None:
+                    self._handle_existing_gradients()
+                    break
+        self.see(graph, retain)
+        return self._copies(gradients)
 
     def _copies(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Copies as one vector and views of it, if possible: updates work on whole vectors.
@@ -176,17 +183,17 @@ class SingleEvaluation(WatchSink):
             joined = _join(gradients, self.params, self._buffer_pool)
             if joined is None:
                 return super()._copies(gradients)
-            views = list(unflatten_tensors(joined, all_plain(self.params)))
+            views = unflatten_tensors(joined, all_plain(self.params))
         if joined is not None:
-            self._joined = joined
-            self._views = [(v, 0 if v is None else v.data_ptr()) for v in views]
+            self._joined, self._views = joined, list[Any](views)
+            self._pointers = list(map(Tensor.data_ptr, self._views))
         return views
 
     def _handle_existing_gradients(self) -> None:
         """Sees to gradients that were there before the first backward pass."""
         params, ranks = self.params, self._registry.ranks
         existing: Sequence[Tensor | None] = gradients_of(params)
-        if ranks.met and ranks.count > 1 and any(g is not None for g in existing):
+        if ranks.count > 1:
             # Each rank's own, where they come from no_sync(); means stay what they are.
             existing, _ = ranks.average_gradients(existing, params)
             for p, gradient in zip(params, existing, strict=True):

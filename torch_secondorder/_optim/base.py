@@ -1,4 +1,4 @@
-"""What all optimizers share: groups, checkpoints, and the report."""
+"""Base class of all optimizers: groups, declared state and its checkpoints, and the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.checkpoint import add_state, hide_names, show_names, take_state
-from torch_secondorder._optim.info import LazyInfo, StepInfo, StepStatus
+from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.state import Field, ModelField, ParameterField
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
@@ -107,8 +107,9 @@ class SecondOrderOptimizer(Optimizer):
     @property
     def info(self) -> StepInfo | None:
         """The report of the last step, None before the first."""
-        # Nothing is set here: `self` may be a wrapper that stands for this object.
-        info: StepInfo | None = self._info() if isinstance(self._info, LazyInfo) else self._info
+        # A function makes it when it is first read, and remembers it. Nothing is set here: `self`
+        # may be a wrapper that stands for this object.
+        info: StepInfo | None = self._info() if callable(self._info) else self._info
         return info
 
     @info.setter
@@ -143,7 +144,7 @@ class SecondOrderOptimizer(Optimizer):
 
     @property
     def _sharded(self) -> bool:
-        """Whether the parameters are."""
+        """True if the parameters are DTensors."""
         return any(is_distributed(p) for p in self._parameters[:1])
 
     def _known_vector(self) -> ParameterVector | None:
@@ -281,7 +282,7 @@ class SecondOrderOptimizer(Optimizer):
 
     @property
     def _in_pieces(self) -> bool:
-        """Whether checkpoints have a part of each vector under each parameter."""
+        """True if checkpoints have a part of each vector under each parameter."""
         if self._sharded:
             return True
         several = self._for_distributed or (dist.is_available() and dist.is_initialized())
@@ -347,10 +348,10 @@ class SecondOrderOptimizer(Optimizer):
 
 
 def makes_state_only(groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether a step without a closure now moves nothing, whatever the curvature.
+    """True if a step without a closure would move nothing, for any curvature.
 
-    Gradients and learning rates of zero are how `torch.distributed.checkpoint` asks a new optimizer
-    for its state.
+    `torch.distributed.checkpoint` makes a new optimizer fill in its state by such a step, with
+    gradients and learning rates of zero.
     """
     params = [p for group in groups for p in group["params"] if p.requires_grad]
     return all(float(group["lr"]) == 0 for group in groups) and all(

@@ -157,11 +157,18 @@ def _by_parameter(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _as_tensor(value: Any) -> Any:
-    """A number as a tensor; other values as they are."""
+    """A number as a tensor, also in dicts.
+
+    `torch.distributed.checkpoint` loses plain numbers of states that are named by integers.
+    """
+    if isinstance(value, dict):
+        return {name: _as_tensor(v) for name, v in value.items()}
     dtype = torch.float64 if isinstance(value, float) else None
     return torch.tensor(value, dtype=dtype) if isinstance(value, (int, float)) else value
 
 
 def _as_number(value: Any) -> Any:
-    """A 0-dim tensor as a number; other values as they are."""
+    """A 0-dim tensor as a number, also in dicts."""
+    if isinstance(value, dict):
+        return {name: _as_number(v) for name, v in value.items()}
     return value.item() if isinstance(value, Tensor) and not value.dim() else value

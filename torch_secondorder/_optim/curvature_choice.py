@@ -1,4 +1,4 @@
-"""The curvature of Newton-CG, and what `"auto"` stands for: it follows what a closure allows."""
+"""Choice of the curvature and the preconditioner of NewtonCG, by name or automatically."""
 
 from __future__ import annotations
 
@@ -42,44 +42,42 @@ Factory: TypeAlias = Callable[[Evaluation], LinearOperator]
 
 CurvatureName: TypeAlias = Literal["auto", "ggn", "hessian", "fisher", "empirical_fisher"]
 DIFFERENCES = "hessian by differences"
-#: All that may be found, as numbers in checkpoints count them.
+#: All kinds of curvature; checkpoints have the position in this list.
 KINDS = ("", "ggn", "hessian", DIFFERENCES, "fisher", "empirical_fisher", "own")
 
-#: The preconditioners that `"auto"` may stand for, likewise; none at first.
+#: The preconditioners that `"auto"` may choose, likewise; the first is none.
 SUITED = ("", "kfac", "nystrom")
 
-# What is noted of a compiled function whose first product found no outputs.
+# A note about compiled functions whose first product found no outputs.
 _NO_OUTPUTS = "no outputs"
-# Steps after which a closure that needed differences is looked at again: finding out takes about
-# two evaluations, and a step by differences never less than five.
+# Steps after which a closure that needed differences is tried again. A try takes about two
+# evaluations, and a step by differences at least five.
 _LOOK_AGAIN = 20
-# Standard losses that are piecewise linear: their second derivative by the outputs is zero.
+# Piecewise linear losses: their second derivative with respect to the outputs is zero.
 _LINEAR = (F.l1_loss, F.multi_margin_loss, F.multilabel_margin_loss)
-# So few parameters are left to conjugate gradients alone, and so few have a sketch, see
-# `suited_preconditioner`.
+# Up to so many parameters no preconditioner, or a sketch, is chosen; see `suited_preconditioner`.
 _TINY = 100
 _FEW = 2_000
-# What conjugate gradients make at most: with Kronecker factors a step is good after few.
+# Most iterations of conjugate gradients. With Kronecker factors few are enough.
 _MOST_ITERATIONS = 250
 _WITH_FACTORS = 5
-# The share of the parameters that has to belong to linear layers for Kronecker factors.
+# The share of the parameters in linear layers from which Kronecker factors are chosen.
 _MOST = 0.5
 
 
 class CurvatureChoice:
-    """Makes the curvature at a point, of the kind that was asked for or that suits the closure.
+    """The curvature at a point, of the kind that you asked for or that suits the closure.
 
-    With `"auto"` this is the Gauss-Newton matrix where model outputs are found; else the Hessian;
-    and where the graph has no second derivative, the Hessian by differences of gradients. Where a
-    part of the loss bypasses the outputs, or the loss is of an unknown form, the Gauss-Newton
-    matrix may be indefinite: from the first direction of negative curvature on, the Hessian takes
-    its place.
+    With `"auto"` this is the Gauss-Newton matrix if model outputs are found; else the Hessian; and
+    if the graph has no second derivative, the Hessian by differences of gradients. If part of the
+    loss bypasses the outputs, or its form is unknown, the Gauss-Newton matrix may be indefinite.
+    The Hessian replaces it from the first direction of negative curvature on.
 
     Args:
         spec: A name, or a function from an `Evaluation` to a `LinearOperator`.
         by_differences: Whether products are differences of gradients in any case.
-        preconditioner: The one that was asked for; one made from model outputs needs a curvature
-            that is made from them, indefinite or not.
+        preconditioner: The preconditioner that you asked for. One made from model outputs needs a
+            curvature made from them, indefinite or not.
         counts_layers: Whether `linear_layers` and `linear_share` are needed, to choose a
             preconditioner.
 
@@ -119,13 +117,13 @@ class CurvatureChoice:
                 objective.registry.forget(objective.source, DIFFERENCES)
 
     def captures(self, objective: Objective) -> bool:
-        """Whether products come from the graph of an evaluation."""
+        """True if products come from the graph of an evaluation."""
         if self._by_differences:
             return False
         return not (self.automatic and self._needs_differences(objective))
 
     def evaluate(self, objective: Objective) -> Evaluation:
-        """Evaluates where an objective stands, with a graph where products need one."""
+        """Evaluates an objective at its position, with a graph if products need one."""
         if not self.captures(objective):
             return objective.evaluate()
         try:
@@ -141,7 +139,7 @@ class CurvatureChoice:
                 raise error from other  # there is no gradient either, for the same reason
 
     def falls_back(self, error: RuntimeError, objective: Objective) -> bool:
-        """Whether another kind of curvature is there for one whose graph or product raised."""
+        """Turns to another kind of curvature after an error; returns False if there is none."""
         if not self.automatic:
             return False
         self._seen_batches = False
@@ -162,10 +160,10 @@ class CurvatureChoice:
         """The curvature at an evaluated point.
 
         Args:
-            objective: Stands there.
+            objective: The objective at that point.
             evaluation: Made by `evaluate`.
-            generator: Where what a Fisher matrix draws comes from.
-            sizes: Gives those of the parameters, for differences, from the position.
+            generator: Source of the random numbers of a Fisher matrix.
+            sizes: Computes the sizes of the parameters from the position, for differences.
         """
         if not self.captures(objective):
             self.kind, self.linear_layers, self.linear_share = DIFFERENCES, 0, 0.0
@@ -185,10 +183,10 @@ class CurvatureChoice:
         return operator
 
     def _agree(self, objective: Objective) -> None:
-        """Takes what all ranks can follow, for the choices that are made of it.
+        """Agrees with all ranks on the facts that later choices depend on.
 
-        Their graphs may differ, and a rank with another preconditioner or another globalization
-        would wait for the others.
+        Graphs may differ between ranks. A rank with another preconditioner or globalization would
+        wait for the others forever.
         """
         ranks = objective.ranks
         own = [KINDS.index(self.kind), self.linear_layers, round(1e6 * self.linear_share)]
@@ -197,7 +195,7 @@ class CurvatureChoice:
         self.linear_layers, self.linear_share = min(layers), 1e-6 * min(shares)
 
     def met(self, negative_curvature: float) -> None:
-        """Takes note of the lowest curvature that a step has met."""
+        """Notes the lowest curvature along any direction of a step."""
         settled = self._semidefinite or self._needs_outputs
         doubtful = self.automatic and self.kind == "ggn" and not settled
         if doubtful and negative_curvature < 0.0:
@@ -230,7 +228,7 @@ class CurvatureChoice:
         return operator
 
     def _best(self, objective: Objective, evaluation: Evaluation) -> LinearOperator:
-        """The Gauss-Newton matrix where it says something, else the Hessian."""
+        """The Gauss-Newton matrix if it exists and is not zero, else the Hessian."""
         found = None
         known = objective.registry.knows(objective.source, _NO_OUTPUTS)
         if not (known or self.indefinite):
@@ -241,7 +239,7 @@ class CurvatureChoice:
         linearization = evaluation.linearization
         assert linearization is not None
         ranks = linearization.ranks
-        if ranks.count > 1:  # all take the same, or they would wait for each other
+        if ranks.count > 1:  # all must take the same, or they would wait for each other
             answers = ranks.gather([int(found is not None)], evaluation.grad.device)
             found = found if all(answer for (answer,) in answers) else None
         if found is None:
@@ -252,7 +250,7 @@ class CurvatureChoice:
 
 
 def _linear(operator: LinearOperator, evaluation: Evaluation) -> tuple[int, float]:
-    """The linear layers that an operator shows, and their weights' share of the parameters."""
+    """The number of linear layers in an operator, and their weights' share of the parameters."""
     linearization = evaluation.linearization
     if linearization is None or not isinstance(operator, FromOutputs):
         return 0, 0.0
@@ -263,22 +261,22 @@ def _linear(operator: LinearOperator, evaluation: Evaluation) -> tuple[int, floa
 
 
 def most_iterations(preconditioner: Preconditioner | None) -> int:
-    """How many iterations conjugate gradients make at most, where nothing else is said."""
+    """The default for the most iterations of conjugate gradients."""
     return _WITH_FACTORS if isinstance(preconditioner, KFAC) else _MOST_ITERATIONS
 
 
 def suited_preconditioner(curvature: CurvatureChoice, size: int) -> str | None:
-    """The name of the preconditioner that `"auto"` stands for.
+    """The name of the preconditioner that `"auto"` chooses.
 
-    The Gauss-Newton matrix of a network of two linear layers or more, with half of the parameters
-    in their weights, has `"nystrom"` from 100 to 2,000 parameters and `"kfac"` above. There is none
-    for all else: for Fisher matrices, of which draws differ from step to step; for the Hessian; for
-    differences (a sketch takes 120 evaluations); for compiled functions; for few parameters; and
-    for one linear layer, whose problem is convex and asks for exact solutions.
+    For the Gauss-Newton matrix of a network of two linear layers or more, with half of the
+    parameters in their weights, this is `"nystrom"` from 100 to 2,000 parameters and `"kfac"`
+    above. In all other cases there is none: for Fisher matrices, whose draws differ from step to
+    step; for the Hessian; for differences (a sketch takes 120 evaluations); for compiled functions;
+    for few parameters; and for one linear layer, whose problem is convex and needs exact solutions.
 
     Args:
-        curvature: As the last operator was.
-        size: Parameters.
+        curvature: The choice, after the last operator was made.
+        size: The number of parameters.
     """
     if curvature.kind != "ggn":
         return None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-__all__ = ["LazyInfo", "Report", "StepInfo", "StepStatus"]
+__all__ = ["Report", "StepInfo", "StepStatus"]
 
 
 class StepStatus(Enum):
-    """How a step ended, each with what it means."""
+    """The ways a step can end, each with a sentence."""
 
     MOVED = "one update was made"
     MOVED_ON_OLD_CURVATURE = (
@@ -97,12 +96,12 @@ class StepInfo(Report):
     Each optimizer has a subclass with the fields that mean something there.
 
     Attributes:
-        status: How it ended; `status.value` is a sentence.
-        loss: What was minimized at the start of the step: the closure's loss, negated under
-            `maximize`, weight decay included.
-        loss_after: The same at the end; None where the step did not evaluate it.
-        grad_norm: Largest absolute entry of the last gradient; None where it is gone (`AdaHessian`
-            and `Sophia` look at `p.grad` when `info` is read).
+        status: The way it ended; `status.value` is a sentence.
+        loss: The minimized function at the start of the step: the closure's loss, negated if you
+            `maximize`, with weight decay.
+        loss_after: The same at the end; None if the step did not evaluate it.
+        grad_norm: Largest absolute entry of the last gradient; None if the gradients are gone
+            (`AdaHessian` and `Sophia` look at `p.grad` when you read `info`).
         iterations: Accepted moves.
         evaluations: Closure evaluations.
 
@@ -122,21 +121,3 @@ class StepInfo(Report):
     grad_norm: float | None
     iterations: int = 0
     evaluations: int = 0
-
-
-class LazyInfo:
-    """A report that is made when it is first asked for, and kept.
-
-    Args:
-        make: Makes it.
-    """
-
-    def __init__(self, make: Callable[[], StepInfo]) -> None:
-        self._make: Callable[[], StepInfo] | None = make
-        self._made: StepInfo | None = None
-
-    def __call__(self) -> StepInfo | None:
-        """The report."""
-        if self._make is not None:
-            self._made, self._make = self._make(), None
-        return self._made

@@ -20,7 +20,7 @@ _WATCHING = "run forward and backward pass in `with optimizer.watching():`"
 
 
 class Scaling:
-    """What a `torch.amp.GradScaler` has left on the optimizer for this step.
+    """The traces that a `torch.amp.GradScaler` has left on the optimizer for this step.
 
     It leaves the gradients of an optimizer that says so as they are, and tells what they were
     scaled by and whether it found infinity.
@@ -74,7 +74,7 @@ def present_gradients(
     scaling: Scaling,
     unseen: str = "",
 ) -> Sequence[Tensor | None]:
-    """What `p.grad` holds; a graph that it has is shown to the watch and dropped.
+    """The gradients in `p.grad`; a graph that they have is shown to the watch and dropped.
 
     Args:
         name: The optimizer's.
@@ -152,7 +152,7 @@ def unscaled() -> RuntimeError:
 
 
 def _averaged_by_ddp(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether gradients with a graph have been through the buckets of DistributedDataParallel.
+    """True if gradients with a graph have been through the buckets of DistributedDataParallel.
 
     It copies each into a bucket, averages that behind autograd's back, and copies it back, or with
     `gradient_as_bucket_view` makes the gradient a view of it.

@@ -44,9 +44,9 @@ __all__ = [
     "within_radius",
 ]
 
-# Systems that are solved at one point before it is given up.
+# Most systems that are solved at one point.
 _ATTEMPTS = 12
-# Along a damped direction: what Martens 2010 asks for, in fewer trials.
+# The line search along a damped direction: that of Martens 2010, with fewer trials.
 _BACKTRACKING = Armijo(c1=1e-2, max_evaluations=8)
 
 
@@ -64,17 +64,17 @@ def point_of(evaluation: Evaluation, space: Space) -> Point:
 
 @dataclass(slots=True)
 class Memory:
-    """What goes on from one step to the next.
+    """Numbers and vectors that NewtonCG keeps from one step to the next.
 
     Attributes:
-        damping: Of the next system; 0 as long as a rule has not begun.
-        radius: Of the next model; 0 likewise.
+        damping: The damping of the next system; 0 before the first one.
+        radius: The trust radius of the next model; 0 before the first one.
         direction: The last solution, where the next solver begins.
-        length: Norm of the gradient at the start of the last iteration.
+        length: The norm of the gradient at the start of the last iteration.
         start: The damping or radius that the rule began with.
-        sizes: The largest absolute values of the parameters at iterations so far; None where
-            products are not differences.
-        rule: Whose damping or radius this is.
+        sizes: The largest absolute values of the parameters so far; None unless products are
+            finite differences.
+        rule: The globalization that the damping or radius belongs to.
     """
 
     damping: float
@@ -86,12 +86,12 @@ class Memory:
     rule: object = None
 
     def begin_anew(self, fresh: Memory) -> None:
-        """Takes another's damping and radius; the last solution has nothing to do with these."""
+        """Takes damping and radius from another memory, and drops the last solution."""
         self.damping, self.radius, self.start = fresh.damping, fresh.radius, fresh.start
         self.rule, self.direction = fresh.rule, None
 
     def noted_sizes(self, position: Tensor) -> Tensor:
-        """The sizes, after another position was noted."""
+        """The sizes, with those at another position taken into account."""
         now = position.abs()
         if self.sizes is not None and self.sizes.shape == now.shape:
             torch.maximum(now, self.sizes.to(now), out=now)
@@ -101,13 +101,13 @@ class Memory:
 
 @dataclass(slots=True)
 class Tally:
-    """What a step did, added up."""
+    """Counts and findings of a step."""
 
     products: int = 0
     solver_iterations: int = 0
     solver_status: SolveStatus | None = None
     negative_curvature: float = 0.0
-    unbounded: bool = False  # whether the loss was seen to fall without end
+    unbounded: bool = False  # the loss falls without end
     repair: str = ""
 
 
@@ -117,8 +117,8 @@ class Proposal(NamedTuple):
     Attributes:
         direction: `d`.
         slope: `g'd`.
-        decrease: What the undamped model promises for the whole of `d`.
-        held: Whether it is the damping or the radius that keeps `d` short.
+        decrease: The decrease that the undamped model predicts for all of `d`.
+        held: Whether the damping or the radius keeps `d` short.
         curvature: `d'A d / d'd`.
     """
 
@@ -130,13 +130,13 @@ class Proposal(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A step that was found good.
+    """A step to take.
 
     Attributes:
         proposal: The direction.
-        trial: How far along it, and what is there; its payload is a `Point`.
-        gain_ratio: What the first trial gained over what the model promised.
-        search_status: How the search ended, where there was one.
+        trial: The accepted trial along it; its payload is a `Point`.
+        gain_ratio: The decrease at the first trial over the one that the model predicted.
+        search_status: The outcome of the line search, if there was one.
     """
 
     proposal: Proposal
@@ -146,11 +146,11 @@ class Move(NamedTuple):
 
 
 class Model:
-    """The quadratic model of the objective at a point, and trials of what it proposes.
+    """The quadratic model of the objective at a point, and trials of its proposals.
 
     Systems are solved in a unit of about the gradient's size (see `unit_of`), so that inner
-    products stay in the range of float32 whatever the loss is measured in. All that is given and
-    returned is in the loss's own.
+    products stay in the range of float32 whatever unit the loss has. Arguments and results are in
+    the unit of the loss.
 
     Args:
         descent: The step; the model is of its objective at its current point.
@@ -158,8 +158,8 @@ class Model:
         solve: Solves a system with it, see `LinearSolver`.
         inverse: Gives a preconditioner for a damping; None for none.
         tally: The counts of the step.
-        keeps_graphs: Whether trials keep their graph, for one that is accepted and is where the
-            next model is made: to keep it costs much less than an evaluation.
+        keeps_graphs: Whether trials keep their graph, for the next model. Keeping it costs much
+            less than another evaluation.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Model:
         return result
 
     def _repair(self) -> bool:
-        """Goes on without what is not finite, see `repaired`; whether that was of any use."""
+        """Replaces curvature that is not finite, see `repaired`; returns True if that helped."""
         if self._repaired:
             return False
         self._repaired = True
@@ -257,7 +257,7 @@ class Model:
         return bool(report)
 
     def _preconditioner(self, damping: float) -> tuple[LinearOperator | None, float]:
-        """The preconditioner, and by what it stretches the lengths that a radius is one of."""
+        """The preconditioner, and the factor between its metric and the lengths of a radius."""
         if self._inverse is None:
             return None, 1.0
         inverse = self._inverse(damping)
@@ -274,16 +274,17 @@ class Model:
         return Rescaled(inverse, unit), sqrt(unit)
 
     def along_gradient(self, damping: float, metric: bool) -> tuple[float, float]:
-        """The curvature along the gradient, and the length of the step to where that leads.
+        """The curvature along the gradient, and the length of the step that minimizes with it.
 
-        The curvature is `|A g| / |g|`, which is positive even where `g'A g` is not; the step along
-        the gradient to the least of a quadratic with it is `|g|^2 / |A g|` long. Where there is no
-        curvature, the step is as long as the parameters are, or one. The product is used again in
-        the next system.
+        The curvature is `|A g| / |g|`, which is positive even if `g'A g` is not. A quadratic with
+        this curvature has its minimum along the gradient after a step of length `|g|^2 / |A g|`.
+        Without curvature the step is as long as the parameters, or one. The next system reuses the
+        product.
 
         Args:
-            damping: What is added to `A`.
-            metric: Whether norms are the preconditioner's, and the gradient multiplied by it.
+            damping: A multiple of the identity, added to `A`.
+            metric: Whether norms are those of the preconditioner, and the gradient is multiplied
+                by it.
         """
         inverse, stretch = self._preconditioner(damping) if metric else (None, 1.0)
         z = self._grad if inverse is None else inverse.matvec(self._grad)
@@ -311,10 +312,10 @@ class Model:
         """A proposal along a solution of the damped system, whose quadratic fell by `decrease`."""
         slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
         slope, lifted = slope * self._unit, damping * square
-        # Of the curvature along the solution more than half is damping.
         decrease += 0.5 * lifted
         curvature = -2.0 * (slope + decrease) / square if square else inf
-        return Proposal(direction, slope, decrease, lifted > -0.5 * slope, curvature)
+        held = lifted > -0.5 * slope  # more than half of the curvature along it is damping
+        return Proposal(direction, slope, decrease, held, curvature)
 
     def trial(self, proposal: Proposal, t: float) -> Trial:
         """Evaluates `t` along a proposal; the payload is a `Point`."""
@@ -337,32 +338,32 @@ class Model:
         return Trial(t, loss, slope * unit if isfinite(length) else inf, point)
 
     def gain_ratio(self, proposal: Proposal, trial: Trial) -> float:
-        """What a trial gained over what the model promised; NaN where that is no number."""
+        """The decrease at a trial over the one that the model predicted; NaN if undefined."""
         if not (isfinite(trial.loss) and isfinite(trial.slope)):
             return nan
         gained = self.point.loss - trial.loss
         if abs(gained) <= self._allowance:
-            # Lost in rounding: the slopes at both ends know more (trapezoidal rule).
+            # The difference is rounding error: the slopes at both ends say more (trapezoidal rule).
             gained = -0.5 * trial.t * (proposal.slope + trial.slope)
         # The model's decrease along the direction: -t g'd - t^2 d'A d / 2.
         t, slope = trial.t, proposal.slope
-        promised = -t * slope - t * t * (-slope - proposal.decrease)
-        return gained / promised if promised > 0 else nan
+        predicted = -t * slope - t * t * (-slope - proposal.decrease)
+        return gained / predicted if predicted > 0 else nan
 
     def unresolved(self, proposal: Proposal) -> bool:
-        """Whether the loss cannot show what the model promises."""
+        """True if the predicted decrease is below the rounding error of the loss."""
         return proposal.decrease <= self._allowance
 
 
-# How the model becomes a step: damping, a trust radius, or a line search.
+# The three ways to turn the model into a step: damping, a trust radius, a line search.
 
 
 def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) -> Move | StepStatus:
     """A step with Levenberg-Marquardt damping, as in Martens 2010.
 
-    Of the iterates that the solver kept, the one with the lowest loss is taken, looking from the
-    last one backwards. Where no part of it lowers the loss enough, the damping is raised and the
-    same system solved again.
+    The solver keeps some iterates. Going back from the last one, the step takes the first at which
+    the loss stops falling. If no part of it lowers the loss enough, the damping is raised and the
+    system is solved again.
     """
     if not memory.damping:
         curvature, _ = model.along_gradient(0.0, metric=False)
@@ -373,7 +374,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
         result = model.solve(damping, x0=memory.direction)
         indefinite = result.negative_curvature < 0
         if indefinite:
-            # As much as makes the direction that was met one of positive curvature.
+            # Enough to make the curvature along the direction found positive.
             lifted = max(rule.raised(damping, 1, start), damping - 2 * result.negative_curvature)
             memory.damping = min(lifted, rule.largest * start)
         if not 0 < result.decrease < float("inf"):
@@ -402,12 +403,12 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
             )
             if not anew < damping:
                 return StepStatus.STALLED
-            # Nothing is known against the model: the damping leaves no step that could show it.
+            # The model may be fine: the damping leaves only steps too short to test it.
             memory.damping = memory.start = start = anew
         else:
             raised = rule.raised(damping, 2 + failures, start)
             memory.damping = max(memory.damping, raised)
-        del result, proposal  # and with them vectors, before there are others
+        del result, proposal  # frees their vectors before the next ones are made
     hopeful = first is None or first.finite
     return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
 
@@ -444,8 +445,8 @@ def within_radius(model: Model, rule: TrustRegion, memory: Memory, lr: float) ->
         ratio = model.gain_ratio(proposal, trial)
         memory.radius = rule.updated(radius, ratio, result.length, memory.start)
         if not ratio > rule.accept and result.iterates:
-            # What led to the radius was a direction of negative curvature, or of none but rounding;
-            # the iterate before it has nothing to do with that.
+            # A direction of negative curvature (or of rounding error alone) led to the radius. The
+            # iterate before it does not depend on that direction.
             interior = result.iterates[-1]
             proposal = model.propose(interior.x, interior.decrease, memory.damping)._replace(
                 held=False
@@ -458,7 +459,7 @@ def within_radius(model: Model, rule: TrustRegion, memory: Memory, lr: float) ->
             return Move(proposal, trial, ratio)
         if model.unresolved(proposal):
             return StepStatus.STALLED
-        del result, proposal  # and with them vectors, before there are others
+        del result, proposal  # frees their vectors before the next ones are made
     assert trial is not None
     return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
@@ -487,7 +488,7 @@ def searched(model: Model, search: LineSearch, memory: Memory, lr: float) -> Mov
 
 
 def _search(model: Model, search: LineSearch, proposal: Proposal, first: Trial) -> SearchResult:
-    """Searches along a proposal whose first trial has been made already."""
+    """A line search along a proposal whose first trial has been evaluated already."""
 
     def phi(t: float) -> Trial:
         return first if t == first.t else model.trial(proposal, t)
@@ -500,23 +501,23 @@ def _search(model: Model, search: LineSearch, proposal: Proposal, first: Trial) 
 
 
 def _hopeless(result: SolveResult) -> StepStatus:
-    """What it means that a solver has no direction of descent."""
+    """The status of a step whose solver found no direction of descent."""
     if result.status is SolveStatus.NONFINITE or not isfinite(result.decrease):
         return StepStatus.NONFINITE_PRODUCTS
     return StepStatus.NO_DECREASE
 
 
-# What takes the place of curvature that is not finite.
+# Replacement of curvature that is not finite.
 
 
 class Repair(NamedTuple):
     """A curvature that is finite along the gradient.
 
     Attributes:
-        operator: That curvature, in the unit asked for.
-        kept: Whether a coordinate still has the original curvature; None if all have.
-        products: What it took to find out.
-        report: What was done; empty if there was nothing to do.
+        operator: The curvature, in the unit asked for.
+        kept: A mask of the coordinates that keep the original curvature; None if all do.
+        products: The number of products used.
+        report: A sentence for the report; empty if there was nothing to replace.
     """
 
     operator: LinearOperator
@@ -526,17 +527,16 @@ class Repair(NamedTuple):
 
 
 def repaired(operator: LinearOperator, objective: Objective, grad: Tensor, unit: float) -> Repair:
-    """Looks for the entries of a product that are not finite, and goes on without them.
+    """Finds the entries of a product that are not finite, and replaces the curvature there.
 
-    An operation may have a first derivative where it has no second: a norm whose argument is zero,
-    say. What depends on it has products that are no numbers, whatever they are products with; all
-    else has its curvature. In such coordinates the step is one along the gradient, with a multiple
-    of the identity in the place of the curvature that is as large as that of the others. Where no
-    entry is finite, products are differences of gradients.
+    An operation may have a first derivative at a point where it has no second: a norm at zero, for
+    instance. All products are NaN in the coordinates that depend on it. In these, a multiple of the
+    identity replaces the curvature, as large as the curvature in the others, so that the step
+    follows the gradient there. If no entry is finite, products become differences of gradients.
 
     Args:
         operator: The curvature, in the unit.
-        objective: Stands where the curvature is of.
+        objective: The objective at the point of the curvature.
         grad: The gradient there, in the unit.
         unit: See `unit_of`.
     """

@@ -1,4 +1,4 @@
-"""Declared state: an optimizer says once what its checkpoints hold, and never writes code for it.
+"""Declared state: an optimizer lists what its checkpoints hold, and writes no code for it.
 
 An optimizer lists its state in the class attribute `_state_fields`, by the names that checkpoints
 use. Each kind of field knows its form in memory, in a checkpoint, and in a checkpoint of sharded
@@ -129,7 +129,7 @@ class ModelField(Field, ABC):
 
     @property
     def held(self) -> bool:
-        """Whether an object that the optimizer holds has the value, and its initial one."""
+        """True if the value belongs to an object that the optimizer holds, which also resets it."""
         return "." in self.at
 
     def initial(self) -> Any:
@@ -234,7 +234,7 @@ class Vector(ModelField):
         self.small_names, self.vector_names = (f"has_{name}",), (name,)
 
     def fits(self, optimizer: Any, vector: ParameterVector) -> bool:
-        """Whether there is a value of the right size."""
+        """True if there is a value, and it has the size of the vector."""
         value = self.get(optimizer)
         return value is not None and value.shape[-1] == vector.size
 
@@ -325,7 +325,7 @@ class Nested(ModelField):
     """An object that has `state_dict` and `load_state_dict`, or None.
 
     Its state is made of numbers, tensors, and lists and dicts of them, which are the same in all
-    processes. An empty dict resets it.
+    processes. 0-dim tensors come back as numbers. An empty dict resets it.
     """
 
     def save(self, optimizer: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_secondorder._autograd.backward_hook import intercepting
+from torch_secondorder._autograd.backward_hook import patched_backward
 from torch_secondorder._closure.runner import GradientTrace
 from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
 from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
@@ -101,7 +101,7 @@ class PenalizedLoss:
         before = GradientTrace(self._params)
         with (
             self._term.watching(self._seed) as values,
-            intercepting(partial(self._backward, values)),
+            patched_backward(partial(self._backward, values)),
         ):
             loss = scalar(closure())
         if values.taken:
@@ -228,7 +228,7 @@ class WrapperOptimizer(Optimizer, ABC):
         """
 
     def _has_present_term(self) -> bool:
-        """Whether a step without a closure has a term to add."""
+        """True if a step without a closure has a term to add."""
         return True
 
     def _begin_step(self) -> None:

@@ -1,9 +1,9 @@
 """The space that flat vectors live in: whole in this process, or cut up over several.
 
 Under `torch.distributed.fsdp.fully_shard` a process holds a part of each parameter, and flat
-vectors here are of these parts. What works entry by entry does not notice. A number that belongs to
-a whole vector (an inner product, a norm) is made of what each process computes from its part, and
-is asked of the space of the vector; with whole vectors it is what this process has, at no cost.
+vectors here are of these parts. Operations that work entry by entry do not notice. Global
+reductions (an inner product, a norm) combine the results that each process computes from its part,
+and go through `Space`; with whole vectors they cost nothing extra.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ class Space:
             norms: Euclidean norms of it.
             whole: What is of the whole already.
         """
-        return to_host(*sums, *largest, *norms, *whole)
+        numbers = (*sums, *largest, *norms, *whole)
+        if numbers[0].device.type == "cpu":
+            return list(map(Tensor.item, numbers))
+        dtype = reduce(torch.promote_types, (number.dtype for number in numbers))
+        return torch.stack([number.to(dtype) for number in numbers]).tolist()
 
     def true_norm(self, v: Tensor, largest: float, norm: float) -> float:
         """The Euclidean norm of a whole vector, where its squares leave the range of its dtype too.
@@ -141,7 +145,7 @@ class ShardedSpace(Space):
     ) -> list[float]:
         """See `Space.to_host`."""
         if not (sums or largest or norms):
-            return to_host(*whole)
+            return super().to_host(whole=whole)
         result: list[float] = self.gathered(sums, largest, norms, whole).tolist()
         return result
 
@@ -152,7 +156,7 @@ class ShardedSpace(Space):
         norms: Sequence[Tensor] = (),
         whole: Sequence[Tensor] = (),
     ) -> Tensor:
-        """What `to_host` reads, as one tensor; it takes one message, whatever is in it."""
+        """The numbers that `to_host` reads, as one tensor; they take one message, however many."""
         kinds = (sums, largest, norms, whole)
         counts = [len(kind) for kind in kinds]
         numbers = torch.stack([number.double() for kind in kinds for number in kind])
@@ -180,7 +184,7 @@ class ShardedSpace(Space):
 
 
 def space_of(params: Sequence[Tensor]) -> Space:
-    """Where flat vectors of these parameters live.
+    """The space of flat vectors of these parameters.
 
     Raises:
         ValueError: Some parameters are sharded and others not, or in another way.
@@ -221,7 +225,7 @@ def space_of(params: Sequence[Tensor]) -> Space:
 
 
 class _Placed(NamedTuple):
-    """Where a distributed tensor is."""
+    """The placement of a distributed tensor."""
 
     mesh: DeviceMesh
     placements: tuple[Any, ...]
@@ -237,14 +241,14 @@ class _Placed(NamedTuple):
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
+    """True for a DTensor."""
     # Its module takes half a second to import; where there is a DTensor it has been.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, detached: an alias of a DTensor's part.
+    """The part of a tensor that this process holds, detached: an alias of a DTensor's part.
 
     Of an asynchronous tensor it waits until it is there.
     """
@@ -294,7 +298,4 @@ def max_norm(v: Tensor) -> Tensor:
 
 def to_host(*scalars: Tensor) -> list[float]:
     """0-dim tensors as Python numbers, with one synchronization for all of them."""
-    if scalars[0].device.type == "cpu":
-        return [s.item() for s in scalars]
-    dtype = reduce(torch.promote_types, (s.dtype for s in scalars))
-    return torch.stack([s.to(dtype) for s in scalars]).tolist()
+    return WHOLE.to_host(whole=scalars)

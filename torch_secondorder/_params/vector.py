@@ -12,6 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ __all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Where one parameter lives in the flat vector; a complex number takes two real slots."""
+    """The place of one parameter in the flat vector; a complex number takes two real slots."""
 
     shape: torch.Size  # of the real view: (..., 2) for a complex parameter
     count: int  # real numbers in it
@@ -66,6 +67,9 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+_data: Callable[[Tensor], Tensor] = attrgetter("data")
+
+
 def _all_dense(tensors: Iterable[Tensor | None]) -> bool:
     for tensor in tensors:  # noqa: SIM110 - a generator takes twice the time
         if tensor is None or tensor.layout is not torch.strided:
@@ -90,12 +94,13 @@ class ParameterVector:
     Attributes:
         params: The parameters, in order.
         scale: The scale as a vector `(n,)`; None for one everywhere.
-        space: Where the work vectors live; who needs an inner product of whole vectors asks it.
+        space: The space of the work vectors; global reductions go through it.
         size: `n`, the number of real degrees of freedom, of those in this process.
         whole_size: That of all processes together.
         dtype: Of the work vector.
         device: Of the work vector.
         devices: Of the parameters.
+        needs_master: Whether some parameter is held in less precision than the work vector.
         is_large: Whether work vectors are so large that a `BufferPool` pays.
         precision: The machine epsilon that a loss of these parameters is computed with.
 
@@ -143,18 +148,19 @@ class ParameterVector:
         self.precision = max(torch.finfo(s.real_dtype).eps for s in self._segments)
         # One tensor, as in much of numerical optimization, need not be cut up or put together.
         self._single = self._uniform and len(self.params) == 1
+        self.needs_master = any(s.real_dtype != self.dtype for s in self._segments)
         self._factors = None if scale is None else tuple(scale)
         self.scale = None if scale is None else self.expand(scale)
 
     def _held(self, tensors: Sequence[Any] | None = None) -> Sequence[Any]:
-        """What this process holds of tensors like the parameters, or of the parameters."""
+        """The parts that this process holds of the parameters, or of tensors like them."""
         tensors = self.params if tensors is None else tensors
         if not self.sharded:
             return all_plain(tensors)
         return [None if tensor is None else local(tensor) for tensor in tensors]
 
     def matches(self, params: Sequence[Tensor], scale: Sequence[float] | None) -> bool:
-        """Whether this vector still describes these parameters under this scale."""
+        """True if this vector still describes these parameters under this scale."""
         if len(params) != len(self.params):
             return False
         if (None if scale is None else tuple(scale)) != self._factors:
@@ -262,7 +268,7 @@ class ParameterVector:
         return torch.where(rounded == flat, master, flat)
 
     def slots(self) -> list[tuple[int, int, float]]:
-        """Where each parameter begins and ends in the flat vector, and its scale."""
+        """The begin and end of each parameter in the flat vector, and its scale."""
         ends = list(itertools.accumulate(self._counts))
         factors = self._factors or (1.0,) * len(ends)
         return [
@@ -271,16 +277,13 @@ class ParameterVector:
         ]
 
     def holds(self, flat: Tensor) -> bool:
-        """Whether the parameters have these values, `(n,)`, as far as their precision goes."""
+        """True if the parameters have these values, `(n,)`, as far as their precision goes."""
         if self.device.type == "cpu":  # one by one, without a copy
-            return all(map(torch.equal, self._held(), self.split(flat)))
+            held = self.params if self._plain else self._held()
+            pieces = unflatten_tensors(flat, self._likes) if self._uniform else self.split(flat)
+            return all(map(torch.equal, held, pieces))
         # A device would be waited for as many times.
         return torch.equal(self.read(flat), flat)
-
-    @property
-    def needs_master(self) -> bool:
-        """Whether some parameter is held in less precision than the work vector."""
-        return any(s.real_dtype != self.dtype for s in self._segments)
 
     def write(self, flat: Tensor) -> None:
         """Sets the parameters, so that a graph that has saved them refuses to be used again."""
@@ -294,12 +297,13 @@ class ParameterVector:
         before it is used.
         """
         # `.data` is an alias with a version counter of its own; `.detach()` would share it.
-        held = self._held()
+        held = self.params if self._plain else self._held()
         if self._single:
             shape = self._segments[0].shape
             held[0].data.copy_(flat if len(shape) == 1 else flat.view(shape))
         else:
-            torch._foreach_copy_([p.data for p in held], self.split(flat))
+            pieces = unflatten_tensors(flat, self._likes) if self._uniform else self.split(flat)
+            torch._foreach_copy_(list(map(_data, held)), pieces)
 
     # Sharded tensors.
 
@@ -334,7 +338,7 @@ class ParameterVector:
         return result
 
     def collect(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What `distribute` cut up, or the same as plain tensors of whole parameters: `(..., n)`.
+        """Joins what `distribute` cut up, or plain tensors of whole parameters: `(..., n)`.
 
         Raises:
             ValueError: Their shapes or placements do not fit.

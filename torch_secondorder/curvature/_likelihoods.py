@@ -22,7 +22,7 @@ __all__ = ["Categorical", "Independent", "Likelihood", "likelihood_of"]
 
 
 class _Labels(NamedTuple):
-    """How labels are drawn from the model.
+    """The way in which labels are drawn from the model.
 
     Attributes:
         noise: The random numbers that they are made from.
@@ -196,7 +196,7 @@ def _cross_entropy(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihoo
 
 
 def _target_weights(z: Tensor, arguments: dict[str, Any], dim: int) -> Tensor:
-    """What multiplies the log-partition function at each position."""
+    """The factor of the log-partition function at each position."""
     target: Tensor = arguments["target"].detach()
     smoothing: float = arguments["label_smoothing"]
     classes = z.shape[dim]
@@ -215,7 +215,7 @@ def _target_weights(z: Tensor, arguments: dict[str, Any], dim: int) -> Tensor:
 
 
 def _mean_divisor(weight: Tensor, arguments: dict[str, Any], dim: int) -> Tensor | int:
-    """What `reduction="mean"` divides by."""
+    """The divisor of `reduction="mean"`."""
     target: Tensor = arguments["target"]
     per_class: Tensor | None = arguments["weight"]
     if target.is_floating_point():

@@ -49,7 +49,7 @@ class LossCurvature:
 
     @property
     def unknown(self) -> bool:
-        """Whether the curvature by some outputs is not in closed form."""
+        """True if the curvature by some outputs is not in closed form."""
         return bool(self._rest)
 
     def product(self, tangents: Tensors, batched: bool = False) -> Tensors:
@@ -82,7 +82,7 @@ def _coefficients(space: OutputSpace) -> tuple[list[Tensor | None], bool]:
 
 
 def _separates(output: Output, space: OutputSpace) -> bool:
-    """Whether its block of the information is its own."""
+    """True if the information has no entries between this output and others."""
     if len(space.outputs) == 1:
         return True
     together = {o.argument for o in space.outputs if o.value is output.value}

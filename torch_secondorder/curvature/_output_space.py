@@ -6,9 +6,9 @@ graph at the outputs while autograd runs; nothing has to be evaluated again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_secondorder._autograd.graph import Graph, Output, Overwritten, Suspect, explained, refuse
+from torch_secondorder._autograd.vectorized import several
 from torch_secondorder._foundation.subclasses import plainly
 
 __all__ = ["OutputSpace", "Tensors", "UnknownOutputs"]
@@ -76,22 +77,20 @@ class OutputSpace:
         weights = [torch.zeros_like(z).requires_grad_() for z in self.values]
         return _differentiated(self.tensors, self._graph.params, weights), weights
 
-    def push(self, tangents: Sequence[Tensor], batched: bool = False) -> Tensors:
-        """`J v`: from directions shaped like the parameters to changes of the outputs."""
+    def sandwiched(
+        self, between: Callable[[Tensors, bool], Tensors], tangents: Sequence[Tensor], batched: bool
+    ) -> Tensors:
+        """`J' B J v`, where `between` multiplies with `B`."""
         pulled, weights = self._pulled
-        return _derivative(pulled, weights, tangents, batched)
+        changes = _derivative(pulled, weights, tangents, batched)
+        products = between(changes, batched)
+        return _derivative(self.tensors, self._graph.params, products, batched)
 
     def pull_each(self, cotangents: Sequence[Tensors]) -> Tensors:
         """`J' u` for several `u`, stacked; in one vectorized pass where operations allow."""
         columns = zip(*cotangents, strict=True)
         stacked = [None if any(q is None for q in c) else torch.stack(c) for c in columns]
-        try:
-            return self.pull(stacked, batched=True)
-        except Overwritten:
-            raise
-        except (RuntimeError, NotImplementedError):  # an operation without a batching rule
-            products = zip(*map(self.pull, cotangents), strict=True)
-            return [None if c[0] is None else torch.stack(c) for c in products]
+        return several(self.pull, stacked)
 
     def pull(self, cotangents: Tensors, batched: bool = False) -> Tensors:
         """`J' u`: from weights shaped like the outputs to tensors shaped like the parameters."""
@@ -115,7 +114,7 @@ class OutputSpace:
             return _derivative(gradient, tensors, tangents, batched)
 
     def reaches(self, stops: Collection[Tensor | GradientEdge]) -> tuple[list[bool], bool]:
-        """What lies on the ways from the loss to the parameters.
+        """Follows the paths from the loss to the parameters.
 
         Args:
             stops: Tensors where a way ends.
@@ -133,7 +132,7 @@ class OutputSpace:
         return list(map(met.__contains__, self._places)), bypassed
 
     def depends(self, tensor: Tensor, others: Collection[Tensor | GradientEdge]) -> bool:
-        """Whether a tensor is made from one of the outputs or of some others."""
+        """True if a tensor is made from one of the outputs or of some others."""
         ends = self._ends.union(_places(others))
         return not ends.isdisjoint(_walk(_places((tensor,)), ends))
 
@@ -161,7 +160,9 @@ class OutputSpace:
     @contextmanager
     def _cut(self) -> Iterator[None]:
         """Lets no derivative pass from the outputs down to the parameters."""
-        handles = [node.register_prehook(_Without(index)) for node, index in self._ends]
+        handles: list[Any] = []
+        for node, index in self._ends:
+            handles.append(node.register_prehook(partial(_without, index)))
         try:
             yield
         finally:
@@ -169,14 +170,9 @@ class OutputSpace:
                 handle.remove()
 
 
-class _Without:
-    """A hook that drops what arrives at one of a node's outputs."""
-
-    def __init__(self, index: int) -> None:
-        self._index = index
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        return (*gradients[: self._index], None, *gradients[self._index + 1 :])
+def _without(index: int, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Drops the gradient of one of a node's outputs."""
+    return (*gradients[:index], None, *gradients[index + 1 :])
 
 
 def _differentiated(

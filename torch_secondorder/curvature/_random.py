@@ -35,13 +35,13 @@ def draw(
     """A random vector with independent entries of mean zero and variance one, `(size,)`.
 
     Args:
-        size: Its length.
+        size: The length.
         distribution: `"rademacher"` for random signs, the choice of least variance in Hutchinson's
             estimator, or `"gaussian"`.
-        generator: Where randomness comes from; torch's own if None.
-        buffer_pool: Where to take memory from.
-        dtype: Of the vector: float32 or float64.
-        device: Of the vector.
+        generator: The source of random numbers; torch's own if None.
+        buffer_pool: The source of memory; None for new memory.
+        dtype: The dtype: float32 or float64.
+        device: The device.
     """
     if distribution == "rademacher":
         return rademacher(size, generator, buffer_pool, dtype=dtype, device=device)
@@ -73,7 +73,7 @@ def rademacher(
         room = buffer_pool.empty("signs", count * 64, dtype, device)
     one, shifts = _constants(integer, bits, dtype, device)
     torch.bitwise_left_shift(words, shifts, out=room.view(integer).view(bits, -1))
-    # Whatever number the bits make, NaN included, its sign is theirs.
+    # The bits may make any number, NaN included; only its sign is used.
     return torch.copysign(one, room, out=room)[:size]
 
 
@@ -86,13 +86,13 @@ def _constants(
 
 
 class Noise(NamedTuple):
-    """Which random numbers are needed.
+    """The random numbers that are needed.
 
     Attributes:
         kind: `"signs"`, `"normal"`, or `"uniform"` in [0, 1).
-        shape: Of what is drawn, samples first.
-        dtype: Floating-point.
-        device: Where they are needed.
+        shape: The shape, samples first.
+        dtype: A floating-point type.
+        device: The device that they are for.
     """
 
     kind: Kind
@@ -102,11 +102,11 @@ class Noise(NamedTuple):
 
     @classmethod
     def like(cls, tensor: Tensor, kind: Kind = "signs") -> Noise:
-        """As many as a tensor has entries."""
+        """A request for as many numbers as a tensor has entries."""
         return cls(kind, tensor.shape, tensor.dtype, tensor.device)
 
     def drawn(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """So many of its kind, `(count,)`, where the generator is."""
+        """Numbers of this kind, `(count,)`, on the device of the generator."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         device = self.device if generator is None else generator.device
         if self.kind == "signs":
@@ -118,20 +118,19 @@ class Noise(NamedTuple):
 
 
 class Draws:
-    """Draws the same kinds of random numbers again and again.
+    """Draws the same kinds of random numbers again and again, on all ranks alike.
 
-    The generators of all ranks are in the same state, and stay so: each rank draws for the samples
-    of all, in the order of the ranks, and takes what belongs to its own. Two ranks with half a
-    batch each thus draw what one process does for the whole batch, and no two samples get the same
-    numbers.
+    The generators of all ranks are in the same state and stay so: each rank draws for the samples
+    of all ranks, in their order, and keeps its own share. Two ranks with half a batch each thus
+    draw the numbers that one process draws for the whole batch, and no two samples share numbers.
 
-    Where ranks need numbers of different kinds, because their closures differ, each draws those of
-    the first, then those of the second, and so on.
+    If closures differ between ranks, so that they need numbers of different kinds, each rank draws
+    those of the first rank, then those of the second, and so on.
 
     Args:
-        needed: What this rank needs; None for nothing.
-        generator: Where randomness comes from; torch's own if None.
-        ranks: Who draws.
+        needed: The requests of this rank; None for nothing.
+        generator: The source of random numbers; torch's own if None.
+        ranks: The ranks.
     """
 
     def __init__(
@@ -155,7 +154,7 @@ class Draws:
         self._alike = all(kinds == self._all[0][0] for kinds, _ in self._all)
 
     def __call__(self) -> list[Tensor | None]:
-        """One draw: for each noise a tensor of its shape."""
+        """One draw: a tensor for each request."""
         drawn = iter(self._together() if self._alike else self._in_turn())
         return [
             None if noise is None else next(drawn).to(noise.device, noise.dtype).view(noise.shape)
@@ -188,7 +187,7 @@ def _described(noise: Noise) -> tuple[int, int]:
 
 
 def _noise(number: int, generator: torch.Generator | None) -> Noise:
-    """A noise from the number of its kind; nobody else needs its shape."""
+    """A request made from the number of its kind, without a shape."""
     device = torch.device("cpu") if generator is None else generator.device
     dtype = torch.float64 if number % 2 else torch.float32
     return Noise(_KINDS[number // 2], torch.Size(), dtype, device)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Overwritten
+from torch_secondorder._autograd.vectorized import AT_ONCE, at_once, in_turn, vectorizing_pays
 from torch_secondorder._objective.evaluation import Evaluation, Slot
 from torch_secondorder._params.space import WHOLE, Space
-from torch_secondorder.curvature._products import AT_ONCE, vectorizing_pays
 from torch_secondorder.curvature.kronecker import KroneckerFactors
 
 _T = TypeVar("_T")
@@ -204,15 +204,8 @@ class Linearized(LinearOperator):
         Here, and not outside of `product`: all ranks average the same number of vectors, whichever
         operations they have.
         """
-        if self._vectorizes:
-            try:
-                return self._multiply(tangents, batched)
-            except Overwritten:
-                raise
-            except (RuntimeError, NotImplementedError):
-                self._vectorizes = False
-        each = [self._multiply(parts, False) for parts in zip(*tangents, strict=True)]
-        return [
-            None if any(part is None for part in parts) else torch.stack(parts)
-            for parts in zip(*each, strict=True)
-        ]
+        found = at_once(self._multiply, tangents) if self._vectorizes else None
+        if found is None:
+            self._vectorizes = False
+            found = in_turn(self._multiply, tangents)
+        return found

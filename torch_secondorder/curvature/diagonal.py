@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, added
+from torch_secondorder._autograd.vectorized import hessian_products, vectorizing_pays
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_choice, check_integer
@@ -19,7 +20,6 @@ from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._loss_curvature import LossCurvature
 from torch_secondorder.curvature._output_space import OutputSpace
-from torch_secondorder.curvature._products import several_products
 from torch_secondorder.curvature._random import Distribution, draw
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import LinearOperator
@@ -44,8 +44,8 @@ class DiagonalWatch(ABC):
     Attributes:
         twice: Whether it needs gradients that can be differentiated again.
         outputs: Whether it needs the model's outputs.
-        products: Products, or backward passes in their place, done so far.
-        ranks: Those that the loss is the mean over; None for one.
+        products: The number of products so far, or of backward passes in their place.
+        ranks: The ranks that the loss is the mean over; None for one.
     """
 
     twice: bool
@@ -54,7 +54,7 @@ class DiagonalWatch(ABC):
     ranks: Ranks | None = None
 
     def scale_probes(self, factor: Tensor) -> None:
-        """Multiplies random directions by a number: the products come out as many times larger."""
+        """Multiplies the random directions by a number, and so the products."""
         raise NotImplementedError(f"{type(self).__name__} multiplies with no directions")
 
     @abstractmethod
@@ -66,8 +66,8 @@ class DiagonalWatch(ABC):
         """The estimate for the loss of all ranks, `(n,)`, in the work precision of the vector.
 
         Args:
-            magnitudes: Whether the caller takes the root mean square of `|z * A z|` over random
-                signs `z`, the norms of the rows of `A`. Signs need not be right then.
+            magnitudes: Whether the caller uses the root mean square of `|z * A z|` over random
+                signs `z`, which are the norms of the rows of `A`. Signs may then be wrong.
         """
 
 
@@ -89,12 +89,12 @@ class DiagonalEstimator(ABC):
         generator: torch.Generator | None,
         buffer_pool: BufferPool | None = None,
     ) -> DiagonalWatch:
-        """What estimates the diagonal for one evaluation of an optimizer.
+        """Begins an estimate of the diagonal for one evaluation of an optimizer.
 
         Args:
             vector: The parameters' vector.
-            generator: Where randomness comes from; torch's own if None.
-            buffer_pool: Where to take memory from; what comes from there is valid for one step.
+            generator: The source of random numbers; torch's own if None.
+            buffer_pool: The source of memory, which is valid for one step.
         """
 
 
@@ -142,7 +142,7 @@ class Hutchinson(DiagonalEstimator):
 
         Args:
             operator: A symmetric operator; its `matmat` multiplies all random vectors at once.
-            generator: Where randomness comes from; torch's own by default.
+            generator: The source of random numbers; torch's own by default.
         """
         probes = self._draw(operator.size, generator, operator.dtype, operator.device)
         if self.n_samples == 1:
@@ -174,7 +174,7 @@ class Hutchinson(DiagonalEstimator):
         ]
 
     def mean(self, probes: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
-        """The estimate; the products may be somebody's, and are left alone."""
+        """The estimate. Products are left unchanged: they may belong to the operator."""
         total = products[0] * probes[0]
         for z, product in zip(probes[1:], products[1:], strict=True):
             total.addcmul_(z, product)
@@ -214,7 +214,8 @@ class _HutchinsonWatch(DiagonalWatch):
         if len(self._tangents) == 1:
             products = [graph.hessian_product(self._tangents[0], retain=retain)]
         else:
-            products = several_products(graph, self._tangents, self._vector, retain)
+            pays = vectorizing_pays(self._vector.size, self._vector.device)
+            products = hessian_products(graph, self._tangents, pays, retain)
         self.products += len(products)
         if self._sums:
             self._sums = [_sum(a, b) for a, b in zip(self._sums, products, strict=True)]
@@ -224,7 +225,7 @@ class _HutchinsonWatch(DiagonalWatch):
     def diagonal(self, *, magnitudes: bool = False) -> Tensor:
         gather = partial(self._vector.gather, buffer_pool=self._buffer_pool)
         products = list(map(gather, self._sums))
-        if self.ranks is not None and self.ranks.count > 1:
+        if self.ranks is not None and self.ranks.met and self.ranks.count > 1:
             # Each with its own probes, should they differ.
             return self.ranks.average_(self._estimator.mean(self._probes, products))
         if magnitudes and len(products) == 1 and self._estimator.distribution == "rademacher":
@@ -245,7 +246,7 @@ class GaussNewtonBartlett(DiagonalEstimator):
     error and binary cross-entropy, random signs of the right size take their place, which have the
     same second moment and a smaller fourth. A marked output whose loss is not a standard one gets
     the gradient of the loss itself with a random sign for each sample: the diagonal of the
-    empirical Fisher matrix. What of the loss bypasses the outputs is left out.
+    empirical Fisher matrix. Loss terms that do not depend on the outputs are left out.
 
     Args:
         n_samples: Labels drawn for each sample.
@@ -273,7 +274,7 @@ class GaussNewtonBartlett(DiagonalEstimator):
 
         Args:
             evaluation: Made by `Objective.evaluate(curvature=True)`; regularization is included.
-            generator: Where randomness comes from; torch's own by default.
+            generator: The source of random numbers; torch's own by default.
 
         Raises:
             RuntimeError: No output was found.

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_secondorder._autograd.graph import Graph, Multiply, added
+from torch_secondorder._autograd.graph import Graph, Multiply, Overwritten, added
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._objective.evaluation import Evaluation, Slot
@@ -77,15 +77,19 @@ class GaussNewton(Linearized):
         graph = self._linearization.graph
         self._whole = graph.compiled((type(self), remainder), self._built_on)
         if self._whole is None:
-            self._retried(lambda: self._attach(self._linearization.graph))
+            try:
+                self._attach(graph)
+            except Overwritten:
+                if not self._renewed():
+                    raise
 
     @property
     def semidefinite(self) -> bool:
-        """Whether it is known to be positive semidefinite, whatever the parameters are."""
+        """True if it is known to be positive semidefinite, for any parameters."""
         return self._whole is None and not self.bypassed and not self._curvature.unknown
 
     def vanishes(self, linear: Collection[Callable[..., Any]]) -> bool:
-        """Whether it is zero: all of the loss are standard ones that are linear in the outputs.
+        """True if it is zero: the loss consists of standard losses that are linear in the outputs.
 
         Args:
             linear: These losses.
@@ -173,8 +177,7 @@ class GaussNewton(Linearized):
     def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Tensors:
         if self._whole is not None:
             return self._whole(tangents, batched)
-        changes = self._space.push(tangents, batched)
-        products = self._space.pull(self._at_outputs(changes, batched), batched)
+        products = self._space.sandwiched(self._at_outputs, tangents, batched)
         if self._remainder is None:
             return products
         others = self._space.remainder_product(self._remainder, tangents, batched)

@@ -34,7 +34,7 @@ class _Buffers(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """The buffers cut up, once for all: with few unknowns, indexing costs as much as computing."""
+    """Views of the rows of all buffers, made once: for small `n`, indexing is expensive."""
 
     steps: tuple[Tensor, ...]
     differences: tuple[Tensor, ...]
@@ -56,26 +56,26 @@ class InverseBFGS(LinearOperator):
 
     which is their formula with its terms `gamma (Y Y'p2 - Y v)` taken together as `-Y r`: the same
     two passes over the history, without the cancellation between the two terms and without the
-    matrix `Y Y'`. The products `S y` with a new `y` ride on the first pass of the next
+    matrix `Y Y'`. The products `S y` with a new `y` are computed in the first pass of the next
     multiplication. Nothing here waits for the device.
 
-    `R^-1` is kept rather than `R`, in float64. A new pair gives it one column, dropping the oldest
-    one zeroes a row and a column, and neither touches the others: so rounding does not add up, and
-    rows may stay in the order of the rings.
+    `R^-1` is kept rather than `R`, in float64. A new pair adds one column to it, and dropping the
+    oldest pair zeroes a row and a column. The other entries are not touched, so rounding errors do
+    not accumulate, and rows stay in the order of the ring buffers.
 
-    `gamma`, the scale of what no pair speaks of, is the largest `s'y / y'y` of the pairs held, but
-    at most five times that of the newest pair, which is the textbook's: see "Design decisions" in
-    CONTRIBUTING.md for what that gains. Without a line search to rein it in it is too bold.
+    `gamma`, the scale of directions that no pair covers, is the largest `s'y / y'y` of the pairs
+    held, but at most five times that of the newest pair, which is the textbook's choice. The larger
+    scale saves evaluations with a line search, and is too bold without one.
 
     Args:
         size: `n`.
         history_size: `m`. The history grows as it fills, up to `2 m n` numbers.
         dtype: Of the work vectors.
         device: Of the work vectors.
-        largest_scale: Whether `gamma` follows the largest scale; else it is that of the newest
+        largest_scale: Whether `gamma` follows the largest scale; otherwise it is that of the newest
             pair.
-        space: Where the vectors live. Of sharded ones `n` is the length of the part here, and the
-            small matrices are the same on all processes; a product with `H` then takes two
+        space: The space of the vectors. If they are sharded, `n` is the length of this process's
+            part, the small matrices are the same on all processes, and a product with `H` takes two
             messages of up to `2 m` numbers.
 
     Attributes:
@@ -122,7 +122,7 @@ class InverseBFGS(LinearOperator):
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
 
-        It is the caller's duty that `s'y > 0`.
+        The caller makes sure that `s'y > 0`.
 
         Args:
             s: The step, shape `(n,)`.
@@ -176,13 +176,13 @@ class InverseBFGS(LinearOperator):
             of_v = torch.mv(steps, v)
             if not whole:
                 of_v = space.total(of_v)
-        # The scale of what no pair speaks of.
+        # The scale of directions that no pair covers.
         gamma = self._scales[-1]
         if self.largest_scale:
             gamma = min(max(self._scales), _BOLDEST * gamma)
         work, small = self.dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
-        # Scaled before anything is multiplied with Y: the square of a gradient may have no place.
+        # Scaled before it is multiplied by Y: the square of a gradient may leave the dtype's range.
         scaled = torch.addmv(v, differences.t(), p2.to(work), alpha=-1).mul_(gamma)
         of_scaled = torch.mv(differences, scaled)
         if not whole:
@@ -256,7 +256,7 @@ class InverseBFGS(LinearOperator):
 
     @staticmethod
     def join_state(state: dict[str, Any], steps: Tensor, differences: Tensor) -> dict[str, Any]:
-        """What `load_state_dict` takes, from the parts of `split_state`, vectors of any size."""
+        """A state for `load_state_dict`: the parts of `split_state`, vectors of any size."""
         room, count = state["_room"], state["count"]
         joined = {name: state[name] for name in _NUMBERS if name != "size"}
         buffers = [

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.vectorized import AT_ONCE
 from torch_secondorder._foundation.progress_bar import bar
 from torch_secondorder.curvature import LinearOperator
-from torch_secondorder.curvature._products import AT_ONCE
 from torch_secondorder.diagnostics.problem import Problem, as_problem
 
 __all__ = ["Counted", "Point", "generator_of", "opened"]

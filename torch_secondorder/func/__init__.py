@@ -4,15 +4,13 @@ Functions take and return trees of tensors, and compose with `torch.func.vmap`, 
 `torch.compile`.
 """
 
-from torch_secondorder.func._batches import batch_jacobian
-from torch_secondorder.func._modules import module_jacobian
 from torch_secondorder.func.derivative_checks import (
     DerivativeReport,
     Discrepancy,
     check_derivatives,
 )
 from torch_secondorder.func.hessian_products import ggnvp, hessian_diagonal, hvp, vhp
-from torch_secondorder.func.jacobians import jacobian
+from torch_secondorder.func.jacobians import batch_jacobian, jacobian, module_jacobian
 from torch_secondorder.func.transforms import jvp, vjp
 
 __all__ = [

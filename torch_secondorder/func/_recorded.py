@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.vectorized import several
 from torch_secondorder._foundation.private_torch import (
     BATCHES_DIRECTLY,
     add_batch_dim,
@@ -45,7 +47,7 @@ __all__ = ["Recorded", "composing"]
 
 
 def composing(tensors: Sequence[Tensor]) -> bool:
-    """Whether a transformation of torch.func or torch.compile is looking on.
+    """True inside a transformation of torch.func or torch.compile.
 
     The graph is theirs then, and derivatives have to be taken with the means of torch.func.
     """
@@ -99,17 +101,22 @@ class Recorded:
             return [x.new_zeros(len(cotangents[0]), *x.shape) for x in self._inputs]
         outputs, directions = [y for y, _ in used], [c for _, c in used]
         with _recording():
-            try:
-                return self._at_once(outputs, directions)
-            except (RuntimeError, NotImplementedError):  # an operation that vmap cannot batch
-                return self._in_turn(outputs, directions)
+            found = several(partial(self._multiply, outputs), directions)
+        return cast("list[Tensor]", found)
 
-    def _at_once(self, outputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+    def _multiply(
+        self, outputs: Sequence[Tensor], directions: Sequence[Tensor], batched: bool
+    ) -> list[Tensor]:
+        if not batched:
+            found = self._backward(outputs, directions)
+            return [
+                torch.zeros_like(x) if g is None else g
+                for g, x in zip(found, self._inputs, strict=True)
+            ]
         count = len(directions[0])
         level = begin_batch(count, "error")
         try:
-            batched = [add_batch_dim(c, 0, level) for c in directions]
-            found = self._backward(outputs, batched)
+            found = self._backward(outputs, [add_batch_dim(c, 0, level) for c in directions])
             return [
                 x.new_zeros(count, *x.shape) if g is None else remove_batch_dim(g, level, count, 0)
                 for g, x in zip(found, self._inputs, strict=True)
@@ -117,20 +124,10 @@ class Recorded:
         finally:
             end_batch()
 
-    def _in_turn(self, outputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        rows = [
-            [
-                torch.zeros_like(x) if g is None else g
-                for g, x in zip(self._backward(outputs, each), self._inputs, strict=True)
-            ]
-            for each in zip(*directions, strict=True)
-        ]
-        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
-
     def _backward(
         self, outputs: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> tuple[Tensor | None, ...]:
-        # The graph is kept for the next chunk, and for `_in_turn`; it goes with this object.
+        # The graph is kept for the next chunk, or direction; it goes with this object.
         return engine_run_backward(
             tuple(outputs),
             tuple(directions),
@@ -142,7 +139,7 @@ class Recorded:
         )
 
     def _closes_over_parameters(self) -> bool:
-        """Whether a leaf other than the inputs is in the graph."""
+        """True if a leaf other than the inputs is in the graph."""
         own = {id(x) for x in self._inputs}
         to_do: list[Any] = [y.grad_fn for y in self.outputs if y.grad_fn is not None]
         seen = set(to_do)

@@ -1,4 +1,4 @@
-"""Trees of tensors: what may be differentiated, how entries are called, bases of the whole tree."""
+"""Trees of tensors: checks of leaves, names of entries, and bases of the whole tree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from torch import Tensor
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
 from torch_secondorder._foundation.private_torch import pytree
 
-__all__ = ["basis", "flatten", "flattened", "like", "named", "numels", "scalar", "unflatten"]
+__all__ = [
+    "basis",
+    "flatten",
+    "flattened",
+    "like",
+    "named",
+    "numels",
+    "scalar",
+    "spans",
+    "unflatten",
+]
 
 _LEAF = pytree.tree_structure(0)
 
@@ -123,6 +133,12 @@ def scalar(f: Callable[[Any], Any]) -> Callable[[Any], Tensor]:
         return value
 
     return checked
+
+
+def spans(total: int, chunk_size: int | None) -> list[tuple[int, int]]:
+    """Ranges of at most `chunk_size` places that cover `total`."""
+    step = total if chunk_size is None else chunk_size
+    return [(start, min(start + step, total)) for start in range(0, total, max(step, 1))]
 
 
 def numels(leaves: Sequence[Tensor]) -> list[int]:

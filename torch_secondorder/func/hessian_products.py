@@ -12,8 +12,7 @@ from torch.func import grad
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
 from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.memory import check_fits
-from torch_secondorder.func._limits import spans
-from torch_secondorder.func._trees import basis, flatten, like, numels, scalar, unflatten
+from torch_secondorder.func._trees import basis, flatten, like, numels, scalar, spans, unflatten
 from torch_secondorder.func.transforms import derivative, pullback, vectorized
 
 __all__ = ["ggnvp", "hessian_diagonal", "hvp", "vhp"]

@@ -10,9 +10,9 @@ from torch_secondorder._foundation.checks import check_number
 __all__ = ["LevenbergMarquardt"]
 
 
-# Of the curvature along the gradient, for the damping to begin with.
+# The first damping, as a share of the curvature along the gradient.
 _SHARE = 0.03
-# What damping that decides alone is lowered by at most.
+# The largest reduction of a damping that alone decides the length of steps.
 _RELIEF = 0.1
 
 
@@ -20,24 +20,23 @@ _RELIEF = 0.1
 class LevenbergMarquardt:
     """The rule of Levenberg and Marquardt, with the constants of Martens 2010, section 4.1.
 
-    Where the loss fell by less than `poor` of what the model promised, or to no number at all, the
-    damping grows; where it fell by more than `good` of that, it shrinks. Near a minimum where the
-    gradient falls faster than the damping would, the damping falls with it, for only then is the
-    convergence that of Newton's method (Fan and Yuan 2005, "On the quadratic convergence of the
-    Levenberg-Marquardt method without nonsingularity assumption"). Where it is larger than the
-    curvature along a good step, and so decides alone how long that is, it falls to a tenth, or to
-    that curvature.
+    If the loss fell by less than `poor` of the predicted decrease, or is not finite, the damping
+    grows; if it fell by more than `good` of it, the damping shrinks. Near a minimum, where the
+    gradient falls faster than that, the damping falls with the gradient: convergence is quadratic
+    only then (Fan and Yuan 2005, "On the quadratic convergence of the Levenberg-Marquardt method
+    without nonsingularity assumption"). If the damping is larger than the curvature along a good
+    step, it alone decides the step's length, and falls to a tenth or to that curvature.
 
     Args:
-        initial: The damping to begin with, in the units of the curvature; by default a share of the
+        initial: The first damping, in the units of the curvature; by default a share of the
             curvature along the first gradient, `|A g| / |g|`, so that steps do not depend on the
-            units of the loss.
+            unit of the loss.
         increase: Factor of growth, above one.
         decrease: Factor of shrinking, below one.
         poor: Gain ratio below which it grows.
         good: Gain ratio above which it shrinks.
-        smallest: Least damping, relative to the one that it began with.
-        largest: Most damping, relative to that.
+        smallest: The smallest damping, relative to the first one.
+        largest: The largest damping, relative to the first one.
 
     Raises:
         ValueError: A number is out of range.
@@ -73,11 +72,11 @@ class LevenbergMarquardt:
             )
 
     def begun(self, curvature: float) -> float:
-        """The damping to begin with, where the curvature along the gradient is this one."""
+        """The first damping, given the curvature along the gradient."""
         return self.relative(curvature) if self.initial is None else self.initial
 
     def relative(self, curvature: float) -> float:
-        """The damping to begin with by default."""
+        """The default for the first damping, given the curvature along the gradient."""
         return _SHARE * curvature
 
     def updated(
@@ -91,10 +90,10 @@ class LevenbergMarquardt:
         """The damping for the next system.
 
         Args:
-            damping: That of the last one.
-            gain_ratio: What the loss fell by over what the model promised; may be NaN.
+            damping: The damping of the last system.
+            gain_ratio: The decrease of the loss over the predicted one; may be NaN.
             gradient_ratio: The gradient's norm after the step over the one before it.
-            start: The damping that it began with.
+            start: The first damping.
             curvature: The undamped curvature along the step.
         """
         if not gain_ratio >= self.poor:
@@ -107,7 +106,7 @@ class LevenbergMarquardt:
         return damping
 
     def raised(self, damping: float, times: int = 1, start: float = 1.0) -> float:
-        """The damping after so many failures in a row."""
+        """The damping after a number of failures in a row."""
         smallest, largest = self.smallest * start, self.largest * start
         try:
             factor = self.increase**times

@@ -197,6 +197,6 @@ class HagerZhang:
 
 
 def _secant(a: Trial, b: Trial) -> float:
-    """Where the line through the slopes at `a` and `b` is zero; `b` itself if they are parallel."""
+    """The zero of the line through the slopes at `a` and `b`; `b` if the slopes are equal."""
     bend = b.slope - a.slope
     return (a.t * b.slope - b.t * a.slope) / bend if bend else b.t

@@ -28,8 +28,8 @@ class StrongWolfe:
 
     These are sufficient decrease, ``phi(t) <= phi(0) + c1 t phi'(0)``, and a flat enough slope,
     ``|phi'(t)| <= c2 |phi'(0)|``. Where losses differ by no more than rounding, the first is read
-    off the slope (`SearchStatus.APPROXIMATE_WOLFE`): else an optimizer would stall at a loss that
-    can no longer be resolved, while its gradient still can.
+    off the slope (`SearchStatus.APPROXIMATE_WOLFE`). Otherwise an optimizer would stall at a loss
+    whose changes are below rounding, although its gradient is still accurate.
 
     The default `c2` is below the customary 0.9: as a line search in L-BFGS over 26 classical
     problems it saves 2% of the evaluations, and on networks nothing changes (measured; 0.65 and
@@ -179,7 +179,7 @@ def _tilted(trial: Trial, tilt: float) -> Trial:
 
 
 def _passed(best: Trial, trial: Trial, allowance: float) -> bool:
-    """Whether a minimum lies between the two: the slope turned, or the loss rose beyond doubt."""
+    """True if a minimum lies between the two: the slope turned, or the loss clearly rose."""
     turned = (trial.slope > 0.0) != (best.slope > 0.0)
     return turned or trial.loss - best.loss > allowance
 
@@ -212,7 +212,7 @@ def _unresolved(a: Trial, b: Trial, allowance: float) -> bool:
 
 
 def _secant(a: Trial, b: Trial) -> float:
-    """Where the line through the slopes at `a` and `b` is zero; nan if they are parallel."""
+    """The zero of the line through the slopes at `a` and `b`; nan if the slopes are equal."""
     bend = b.slope - a.slope
     return b.t - b.slope * ((b.t - a.t) / bend) if bend else nan
 

@@ -10,7 +10,7 @@ from torch_secondorder._foundation.checks import check_number
 __all__ = ["TrustRegion"]
 
 
-# Of the step along the gradient, for the radius to begin with.
+# The first radius, as a multiple of the step along the gradient.
 _MULTIPLE = 10.0
 
 
@@ -19,15 +19,15 @@ class TrustRegion:
     """The textbook's rule (Nocedal and Wright 2006, algorithm 4.1).
 
     Args:
-        initial: The radius to begin with, in the units of the parameters; by default a multiple of
-            the step along the gradient to the least of the first model, so that steps depend
-            neither on the units of the loss nor on those of the parameters.
-        shrink: Factor for a step that kept too little of its promise.
-        grow: Factor for a good step that was held back by the radius.
+        initial: The first radius, in the units of the parameters; by default a multiple of the step
+            along the gradient that minimizes the first model, so that steps depend neither on the
+            unit of the loss nor on those of the parameters.
+        shrink: Factor after a step that gained too little.
+        grow: Factor after a good step that the radius kept short.
         poor: Gain ratio below which the radius shrinks.
         good: Gain ratio above which it may grow.
         accept: Gain ratio above which a step is taken.
-        largest: The largest radius, relative to the one that it began with.
+        largest: The largest radius, relative to the first one.
 
     Raises:
         ValueError: A number is out of range.
@@ -61,17 +61,17 @@ class TrustRegion:
             )
 
     def begun(self, length: float) -> float:
-        """The radius to begin with, where the model's step along the gradient is this long."""
+        """The first radius, given the length of the model's step along the gradient."""
         return _MULTIPLE * length if self.initial is None else self.initial
 
     def updated(self, radius: float, gain_ratio: float, length: float, start: float = 1.0) -> float:
         """The radius for the next model.
 
         Args:
-            radius: That of the last one.
-            gain_ratio: What the loss fell by over what the model promised; may be NaN.
-            length: Of the last step, in the norm of the radius.
-            start: The radius that it began with.
+            radius: The radius of the last model.
+            gain_ratio: The decrease of the loss over the predicted one; may be NaN.
+            length: The length of the last step, in the norm of the radius.
+            start: The first radius.
         """
         if not gain_ratio >= self.poor:
             return self.shrink * min(radius, length)

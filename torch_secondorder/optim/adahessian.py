@@ -36,48 +36,51 @@ class AdaHessian(DiagonalOptimizer):
         D = blockmean |z * Hz|,  m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) D^2
         theta -= lr * (m / (1 - b1^t) / ((v / (1 - b2^s))^(k / 2) + eps) + weight_decay * theta)
 
-    where `t` counts gradients and `s` estimates. The product `Hz` is taken while `backward()` runs
-    inside the closure; a step costs about as much as a gradient and a product, and with
-    `update_period` above one most steps cost what Adam's cost.
+    where `t` counts gradients and `s` estimates. The product `Hz` is computed while `backward()`
+    runs in the closure. A step costs about as much as a gradient and a product; with
+    `update_period` above one, most steps cost as much as Adam's.
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate. The default is the authors', and about a hundred times Adam's.
-        betas: Averaging of gradients and of squared curvature.
+        lr: Learning rate. The default is the authors', about a hundred times Adam's.
+        betas: Decay rates of the averages of gradients and of squared curvature.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
-        hessian_power: `k`: one for Newton-like steps, less for steps closer to the gradient.
-        update_period: Steps from one estimate of the curvature to the next. The first of them, ten
-            at most, all estimate: with one noisy estimate to go by, the first steps go anywhere.
-        average_block: `"spatial"` averages `|z * Hz|` over all dimensions of a parameter but the
-            first two, which are the kernels of a convolution; an integer also over that many
-            neighboring entries of parameters with one or two dimensions; None not at all.
+        hessian_power: The power `k`: one for Newton-like steps, less for steps closer to the
+            gradient.
+        update_period: Steps from one estimate of the curvature to the next. The first steps, ten at
+            most, all estimate: a single noisy estimate would send them astray.
+        average_block: `"spatial"` averages `|z * Hz|` over all dimensions of a parameter after the
+            second, that is, over the kernels of a convolution. An integer averages in addition over
+            that many neighboring entries of parameters with one or two dimensions. None averages
+            nothing.
         estimator: `"hutchinson"` for `|z * Hz|`, the authors' choice; `"gnb"` for the same of the
             Gauss-Newton matrix, from labels drawn from the model as in `Sophia`; or a
-            `torch_secondorder.curvature.DiagonalEstimator`. What counts is the norm of a row of the
-            matrix, the root mean square of `|z * Hz|`, not its diagonal entry: steps by the
-            diagonal alone are too long where coordinates move together. The first estimate of
+            `torch_secondorder.curvature.DiagonalEstimator`. A step is divided by the norm of a row
+            of the matrix (the root mean square of `|z * Hz|`), not by the diagonal entry: that
+            would make steps too long where coordinates move together. The first estimate of
             `"gnb"` draws ten labels for each sample.
-        n_samples: Random vectors for each estimate, where the estimator is given by name.
-        seed: Of the random signs. They come from a generator of its own, which checkpoints carry.
-        accumulation_steps: Where closures do not zero the gradients and only the last of so many
-            equal micro-batches runs in `step`: how many there are.
+        n_samples: Random vectors for each estimate, for an estimator given by name.
+        seed: The seed of the random signs. The optimizer has its own generator, which checkpoints
+            carry.
+        accumulation_steps: The number of equal micro-batches, if closures do not zero the gradients
+            and only the last micro-batch runs in `step`.
         maximize: Whether to maximize the loss.
-        capturable: Whether nothing of a step is to be looked at on the host, so that a CUDA graph
-            can hold it and nothing waits for the device. None for on a device, not on the CPU.
+        capturable: Whether a step reads no numbers on the host, so that a CUDA graph can capture it
+            and nothing waits for the device. None stands for True on a device, False on the CPU.
         watch: Whether the optimizer sees backward passes by itself, so that `step()` needs no
-            closure: where an estimate is due, `loss.backward()` takes the product also outside of a
-            closure, as long as the optimizer is alive.
+            closure: if an estimate is due, `loss.backward()` computes the product outside of a
+            closure too, as long as the optimizer is alive.
 
     Attributes:
-        estimator: The estimator that is used.
+        estimator: The estimator in use.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex.
         ValueError: An argument is out of range.
 
-    A gradient or loss that is not finite leaves everything as it was; products that are not finite
-    leave the last estimate in place. `info.status` says so.
+    If a gradient or the loss is not finite, nothing changes. If a product is not finite, the last
+    estimate stays in use. `info.status` reports both.
 
     >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
     >>> optimizer = AdaHessian([x], lr=1.0)

@@ -20,7 +20,7 @@
 (tensor(4.5000), 1.5, 1.125)
 """
 
-from torch_secondorder._foundation.checks import check_number
+from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.descent import Descent, DescentInfo, Line, Point
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
@@ -72,6 +72,7 @@ __all__ = [
     "StepStatus",
     "Vector",
     "check_betas",
+    "check_integer",
     "check_number",
     "declare",
     "prepare",

@@ -32,7 +32,7 @@ from torch_secondorder.globalization import (
 
 __all__ = ["LBFGS", "LBFGSInfo"]
 
-# What the history may take by default, if twenty pairs do not take more.
+# The memory of the history by default, unless twenty pairs take more.
 _HISTORY_BYTES = 256 * 2**20
 # Powell's constant: the smallest share of the expected curvature that a corrected pair has.
 _LEAST_CURVATURE = 0.2
@@ -108,9 +108,9 @@ class _History(ModelField):
 class LBFGS(FlatOptimizer):
     """Limited-memory BFGS, a drop-in for `torch.optim.LBFGS`.
 
-    Its constructor accepts every call that `torch.optim.LBFGS` accepts, with the same meaning. What
-    differs by default: a line search is on, and the tolerances are relative to scale, so that a
-    small loss does not end the training silently.
+    Its constructor accepts every call that `torch.optim.LBFGS` accepts, with the same meaning. Two
+    defaults differ: a line search is on, and the tolerances are relative to scale, so that a small
+    loss does not end the training silently.
 
     Reference: Liu and Nocedal 1989, "On the limited memory BFGS method for large scale
     optimization"; the direction follows Byrd, Nocedal and Schnabel 1994 (see
@@ -118,21 +118,21 @@ class LBFGS(FlatOptimizer):
 
     Args:
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
-        lr: The first step a line search tries along the quasi-Newton direction; without a line
-            search, the step. Where groups differ, the largest plays this part, and each group's
+        lr: The first step that a line search tries along the quasi-Newton direction; without a line
+            search, the step. If groups differ, the largest one is this step, and each group's
             share of it scales the group's part of the initial inverse Hessian.
         max_iter: Iterations per `step()`.
-        max_eval: Closure evaluations per `step()`, `max_iter * 5 // 4` by default. Looked at
-            between iterations: a line search always gets to finish.
+        max_eval: Closure evaluations per `step()`, `max_iter * 5 // 4` by default. Checked between
+            iterations: a line search always finishes.
         tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
-            times the largest entry seen so far where that is below one. Where groups differ in
-            `lr`, the gradient is that of the scaled parameters.
+            times the largest entry seen so far if that is below one. If groups differ in `lr`, the
+            gradient is that of the scaled parameters.
         tolerance_change: The step ends once an iteration changes both the loss and the parameters
             by no more than this, relative to their size.
         history_size: Pairs kept; each takes twice the memory of the parameters. By default as many
-            as fit in 256 MiB, but no fewer than 20 and no more than 200.
+            as fit into 256 MiB, at least 20 and at most 200.
         line_search_fn: `"strong_wolfe"`, `"hager_zhang"`, `"armijo"`, a `LineSearch`, or None for
-            steps of length `lr` as they come.
+            steps of length `lr` without a search.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
         maximize: Whether to maximize the closure's loss.
         powell_damping: Whether a pair with too little curvature is corrected (Powell 1978) instead
@@ -140,9 +140,9 @@ class LBFGS(FlatOptimizer):
         damping: Old name of `powell_damping`.
 
     Raises:
-        TypeError: A parameter is neither floating-point nor complex, or `line_search_fn` is of a
+        TypeError: A parameter is neither floating-point nor complex, or `line_search_fn` has a
             wrong type.
-        ValueError: A hyperparameter is out of range, or the name of a line search unknown.
+        ValueError: A hyperparameter is out of range, or the name of a line search is unknown.
 
     >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
     >>> optimizer = LBFGS([x], max_iter=100)
@@ -279,9 +279,9 @@ class LBFGS(FlatOptimizer):
             if -inf < slope < 0 and isfinite(square):
                 return Line(descent, direction, slope, square)
             self._drop_history("the history gave a direction of ascent")
-        # Nothing is known of the scale yet. Without a search, as far as torch goes: the negative
-        # gradient, at most one long in the 1-norm. With a search, to where a line from here would
-        # meet a loss of zero, at most as far as the parameters are long.
+        # The scale is not known yet. Without a search, the step is the same as in torch: the
+        # negative gradient, cut to a 1-norm of at most one. With a search, it goes to where the
+        # tangent meets a loss of zero, but no farther than the parameters are long.
         loss, largest = descent.point.loss, descent.point.grad_norm
         unit = grad / -largest  # no square of it overflows
         square, total = descent.space.to_host(sums=(unit @ unit, unit.abs().sum()))
@@ -312,7 +312,7 @@ class LBFGS(FlatOptimizer):
             # The square is beyond the range of float32.
             (y_y,) = history.space.to_host(sums=[y.double() @ y.double()])
         s_y, s_s = t * candidate.y_d, t * t * line.square
-        # H g = -d, so B s = -t g whatever B is, and the curvature that B expects is known.
+        # H g = -d and so B s = -t g: the curvature that B expects is known without B.
         expected = -t * t * line.slope
         step = line.direction if t == 1.0 else line.direction.mul_(t)
         if self.param_groups[0]["powell_damping"] and s_y < _LEAST_CURVATURE * expected:

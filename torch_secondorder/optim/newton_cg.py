@@ -53,12 +53,13 @@ from torch_secondorder.solvers import (
     CG,
     LinearSolver,
     Preconditioner,
+    PreconditionerName,
     SolveResult,
+    SolverName,
     SolveStatus,
     resolve_preconditioner,
     resolve_solver,
 )
-from torch_secondorder.solvers._resolve import PreconditionerName, SolverName
 
 __all__ = ["NewtonCG", "NewtonCGInfo"]
 
@@ -66,12 +67,12 @@ __all__ = ["NewtonCG", "NewtonCGInfo"]
 _MOST_ITERATIONS = 250
 # Iterations without a new best loss or gradient after which only rounding error is left.
 _PATIENCE = 5
-# Iterates of conjugate gradients to choose from; each is a vector.
+# Iterates of conjugate gradients to choose from. Each takes the memory of a vector.
 _ITERATES = 4
-# Martens' rule for the end of conjugate gradients.
+# The constant of Martens' rule for the end of conjugate gradients.
 _PROGRESS = 5e-4
-# The largest relative residual that a system is solved to, and that of the first one: nothing is
-# known of the gradient's fall there.
+# The largest relative residual to solve a system to, and the one for the first system, before it is
+# known how fast the gradient falls.
 _FORCING, _FIRST_FORCING = 0.3, 0.5
 
 
@@ -83,16 +84,16 @@ class NewtonCGInfo(DescentInfo):
         products: Products with the curvature; those by finite differences show as evaluations.
         solver_status: How the last linear solver ended; None without one.
         solver_iterations: Iterations of linear solvers.
-        gain_ratio: What the loss fell by in the last move, over what the quadratic model promised;
-            None where that is no number.
-        damping: The damping that the next system begins with; 0 without any.
-        trust_radius: The radius that the next model begins with; 0 without one.
+        gain_ratio: The decrease of the loss in the last move over the one that the quadratic model
+            predicted; None if undefined.
+        damping: The damping of the next system; 0 without any.
+        trust_radius: The trust radius of the next model; 0 without one.
         negative_curvature: The lowest curvature `p'A p / p'p` along a direction met, if negative.
-        curvature: What the optimizer multiplied with last: `"ggn"`, `"hessian"`,
-            `"hessian by differences"`, `"fisher"`, `"empirical_fisher"`, or `"own"`.
+        curvature: The last curvature: `"ggn"`, `"hessian"`, `"hessian by differences"`,
+            `"fisher"`, `"empirical_fisher"`, or `"own"`.
         preconditioner: The class of the preconditioner; empty for none.
-        repair: What of the curvature or its preconditioner was not finite, and what was done about
-            it, the last time in the step; empty if all was finite.
+        repair: A sentence about curvature or preconditioners that were not finite and how they
+            were replaced; empty if all was finite.
     """
 
     products: int = 0
@@ -131,32 +132,33 @@ class NewtonCG(FlatOptimizer):
 
     Args:
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
-        lr: The share of each solution that is tried first; 1 for Newton's step. Where groups
-            differ, each group's part of the metric is scaled by its share of the largest.
-        curvature: `"auto"` for what the closure allows: the Gauss-Newton matrix where the model's
-            outputs are found, else the Hessian, by differences of gradients where the graph has no
-            second derivative; `info.curvature` says which. Where a part of the loss bypasses the
+        lr: The share of each solution that is tried first; 1 for Newton's step. If groups differ,
+            each group's part of the metric is scaled by its share of the largest.
+        curvature: `"auto"` for the best that the closure allows: the Gauss-Newton matrix if the
+            model's outputs are found, else the Hessian, by differences of gradients if the graph
+            has no second derivative; `info.curvature` says which. If part of the loss bypasses the
             outputs, the first direction of negative curvature changes it to the Hessian.
             `"ggn"` for the Gauss-Newton matrix, which is positive semidefinite for convex losses;
             `"hessian"`; `"fisher"` (labels drawn from the model) or `"empirical_fisher"`; or a
             function that takes an `Evaluation` and returns a `LinearOperator`.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         globalization: `"damping"` for Levenberg-Marquardt damping, `"trust_region"`,
-            `"line_search"` (the name of one is fine too), or an instance (`LevenbergMarquardt`,
+            `"line_search"` or the name of a line search, or an instance (`LevenbergMarquardt`,
             `TrustRegion`, a `LineSearch`).
-            By default a trust region for the Hessian, and damping for all others; where `"auto"`
-            changes the curvature, it changes with it and begins anew.
-        damping: With damping what it begins with, in the units of the curvature; by default 0.03
-            times the curvature along the first gradient, whatever the loss is measured in. Else
-            what is constantly added to the curvature, 0 by default.
-        preconditioner: `"auto"` for what suits curvature and model, see `suited_preconditioner`;
+            By default a trust region for the Hessian, and damping for all others; if `"auto"`
+            changes the curvature, the globalization changes with it and begins anew.
+        damping: With Levenberg-Marquardt damping, its first value, in the units of the curvature;
+            by default 0.03 times the curvature along the first gradient, whatever the unit of the
+            loss. Otherwise a constant that is added to the curvature, 0 by default.
+        preconditioner: `"auto"` for one that suits curvature and model (Nyström up to 2,000
+            parameters, K-FAC above, for networks of linear layers with a Gauss-Newton matrix);
             `"kfac"` (networks of linear layers), `"nystrom"` (few parameters, costly losses),
             `"martens"` (a diagonal), a `Preconditioner`, or None for none.
         solver: `"cg"`, `"minres"`, or a `LinearSolver`. A trust region needs conjugate gradients.
-        max_cg_iter: Most iterations of the solver for one system; by default 5 with `"kfac"`, after
-            which a step is good, and 250 else.
-        max_eval: Most evaluations of the closure per `step()`, those of differences included; by
-            default as many as it takes.
+        max_cg_iter: Most iterations of the solver for one system; by default 5 with `"kfac"`, which
+            are enough for a good step, and 250 otherwise.
+        max_eval: Most evaluations of the closure per `step()`, including those of differences;
+            unlimited by default.
         tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
             times the largest entry seen so far where that is below one.
         tolerance_change: The step ends once an iteration changes both the loss and the parameters
@@ -167,11 +169,12 @@ class NewtonCG(FlatOptimizer):
             cannot be differentiated twice. Differences of gradients are products with the Hessian
             of the whole loss, whatever `curvature` says. Sharded parameters (`fully_shard`) always
             get them.
-        seed: Of the random numbers used by `"fisher"` and preconditioners.
+        seed: The seed of the random numbers used by `"fisher"` and preconditioners.
 
     Raises:
-        TypeError: A parameter is neither floating-point nor complex, or a strategy of a wrong type.
-        ValueError: A hyperparameter is out of range, or a name unknown.
+        TypeError: A parameter is neither floating-point nor complex, or a strategy has a wrong
+            type.
+        ValueError: A hyperparameter is out of range, or a name is unknown.
 
     >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
     >>> optimizer = NewtonCG([x], max_iter=50)
@@ -366,7 +369,7 @@ class NewtonCG(FlatOptimizer):
     # The iterations of one step.
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
-        # Nothing of an iteration outlives it: its vectors, and its graph above all.
+        # Vectors and the graph are freed when an iteration ends: keep no reference to them.
         objective = descent.objective
         if objective.evaluations >= objective.limit:
             return StepStatus.MAX_EVALUATIONS
@@ -386,12 +389,12 @@ class NewtonCG(FlatOptimizer):
         return None if isinstance(found, Move) else found
 
     def _next_move(self, descent: Descent) -> Move | StepStatus:
-        """A move by the curvature that was asked for, or by the next that has products."""
+        """A move by the chosen curvature, or by the next kind if its products fail."""
         choice, generator = self._choice, self._generator
         assert generator is not None
         while True:
             drawn = generator.get_state() if choice.automatic else None
-            before = replace(self._memory, direction=None)  # a vector that is not held for this
+            before = replace(self._memory, direction=None)  # without its vector
             try:
                 return self._move(descent)
             except EvaluationsSpent:
@@ -399,7 +402,7 @@ class NewtonCG(FlatOptimizer):
             except (MissingSecondDerivative, UnknownOutputs) as error:
                 if not choice.falls_back(error, descent.objective):
                     raise
-            # As if that had not been tried: another time it may not be.
+            # Back to the state before the attempt, which the next step may not repeat.
             self._memory.begin_anew(before)
             if drawn is not None:
                 generator.set_state(drawn)
@@ -427,10 +430,13 @@ class NewtonCG(FlatOptimizer):
             self._solver_at(descent, rule, preconditioner),
             None if preconditioner is None else preconditioner.inverse,
             self._tally,
-            descent.count + 1 < descent.max_iter and self._keeps_graphs(objective),
+            # Trials keep their graph where it is used again and has room beside that of the point.
+            descent.count + 1 < descent.max_iter
+            and choice.kind != DIFFERENCES
+            and objective.has_room_for_a_graph(),
         )
         if preconditioner is not suited and isinstance(rule, TrustRegion):
-            # The radius is a length in the metric of the one that was left out.
+            # The radius is a length in the metric of the preconditioner that was left out.
             memory = replace(memory, radius=0.0)
         try:
             if isinstance(rule, LevenbergMarquardt):
@@ -444,11 +450,11 @@ class NewtonCG(FlatOptimizer):
     def _solver_at(
         self, descent: Descent, rule: Globalization, preconditioner: Preconditioner | None
     ) -> Callable[..., SolveResult]:
-        """Conjugate gradients that solve as well as this point deserves.
+        """Conjugate gradients with a tolerance that suits this point.
 
-        The relative residual to reach falls with the square of the gradient's own fall (Eisenstat
-        and Walker 1996, choice 2), so that convergence is quadratic at the end, and no work is
-        wasted before.
+        The relative residual to reach falls with the square of the ratio of the last two gradients
+        (Eisenstat and Walker 1996, choice 2), so that convergence is quadratic at the end and early
+        systems are not solved more accurately than needed.
         """
         if self.solver is not None:
             return self.solver
@@ -462,7 +468,7 @@ class NewtonCG(FlatOptimizer):
         if most is None:
             most = most_iterations(preconditioner)
         if self._choice.kind == DIFFERENCES and objective.limit < inf:
-            # A product takes two evaluations for each size of variables, and a trial one.
+            # A product takes at least two evaluations, and a trial takes one.
             most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
         if not isinstance(rule, LevenbergMarquardt):
             return CG(most, tolerance=forcing, overwrites=True)
@@ -476,12 +482,8 @@ class NewtonCG(FlatOptimizer):
             overwrites=True,
         )
 
-    def _keeps_graphs(self, objective: Objective) -> bool:
-        """Whether the graph of a trial has room beside that of the point."""
-        return self._choice.kind != DIFFERENCES and objective.has_room_for_a_graph()
-
     def _take(self, descent: Descent, move: Move) -> None:
-        """Goes where a move leads."""
+        """Moves the parameters."""
         proposal, trial = move.proposal, move.trial
         point: Point = trial.payload
         objective = descent.objective
@@ -491,7 +493,7 @@ class NewtonCG(FlatOptimizer):
             norms=(norm_of(proposal.direction), norm_of(objective.position))
         )
         moved = abs(trial.t) * norm
-        # What is lost in the rounding of the parameters is no step that was kept short.
+        # A step below the rounding of the parameters counts as no move, however it was held.
         held = proposal.held and moved > objective.vector.precision * size
         descent.arrive(point, trial.t, moved, held=held)
         descent.search_status = move.search_status

@@ -1,4 +1,4 @@
-"""Sophia: clipped steps, preconditioned by a diagonal that is estimated now and then."""
+"""Sophia: clipped steps, divided by a diagonal that is estimated every few steps."""
 
 from __future__ import annotations
 
@@ -48,39 +48,39 @@ class Sophia(DiagonalOptimizer):
         theta -= lr * weight_decay * theta
         theta -= lr * clip(m / max(gamma h, eps), -1, 1)
 
-    Where curvature is small, or negative, it is a sign update. The authors advise to choose `gamma`
-    so that 10 to 50 percent of the coordinates are not clipped; `optimizer.info.unclipped` is that
+    If curvature is small or negative, this is a sign update. The authors advise choosing `gamma` so
+    that 10 to 50 percent of the coordinates are not clipped; `optimizer.info.unclipped` is that
     share.
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate, the largest move of a coordinate. One that suits AdamW, or half of it, is
-            where to start.
-        betas: Averaging of gradients and of curvature.
-        gamma: What the curvature is multiplied by; larger for more clipping to go. None for the
+        lr: Learning rate, the largest move of a coordinate. Start with a rate that suits AdamW, or
+            half of it.
+        betas: Decay rates of the averages of gradients and of curvature.
+        gamma: The factor of the curvature; larger values clip fewer coordinates. None for the
             authors' choice: 0.01 for `"hutchinson"`, 0.05 for `"gnb"` and other estimators.
-        eps: The least that a gradient is divided by.
+        eps: The smallest divisor of a gradient.
         weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
         estimator: `"hutchinson"` for `z * Hz` with random signs; `"gnb"` for the diagonal of the
-            Gauss-Newton matrix from labels drawn from the model, which needs the model's outputs
-            (shown by standard losses, or marked by `mark_outputs`), and no second derivatives; or a
+            Gauss-Newton matrix from labels drawn from the model, which needs no second derivatives
+            but the model's outputs (shown by standard losses, or marked by `mark_outputs`); or a
             `torch_secondorder.curvature.DiagonalEstimator`.
         update_period: Steps from one estimate to the next.
-        seed: Of the random numbers, see `AdaHessian`.
+        seed: The seed of the random numbers, see `AdaHessian`.
         accumulation_steps: See `AdaHessian`.
         maximize: Whether to maximize the loss.
         capturable: See `AdaHessian`.
         watch: See `AdaHessian`.
 
     Attributes:
-        estimator: The estimator that is used.
+        estimator: The estimator in use.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex.
         ValueError: An argument is out of range, or the estimator is unknown.
 
-    A gradient or loss that is not finite leaves everything as it was; an estimate that is not
-    finite leaves the last one in place. `info.status` says so.
+    If a gradient or the loss is not finite, nothing changes. If an estimate is not finite, the last
+    one stays in use. `info.status` reports both.
 
     >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
     >>> optimizer = Sophia([x], lr=0.01)

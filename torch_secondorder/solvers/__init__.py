@@ -3,7 +3,12 @@
 from typing import TYPE_CHECKING
 
 from torch_secondorder._foundation.deprecation import renamed
-from torch_secondorder.solvers._resolve import resolve_preconditioner, resolve_solver
+from torch_secondorder.solvers._resolve import (
+    PreconditionerName,
+    SolverName,
+    resolve_preconditioner,
+    resolve_solver,
+)
 from torch_secondorder.solvers.base import (
     Iterate,
     LinearSolver,
@@ -31,8 +36,10 @@ __all__ = [
     "Nystrom",
     "NystromApproximation",
     "Preconditioner",
+    "PreconditionerName",
     "SolveResult",
     "SolveStatus",
+    "SolverName",
     "Tridiagonal",
     "lanczos",
     "resolve_preconditioner",

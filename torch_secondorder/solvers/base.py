@@ -1,4 +1,4 @@
-"""What linear solvers take and give back."""
+"""Protocols of linear solvers and preconditioners, and results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class SolveStatus(Enum):
-    """Why a solver stopped; the value says it in a sentence."""
+    """The reason why a solver stopped; the value is a sentence."""
 
     CONVERGED = "The residual is as small as was asked for."
     SLOW_PROGRESS = "The last iterations lowered the quadratic by too little to go on."
@@ -113,11 +113,11 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What is kept between systems: tensors and numbers."""
+        """The state that is kept between systems: tensors and numbers."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave; empty for nothing."""
+        """Restores a state of `state_dict`; an empty one resets."""
 
 
 def check_system(

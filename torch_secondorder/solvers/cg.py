@@ -67,10 +67,15 @@ class CG:
     overwrites: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("max_iterations", 1), ("recompute", 0), ("most_iterates", 0)):
-            check_integer(name, getattr(self, name), least)
+        # An optimizer makes one for each system: ordinary numbers need no calls.
+        counts = (self.max_iterations, self.recompute, self.most_iterates)
+        if {*map(type, counts)} != {int} or min(counts) < 0 or self.max_iterations < 1:
+            for name, least in (("max_iterations", 1), ("recompute", 0), ("most_iterates", 0)):
+                check_integer(name, getattr(self, name), least)
         for name in ("tolerance", "progress"):
-            check_number(name, getattr(self, name), low=0, below=1)
+            value = getattr(self, name)
+            if type(value) is not float or not 0.0 <= value < 1.0:
+                check_number(name, value, low=0, below=1)
         if not self.slack > 0:
             raise ValueError(f"slack must be above 0, got {self.slack!r}")
 
@@ -145,7 +150,7 @@ class CG:
 
 
 def _least_missed(numbers: list[int], following: int) -> int:
-    """Which of some places leaves the smallest gap, as seen from the place that follows them."""
+    """The place that leaves the smallest gap, as seen from the place that follows them."""
     gaps = [b - a for a, b in zip([-1, *numbers], [*numbers[1:], following], strict=False)]
     shares = [gap / (following - own) for gap, own in zip(gaps, numbers, strict=True)]
     return shares.index(min(shares))
@@ -297,7 +302,7 @@ class _Run:
         return None
 
     def result(self, status: SolveStatus, iterates: list[Iterate]) -> SolveResult:
-        """What was found."""
+        """The result, with the status it ended with."""
         decrease, residual = -self.quadratic, self.residual
         if status is not SolveStatus.NONFINITE:  # or r may not be either
             decrease, r_r = self._space.to_host(
@@ -332,7 +337,7 @@ class _Run:
         return self._x_x + 2 * step * self._x_p + step * step * self._p_p
 
     def _beyond(self, step: float) -> bool:
-        """Whether a step along `p` crosses the trust radius."""
+        """True if a step along `p` crosses the trust radius."""
         assert self._radius is not None
         # Where the step is infinite, the square is no number.
         return not self._square_after(step) < self._radius**2

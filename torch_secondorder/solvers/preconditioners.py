@@ -182,7 +182,7 @@ class NystromApproximation(LinearOperator):
         return products.abs().amax()
 
     def fits(self, operator: LinearOperator) -> bool:
-        """Whether it may stand for an operator: one of its size and kind."""
+        """True if it may stand for an operator: one of its size and kind."""
         return (
             self.size == operator.size
             and self.dtype == operator.dtype

@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, overload
 from weakref import ref
 
@@ -47,10 +47,10 @@ from torch_secondorder._optim.diagonal.observation import Observation
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
 from torch_secondorder._optim.diagonal.schedule import EstimateSchedule, capturing
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
-from torch_secondorder._optim.info import LazyInfo
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
     Count,
+    Factors,
     MasterCopy,
     Moment,
     Number,
@@ -101,16 +101,30 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
         class Newton(DiagonalOptimizer):
             def __init__(self, params, lr=1.0):
-                defaults = {
-                    **{"lr": lr, "weight_decay": 0.0, "update_period": 1, "seed": 0},
-                    **{"accumulation_steps": 1, "maximize": False, "capturable": None},
-                }
-                super().__init__(params, defaults, Hutchinson())
+                super().__init__(params, {"lr": lr}, Hutchinson())
 
             def _update(self, block, inputs):
                 if inputs.estimate is not None:
                     block.exp_hessian.copy_(inputs.estimate)
                 block.move(inputs.lr, inputs.gradient / block.exp_hessian.abs().clamp_(min=1e-4))
+
+    More moments than these two are declared as in `_optim.state`, and are then in `block.moments`.
+    An optimizer that works on whole parameters by shape, as Kronecker-factored methods do, declares
+    `Factors` and goes over `block.members(inputs.gradient)`: the state of each parameter and its
+    gradient. If it needs no estimate of the diagonal, it sets `_estimates = False`:
+
+        class Shampoo(DiagonalOptimizer):
+            _estimates = False
+            _state_fields = declare(factor=Factors(scale=1e-6))
+
+            def __init__(self, params, lr=0.1):
+                super().__init__(params, {"lr": lr})
+
+            def _update(self, block, inputs):
+                direction = inputs.gradient.clone()
+                for state, piece in block.members(direction):
+                    piece.copy_(precondition(piece, state))
+                block.move(inputs.lr, direction)
 
     Further hooks: `_check_group` for hyperparameters of its own, `_shares` for the report, and the
     class attributes below. All hyperparameters may differ between groups, except `update_period`,
@@ -119,7 +133,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     Args:
         params: See `SecondOrderOptimizer`.
         defaults: Hyperparameters.
-        estimator: Estimates the diagonal.
+        estimator: Estimates the diagonal; None for a class with `_estimates = False`.
         watch: Whether the optimizer sees backward passes outside of closures and contexts.
 
     Attributes:
@@ -139,6 +153,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         exp_hessian=Moment(),
         master=MasterCopy(),
     )
+    #: Whether it estimates the curvature. If not, there is no `exp_hessian` and nothing waits.
+    _estimates = True
     #: The number of first steps that all estimate the curvature, at most a period.
     _warm_up = 1
     #: The least number of labels that `GaussNewtonBartlett` draws for the first estimate.
@@ -158,24 +174,33 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
-        estimator: DiagonalEstimator,
+        estimator: DiagonalEstimator | None = None,
         *,
         watch: bool = True,
     ) -> None:
-        self.estimator = estimator
+        self.estimator: DiagonalEstimator = estimator  # type: ignore[assignment]
         self._watches = False  # until everything is set up
-        self._schedule = EstimateSchedule(self._warm_up)
+        self._schedule = EstimateSchedule(self._warm_up, active=self._estimates)
         self._last_trace: GradientTrace | None = None  # of the gradients that the last step left
         self._buffer_pool = BufferPool()
         self._layout = BlockLayout(self._parameter_fields)
-        super().__init__(params, defaults)
+        super().__init__(params, {**_DEFAULTS, **defaults})
         self._watches = watch
-        self._listen(self._trainable)
+        self._listen()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls._estimates:
+            cls._parameter_fields = tuple(
+                field
+                for field in cls._parameter_fields
+                if field.name not in ("exp_hessian", "curvature_step")
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
         super().add_param_group(param_group)
-        self._listen(self._trainable)
+        self._listen()
 
     # For subclasses.
 
@@ -192,6 +217,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super()._check_group(group)
         for name in ("update_period", "accumulation_steps"):
             check_integer(name, group[name], whole_floats=True)
+        matrices = any(isinstance(field, Factors) for field in self._parameter_fields)
+        if matrices and any(is_distributed(p) for p in group["params"][:1]):
+            raise ValueError(
+                f"{type(self).__name__} keeps matrices for the dimensions of whole parameters, "
+                "which fully_shard cuts apart: use DistributedDataParallel"
+            )
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -201,7 +232,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def curvature_due(self) -> bool:
-        """Whether the next step estimates the curvature.
+        """True if the next step estimates the curvature.
 
         It is for loops without a closure, with `watch=False`, that keep the graph themselves:
         `loss.backward(create_graph=optimizer.curvature_due)`. An added or thawed parameter makes
@@ -211,7 +242,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def is_second_order(self) -> bool:
-        """Whether a loop that asks, as timm's do, may call `loss.backward(create_graph=True)`.
+        """True if a loop that asks, as timm's do, may call `loss.backward(create_graph=True)`.
 
         The steps are the same with and without. It is needed with `watch=False` only.
         """
@@ -246,7 +277,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             try:
                 return self._one_step(closure)
             except BaseException:
-                self._listen(self._trainable)
+                self._listen()
                 raise
             finally:
                 self._stepping = False
@@ -275,12 +306,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             Scaling(self).refuse_closure()
         if not params:
             result: Tensor | None = self._pass(closure)
-            self._listen(params)
+            self._listen()
             return result
         fresh = closure is None and self._observation is None and not self._schedule.steps
         if fresh and makes_state_only(self.param_groups):
             self._make_state(params)
-            self._listen(params)
+            self._listen()
             return None
         if type(params[0]) is not Parameter and is_distributed(params[0]):
             return self._step_sharded(closure, params)
@@ -345,8 +376,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         products = 0 if watch is None else watch.products
         self._advance(params, Outcome(None, gradients), diagonal, (0, products), scaling.inverse)
         if too_early:
-            self._schedule.repeat()
-            self._listen(params, self._last_trace)
+            self._listen_if(self._schedule.repeat(), params, self._last_trace)
 
     def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
         """See `step`; this process has a part of each parameter, of its gradient and state."""
@@ -415,11 +445,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 inputs = StepInputs(block, gradients, whole, diagonal, vector, check)
                 self._update(block, inputs)
             if blocks:
-                schedule.count(params, self.param_groups[0], check, layout)
+                due = schedule.count(params, self.param_groups[0], check, layout)
             else:
-                schedule.repeat()
-        elif undo is not None:
-            undo()
+                due = schedule.repeat()
+        else:
+            due = schedule.is_due(params, self.param_groups[0])
+            if undo is not None:
+                undo()
         self._last_trace = GradientTrace(params)
         if self._named is None or self.state.get(params[0]) is not self._named:
             self._show_names(params)
@@ -431,12 +463,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             counts = [count.double() for share in self._shares().values() for count in share]
             numbers = space.gathered(sums=counts, largest=[torch.stack(largest).amax()])
             report = partial(report, numbers=numbers)
-        self._info = LazyInfo(report)
-        self._listen(params, self._last_trace)
+        self._info = cache(report)
+        self._listen_if(due, params, self._last_trace)
 
     @property
     def _on_device(self) -> bool:
-        """Whether all decisions of a step stay on the device."""
+        """True if all decisions of a step stay on the device."""
         capturable = self.param_groups[0]["capturable"]
         if capturable is not None:
             return bool(capturable)
@@ -488,14 +520,22 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return type(p) is Parameter or not is_distributed(p)
         return False
 
-    def _listen(self, params: Sequence[Tensor], trace: GradientTrace | None = None) -> None:
-        """Begins to see backward passes if the next step estimates the curvature; else stops.
+    def _listen(self) -> None:
+        """Begins to see backward passes if the next step estimates the curvature; else stops."""
+        params = self._trainable
+        self._listen_if(self._is_due(params), params)
+
+    def _listen_if(
+        self, due: bool, params: Sequence[Tensor], trace: GradientTrace | None = None
+    ) -> None:
+        """Begins to see backward passes, or stops.
 
         Args:
+            due: Whether the next step estimates the curvature.
             params: The trainable parameters.
             trace: The trace of their gradients as they are now, if there is one.
         """
-        if self._can_listen and self._schedule.is_due(params, self.param_groups[0]):
+        if due and self._can_listen:
             if self._listening_since is None or (dist.is_available() and dist.is_initialized()):
                 WATCHERS.discard(self)  # anew: there may be a process group now
                 WATCHERS.add(self)
@@ -597,7 +637,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         return after
 
     def _is_too_early(self, params: Sequence[Tensor], observation: Observation | None) -> bool:
-        """Whether the gradients were made before the estimate became due.
+        """True if the gradients were made before the estimate became due.
 
         That happens in loops that make optimizers as parameters appear, as Pyro's do, and in loops
         that thaw parameters between estimates, or after the backward pass. The step then uses older
@@ -618,7 +658,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     @property
     def _uses_graphs(self) -> bool:
-        """Whether the graph of the gradients is enough for an estimate."""
+        """True if the graph of the gradients is enough for an estimate."""
         return not isinstance(self.estimator, GaussNewtonBartlett)
 
     def _why_unseen(self) -> str:
@@ -651,16 +691,25 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super()._reset_state()
         self._forget_observation()
         self._layout = BlockLayout(self._parameter_fields)
-        self._schedule = EstimateSchedule(self._warm_up)
+        self._schedule = EstimateSchedule(self._warm_up, active=self._estimates)
         self._last_trace = None
         self._buffer_pool = BufferPool()
 
     def _import_state(self, found: dict[str, Any]) -> None:
         super()._import_state(found)
         self._schedule.trained = self._trainable if self._schedule.steps else None
-        self._listen(self._trainable)
+        self._listen()
 
 
+#: Hyperparameters that every such optimizer has, unless it gives others.
+_DEFAULTS = {
+    "weight_decay": 0.0,
+    "update_period": 1,
+    "seed": 0,
+    "accumulation_steps": 1,
+    "maximize": False,
+    "capturable": None,
+}
 #: Types of hyperparameters that do not change in place.
 _IMMUTABLE = frozenset({bool, float, int, str, type(None)})
 

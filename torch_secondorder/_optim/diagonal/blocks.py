@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import fused_adam, unflatten_tensors, unscale
-from torch_secondorder._optim.state import ParameterField, as_real, prepare
+from torch_secondorder._optim.state import Moment, ParameterField, as_real, prepare
 from torch_secondorder._params.space import local
 
 __all__ = [
     "COUNTS",
-    "MOMENTS",
     "Block",
     "BlockLayout",
     "Number",
@@ -31,11 +30,10 @@ __all__ = [
 #: A number on the host, or a 0-dim tensor on the device.
 Number: TypeAlias = float | Tensor
 
-#: The moments that each parameter has.
-MOMENTS = ("exp_avg", "exp_hessian")
-#: The counts that each parameter has.
+#: The counts that parameters have; the second one only where there are estimates.
 COUNTS = ("step", "curvature_step")
 _ALMOST_ONE = 1 - 2.0**-53
+_ONE = torch.ones((), dtype=torch.float32)
 
 
 class Block:
@@ -51,16 +49,18 @@ class Block:
         places: The place of each among all trainable parameters.
         span: The slice that they take in one vector of all trainable parameters; None if other
             parameters are between them.
+        moments: The names of the moments that the optimizer declares.
 
     Attributes:
         group: The group they belong to.
         places: The place of each among all trainable parameters.
         span: The same as the argument.
-        exp_avg: First moments, `(n,)`, float32 or wider.
-        exp_hessian: Moments of the curvature, `(n,)`.
+        moments: All declared moments by name, `(n,)` each, float32 or wider.
+        exp_avg: The first moments.
+        exp_hessian: The moments of the curvature, for optimizers that estimate it.
         master: The parameters in the precision of the moments if they are narrower; else None.
         step: The number of gradients they have had, 0-dim.
-        curvature_step: The number of estimates of the curvature, 0-dim.
+        curvature_step: The number of estimates of the curvature, 0-dim; one without any estimates.
         dtype: Of the moments.
         device: Of the moments.
         has_kernels: Whether some parameter has more than two dimensions.
@@ -74,6 +74,7 @@ class Block:
         states: Sequence[dict[str, Any]],
         places: Sequence[int],
         span: slice | None,
+        moments: Sequence[str],
     ) -> None:
         self.group = group
         self.places = list(places)
@@ -82,17 +83,28 @@ class Block:
         self._reals = [as_real(p) for p in params]
         self.has_kernels = any(p.dim() > 2 for p in params)
         self.complex = [p.is_complex() for p in params]
-        self.exp_avg, self._exp_avg_parts = self._join("exp_avg")
-        self.exp_hessian, self._exp_hessian_parts = self._join("exp_hessian")
+        self.moments: dict[str, Tensor] = {}
+        parts: dict[str, list[Tensor]] = {}
+        for name in moments:
+            self.moments[name], parts[name] = self._join(name)
+        self.exp_avg, self._exp_avg_parts = self.moments["exp_avg"], parts["exp_avg"]
+        if "exp_hessian" in parts:
+            self.exp_hessian = self.moments["exp_hessian"]
+            self._exp_hessian_parts = parts["exp_hessian"]
         self.dtype, self.device = self.exp_avg.dtype, self.exp_avg.device
         self.master = self._join("master")[0] if "master" in states[0] else None
         self.step: Tensor = states[0]["step"]
-        self.curvature_step: Tensor = states[0]["curvature_step"]
+        self.curvature_step: Tensor = states[0].get("curvature_step", _ONE)
         for state in states:
-            state["step"], state["curvature_step"] = self.step, self.curvature_step
+            state.update({name: states[0][name] for name in COUNTS if name in state})
         self._placement = [
-            (p, local(p).data_ptr(), p.dtype, state, state["exp_avg"], state["exp_hessian"])
+            (p, local(p).data_ptr(), p.dtype, state)
             for p, state in zip(params, states, strict=True)
+        ]
+        self._pieces = [
+            (state, name, piece)
+            for name in moments
+            for state, piece in zip(states, parts[name], strict=True)
         ]
         # The fused kernel goes through memory from end to end. Float64 is left out: the kernel
         # disturbs the first moment by 1e-16, which users of float64 may notice.
@@ -104,7 +116,7 @@ class Block:
                 for real in self._reals
             )
         )
-        self._first_steps = [torch.ones((), dtype=torch.float32)] * len(self._reals)
+        self._first_steps = [_ONE] * len(self._reals)
 
     def _join(self, name: str) -> tuple[Tensor, list[Tensor]]:
         """Joins one entry of all states to a vector, and puts views of it in their place."""
@@ -123,27 +135,24 @@ class Block:
         return zip(self._states, self.pieces(flat), strict=True)
 
     def is_intact(self, states: Any) -> bool:
-        """Whether parameters and moments are still where they were when the block was made.
+        """True if parameters and moments are still where they were when the block was made.
 
         Args:
             states: The optimizer's state by parameter.
         """
-        for p, pointer, dtype, state, exp_avg, exp_hessian in self._placement:
+        for p, pointer, dtype, state in self._placement:
             held = p if type(p) is torch.nn.Parameter else local(p)
-            if (
-                held.data_ptr() != pointer
-                or p.dtype != dtype
-                or states.get(p) is not state
-                or state.get("exp_avg") is not exp_avg
-                or state.get("exp_hessian") is not exp_hessian
-            ):
+            if held.data_ptr() != pointer or p.dtype != dtype or states.get(p) is not state:
+                return False
+        for state, name, piece in self._pieces:  # noqa: SIM110 - a generator takes longer
+            if state.get(name) is not piece:
                 return False
         return True
 
     def dissolve(self) -> None:
         """Gives each parameter a state of its own again."""
         for state in self._states:
-            for name in (*COUNTS, *MOMENTS, "master"):
+            for name in (*COUNTS, *self.moments, "master"):
                 if name in state:
                     state[name] = state[name].clone()
 
@@ -259,6 +268,8 @@ class BlockLayout:
 
     def __init__(self, fields: Sequence[ParameterField]) -> None:
         self._fields = fields
+        self._moments = [field.name for field in fields if isinstance(field, Moment)]
+        self._estimates = any(field.name == "curvature_step" for field in fields)
         self.blocks: list[Block] = []
         self.lacks_curvature = self.got_curvature = False
         self._key: list[object] = []
@@ -276,7 +287,7 @@ class BlockLayout:
     ) -> list[Block]:
         """The blocks of the parameters that have a gradient.
 
-        A parameter that has had no estimate of the curvature is left out until there is one.
+        If the optimizer estimates the curvature, a parameter is left out until its first estimate.
 
         Args:
             groups: The optimizer's groups.
@@ -306,13 +317,14 @@ class BlockLayout:
             if gradient is not None:
                 state = states[p]
                 prepare(self._fields, state, p, on_device=on_device)
-                if has_estimate or bool(state["curvature_step"]):
+                if has_estimate or not self._estimates or bool(state["curvature_step"]):
                     members[id(p)] = place, state
                     if notes_first and has_estimate and not self.got_curvature:
                         self.got_curvature = not bool(state["curvature_step"])
                 else:
                     self.lacks_curvature = True
-        self.blocks = _make_blocks(groups, members, [as_real(p).numel() for p in params])
+        sizes = [as_real(p).numel() for p in params]
+        self.blocks = _make_blocks(groups, members, sizes, self._moments)
         self._key = key
         return self.blocks
 
@@ -321,6 +333,7 @@ def _make_blocks(
     groups: Sequence[dict[str, Any]],
     members: dict[int, tuple[int, dict[str, Any]]],
     sizes: Sequence[int],
+    moments: Sequence[str],
 ) -> list[Block]:
     """Puts parameters into blocks.
 
@@ -329,6 +342,7 @@ def _make_blocks(
         members: The parameters to put into blocks, by their ids: the place of each among the
             trainable parameters, and its state.
         sizes: The number of real entries of each trainable parameter.
+        moments: The names of the moments.
     """
     ends = [0, *accumulate(sizes)]
     blocks = []
@@ -338,7 +352,7 @@ def _make_blocks(
             if id(p) not in members:
                 continue
             place, state = members[id(p)]
-            counts = float(state["step"]), float(state["curvature_step"])
+            counts = tuple(float(state[name]) for name in COUNTS if name in state)
             kind = (counts, p.device, p.dtype, state["step"].device)
             kinds.setdefault(kind, []).append((p, state, place))
         for found in kinds.values():
@@ -346,7 +360,7 @@ def _make_blocks(
             first, last = places[0], places[-1]
             adjacent = places == tuple(range(first, last + 1))
             span = slice(ends[first], ends[last + 1]) if adjacent else None
-            blocks.append(Block(group, params, states, places, span))
+            blocks.append(Block(group, params, states, places, span, moments))
     return blocks
 
 

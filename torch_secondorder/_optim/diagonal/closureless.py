@@ -2,8 +2,8 @@
 
 An optimizer that is alive listens from its construction on, and from each step on whose next one
 is due. A backward pass that reaches its parameters is then differentiated with a graph, which is
-shown to its watch and freed, and the gradients go on to where they were going: into the leaves, of
-whichever optimizer or of none, by way of their hooks.
+shown to its watch and freed. The gradients then go into the leaves as usual, those of other
+optimizers included, by way of their hooks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_secondorder._autograd.backward_hook import Listeners
+from torch_secondorder._autograd.backward_hook import BackwardListeners
 from torch_secondorder._autograd.graph import INSTEAD_OF_ESTIMATES, Graph
 from torch_secondorder._autograd.traversal import (
     MENDED,
@@ -42,7 +42,7 @@ class Watcher(Protocol):
     def observation_of(
         self, reached: Collection[int]
     ) -> Observation | None:  # pragma: no cover - a protocol
-        """What observes a pass; None where that reaches no parameter.
+        """The observation of a pass; None if the pass reaches no parameter.
 
         Args:
             reached: The identities of the leaves that it reaches.
@@ -52,7 +52,7 @@ class Watcher(Protocol):
         """Takes in a module that is called."""
 
 
-class _Watchers(Listeners):
+class _Watchers(BackwardListeners):
     """The optimizers that see backward passes now.
 
     Where there are several processes, the modules that average gradients over them are noted as
@@ -92,7 +92,7 @@ class _Watchers(Listeners):
         grad_variables: Any = None,
         inputs: Any = None,
     ) -> None:
-        """What `torch.autograd.backward` does while anybody watches."""
+        """Stands in for `torch.autograd.backward` while anybody watches."""
         more = (grad_tensors, retain_graph, create_graph, grad_variables, inputs)
         with plainly():
             root = None if grad_variables is not None else _root(tensors, grad_tensors)
@@ -113,7 +113,7 @@ class _Watchers(Listeners):
         original(tensors, *more)
 
     def _can_observe(self, observations: Sequence[Observation], left_out: set[int]) -> bool:
-        """Whether a pass goes by way of the observations; why not is noted there."""
+        """True if a pass goes by way of the observations; otherwise the reason is noted there."""
         late = self._modules is None and _several_processes()
         if late:
             self._update()  # from the next pass on
@@ -146,7 +146,7 @@ def _several_processes() -> bool:
 
 
 def _root(tensors: Any, grad_tensors: Any) -> tuple[Tensor, Tensor | None] | None:
-    """What a pass begins with and its weight, as one tensor; None for what is no such pass."""
+    """The tensor that a pass begins with, and its weight; None for other kinds of passes."""
     roots = (tensors,) if isinstance(tensors, Tensor) else tensors
     if isinstance(roots, GradientEdge):
         return None
@@ -175,7 +175,7 @@ def _root(tensors: Any, grad_tensors: Any) -> tuple[Tensor, Tensor | None] | Non
 
 
 def _leaves_among(inputs: Any) -> list[Tensor]:
-    """What gradients are asked for; empty where some of that is no leaf."""
+    """The leaves that gradients are asked for; empty if some of the inputs are no leaves."""
     if isinstance(inputs, dict):
         inputs = inputs.values()
     asked = [inputs] if isinstance(inputs, (Tensor, GradientEdge)) else list(inputs)

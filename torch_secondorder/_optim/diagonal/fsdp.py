@@ -125,7 +125,7 @@ class ShardedEvaluation:
     def run(
         self, estimator: DiagonalEstimator, generator: torch.Generator, magnitudes: bool = False
     ) -> tuple[Outcome, Tensor]:
-        """What one evaluation gives in this process, and the estimate, `(n,)`.
+        """Evaluates once and estimates: the outcome in this process, and the estimate, `(n,)`.
 
         Parameters and gradients are then as after that evaluation.
 
@@ -188,5 +188,5 @@ def held_outcome(outcome: Outcome, vector: ParameterVector) -> Outcome:
 
 
 def held_parts(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """What this process holds of each."""
+    """The part of each that this process holds."""
     return [None if tensor is None else local(tensor) for tensor in tensors]

@@ -84,25 +84,25 @@ class Observation(WatchSink):
 
     @property
     def ranks(self) -> Ranks:
-        """Those that share the batch."""
+        """The ranks that share the batch."""
         return self._registry.ranks
 
     def continues(self, params: Sequence[Tensor]) -> bool:
-        """Whether the parameters are the same, and what was seen is still in their gradients."""
+        """True if the parameters are the same, and the passes seen are still in their gradients."""
         if not self._is_of(params):
             return False
         untouched = self._left is not None and self._left.matches(params)
         return untouched or any_nonzero(gradients_of(params))
 
     def has_seen(self, params: Sequence[Tensor]) -> bool:
-        """Whether a backward pass was seen, or failed to be, of these parameters."""
+        """True if a backward pass of these parameters was seen, or failed to be."""
         return bool(self.calls or self.failure is not None) and self._is_of(params)
 
     def _is_of(self, params: Sequence[Tensor]) -> bool:
         return len(params) == len(self.params) and all(map(is_, params, self.params))
 
     def settle(self) -> None:
-        """Notes that what was seen is in the gradients now."""
+        """Notes that the passes seen are in the gradients now."""
         self._left = GradientTrace(self.params)
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class Observation(WatchSink):
             raise unscaled()
 
     def unscaling(self, scaling: Scaling) -> Tensor | None:
-        """What to multiply the estimate by; None for nothing."""
+        """The factor to multiply the estimate by; None for one."""
         inverse = scaling.inverse
         if self._factor is None:
             return inverse

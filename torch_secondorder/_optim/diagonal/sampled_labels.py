@@ -1,6 +1,6 @@
-"""Backward passes for labels drawn from the model, in closures that know nothing of it.
+"""Backward passes for labels drawn from the model, in ordinary closures.
 
-For the diagonal of the Gauss-Newton matrix where only `backward()` itself gives gradients, as with
+They give the diagonal of the Gauss-Newton matrix if gradients come from `backward()` alone, as with
 `fully_shard`: see `torch_secondorder.curvature.GaussNewtonBartlett`.
 """
 
@@ -25,14 +25,14 @@ __all__ = ["DrawnLabels"]
 
 
 class DrawnLabels:
-    """A closure; with a generator, its losses count as if labels were drawn from the model.
+    """A closure whose losses can be replaced by those of labels drawn from the model.
 
     Args:
         closure: The closure.
-        params: What gets the gradients.
+        params: The parameters that get the gradients.
 
     Attributes:
-        generator: Where labels are drawn from; None for the closure as it is.
+        generator: The source of the labels; None for the closure unchanged.
     """
 
     def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> None:
@@ -44,7 +44,7 @@ class DrawnLabels:
         """Calls the closure.
 
         Raises:
-            RuntimeError: Labels are to be drawn, and no output was found.
+            RuntimeError: There is a generator, and no output was found.
         """
         if self.generator is None:
             return self._closure()
@@ -56,7 +56,7 @@ class DrawnLabels:
 
 
 class _LooksAtOutputs:
-    """What `Capture` asks of a receiver; it receives nothing."""
+    """A receiver of `Capture` that asks for outputs and receives nothing."""
 
     twice, outputs = False, True
 
@@ -65,7 +65,7 @@ class _LooksAtOutputs:
 
 
 class _LabelCapture(Capture):
-    """Puts a backward pass from the model's outputs in the place of `loss.backward()`."""
+    """Replaces `loss.backward()` by a backward pass from the model's outputs."""
 
     def __init__(self, params: Sequence[Tensor], generator: torch.Generator) -> None:
         super().__init__(params, _LooksAtOutputs())

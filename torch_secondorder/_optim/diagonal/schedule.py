@@ -24,6 +24,7 @@ class EstimateSchedule:
 
     Args:
         warm_up: The number of first steps that all estimate.
+        active: Whether the optimizer estimates the curvature at all.
 
     Attributes:
         steps: The number of steps that moved something.
@@ -32,8 +33,8 @@ class EstimateSchedule:
             before the first.
     """
 
-    def __init__(self, warm_up: int = 1) -> None:
-        self._warm_up = warm_up
+    def __init__(self, warm_up: int = 1, *, active: bool = True) -> None:
+        self._warm_up, self._active = warm_up, active
         self.steps = 0
         self.out_of_turn = 0
         self.trained: Sequence[Tensor] | None = None
@@ -49,13 +50,13 @@ class EstimateSchedule:
         return min(int(group["update_period"]), self._warm_up)
 
     def is_due(self, params: Sequence[Tensor], group: dict[str, Any]) -> bool:
-        """Whether the next step estimates the curvature.
+        """True if the next step estimates the curvature.
 
         Args:
             params: The trainable parameters.
             group: The hyperparameters; `update_period` counts from one estimate to the next.
         """
-        if not params:
+        if not params or not self._active:
             return False
         if self._unconfirmed is not None:
             self.confirm(params)
@@ -65,11 +66,11 @@ class EstimateSchedule:
         return self.is_out_of_turn(params)
 
     def is_out_of_turn(self, params: Sequence[Tensor]) -> bool:
-        """Whether some parameter cannot wait until an estimate comes in turn."""
+        """True if some parameter cannot wait until an estimate comes in turn."""
         return self.out_of_turn > 0 or self.has_new(params)
 
     def has_new(self, params: Sequence[Tensor]) -> bool:
-        """Whether some of the parameters were not trained at the last step, if there was one."""
+        """True if some of the parameters were not trained at the last step, if there was one."""
         trained = self.trained
         if trained is None or (len(params) == len(trained) and all(map(is_, params, trained))):
             return False
@@ -81,7 +82,7 @@ class EstimateSchedule:
         group: dict[str, Any],
         check: FiniteCheck,
         layout: BlockLayout,
-    ) -> None:
+    ) -> bool:
         """Counts a step that moved something.
 
         Args:
@@ -89,6 +90,9 @@ class EstimateSchedule:
             group: The hyperparameters.
             check: The check of the step, which may turn out to have moved nothing.
             layout: The blocks of the step, which tell whether parameters wait for an estimate.
+
+        Returns:
+            See `is_due`.
         """
         if layout.got_curvature or self.has_new(params):
             self.out_of_turn = self.warm_up(group) - 1  # this step is the first of them
@@ -101,10 +105,12 @@ class EstimateSchedule:
         self.steps += 1
         if check.on_device and not self._has_moved:
             self._unconfirmed = check
+        return self.is_due(params, group)
 
-    def repeat(self) -> None:
-        """Lets the next step estimate, in turn or not."""
+    def repeat(self) -> bool:
+        """Lets the next step estimate, in turn or not; says whether it does."""
         self.out_of_turn = max(self.out_of_turn, 1)
+        return self._active
 
     def confirm(self, params: Sequence[Tensor]) -> None:
         """Takes back a step on a device that turned out to have moved nothing; waits for it once.
@@ -126,5 +132,5 @@ class EstimateSchedule:
 
 
 def capturing(parameter: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which forbids reading numbers on the host."""
+    """True if a CUDA graph is being captured, which forbids reading numbers on the host."""
     return parameter.is_cuda and torch.cuda.is_current_stream_capturing()

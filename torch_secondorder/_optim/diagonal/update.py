@@ -86,7 +86,7 @@ class FiniteCheck:
 
     @property
     def status(self) -> StepStatus:
-        """How the step ended; waits for the device."""
+        """The status of the step; waits for the device."""
         if self._bad is not None and bool(self._bad):
             return StepStatus.NONFINITE_START
         estimate_bad = self._estimate_bad is not None and bool(self._estimate_bad)
@@ -96,7 +96,7 @@ class FiniteCheck:
 
     @property
     def moved(self) -> bool:
-        """Whether any parameter moved; waits for the device."""
+        """True if any parameter moved; waits for the device."""
         return any(bool(moves) for moves in self.moves)
 
 
