@@ -149,7 +149,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", LOADERS)
-def test_loss_and_gradient_are_those_of_all_data(name: str, reduction: str) -> None:
+def test_loss_and_gradient_equal_those_of_one_batch(name: str, reduction: str) -> None:
     model = network()
 
     def loss_fn(z: Tensor, y: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class Encoding(UserDict[str, Tensor]):
         return Encoding({name: t.to(device) for name, t in self.items()})
 
 
-def test_batches_of_a_class_of_their_own(device: torch.device) -> None:
+def test_batches_of_a_special_class(device: torch.device) -> None:
     model = network().to(device)
     batches = [Encoding(x=x, y=y) for x, y in pieces()]
     closure = DatasetClosure(
@@ -195,7 +195,7 @@ def test_batches_of_a_class_of_their_own(device: torch.device) -> None:
     close(closure().cpu(), whole(network())().detach())
 
 
-def test_a_forward_that_gives_the_loss_itself() -> None:
+def test_a_forward_that_returns_the_loss() -> None:
     model = network()
     closure = DatasetClosure(
         model,
@@ -206,7 +206,7 @@ def test_a_forward_that_gives_the_loss_itself() -> None:
     close(closure(), whole(model)().detach())
 
 
-def test_a_mean_over_something_else_than_samples() -> None:
+def test_a_mean_over_tokens_instead_of_samples() -> None:
     model, (x, y) = network(), data()
     y = torch.where(torch.arange(len(y)) % 3 == 0, -100, y)
     y[5:10] = -100  # a batch with nothing in it
@@ -248,7 +248,7 @@ REGULARIZATIONS = [
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("keep", [0, 2, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_are_those_of_all_data(kind: str, keep: int, reduction: str) -> None:
+def test_products_equal_those_of_one_batch(kind: str, keep: int, reduction: str) -> None:
     if kind == "damped" and reduction == "sum":
         pytest.skip("what an operator adds by itself counts once for each batch")
     model = network()
@@ -340,7 +340,7 @@ def test_sampled_labels_are_drawn_once() -> None:
     close(seen[0], seen[2])
 
 
-def test_what_a_curvature_of_ones_own_draws_does_not_reach_the_model() -> None:
+def test_random_numbers_of_a_custom_curvature_do_not_affect_the_model() -> None:
     model = rich()
     closure = DatasetClosure(model, F.cross_entropy, pieces())
     products = []
@@ -360,7 +360,7 @@ def test_what_a_curvature_of_ones_own_draws_does_not_reach_the_model() -> None:
     close(products[0], products[1], 0.0)
 
 
-def test_under_autocast_products_are_those_of_the_closure() -> None:
+def test_products_under_autocast_equal_those_of_the_closure() -> None:
     found = []
     seen = set()
 
@@ -387,7 +387,7 @@ def test_under_autocast_products_are_those_of_the_closure() -> None:
     assert seen == {False}  # it is for the model alone
 
 
-def test_a_trial_that_was_accepted_is_not_evaluated_again() -> None:
+def test_an_accepted_trial_is_not_evaluated_again() -> None:
     counts, values = [], []
     for ours in (True, False):
         model = network()
@@ -418,7 +418,7 @@ def regression(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_kronecker_factors_are_those_of_all_data(reduction: str) -> None:
+def test_kronecker_factors_equal_those_of_one_batch(reduction: str) -> None:
     model, ours, closure = regression(5, reduction)
     objective = DatasetObjective(ours, model.parameters())
     expected = GaussNewton(ClosureObjective(closure, model.parameters()).evaluate(curvature=True))
@@ -447,7 +447,7 @@ def test_diagonal_from_batches_of_one_sample_is_exact() -> None:
 
 
 @pytest.mark.parametrize("name", ["kfac", "martens"])
-def test_preconditioners_from_outputs_refuse_a_hessian(name: str) -> None:
+def test_preconditioners_from_outputs_reject_a_hessian(name: str) -> None:
     model = network()
     optimizer = NewtonCG(model.parameters(), curvature="hessian", preconditioner=name)
     before = [p.detach().clone() for p in model.parameters()]
@@ -475,7 +475,7 @@ TRAININGS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_training_is_that_on_all_data(name: str) -> None:
+def test_training_equals_that_on_one_batch(name: str) -> None:
     values, losses = [], []
     for ours in (True, False):
         model = network()
@@ -525,7 +525,7 @@ def test_either_closure_may_be_over_a_data_set() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", ["LBFGS", "GGN", "AdaHessian"])
-def test_a_contractive_penalty_is_that_on_all_data(name: str, reduction: str) -> None:
+def test_the_contractive_penalty_equals_that_on_one_batch(name: str, reduction: str) -> None:
     values, losses = [], []
     for ours in (True, False):
         model = network()
@@ -605,7 +605,7 @@ class Augmented(Logged):
         return x + np.random.default_rng().normal(), y
 
 
-def test_a_loader_that_changes_within_a_step_is_refused() -> None:
+def test_a_loader_that_changes_within_a_step_is_rejected() -> None:
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
     closure = DatasetClosure(model, F.cross_entropy, DataLoader(Augmented(), batch_size=5))
@@ -632,7 +632,7 @@ def test_augmentations_from_torch_are_the_same_for_a_step(options: dict[str, Any
     assert losses[1] < losses[0]
 
 
-def test_persistent_workers_with_augmentation_are_refused() -> None:
+def test_persistent_workers_with_augmentation_are_rejected() -> None:
     model = network()
     batches = DataLoader(Noisy(), batch_size=5, num_workers=1, persistent_workers=True)
     with pytest.raises(RuntimeError, match="other batches than before"):
@@ -660,7 +660,7 @@ class Growing(Shrinking):
 
 
 @pytest.mark.parametrize("batches", [Shrinking, Growing])
-def test_the_number_of_samples_must_stay(batches: type[Shrinking]) -> None:
+def test_a_changed_number_of_samples_is_rejected(batches: type[Shrinking]) -> None:
     closure = DatasetClosure(network(), F.cross_entropy, batches())
     closure()
     with pytest.raises(RuntimeError, match=r"gave \d+ samples .* and 23 when they were counted"):
@@ -780,7 +780,7 @@ def test_memory_grows_where_graphs_are_kept() -> None:
 # Diagnostics, progress.
 
 
-def test_diagnostics_go_over_the_loader() -> None:
+def test_diagnostics_accept_a_dataset_closure() -> None:
     model, (x, y) = network(), data()
     closure = DatasetClosure(model, F.cross_entropy, loader())
     ours = from_closure(closure, model.parameters())

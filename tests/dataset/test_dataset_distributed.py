@@ -152,7 +152,7 @@ def checks(rank: int, ranks: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the first rank found; the ranks agree bit for bit."""
+    """The results of the first rank; the ranks agree bit for bit."""
     ranks = run_on_ranks([checks], tmp_path_factory.mktemp("ranks"))
     return on_both(ranks, "checks")
 

@@ -1,4 +1,4 @@
-"""What diagnostics look at, what they leave behind, and the parabola along a line."""
+"""Sources of diagnostics, restored state, and the second-order model along a line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def sources(name: str, device: torch.device) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "batchnorm"])
 @pytest.mark.parametrize("way", ["model", "closure", "function"])
-def test_all_ways_in_give_the_same_matrix(name: str, way: str, device: torch.device) -> None:
+def test_all_sources_give_the_same_matrix(name: str, way: str, device: torch.device) -> None:
     case = make_case(name, device)
     with opened(sources(name, device)[way], False, 0, "") as point:
         assert_matrix(point.operator, dense_hessian(case.pure(), case.params()))
@@ -67,7 +67,7 @@ def test_all_ways_in_give_the_same_matrix(name: str, way: str, device: torch.dev
 
 @pytest.mark.parametrize("retain", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_batches_of_different_lengths_are_as_one(
+def test_batches_of_different_lengths_equal_one_batch(
     reduction: Any, retain: bool, device: torch.device
 ) -> None:
     case = make_case("mlp", device)
@@ -90,7 +90,7 @@ def test_batches_of_different_lengths_are_as_one(
             torch.testing.assert_close(point.grad, gradient)
 
 
-def test_a_part_of_the_parameters_and_several_inputs(device: torch.device) -> None:
+def test_some_of_the_parameters_and_several_inputs(device: torch.device) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -114,7 +114,7 @@ def test_a_part_of_the_parameters_and_several_inputs(device: torch.device) -> No
     assert from_model(model, F.mse_loss, [((a, b), y)]).size == 3
 
 
-def test_vectors_by_the_names_of_parameters() -> None:
+def test_named_shapes_a_vector_like_the_parameters() -> None:
     model = nn.Linear(2, 1)
     problem = from_model(model, F.mse_loss, (torch.ones(3, 2), torch.ones(3, 1)))
     named = problem.named(torch.tensor([1.0, 2.0, 3.0]))
@@ -127,7 +127,7 @@ def test_vectors_by_the_names_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("way", ["model", "closure", "function"])
-def test_a_problem_follows_its_parameters(way: str) -> None:
+def test_a_problem_uses_the_current_parameters(way: str) -> None:
     torch.manual_seed(3)
     w = torch.ones(2, requires_grad=True)
     model = nn.Linear(2, 1, bias=False)
@@ -145,7 +145,7 @@ def test_a_problem_follows_its_parameters(way: str) -> None:
     assert second_order_model(source).value == 256
 
 
-# What is left behind.
+# Restored state.
 
 
 class Noisy(nn.Module):
@@ -186,9 +186,7 @@ def _first_iterate(A: Any, b: Tensor, **_: Any) -> Any:
 @pytest.mark.parametrize("ask", list(ASKS))
 @pytest.mark.parametrize("retain", [True, False])
 @pytest.mark.parametrize("batches", [1, 2])
-def test_the_model_is_left_as_it_was(
-    batches: int, retain: bool, ask: str, device: torch.device
-) -> None:
+def test_the_model_is_restored(batches: int, retain: bool, ask: str, device: torch.device) -> None:
     model = Noisy().to(device)
     model.eval()
     model.body.train()
@@ -219,7 +217,7 @@ def test_the_model_is_left_as_it_was(
 
 @pytest.mark.parametrize("way", ["closure", "function"])
 @pytest.mark.parametrize("ask", list(ASKS))
-def test_gradients_are_left_by_closures_and_functions(ask: str, way: str) -> None:
+def test_gradients_are_restored_for_closures_and_functions(ask: str, way: str) -> None:
     source = sources("batchnorm", CPU)[way]
     case = make_case("batchnorm", CPU)  # the same values again
     params = list(source.vector.params)
@@ -239,7 +237,7 @@ def test_gradients_are_left_by_closures_and_functions(ask: str, way: str) -> Non
 
 
 @pytest.mark.parametrize("retain", [True, False])
-def test_an_error_leaves_the_model_as_it_was_too(retain: bool) -> None:
+def test_the_model_is_restored_after_an_error(retain: bool) -> None:
     model = Noisy()
     model.eval()
     state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -275,7 +273,7 @@ def test_noise_is_the_same_in_all_products() -> None:
 
 
 @pytest.mark.parametrize("way", ["model", "closure", "function"])
-def test_the_parabola_is_that_of_the_dense_hessian(way: str, device: torch.device) -> None:
+def test_the_parabola_agrees_with_the_dense_hessian(way: str, device: torch.device) -> None:
     case = make_case("mlp", device)
     source = sources("mlp", device)[way]
     h = dense_hessian(case.pure(), case.params())
@@ -313,7 +311,7 @@ def test_the_parabola_is_that_of_the_dense_hessian(way: str, device: torch.devic
         (lambda w: w[0] * w[1], torch.tensor([1.0, -1.0]), "curvature is negative"),
     ],
 )
-def test_where_there_is_no_step(
+def test_models_without_a_minimum_give_a_reason(
     function: Callable[[Tensor], Tensor], direction: Tensor | None, reason: str
 ) -> None:
     found = second_order_model(FunctionalObjective(function, torch.ones(2)), direction)
@@ -382,7 +380,7 @@ def test_errors(make: Callable[[], object], error: type[Exception], message: str
 # The bar.
 
 
-def test_a_bar_where_it_is_asked_for(
+def test_the_progress_bar_appears_on_request_or_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tqdm")

@@ -81,7 +81,7 @@ def test_logistic_regression_has_the_standard_errors_of_the_closed_form(
     assert float(one.standard_errors) == pytest.approx(float(some.standard_errors[0]), rel=1e-6)
 
 
-def test_in_float32_and_away_from_the_estimate() -> None:
+def test_observed_information_in_float32_away_from_the_estimate() -> None:
     data = torch.tensor([1.0, 2.0, 6.0])
     loss = FunctionalObjective(lambda m: 0.5 * ((data - m) ** 2).sum(), torch.tensor([4.0]))
     found = observed_information(loss)

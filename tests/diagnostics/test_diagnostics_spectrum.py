@@ -59,7 +59,7 @@ def ordered(eigenvalues: Tensor, which: str) -> Tensor:
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 @pytest.mark.parametrize("subspace", [None, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eigenpairs_are_those_of_the_matrix(
+def test_eigenpairs_agree_with_dense_ones(
     dtype: torch.dtype, subspace: int | None, which: Any, device: torch.device
 ) -> None:
     """With and without restarts."""
@@ -119,7 +119,7 @@ def test_a_large_matrix_of_low_rank_takes_few_products(device: torch.device) -> 
     assert found.values[3:].abs().max() < 1e-8 * found.values[0]
 
 
-def test_it_takes_less_than_half_the_products_of_power_iteration() -> None:
+def test_eigenpairs_take_less_than_half_the_products_of_power_iteration() -> None:
     eigenvalues = torch.cat([torch.logspace(0, 2, 10), torch.linspace(0, 0.5, 190)]).double()
     a = symmetric(eigenvalues)
     expected, products, vectors = ordered(eigenvalues, "largest"), 0, []
@@ -137,14 +137,14 @@ def test_it_takes_less_than_half_the_products_of_power_iteration() -> None:
     assert found.products <= 0.5 * products
 
 
-def test_too_few_products_say_so() -> None:
+def test_too_few_products_are_reported_as_not_converged() -> None:
     found = eigenpairs(
         Dense(symmetric(torch.linspace(0, 1, 100))), 4, max_products=6, tolerance=1e-6
     )
     assert not found.converged and found.products == 6 and found.values.shape == (4,)
 
 
-def test_the_start_is_the_generators() -> None:
+def test_the_start_vector_comes_from_the_generator() -> None:
     operator = Dense(symmetric(torch.linspace(0, 1, 100)))
     first, again = (eigenpairs(operator, 1, tolerance=0.1).values for _ in range(2))
     other = eigenpairs(
@@ -188,7 +188,7 @@ def test_one_negative_curvature_among_many_is_found(device: torch.device) -> Non
         assert float(v @ (entries * v)) == pytest.approx(found.curvature)
 
 
-def test_without_memory_there_is_no_verdict_but_still_a_search() -> None:
+def test_a_small_subspace_gives_no_verdict_but_finds_negative_curvature() -> None:
     entries = torch.linspace(0.0, 10.0, 2000).double()
     answer = definiteness(Diagonal(entries), tolerance=1e-2, subspace=8, max_products=100)
     assert answer.semidefinite is None and answer.products == 100
@@ -207,7 +207,7 @@ def test_matrices_of_zeros_and_ones_are_semidefinite(size: int, dtype: torch.dty
         assert answer.curvature == pytest.approx(number) and answer.products <= 5
 
 
-def test_undecided_is_none() -> None:
+def test_an_undecided_verdict_is_none() -> None:
     answer = definiteness(Diagonal(torch.logspace(-6, 0, 500).double()), max_products=5)
     assert answer.semidefinite is None and answer.products == 5
     assert answer.failure_probability == 1.0
@@ -241,7 +241,7 @@ def test_traces_are_exact_for_low_rank_and_small_size(rank: int, n_products: int
     assert estimate.products == operator.products == min(n_products, 200)
 
 
-def test_the_standard_error_of_a_trace_is_that_of_its_draws() -> None:
+def test_the_standard_error_of_a_trace_matches_its_spread_over_draws() -> None:
     eigenvalues = torch.arange(1.0, 301.0).double() ** -2
     operator, exact = Dense(symmetric(eigenvalues)), float(eigenvalues.sum())
     errors, stated = [], []
@@ -302,7 +302,7 @@ def test_averages_are_moments_of_the_spectrum(reorthogonalize: bool) -> None:
     assert math.isnan(spectral_density(Diagonal(torch.ones(5)), 1, 2).average(torch.exp)[1])
 
 
-def test_rows_of_different_lengths_are_filled_with_what_weighs_nothing() -> None:
+def test_rows_of_different_lengths_are_padded_with_weight_zero() -> None:
     from torch_secondorder.diagnostics.spectrum import SpectralDensity, _stacked
 
     rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
@@ -369,7 +369,7 @@ def test_arguments_out_of_range(make: Callable[[], object], message: str) -> Non
 
 
 @pytest.mark.parametrize("ask", [eigenpairs, definiteness, trace, spectral_density])
-def test_products_that_are_not_finite(ask: Callable[[Any], object]) -> None:
+def test_products_that_are_not_finite_raise(ask: Callable[[Any], object]) -> None:
     entries = torch.ones(20)
     entries[3] = math.inf
     with pytest.raises(RuntimeError, match=r"product \d with the curvature is not finite"):

@@ -49,7 +49,7 @@ def test_the_main_job_prints_table_winners_and_samples_and_draws_a_plot(tmp_path
     assert "100%" in done.stderr  # a progress bar
 
 
-def test_the_text_is_english_and_what_is_held_out_is_not_in_the_rest(text: example.Text) -> None:
+def test_the_text_is_english_and_the_validation_part_is_separate(text: example.Text) -> None:
     def words(numbers: torch.Tensor) -> str:
         return "".join(text.characters[number] for number in numbers)
 
@@ -62,7 +62,7 @@ def test_the_text_is_english_and_what_is_held_out_is_not_in_the_rest(text: examp
     assert not any(f"\n\n{p}\n\n" in training for p in paragraphs)
 
 
-def test_no_character_sees_those_after_it(text: example.Text) -> None:
+def test_predictions_do_not_depend_on_later_characters(text: example.Text) -> None:
     model = example.Transformer(len(text.characters), 8)
     one = text.training[None, : example.CONTEXT]
     other = one.clone()
@@ -93,7 +93,7 @@ def test_an_optimizer_follows_the_schedule(name: str, task: Task) -> None:
     assert all(0 < share < 1 for share in run.unclipped[1:])
 
 
-def test_only_matrices_decay(task: Task) -> None:
+def test_weight_decay_applies_to_matrices_only(task: Task) -> None:
     for contender in example.CONTENDERS.values():
         matrices, vectors = contender.make(task.model.parameters()).param_groups
         assert matrices["weight_decay"] == example.WEIGHT_DECAY and vectors["weight_decay"] == 0
@@ -101,7 +101,7 @@ def test_only_matrices_decay(task: Task) -> None:
         assert {p.dim() for p in vectors["params"]} == {1}
 
 
-def test_all_have_the_same_time_and_then_the_same_steps(task: Task) -> None:
+def test_optimizers_get_equal_time_and_then_equal_steps(task: Task) -> None:
     by_time, by_steps = example.compare(task, ["adamw", "sophia-hutchinson"], seconds=0.2)
     for run in by_time:
         assert run.seconds >= 0.2
@@ -109,7 +109,7 @@ def test_all_have_the_same_time_and_then_the_same_steps(task: Task) -> None:
     assert [run.evaluations for run in by_steps] == [fewest, fewest]
 
 
-def test_the_rates_are_of_the_grid() -> None:
+def test_learning_rates_belong_to_the_grid() -> None:
     assert example.RATES.keys() == example.CONTENDERS.keys()
     # A rate at the end of the grid would say that the grid is too short.
     assert set(example.RATES.values()) <= set(example.GRID[1:-1])
@@ -129,7 +129,7 @@ def ended(label: str, loss: float) -> Run:
     return SimpleNamespace(contender=contender, curve=curve)  # type: ignore[return-value]
 
 
-def test_the_winner_is_read_off_the_runs() -> None:
+def test_the_verdict_names_the_lowest_loss() -> None:
     runs = [ended("A", 1.5), ended("B", 1.2), ended("C", 1.3)]
     said = example.verdict(runs, "In 3 s each")
     assert said == "In 3 s each: B wins, 0.100 nats per character below C\n"
@@ -138,19 +138,19 @@ def test_the_winner_is_read_off_the_runs() -> None:
     assert broken == said
 
 
-def test_runs_that_another_seed_could_reorder_are_level() -> None:
+def test_differences_within_the_spread_of_seeds_are_no_win() -> None:
     said = example.verdict([ended("A", 1.2), ended("B", 1.2 - example.GAP / 2)], "In 9 steps each")
     assert said.startswith("In 9 steps each: B and A are equal")
 
 
-def test_a_sample_goes_on_from_the_training_text(text: example.Text) -> None:
+def test_a_sample_continues_the_training_text(text: example.Text) -> None:
     model = example.Transformer(len(text.characters), 8)
     sample = example.write(model, text, seed=3)
     assert len(sample) == example.SAMPLE
     assert sample == example.write(model, text, seed=3) != example.write(model, text, seed=4)
 
 
-def test_mistakes_are_told_before_any_work(
+def test_mistakes_are_reported_before_any_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train_char_lm.py", "--optimizers", "adamw,sofia"])

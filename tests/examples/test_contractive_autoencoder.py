@@ -32,7 +32,7 @@ def test_a_table_a_statement_and_a_plot(tmp_path: Path) -> None:
     assert (tmp_path / "contractive_autoencoder.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_model_is_rejected(tmp_path: Path) -> None:
     done = run_example("--models", "vae", cwd=tmp_path, script=SCRIPT)
     assert done.returncode == 2
     assert "unknown autoencoder 'vae'; known: ae, ae+wd, dae, cae" in done.stderr

@@ -70,7 +70,7 @@ def test_fashion_mnist_files_are_found_through_the_environment(tiny_fashion_mnis
     assert done.returncode == 0, done.stderr
 
 
-def test_all_three_places_are_named_where_there_is_no_data(tmp_path: Path) -> None:
+def test_missing_data_are_reported_with_all_three_places(tmp_path: Path) -> None:
     done = run_example(
         *("--dataset", "fashion-mnist"),
         cwd=tmp_path,
@@ -102,7 +102,7 @@ def test_the_deep_autoencoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_autoencoder_takes_digits_where_there_is_nothing_else(tmp_path: Path) -> None:
+def test_the_autoencoder_uses_digits_without_fashion_mnist(tmp_path: Path) -> None:
     done = run_example(
         *("--seconds", "0.05", "--optimizers", "adam"),
         cwd=tmp_path,
@@ -143,7 +143,7 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path) -> No
     assert message in done.stderr
 
 
-def test_a_broken_idx_file_is_refused(tiny_fashion_mnist: Path) -> None:
+def test_a_broken_idx_file_is_rejected(tiny_fashion_mnist: Path) -> None:
     (tiny_fashion_mnist / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\1"))
     done = run_example(
         *("--dataset", "fashion-mnist", "--data-dir", tiny_fashion_mnist),

@@ -23,7 +23,7 @@ def test_it_prints_two_tables(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_widths_are_refused(tmp_path: Path) -> None:
+def test_wrong_widths_are_rejected(tmp_path: Path) -> None:
     done = run_example("--widths", "20,8", cwd=tmp_path, script="jacobian_speed.py")
     assert done.returncode == 2
     assert "20,8 is not three positive numbers" in done.stderr

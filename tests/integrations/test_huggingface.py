@@ -139,7 +139,7 @@ def trainer_of(
 
 
 def by_hand(model: nn.Module, optimizer: Any, steps: int, parts: int, data: Any) -> list[Tensor]:
-    """What the Trainer does, with a closure: accumulation, clipping, warm-up and decay."""
+    """Training as by the Trainer, with a closure: accumulation, clipping, warm-up and decay."""
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 2, steps)
     model.train()
     for step in range(steps):
@@ -227,7 +227,7 @@ def test_bfloat16(kind: str, tmp_path: Path) -> None:
 
 
 @every
-def test_a_checkpoint_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_training_from_a_checkpoint_is_bit_for_bit_the_same(kind: str, tmp_path: Path) -> None:
     whole = trainer_of(
         tmp_path / "a", gpt2(0.1), kind, save_strategy="steps", save_steps=3, max_steps=7
     )
@@ -258,7 +258,7 @@ def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
     assert_same(values(trainer.model), values(plain.model), 1e-6)
 
 
-def test_an_optimizer_that_was_made_before(tmp_path: Path) -> None:
+def test_an_optimizer_made_in_advance(tmp_path: Path) -> None:
     model, steps = llama(), []
 
     class Losses(TrainerCallback):
@@ -275,7 +275,7 @@ def test_an_optimizer_that_was_made_before(tmp_path: Path) -> None:
     assert "training_step" not in vars(trainer)
 
 
-def test_other_optimizers_are_let_alone(tmp_path: Path) -> None:
+def test_other_optimizers_are_ignored(tmp_path: Path) -> None:
     seen = []
 
     class Look(TrainerCallback):
@@ -330,7 +330,7 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
     assert trainer.state.global_step == 6
 
 
-# What is refused.
+# Rejected settings and arguments.
 
 
 @pytest.mark.parametrize("kind", [LBFGS, NewtonCG])
@@ -366,7 +366,7 @@ def test_float16(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_engines_with_a_backward_of_their_own(tmp_path: Path) -> None:
+def test_engines_with_their_own_backward_are_rejected(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, llama(), "Sophia")
     trainer.create_optimizer()
     trainer.accelerator.state.distributed_type = DistributedType.DEEPSPEED
@@ -375,7 +375,7 @@ def test_engines_with_a_backward_of_their_own(tmp_path: Path) -> None:
         callback.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
-def test_not_a_trainer() -> None:
+def test_an_argument_that_is_not_a_trainer_is_rejected() -> None:
     with pytest.raises(TypeError, match=r"got Linear: trainer.add_callback"):
         SecondOrderCallback(nn.Linear(1, 1))
 
@@ -450,7 +450,7 @@ def test_accumulation_under_accelerate(kind: str) -> None:
     assert_same(values(model), expected, 1e-9)
 
 
-def test_the_package_itself_does_without() -> None:
+def test_the_package_imports_neither_transformers_nor_accelerate() -> None:
     program = (
         "import torch_secondorder, sys; print({'transformers', 'accelerate'} & {*sys.modules})"
     )

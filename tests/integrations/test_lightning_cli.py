@@ -128,7 +128,7 @@ def test_every_callback(host: Any, tmp_path: Path) -> None:
     assert {"LBFGS/evaluations", "curvature/trace", "jacobian_penalty/net.0"} <= set(found)
 
 
-def test_a_wrong_argument_is_told(
+def test_a_wrong_argument_is_reported(
     host: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = {"class_path": "torch_secondorder.Sophia", "init_args": {"lr": "fast"}}

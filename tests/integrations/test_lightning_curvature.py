@@ -91,7 +91,7 @@ def test_training_is_bit_for_bit_unchanged(host: Any, name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("batch", ["current", "first"])
-def test_figures_are_those_of_the_hessian(host: Any, batch: str, tmp_path: Path) -> None:
+def test_logged_values_agree_with_the_hessian(host: Any, batch: str, tmp_path: Path) -> None:
     batches, expected = Batches(dtype=torch.float64), []
 
     def on_train_batch_start(self: Any, data: Any, batch_idx: int) -> None:
@@ -148,7 +148,7 @@ def test_the_spectrum_goes_to_tensorboard(
     assert spectra(tmp_path / "without matplotlib") == []
 
 
-def test_once_for_several_batches_that_are_accumulated(tmp_path: Path) -> None:
+def test_accumulated_batches_are_logged_once(tmp_path: Path) -> None:
     host = HOSTS[0]
     logger = host.loggers.CSVLogger(tmp_path)
     monitor = CurvatureMonitor(1, max_products=5)
@@ -158,7 +158,7 @@ def test_once_for_several_batches_that_are_accumulated(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path) if row["curvature/trace"]] == ["0", "1"]
 
 
-def test_it_looks_again_when_a_trainer_fits_again(tmp_path: Path) -> None:
+def test_a_second_fit_logs_again(tmp_path: Path) -> None:
     host, monitor = HOSTS[0], CurvatureMonitor(100, max_products=5)
     for _ in range(2):
         fitted = trainer(host, tmp_path, callbacks=[monitor])
@@ -178,7 +178,7 @@ def test_a_loss_that_became_infinite_does_not_end_the_training(tmp_path: Path) -
     assert fitted.global_step == 2
 
 
-def test_what_cannot_be_looked_at_is_refused(host: Any, tmp_path: Path) -> None:
+def test_modules_without_a_training_loss_are_rejected(host: Any, tmp_path: Path) -> None:
     def training_step(self: Any, batch: Any, batch_idx: int) -> None:
         pass
 
@@ -208,6 +208,6 @@ def test_arguments_are_checked(arguments: Any, message: str) -> None:
         CurvatureMonitor(**arguments)
 
 
-def test_the_initial_network_is_what_the_oracle_takes() -> None:
+def test_the_oracle_uses_the_initial_network() -> None:
     values = oracle(network(), *next(iter(Batches())))
     assert len(values) == 57 and values[0] < 0 < values[-1]

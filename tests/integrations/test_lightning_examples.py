@@ -58,7 +58,7 @@ def test_lbfgs_on_the_full_batch_converges(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_unknown_optimizer_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_optimizer_is_rejected(tmp_path: Path) -> None:
     done = run_example("--optimizer", "newton", cwd=tmp_path, script="lightning_mnist.py")
     assert done.returncode == 2
     assert "unknown optimizer 'newton'; known: adahessian, sophia, newton-cg" in done.stderr

@@ -49,7 +49,9 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_reports_are_logged_and_weights_as_without(host: Any, name: str, tmp_path: Path) -> None:
+def test_reports_are_logged_without_changing_the_weights(
+    host: Any, name: str, tmp_path: Path
+) -> None:
     seen = []
 
     def on_train_batch_end(self: Any, *_: Any) -> None:
@@ -98,7 +100,7 @@ def test_lazy_reports_are_made_at_logging_steps_only(tmp_path: Path) -> None:
     assert not fitted.progress_bar_metrics.keys() - {"v_num"}
 
 
-def test_what_is_logged_can_stop_the_training(host: Any, tmp_path: Path) -> None:
+def test_logged_values_can_stop_the_training(host: Any, tmp_path: Path) -> None:
     stop = host.callbacks.EarlyStopping(
         "LBFGS/grad_norm", stopping_threshold=1e-3, check_on_train_epoch_end=True, patience=99
     )
@@ -140,14 +142,14 @@ def test_the_numbers_of_any_report_are_logged(host: Any, tmp_path: Path) -> None
     assert fitted.callback_metrics["Own/temperature"] == 2.0
 
 
-def test_other_optimizers_are_left_alone(host: Any, tmp_path: Path) -> None:
+def test_optimizers_of_other_packages_are_ignored(host: Any, tmp_path: Path) -> None:
     model = module(host, lambda p: torch.optim.Adam(p))
     fitted = trainer(host, tmp_path, accumulate_grad_batches=2, callbacks=[SecondOrderMonitor()])
     fitted.fit(model, Batches())
     assert set(fitted.callback_metrics) == {"loss"}
 
 
-def test_two_of_a_kind_have_names_of_their_own(tmp_path: Path) -> None:
+def test_two_optimizers_of_one_class_have_different_names(tmp_path: Path) -> None:
     def training_step(self: Any, batch: Any, batch_idx: int) -> None:
         for optimizer in self.optimizers():
 
@@ -210,14 +212,14 @@ def test_accumulated_batches_are_counted(host: Any, name: str, tmp_path: Path) -
     assert fitted.optimizers[0].param_groups[0]["accumulation_steps"] == 1  # as it was
 
 
-def test_without_the_monitor_accumulated_batches_are_refused(host: Any, tmp_path: Path) -> None:
+def test_accumulated_batches_are_rejected_without_the_monitor(host: Any, tmp_path: Path) -> None:
     model = module(host, OPTIMIZERS["Sophia"])
     fitted = trainer(host, tmp_path, accumulate_grad_batches=2)
     with pytest.raises(RuntimeError, match="accumulation_steps=N"):
         fitted.fit(model, Batches())
 
 
-# What is refused.
+# Rejected settings and arguments.
 
 
 def refusal(host: Any, tmp_path: Path, optimizer: str, model: Any = None, **arguments: Any) -> str:
@@ -231,9 +233,7 @@ def refusal(host: Any, tmp_path: Path, optimizer: str, model: Any = None, **argu
 
 
 @pytest.mark.parametrize("optimizer", ["LBFGS", "NewtonCG"])
-def test_settings_that_change_the_loss_between_evaluations(
-    host: Any, optimizer: str, tmp_path: Path
-) -> None:
+def test_accumulation_and_clipping_are_rejected(host: Any, optimizer: str, tmp_path: Path) -> None:
     said = refusal(host, tmp_path, optimizer, accumulate_grad_batches=4, gradient_clip_val=0.5)
     assert "accumulate_grad_batches=4: " in said and "AdaHessian or Sophia" in said
     assert "gradient_clip_val=0.5: " in said and "remove it" in said
@@ -243,7 +243,7 @@ def test_settings_that_change_the_loss_between_evaluations(
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
-def test_batches_that_are_fetched_in_the_step(host: Any, tmp_path: Path) -> None:
+def test_batches_fetched_inside_the_step_are_rejected(host: Any, tmp_path: Path) -> None:
     def training_step(self: Any, dataloader_iter: Any) -> Any:
         raise AssertionError
 
@@ -252,14 +252,14 @@ def test_batches_that_are_fetched_in_the_step(host: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_gradient_scaler(host: Any, optimizer: str, tmp_path: Path) -> None:
+def test_a_gradient_scaler_is_rejected(host: Any, optimizer: str, tmp_path: Path) -> None:
     plugin = host.plugins.MixedPrecision("16-mixed", "cpu")
     said = refusal(host, tmp_path, optimizer, plugins=[plugin])
     assert "precision='16-mixed': " in said and "use precision='bf16-mixed'" in said
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_strategies_that_hide_the_parameters(host: Any, strategy: str) -> None:
+def test_strategies_that_hide_the_parameters_are_rejected(host: Any, strategy: str) -> None:
     """Only the class of the strategy is checked: running it needs devices or packages."""
     kind = getattr(host.strategies, strategy)
     made = host.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -283,11 +283,11 @@ def test_several_optimizers_under_automatic_optimization(host: Any, tmp_path: Pa
 # Both packages.
 
 
-def test_a_callback_is_one_of_both_packages() -> None:
+def test_callbacks_belong_to_both_packages() -> None:
     assert all(isinstance(SecondOrderMonitor(), host.Callback) for host in HOSTS)
 
 
-def test_one_package_is_enough_and_none_is_refused() -> None:
+def test_one_lightning_package_is_enough() -> None:
     assert found_bases(("nothing_here", "pytorch_lightning")) == (HOSTS[1].Callback,)
     with pytest.raises(ImportError, match="pip install lightning"):
         found_bases(("nothing_here",))

@@ -91,7 +91,7 @@ def test_weights_are_those_of_a_loop_with_the_penalty(host: Any, name: str, tmp_
     assert (weights(plain.net)[0] - expected[0]).abs().max() > 1e-3
 
 
-def test_line_searches_see_loss_and_gradient_of_the_same(host: Any, tmp_path: Path) -> None:
+def test_line_searches_see_matching_losses_and_gradients(host: Any, tmp_path: Path) -> None:
     """A penalty in the gradient alone would not let L-BFGS converge."""
     model = made(host, lambda p: LBFGS(p, max_iter=200, weight_decay=1e-2))
     fitted = trainer(
@@ -126,9 +126,7 @@ def test_the_penalty_is_logged_as_it_was_before_the_step(host: Any, tmp_path: Pa
     assert seen == pytest.approx(expected, rel=1e-6) and len(set(seen)) == 4
 
 
-def test_accumulated_batches_share_the_penalty_as_they_do_the_loss(
-    host: Any, tmp_path: Path
-) -> None:
+def test_accumulation_scales_the_penalty_like_the_loss(host: Any, tmp_path: Path) -> None:
     batches = Batches(dtype=torch.float64)
 
     def mean(net: Any, x: Tensor) -> Tensor:
@@ -167,7 +165,7 @@ def test_line_searches_see_the_same_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["NewtonCG", "Adam"])
-def test_contractive_itself_trains_as_well(host: Any, name: str, tmp_path: Path) -> None:
+def test_the_contractive_wrapper_trains_in_lightning(host: Any, name: str, tmp_path: Path) -> None:
     def configure_optimizers(self: Any) -> Any:
         inner = CONFIGURATIONS[name](self.parameters())
         return Contractive(inner, self.net["encoder"], WEIGHT)
@@ -209,7 +207,7 @@ def test_a_batch_that_is_skipped_stays_skipped(tmp_path: Path) -> None:
     assert "jacobian_penalty/net.encoder" in fitted.callback_metrics
 
 
-def test_what_cannot_be_penalized_is_refused(host: Any, tmp_path: Path) -> None:
+def test_modules_that_cannot_be_penalized_are_rejected(host: Any, tmp_path: Path) -> None:
     def fit(model: Any, encoder: str = "net.encoder") -> None:
         callbacks = [JacobianPenaltyCallback(encoder, WEIGHT)]
         trainer(host, tmp_path, callbacks=callbacks).fit(model, Batches(dtype=torch.float64))

@@ -116,7 +116,7 @@ def function(name: str, device: torch.device) -> tuple[Any, Tensor]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_exact_penalty_is_that_of_dense_jacobians(name: str, device: torch.device) -> None:
+def test_the_exact_penalty_agrees_with_dense_jacobians(name: str, device: torch.device) -> None:
     f, x = function(name, device)
     assert_penalty(jacobian_penalty, f, x)
     assert_penalty(contractive_penalty, f, x, method="exact")
@@ -152,7 +152,7 @@ def test_the_product_through_layers(encoder: nn.Module, device: torch.device) ->
     assert_penalty(contractive_penalty, encoder, data(device, 5, linear.in_features))
 
 
-def test_both_orders_of_the_product_are_taken() -> None:
+def test_the_product_starts_from_the_cheaper_end() -> None:
     from torch_secondorder.penalties._chain import _output_first, largest
 
     thin = [torch.empty(5, 2), torch.empty(4, 5), torch.empty(30, 4)]
@@ -161,7 +161,7 @@ def test_both_orders_of_the_product_are_taken() -> None:
     assert _output_first(wide) and largest(wide) == 3 * 5
 
 
-def test_a_flatten_in_front() -> None:
+def test_a_flatten_before_the_first_layer() -> None:
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.Sigmoid()).double()
     x = data("cpu", 4, 2, 3)
     assert contractive.stack_of(encoder, x) is not None
@@ -170,7 +170,7 @@ def test_a_flatten_in_front() -> None:
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, nn.ReLU])
 @pytest.mark.parametrize("noise", [None, 0.3])
-def test_a_code_that_is_there_already(activation: Any, noise: float | None) -> None:
+def test_a_given_code_gives_the_same_penalty(activation: Any, noise: float | None) -> None:
     encoder, x = stack(4, 6, activation=activation), data("cpu", 5, 4).requires_grad_()
     by = [x, *encoder.parameters()]
 
@@ -193,7 +193,7 @@ def test_a_code_saves_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", ["exact", "projection"])
-def test_outputs_that_are_there_already(method: Any) -> None:
+def test_given_outputs_give_the_same_penalty(method: Any) -> None:
     f, x = stack(4, 6), data("cpu", 5, 4).requires_grad_()
     made = [torch.Generator().manual_seed(3) for _ in range(2)]
     expected = jacobian_penalty(f, x, method, 2, made[0])
@@ -231,7 +231,7 @@ def test_a_linear_encoder_has_no_curvature() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "wide", "scalar", "convolution"])
-def test_projections_are_the_products_of_a_loop(name: str, device: torch.device) -> None:
+def test_projections_agree_with_a_loop_of_products(name: str, device: torch.device) -> None:
     f, x = function(name, device)
     made = [torch.Generator(device).manual_seed(4) for _ in range(2)]
     found = jacobian_penalty(f, x, "projection", 3, made[0])
@@ -278,7 +278,7 @@ def test_more_projections_vary_less() -> None:
     assert 1 / 6 < spread[1] / spread[0] < 3 / 8
 
 
-def test_one_pass_for_all_projections() -> None:
+def test_all_projections_take_one_pass() -> None:
     calls: list[int] = []
     f, x = stack(6, 7, 5), data("cpu", 3, 6)
 
@@ -422,7 +422,7 @@ def test_newton_steps_on_a_loss_with_the_penalty(name: str, device: torch.device
         assert value() < loss
 
 
-def test_its_hessian_is_the_dense_one(device: torch.device) -> None:
+def test_the_hessian_of_the_penalty_agrees_with_the_dense_one(device: torch.device) -> None:
     encoder = stack(4, 3, 2).to(device)
     x, names = data(device, 6, 4), [name for name, _ in encoder.named_parameters()]
     params = {name: p.detach().clone() for name, p in encoder.named_parameters()}
@@ -475,18 +475,18 @@ def _with_subclass(encoder: nn.Sequential) -> nn.Sequential:
 @pytest.mark.parametrize(
     "change", [_with_hook, _with_pre_hook, _with_own_forward, _with_weight_norm, _with_subclass]
 )
-def test_what_is_not_what_it_looks_like_is_differentiated(change: Any) -> None:
+def test_modified_modules_are_differentiated(change: Any) -> None:
     encoder, x = change(stack(4, 3)), data("cpu", 5, 4)
     assert contractive.stack_of(encoder, x) is None
     assert_penalty(contractive_penalty, encoder, x)
 
 
-def test_a_function_put_in_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_forward_of_a_class_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Sigmoid, "forward", lambda self, x: torch.sin(x))
     assert_penalty(contractive_penalty, stack(4, 3), data("cpu", 5, 4))
 
 
-def test_a_hook_on_all_modules() -> None:
+def test_global_hooks_are_respected() -> None:
     encoder, x = stack(4, 3), data("cpu", 5, 4)
 
     def scaled(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -526,7 +526,7 @@ def test_large_encoders_are_projected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of PyTorch, in forward mode
 @pytest.mark.parametrize("widths", [(4, 3), (4, 5, 3)])
-def test_under_transforms(widths: tuple[int, ...]) -> None:
+def test_closed_forms_work_under_transforms_of_torch_func(widths: tuple[int, ...]) -> None:
     encoder, x = stack(*widths), data("cpu", 5, 4)
     params = {name: p.detach().clone() for name, p in encoder.named_parameters()}
     keys = list(params)
@@ -555,7 +555,7 @@ def test_under_transforms(widths: tuple[int, ...]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_watching_of_an_optimizer_does_not_keep_it_from_the_closed_form(
+def test_hooks_of_this_package_do_not_prevent_the_closed_form(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoder, x = stack(4, 3), data("cpu", 5, 4)
@@ -587,7 +587,7 @@ def test_squares(dim: int | None, smallest: float, monkeypatch: pytest.MonkeyPat
 # What it leaves alone.
 
 
-def test_nothing_is_left_behind() -> None:
+def test_penalties_leave_no_gradients() -> None:
     encoder, x = stack(4, 3), data("cpu", 5, 4).requires_grad_()
     jacobian_penalty(encoder, x)
     contractive_penalty(encoder, x)
@@ -624,7 +624,7 @@ BOTH = [jacobian_penalty, contractive_penalty]
 
 @pytest.mark.parametrize("penalty", BOTH)
 @pytest.mark.parametrize("track", [True, False])
-def test_batchnorm_is_refused_and_does_not_move(penalty: Any, track: bool) -> None:
+def test_batchnorm_is_rejected_and_keeps_its_statistics(penalty: Any, track: bool) -> None:
     encoder, x = norm_encoder(), data("cpu", 5, 4)
     if not track:  # uses the batch in evaluation as well
         encoder[1] = nn.BatchNorm1d(3, track_running_stats=False).double()
@@ -708,7 +708,7 @@ def test_bad_arguments_of_the_contractive_penalty(arguments: Any, message: str) 
         contractive_penalty(stack(4, 3), torch.ones(5, 4, dtype=torch.float64), **arguments)
 
 
-def test_outputs_without_a_way_to_x() -> None:
+def test_given_outputs_without_a_graph_to_x_are_rejected() -> None:
     f, x = stack(4, 3), data("cpu", 5, 4)
     with pytest.raises(ValueError, match="x did not require a gradient when"):
         jacobian_penalty(f, x, outputs=f(x))
@@ -726,5 +726,5 @@ def test_jacobians_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None
     jacobian_penalty(deep, x, "projection")
 
 
-def test_memory_is_asked_of_the_system(device: torch.device) -> None:
+def test_total_memory_comes_from_the_system(device: torch.device) -> None:
     assert 2**28 < memory.total_memory(device) < 2**50

@@ -65,7 +65,7 @@ def test_a_sub_command_prints_a_table_and_writes_json(
     assert shown in done.stdout
 
 
-def test_an_unknown_sub_command_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_sub_command_is_rejected_with_the_known_ones() -> None:
     done = bench("newtn")
     assert done.returncode == 2
     assert "lbfgs" in done.stderr
