@@ -1,4 +1,4 @@
-"""What a reviewer broke: each case here went wrong once."""
+"""Regression tests: each case here went wrong once."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_a_relative_tolerance_survives_a_checkpoint() -> None:
-    """It goes by the largest gradient seen, which was long before."""
+    """The largest gradient, which it is relative to, was seen long before."""
     x = start_at(-1.2, 1.0)
     optimizer, resumed = (LBFGS([x], max_iter=200, max_eval=400) for _ in range(2))
     for _ in range(2):

@@ -175,7 +175,7 @@ def rosenbrock() -> Problem:
 
 
 class Late(torch.autograd.Function):
-    """Its backward can be differentiated by its looks, but raises when it is."""
+    """A function whose backward looks differentiable, but raises when differentiated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -582,7 +582,7 @@ def test_what_was_asked_for_is_not_changed() -> None:
 
 
 def test_batches_follow_when_the_curvature_changes() -> None:
-    """What bypasses the outputs is not convex: from the first step on it is the Hessian."""
+    """A term that bypasses the outputs is not convex: the Hessian is used from the first step."""
     torch.manual_seed(0)
     model, (x, y, _) = network(3, 6, 1), data(40)
     found = []

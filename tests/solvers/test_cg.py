@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import pytest
@@ -23,7 +23,7 @@ from tests.support.dense_operators import (
     symmetric,
     vector_of,
 )
-from torch_secondorder._params import space, vector
+from torch_secondorder._params import space
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.solvers import CG, SolveStatus
 
@@ -324,12 +324,15 @@ def test_the_device_is_waited_for_once_per_iteration(
 ) -> None:
     waits, numbers = 0, 0
 
-    def counting(*scalars: Tensor) -> list[float]:
-        nonlocal waits, numbers
-        waits, numbers = waits + 1, numbers + len(scalars)
-        return vector.to_host(*scalars)
+    to_host = space.Space.to_host
 
-    monkeypatch.setattr(space, "to_host", counting)
+    def counting(self: space.Space, **scalars: Sequence[Tensor]) -> list[float]:
+        nonlocal waits, numbers
+        found = to_host(self, **scalars)
+        waits, numbers = waits + 1, numbers + len(found)
+        return found
+
+    monkeypatch.setattr(space.Space, "to_host", counting)
     eigenvalues = spectrum(20)
     if negative:
         eigenvalues[0] = -0.02

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,7 @@ from tests.support.dense_operators import (
     symmetric,
     vector_of,
 )
-from torch_secondorder._params import space, vector
+from torch_secondorder._params import space
 from torch_secondorder.solvers.base import SolveStatus
 from torch_secondorder.solvers.minres import MINRES, MinresScalars
 
@@ -378,12 +378,14 @@ def test_the_device_is_waited_for_once_per_iteration(
 ) -> None:
     waits = 0
 
-    def counting(*scalars: Tensor) -> list[float]:
+    to_host = space.Space.to_host
+
+    def counting(self: space.Space, **scalars: Sequence[Tensor]) -> list[float]:
         nonlocal waits
         waits += 1
-        return vector.to_host(*scalars)
+        return to_host(self, **scalars)
 
-    monkeypatch.setattr(space, "to_host", counting)
+    monkeypatch.setattr(space.Space, "to_host", counting)
     a, b = symmetric(spectrum(20)).to(device), vector_of(20).to(device)
     for m in (None, Dense(torch.eye(20, dtype=torch.float64, device=device))):
         waits = 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from operator import index
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 __all__ = [
+    "check_betas",
     "check_callable",
     "check_choice",
     "check_instance",
@@ -117,7 +118,7 @@ def check_choice(name: str, value: Any, choices: Any, others: str = "") -> None:
         ...
     ValueError: mode must be one of 'forward', 'reverse', got 'backward'
     """
-    known: Iterable[str] = get_args(choices) or choices
+    known: Iterable[str] = getattr(choices, "__args__", choices)
     is_string = isinstance(value, str)
     if is_string and value in known:
         return
@@ -161,3 +162,13 @@ def check_instance(name: str, value: Any, kind: type, description: str = "") -> 
 
 def _refuse(name: str, allowed: str, value: Any, optional: bool) -> NoReturn:
     raise ValueError(f"{name} must {allowed}{' or None' if optional else ''}, got {value!r}")
+
+
+def check_betas(betas: Any) -> None:
+    """Raises a ValueError unless `betas` are two numbers of at least zero and below one."""
+    try:
+        fine = len(betas) == 2 and all(0.0 <= float(beta) < 1.0 for beta in betas)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise ValueError(f"betas must be two numbers from 0 up to below 1, got {betas!r}")

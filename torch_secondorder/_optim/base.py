@@ -98,7 +98,7 @@ class SecondOrderOptimizer(Optimizer):
     def _start_fields(self) -> None:
         for field in self._model_fields:
             if not field.held and field.at not in vars(self):
-                setattr(self, field.at, field.initial())
+                setattr(self, field.at, field.initial)
 
     @abstractmethod
     def step(self, closure: StepClosure | None = None) -> Tensor | None:  # type: ignore[override]
@@ -317,7 +317,7 @@ class SecondOrderOptimizer(Optimizer):
         """
         for field in self._model_fields:
             if not field.held:
-                field.set(self, field.initial())
+                field.set(self, field.initial)
 
     def _random(self, device: torch.device) -> torch.Generator:
         """The generator of random numbers on a device, see `Random`; made of `_seed` at first."""

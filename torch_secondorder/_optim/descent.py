@@ -13,7 +13,6 @@ from torch import Tensor
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._optim.info import StepInfo, StepStatus
-from torch_secondorder._params.vector import max_norm
 from torch_secondorder.globalization import SearchStatus, Trial
 
 __all__ = ["Candidate", "Descent", "DescentInfo", "Line", "Point"]
@@ -223,7 +222,7 @@ class Line:
             y, (y_y, y_d) = None, _products_of_difference(grad, before, direction)
         slope, y_y_, y_d_, grad_norm, loss = self._descent.space.to_host(
             sums=(grad @ direction, y_y, y_d),
-            largest=(max_norm(grad),),
+            largest=(grad,),
             whole=(evaluation.loss,),
         )
         if loss == -inf:

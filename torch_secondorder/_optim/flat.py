@@ -22,7 +22,7 @@ from torch_secondorder._optim.descent import Descent, DescentInfo, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
-from torch_secondorder._params.vector import ParameterVector, max_norm
+from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.dataset._objective import objective_of
 
@@ -98,15 +98,13 @@ class FlatOptimizer(SecondOrderOptimizer):
         """
         for field in self._model_fields:
             if field.of_vector:
-                field.set(self, field.initial())
+                field.set(self, field.initial)
 
     def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
         """Evaluates the objective at the start of a step, with one synchronization."""
         evaluation = objective.evaluate()
         grad = evaluation.grad
-        grad_norm, loss = objective.vector.space.to_host(
-            largest=(max_norm(grad),), whole=(evaluation.loss,)
-        )
+        grad_norm, loss = objective.vector.space.to_host(largest=(grad,), whole=(evaluation.loss,))
         return evaluation, Point(loss, grad_norm, grad)
 
     def _begin(self, descent: Descent) -> None:

@@ -15,7 +15,6 @@ from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._optim.descent import Descent, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._params.space import Space
-from torch_secondorder._params.vector import max_norm
 from torch_secondorder.curvature import Damped, Diagonal, FiniteDifference, LinearOperator
 from torch_secondorder.curvature._masked import Masked
 from torch_secondorder.globalization import (
@@ -54,7 +53,7 @@ def point_of(evaluation: Evaluation, space: Space) -> Point:
     """The point of an evaluation with its graph; one synchronization."""
     grad = evaluation.grad
     grad_norm, length, loss = space.to_host(
-        largest=(max_norm(grad),),
+        largest=(grad,),
         norms=(torch.linalg.vector_norm(grad),),
         whole=(evaluation.loss,),
     )
@@ -263,13 +262,11 @@ class Model:
         inverse = self._inverse(damping)
         if self._kept is not None:
             v = torch.where(self._kept, self._grad, 0.0)
-            before, after = self._space.to_host(largest=(max_norm(v), max_norm(inverse.matvec(v))))
+            before, after = self._space.to_host(largest=(v, inverse.matvec(v)))
             inverse = Masked(inverse, self._kept, after / before if before and after else 1.0)
         if self._unit == 1.0:
             return inverse, 1.0
-        before, after = self._space.to_host(
-            largest=(max_norm(self._grad), max_norm(inverse.matvec(self._grad)))
-        )
+        before, after = self._space.to_host(largest=(self._grad, inverse.matvec(self._grad)))
         unit = unit_of(after / before if before else 1.0, inverse.dtype)
         return Rescaled(inverse, unit), sqrt(unit)
 
@@ -292,7 +289,7 @@ class Model:
         if damping:
             image = image.add(z, alpha=damping / self._unit)
         self.tally.products += 1
-        (largest,) = self._space.to_host(largest=(max_norm(image),))
+        (largest,) = self._space.to_host(largest=(image,))
         if not isfinite(largest) and self._repair():
             return self.along_gradient(damping, metric)
         if metric or self._inverse is None:
@@ -324,7 +321,7 @@ class Model:
         scaled = grad if unit == 1.0 else grad / unit
         slope, grad_norm, length, loss = self._space.to_host(
             sums=(scaled @ proposal.direction,),
-            largest=(max_norm(grad),),
+            largest=(grad,),
             norms=(torch.linalg.vector_norm(grad),),
             whole=(evaluation.loss,),
         )

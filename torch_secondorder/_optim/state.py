@@ -104,6 +104,8 @@ class ModelField(Field, ABC):
     vector_names: tuple[str, ...] = ()
     #: Names in checkpoints of other optimizers, which `load` understands.
     foreign_names: tuple[str, ...] = ()
+    #: The value before the first step.
+    initial: Any = None
     #: Whether the value belongs to one vector of trainable parameters, and is dropped with it.
     of_vector = False
 
@@ -131,10 +133,6 @@ class ModelField(Field, ABC):
     def held(self) -> bool:
         """True if the value belongs to an object that the optimizer holds, which also resets it."""
         return "." in self.at
-
-    def initial(self) -> Any:
-        """The value before the first step."""
-        return None
 
     def get(self, optimizer: Any) -> Any:
         """The value."""
@@ -177,15 +175,11 @@ class Number(ModelField):
 
     def __init__(self, start: float = 0, at: str = "") -> None:
         super().__init__(at)
-        self.start = start
-
-    def initial(self) -> float:
-        """See `ModelField.initial`."""
-        return self.start
+        self.initial = start
 
     def load(self, found: Mapping[str, Any], optimizer: Any) -> Any:
         """See `ModelField.load`."""
-        return type(self.start)(found.get(self.name, self.start))
+        return type(self.initial)(found[self.name])
 
 
 class Choice(ModelField):
@@ -198,11 +192,7 @@ class Choice(ModelField):
 
     def __init__(self, options: Sequence[str], at: str = "") -> None:
         super().__init__(at)
-        self.options = options
-
-    def initial(self) -> str:
-        """See `ModelField.initial`."""
-        return self.options[0]
+        self.options, self.initial = options, options[0]
 
     def save(self, optimizer: Any) -> dict[str, Any]:
         """See `ModelField.save`."""
@@ -241,11 +231,8 @@ class Vector(ModelField):
     def cut(self, optimizer: Any) -> Pieces:
         """See `ModelField.cut`; zeros, marked as such, stand for a missing value."""
         vector = optimizer._known_vector()
-        there: int = self.fits(optimizer, vector)
-        if there:
-            value = self.get(optimizer)
-        else:
-            value = self.zeros(vector)
+        there = self.fits(optimizer, vector)
+        value = self.get(optimizer) if there else self.zeros(vector)
         if self.rows is None:
             return {f"has_{self.name}": there}, {self.name: (value, None)}
         return {f"has_{self.name}": len(value)}, {self.name: (value, self.rows(optimizer))}

@@ -40,7 +40,7 @@ class Space:
     """Vectors that this process holds whole.
 
     >>> v = torch.tensor([3.0, -4.0])
-    >>> WHOLE.to_host(sums=[v @ v], largest=[max_norm(v)])
+    >>> WHOLE.to_host(sums=[v @ v], largest=[v])
     [25.0, 4.0]
     """
 
@@ -68,15 +68,15 @@ class Space:
         norms: Sequence[Tensor] = (),
         whole: Sequence[Tensor] = (),
     ) -> list[float]:
-        """0-dim tensors as Python numbers of whole vectors, in the order of the arguments.
+        """Numbers that belong to whole vectors, in the order of the arguments, with one wait.
 
         Args:
-            sums: Sums over this process's part: inner products.
-            largest: Maxima over it.
-            norms: Euclidean norms of it.
-            whole: What is of the whole already.
+            sums: Sums over this process's part, such as inner products.
+            largest: Vectors whose largest absolute entry is asked for.
+            norms: Euclidean norms of this process's part.
+            whole: Numbers that belong to the whole already.
         """
-        numbers = (*sums, *largest, *norms, *whole)
+        numbers = (*sums, *map(max_norm, largest), *norms, *whole)
         if numbers[0].device.type == "cpu":
             return list(map(Tensor.item, numbers))
         dtype = reduce(torch.promote_types, (number.dtype for number in numbers))
@@ -146,7 +146,9 @@ class ShardedSpace(Space):
         """See `Space.to_host`."""
         if not (sums or largest or norms):
             return super().to_host(whole=whole)
-        result: list[float] = self.gathered(sums, largest, norms, whole).tolist()
+        result: list[float] = self.gathered(
+            sums, list(map(max_norm, largest)), norms, whole
+        ).tolist()
         return result
 
     def gathered(
@@ -156,7 +158,10 @@ class ShardedSpace(Space):
         norms: Sequence[Tensor] = (),
         whole: Sequence[Tensor] = (),
     ) -> Tensor:
-        """The numbers that `to_host` reads, as one tensor; they take one message, however many."""
+        """The numbers that `to_host` reads, from maxima in place of vectors, as one tensor.
+
+        They take one message, however many they are.
+        """
         kinds = (sums, largest, norms, whole)
         counts = [len(kind) for kind in kinds]
         numbers = torch.stack([number.double() for kind in kinds for number in kind])

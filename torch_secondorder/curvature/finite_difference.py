@@ -10,7 +10,6 @@ from torch import Tensor
 
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._params.space import Space
-from torch_secondorder._params.vector import max_norm
 from torch_secondorder.curvature._random import draw
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.curvature.diagonal import Hutchinson
@@ -83,7 +82,7 @@ class FiniteDifference(LinearOperator):
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
-        (largest,) = self.space.to_host(largest=[max_norm(v)])
+        (largest,) = self.space.to_host(largest=[v])
         if not 0 < largest < inf:
             return v * 0.0
         unit = v / largest  # the squares of v itself may leave the range of float32
@@ -111,7 +110,7 @@ class FiniteDifference(LinearOperator):
             step = v * h
             product = objective.trial(step).grad - objective.trial(step, -1.0).grad
             if attempt + 1 < _ATTEMPTS:  # the last one is returned as it is
-                (most,) = self.space.to_host(largest=[max_norm(product)])
+                (most,) = self.space.to_host(largest=[product])
                 if most < inf:
                     break
                 h *= _SHORTER
@@ -173,11 +172,11 @@ def _groups(objective: Objective, position: Tensor) -> list[_Group]:
 
 def _by_size(sizes: Tensor, space: Space) -> list[_Group]:
     groups: list[_Group] = []
-    (largest,) = space.to_host(largest=[max_norm(sizes)])
+    (largest,) = space.to_host(largest=[sizes])
     sizes.clamp_(min=largest * _ALIKE**-4)  # a group more for each power of that, and no end
     left = torch.ones_like(sizes, dtype=torch.bool)
     while True:
-        (largest,) = space.to_host(largest=[max_norm(sizes * left)])
+        (largest,) = space.to_host(largest=[sizes * left])
         if not largest:
             return groups
         members = left & (sizes > largest / _ALIKE)

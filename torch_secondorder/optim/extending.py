@@ -20,10 +20,10 @@
 (tensor(4.5000), 1.5, 1.125)
 """
 
-from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._foundation.checks import check_betas, check_integer, check_number
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.descent import Descent, DescentInfo, Line, Point
-from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
+from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs

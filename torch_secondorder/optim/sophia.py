@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torch_secondorder._foundation.checks import check_number
+from torch_secondorder._foundation.checks import check_betas, check_number
 from torch_secondorder._foundation.types import ParamsT
-from torch_secondorder._optim.diagonal.base import DiagonalOptimizer, check_betas
+from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs

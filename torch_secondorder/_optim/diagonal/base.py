@@ -45,7 +45,12 @@ from torch_secondorder._optim.diagonal.fsdp import (
 )
 from torch_secondorder._optim.diagonal.observation import Observation
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
-from torch_secondorder._optim.diagonal.schedule import EstimateSchedule, capturing
+from torch_secondorder._optim.diagonal.schedule import (
+    EstimateSchedule,
+    GeneratorBefore,
+    OutOfTurn,
+    capturing,
+)
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
@@ -54,7 +59,6 @@ from torch_secondorder._optim.state import (
     MasterCopy,
     Moment,
     Number,
-    Random,
     as_real,
     declare,
     prepare,
@@ -67,27 +71,7 @@ from torch_secondorder.curvature.diagonal import (
     GaussNewtonBartlett,
 )
 
-__all__ = ["DiagonalOptimizer", "check_betas"]
-
-
-class _OutOfTurn(Number):
-    """Steps that estimate out of turn; parameters thawed since the last step need some."""
-
-    def save(self, optimizer: DiagonalOptimizer) -> dict[str, Any]:
-        """See `ModelField.save`."""
-        schedule = optimizer._schedule
-        new = schedule.has_new(optimizer._trainable)
-        least = schedule.warm_up(optimizer.param_groups[0]) if new else 0
-        return {self.name: max(schedule.out_of_turn, least)}
-
-
-class _GeneratorBefore(Random):
-    """The generator as it was before an observation, which is not saved."""
-
-    def save(self, optimizer: DiagonalOptimizer) -> dict[str, Any]:
-        """See `ModelField.save`."""
-        before = optimizer._generator_before
-        return super().save(optimizer) if before is None else {self.name: before}
+__all__ = ["DiagonalOptimizer"]
 
 
 class DiagonalOptimizer(SecondOrderOptimizer):
@@ -145,8 +129,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _carried = ("estimator", "_watches")
     _state_fields = declare(
         steps=Number(0, "_schedule.steps"),
-        overdue=_OutOfTurn(0, "_schedule.out_of_turn"),
-        generator=_GeneratorBefore(),
+        overdue=OutOfTurn(0, "_schedule.out_of_turn"),
+        generator=GeneratorBefore(),
         step=Count(),
         curvature_step=Count(),
         exp_avg=Moment(),
@@ -238,7 +222,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         `loss.backward(create_graph=optimizer.curvature_due)`. An added or thawed parameter makes
         an estimate due as well.
         """
-        return self._is_due(self._trainable)
+        return self._schedule.is_due(self._trainable, self.param_groups[0])
 
     @property
     def is_second_order(self) -> bool:
@@ -321,8 +305,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return None
             # The closure makes gradients of its own, unless it is idle: an estimate that was taken
             # before the step is not of these.
-            seen_before = self._observation is not None
-            generator_after = self._rewind_generator() if seen_before else None
+            generator_after = None if self._observation is None else self._rewind_generator()
             due = self._schedule.is_due(params, self.param_groups[0])
             watch = self._watch(params) if due else None
             evaluation = SingleEvaluation(
@@ -336,7 +319,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                     self._generator.set_state(generator_after)
                 self._step_on_present(params, watch)
                 return None
-            if seen_before:
+            if self._observation is not None:
                 self._forget_observation()
             diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
             if diagonal is not None and outcome.accumulated and parts > 1:
@@ -356,7 +339,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """
         name, scaling, observation = type(self).__name__, Scaling(self), self._observation
         self._forget_observation()
-        due, too_early, unscaling = self._is_due(params), False, scaling.inverse
+        due, too_early, unscaling = (
+            self._schedule.is_due(params, self.param_groups[0]),
+            False,
+            scaling.inverse,
+        )
         if observation is not None and observation.has_seen(params):
             gradients = present_gradients(name, params, None, scaling)
             observation.check(name, scaling)
@@ -381,7 +368,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _step_sharded(self, closure: Any, params: Sequence[Tensor]) -> Tensor | None:
         """See `step`; this process has a part of each parameter, of its gradient and state."""
         vector, generator = self._vector_and_generator(params)
-        registry, due = self._registry, self._is_due(params)
+        registry, due = self._registry, self._schedule.is_due(params, self.param_groups[0])
         check_closure(closure, due)
         with torch.no_grad():
             if closure is None:
@@ -479,9 +466,6 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     # Estimates.
 
-    def _is_due(self, params: Sequence[Tensor]) -> bool:
-        return self._schedule.is_due(params, self.param_groups[0])
-
     def _estimator_for(self, params: Sequence[Tensor]) -> DiagonalEstimator:
         """The estimator of the coming step; the first estimate may draw more labels."""
         estimator, schedule = self.estimator, self._schedule
@@ -523,7 +507,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _listen(self) -> None:
         """Begins to see backward passes if the next step estimates the curvature; else stops."""
         params = self._trainable
-        self._listen_if(self._is_due(params), params)
+        self._listen_if(self._schedule.is_due(params, self.param_groups[0]), params)
 
     def _listen_if(
         self, due: bool, params: Sequence[Tensor], trace: GradientTrace | None = None
@@ -602,7 +586,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         True
         """
         params = self._trainable
-        if not self._is_due(params):
+        if not self._schedule.is_due(params, self.param_groups[0]):
             yield
             return
         if is_distributed(params[0]):
@@ -712,13 +696,3 @@ _DEFAULTS = {
 }
 #: Types of hyperparameters that do not change in place.
 _IMMUTABLE = frozenset({bool, float, int, str, type(None)})
-
-
-def check_betas(betas: Any) -> None:
-    """Raises a ValueError unless `betas` are two numbers of at least zero and below one."""
-    try:
-        fine = len(betas) == 2 and all(0.0 <= float(beta) < 1.0 for beta in betas)
-    except TypeError:
-        fine = False
-    if not fine:
-        raise ValueError(f"betas must be two numbers from 0 up to below 1, got {betas!r}")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from torch_secondorder._optim.diagonal.blocks import BlockLayout
 from torch_secondorder._optim.diagonal.update import FiniteCheck
+from torch_secondorder._optim.state import Number, Random
 
-__all__ = ["EstimateSchedule", "capturing"]
+__all__ = ["EstimateSchedule", "GeneratorBefore", "OutOfTurn", "capturing"]
 
 
 class EstimateSchedule:
@@ -129,6 +130,26 @@ class EstimateSchedule:
         if not self._has_moved:
             self.steps -= 1
             self.repeat()
+
+
+class OutOfTurn(Number):
+    """Steps that estimate out of turn; parameters thawed since the last step need some."""
+
+    def save(self, optimizer: Any) -> dict[str, Any]:
+        """See `ModelField.save`."""
+        schedule = optimizer._schedule
+        new = schedule.has_new(optimizer._trainable)
+        least = schedule.warm_up(optimizer.param_groups[0]) if new else 0
+        return {self.name: max(schedule.out_of_turn, least)}
+
+
+class GeneratorBefore(Random):
+    """The generator as it was before an observation, which is not saved."""
+
+    def save(self, optimizer: Any) -> dict[str, Any]:
+        """See `ModelField.save`."""
+        before = optimizer._generator_before
+        return super().save(optimizer) if before is None else {self.name: before}
 
 
 def capturing(parameter: Tensor) -> bool:
