@@ -45,6 +45,7 @@ from torch_secondorder._optim.state import (
     declare,
     prepare,
 )
+from torch_secondorder._optim.wrapper import Term, WrapperOptimizer
 
 __all__ = [
     "Block",
@@ -70,7 +71,9 @@ __all__ = [
     "StepInfo",
     "StepInputs",
     "StepStatus",
+    "Term",
     "Vector",
+    "WrapperOptimizer",
     "check_betas",
     "check_integer",
     "check_number",
