@@ -278,11 +278,11 @@ def test_products_equal_those_of_one_batch(kind: str, keep: int, reduction: str)
 
 
 def rich() -> nn.Sequential:
-    """Whatever draws or remembers when it is called."""
+    """Modules that draw random numbers or change buffers when they are called."""
     torch.manual_seed(5)
     first = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8))
     for buffer in first.parametrizations.buffers():
-        buffer.normal_()  # far from what it goes to
+        buffer.normal_()  # far from its limit
     return nn.Sequential(
         first, nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 3)
     ).double()
@@ -399,7 +399,7 @@ def test_an_accepted_trial_is_not_evaluated_again() -> None:
     assert counts[0] == counts[1]  # nor with a graph, which is kept
 
 
-# What preconditioners ask for.
+# Preconditioners.
 
 
 def regression(
@@ -804,7 +804,7 @@ def test_a_bar_over_the_batches(
     assert "loss and gradient" in shown
     assert "product with the curvature" in shown
     assert "/5" in shown
-    # What is over soon shows none, also on a terminal.
+    # A short pass shows no bar, even on a terminal.
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -215,6 +215,27 @@ def test_the_model_is_restored(batches: int, retain: bool, ask: str, device: tor
         assert p.requires_grad and not p._backward_hooks
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_other_gradients_of_model_and_loss_are_restored(batches: int) -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            return (self.weight * (z - y) ** 2).mean()
+
+    model, loss = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), Weighted()
+    others = [*model[0].parameters(), *loss.parameters()]
+    grads = [torch.full_like(p, 3.0) for p in others]
+    for p, g in zip(others, grads, strict=True):
+        p.grad = g
+    pairs = [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(batches)]
+    trace(from_model(model, loss, pairs, model[1].parameters()))
+    for p, g in zip(others, grads, strict=True):
+        assert p.grad is g and bool((g == 3.0).all())
+
+
 @pytest.mark.parametrize("way", ["closure", "function"])
 @pytest.mark.parametrize("ask", list(ASKS))
 def test_gradients_are_restored_for_closures_and_functions(ask: str, way: str) -> None:

@@ -173,7 +173,7 @@ def test_the_verdict_is_right(size: int, lowest: float, seed: int) -> None:
 
 
 def test_one_negative_curvature_among_many_is_found(device: torch.device) -> None:
-    """With proof; and with the bound on what was missed where there is none."""
+    """With a proof, or with the bound on missed curvature if there is none."""
     entries = torch.linspace(0.0, 10.0, 2000, device=device).double()
     clean = definiteness(Diagonal(entries), tolerance=1e-2)
     assert clean.semidefinite and clean.failure_probability <= 1e-3
@@ -312,7 +312,7 @@ def test_rows_of_different_lengths_are_padded_with_weight_zero() -> None:
     assert weights.tolist() == [[0.5, 0.5], [1.0, 0.0]]
     spectrum = SpectralDensity(nodes.double(), weights.double(), 5, 3)
     assert spectrum.average(lambda t: t)[0] == pytest.approx(2.25)
-    # What weighs nothing does not count even where the function has no value.
+    # Nodes of weight zero do not count, even if the function is not finite there.
     nodes, weights = torch.tensor([[0.0, 1.0]]).double(), torch.tensor([[0.0, 1.0]]).double()
     assert SpectralDensity(nodes, weights, 2, 2).average(torch.log)[0] == 0.0
 

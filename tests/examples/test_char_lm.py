@@ -1,4 +1,4 @@
-"""The language model of the examples: what it reads, how it trains, and what it says of it."""
+"""The language model of the examples: its text, training and report."""
 
 from __future__ import annotations
 

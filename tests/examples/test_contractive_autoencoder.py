@@ -1,4 +1,4 @@
-"""The example of contractive autoencoders runs, and measures what it says."""
+"""The example of contractive autoencoders runs, and its measurements are correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples run, and say clearly what is wrong where they cannot."""
+"""The examples run, and report mistakes clearly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of Jacobians runs, checks what it compares, and SciPy gains by an exact one."""
+"""The comparison of Jacobians runs and checks its results, and SciPy gains from an exact one."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def bert() -> nn.Module:
 
 def texts(count: int = 64) -> list[dict[str, Tensor]]:
     tokens = torch.randint(16, (count, 8), generator=torch.Generator().manual_seed(1))
-    # Nothing predicts the first; what says so is what every way to average counts.
+    # Nothing predicts the first; every way to average counts these labels.
     labels = torch.cat([torch.full((count, 1), -100), tokens[:, 1:]], 1)
     return [{"input_ids": row, "labels": own} for row, own in zip(tokens, labels, strict=True)]
 
@@ -349,7 +349,7 @@ def test_optimizers_that_need_a_closure(kind: Any, watches: bool, tmp_path: Path
 
 @every
 def test_the_callback_is_not_needed(kind: str, tmp_path: Path) -> None:
-    """Without it fused attention is differentiated by what its nodes have saved."""
+    """Without the callback, fused attention is differentiated by its saved tensors."""
     results = []
     for watches in (False, True):
         trainer = trainer_of(

@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning calls what jsonargparse has deprecated."""
+    """Lightning calls deprecated functions of jsonargparse."""
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 

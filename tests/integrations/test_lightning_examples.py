@@ -1,4 +1,4 @@
-"""The Lightning examples run, read well, and say what they found."""
+"""The Lightning examples run and report their results."""
 
 from __future__ import annotations
 

@@ -584,7 +584,7 @@ def test_squares(dim: int | None, smallest: float, monkeypatch: pytest.MonkeyPat
         assert torch.autograd.gradgradcheck(f, t)
 
 
-# What it leaves alone.
+# Side effects.
 
 
 def test_penalties_leave_no_gradients() -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks start, measure and write what they found; the figures are not looked at."""
+"""The benchmarks run and write their results; the values are not checked."""
 
 from __future__ import annotations
 

@@ -172,9 +172,7 @@ class Capture(TorchFunctionMode):
             super().__exit__(*exception)  # type: ignore[no-untyped-call]
         else:
             self._patched.__exit__(*exception)
-            del (
-                self._patched
-            )  # it holds a method of this object: only the collector would free both
+            del self._patched  # it refers to this object: a cycle would hold the graph
         Patch.end(_accumulations, _applications)
         active_capture.reset(self._token)
         if self.copies:

@@ -41,6 +41,7 @@ class FunctionalObjective(Objective):
     Raises:
         ValueError: The tree holds none of the parameters.
 
+    >>> import torch
     >>> w = torch.tensor([1.0, 2.0])
     >>> objective = FunctionalObjective(lambda p: (p["w"] ** 4).sum(), {"w": w})
     >>> objective.evaluate(curvature=True).linearization.hessian_product(torch.ones(2))

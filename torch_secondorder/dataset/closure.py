@@ -162,7 +162,7 @@ class DatasetClosure:
             total = wide if total is None else total + wide
 
         for_each_batch(backward, "loss and gradient")
-        assert total is not None  # a loader without samples is refused
+        assert total is not None  # a loader without samples raises before
         return total.to(dtype)
 
     def for_each_batch(

@@ -263,7 +263,7 @@ def as_problem(source: Any) -> Problem:
     if isinstance(source, Problem):
         return source
     if isinstance(source, FunctionalObjective):
-        # Bound anew for each use: an objective remembers the parameters of its own time.
+        # Bound for each use, because an objective keeps the parameters' values at its creation.
         return Problem(
             lambda vector: source.bind(vector, source._regularization, None), source.vector
         )

@@ -1,7 +1,7 @@
 """Callbacks for PyTorch Lightning; the optimizers themselves need none.
 
 Both `lightning.pytorch` and `pytorch_lightning` take them, whichever the trainer comes from.
-Importing this module imports what is installed of the two; `torch_secondorder` imports neither.
+Importing this module imports those that are installed; `torch_secondorder` imports neither.
 """
 
 from torch_secondorder.integrations.lightning.curvature import CurvatureMonitor
