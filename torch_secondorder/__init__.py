@@ -3,8 +3,8 @@
 from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
 from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._foundation.deprecation import MOVED_MODULES, OldModules
+from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.optim import (

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from torch_secondorder import FunctionalObjective
-from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
 
 from .harness import alternate, ratio

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tests.support.oracles import make_case
 from torch_secondorder import LBFGS, NewtonCG
-from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._closure.runner import ModuleRegistry
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective

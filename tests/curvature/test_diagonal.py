@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tests.support.oracles import CASES, dense_gauss_newton, dense_hessian, make_case
 from torch_secondorder import AdaHessian, FunctionalObjective, Sophia, mark_outputs
-from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._closure.runner import ModuleRegistry
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.one_shot import SingleEvaluation

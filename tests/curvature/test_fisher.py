@@ -20,9 +20,8 @@ from tests.support.oracles import (
     theta_on,
 )
 from torch_secondorder import mark_outputs
-from torch_secondorder._objective.base import Regularization
+from torch_secondorder._objective.base import Evaluation, Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import Fisher, GaussNewton
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_secondorder import AdaHessian, Contractive, DatasetClosure, NewtonCG, Sophia, diagnostics
+from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder.curvature import (
     Fisher,
     GaussNewton,

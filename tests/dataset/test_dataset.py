@@ -29,9 +29,8 @@ from torch_secondorder import (
     Sophia,
     StepStatus,
 )
-from torch_secondorder._objective.base import Regularization
+from torch_secondorder._objective.base import Evaluation, Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import (
     Damped,

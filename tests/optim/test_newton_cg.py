@@ -22,7 +22,7 @@ from tests.support.closures import GLOBALIZATIONS, closure_of, start_at
 from tests.support.custom_functions import Cube, NanCurvature
 from tests.support.oracles import CASES, make_case
 from torch_secondorder import FunctionalObjective, NewtonCG, StepStatus, mark_outputs
-from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import Damped, GaussNewton, Hessian
 from torch_secondorder.globalization import Armijo, LevenbergMarquardt, StrongWolfe, TrustRegion
 from torch_secondorder.solvers import CG, MINRES, Martens, Nystrom, SolveStatus

@@ -1,29 +1,43 @@
-"""Runs a closure or a function once, and collects its gradients.
+"""Runs a closure or a function, and collects its gradients.
 
 Everything that evaluates a loss goes through `run`. Where backward passes go is up to its sink:
 
 * without one, the closure runs untouched;
 * a `Capture` keeps the whole graph, for evaluations whose curvature is used later;
-* a `Capture` with a `WatchSink` shows the graph of each backward pass to a watch and frees it, for
-  optimizers that evaluate once a step.
+* a `Capture` with a sink of its own, such as a `WatchSink`, passes on the graph of each backward
+  pass and frees it, for optimizers that evaluate once a step.
 
 Loops that pass no closure call `backward()` by themselves. Their passes end in the same sinks.
+
+A step may evaluate its closure many times, and all evaluations have to see the same model: a
+`Replay` sees to that. Dropout has to draw the same masks each time, or the evaluations are of
+different functions; running statistics have to move once, as they would in a loop that evaluates
+once. Buffers that the loss depends on, such as the vectors of spectral normalization, are another
+kind: a step of many iterations that held them would minimize another loss than the one that is
+trained. They move on with each iterate, and stand still in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
-from weakref import ref
+from typing import Any, NamedTuple
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture, active_capture, uncaptured
-from torch_secondorder._closure.replay import ModuleRegistry
+from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._closure.validation import (
     backward_of,
     differentiable,
@@ -32,14 +46,21 @@ from torch_secondorder._closure.validation import (
     scalar,
     touched,
 )
-from torch_secondorder._foundation.private_torch import any_autocast_enabled, plainly
+from torch_secondorder._foundation.private_torch import (
+    NormBase,
+    any_autocast_enabled,
+    fsdp_dtype,
+    plainly,
+)
+from torch_secondorder._foundation.random_state import random_state, set_random_state
+from torch_secondorder._foundation.subclasses import plain, snapshot
 
 __all__ = [
     "GradientTrace",
     "IdleClosure",
+    "ModuleRegistry",
+    "Replay",
     "Run",
-    "Watch",
-    "WatchSink",
     "any_nonzero",
     "gradients_of",
     "nonzero",
@@ -66,6 +87,348 @@ class Run(NamedTuple):
     averaged: bool = False
     copies: bool = False
     place: Tensor | None = None
+
+
+class _Slot(NamedTuple):
+    """A buffer by its place: a module may change it in place or put another tensor there."""
+
+    module: torch.nn.Module
+    name: str
+
+    def read(self) -> Tensor | None:
+        tensor: Tensor | None = getattr(self.module, self.name, None)
+        return tensor
+
+    def restore(self, value: Tensor) -> None:
+        tensor = self.read()
+        if tensor is None or tensor.shape != value.shape:
+            setattr(self.module, self.name, value)
+        else:
+            # Through `.data`: a retained graph may have saved the buffer, and its value is the
+            # same again once the evaluation is over.
+            plain(tensor).data.copy_(value)
+
+
+def _slots(module: torch.nn.Module) -> Iterator[tuple[_Slot, Tensor]]:
+    for name, buffer in module.named_buffers(recurse=False):
+        if not is_lazy(buffer):
+            yield _Slot(module, name), buffer
+
+
+_UNKNOWN: tuple[Callable[[], torch.nn.Module | None], bool] = (lambda: None, False)
+
+
+class ModuleRegistry:
+    """A record of the modules that closures call, kept from step to step.
+
+    Attributes:
+        ranks: The ranks that share the work, from the DistributedDataParallel modules met.
+        precision: The largest machine epsilon that modules of `fully_shard` compute with by their
+            policy; 0 where none has one.
+        graphs: The kinds of graphs that were checked, see `Graph.check_once`.
+        sharded: The modules of `fully_shard` that were called.
+        moving: Whether modules other than PyTorch's normalization layers were seen to move buffers.
+    """
+
+    def __init__(self) -> None:
+        self.ranks = Ranks()
+        self.precision = 0.0
+        self.moving = False
+        # Modules met, by id, and whether they were training when their buffers were last compared.
+        # Read at every call of a module: a WeakKeyDictionary would take twice as long.
+        self._modes: dict[int, tuple[ReferenceType[torch.nn.Module], bool]] = {}
+        self._norms: WeakSet[torch.nn.Module] = WeakSet()
+        self._stateful: WeakSet[torch.nn.Module] = WeakSet()
+        # Those whose buffers move when they train, and when they do not.
+        self._moving: dict[bool, WeakSet[torch.nn.Module]] = {m: WeakSet() for m in (False, True)}
+        # By class, whether the loss depends on the buffers that move.
+        self._in_loss: dict[type, bool] = {}
+        self.sharded: WeakSet[Any] = WeakSet()
+        self._known: dict[str, set[object]] = {}  # closures by the notes on them
+        self.graphs: set[Hashable] = set()
+
+    def knows(self, source: Callable[..., Any], what: str) -> bool:
+        """True if a note was made on a closure like this one.
+
+        Args:
+            source: The closure. The same code over the same modules is a closure like it.
+            what: The name of the note.
+        """
+        known = self._known.get(what)
+        return False if not known else _identity(source) in known
+
+    def note(self, source: Callable[..., Any], what: str) -> None:
+        """See `knows`."""
+        self._known.setdefault(what, set()).add(_identity(source))
+
+    def forget(self, source: Callable[..., Any], what: str) -> None:
+        """Takes a note back, see `knows`."""
+        self._known.get(what, set()).discard(_identity(source))
+
+    @contextmanager
+    def watch(self, before: dict[_Slot, Tensor]) -> Iterator[None]:
+        """Notes every module called inside.
+
+        Buffers of modules that are new, or were compared in another mode, are added to `before` as
+        they were, and compared in the end.
+        """
+        compared: dict[_Slot, Tensor] = {}
+        thread, modes = threading.get_ident(), self._modes
+        # Where there is a sharded module, this has been imported.
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+
+        def note(module: torch.nn.Module, _: Any) -> None:
+            # Compiled code must not contain this; the compiled module itself has been noted.
+            if torch.compiler.is_compiling():
+                return
+            known, training = modes.get(id(module), _UNKNOWN)
+            if known() is module and training is module.training:
+                return
+            if threading.get_ident() != thread:
+                return
+            # All inside it as well: a compiled module hides the calls of its children.
+            for inner in module.modules():
+                if isinstance(inner, DistributedDataParallel):
+                    self.ranks.note(inner)
+                elif isinstance(inner, NormBase):
+                    self._norms.add(inner)
+                if fsdp is not None and isinstance(inner, fsdp.FSDPModule):
+                    self.sharded.add(inner)
+                    self.precision = max(self.precision, _policy_precision(inner))
+                modes[id(inner)] = ref(inner), inner.training
+                for slot, buffer in _slots(inner):
+                    # A module whose mode changes within the evaluation comes here twice.
+                    if slot not in compared:
+                        compared[slot] = before.get(slot, snapshot(buffer))
+
+        handle = register_module_forward_pre_hook(note)
+        try:
+            with warnings.catch_warnings():
+                # torch.compile warns that global hooks fire once more for the compiled module.
+                warnings.filterwarnings("ignore", message="Using `torch.compile")
+                yield
+        finally:
+            handle.remove()
+            for slot, old in compared.items():
+                before.setdefault(slot, old)
+                now = slot.read()
+                if now is None or now.shape != old.shape or not torch.equal(plain(now), old):
+                    self._stateful.add(slot.module)
+                    self._moving[slot.module.training].add(slot.module)
+                    self.moving = self.moving or slot.module not in self._norms
+
+    def buffers_before(self) -> dict[_Slot, Tensor]:
+        """Copies of the buffers that the coming evaluation may change."""
+        if not self._norms and not self._stateful:
+            return {}
+        # Of all normalization layers, in whatever mode: the closure may set them to train.
+        modules = self._norms | self._stateful
+        return {slot: snapshot(b) for module in modules for slot, b in _slots(module)}
+
+    def unknown_kinds(self) -> set[type]:
+        """Classes of modules that move buffers, if it is unknown whether the loss depends on these.
+
+        Normalization layers are known: they do not read the buffers that they move.
+        """
+        return {type(module) for module in self._movers()} - self._in_loss.keys()
+
+    def note_kind(self, kind: type, in_loss: bool) -> None:
+        """Says whether the loss depends on the buffers that modules of a class move."""
+        self._in_loss[kind] = in_loss
+
+    def buffers_in_loss(self) -> list[_Slot]:
+        """The buffers that move and that the loss depends on."""
+        found = [m for m in self._movers() if self._in_loss.get(type(m), False)]
+        return [slot for module in found for slot, _ in _slots(module)]
+
+    def _movers(self) -> Iterator[torch.nn.Module]:
+        for training, modules in self._moving.items():
+            for module in modules:
+                if module.training is training and module not in self._norms:
+                    yield module
+
+    def reshard(self) -> None:
+        """Makes modules of `fully_shard` gather their parameters again at their next call.
+
+        A forward pass that no backward pass follows leaves the gathered parameters in place.
+        """
+        for module in self.sharded:
+            module.reshard()
+
+
+def _policy_precision(module: Any) -> float:
+    """The machine epsilon that a module of `fully_shard` computes with; 0 for the parameters'."""
+    dtype = fsdp_dtype(module)
+    return 0.0 if dtype is None else torch.finfo(dtype).eps
+
+
+def _identity(source: Any, depth: int = 4) -> object:
+    """The parts of a closure: its code, and the modules and functions that it holds."""
+    if isinstance(source, partial):
+        parts = (source.func, *source.args, *source.keywords.values())
+        return tuple(_identity(part, depth - 1) for part in parts) if depth else id(source)
+    code = getattr(source, "__code__", None)
+    if code is None or not depth:
+        if not callable(source):
+            return None
+        if not depth or isinstance(source, (torch.nn.Module, type)) or not _has_attributes(source):
+            return id(source)
+        # Lightning makes a new object for each step, whose contents stay the same.
+        return type(source), tuple(_identity(v, depth - 1) for v in vars(source).values())
+    inner = []
+    for cell in getattr(source, "__closure__", None) or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            inner.append(_identity(cell.cell_contents, depth - 1))
+    return code, id(getattr(source, "__self__", None)), tuple(inner)
+
+
+def _has_attributes(source: Any) -> bool:
+    return bool(getattr(source, "__dict__", None))
+
+
+class Replay:
+    """The evaluations of one step: each starts from the same random state and buffers.
+
+    Only generators that PyTorch owns (the CPU's and those of `devices`) are put back; a closure
+    that draws from NumPy or from a generator of its own has to reset that by itself.
+
+    Args:
+        registry: The record of the closure's modules.
+        devices: Where the parameters are.
+
+    Attributes:
+        autocast: Dtypes by device type of the autocast regions around, in which closures run.
+    """
+
+    def __init__(self, registry: ModuleRegistry, devices: Collection[torch.device]) -> None:
+        self._registry = registry
+        self.autocast: dict[str, torch.dtype] = {}
+        self._random: list[tuple[Callable[[Tensor], Any], Tensor]] = []  # setters and states
+        for device in {torch.device("cpu"), *devices}:
+            kind = device.type
+            if torch.is_autocast_enabled(kind):
+                self.autocast[kind] = torch.get_autocast_dtype(kind)
+            if kind == "cpu":
+                self._random.append((torch.set_rng_state, torch.get_rng_state()))
+            else:
+                self._random.append((partial(set_random_state, device), random_state(device)))
+        self._devices = devices
+        self._before = registry.buffers_before()
+        self._after: dict[_Slot, Tensor] | None = None
+        self._entry: dict[_Slot, Tensor] = {}  # buffers that have moved on, as they were before
+        self._evaluations = 0
+        self._failed = False  # whether the last evaluation was broken off
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """Calls the closure once more under the same conditions."""
+        self._evaluations += 1
+        first, registry = self._evaluations == 1, self._registry
+        if registry.sharded:
+            registry.reshard()
+        if not first:
+            if self._before and self._after is None and not self._failed:
+                self._note_after()
+            for set_state, state in self._random:
+                set_state(state)
+            for slot, value in self._before.items():
+                slot.restore(value)
+        # An autocast region around caches casts of parameters that have moved since.
+        torch.clear_autocast_cache()
+        self._failed = True
+        if first or self.autocast:
+            with ExitStack() as stack:
+                for device_type, dtype in self.autocast.items():
+                    stack.enter_context(torch.autocast(device_type, dtype=dtype))
+                if first:
+                    stack.enter_context(registry.watch(self._before))
+                result = closure()
+        else:
+            result = closure()
+        self._failed = False
+        return result
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keeps random draws inside apart from the closure's randomness."""
+        states = self._random_now()
+        yield
+        for device, state in states:
+            set_random_state(device, state)
+
+    def mark(self) -> Callable[[], None]:
+        """Saves random state and buffers within a closure; returns what restores them."""
+        states = self._random_now()
+        now = {slot: slot.read() for slot in self._before}
+        buffers = {slot: snapshot(b) for slot, b in now.items() if b is not None}
+
+        def go() -> None:
+            for device, state in states:
+                set_random_state(device, state)
+            for slot, value in buffers.items():
+                slot.restore(value)
+
+        return go
+
+    def move_on(self) -> bool:
+        """Lets buffers that the loss depends on stay where the last evaluation has left them.
+
+        Returns:
+            Whether there are any; the evaluations from here on are then of another function.
+        """
+        slots = self._registry.buffers_in_loss()
+        if not slots:
+            return False
+        after = self._note_after()
+        for slot, value in self._now(slots).items():
+            if slot in self._before:
+                self._entry.setdefault(slot, self._before[slot])
+            self._before[slot] = after[slot] = value
+        return True
+
+    @contextmanager
+    def moved(self, kind: type) -> Iterator[None]:
+        """Evaluations inside begin with the buffers of a class where the last one has left them."""
+        held = self._before
+        slots = [slot for slot in held if type(slot.module) is kind]
+        self._before = {**held, **self._now(slots)}
+        try:
+            yield
+        finally:
+            self._before = held
+
+    @staticmethod
+    def _now(slots: Iterable[_Slot]) -> dict[_Slot, Tensor]:
+        now = {slot: slot.read() for slot in slots}
+        return {slot: snapshot(b) for slot, b in now.items() if b is not None}
+
+    def _note_after(self) -> dict[_Slot, Tensor]:
+        """The buffers as the first evaluation has left them."""
+        if self._after is None:
+            self._after = self._now(self._before)
+        return self._after
+
+    def _random_now(self) -> list[tuple[torch.device, Tensor]]:
+        return [(d, random_state(d)) for d in {torch.device("cpu"), *self._devices}]
+
+    def finish(self, *, aborted: bool = False) -> None:
+        """Leaves the buffers as one evaluation at the start of the step would have.
+
+        Those that the loss depends on have moved on with each iterate.
+
+        Args:
+            aborted: Whether the step came to nothing: the buffers are then as before it.
+        """
+        held = {**self._before, **self._entry} if aborted else self._after or {}
+        for slot, value in held.items():
+            slot.restore(value)
+        if self._registry.sharded:
+            self._registry.reshard()
+
+    @property
+    def precision(self) -> float:
+        """The largest machine epsilon that closures are known to compute with; 0 for none."""
+        dtypes = self.autocast.values()
+        return max(self._registry.precision, *(torch.finfo(d).eps for d in dtypes), 0.0)
 
 
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor | None]:
@@ -218,82 +581,6 @@ def nonzero(gradient: Tensor) -> bool:
     gradient = gradient.detach()
     values = gradient if gradient.layout is torch.strided else gradient.to_dense()
     return bool(values.any())
-
-
-class Watch(Protocol):
-    """Looks at the graph of each `backward()` of an evaluation.
-
-    Attributes:
-        twice: Whether it needs gradients that can be differentiated again.
-        outputs: Whether it needs the model's outputs.
-    """
-
-    twice: bool
-    outputs: bool
-
-    def observe(self, graph: Graph, retain: bool) -> None:
-        """Takes from a graph everything it needs.
-
-        Args:
-            graph: One loss, its gradients and outputs; it ends after this call.
-            retain: Whether the closure asked to retain the graph of the loss.
-        """
-
-
-class WatchSink:
-    """Shows the graph of each backward pass to a watch, and gives copies of the gradients.
-
-    It is the sink of a `Capture`, see `torch_secondorder._closure.capture.Sink`.
-
-    Args:
-        params: The parameters.
-        registry: The record of modules and ranks.
-        watch: The watch; None as long as there is none.
-
-    Attributes:
-        params: The parameters.
-        watch: The watch.
-        twice: Whether it needs gradients that can be differentiated again.
-        outputs: Whether it needs the model's outputs.
-    """
-
-    twice = outputs = False
-
-    def __init__(
-        self, params: Sequence[Tensor], registry: ModuleRegistry, watch: Watch | None = None
-    ) -> None:
-        self.params = params
-        self._registry = registry
-        self.watch = watch
-        if watch is not None:
-            self.twice, self.outputs = watch.twice, watch.outputs
-
-    def __call__(self, graph: Graph, retain: bool) -> Sequence[Tensor | None]:
-        """See `torch_secondorder._closure.capture.Sink`."""
-        self.see(graph, retain)
-        return self._copies(graph.gradients[0])
-
-    def see(self, graph: Graph, retain: bool) -> None:
-        """Shows the watch the graph of one backward pass.
-
-        Args:
-            graph: One loss and its gradients. It ends after this call.
-            retain: Whether the graph of the loss is needed again.
-        """
-        assert self.watch is not None
-        graph.check_once(self._registry.graphs, self.twice)
-        if any_autocast_enabled():
-            with without_autocast(self.params):
-                self.watch.observe(graph, retain)
-        else:
-            self.watch.observe(graph, retain)
-
-    def _copies(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Copies, averaged over the ranks: the graph goes on using the gradients' memory."""
-        ranks = self._registry.ranks
-        if ranks.count > 1:
-            return ranks.average_gradients(gradients, self.params)[0]
-        return [None if g is None else g.detach().clone() for g in gradients]
 
 
 @contextmanager

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._closure.capture import Capture
-from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.runner import Run, run
+from torch_secondorder._closure.runner import ModuleRegistry, Run, run
 from torch_secondorder._closure.validation import check_is_closure
 from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._params.vector import ParameterVector

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture
-from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.runner import Run, run
+from torch_secondorder._closure.runner import ModuleRegistry, Run, run
 from torch_secondorder._closure.validation import touched
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._objective.base import Objective, Regularization

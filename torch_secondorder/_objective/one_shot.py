@@ -9,29 +9,108 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture
-from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.runner import (
     GradientTrace,
-    Watch,
-    WatchSink,
+    ModuleRegistry,
     any_nonzero,
     gradients_of,
     run,
+    without_autocast,
 )
 from torch_secondorder._closure.validation import check_is_closure, touched
 from torch_secondorder._foundation.buffer_pool import BufferPool
-from torch_secondorder._foundation.private_torch import flatten_tensors, unflatten_tensors
+from torch_secondorder._foundation.private_torch import (
+    any_autocast_enabled,
+    flatten_tensors,
+    unflatten_tensors,
+)
 from torch_secondorder._foundation.subclasses import all_plain
 from torch_secondorder._objective.functional import FunctionalObjective
 
-__all__ = ["Outcome", "SingleEvaluation"]
+__all__ = ["Outcome", "SingleEvaluation", "Watch", "WatchSink"]
+
+
+class Watch(Protocol):
+    """Looks at the graph of each `backward()` of an evaluation.
+
+    Attributes:
+        twice: Whether it needs gradients that can be differentiated again.
+        outputs: Whether it needs the model's outputs.
+    """
+
+    twice: bool
+    outputs: bool
+
+    def observe(self, graph: Graph, retain: bool) -> None:
+        """Takes from a graph everything it needs.
+
+        Args:
+            graph: One loss, its gradients and outputs; it ends after this call.
+            retain: Whether the closure asked to retain the graph of the loss.
+        """
+
+
+class WatchSink:
+    """Shows the graph of each backward pass to a watch, and gives copies of the gradients.
+
+    It is the sink of a `Capture`, see `torch_secondorder._closure.capture.Sink`.
+
+    Args:
+        params: The parameters.
+        registry: The record of modules and ranks.
+        watch: The watch; None as long as there is none.
+
+    Attributes:
+        params: The parameters.
+        watch: The watch.
+        twice: Whether it needs gradients that can be differentiated again.
+        outputs: Whether it needs the model's outputs.
+    """
+
+    twice = outputs = False
+
+    def __init__(
+        self, params: Sequence[Tensor], registry: ModuleRegistry, watch: Watch | None = None
+    ) -> None:
+        self.params = params
+        self._registry = registry
+        self.watch = watch
+        if watch is not None:
+            self.twice, self.outputs = watch.twice, watch.outputs
+
+    def __call__(self, graph: Graph, retain: bool) -> Sequence[Tensor | None]:
+        """See `torch_secondorder._closure.capture.Sink`."""
+        self.see(graph, retain)
+        return self._copies(graph.gradients[0])
+
+    def see(self, graph: Graph, retain: bool) -> None:
+        """Shows the watch the graph of one backward pass.
+
+        Args:
+            graph: One loss and its gradients. It ends after this call.
+            retain: Whether the graph of the loss is needed again.
+        """
+        assert self.watch is not None
+        graph.check_once(self._registry.graphs, self.twice)
+        if any_autocast_enabled():
+            with without_autocast(self.params):
+                self.watch.observe(graph, retain)
+        else:
+            self.watch.observe(graph, retain)
+
+    def _copies(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Copies, averaged over the ranks: the graph goes on using the gradients' memory."""
+        ranks = self._registry.ranks
+        if ranks.count > 1:
+            return ranks.average_gradients(gradients, self.params)[0]
+        return [None if g is None else g.detach().clone() for g in gradients]
 
 
 class Outcome(NamedTuple):

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.runner import nonzero
+from torch_secondorder._closure.runner import ModuleRegistry, nonzero
 from torch_secondorder._closure.validation import check_is_closure, scalar
 from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.types import Closure, ParamsT

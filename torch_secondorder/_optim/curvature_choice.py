@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
-from torch_secondorder._objective.base import Objective
-from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.base import Evaluation, Objective
 from torch_secondorder.curvature import (
     FiniteDifference,
     Fisher,

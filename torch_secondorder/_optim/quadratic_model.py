@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.base import Objective
-from torch_secondorder._objective.evaluation import Evaluation
-from torch_secondorder._optim.descent import Descent, Point
+from torch_secondorder._objective.base import Evaluation, Objective
+from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._params.space import Space
 from torch_secondorder.curvature import Damped, Diagonal, FiniteDifference, LinearOperator

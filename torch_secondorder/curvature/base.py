@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Overwritten
 from torch_secondorder._autograd.vectorized import AT_ONCE, at_once, in_turn, vectorizing_pays
-from torch_secondorder._objective.evaluation import Evaluation, Slot
+from torch_secondorder._objective.base import Evaluation, Slot
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder.curvature.kronecker import KroneckerFactors
 

@@ -15,7 +15,7 @@ from torch_secondorder._autograd.vectorized import hessian_products, vectorizing
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_choice, check_integer
-from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._loss_curvature import LossCurvature

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_choice, check_integer
-from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature._output_space import Tensors
 from torch_secondorder.curvature._random import Draws
 from torch_secondorder.curvature.gauss_newton import GaussNewton, Remainder, random_roots

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Graph, Multiply, Overwritten, added
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.checks import check_choice
-from torch_secondorder._objective.evaluation import Evaluation, Slot
+from torch_secondorder._objective.base import Evaluation, Slot
 from torch_secondorder.curvature._likelihoods import Likelihood
 from torch_secondorder.curvature._loss_curvature import LossCurvature
 from torch_secondorder.curvature._output_space import OutputSpace, Tensors

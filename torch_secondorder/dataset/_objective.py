@@ -12,12 +12,10 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Multiply, Overwritten
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._closure.replay import ModuleRegistry, Replay
-from torch_secondorder._closure.runner import Run
+from torch_secondorder._closure.runner import ModuleRegistry, Replay, Run
 from torch_secondorder._closure.validation import differentiable
-from torch_secondorder._objective.base import Regularization
+from torch_secondorder._objective.base import Evaluation, Linearization, Regularization
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder._objective.evaluation import Evaluation, Linearization
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset._loader import fingerprint, generators_of
 from torch_secondorder.dataset.closure import DatasetClosure, UseBatch

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Overwritten
 from torch_secondorder._closure.runner import without_autocast
-from torch_secondorder._objective.base import Objective
-from torch_secondorder._objective.evaluation import Evaluation, Linearization, Slot
+from torch_secondorder._objective.base import Evaluation, Linearization, Objective, Slot
 from torch_secondorder.curvature import FromOutputs, KroneckerFactors, LinearOperator
 from torch_secondorder.dataset._objective import DatasetObjective
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from torch_secondorder._closure.validation import check_is_closure
 from torch_secondorder._foundation.checks import check_choice
-from torch_secondorder._objective.base import Objective
-from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.base import Evaluation, Objective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator

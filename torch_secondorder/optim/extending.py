@@ -22,12 +22,11 @@
 
 from torch_secondorder._foundation.checks import check_betas, check_integer, check_number
 from torch_secondorder._optim.base import SecondOrderOptimizer
-from torch_secondorder._optim.descent import Descent, DescentInfo, Line, Point
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
-from torch_secondorder._optim.flat import FlatOptimizer
+from torch_secondorder._optim.flat import Descent, DescentInfo, FlatOptimizer, Line, Point
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.state import (
     Choice,

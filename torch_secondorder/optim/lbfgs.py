@@ -14,8 +14,14 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.descent import Candidate, Descent, DescentInfo, Line, Point
-from torch_secondorder._optim.flat import FlatOptimizer
+from torch_secondorder._optim.flat import (
+    Candidate,
+    Descent,
+    DescentInfo,
+    FlatOptimizer,
+    Line,
+    Point,
+)
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.state import ModelField, Number, Pieces, check_size, copied, declare
 from torch_secondorder._params.vector import ParameterVector

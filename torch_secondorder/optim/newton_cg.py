@@ -14,8 +14,7 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder._foundation.types import Closure, ParamsT
-from torch_secondorder._objective.base import EvaluationsSpent, Objective
-from torch_secondorder._objective.evaluation import Evaluation
+from torch_secondorder._objective.base import Evaluation, EvaluationsSpent, Objective
 from torch_secondorder._optim.base import StepClosure
 from torch_secondorder._optim.curvature_choice import (
     DIFFERENCES,
@@ -27,8 +26,7 @@ from torch_secondorder._optim.curvature_choice import (
     most_iterations,
     suited_preconditioner,
 )
-from torch_secondorder._optim.descent import Descent, DescentInfo, Point
-from torch_secondorder._optim.flat import FlatOptimizer
+from torch_secondorder._optim.flat import Descent, DescentInfo, FlatOptimizer, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.quadratic_model import (
     Memory,

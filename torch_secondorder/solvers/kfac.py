@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_integer, check_number
-from torch_secondorder._objective.evaluation import Slot
+from torch_secondorder._objective.base import Slot
 from torch_secondorder.curvature import FromOutputs, LinearOperator
 from torch_secondorder.solvers._units import power_of_two
 from torch_secondorder.solvers.base import Preconditioner

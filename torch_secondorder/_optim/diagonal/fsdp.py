@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_secondorder._closure.replay import ModuleRegistry
-from torch_secondorder._closure.runner import GradientTrace, without_autocast
+from torch_secondorder._closure.runner import GradientTrace, ModuleRegistry, without_autocast
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.one_shot import Outcome
 from torch_secondorder._optim.diagonal.sampled_labels import DrawnLabels

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._closure.replay import ModuleRegistry
 from torch_secondorder._closure.runner import (
     GradientTrace,
-    WatchSink,
+    ModuleRegistry,
     any_nonzero,
     gradients_of,
 )
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
+from torch_secondorder._objective.one_shot import WatchSink
 from torch_secondorder._optim.present import Scaling, unscaled
 from torch_secondorder.curvature.diagonal import DiagonalWatch
 
