@@ -172,7 +172,7 @@ def meet_nan(rank: int, ranks: int) -> dict[str, Any]:
                 status,
                 stayed,
                 optimizer.info.nonfinite_trials,
-                bool(optimizer.info.repair),
+                bool(getattr(optimizer.info, "repair", "")),
                 after,
             ]
     return found

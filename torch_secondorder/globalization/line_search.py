@@ -14,6 +14,8 @@ from enum import Enum
 from math import inf, isfinite
 from typing import Any, Protocol, TypeAlias
 
+from torch_secondorder._foundation.checks import check_number
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -177,10 +179,9 @@ def run_search(
     Raises:
         ValueError: If `t0` is not positive and finite, or `precision` is not in [0, 1).
     """
-    if not 0.0 < t0 < inf:
-        raise ValueError(f"t0 must be a positive finite step, got {t0!r}")
-    if not 0.0 <= precision < 1.0:
-        raise ValueError(f"precision must lie in [0, 1), a machine epsilon, got {precision!r}")
+    if not (0.0 < t0 < inf and 0.0 <= precision < 1.0):
+        check_number("t0", t0, above=0)
+        check_number("precision", precision, low=0, below=1)
     start_loss, slope = start.loss, start.slope
     if not (isfinite(start_loss) and isfinite(slope) and (uphill or slope < 0.0)):
         return SearchResult(start, SearchStatus.NOT_DESCENT, 0, 0)
