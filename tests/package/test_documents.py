@@ -30,6 +30,7 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*(?:\.(?:py|sh|md|txt|toml|json)|/)")
 _DOTTED = re.compile(r"\btorch_secondorder(?:\.\w+)+")
 _MEMBER = re.compile(r"`([A-Z]\w*)\.(\w+)")
+_PLACE = re.compile(r"`(\w+)[^`]*`\s+\(`([\w/]+\.py)`\)")
 _ROW = re.compile(r"^\| `(\w+)/` \|", re.MULTILINE)
 _IMPORT = re.compile(r"^ *from torch_secondorder\.(\w+)", re.MULTILINE)
 
@@ -163,6 +164,15 @@ def test_every_member_of_a_class_exists(document: Path) -> None:
 @documents
 def test_every_relative_link_resolves(document: Path) -> None:
     assert not broken_links(document)
+
+
+def test_life_of_a_step_names_the_files_of_today() -> None:
+    text = (ROOT / "docs" / "life_of_a_step.md").read_text(encoding="utf-8")
+    places = _PLACE.findall(text)
+    assert len(places) > 25
+    for name, path in places:
+        source = (PACKAGE / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), (name, path)
 
 
 def test_broken_links_and_names_are_found(tmp_path: Path) -> None:
