@@ -171,7 +171,7 @@ def meet_nan(rank: int, ranks: int) -> dict[str, Any]:
             found[f"{name}, {place} {len(found)}"] = [
                 status,
                 stayed,
-                optimizer.info.nonfinite_trials,
+                getattr(optimizer.info, "nonfinite_trials", 0),
                 bool(getattr(optimizer.info, "repair", "")),
                 after,
             ]
