@@ -217,7 +217,13 @@ def bend_one(rank: int, ranks: int) -> dict[str, Any]:
             info = optimizer.info
             after = [p.detach().clone() for p in task.plain.parameters()]
             number = list(StepStatus).index(info.status)
-            found[f"{name} {step}"] = [number, info.loss, info.loss_after, bool(info.repair), after]
+            found[f"{name} {step}"] = [
+                number,
+                info.loss,
+                info.loss_after,
+                bool(getattr(info, "repair", "")),
+                after,
+            ]
     return found
 
 

@@ -484,7 +484,7 @@ def test_hooks_that_cannot_be_read_count_as_hooks() -> None:
 def test_names_of_attributes_are_those_of_this_version() -> None:
     optimizer = torch.optim.SGD([torch.ones(1)])
     assert all(hasattr(optimizer, name) for name in private_torch.OPTIMIZER_HOOKS)
-    assert len(private_torch.global_module_hooks()) == 4
+    assert len(list(private_torch.global_module_hooks())) == 4
     assert all(h is not private_torch._UNKNOWN for h in private_torch.global_module_hooks())
 
     class Double(torch.autograd.Function):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from operator import methodcaller
@@ -396,20 +396,23 @@ NormBase: Any = _found("torch.nn.modules.batchnorm:_NormBase") or (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 
-_KINDS_OF_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 # Stands for hooks that nobody can look at.
 _UNKNOWN: Mapping[Any, Any] = {None: object()}
+_KINDS_OF_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_OWN_HOOKS = tuple(f"_{kind}" for kind in _KINDS_OF_HOOKS)
+_GLOBAL_HOOKS = tuple(f"_global_{kind}" for kind in _KINDS_OF_HOOKS)
+_UNKNOWNS = (_UNKNOWN,) * len(_KINDS_OF_HOOKS)
+_MODULE_OF_MODULES = vars(importlib.import_module("torch.nn.modules.module"))
 
 
-def module_hooks(module: nn.Module) -> list[Mapping[Any, Any]]:
+def module_hooks(module: nn.Module) -> Iterable[Mapping[Any, Any]]:
     """The hooks of a module by their kinds; a kind that cannot be read counts as one with hooks."""
-    return [getattr(module, f"_{kind}", _UNKNOWN) for kind in _KINDS_OF_HOOKS]
+    return map(vars(module).get, _OWN_HOOKS, _UNKNOWNS)
 
 
-def global_module_hooks() -> list[Mapping[Any, Any]]:
+def global_module_hooks() -> Iterable[Mapping[Any, Any]]:
     """The hooks of all modules by their kinds, likewise."""
-    holder = importlib.import_module("torch.nn.modules.module")
-    return [getattr(holder, f"_global_{kind}", _UNKNOWN) for kind in _KINDS_OF_HOOKS]
+    return map(_MODULE_OF_MODULES.get, _GLOBAL_HOOKS, _UNKNOWNS)
 
 
 #: The attributes that hold the hooks of an optimizer. An optimizer that wraps another one has to
