@@ -18,8 +18,6 @@ from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import number_of_function_modes, running_pass
 
-__all__ = ["BackwardListeners", "Patch", "patched_backward"]
-
 #: Takes what `Tensor.backward` takes, the tensor first.
 Handler: TypeAlias = Callable[..., None]
 

@@ -11,8 +11,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED_MODULES", "OldModules", "renamed", "withdrawn"]
-
 _TOP = "torch_secondorder"
 
 #: Old modules with public names, and the public place of those names today.

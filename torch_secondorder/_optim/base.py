@@ -25,8 +25,6 @@ from torch_secondorder._optim.state import Field, ModelField, ParameterField
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "StepClosure", "makes_state_only"]
-
 #: What an optimizer's `step()` takes.
 StepClosure: TypeAlias = Closure | FunctionalObjective
 

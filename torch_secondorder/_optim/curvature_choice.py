@@ -26,17 +26,6 @@ from torch_secondorder.dataset._objective import DatasetObjective
 from torch_secondorder.dataset._operator import BatchSum
 from torch_secondorder.solvers import KFAC, Martens, Preconditioner
 
-__all__ = [
-    "DIFFERENCES",
-    "KINDS",
-    "SUITED",
-    "CurvatureChoice",
-    "CurvatureName",
-    "Factory",
-    "most_iterations",
-    "suited_preconditioner",
-]
-
 Factory: TypeAlias = Callable[[Evaluation], LinearOperator]
 
 CurvatureName: TypeAlias = Literal["auto", "ggn", "hessian", "fisher", "empirical_fisher"]

@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-__all__ = ["Report", "StepInfo", "StepStatus"]
-
 
 class StepStatus(Enum):
     """The ways a step can end, each with a sentence."""

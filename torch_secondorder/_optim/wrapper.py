@@ -23,8 +23,6 @@ from torch_secondorder._optim.base import makes_state_only
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder.dataset import DatasetClosure
 
-__all__ = ["PenalizedLoss", "Term", "Values", "WrapperOptimizer"]
-
 
 class Values(Protocol):
     """Values of a term during one evaluation.

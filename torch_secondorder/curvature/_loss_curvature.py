@@ -10,8 +10,6 @@ from torch_secondorder._autograd.graph import Output
 from torch_secondorder.curvature._likelihoods import Likelihood, likelihood_of
 from torch_secondorder.curvature._output_space import OutputSpace, Tensors
 
-__all__ = ["LossCurvature"]
-
 
 class LossCurvature:
     """The second derivative `B` of the loss by the outputs, block by block.

@@ -17,9 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from torch_secondorder._autograd.graph import Graph, Output, Overwritten, Suspect, explained, refuse
 from torch_secondorder._autograd.vectorized import several
-from torch_secondorder._foundation.subclasses import plainly
-
-__all__ = ["OutputSpace", "Tensors", "UnknownOutputs"]
+from torch_secondorder._foundation.private_torch import plainly
 
 Tensors = Sequence[Tensor | None]
 #: A node of the graph, and the number of one of its outputs.

@@ -24,8 +24,6 @@ from torch_secondorder._objective.one_shot import WatchSink
 from torch_secondorder._optim.present import Scaling, unscaled
 from torch_secondorder.curvature.diagonal import DiagonalWatch
 
-__all__ = ["Observation"]
-
 
 class Observation(WatchSink):
     """Shows a watch the `backward()` calls of one step, over as many contexts as that takes.

@@ -21,8 +21,6 @@ from torch_secondorder.curvature._output_space import OutputSpace
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.gauss_newton import random_roots
 
-__all__ = ["DrawnLabels"]
-
 
 class DrawnLabels:
     """A closure whose losses can be replaced by those of labels drawn from the model.
