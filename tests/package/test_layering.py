@@ -74,7 +74,6 @@ RULES = Rules(
         "integrations": "_foundation penalties diagnostics _optim optim",
     },
     doors={
-        "curvature._loss_curvature": "_optim",
         "curvature._masked": "_optim",
         "curvature._output_space": "_optim optim",
         "curvature._random": "diagnostics",
