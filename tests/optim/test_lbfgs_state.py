@@ -219,6 +219,23 @@ def test_copies_keep_state_and_line_search(duplicate: Callable, all_frozen: bool
         assert twin.info == optimizer.info
 
 
+def test_a_pickle_of_the_last_release_keeps_the_float32_copy() -> None:
+    x = start_at(-1.2, 1.0).bfloat16().detach().requires_grad_()
+    optimizer = LBFGS([x], max_iter=4)
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
+    old = optimizer.__getstate__()
+    master = old["_master"] = old["model_state"].pop("master")
+    twin = LBFGS.__new__(LBFGS)
+    twin.__setstate__(copy.deepcopy(old))
+    assert not torch.equal(master, x.float())
+    (z,) = twin.param_groups[0]["params"]
+    for _ in range(3):
+        optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
+        twin.step(standard(twin, lambda: rosenbrock(z)))
+        assert torch.equal(x, z)
+        assert twin.info == optimizer.info
+
+
 def test_hooks_and_schedulers_see_every_step() -> None:
     x = start_at(-1.2, 1.0)
     optimizer = LBFGS([x], max_iter=2)
@@ -260,10 +277,10 @@ def test_hooks_and_schedulers_see_every_step() -> None:
         (
             {"line_search_fn": "wolfe"},
             ValueError,
-            "line_search must be one of 'strong_wolfe', 'hager_zhang', 'armijo'.* got 'wolfe'",
+            "line_search_fn must be one of 'strong_wolfe', 'hager_zhang', 'armijo'.* got 'wolfe'",
         ),
-        ({"line_search_fn": 3}, TypeError, "line_search must be one of .*got 3"),
-        ({"line_search_fn": HagerZhang}, TypeError, "line_search must be one of"),
+        ({"line_search_fn": 3}, TypeError, "line_search_fn must be one of .*got 3"),
+        ({"line_search_fn": HagerZhang}, TypeError, "line_search_fn must be one of"),
     ],
 )
 def test_bad_hyperparameters(arguments: dict, kind: type[Exception], message: str) -> None:

@@ -165,6 +165,24 @@ def test_the_warning_points_at_the_line_with_the_import(monkeypatch: pytest.Monk
     assert mark_outputs is torch_secondorder.mark_outputs
 
 
+@pytest.mark.parametrize("old", ["objective", "optim.base", "func.products", "diagnostics.eigen"])
+def test_an_old_module_is_an_attribute_of_its_package(old: str) -> None:
+    script = f"import torch_secondorder\nprint(torch_secondorder.{old}.__name__)"
+    command = [sys.executable, "-W", "default", "-c", script]
+    ran = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert ran.stdout == f"{TOP}.{old}\n"
+    assert f"<string>:2: DeprecationWarning: {TOP}.{old} has moved" in ran.stderr
+    assert ran.stderr.count("DeprecationWarning") == 1
+
+
+@pytest.mark.parametrize("name", ["lightning", "huggingface", "Nonsense"])
+def test_integrations_are_no_attributes_before_they_are_imported(name: str) -> None:
+    script = f"import torch_secondorder\ntorch_secondorder.{name}"
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert f"module 'torch_secondorder' has no attribute '{name}'" in ran.stderr
+
+
 def test_new_paths_do_not_warn() -> None:
     script = "import torch_secondorder, torch_secondorder.dataset, torch_secondorder.optim"
     subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, check=True)

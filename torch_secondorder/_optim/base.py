@@ -342,6 +342,10 @@ class SecondOrderOptimizer(Optimizer):
                 self._import_state(model_state)
             except ValueError:  # parameters were frozen since the last step
                 self._import_state({})
+            for field in self._model_fields:
+                # Pickles of the last release have some state as attributes.
+                if not field.held and field.at in state and not set(field.names) & set(model_state):
+                    field.set(self, state[field.at])
 
 
 def makes_state_only(groups: Sequence[dict[str, Any]]) -> bool:

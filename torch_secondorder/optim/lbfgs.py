@@ -203,7 +203,7 @@ class LBFGS(FlatOptimizer):
         check_number("tolerance_change", tolerance_change, low=0.0)
         check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
         check_integer("max_eval", max_eval, optional=True, whole_floats=True)
-        self.line_search = resolve_line_search(line_search_fn)
+        self.line_search = resolve_line_search(line_search_fn, "line_search_fn")
         self._reset_reason = ""
         defaults = {
             "lr": lr,
