@@ -68,8 +68,8 @@ RULES = Rules(
             "penalties _optim"
         ),
         "__init__": (
-            "_foundation func _closure _objective curvature solvers globalization penalties "
-            "dataset diagnostics optim"
+            "_foundation _autograd func _closure _objective curvature solvers globalization "
+            "penalties dataset diagnostics optim"
         ),
         "integrations": "_foundation penalties diagnostics _optim optim",
     },

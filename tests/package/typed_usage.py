@@ -27,6 +27,7 @@ from torch_secondorder import (
     Evaluation,
     FunctionalObjective,
     LBFGSInfo,
+    MissingSecondDerivative,
     NewtonCG,
     NewtonCGInfo,
     SecondOrderOptimizer,
@@ -50,6 +51,7 @@ from torch_secondorder.curvature import (
     InverseBFGS,
     KroneckerFactors,
     LinearOperator,
+    UnknownOutputs,
     exact_diagonal,
 )
 from torch_secondorder.diagnostics import (
