@@ -399,3 +399,27 @@ def test_the_loss_that_is_returned() -> None:
     assert loss.item() == pytest.approx(-24.2)
     assert loss.shape == ()
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("at", range(2, 6))
+def test_a_closure_may_load_a_state(at: int, history: bool) -> None:
+    training = Training(torch.float64, torch.device("cpu"), max_iter=4)
+    optimizer = training.optimizer
+    if history:
+        training.steps(1)
+    state = copy.deepcopy(optimizer.state_dict())
+    calls = 0
+
+    def loss() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            optimizer.load_state_dict(state)
+        return F.cross_entropy(training.model(training.x), training.y)
+
+    optimizer.step(standard(optimizer, loss))
+    assert calls >= at
+    assert optimizer.info.loss_after < optimizer.info.loss
+    training.steps(1)
+    assert optimizer.info.loss_after < optimizer.info.loss
