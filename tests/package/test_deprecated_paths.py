@@ -20,6 +20,7 @@ TOP = "torch_secondorder"
 #: its names, and the place to import them from today.
 MOVED = [
     ("capture", "mark_outputs", TOP),
+    ("curvature.output_space", "UnknownOutputs", f"{TOP}.curvature"),
     ("dataset.objective", "DatasetClosure", f"{TOP}.dataset"),
     ("dataset.operator", "DatasetClosure", f"{TOP}.dataset"),
     ("diagnostics.definite", "Definiteness definiteness", f"{TOP}.diagnostics"),
@@ -35,6 +36,7 @@ MOVED = [
     ("func.products", "ggnvp hessian_diagonal hvp vhp", f"{TOP}.func"),
     ("globalization.named", "Globalization resolve_line_search", f"{TOP}.globalization"),
     ("huggingface", "SecondOrderCallback", f"{TOP}.integrations.huggingface"),
+    ("graph", "MissingSecondDerivative", TOP),
     (
         "lightning",
         "CurvatureMonitor JacobianPenaltyCallback SecondOrderMonitor",

@@ -75,7 +75,7 @@ RULES = Rules(
     },
     doors={
         "curvature._masked": "_optim",
-        "curvature._output_space": "_optim optim",
+        "curvature._output_space": "_optim",
         "curvature._random": "diagnostics",
         "curvature._samples": "_optim",
         "dataset._loader": "diagnostics",

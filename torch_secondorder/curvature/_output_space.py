@@ -35,8 +35,8 @@ where a loss is a sum of squared residuals, mark the residuals; or use curvature
 class UnknownOutputs(RuntimeError):
     """No model output was found that Gauss-Newton or Fisher products could be taken at.
 
-    The losses of `torch.nn` and `torch.nn.functional` show theirs; mark the output of any other loss
-    with `torch_secondorder.mark_outputs`.
+    The losses of `torch.nn` and `torch.nn.functional` show theirs. Mark the output of any other
+    loss with `torch_secondorder.mark_outputs`.
     """
 
 
