@@ -1,6 +1,7 @@
 """Second-order optimization for PyTorch, driven by the standard closure."""
 
 from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
+from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._foundation.deprecation import MOVED_MODULES, OldModules
 from torch_secondorder._objective.base import Evaluation
@@ -36,6 +37,7 @@ __all__ = [
     "Evaluation",
     "FunctionalObjective",
     "LBFGSInfo",
+    "MissingSecondDerivative",
     "NewtonCG",
     "NewtonCGInfo",
     "SecondOrderOptimizer",

@@ -365,6 +365,7 @@ def test_modules_are_watched_in_the_first_evaluation_of_a_step() -> None:
 @pytest.mark.slow
 def test_compiled_modules_are_watched_without_a_warning() -> None:
     case = make_case("batchnorm", torch.device("cpu"), torch.float32)
+    torch.compiler.reset()  # the limit of recompilations counts all tests of a process
     compiled = torch.compile(case.model, fullgraph=True, backend="aot_eager")
 
     def closure() -> Tensor:

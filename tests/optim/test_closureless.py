@@ -9,6 +9,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,33 @@ def test_a_function_that_somebody_wraps_meanwhile(monkeypatch: pytest.MonkeyPatc
     (x**2).sum().backward()
     assert_same([x.grad], [2 * x.detach()], 0)
     assert len(calls) == 4  # each of the passes went through it
+
+
+def test_functions_do_not_pile_up_where_somebody_puts_back_what_was_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def depth() -> int:
+        function: Any = torch.autograd.backward
+        found = 0
+        while hasattr(function, "__wrapped__"):
+            function, found = function.__wrapped__, found + 1
+        return found
+
+    x = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    for _ in range(5):
+        optimizer = AdaHessian([x], lr=0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "backward", partial(torch.autograd.backward))
+            (x**2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.info.products == 1
+            del optimizer  # stops listening below another function
+        assert depth() == 1
+    optimizer = AdaHessian([x])
+    assert depth() == 1
+    del optimizer
+    assert torch.autograd.backward is ORIGINAL
 
 
 # What a backward pass does besides.

@@ -31,6 +31,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "DenseBFGS": {"max_iter": 3},
     "LBFGS": {"max_iter": 3},
     "Sophia": {"lr": 0.03},
+    "sparse_lbfgs": {"max_iter": 3},
 }
 #: Optimizers whose weight decay moves the parameters, as in AdamW, instead of joining the loss.
 DECOUPLED = {"AdaHessian", "Sophia"}
@@ -49,8 +50,9 @@ def concrete_optimizers() -> list[type[SecondOrderOptimizer]]:
     ]
 
 
-def documented_optimizers() -> list[type[SecondOrderOptimizer]]:
-    return [module_of("adding_an_optimizer").DenseBFGS]
+def documented_optimizers() -> list[Callable[..., Any]]:
+    blocks = [module_of("adding_an_optimizer", block) for block in (0, 2, 3)]
+    return [blocks[0].DenseBFGS, blocks[1].DiagonalNewton, blocks[2].sparse_lbfgs]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

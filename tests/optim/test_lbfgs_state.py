@@ -219,6 +219,23 @@ def test_copies_keep_state_and_line_search(duplicate: Callable, all_frozen: bool
         assert twin.info == optimizer.info
 
 
+def test_a_pickle_of_the_last_release_keeps_the_float32_copy() -> None:
+    x = start_at(-1.2, 1.0).bfloat16().detach().requires_grad_()
+    optimizer = LBFGS([x], max_iter=4)
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
+    old = optimizer.__getstate__()
+    master = old["_master"] = old["model_state"].pop("master")
+    twin = LBFGS.__new__(LBFGS)
+    twin.__setstate__(copy.deepcopy(old))
+    assert not torch.equal(master, x.float())
+    (z,) = twin.param_groups[0]["params"]
+    for _ in range(3):
+        optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
+        twin.step(standard(twin, lambda: rosenbrock(z)))
+        assert torch.equal(x, z)
+        assert twin.info == optimizer.info
+
+
 def test_hooks_and_schedulers_see_every_step() -> None:
     x = start_at(-1.2, 1.0)
     optimizer = LBFGS([x], max_iter=2)
@@ -260,10 +277,10 @@ def test_hooks_and_schedulers_see_every_step() -> None:
         (
             {"line_search_fn": "wolfe"},
             ValueError,
-            "line_search must be one of 'strong_wolfe', 'hager_zhang', 'armijo'.* got 'wolfe'",
+            "line_search_fn must be one of 'strong_wolfe', 'hager_zhang', 'armijo'.* got 'wolfe'",
         ),
-        ({"line_search_fn": 3}, TypeError, "line_search must be one of .*got 3"),
-        ({"line_search_fn": HagerZhang}, TypeError, "line_search must be one of"),
+        ({"line_search_fn": 3}, TypeError, "line_search_fn must be one of .*got 3"),
+        ({"line_search_fn": HagerZhang}, TypeError, "line_search_fn must be one of"),
     ],
 )
 def test_bad_hyperparameters(arguments: dict, kind: type[Exception], message: str) -> None:
@@ -382,3 +399,27 @@ def test_the_loss_that_is_returned() -> None:
     assert loss.item() == pytest.approx(-24.2)
     assert loss.shape == ()
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("at", range(2, 6))
+def test_a_closure_may_load_a_state(at: int, history: bool) -> None:
+    training = Training(torch.float64, torch.device("cpu"), max_iter=4)
+    optimizer = training.optimizer
+    if history:
+        training.steps(1)
+    state = copy.deepcopy(optimizer.state_dict())
+    calls = 0
+
+    def loss() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            optimizer.load_state_dict(state)
+        return F.cross_entropy(training.model(training.x), training.y)
+
+    optimizer.step(standard(optimizer, loss))
+    assert calls >= at
+    assert optimizer.info.loss_after < optimizer.info.loss
+    training.steps(1)
+    assert optimizer.info.loss_after < optimizer.info.loss

@@ -134,3 +134,12 @@ def test_checkpoints_and_copies_carry_the_declared_attributes() -> None:
     other.load_state_dict(state)
     assert (other.strength, other._steps) == (3.0, 1)
     assert copy.deepcopy(optimizer).strength == 3.0
+
+
+def test_a_step_without_a_closure_and_without_gradients_is_that_of_the_optimizer_inside() -> None:
+    x = parameter()
+    SumPenalty(Adam([x], lr=0.1), 1.5, 1.0).step()
+    assert torch.equal(x, parameter())
+    with pytest.raises(RuntimeError, match="no gradient reached"):
+        SumPenalty(AdaHessian([x]), 1.5, 1.0).step()
+    assert torch.equal(x, parameter())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.closures import rosenbrock, standard, start_at
-from torch_secondorder import LBFGS
+from torch_secondorder import LBFGS, StepInfo, StepStatus
 from torch_secondorder.diagnostics import from_closure
 
 
@@ -69,3 +69,19 @@ def test_the_gauss_newton_matrix_of_a_diagnosis_has_its_old_name() -> None:
     with pytest.warns(DeprecationWarning, match="'gauss_newton' is called 'ggn' now") as caught:
         from_closure(closure, [x], curvature=old)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_reports_give_the_former_values_of_fields_that_do_not_apply() -> None:
+    x = start_at(-1.2, 1.0)
+    optimizer = LBFGS([x], max_iter=2)
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
+    info = optimizer.info
+    with pytest.warns(DeprecationWarning, match=r"LBFGSInfo has no field 'products'") as caught:
+        assert info.products == 0  # type: ignore[attr-defined]
+    assert [warning.filename for warning in caught] == [__file__]
+    assert info.step_length > 0
+    assert "products" not in info.as_dict() and "products" not in dir(info)
+    with pytest.warns(DeprecationWarning, match="'gain_ratio'"):
+        assert StepInfo(StepStatus.MOVED, 1.0, None, None).gain_ratio is None  # type: ignore
+    with pytest.raises(AttributeError, match="'LBFGSInfo' object has no attribute 'los'"):
+        _ = info.los  # type: ignore[attr-defined]

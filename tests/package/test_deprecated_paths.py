@@ -20,6 +20,7 @@ TOP = "torch_secondorder"
 #: its names, and the place to import them from today.
 MOVED = [
     ("capture", "mark_outputs", TOP),
+    ("curvature.output_space", "UnknownOutputs", f"{TOP}.curvature"),
     ("dataset.objective", "DatasetClosure", f"{TOP}.dataset"),
     ("dataset.operator", "DatasetClosure", f"{TOP}.dataset"),
     ("diagnostics.definite", "Definiteness definiteness", f"{TOP}.diagnostics"),
@@ -35,6 +36,7 @@ MOVED = [
     ("func.products", "ggnvp hessian_diagonal hvp vhp", f"{TOP}.func"),
     ("globalization.named", "Globalization resolve_line_search", f"{TOP}.globalization"),
     ("huggingface", "SecondOrderCallback", f"{TOP}.integrations.huggingface"),
+    ("graph", "MissingSecondDerivative", TOP),
     (
         "lightning",
         "CurvatureMonitor JacobianPenaltyCallback SecondOrderMonitor",
@@ -163,6 +165,24 @@ def test_the_warning_points_at_the_line_with_the_import(monkeypatch: pytest.Monk
         from torch_secondorder.capture import mark_outputs
     assert caught[0].filename == __file__
     assert mark_outputs is torch_secondorder.mark_outputs
+
+
+@pytest.mark.parametrize("old", ["objective", "optim.base", "func.products", "diagnostics.eigen"])
+def test_an_old_module_is_an_attribute_of_its_package(old: str) -> None:
+    script = f"import torch_secondorder\nprint(torch_secondorder.{old}.__name__)"
+    command = [sys.executable, "-W", "default", "-c", script]
+    ran = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert ran.stdout == f"{TOP}.{old}\n"
+    assert f"<string>:2: DeprecationWarning: {TOP}.{old} has moved" in ran.stderr
+    assert ran.stderr.count("DeprecationWarning") == 1
+
+
+@pytest.mark.parametrize("name", ["lightning", "huggingface", "Nonsense"])
+def test_integrations_are_no_attributes_before_they_are_imported(name: str) -> None:
+    script = f"import torch_secondorder\ntorch_secondorder.{name}"
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert f"module 'torch_secondorder' has no attribute '{name}'" in ran.stderr
 
 
 def test_new_paths_do_not_warn() -> None:

@@ -68,15 +68,14 @@ RULES = Rules(
             "penalties _optim"
         ),
         "__init__": (
-            "_foundation func _closure _objective curvature solvers globalization penalties "
-            "dataset diagnostics optim"
+            "_foundation _autograd func _closure _objective curvature solvers globalization "
+            "penalties dataset diagnostics optim"
         ),
         "integrations": "_foundation penalties diagnostics _optim optim",
     },
     doors={
-        "curvature._loss_curvature": "_optim",
         "curvature._masked": "_optim",
-        "curvature._output_space": "_optim optim",
+        "curvature._output_space": "_optim",
         "curvature._random": "diagnostics",
         "curvature._samples": "_optim",
         "dataset._loader": "diagnostics",

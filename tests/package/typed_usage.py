@@ -27,6 +27,7 @@ from torch_secondorder import (
     Evaluation,
     FunctionalObjective,
     LBFGSInfo,
+    MissingSecondDerivative,
     NewtonCG,
     NewtonCGInfo,
     SecondOrderOptimizer,
@@ -50,6 +51,7 @@ from torch_secondorder.curvature import (
     InverseBFGS,
     KroneckerFactors,
     LinearOperator,
+    UnknownOutputs,
     exact_diagonal,
 )
 from torch_secondorder.diagnostics import (
@@ -320,7 +322,13 @@ def operators() -> None:
     evaluation = evaluated()
     assert_type(evaluation.loss, Tensor)
     assert_type(evaluation.grad, Tensor)
-    hessian = Hessian(evaluation)
+    try:
+        hessian = Hessian(evaluation)
+        GaussNewton(evaluation)
+    except MissingSecondDerivative as error:
+        assert_type(error.operation, str)
+    except UnknownOutputs:
+        pass
     v = torch.ones(2)
     assert_type(hessian @ v, Tensor)
     assert_type(hessian.matmat(torch.eye(2)), Tensor)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torch_secondorder._params.vector import ParameterVector, check_parameters, max_norm, to_host
+from torch_secondorder._params.space import max_norm, to_host
+from torch_secondorder._params.vector import ParameterVector, check_parameters
 
 DTYPES = [
     torch.float32,

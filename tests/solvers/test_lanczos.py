@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.dense_operators import Dense, Identity
-from torch_secondorder._params import vector
+from torch_secondorder._params import space
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.solvers.lanczos import Tridiagonal, lanczos
 
@@ -189,7 +189,7 @@ def test_the_device_is_waited_for_once_per_step(
     def counting(*scalars: Tensor) -> list[float]:
         nonlocal waits
         waits += 1
-        return vector.to_host(*scalars)
+        return space.to_host(*scalars)
 
     monkeypatch.setattr(sys.modules[lanczos.__module__], "to_host", counting)
     lanczos(Diagonal(torch.arange(20.0, device=device)), torch.ones(20, device=device), 7)

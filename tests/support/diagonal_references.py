@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from tests.support.closures import standard
 from tests.support.oracles import flat
 from torch_secondorder._objective.closure import ClosureObjective
-from torch_secondorder.curvature._loss_curvature import LossCurvature
-from torch_secondorder.curvature._output_space import OutputSpace
+from torch_secondorder.curvature._output_space import LossCurvature, OutputSpace
 from torch_secondorder.curvature._random import draw
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.gauss_newton import random_roots

@@ -53,3 +53,5 @@ if __name__ == "__main__":
     for name in ("AdaHessian", "Sophia"):
         found[f"{name}, accumulated"] = fit(name, folder, accumulate_grad_batches=2)
     torch.save(found, folder / f"{os.environ.get('LOCAL_RANK', '0')}.pt")
+    # Else its threads may still run while the interpreter ends, which aborts the process at times.
+    torch.distributed.destroy_process_group()

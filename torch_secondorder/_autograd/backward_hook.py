@@ -11,14 +11,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import number_of_function_modes, running_pass
-
-__all__ = ["BackwardListeners", "Patch", "patched_backward"]
 
 #: Takes what `Tensor.backward` takes, the tensor first.
 Handler: TypeAlias = Callable[..., None]
@@ -163,8 +161,9 @@ class BackwardListeners:
         self._handler = handler
         self._lock = threading.RLock()  # a reference may die in here and come back to `discard`
         self._references: dict[int, ref[Any]] = {}
-        self._original: Callable[..., Any] | None = None
-        self._replacement: Callable[..., Any] | None = None
+        # The last replacement, and all: who has wrapped one may put it back at any time.
+        self._replacement: Any = None
+        self._replacements: WeakSet[Callable[..., Any]] = WeakSet()
         self._listens = False
 
     def __contains__(self, listener: object) -> bool:
@@ -204,17 +203,19 @@ class BackwardListeners:
                 self._update()
 
     def _update(self) -> None:
-        if self._references and not self._listens:
-            if torch.autograd.backward is not self._original:
-                self._original = torch.autograd.backward
-                self._replacement = self._asking(self._original)
+        if bool(self._references) is self._listens:
+            return
+        self._listens = not self._listens
+        found: Any = torch.autograd.backward
+        asks = found in self._replacements
+        if self._listens and not asks:
+            if self._replacement is None or self._replacement.__wrapped__ is not found:
+                self._replacement = self._asking(found)
+                self._replacements.add(self._replacement)
             setattr(torch.autograd, "backward", self._replacement)  # noqa: B010
-            self._listens = True
-        elif not self._references and self._listens:
+        elif asks and not self._listens:
             # Else somebody has wrapped it, and the function inside lets everything through.
-            if torch.autograd.backward is self._replacement:
-                setattr(torch.autograd, "backward", self._original)  # noqa: B010
-            self._listens = False
+            setattr(torch.autograd, "backward", found.__wrapped__)  # noqa: B010
 
     def _asking(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

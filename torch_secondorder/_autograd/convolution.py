@@ -22,8 +22,6 @@ from torch_secondorder._foundation.private_torch import (
     is_batched_gradient,
 )
 
-__all__ = ["CONVOLUTIONS", "convolution", "with_second_derivatives"]
-
 #: The functions that `convolution` stands in for, with the number of spatial dimensions.
 CONVOLUTIONS: dict[Callable[..., Any], int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 

@@ -27,16 +27,6 @@ from torch.autograd.function import once_differentiable
 from torch_secondorder._foundation.private_torch import APPLY_IN_C, FORWARD_CLASS
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 
-__all__ = [
-    "Finding",
-    "applied",
-    "finding_at",
-    "marked_once_differentiable",
-    "note",
-    "trusted",
-    "unseen",
-]
-
 #: Modules of PyTorch whose functions are right, raise by themselves, or do more than compute.
 _TRUSTED = (
     "torch.autograd.",

@@ -17,26 +17,8 @@ from torch_secondorder._autograd.custom_functions import (
     marked_once_differentiable,
     unseen,
 )
-from torch_secondorder._foundation.private_torch import FORWARD_CLASS, engine_run_backward
-from torch_secondorder._foundation.subclasses import plain, plainly
-
-__all__ = [
-    "INSTEAD_OF_ESTIMATES",
-    "REENTRANT",
-    "Graph",
-    "LinearCall",
-    "MissingSecondDerivative",
-    "Multiply",
-    "Output",
-    "Overwritten",
-    "Suspect",
-    "added",
-    "explained",
-    "reentrant",
-    "refuse",
-    "versions",
-    "walk",
-]
+from torch_secondorder._foundation.private_torch import FORWARD_CLASS, engine_run_backward, plainly
+from torch_secondorder._foundation.subclasses import plain
 
 #: A product with a curvature of the loss: parts of the direction, whether they are batched.
 Multiply: TypeAlias = Callable[[Sequence[Tensor], bool], Sequence[Tensor | None]]

@@ -20,8 +20,6 @@ from torch_secondorder._autograd.graph import MissingSecondDerivative, Output, v
 from torch_secondorder._autograd.weight_norm import weight_norm
 from torch_secondorder._foundation.private_torch import attention_by_definition
 
-__all__ = ["MENDED", "leaves_of", "nodes_of", "standard_losses", "twice_differentiable"]
-
 
 def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
     """All nodes of the graph of some tensors, leaves included."""

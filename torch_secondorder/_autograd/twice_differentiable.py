@@ -31,8 +31,6 @@ from torch_secondorder._foundation.private_torch import (
     overrideable_attention_enabled,
 )
 
-__all__ = ["REPLACEMENTS", "twice_differentiable", "with_second_derivatives"]
-
 #: Operations, and what a mode is to call with the same arguments in their place. The second
 #: derivatives of convolutions are right, and these are faster; weight norm's is wrong.
 REPLACEMENTS: Mapping[Callable[..., Any], Callable[..., Any]] = {

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Overwritten
 
-__all__ = ["AT_ONCE", "at_once", "hessian_products", "in_turn", "several", "vectorizing_pays"]
-
 Parts: TypeAlias = Sequence[Tensor | None]
 #: Gives the product with a direction, or with True those with the slices of the first dimension.
 _Multiply: TypeAlias = Callable[[Any, bool], Parts]

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import FUSED_WEIGHT_NORM
 
-__all__ = ["WEIGHT_NORM", "weight_norm"]
-
 #: The function that `weight_norm` stands in for.
 WEIGHT_NORM = FUSED_WEIGHT_NORM
 

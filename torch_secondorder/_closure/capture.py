@@ -44,20 +44,11 @@ from torch_secondorder._foundation.private_torch import (
     ENGINE_ENTRY,
     innermost_transform,
     own_apply,
+    plainly,
     sequence_number,
     sequence_number_of,
 )
-from torch_secondorder._foundation.subclasses import PLAIN_TYPES, like, plain, plainly, snapshot
-
-__all__ = [
-    "Capture",
-    "Sink",
-    "active_capture",
-    "examine_everywhere",
-    "mark_outputs",
-    "suspects_among",
-    "uncaptured",
-]
+from torch_secondorder._foundation.subclasses import PLAIN_TYPES, like, plain, snapshot
 
 #: Losses whose first argument is the model's output, so that it is found without being told.
 STANDARD_LOSSES: frozenset[Callable[..., Any]] = frozenset(

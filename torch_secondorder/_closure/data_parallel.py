@@ -19,8 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_secondorder._foundation.private_torch import DDP_FIRST_PASS_SEEN
 
-__all__ = ["Ranks"]
-
 # The attributes that a DistributedDataParallel module reads in its forward, with the values that
 # make it leave gradients alone. The second is for its first backward pass under a static graph.
 _QUIET = {

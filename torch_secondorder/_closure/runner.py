@@ -55,19 +55,6 @@ from torch_secondorder._foundation.private_torch import (
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 from torch_secondorder._foundation.subclasses import plain, snapshot
 
-__all__ = [
-    "GradientTrace",
-    "IdleClosure",
-    "ModuleRegistry",
-    "Replay",
-    "Run",
-    "any_nonzero",
-    "gradients_of",
-    "nonzero",
-    "run",
-    "without_autocast",
-]
-
 
 class Run(NamedTuple):
     """The result of one run of a closure or function, before regularization.

@@ -10,17 +10,6 @@ from torch import Tensor
 
 from torch_secondorder._foundation.subclasses import plain
 
-__all__ = [
-    "STANDARD_CLOSURE",
-    "backward_of",
-    "check_is_closure",
-    "differentiable",
-    "lost_graph",
-    "no_gradient",
-    "scalar",
-    "touched",
-]
-
 STANDARD_CLOSURE = """\
     def closure():
         optimizer.zero_grad()

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import shares_storage
 
-__all__ = ["BufferPool"]
-
 _SMALL = 2**20  # bytes; below, the C library keeps the memory anyway
 
 

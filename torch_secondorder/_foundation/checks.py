@@ -7,15 +7,6 @@ from collections.abc import Iterable
 from operator import index
 from typing import Any, NoReturn
 
-__all__ = [
-    "check_betas",
-    "check_callable",
-    "check_choice",
-    "check_instance",
-    "check_integer",
-    "check_number",
-]
-
 
 def check_integer(
     name: str, value: Any, low: int = 1, *, optional: bool = False, whole_floats: bool = False

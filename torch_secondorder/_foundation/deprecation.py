@@ -6,12 +6,11 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-
-__all__ = ["MOVED_MODULES", "OldModules", "renamed", "withdrawn"]
 
 _TOP = "torch_secondorder"
 
@@ -19,9 +18,11 @@ _TOP = "torch_secondorder"
 MOVED_MODULES = {
     "torch_secondorder.capture": _TOP,
     "torch_secondorder.evaluation": _TOP,
+    "torch_secondorder.graph": _TOP,
     "torch_secondorder.objective": _TOP,
     "torch_secondorder.optim.base": _TOP,
     "torch_secondorder.optim.info": _TOP,
+    "torch_secondorder.curvature.output_space": "torch_secondorder.curvature",
     "torch_secondorder.dataset.objective": "torch_secondorder.dataset",
     "torch_secondorder.dataset.operator": "torch_secondorder.dataset",
     "torch_secondorder.diagnostics.definite": "torch_secondorder.diagnostics",
@@ -66,6 +67,25 @@ class OldModules(MetaPathFinder, Loader):
         if not any(isinstance(f, OldModules) and f._moved == self._moved for f in sys.meta_path):
             # First, because an old folder with nothing but bytecode in it would be found too.
             sys.meta_path.insert(0, self)
+            for parent in {name.rpartition(".")[0] for name in self._moved}:
+                package = sys.modules.get(parent)
+                if package is not None and "__getattr__" not in vars(package):
+                    vars(package)["__getattr__"] = partial(self._import_attribute, parent)
+
+    def _import_attribute(self, package: str, name: str) -> ModuleType:
+        """An old module as an attribute of its package, as if it were imported there."""
+        old = f"{package}.{name}"
+        if self._moved.get(old) not in sys.modules:  # integrations have to be imported, as before
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = importlib.import_module(old)
+        warnings.warn(self._message(old), DeprecationWarning, stacklevel=2)
+        return module
+
+    def _message(self, old: str) -> str:
+        place = self._moved[old]
+        return f"{old} has moved and will be gone in the next release: import from {place}"
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder.find_spec`."""
@@ -80,11 +100,7 @@ class OldModules(MetaPathFinder, Loader):
         old = module.__name__
         place = self._moved[old]
         # Frames of the import system are not counted: this is the line with the import.
-        warnings.warn(
-            f"{old} has moved and will be gone in the next release: import from {place}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warnings.warn(self._message(old), DeprecationWarning, stacklevel=2)
         found = importlib.import_module(place)
         vars(module).update(
             {name: getattr(found, name) for name in found.__all__},

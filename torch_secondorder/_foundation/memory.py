@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["TooLarge", "check_fits", "free_memory", "total_memory"]
-
 _SMALL = 2**26  # bytes; below, nobody is asked how much memory there is
 _MOST = 2**31  # elements; beyond, indices of many kernels overflow
 

@@ -87,7 +87,7 @@ def _found(path: str) -> Any:
 
 # Trees of tensors. Later versions have the same functions under a public name.
 try:
-    from torch.utils import _pytree as pytree
+    pytree: Any = importlib.import_module("torch.utils._pytree")
 except ImportError:
     pytree = importlib.import_module("torch.utils.pytree.python")
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["bar", "optional"]
-
 
 def optional(module: str, package: str, purpose: str) -> Any:
     """Imports a module of an optional package.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["random_state", "set_random_state"]
-
 
 def random_state(device: torch.device) -> Tensor:
     """The state of a device's own random numbers."""

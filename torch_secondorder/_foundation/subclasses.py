@@ -15,8 +15,6 @@ from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import plainly
 
-__all__ = ["PLAIN_TYPES", "all_plain", "like", "plain", "plainly", "snapshot"]
-
 _T = TypeVar("_T")
 #: The types of plain tensors, and of what else functions of PyTorch often take.
 PLAIN_TYPES = frozenset(

@@ -25,15 +25,6 @@ from torch_secondorder._closure.runner import ModuleRegistry, Replay, Run
 from torch_secondorder._foundation.memory import free_memory
 from torch_secondorder._params.vector import ParameterVector
 
-__all__ = [
-    "Evaluation",
-    "EvaluationsSpent",
-    "Linearization",
-    "Objective",
-    "Regularization",
-    "Slot",
-]
-
 
 class EvaluationsSpent(Exception):
     """A step has made all the evaluations that it may make."""

@@ -15,8 +15,6 @@ from torch_secondorder._closure.validation import check_is_closure
 from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._params.vector import ParameterVector
 
-__all__ = ["ClosureObjective"]
-
 _Self = TypeVar("_Self", bound="ClosureObjective")
 
 

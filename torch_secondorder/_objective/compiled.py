@@ -23,8 +23,6 @@ from torch_secondorder._closure.validation import differentiable, scalar
 from torch_secondorder._foundation.private_torch import dynamo_error, traces_autograd
 from torch_secondorder._objective.tracing import not_compiled, split, traced
 
-__all__ = ["CompiledFunction", "CompiledGraph"]
-
 
 class CompiledFunction:
     """Loss, gradient and products of a pure function, compiled.

@@ -18,8 +18,6 @@ from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._objective.compiled import CompiledFunction
 from torch_secondorder._params.vector import ParameterVector
 
-__all__ = ["FunctionalObjective"]
-
 
 class FunctionalObjective(Objective):
     """The objective behind a pure function of a tree of tensors, in the style of `torch.func`.

@@ -34,8 +34,6 @@ from torch_secondorder._foundation.private_torch import (
 from torch_secondorder._foundation.subclasses import all_plain
 from torch_secondorder._objective.functional import FunctionalObjective
 
-__all__ = ["Outcome", "SingleEvaluation", "Watch", "WatchSink"]
-
 
 class Watch(Protocol):
     """Looks at the graph of each `backward()` of an evaluation.

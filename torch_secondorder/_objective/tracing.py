@@ -14,8 +14,6 @@ from torch_secondorder._closure.capture import Capture, uncaptured
 from torch_secondorder._closure.validation import differentiable, scalar
 from torch_secondorder._foundation.private_torch import without_zero_tensors
 
-__all__ = ["not_compiled", "split", "traced"]
-
 _aten = torch.ops.aten
 
 

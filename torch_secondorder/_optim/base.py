@@ -25,8 +25,6 @@ from torch_secondorder._optim.state import Field, ModelField, ParameterField
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder._params.vector import ParameterVector, check_parameters
 
-__all__ = ["SecondOrderOptimizer", "StepClosure", "makes_state_only"]
-
 #: What an optimizer's `step()` takes.
 StepClosure: TypeAlias = Closure | FunctionalObjective
 
@@ -344,6 +342,10 @@ class SecondOrderOptimizer(Optimizer):
                 self._import_state(model_state)
             except ValueError:  # parameters were frozen since the last step
                 self._import_state({})
+            for field in self._model_fields:
+                # Pickles of the last release have some state as attributes.
+                if not field.held and field.at in state and not set(field.names) & set(model_state):
+                    field.set(self, state[field.at])
 
 
 def makes_state_only(groups: Sequence[dict[str, Any]]) -> bool:

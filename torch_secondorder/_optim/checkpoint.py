@@ -17,8 +17,6 @@ from torch import Tensor
 from torch_secondorder._optim.state import cut_state, held_state
 from torch_secondorder._params.vector import ParameterVector
 
-__all__ = ["add_state", "hide_names", "show_names", "take_state"]
-
 #: Names of cut-up vectors in a checkpoint begin with it.
 _PREFIX = "flat_"
 

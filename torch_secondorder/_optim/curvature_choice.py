@@ -20,22 +20,11 @@ from torch_secondorder.curvature import (
     GaussNewton,
     Hessian,
     LinearOperator,
+    UnknownOutputs,
 )
-from torch_secondorder.curvature._output_space import UnknownOutputs
 from torch_secondorder.dataset._objective import DatasetObjective
 from torch_secondorder.dataset._operator import BatchSum
 from torch_secondorder.solvers import KFAC, Martens, Preconditioner
-
-__all__ = [
-    "DIFFERENCES",
-    "KINDS",
-    "SUITED",
-    "CurvatureChoice",
-    "CurvatureName",
-    "Factory",
-    "most_iterations",
-    "suited_preconditioner",
-]
 
 Factory: TypeAlias = Callable[[Evaluation], LinearOperator]
 

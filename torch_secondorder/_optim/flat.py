@@ -26,9 +26,6 @@ from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.dataset._objective import objective_of
 from torch_secondorder.globalization import SearchStatus, Trial
 
-__all__ = ["Candidate", "Descent", "DescentInfo", "FlatOptimizer", "Line", "Point"]
-
-
 # Vectors of at most this many entries are kept rather than computed twice.
 _SHORT = 2**16
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any
-
-__all__ = ["Report", "StepInfo", "StepStatus"]
+from typing import TYPE_CHECKING, Any
 
 
 class StepStatus(Enum):
@@ -89,6 +88,29 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+#: Fields that the reports of all optimizers had in the last release, with the values that they had
+#: for optimizers to which they do not apply.
+_FORMER_FIELDS = {
+    "step_length": 0.0,
+    "search_status": None,
+    "nonfinite_trials": 0,
+    "skipped_pairs": 0,
+    "damped_pairs": 0,
+    "history_reset": "",
+    "products": 0,
+    "solver_status": None,
+    "solver_iterations": 0,
+    "gain_ratio": None,
+    "damping": 0.0,
+    "trust_radius": 0.0,
+    "negative_curvature": 0.0,
+    "unclipped": None,
+    "curvature": "",
+    "preconditioner": "",
+    "repair": "",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class StepInfo(Report):
     """Report of one call of `step()`; `optimizer.info` holds the last one.
@@ -121,3 +143,19 @@ class StepInfo(Report):
     grad_norm: float | None
     iterations: int = 0
     evaluations: int = 0
+
+    if not TYPE_CHECKING:  # a type checker reports such fields
+
+        def __getattr__(self, name: str) -> Any:
+            """The former default of a field that does not apply to the optimizer."""
+            kind = type(self).__name__
+            if name not in _FORMER_FIELDS:
+                raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+            warnings.warn(
+                f"{kind} has no field {name!r}, which does not apply to its optimizer; the value "
+                "of the last release will be gone in the next one: read info.as_dict().get("
+                f"{name!r}) if the optimizer may be any",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return _FORMER_FIELDS[name]

@@ -14,8 +14,6 @@ from torch_secondorder._closure.runner import without_autocast
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
 from torch_secondorder.curvature.diagonal import DiagonalWatch
 
-__all__ = ["Scaling", "present_gradients", "unscaled"]
-
 _WATCHING = "run forward and backward pass in `with optimizer.watching():`"
 
 

@@ -30,18 +30,6 @@ from torch_secondorder.globalization.line_search import ROUNDING
 from torch_secondorder.solvers import CG, Iterate, SolveResult, SolveStatus
 from torch_secondorder.solvers._units import Rescaled, unit_of
 
-__all__ = [
-    "Memory",
-    "Model",
-    "Move",
-    "Proposal",
-    "Tally",
-    "damped",
-    "point_of",
-    "searched",
-    "within_radius",
-]
-
 # Most systems that are solved at one point.
 _ATTEMPTS = 12
 # The line search along a damped direction: that of Martens 2010, with fewer trials.

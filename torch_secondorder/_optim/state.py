@@ -36,30 +36,6 @@ from torch import Tensor
 from torch_secondorder._params.space import is_distributed, local, sharded_like
 from torch_secondorder._params.vector import ParameterVector
 
-__all__ = [
-    "Choice",
-    "Count",
-    "Factors",
-    "Field",
-    "MasterCopy",
-    "Matrix",
-    "ModelField",
-    "Moment",
-    "Nested",
-    "Number",
-    "ParameterField",
-    "Pieces",
-    "Random",
-    "Vector",
-    "as_real",
-    "check_size",
-    "copied",
-    "cut_state",
-    "declare",
-    "held_state",
-    "prepare",
-]
-
 
 def declare(**fields: Field) -> dict[str, Field]:
     """The fields by the names that checkpoints use, for the class attribute `_state_fields`."""

@@ -23,8 +23,6 @@ from torch_secondorder._optim.base import makes_state_only
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder.dataset import DatasetClosure
 
-__all__ = ["PenalizedLoss", "Term", "Values", "WrapperOptimizer"]
-
 
 class Values(Protocol):
     """Values of a term during one evaluation.
@@ -289,6 +287,8 @@ class WrapperOptimizer(Optimizer, ABC):
         elif not self._has_present_term() and makes_state_only(self.param_groups):
             return self.optimizer.step(**more)
         params = [p for group in self.param_groups for p in group["params"]]
+        if closure is None and self._has_present_term() and all(p.grad is None for p in params):
+            return self.optimizer.step(**more)  # no loss: an error, or nothing to be done
         sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
         penalized = self._penalized
         penalized.begin(params, sign * factor, self._seed + self._steps)

@@ -22,19 +22,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = [
-    "WHOLE",
-    "ShardedSpace",
-    "Space",
-    "is_distributed",
-    "local",
-    "max_norm",
-    "part_of",
-    "sharded_like",
-    "space_of",
-    "to_host",
-]
-
 
 class Space:
     """Vectors that this process holds whole.

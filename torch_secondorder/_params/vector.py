@@ -27,14 +27,10 @@ from torch_secondorder._foundation.subclasses import PLAIN_TYPES, all_plain
 from torch_secondorder._params.space import (
     WHOLE,
     local,
-    max_norm,
     part_of,
     sharded_like,
     space_of,
-    to_host,
 )
-
-__all__ = ["ParameterVector", "check_parameters", "max_norm", "to_host"]
 
 
 @dataclass(frozen=True, slots=True)

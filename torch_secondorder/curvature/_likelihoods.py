@@ -18,8 +18,6 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Output
 from torch_secondorder.curvature._random import Noise
 
-__all__ = ["Categorical", "Independent", "Likelihood", "likelihood_of"]
-
 
 class _Labels(NamedTuple):
     """The way in which labels are drawn from the model.

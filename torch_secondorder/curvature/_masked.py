@@ -7,8 +7,6 @@ from torch import Tensor
 
 from torch_secondorder.curvature.base import LinearOperator
 
-__all__ = ["Masked"]
-
 
 class Masked(LinearOperator):
     """`A` on some coordinates, a multiple of the identity on the others, and zero in between.

@@ -13,8 +13,6 @@ from torch import Tensor
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.buffer_pool import BufferPool
 
-__all__ = ["Distribution", "Draws", "Noise", "draw", "rademacher"]
-
 Distribution = Literal["rademacher", "gaussian"]
 Kind = Literal["signs", "normal", "uniform"]
 _KINDS: tuple[Kind, ...] = ("signs", "normal", "uniform")

@@ -10,8 +10,6 @@ from torch_secondorder._autograd.graph import Output
 from torch_secondorder.curvature._output_space import OutputSpace, Tensors
 from torch_secondorder.curvature._random import Noise
 
-__all__ = ["Samples"]
-
 _CLASSIFYING = (F.cross_entropy, F.nll_loss)
 _OF_LABELS = (*_CLASSIFYING, F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 

@@ -18,8 +18,7 @@ from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
-from torch_secondorder.curvature._loss_curvature import LossCurvature
-from torch_secondorder.curvature._output_space import OutputSpace
+from torch_secondorder.curvature._output_space import LossCurvature, OutputSpace
 from torch_secondorder.curvature._random import Distribution, draw
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import LinearOperator

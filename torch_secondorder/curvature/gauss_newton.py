@@ -16,8 +16,7 @@ from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._objective.base import Evaluation, Slot
 from torch_secondorder.curvature._likelihoods import Likelihood
-from torch_secondorder.curvature._loss_curvature import LossCurvature
-from torch_secondorder.curvature._output_space import OutputSpace, Tensors
+from torch_secondorder.curvature._output_space import LossCurvature, OutputSpace, Tensors
 from torch_secondorder.curvature._random import Draws
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.base import Linearized

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, LinearCall, Overwritten, explained
 from torch_secondorder._closure.data_parallel import Ranks
-from torch_secondorder._foundation.subclasses import plainly
+from torch_secondorder._foundation.private_torch import plainly
 
 __all__ = ["KroneckerFactors", "kronecker_factors"]
 

@@ -24,19 +24,6 @@ from torch.utils.data import (
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._foundation.subclasses import plain
 
-__all__ = [
-    "as_pair",
-    "batch_size",
-    "batches_in",
-    "call_model",
-    "check_loader",
-    "fingerprint",
-    "generators_of",
-    "length",
-    "samples_in",
-    "to_device",
-]
-
 # Samplers whose length is the number of indices they give.
 _SIZED = (
     DistributedSampler,

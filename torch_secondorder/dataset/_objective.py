@@ -20,8 +20,6 @@ from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset._loader import fingerprint, generators_of
 from torch_secondorder.dataset.closure import DatasetClosure, UseBatch
 
-__all__ = ["DatasetObjective", "objective_of"]
-
 _Fingerprint: TypeAlias = tuple[list[torch.Size], list[Tensor]]
 
 

@@ -18,8 +18,6 @@ from torch_secondorder._objective.base import Evaluation, Linearization, Objecti
 from torch_secondorder.curvature import FromOutputs, KroneckerFactors, LinearOperator
 from torch_secondorder.dataset._objective import DatasetObjective
 
-__all__ = ["BatchSum", "Kind", "curvature_at"]
-
 #: Makes the curvature operator of an evaluation; random numbers come from the generator.
 Kind: TypeAlias = Callable[[Evaluation, torch.Generator | None], LinearOperator]
 

@@ -13,8 +13,6 @@ from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.curvature._random import draw
 from torch_secondorder.solvers.lanczos import ROUNDING, orthogonalized
 
-__all__ = ["Convergence", "Krylov", "Ritz", "Which", "subspace_room", "vectors_in_memory"]
-
 Which: TypeAlias = Literal["largest", "smallest", "magnitude"]
 
 _MEMORY = 256 * 2**20  # bytes for the basis

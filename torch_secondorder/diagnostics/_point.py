@@ -16,8 +16,6 @@ from torch_secondorder._foundation.progress_bar import bar
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.diagnostics.problem import Problem, as_problem
 
-__all__ = ["Counted", "Point", "generator_of", "opened"]
-
 
 class Counted(LinearOperator):
     """An operator that counts its products, checks them and advances a progress bar.

@@ -21,8 +21,6 @@ from torch_secondorder._foundation.private_torch import (
     remove_batch_dim,
 )
 
-__all__ = ["Recorded", "composing"]
-
 # Why there is one evaluation, and batched cotangents. The Jacobian of a 500-100(relu)-10(softmax)
 # network, float32, medians over that of torch.func.jacrev (0.41 ms for one input) and of
 # vmap(jacrev) (3.1 ms for a batch of 256), on a Xeon with torch 2.13 and others measuring beside it

@@ -11,18 +11,6 @@ from torch import Tensor
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
 from torch_secondorder._foundation.private_torch import pytree
 
-__all__ = [
-    "basis",
-    "flatten",
-    "flattened",
-    "like",
-    "named",
-    "numels",
-    "scalar",
-    "spans",
-    "unflatten",
-]
-
 _LEAF = pytree.tree_structure(0)
 
 
@@ -87,6 +75,7 @@ def like(tree: Any, leaves: Sequence[Tensor], spec: pytree.TreeSpec, what: str) 
     Raises:
         ValueError: Structure, a shape or a dtype differs.
     """
+    found: list[Tensor]
     found, structure = pytree.tree_flatten(tree)
     if structure != spec:
         raise ValueError(f"{what} is a tree {structure}, but what it multiplies is {spec}")

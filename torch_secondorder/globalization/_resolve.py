@@ -25,11 +25,12 @@ _KNOWN: dict[str, Callable[[], LineSearch]] = {
 }
 
 
-def resolve_line_search(spec: str | LineSearch | None) -> LineSearch:
+def resolve_line_search(spec: str | LineSearch | None, name: str = "line_search") -> LineSearch:
     """A line search from its name.
 
     Args:
         spec: A name, a line search (returned as it is), or None for no search.
+        name: The argument's name, for error messages.
 
     Raises:
         ValueError: If the name is unknown.
@@ -44,7 +45,7 @@ def resolve_line_search(spec: str | LineSearch | None) -> LineSearch:
     if spec is None:
         return FixedStep()
     if isinstance(spec, (str, type)) or not callable(spec):
-        check_choice("line_search", spec, _KNOWN, "an instance such as StrongWolfe(), or None")
+        check_choice(name, spec, _KNOWN, "an instance such as StrongWolfe(), or None")
         return _KNOWN[spec]()
     return spec
 
@@ -73,11 +74,11 @@ def resolve_globalization(
         return TrustRegion()
     if spec == "line_search":
         return resolve_line_search("armijo")
-    if isinstance(spec, str):
-        known = ("damping", "trust_region", "line_search", *_KNOWN)
-        check_choice("globalization", spec, known, "an instance such as TrustRegion()")
     if isinstance(spec, LevenbergMarquardt) and damping is not None:
         raise ValueError("the damping to begin with is LevenbergMarquardt's own: leave damping out")
     if isinstance(spec, (LevenbergMarquardt, TrustRegion)):
         return spec
+    if isinstance(spec, (str, type)) or not callable(spec):
+        known = ("damping", "trust_region", "line_search", *_KNOWN)
+        check_choice("globalization", spec, known, "an instance such as TrustRegion()")
     return resolve_line_search(spec)

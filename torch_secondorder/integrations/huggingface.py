@@ -31,8 +31,11 @@ from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder.optim import SecondOrderOptimizer
 
 __all__ = ["SecondOrderCallback", "unwrapped"]
-
 _ENGINES = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class SecondOrderCallback(TrainerCallback):

@@ -203,7 +203,7 @@ class LBFGS(FlatOptimizer):
         check_number("tolerance_change", tolerance_change, low=0.0)
         check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
         check_integer("max_eval", max_eval, optional=True, whole_floats=True)
-        self.line_search = resolve_line_search(line_search_fn)
+        self.line_search = resolve_line_search(line_search_fn, "line_search_fn")
         self._reset_reason = ""
         defaults = {
             "lr": lr,
@@ -227,9 +227,8 @@ class LBFGS(FlatOptimizer):
         size, inverse = self._history_size(vector), self._inverse
         if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
             self._forget("history_size or the trainable parameters changed")
-        if self._inverse is None:
-            self._inverse = _history(vector, size)
-        self._inverse.largest_scale = searches
+        history = self._inverse or self._start_history(vector)
+        history.largest_scale = searches
         self._skipped = self._damped = 0
 
     def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
@@ -260,7 +259,9 @@ class LBFGS(FlatOptimizer):
         )
         if result.status.accepted:
             before = descent.point
-            self._learn(line, result.trial.t, before, line.accept(result.trial))
+            candidate = line.accept(result.trial)
+            if self._inverse is not None:
+                self._learn(self._inverse, line, result.trial.t, before, candidate)
         if unbounded:
             return StepStatus.UNBOUNDED
         return None if result.status.accepted else self._failed(result)
@@ -278,7 +279,9 @@ class LBFGS(FlatOptimizer):
     def _line(self, descent: Descent) -> Line:
         """The line of the next search; one synchronization."""
         grad, history = descent.point.grad, self._inverse
-        assert grad is not None and history is not None
+        assert grad is not None
+        if history is None:
+            history = self._start_history(descent.objective.vector)
         if history.count:
             direction = history.direction(grad)
             slope, square = descent.space.to_host(sums=(grad @ direction, direction @ direction))
@@ -299,18 +302,21 @@ class LBFGS(FlatOptimizer):
                 length = min(length, 2 * abs(loss) / (largest * square))
         return Line(descent, unit * length, -largest * square * length, square * length**2)
 
-    def _learn(self, line: Line, t: float, before: Point, candidate: Candidate) -> None:
+    def _learn(
+        self, history: InverseBFGS, line: Line, t: float, before: Point, candidate: Candidate
+    ) -> None:
         """Enters a pair into the history if it shows curvature, or can be made to.
 
         Args:
+            history: The history.
             line: The line; its direction is overwritten.
             t: The accepted step.
             before: The point where the line begins.
             candidate: The accepted trial.
         """
         assert candidate.point is not None and candidate.point.grad is not None
-        history, y, y_y = self._inverse, candidate.y, candidate.y_y
-        assert before.grad is not None and history is not None
+        y, y_y = candidate.y, candidate.y_y
+        assert before.grad is not None
         if y is None:
             y = candidate.point.grad - before.grad
         precision = torch.finfo(y.dtype)
@@ -332,11 +338,17 @@ class LBFGS(FlatOptimizer):
 
     def _drop_history(self, reason: str) -> None:
         """Drops the pairs during a step."""
-        assert self._inverse is not None
         self._reset_reason = reason
-        self._inverse.reset()
+        if self._inverse is not None:
+            self._inverse.reset()
 
     # The history and its place in checkpoints.
+
+    def _start_history(self, vector: ParameterVector) -> InverseBFGS:
+        """A history without pairs: there is none at first, or once a closure has loaded a state."""
+        self._inverse = _history(vector, self._history_size(vector))
+        self._inverse.largest_scale = not isinstance(self.line_search, FixedStep)
+        return self._inverse
 
     def _forget(self, reason: str) -> None:
         super()._forget(reason)

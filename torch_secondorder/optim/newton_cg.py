@@ -39,7 +39,7 @@ from torch_secondorder._optim.quadratic_model import (
     within_radius,
 )
 from torch_secondorder._optim.state import Choice, Nested, Number, Random, Vector, declare
-from torch_secondorder.curvature._output_space import UnknownOutputs
+from torch_secondorder.curvature import UnknownOutputs
 from torch_secondorder.globalization import (
     Globalization,
     GlobalizationName,

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from torch_secondorder.penalties._squares import squared_sum
 
-__all__ = ["Chain", "changes", "largest", "mean_squared_norm"]
-
 
 class Chain(NamedTuple):
     """Jacobians `D_L W_L ... D_1 W_1`, one for each entry of a batch.

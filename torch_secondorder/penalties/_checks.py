@@ -14,13 +14,6 @@ from torch import Tensor, nn
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._foundation.private_torch import BatchNorm
 
-__all__ = [
-    "check_fits_exactly",
-    "check_outputs",
-    "check_samples",
-    "check_separate",
-]
-
 
 def check_samples(x: Tensor) -> None:
     """Raises a TypeError or ValueError unless `x` is a batch with derivatives."""

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
-from torch_secondorder._foundation.subclasses import plain, plainly
+from torch_secondorder._foundation.private_torch import plainly
+from torch_secondorder._foundation.subclasses import plain
 from torch_secondorder.penalties.contractive import contractive_penalty
-
-__all__ = ["Calls", "EncoderPenalty", "Recorder", "input_of", "seeded"]
 
 
 class Calls:

@@ -15,8 +15,6 @@ from torch_secondorder._foundation.private_torch import global_module_hooks, mod
 from torch_secondorder.penalties._chain import Chain
 from torch_secondorder.penalties._squares import logistic_slope
 
-__all__ = ["chain_of", "slope_from_output", "stack_of"]
-
 
 def _forward_of(kind: type[nn.Module]) -> Any:
     return getattr(kind, "forward", None)

@@ -15,8 +15,6 @@ from torch.autograd import Function
 
 from torch_secondorder._foundation.private_torch import innermost_transform
 
-__all__ = ["logistic_slope", "squared_sum"]
-
 # From this number of elements on, a pass takes longer than a Python function call.
 _WORTHWHILE = 2**15
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
 from torch_secondorder._foundation.checks import check_choice, check_integer
-from torch_secondorder._foundation.subclasses import like, plain, plainly
+from torch_secondorder._foundation.private_torch import plainly
+from torch_secondorder._foundation.subclasses import like, plain
 from torch_secondorder.penalties._checks import (
     check_fits_exactly,
     check_outputs,

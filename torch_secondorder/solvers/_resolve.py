@@ -11,8 +11,6 @@ from torch_secondorder.solvers.kfac import KFAC
 from torch_secondorder.solvers.minres import MINRES
 from torch_secondorder.solvers.preconditioners import Martens, Nystrom
 
-__all__ = ["PreconditionerName", "SolverName", "resolve_preconditioner", "resolve_solver"]
-
 PreconditionerName: TypeAlias = Literal["kfac", "martens", "nystrom"]
 SolverName: TypeAlias = Literal["cg", "minres"]
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from torch_secondorder.curvature import LinearOperator
 
-__all__ = ["Rescaled", "power_of_two", "unit_of"]
-
 
 def unit_of(size: float, dtype: torch.dtype) -> float:
     """A power of two that numbers of about this size can be counted in.

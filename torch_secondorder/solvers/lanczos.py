@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_integer
-from torch_secondorder._params.space import WHOLE, Space
-from torch_secondorder._params.vector import to_host
+from torch_secondorder._params.space import WHOLE, Space, to_host
 from torch_secondorder.curvature import LinearOperator
 
 __all__ = ["ROUNDING", "Tridiagonal", "lanczos", "orthogonalized", "three_terms"]

@@ -63,15 +63,13 @@ from torch_secondorder._optim.state import (
     declare,
     prepare,
 )
-from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
-from torch_secondorder._params.vector import ParameterVector, max_norm
+from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed, max_norm
+from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
     DiagonalWatch,
     GaussNewtonBartlett,
 )
-
-__all__ = ["DiagonalOptimizer"]
 
 
 class DiagonalOptimizer(SecondOrderOptimizer):

@@ -18,15 +18,6 @@ from torch_secondorder._foundation.private_torch import fused_adam, unflatten_te
 from torch_secondorder._optim.state import Moment, ParameterField, as_real, prepare
 from torch_secondorder._params.space import local
 
-__all__ = [
-    "COUNTS",
-    "Block",
-    "BlockLayout",
-    "Number",
-    "narrowed",
-    "nonfinite",
-]
-
 #: A number on the host, or a 0-dim tensor on the device.
 Number: TypeAlias = float | Tensor
 

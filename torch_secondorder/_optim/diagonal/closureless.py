@@ -33,8 +33,6 @@ from torch_secondorder._closure.runner import without_autocast
 from torch_secondorder._foundation.private_torch import engine_run_backward, plainly, tensor_hooks
 from torch_secondorder._optim.diagonal.observation import Observation
 
-__all__ = ["WATCHERS", "Watcher"]
-
 
 class Watcher(Protocol):
     """An optimizer that sees backward passes."""

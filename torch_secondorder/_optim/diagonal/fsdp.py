@@ -25,14 +25,6 @@ from torch_secondorder.curvature.diagonal import (
 )
 from torch_secondorder.curvature.finite_difference import diagonal_by_differences
 
-__all__ = [
-    "ShardedEvaluation",
-    "check_averaging",
-    "check_closure",
-    "held_outcome",
-    "held_parts",
-]
-
 
 def check_closure(closure: Any, due: bool) -> None:
     """Raises a RuntimeError where there is no closure and an estimate of the curvature is due."""

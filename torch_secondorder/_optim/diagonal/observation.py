@@ -24,8 +24,6 @@ from torch_secondorder._objective.one_shot import WatchSink
 from torch_secondorder._optim.present import Scaling, unscaled
 from torch_secondorder.curvature.diagonal import DiagonalWatch
 
-__all__ = ["Observation"]
-
 
 class Observation(WatchSink):
     """Shows a watch the `backward()` calls of one step, over as many contexts as that takes.
@@ -134,8 +132,9 @@ class Observation(WatchSink):
         if self.failure is not None:
             raise type(self.failure)(
                 f"{name}.step() estimates the curvature at this step, and loss.backward() gave "
-                f"none: {self.failure}. Forward passes inside `with optimizer.watching():`, or in "
-                f"a closure, choose implementations that have it where there are such:\n"
+                f"none: {self.failure}. If it is an operation that has no second derivative, run "
+                f"the forward pass inside `with optimizer.watching():` or in a closure, where "
+                f"PyTorch's own operations use implementations that have one:\n"
                 f"{STANDARD_CLOSURE}"
             )
         if scaling.active and scaling.scale is None:

@@ -13,9 +13,7 @@ from torch_secondorder._closure.runner import GradientTrace
 from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.info import StepInfo
 from torch_secondorder._optim.state import as_real
-from torch_secondorder._params.vector import max_norm
-
-__all__ = ["DiagonalInfo", "report_of"]
+from torch_secondorder._params.space import max_norm
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,9 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.validation import differentiable, scalar
-from torch_secondorder.curvature._loss_curvature import LossCurvature
-from torch_secondorder.curvature._output_space import OutputSpace
+from torch_secondorder.curvature._output_space import LossCurvature, OutputSpace
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.gauss_newton import random_roots
-
-__all__ = ["DrawnLabels"]
 
 
 class DrawnLabels:

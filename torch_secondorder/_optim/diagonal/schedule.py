@@ -13,8 +13,6 @@ from torch_secondorder._optim.diagonal.blocks import BlockLayout
 from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.state import Number, Random
 
-__all__ = ["EstimateSchedule", "GeneratorBefore", "OutOfTurn", "capturing"]
-
 
 class EstimateSchedule:
     """Decides which steps estimate the curvature.

@@ -15,8 +15,6 @@ from torch_secondorder._optim.state import as_real
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder._params.vector import ParameterVector
 
-__all__ = ["FiniteCheck", "StepInputs"]
-
 
 class FiniteCheck:
     """A check of loss, gradients and estimate for infinity and NaN.

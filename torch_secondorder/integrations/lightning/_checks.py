@@ -9,8 +9,6 @@ from typing import Any
 from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.optim import SecondOrderOptimizer
 
-__all__ = ["check_settings"]
-
 #: Unsupported strategies by class name (the same in both packages), with the reason.
 _UNSUPPORTED = {
     "FSDPStrategy": "keeps parts of flattened parameters on each rank, whose curvature no closure "

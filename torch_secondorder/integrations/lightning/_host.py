@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch_secondorder.optim import SecondOrderOptimizer
 
-__all__ = ["Callback", "found_bases", "our_optimizers"]
-
 #: The same code under two names; neither accepts objects of the other.
 _HOSTS = ("lightning.pytorch", "pytorch_lightning")
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from torch_secondorder._foundation.private_torch import pytree
 
-__all__ = ["cloned", "loss_of", "replaced", "unnoticed"]
-
 
 def loss_of(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> Callable[[], Any]:
     """A closure for the loss of a batch, in the trainer's precision and over all of its ranks.
