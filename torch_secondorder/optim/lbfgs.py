@@ -5,43 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, isfinite, sqrt
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.flat import (
-    Candidate,
-    Descent,
-    DescentInfo,
-    FlatOptimizer,
-    Line,
-    Point,
-)
-from torch_secondorder._optim.info import StepStatus
-from torch_secondorder._optim.state import ModelField, Number, Pieces, check_size, copied, declare
+from torch_secondorder._optim.flat import Candidate, Descent, DescentInfo, Line, Point
+from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_pair
+from torch_secondorder._optim.state import ModelField, Pieces, check_size, copied, declare
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBFGS
-from torch_secondorder.globalization import (
-    FixedStep,
-    LineSearch,
-    LineSearchName,
-    SearchResult,
-    SearchStatus,
-    falls_without_end,
-    resolve_line_search,
-)
+from torch_secondorder.globalization import LineSearch, LineSearchName
 
 __all__ = ["LBFGS", "LBFGSInfo"]
 
 # The memory of the history by default, unless twenty pairs take more.
 _HISTORY_BYTES = 256 * 2**20
-# Powell's constant: the smallest share of the expected curvature that a corrected pair has.
-_LEAST_CURVATURE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +93,7 @@ class _History(ModelField):
         return inverse
 
 
-class LBFGS(FlatOptimizer):
+class LBFGS(LineSearchOptimizer):
     """Limited-memory BFGS, a drop-in for `torch.optim.LBFGS`.
 
     Its constructor accepts every call that `torch.optim.LBFGS` accepts, with the same meaning. Two
@@ -166,12 +148,8 @@ class LBFGS(FlatOptimizer):
     info: LBFGSInfo | None
     _info_type = LBFGSInfo
     _renamed: ClassVar = {"damping": "powell_damping"}
-    _recognized_by = "max_iter"
-    _state_fields = declare(n_iter=Number(0), func_evals=Number(0), history=_History("_inverse"))
-    _n_iter: int
-    _func_evals: int
+    _state_fields = declare(history=_History("_inverse"))
     _inverse: InverseBFGS | None
-    _carried = ("line_search", "_reset_reason")
 
     def __init__(
         self,
@@ -197,14 +175,8 @@ class LBFGS(FlatOptimizer):
                 stacklevel=2,
             )
             powell_damping = damping
-        check_integer("max_iter", max_iter, whole_floats=True)
         if history_size is not None:
             check_integer("history_size", history_size, whole_floats=True)
-        check_number("tolerance_change", tolerance_change, low=0.0)
-        check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
-        check_integer("max_eval", max_eval, optional=True, whole_floats=True)
-        self.line_search = resolve_line_search(line_search_fn, "line_search_fn")
-        self._reset_reason = ""
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -216,143 +188,55 @@ class LBFGS(FlatOptimizer):
             "maximize": maximize,
             "powell_damping": powell_damping,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, line_search_fn, defaults)
 
     def _begin(self, descent: Descent) -> None:
-        group, vector = self.param_groups[0], descent.objective.vector
-        descent.max_eval = group["max_eval"] or group["max_iter"] * 5 // 4
-        searches = not isinstance(self.line_search, FixedStep)
-        if not searches:
-            descent.patience = inf  # without a search the loss may climb for a while
+        super()._begin(descent)
+        vector = descent.objective.vector
         size, inverse = self._history_size(vector), self._inverse
         if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
             self._forget("history_size or the trainable parameters changed")
         history = self._inverse or self._start_history(vector)
-        history.largest_scale = searches
+        history.largest_scale = self._searches
         self._skipped = self._damped = 0
 
     def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
-        self._func_evals += objective.evaluations
-        further: dict[str, Any] = {}
-        if descent is None:
-            super()._finish(objective, descent)
-        else:
-            self._n_iter += descent.count
-            further = {"skipped_pairs": self._skipped, "damped_pairs": self._damped}
-        further["history_reset"] = self._reset_reason
-        self._reset_reason = ""
+        further = super()._finish(objective, descent)
+        if descent is not None:
+            further |= {"skipped_pairs": self._skipped, "damped_pairs": self._damped}
         return further
 
-    def _iterate(self, descent: Descent) -> StepStatus | None:
-        if descent.objective.renewed:
-            # Trials and pairs must belong to one function, and it has changed.
-            _, descent.point = self._evaluate(descent.objective)
-            if descent.point.grad_norm <= descent.tolerance_grad:
-                return StepStatus.CONVERGED_GRADIENT
-        line = self._line(descent)
-        precision = descent.objective.vector.precision
-        result = self.line_search(line, line.start, descent.lr, precision=precision)
-        descent.search_status = result.status
-        descent.nonfinite_trials += result.nonfinite
-        unbounded = line.bottomless or (
-            result.status is SearchStatus.UNBOUNDED and falls_without_end(line.slope, result)
-        )
-        if result.status.accepted:
-            before = descent.point
-            candidate = line.accept(result.trial)
-            if self._inverse is not None:
-                self._learn(self._inverse, line, result.trial.t, before, candidate)
-        if unbounded:
-            return StepStatus.UNBOUNDED
-        return None if result.status.accepted else self._failed(result)
-
-    def _failed(self, result: SearchResult) -> StepStatus | None:
-        """Drops the history after a search in vain; without one the step is over."""
-        if self._inverse is not None and self._inverse.count:
-            self._drop_history(f"the line search ended with {result.status.name}")
-            return None
-        if result.status is SearchStatus.NONFINITE:
-            self._drop_history("no trial of a line search was finite")
-            return StepStatus.NONFINITE_TRIALS
-        return StepStatus.NO_DECREASE
-
-    def _line(self, descent: Descent) -> Line:
-        """The line of the next search; one synchronization."""
-        grad, history = descent.point.grad, self._inverse
-        assert grad is not None
+    def _direction(self, descent: Descent) -> Tensor | None:
+        history, grad = self._inverse, descent.point.grad
         if history is None:
             history = self._start_history(descent.objective.vector)
-        if history.count:
-            direction = history.direction(grad)
-            slope, square = descent.space.to_host(sums=(grad @ direction, direction @ direction))
-            if -inf < slope < 0 and isfinite(square):
-                return Line(descent, direction, slope, square)
-            self._drop_history("the history gave a direction of ascent")
-        # The scale is not known yet. Without a search, the step is the same as in torch: the
-        # negative gradient, cut to a 1-norm of at most one. With a search, it goes to where the
-        # tangent meets a loss of zero, but no farther than the parameters are long.
-        loss, largest = descent.point.loss, descent.point.grad_norm
-        unit = grad / -largest  # no square of it overflows
-        square, total = descent.space.to_host(sums=(unit @ unit, unit.abs().sum()))
-        if isinstance(self.line_search, FixedStep):
-            length = min(largest, 1 / total)
-        else:
-            length = max(1.0, descent.size) / sqrt(square)
-            if loss:
-                length = min(length, 2 * abs(loss) / (largest * square))
-        return Line(descent, unit * length, -largest * square * length, square * length**2)
+        return history.direction(grad) if history.count and grad is not None else None
 
-    def _learn(
-        self, history: InverseBFGS, line: Line, t: float, before: Point, candidate: Candidate
-    ) -> None:
-        """Enters a pair into the history if it shows curvature, or can be made to.
-
-        Args:
-            history: The history.
-            line: The line; its direction is overwritten.
-            t: The accepted step.
-            before: The point where the line begins.
-            candidate: The accepted trial.
-        """
-        assert candidate.point is not None and candidate.point.grad is not None
-        y, y_y = candidate.y, candidate.y_y
-        assert before.grad is not None
-        if y is None:
-            y = candidate.point.grad - before.grad
-        precision = torch.finfo(y.dtype)
-        if not precision.tiny < y_y < inf and y.dtype == torch.float32:
-            # The square is beyond the range of float32.
-            (y_y,) = history.space.to_host(sums=[y.double() @ y.double()])
-        s_y, s_s = t * candidate.y_d, t * t * line.square
-        # H g = -d and so B s = -t g: the curvature that B expects is known without B.
-        expected = -t * t * line.slope
-        step = line.direction if t == 1.0 else line.direction.mul_(t)
-        if self.param_groups[0]["powell_damping"] and s_y < _LEAST_CURVATURE * expected:
-            keep = (1 - _LEAST_CURVATURE) * expected / (expected - s_y)
-            history.push(step, y.mul_(keep).sub_(before.grad, alpha=(1 - keep) * t))
-            self._damped += 1
-        elif s_y > 10 * precision.eps * sqrt(s_s) * sqrt(y_y) and y_y > 0:
-            history.push(step, y, s_y / y_y)
-        else:
+    def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
+        """Enters the pair into the history if it shows curvature, or can be made to."""
+        if self._inverse is None:  # the closure has loaded a state
+            return
+        damping = self.param_groups[0]["powell_damping"]
+        pair = curvature_pair(descent, line, t, before, to, damping=damping)
+        if pair is None:
             self._skipped += 1
+        else:
+            self._damped += pair.damped
+            self._inverse.push(pair.s, pair.y, pair.scale)
 
-    def _drop_history(self, reason: str) -> None:
-        """Drops the pairs during a step."""
-        self._reset_reason = reason
-        if self._inverse is not None:
-            self._inverse.reset()
+    def _restart(self) -> bool:
+        if self._inverse is None or not self._inverse.count:
+            return False
+        self._inverse.reset()
+        return True
 
     # The history and its place in checkpoints.
 
     def _start_history(self, vector: ParameterVector) -> InverseBFGS:
         """A history without pairs: there is none at first, or once a closure has loaded a state."""
         self._inverse = _history(vector, self._history_size(vector))
-        self._inverse.largest_scale = not isinstance(self.line_search, FixedStep)
+        self._inverse.largest_scale = self._searches
         return self._inverse
-
-    def _forget(self, reason: str) -> None:
-        super()._forget(reason)
-        self._reset_reason = reason
 
     def _history_size(self, vector: ParameterVector) -> int:
         """The number of pairs to keep; by default as many as fit into the memory set aside."""
