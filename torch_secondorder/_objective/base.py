@@ -23,6 +23,7 @@ from torch.autograd.graph import increment_version
 from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative, Multiply
 from torch_secondorder._closure.runner import ModuleRegistry, Replay, Run
 from torch_secondorder._foundation.memory import free_memory
+from torch_secondorder._params.box import Box
 from torch_secondorder._params.vector import ParameterVector
 
 
@@ -253,6 +254,7 @@ class Objective(ABC):
         renewed: Whether the function has changed since the last evaluation: buffers that the loss
             depends on have moved on with an accepted step.
         generation: Counts the moves; an evaluation's linearization is valid for one.
+        box: The bounds that every position is kept in; None for none.
         registry: The record of modules, ranks and closures.
         ranks: The ranks that the loss is averaged over.
         autocast: The autocast regions in which closures run, those around the place where this was
@@ -274,6 +276,7 @@ class Objective(ABC):
         self.limit: float = inf
         self.renewed = False
         self.generation = 0
+        self.box: Box | None = None
         self._entry = self.position
         # The position that the parameters hold now; None if the last trial has left them there.
         self._placed: Tensor | None = self.position
@@ -325,8 +328,11 @@ class Objective(ABC):
                 until then no product can be made from it.
         """
         self._tried = (step, t)
-        scale = self.vector.scale
-        position = torch.add(self.position, step if scale is None else step * scale, alpha=t)
+        if self.box is None:
+            scale = self.vector.scale
+            position = torch.add(self.position, step if scale is None else step * scale, alpha=t)
+        else:
+            position = self.box.moved(self.position, step, t)
         evaluation = self._evaluate_at(position, curvature)
         if evaluation.linearization is not None:
             evaluation.linearization.suspend()
@@ -347,7 +353,10 @@ class Objective(ABC):
         graph = None if trial is None else trial.linearization
         scale = self.vector.scale
         move = step if scale is None else step * scale
-        if self.position is self._entry:
+        if self.box is not None:
+            self._complete_last()
+            position = self.box.moved(self.position, step, t)
+        elif self.position is self._entry:
             position = torch.add(self.position, move, alpha=t)
         else:
             self._complete_last()
@@ -358,6 +367,20 @@ class Objective(ABC):
             self._move_buffers_on(there)
         if graph is not None:
             graph.resume()
+
+    def project(self) -> bool:
+        """Moves the parameters into the box, if they are outside; says whether they were."""
+        assert self.box is not None
+        inside = self.box.project(self.position)
+        if torch.equal(inside, self.position):
+            return False
+        self._go(inside)
+        return True
+
+    def return_to_entry(self) -> None:
+        """Moves the parameters back to where this objective was entered."""
+        self._complete_last()
+        self._go(self._entry)
 
     def _move_buffers_on(self, there: bool) -> None:
         """Moves buffers that the loss depends on as one evaluation here would have moved them.

@@ -149,6 +149,22 @@ class InverseBFGS(LinearOperator):
         self._cut.differences[self._newest].copy_(y)
         self._pending = True
 
+    @property
+    def gamma(self) -> float:
+        """The scale of directions that no pair covers."""
+        gamma = self._scales[-1]
+        return min(max(self._scales), _BOLDEST * gamma) if self.largest_scale else gamma
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs held: `S` and `Y`, shape `(count, n)`, and the age of each row.
+
+        The oldest has age zero, the next one, and so on.
+        """
+        assert self._buffers is not None
+        rows = torch.arange(self.count, device=self.device)
+        ages = (rows - self._newest - 1) % self.count
+        return self._buffers.steps[: self.count], self._buffers.differences[: self.count], ages
+
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
         return self._multiply(v, 1.0)
@@ -176,10 +192,7 @@ class InverseBFGS(LinearOperator):
             of_v = torch.mv(steps, v)
             if not whole:
                 of_v = space.total(of_v)
-        # The scale of directions that no pair covers.
-        gamma = self._scales[-1]
-        if self.largest_scale:
-            gamma = min(max(self._scales), _BOLDEST * gamma)
+        gamma = self.gamma
         work, small = self.dtype, self._small_dtype
         p2 = torch.mv(inverse, of_v.to(small))
         # Scaled before it is multiplied by Y: the square of a gradient may leave the dtype's range.
