@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -168,6 +168,10 @@ class Descent:
         self.count += 1
 
 
+#: One iteration of a step; returns the reason to end the step, or None.
+Iterate: TypeAlias = Callable[[Descent], "StepStatus | None"]
+
+
 @dataclass(slots=True)
 class Candidate:
     """A trial point on a `Line`, with the pair that a quasi-Newton method learns by going there.
@@ -321,6 +325,8 @@ class FlatOptimizer(SecondOrderOptimizer):
     _master: Tensor | None
     _largest_gradient: float  # at the starts of all steps
     _info_type: type[DescentInfo] = DescentInfo
+    #: Gets each step and its iteration before the first one; returns the iteration to run.
+    _observe: Callable[[Descent, Iterate], Iterate] | None = None
 
     # For subclasses.
 
@@ -465,7 +471,8 @@ class FlatOptimizer(SecondOrderOptimizer):
         )
         del point  # a gradient, and perhaps a graph, that the iterations need not hold for long
         self._begin(descent)
-        status = descent.run(self._iterate)
+        iterate = self._iterate if self._observe is None else self._observe(descent, self._iterate)
+        status = descent.run(iterate)
         further = self._finish(objective, descent)
         self._info = self._info_type(
             status,
