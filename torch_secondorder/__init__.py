@@ -10,9 +10,11 @@ from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.minimization import OptimizeResult, minimize
 from torch_secondorder.optim import (
+    BFGS,
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
+    BFGSInfo,
     Contractive,
     ContractiveInfo,
     LBFGSInfo,
@@ -28,9 +30,11 @@ from torch_secondorder.optim import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BFGS",
     "LBFGS",
     "AdaHessian",
     "AdaHessianInfo",
+    "BFGSInfo",
     "ClosureObjective",
     "Contractive",
     "ContractiveInfo",
