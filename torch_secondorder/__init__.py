@@ -8,6 +8,7 @@ from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
+from torch_secondorder.minimization import OptimizeResult, minimize
 from torch_secondorder.optim import (
     BFGS,
     LBFGS,
@@ -48,6 +49,7 @@ __all__ = [
     "NewtonCG",
     "NewtonCGInfo",
     "NewtonInfo",
+    "OptimizeResult",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",
@@ -59,6 +61,8 @@ __all__ = [
     "func",
     "globalization",
     "mark_outputs",
+    "minimization",
+    "minimize",
     "optim",
     "penalties",
     "solvers",

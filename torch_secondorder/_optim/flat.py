@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -181,6 +181,10 @@ class Descent:
         self.point = point
         self.step_length = t
         self.count += 1
+
+
+#: One iteration of a step; returns the reason to end the step, or None.
+Iterate: TypeAlias = Callable[[Descent], "StepStatus | None"]
 
 
 @dataclass(slots=True)
@@ -361,6 +365,8 @@ class FlatOptimizer(SecondOrderOptimizer):
     #: Whether groups may have bounds; the report is a `BoundedInfo` then.
     _takes_bounds = False
     _box_maker: BoxMaker | None = None
+    #: Gets each step and its iteration before the first one; returns the iteration to run.
+    _observe: Callable[[Descent, Iterate], Iterate] | None = None
 
     # For subclasses.
 
@@ -510,7 +516,8 @@ class FlatOptimizer(SecondOrderOptimizer):
         )
         del point  # a gradient, and perhaps a graph, that the iterations need not hold for long
         self._begin(descent)
-        status = descent.run(self._iterate)
+        iterate = self._iterate if self._observe is None else self._observe(descent, self._iterate)
+        status = descent.run(iterate)
         further = self._finish(objective, descent)
         grad_norm = descent.point.grad_norm
         if objective.box is not None:
