@@ -9,9 +9,11 @@ from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.optim import (
+    BFGS,
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
+    BFGSInfo,
     Contractive,
     ContractiveInfo,
     LBFGSInfo,
@@ -27,9 +29,11 @@ from torch_secondorder.optim import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BFGS",
     "LBFGS",
     "AdaHessian",
     "AdaHessianInfo",
+    "BFGSInfo",
     "ClosureObjective",
     "Contractive",
     "ContractiveInfo",

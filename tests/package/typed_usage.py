@@ -17,9 +17,11 @@ from typing_extensions import assert_type
 
 import torch_secondorder
 from torch_secondorder import (
+    BFGS,
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
+    BFGSInfo,
     ClosureObjective,
     Contractive,
     ContractiveInfo,
@@ -49,6 +51,7 @@ from torch_secondorder.curvature import (
     Hessian,
     Hutchinson,
     InverseBFGS,
+    InverseBroyden,
     KroneckerFactors,
     LinearOperator,
     UnknownOutputs,
@@ -170,6 +173,19 @@ def lbfgs() -> None:
     LBFGS(model.parameters(), line_search_fn=None)
     with refusal():
         LBFGS(model.parameters(), line_search_fn="newton")  # type: ignore[arg-type]
+
+
+def bfgs() -> None:
+    model, x, y = model_and_data()
+    optimizer = BFGS(model.parameters(), max_iter=2, update="ssbroyden")
+    assert_type(optimizer.info, BFGSInfo | None)
+    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(loss, Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.skipped_pairs, int)
+    assert_type(optimizer.info.tau, float)
+    with refusal():
+        BFGS(model.parameters(), update="broyden")  # type: ignore[arg-type]
 
 
 def a_closure_may_return_a_number() -> None:
@@ -339,6 +355,9 @@ def operators() -> None:
     inverse = InverseBFGS(2, history_size=3)
     inverse.push(v, 2 * v)
     assert_type(inverse.direction(v), Tensor)
+    matrix = InverseBroyden(2, update="ssbfgs")
+    assert_type(matrix.push(v, 2 * v), bool)
+    assert_type(matrix @ v, Tensor)
     w = torch.tensor([1.0, 2.0])
     differences = FiniteDifference(FunctionalObjective(lambda p: (p**4).sum(), w))
     assert_type(differences.size, int)

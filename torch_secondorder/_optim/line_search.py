@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from math import inf, isfinite, sqrt
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class LineSearchOptimizer(FlatOptimizer):
     _state_fields = declare(n_iter=Number(0), func_evals=Number(0))
     _n_iter: int
     _func_evals: int
-    _carried = ("line_search", "_reset_reason")
+    _carried: ClassVar[tuple[str, ...]] = ("line_search", "_reset_reason")
 
     def __init__(
         self, params: ParamsT, line_search_fn: str | LineSearch | None, defaults: dict[str, Any]

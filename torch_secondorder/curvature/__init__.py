@@ -13,6 +13,7 @@ from torch_secondorder.curvature.fisher import Fisher
 from torch_secondorder.curvature.gauss_newton import GaussNewton
 from torch_secondorder.curvature.hessian import Hessian
 from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
+from torch_secondorder.curvature.inverse_broyden import InverseBroyden
 from torch_secondorder.curvature.kronecker import KroneckerFactors
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Hessian",
     "Hutchinson",
     "InverseBFGS",
+    "InverseBroyden",
     "KroneckerFactors",
     "LinearOperator",
     "UnknownOutputs",
