@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -22,13 +22,10 @@ from torch_secondorder._optim.bounds import BoxMaker, check_bounds
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
-from torch_secondorder._params.vector import ParameterVector
+from torch_secondorder._params.vector import SHORT, ParameterVector
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.dataset._objective import objective_of
 from torch_secondorder.globalization import SearchStatus, Trial
-
-# Vectors of at most this many entries are kept rather than computed twice.
-_SHORT = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +183,10 @@ class Descent:
         self.count += 1
 
 
+#: One iteration of a step; returns the reason to end the step, or None.
+Iterate: TypeAlias = Callable[[Descent], "StepStatus | None"]
+
+
 @dataclass(slots=True)
 class Candidate:
     """A trial point on a `Line`, with the pair that a quasi-Newton method learns by going there.
@@ -230,6 +231,7 @@ class Line:
         self.start = Trial(0.0, point.loss, slope)
         self.bottomless = False
         self._descent, self._before = descent, point.grad
+        self._short = descent.objective.vector.is_short
         self._lowest_loss = point.loss
         self._lowest: Candidate | None = None
         self._newest: Candidate | None = None
@@ -246,13 +248,13 @@ class Line:
         direction, before = self.direction, self._before
         evaluation = self._descent.objective.trial(direction, t)
         grad = evaluation.grad
-        if len(grad) <= _SHORT:
+        if self._short:
             y = grad - before
-            y_y, y_d = y @ y, y @ direction
+            y_y, y_d = y.dot(y), y.dot(direction)
         else:
             y, (y_y, y_d) = None, _products_of_difference(grad, before, direction)
         slope, y_y_, y_d_, grad_norm, loss = self._descent.space.to_host(
-            sums=(grad @ direction, y_y, y_d),
+            sums=(grad.dot(direction), y_y, y_d),
             largest=(grad,),
             whole=(evaluation.loss,),
         )
@@ -303,7 +305,7 @@ def projected_point(objective: Objective, evaluation: Evaluation) -> Point:
 def _products_of_difference(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """`y'y` and `y'd` for `y = a - b`, without a vector for `y`."""
     # Pieces that lie in cache; on a device each costs four launches.
-    size = _SHORT if a.device.type == "cpu" else max(_SHORT, -(-len(a) // 16))
+    size = SHORT if a.device.type == "cpu" else max(SHORT, -(-len(a) // 16))
     room, y_y, y_d = a.new_empty(size), a.new_zeros(()), a.new_zeros(())
     for one, other, along in zip(a.split(size), b.split(size), d.split(size), strict=True):
         y = torch.sub(one, other, out=room[: len(one)])
@@ -363,6 +365,8 @@ class FlatOptimizer(SecondOrderOptimizer):
     #: Whether groups may have bounds; the report is a `BoundedInfo` then.
     _takes_bounds = False
     _box_maker: BoxMaker | None = None
+    #: Gets each step and its iteration before the first one; returns the iteration to run.
+    _observe: Callable[[Descent, Iterate], Iterate] | None = None
 
     # For subclasses.
 
@@ -512,7 +516,8 @@ class FlatOptimizer(SecondOrderOptimizer):
         )
         del point  # a gradient, and perhaps a graph, that the iterations need not hold for long
         self._begin(descent)
-        status = descent.run(self._iterate)
+        iterate = self._iterate if self._observe is None else self._observe(descent, self._iterate)
+        status = descent.run(iterate)
         further = self._finish(objective, descent)
         grad_norm = descent.point.grad_norm
         if objective.box is not None:

@@ -59,6 +59,7 @@ class StepStatus(Enum):
         "every trial gave a non-finite loss or gradient, even close to the best point found, where "
         "the parameters are; the history was dropped"
     )
+    STOPPED = "the callback of `minimize` ended it; the parameters are at the last iterate"
 
 
 @dataclass(frozen=True, slots=True)
