@@ -63,6 +63,7 @@ CASES: dict[str, Case] = {
     "lbfgs, armijo": (partial(lbfgs, line_search_fn="armijo"), convex, "categorical"),
     "lbfgs, hager_zhang": (partial(lbfgs, line_search_fn="hager_zhang"), convex, "gaussian"),
     "lbfgs, no search": (partial(lbfgs, line_search_fn=None, lr=0.5), convex, "bernoulli"),
+    "lbfgs, bounds": (partial(lbfgs, bounds=(-0.05, 0.1)), convex, "categorical"),
     "lbfgs, network": (lbfgs, network, "categorical"),  # in float64, see `convex`
     "ggn": (newton, network, "categorical"),
     "ggn, radius": (partial(newton, globalization="trust_region"), network, "gaussian"),
