@@ -83,6 +83,7 @@ RULES = Rules(
         "dataset._objective": "diagnostics _optim",
         "dataset._operator": "diagnostics _optim",
         "penalties._encoder": "optim integrations",
+        "solvers._box_quadratic": "_optim optim",
         "solvers._units": "_optim",
     },
     reserved={
