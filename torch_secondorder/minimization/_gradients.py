@@ -43,8 +43,9 @@ def exact(fun: Callable[[Any], Any]) -> Function:
 
     def checked(x: Any) -> Tensor:
         value = fun(x)
-        if type(value) is Tensor and value.requires_grad and not value.dim():
-            return value
+        if isinstance(value, Tensor):  # ordinary values need no further call
+            if value.requires_grad and not value.dim() and not value.is_complex():
+                return value
         return differentiable(value)
 
     return checked

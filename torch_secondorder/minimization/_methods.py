@@ -13,6 +13,7 @@ from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.optim.adahessian import AdaHessian
+from torch_secondorder.optim.bfgs import BFGS
 from torch_secondorder.optim.lbfgs import LBFGS
 from torch_secondorder.optim.newton_cg import NewtonCG
 from torch_secondorder.optim.sophia import Sophia
@@ -62,6 +63,10 @@ class Method:
 
 #: All methods. An optimizer becomes one by a row.
 METHODS: dict[str, Method] = {
+    "bfgs": Method(BFGS, {"update": "bfgs"}),
+    "ssbfgs": Method(BFGS, {"update": "ssbfgs"}),
+    "ssbroyden": Method(BFGS, {"update": "ssbroyden"}),
+    "dfp": Method(BFGS, {"update": "dfp"}),
     "lbfgs": Method(LBFGS),
     "newton-cg": Method(NewtonCG, twice=True),
     "trust-ncg": Method(
@@ -72,6 +77,16 @@ METHODS: dict[str, Method] = {
 }
 #: Other names, SciPy's among them.
 ALIASES = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs"}
+
+# The largest number of unknowns for which a dense matrix is the default. An update of the matrix
+# costs some hundred microseconds there.
+_DENSE = 1000
+
+
+def default_method(size: int, *, bounded: bool) -> str:
+    """The name of the method that is used if none is given, for so many unknowns."""
+    return "lbfgs" if bounded or size > _DENSE else "bfgs"
+
 
 #: Options by the names that SciPy has for them.
 _SCIPY_NAMES = {

@@ -25,6 +25,7 @@ from torch_secondorder.minimization._methods import (
     Method,
     Settings,
     check_bounds_fit,
+    default_method,
     read_options,
     resolve_method,
 )
@@ -64,10 +65,11 @@ def minimize(
             operations of torch. A number will do if the gradient comes from `jac`.
         x0: The start: a tensor of real or complex numbers, or a dict, list or tuple of such
             tensors, nested as you like.
-        method: A name in any case, or an optimizer class. `"lbfgs"` (also `"L-BFGS-B"`);
-            `"newton-cg"` for `NewtonCG`, `"trust-ncg"` for the same with the Hessian and a trust
-            region; `"adahessian"` and `"sophia"`, which are for losses with noise. By default
-            `"lbfgs"`.
+        method: A name in any case, or an optimizer class. `"bfgs"`, and its relatives `"ssbfgs"`,
+            `"ssbroyden"` and `"dfp"`; `"lbfgs"`, also known as `"L-BFGS-B"`; `"newton-cg"` for
+            `NewtonCG`, `"trust-ncg"` for the same with the Hessian and a trust region;
+            `"adahessian"` and `"sophia"`, which are for losses with noise. By default `"bfgs"`, and
+            `"lbfgs"` with bounds or more than 1,000 unknowns.
         args: Further arguments of `fun`, and of `jac` if that is a function.
         jac: None for the exact gradient by autograd. True if `fun` returns the pair
             `(value, gradient)`. A function that takes what `fun` takes and returns the gradient, a
@@ -116,7 +118,9 @@ def minimize(
     check_callable("callback", callback, optional=True)
     leaves, names, structure = _leaves(x0)
     size = sum(leaf.numel() * (1 + leaf.is_complex()) for leaf in leaves)
-    name, chosen = resolve_method("lbfgs" if method is None else method)
+    if method is None:
+        method = default_method(size, bounded=bounds is not None)
+    name, chosen = resolve_method(method)
     settings = read_options(options, tol, name, chosen)
     limits = None
     if bounds is not None:
