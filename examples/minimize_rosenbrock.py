@@ -31,11 +31,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "bfgs": ("BFGS", {}),
     "ssbroyden": ("BFGS, ssbroyden", {}),
     "lbfgs": ("LBFGS", {}),
+    "nonlinear-cg": ("NonlinearCG", {}),
+    "newton": ("Newton", {}),
     "newton-cg": ("NewtonCG", {}),
-    "trust-ncg": ("NewtonCG, trust region", {}),
-    # Made for losses with noise: steps of a fixed size, many of them.
-    "adahessian": ("AdaHessian", {"lr": 0.1, "maxiter": 500}),
+    # Made for losses with noise: steps of about a fixed size, many of them.
+    "adahessian": ("AdaHessian", {"lr": 2.0, "maxiter": 1000}),
+    "sophia": ("Sophia", {"lr": 0.02, "estimator": "hutchinson", "maxiter": 1000}),
 }
+MARKERS = "os^vDP"
 GRADIENTS = {"exact": None, "differences": "2-point"}
 
 
@@ -115,42 +118,44 @@ def plot(runs: Sequence[Descent], path: Path) -> None:
     """Draws the paths over the contours, and the values by iterations."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12.5, 5.8), width_ratios=(1.25, 1), layout="constrained"
+        1, 2, figsize=(13, 6.2), width_ratios=(1.5, 1), layout="constrained"
     )
     draw_contours(left, torch.cat([run.path for run in runs]))
-    styles = {label: line_style(i) for i, label in enumerate(dict.fromkeys(r.label for r in runs))}
+    number = {label: i for i, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    drawn = set()
     for run in runs:
-        exact = run.gradient == "exact"
-        look = styles[run.label] | {"linestyle": "-" if exact else ":", "linewidth": 1.6}
-        if exact or not any(r.label == run.label and r.gradient == "exact" for r in runs):
+        i = number[run.label]
+        look = line_style(i) | {"linestyle": "-" if run.gradient == "exact" else ":"}
+        if run.label not in drawn:  # the path with differences can hardly be told from it
+            drawn.add(run.label)
             x, y = run.path.T
-            left.plot(x, y, marker="o", markersize=3.5, label=run.label, **look)
+            # A marker for each iteration, where those do not merge into a thick line.
+            marker = MARKERS[i % len(MARKERS)] if len(x) <= 100 else ""
+            left.plot(x, y, marker=marker, ms=5, label=run.label, **look | {"linewidth": 1.2})
         # Rounding can make the last value zero, which a logarithmic axis cannot show.
-        shown = [max(value, 1e-32) for value in run.values]
-        right.plot(range(len(shown)), shown, **look)
+        right.plot([max(value, 1e-32) for value in run.values], **look)
     left.plot(*MINIMUM, marker="*", markersize=15, color="black", zorder=10)
-    style_axes(right, xlabel="iterations", ylabel="value", yscale="log")
-    right.set(title="exact gradients solid, differences dotted", xlim=(0, longest(runs)))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    style_axes(right, xlabel="iterations", ylabel="value", xscale="symlog", yscale="log")
+    right.set(title="exact gradients solid, differences dotted", xlim=(0, None))
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def longest(runs: Sequence[Descent]) -> int:
-    """Iterations to show: those of all but methods with very many."""
-    counts = sorted(run.result.nit for run in runs)
-    return min(counts[-1], 3 * counts[len(counts) // 2])
-
-
 def draw_contours(axes: Any, points: Tensor) -> None:
-    """Draws contour lines of the function around points, denser where it is low."""
-    (left, bottom), (right, top) = points.amin(0).tolist(), points.amax(0).tolist()
-    margin = 0.08 * max(right - left, top - bottom)
-    x = torch.linspace(left - margin, right + margin, 300, dtype=torch.float64)
-    y = torch.linspace(bottom - margin, top + margin, 300, dtype=torch.float64)
-    values = rosenbrock(torch.cartesian_prod(x, y)).reshape(300, 300).T
-    levels = [10.0 ** (k / 2) for k in range(-4, 1 + math.ceil(2 * math.log10(values.max())))]
-    axes.contour(x, y, values, levels=levels, colors="0.75", linewidths=0.8)
+    """Draws the function around points, in steps of a factor of three."""
+    low, high = points.amin(0), points.amax(0)
+    margin = 0.08 * (high - low).clamp(min=0.1)
+    x, y = (
+        torch.linspace(start, end, 400, dtype=torch.float64)
+        for start, end in zip(low - margin, high + margin, strict=True)
+    )
+    values = rosenbrock(torch.cartesian_prod(x, y)).reshape(400, 400).T.log10()
+    highest = math.ceil(2.0 * values.max().item())
+    levels = [k / 2 for k in range(-5, highest + 1)]
+    axes.contourf(x, y, values, levels=levels, cmap="Greys", alpha=0.35, extend="min")
+    axes.contour(x, y, values, levels=levels, colors="0.7", linewidths=0.5, linestyles="solid")
     style_axes(axes, xlabel="x", ylabel="y")
     axes.grid(visible=False)
     axes.set(title="paths over the contours of Rosenbrock's function")

@@ -38,7 +38,7 @@ from _training import Task
 __all__ = ["CONTENDERS", "make_network", "make_problem", "make_task", "residual_loss"]
 
 VISCOSITY = 0.01 / math.pi
-STRETCH = 4.0  # of the meshes, towards the shock at x = 0
+STRETCH = 5.0  # of the meshes, towards the shock at x = 0
 INSIDE = 2000  # points for the residual
 GRID = (257, 101)  # points in x and in t, for the error
 
