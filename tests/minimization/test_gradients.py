@@ -68,13 +68,11 @@ def test_points_are_those_of_scipy(
         bounds = (low, high) if bounded else (-np.inf, np.inf)
         with np.errstate(all="ignore"):
             approx_derivative(record, x, scheme, rel_step, bounds=bounds)
-        estimate = Differences(
-            lambda t: record(t.numpy(), ours),
-            scheme,
-            Counts(),
-            rel_step,
-            limits,
-        )
+
+        def record_ours(at: Tensor, points: list[Any] = ours) -> Any:
+            return record(at.numpy(), points)
+
+        estimate = Differences(record_ours, scheme, Counts(), rel_step, limits)
         estimate(torch.from_numpy(x).requires_grad_())
         if not bounded or free.all():
             assert len(ours) == len(theirs)
@@ -203,9 +201,8 @@ def test_a_given_gradient_is_as_good_as_the_exact_one(method: str) -> None:
         result = minimize(fun, START, method, jac=jac)
         assert result.success, (method, result)
         assert torch.allclose(result.x, torch.ones_like(START), atol=1e-6)
-        # NewtonCG takes differences where the gradient has no graph; NumPy rounds differently.
-        if method != "newton-cg" and jac is not with_numpy:
-            assert (result.nfev, result.njev) == (exact.nfev, exact.njev)
+        if method != "newton-cg":  # which takes differences, where the gradient has no graph
+            assert result.nfev == result.njev == pytest.approx(exact.nfev, abs=5)  # rounding
 
 
 def test_second_derivatives_come_from_the_given_gradient() -> None:

@@ -43,10 +43,9 @@ def exact(fun: Callable[[Any], Any]) -> Function:
 
     def checked(x: Any) -> Tensor:
         value = fun(x)
-        if isinstance(value, Tensor):  # ordinary values need no further call
-            if value.requires_grad and not value.dim() and not value.is_complex():
-                return value
-        return differentiable(value)
+        if not isinstance(value, Tensor) or value.dim() or value.is_complex():
+            return differentiable(value)
+        return value if value.requires_grad else differentiable(value)
 
     return checked
 

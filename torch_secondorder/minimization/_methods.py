@@ -15,6 +15,7 @@ from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.optim.adahessian import AdaHessian
 from torch_secondorder.optim.bfgs import BFGS
 from torch_secondorder.optim.lbfgs import LBFGS
+from torch_secondorder.optim.newton import Newton
 from torch_secondorder.optim.newton_cg import NewtonCG
 from torch_secondorder.optim.sophia import Sophia
 
@@ -36,7 +37,7 @@ class Method:
     @property
     def takes_bounds(self) -> bool:
         """True if the optimizer can keep parameters within bounds."""
-        return "bounds" in arguments_of(self.optimizer)
+        return bool(getattr(self.optimizer, "_takes_bounds", False))
 
     def make(self, params: Any, *arguments: Mapping[str, Any]) -> Any:
         """The optimizer.
@@ -68,6 +69,7 @@ METHODS: dict[str, Method] = {
     "ssbroyden": Method(BFGS, {"update": "ssbroyden"}),
     "dfp": Method(BFGS, {"update": "dfp"}),
     "lbfgs": Method(LBFGS),
+    "newton": Method(Newton, twice=True),
     "newton-cg": Method(NewtonCG, twice=True),
     "trust-ncg": Method(
         NewtonCG, {"curvature": "hessian", "globalization": "trust_region"}, twice=True
@@ -76,7 +78,7 @@ METHODS: dict[str, Method] = {
     "sophia": Method(Sophia, twice=True),
 }
 #: Other names, SciPy's among them.
-ALIASES = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs"}
+ALIASES = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs", "trust-exact": "newton"}
 
 # The largest number of unknowns for which a dense matrix is the default. An update of the matrix
 # costs some hundred microseconds there.
