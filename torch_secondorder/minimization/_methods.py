@@ -168,6 +168,7 @@ class Settings:
         tolerance_change: None for the default.
         disp: Whether a line is printed at the end.
         rel_step: The relative step of finite differences; None for SciPy's rule.
+        at_once: Whether `torch.func.vmap` evaluates the points of a difference in one call.
         arguments: Further arguments of the optimizer's constructor.
     """
 
@@ -177,6 +178,7 @@ class Settings:
     tolerance_change: float | None = None
     disp: bool = False
     rel_step: float | None = None
+    at_once: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -225,6 +227,8 @@ def read_options(
             setattr(settings, own, value)
         elif own == "disp":
             settings.disp = bool(value)
+        elif own == "finite_diff_vmap":
+            settings.at_once = bool(value)
         elif own in taken or ("**" in taken and option not in _SCIPY_NAMES):
             settings.arguments[own] = value
         else:
@@ -236,6 +240,7 @@ def read_options(
 
 
 def _known_options(taken: tuple[str, ...]) -> list[str]:
-    common = ["gtol", "ftol", "xtol", "maxiter", "maxfun", "disp", "finite_diff_rel_step"]
+    common = ["gtol", "ftol", "xtol", "maxiter", "maxfun", "disp"]
+    common += ["finite_diff_rel_step", "finite_diff_vmap"]
     own = [n for n in taken if n not in _NO_OPTIONS and n not in _CHECKS and n != "**"]
     return common + own
