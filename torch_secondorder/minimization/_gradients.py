@@ -272,7 +272,7 @@ class Differences:
             self._counts.functions += len(moved)
             if self._at_once:
                 _reset(states)
-                one_by_one = torch.func.vmap(partial(value_at, place), randomness="same")
+                one_by_one: Any = torch.func.vmap(partial(value_at, place), randomness="same")
                 found: Tensor = one_by_one(moved)
                 return found.unbind()
             values: list[Tensor | float] = []
