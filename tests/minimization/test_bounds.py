@@ -121,7 +121,7 @@ def test_each_leaf_has_its_bounds(method: str) -> None:
         bounds=({"a": 0, "b": -1.5}, {"a": torch.tensor([1.0, 2.0]), "b": None}),
     )
     assert result.success
-    assert result.x["a"].tolist() == pytest.approx([1.0, 2.0])
+    assert result.x["a"].tolist() == pytest.approx([1.0, 1.75])
     assert result.x["b"].item() == pytest.approx(-1.5)
 
 

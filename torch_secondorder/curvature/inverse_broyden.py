@@ -157,6 +157,18 @@ class InverseBroyden(LinearOperator):
         """The quasi-Newton direction `-H grad`, shape `(n,)`."""
         return self._multiply(grad, -1.0)
 
+    def columns(self, index: Tensor) -> Tensor:
+        """Some columns of `H`, shape `(n, k)`; of the identity before the first pair.
+
+        Args:
+            index: Their numbers, shape `(k,)`.
+        """
+        if not self.count:
+            return torch.eye(self.size, dtype=self.dtype, device=self.device)[:, index]
+        assert self._matrix is not None
+        weighted = self._signs[:, None] * self._rows[:, index]
+        return torch.addmm(self._matrix[:, index], self._rows.T, weighted).mul_(self._scale)
+
     def advance(self, product: Tensor, v: Tensor) -> Tensor:
         """`H v` from what it was before the last pair, without a pass over the matrix.
 

@@ -15,6 +15,7 @@ from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.optim.adahessian import AdaHessian
 from torch_secondorder.optim.bfgs import BFGS
 from torch_secondorder.optim.lbfgs import LBFGS
+from torch_secondorder.optim.newton import Newton
 from torch_secondorder.optim.newton_cg import NewtonCG
 from torch_secondorder.optim.sophia import Sophia
 
@@ -36,7 +37,7 @@ class Method:
     @property
     def takes_bounds(self) -> bool:
         """True if the optimizer can keep parameters within bounds."""
-        return "bounds" in arguments_of(self.optimizer)
+        return bool(getattr(self.optimizer, "_takes_bounds", False))
 
     def make(self, params: Any, *arguments: Mapping[str, Any]) -> Any:
         """The optimizer.
@@ -68,6 +69,7 @@ METHODS: dict[str, Method] = {
     "ssbroyden": Method(BFGS, {"update": "ssbroyden"}),
     "dfp": Method(BFGS, {"update": "dfp"}),
     "lbfgs": Method(LBFGS),
+    "newton": Method(Newton, twice=True),
     "newton-cg": Method(NewtonCG, twice=True),
     "trust-ncg": Method(
         NewtonCG, {"curvature": "hessian", "globalization": "trust_region"}, twice=True
@@ -76,7 +78,7 @@ METHODS: dict[str, Method] = {
     "sophia": Method(Sophia, twice=True),
 }
 #: Other names, SciPy's among them.
-ALIASES = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs"}
+ALIASES = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs", "trust-exact": "newton"}
 
 # The largest number of unknowns for which a dense matrix is the default. An update of the matrix
 # costs some hundred microseconds there.
@@ -166,6 +168,7 @@ class Settings:
         tolerance_change: None for the default.
         disp: Whether a line is printed at the end.
         rel_step: The relative step of finite differences; None for SciPy's rule.
+        at_once: Whether `torch.func.vmap` evaluates the points of a difference in one call.
         arguments: Further arguments of the optimizer's constructor.
     """
 
@@ -175,6 +178,7 @@ class Settings:
     tolerance_change: float | None = None
     disp: bool = False
     rel_step: float | None = None
+    at_once: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -223,6 +227,8 @@ def read_options(
             setattr(settings, own, value)
         elif own == "disp":
             settings.disp = bool(value)
+        elif own == "finite_diff_vmap":
+            settings.at_once = bool(value)
         elif own in taken or ("**" in taken and option not in _SCIPY_NAMES):
             settings.arguments[own] = value
         else:
@@ -234,6 +240,7 @@ def read_options(
 
 
 def _known_options(taken: tuple[str, ...]) -> list[str]:
-    common = ["gtol", "ftol", "xtol", "maxiter", "maxfun", "disp", "finite_diff_rel_step"]
+    common = ["gtol", "ftol", "xtol", "maxiter", "maxfun", "disp"]
+    common += ["finite_diff_rel_step", "finite_diff_vmap"]
     own = [n for n in taken if n not in _NO_OPTIONS and n not in _CHECKS and n != "**"]
     return common + own

@@ -66,10 +66,11 @@ def minimize(
         x0: The start: a tensor of real or complex numbers, or a dict, list or tuple of such
             tensors, nested as you like.
         method: A name in any case, or an optimizer class. `"bfgs"`, and its relatives `"ssbfgs"`,
-            `"ssbroyden"` and `"dfp"`; `"lbfgs"`, also known as `"L-BFGS-B"`; `"newton-cg"` for
-            `NewtonCG`, `"trust-ncg"` for the same with the Hessian and a trust region;
-            `"adahessian"` and `"sophia"`, which are for losses with noise. By default `"bfgs"`, and
-            `"lbfgs"` with bounds or more than 1,000 unknowns.
+            `"ssbroyden"` and `"dfp"`; `"lbfgs"`, also known as `"L-BFGS-B"`; `"newton"`, with the
+            Hessian as a matrix, also known as `"trust-exact"`; `"newton-cg"` for `NewtonCG`, and
+            `"trust-ncg"` for the same with the Hessian and a trust region; `"adahessian"` and
+            `"sophia"`, which are for losses with noise. By default `"bfgs"`, and `"lbfgs"` with
+            bounds or more than 1,000 unknowns.
         args: Further arguments of `fun`, and of `jac` if that is a function.
         jac: None for the exact gradient by autograd. True if `fun` returns the pair
             `(value, gradient)`. A function that takes what `fun` takes and returns the gradient, a
@@ -86,8 +87,9 @@ def minimize(
             evaluations, unlimited by default and checked between iterations; `gtol`, the largest
             absolute entry of the gradient at the solution; `ftol` (or `xtol`), the relative change
             of both function and `x` at which an iteration is the last, 1e-9 in float64;
-            `finite_diff_rel_step`, the step relative to `|x|`; `disp` to print a line at the end.
-            All others are arguments of the optimizer, such as `history_size` of `LBFGS`. By
+            `finite_diff_rel_step`, the step relative to `|x|`; `finite_diff_vmap` to evaluate the
+            points of a difference in one call by `torch.func.vmap`; `disp` to print a line at the
+            end. All others are arguments of the optimizer, such as `history_size` of `LBFGS`. By
             default `gtol` is 1e-7 with exact gradients in float64, 1e-5 with `"2-point"`, and 8e-5
             with exact gradients in float32; times the largest entry of the gradient at `x0` if that
             is below one.
@@ -208,7 +210,8 @@ def _function(
                 "method that needs the gradient only, such as 'lbfgs'"
             )
         flat = None if limits is None else _flat_limits(limits, leaves)
-        return Differences(fun, jac, counts, settings.rel_step, flat)
+        step, at_once = settings.rel_step, settings.at_once
+        return Differences(fun, jac, counts, step, flat, at_once=at_once)
     if jac == "cs":
         raise ValueError(
             "jac='cs' needs a function of complex numbers, and the exact gradient by autograd is "
