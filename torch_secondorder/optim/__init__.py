@@ -7,6 +7,7 @@ from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
+from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "LBFGSInfo",
     "NewtonCG",
     "NewtonCGInfo",
+    "NonlinearCG",
+    "NonlinearCGInfo",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",
