@@ -33,7 +33,6 @@ from torch_secondorder._params.space import (
     space_of,
 )
 
-
 #: A vector of at most this many entries is kept rather than computed twice.
 SHORT = 2**16
 
