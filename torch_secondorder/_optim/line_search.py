@@ -87,6 +87,10 @@ class LineSearchOptimizer(FlatOptimizer):
     def _restart(self) -> bool:
         """Drops what was learned; says whether there was anything."""
 
+    def _first_step(self, descent: Descent) -> float:
+        """The step that the next search tries first."""
+        return descent.lr
+
     # The steps.
 
     @property
@@ -121,7 +125,8 @@ class LineSearchOptimizer(FlatOptimizer):
                 return StepStatus.CONVERGED_GRADIENT
         line = self._line(descent)
         precision = descent.objective.vector.precision
-        result = self.line_search(line, line.start, descent.lr, precision=precision)
+        first = self._first_step(descent)
+        result = self.line_search(line, line.start, first, precision=precision)
         descent.search_status = result.status
         descent.nonfinite_trials += result.nonfinite
         unbounded = line.bottomless or (

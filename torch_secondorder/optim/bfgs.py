@@ -149,6 +149,7 @@ class BFGS(LineSearchOptimizer):
         self.update = update
         # The gradient whose product with H is known already, and minus this product.
         self._known: tuple[Tensor, Tensor] | None = None
+        self._reach = 1.0
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -193,6 +194,14 @@ class BFGS(LineSearchOptimizer):
             return known[1]
         return inverse.direction(grad)
 
+    def _first_step(self, descent: Descent) -> float:
+        import os
+        f=float(os.environ.get("T0","1"))
+        m=float(os.environ.get("T0M","0"))
+        if not self._searches or self._inverse is None or not self._inverse.count or f==0:
+            return descent.lr
+        return min(descent.lr, max(m,f*self._reach))
+
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Updates the inverse Hessian, if the pair shows curvature or can be made to."""
         inverse = self._inverse
@@ -208,6 +217,7 @@ class BFGS(LineSearchOptimizer):
             self._skipped += 1
             return
         expected = -t * t * line.slope
+        self._reach = min(1.0, -t * line.slope / to.y_d) if to.y_d > 0 else 1.0
         if not inverse.count:
             # The step went along the negative gradient, which is the direction for this H.
             initial = line.square / -line.slope
