@@ -15,6 +15,7 @@ from . import (
     newton,
     penalties,
     products,
+    quasi_newton,
 )
 from .registry import COMMANDS, Command, Options, command
 
@@ -34,4 +35,5 @@ __all__ = [
     "newton",
     "penalties",
     "products",
+    "quasi_newton",
 ]

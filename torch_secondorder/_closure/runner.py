@@ -49,6 +49,7 @@ from torch_secondorder._closure.validation import (
 from torch_secondorder._foundation.private_torch import (
     NormBase,
     any_autocast_enabled,
+    engine_run_backward,
     fsdp_dtype,
     plainly,
 )
@@ -304,21 +305,23 @@ class Replay:
         self._after: dict[_Slot, Tensor] | None = None
         self._entry: dict[_Slot, Tensor] = {}  # buffers that have moved on, as they were before
         self._evaluations = 0
+        self._sharded = bool(registry.sharded)
         self._failed = False  # whether the last evaluation was broken off
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
         first, registry = self._evaluations == 1, self._registry
-        if registry.sharded:
+        if self._sharded:
             registry.reshard()
         if not first:
-            if self._before and self._after is None and not self._failed:
-                self._note_after()
+            if self._before:
+                if self._after is None and not self._failed:
+                    self._note_after()
+                for slot, value in self._before.items():
+                    slot.restore(value)
             for set_state, state in self._random:
                 set_state(state)
-            for slot, value in self._before.items():
-                slot.restore(value)
         # An autocast region around caches casts of parameters that have moved since.
         torch.clear_autocast_cache()
         self._failed = True
@@ -328,7 +331,9 @@ class Replay:
                     stack.enter_context(torch.autocast(device_type, dtype=dtype))
                 if first:
                     stack.enter_context(registry.watch(self._before))
+                    self._sharded = True  # unless there is none, which is known afterwards
                 result = closure()
+            self._sharded = bool(registry.sharded)
         else:
             result = closure()
         self._failed = False
@@ -466,7 +471,10 @@ def run(
             loss = scalar(value)
             if capture is None:
                 with plainly():
-                    gradients = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
+                    weight = torch.ones_like(differentiable(loss))
+                    gradients = engine_run_backward(
+                        (loss,), (weight,), False, False, tuple(params), True
+                    )
                 return loss, gradients
             gradients = capture.differentiate(differentiable(capture.checked(loss)))
         elif capture is None:

@@ -64,7 +64,7 @@ class Space:
             whole: Numbers that belong to the whole already.
         """
         numbers = (*sums, *map(max_norm, largest), *norms, *whole)
-        if numbers[0].device.type == "cpu":
+        if numbers[0].is_cpu:
             return list(map(Tensor.item, numbers))
         dtype = reduce(torch.promote_types, (number.dtype for number in numbers))
         return torch.stack([number.to(dtype) for number in numbers]).tolist()

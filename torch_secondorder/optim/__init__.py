@@ -6,6 +6,7 @@ from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
+from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
@@ -18,8 +19,10 @@ __all__ = [
     "Contractive",
     "ContractiveInfo",
     "LBFGSInfo",
+    "Newton",
     "NewtonCG",
     "NewtonCGInfo",
+    "NewtonInfo",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",

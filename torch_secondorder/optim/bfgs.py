@@ -195,12 +195,9 @@ class BFGS(LineSearchOptimizer):
         return inverse.direction(grad)
 
     def _first_step(self, descent: Descent) -> float:
-        import os
-        f=float(os.environ.get("T0","1"))
-        m=float(os.environ.get("T0M","0"))
-        if not self._searches or self._inverse is None or not self._inverse.count or f==0:
-            return descent.lr
-        return min(descent.lr, max(m,f*self._reach))
+        if self._searches and self.update in _SELF_SCALED:
+            return descent.lr * self._reach
+        return descent.lr
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Updates the inverse Hessian, if the pair shows curvature or can be made to."""

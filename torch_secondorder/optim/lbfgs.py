@@ -13,12 +13,14 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.flat import Candidate, Descent, DescentInfo, Line, Point
+from torch_secondorder._optim.bounds import Bounds
+from torch_secondorder._optim.flat import BoundedInfo, Candidate, Descent, Line, Point
 from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_pair
 from torch_secondorder._optim.state import ModelField, Pieces, check_size, copied, declare
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBFGS
 from torch_secondorder.globalization import LineSearch, LineSearchName
+from torch_secondorder.solvers._box_quadratic import CompactBFGS, FaceModel
 
 __all__ = ["LBFGS", "LBFGSInfo"]
 
@@ -27,7 +29,7 @@ _HISTORY_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class LBFGSInfo(DescentInfo):
+class LBFGSInfo(BoundedInfo):
     """Report of one step of `LBFGS`.
 
     Attributes:
@@ -123,6 +125,10 @@ class LBFGS(LineSearchOptimizer):
             steps of length `lr` without a search.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
         maximize: Whether to maximize the closure's loss.
+        bounds: Lower and upper bounds `(low, high)` of the parameters, or None. Each is a number, a
+            tensor that broadcasts to every parameter of the group, a list with one of these for
+            each parameter, or None for no bound. The closure is only evaluated within the bounds.
+            A group may have its own.
         powell_damping: Whether a pair with too little curvature is corrected (Powell 1978) instead
             of left out.
         damping: Old name of `powell_damping`.
@@ -147,6 +153,7 @@ class LBFGS(LineSearchOptimizer):
 
     info: LBFGSInfo | None
     _info_type = LBFGSInfo
+    _takes_bounds = True
     _renamed: ClassVar = {"damping": "powell_damping"}
     _state_fields = declare(history=_History("_inverse"))
     _inverse: InverseBFGS | None
@@ -164,6 +171,7 @@ class LBFGS(LineSearchOptimizer):
         *,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        bounds: Bounds = None,
         powell_damping: bool = False,
         damping: bool | None = None,
     ) -> None:
@@ -186,6 +194,7 @@ class LBFGS(LineSearchOptimizer):
             "history_size": history_size,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "bounds": bounds,
             "powell_damping": powell_damping,
         }
         super().__init__(params, line_search_fn, defaults)
@@ -211,6 +220,12 @@ class LBFGS(LineSearchOptimizer):
         if history is None:
             history = self._start_history(descent.objective.vector)
         return history.direction(grad) if history.count and grad is not None else None
+
+    def _face_model(self, descent: Descent) -> FaceModel | None:
+        history = self._inverse
+        if history is None:
+            history = self._start_history(descent.objective.vector)
+        return CompactBFGS(history) if history.count else None
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Enters the pair into the history if it shows curvature, or can be made to."""

@@ -1,0 +1,249 @@
+"""Quasi-Newton methods on physics-informed networks: loss and error by evaluations, and by time.
+
+Counts of evaluations are the same on every machine, so runs of this kind may share a busy one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secondorder import LBFGS
+
+from .harness import load_ours, progress, say
+from .race import load_example, race, show
+from .registry import Options
+from .report import Report, Table, number
+
+SPEED = 30.0
+POISSON_MARKS = (500, 1_000, 2_000, 4_000)
+CONVECTION_MARKS = (500, 1_000, 1_500)
+DTYPE = torch.float64
+
+Make = Callable[[Iterable[nn.Parameter]], Any]
+
+
+@dataclass(frozen=True)
+class Pinn:
+    """A network with an equation to satisfy.
+
+    Attributes:
+        title: The equation and the network, for tables.
+        model: The initial network; each run trains a copy.
+        loss: The training loss of a network.
+        error: The relative L2 error of a network against the exact solution.
+    """
+
+    title: str
+    model: nn.Module
+    loss: Callable[[nn.Module], Tensor]
+    error: Callable[[nn.Module], float]
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def network(widths: Sequence[int], seed: int, device: torch.device) -> nn.Sequential:
+    """A tanh network in float64 with layers of these widths, the same for the same seed."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for wide, following in pairwise(widths):
+        layers += [nn.Linear(wide, following, dtype=DTYPE), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).to(device)
+
+
+def poisson(device: torch.device, seed: int = 0) -> Pinn | None:
+    """Poisson's equation of `examples/pinn_poisson.py`, with its network 2-64-1 (257 parameters).
+
+    Returns:
+        The problem, or None where the example cannot be imported.
+    """
+    example = load_example("pinn_poisson")
+    if example is None:
+        return None
+    problem = example.make_problem(device)
+
+    def error(net: nn.Module) -> float:
+        return float((net(problem.grid) - problem.exact).norm() / problem.exact.norm())
+
+    model = example.make_network(64, seed).to(device)
+    loss = partial(example.residual_loss, problem=problem)
+    return Pinn("Poisson's equation, 2-64-1", model, loss, error)
+
+
+def convection(
+    device: torch.device,
+    hidden: Sequence[int] = (50, 50, 50),
+    speed: float = SPEED,
+    points: tuple[int, int] = (40, 60),
+    seed: int = 0,
+) -> Pinn:
+    """The convection equation `u_t + speed u_x = 0`, periodic in x, from `u(x, 0) = sin x`.
+
+    On x in [0, 2 pi], t in [0, 1]; the solution is `sin(x - speed t)`. A known hard case for such
+    networks (Krishnapriyan et al., "Characterizing possible failure modes in physics-informed
+    neural networks", NeurIPS 2021). The loss is the sum of the mean squares of the residual, of the
+    initial condition and of the periodic one.
+
+    Args:
+        device: Where to compute.
+        hidden: Widths of the hidden layers; by default the network has 5,301 parameters.
+        speed: The speed of the wave.
+        points: Numbers of points in x and in t; with too few in t, networks fit the points only.
+        seed: Seed of the network.
+    """
+    across, along = points
+    x = torch.linspace(0.0, 2.0 * math.pi, across, dtype=DTYPE, device=device)
+    t = torch.linspace(0.0, 1.0, along, dtype=DTYPE, device=device)
+    inside = torch.cartesian_prod(x, t[1:])
+    at_start = torch.stack([x, torch.zeros_like(x)], dim=1)
+    left = torch.stack([torch.zeros_like(t), t], dim=1)
+    right = torch.stack([torch.full_like(t, 2.0 * math.pi), t], dim=1)
+    wave = x.sin()[:, None]
+
+    def loss(net: nn.Module) -> Tensor:
+        at = inside.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(net(at).sum(), at, create_graph=True)
+        residual = slope[:, 1] + speed * slope[:, 0]
+        initial, periodic = net(at_start) - wave, net(left) - net(right)
+        return residual.square().mean() + initial.square().mean() + periodic.square().mean()
+
+    grid = torch.cartesian_prod(
+        torch.linspace(0.0, 2.0 * math.pi, 101, dtype=DTYPE, device=device),
+        torch.linspace(0.0, 1.0, 101, dtype=DTYPE, device=device),
+    )
+    exact = (grid[:, :1] - speed * grid[:, 1:]).sin()
+
+    def error(net: nn.Module) -> float:
+        return float((net(grid) - exact).norm() / exact.norm())
+
+    widths = (2, *hidden, 1)
+    title = f"convection, speed {speed:g}, {'-'.join(map(str, widths))}"
+    return Pinn(title, network(widths, seed, device), loss, error)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The state of a run at the last step that ended within a number of evaluations."""
+
+    evaluations: int
+    loss: float
+    error: float
+
+
+def by_evaluations(pinn: Pinn, make: Make, marks: Sequence[int]) -> list[Sample]:
+    """Trains a copy of the network, and records loss and error after numbers of evaluations.
+
+    Args:
+        pinn: The problem.
+        make: Makes the optimizer.
+        marks: The numbers of evaluations, increasing.
+
+    Returns:
+        One sample for each mark. A run that ends early repeats its last one.
+    """
+    model = copy.deepcopy(pinn.model)
+    optimizer = make(model.parameters())
+    count = 0
+
+    def closure() -> Tensor:
+        nonlocal count
+        count += 1
+        optimizer.zero_grad()
+        loss = pinn.loss(model)
+        loss.backward()
+        return loss
+
+    def sample() -> Sample:
+        loss = pinn.loss(model).item()
+        with torch.no_grad():
+            return Sample(count, loss, pinn.error(model))
+
+    samples, latest = [], sample()
+    for mark in marks:
+        while count < mark:
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.step(closure)
+            if count <= mark:
+                latest = sample()
+            if all(map(torch.equal, before, model.parameters())):
+                break
+        samples.append(latest)
+        latest = sample()
+    return samples
+
+
+def contenders(size: int) -> dict[str, Make]:
+    """The optimizers to compare, by name; ten iterations in a step, so that marks are met."""
+    table: dict[str, Make] = {}
+    bfgs = load_ours("torch_secondorder", "BFGS")
+    if bfgs is not None:
+        for update in ("ssbroyden", "ssbfgs", "bfgs"):
+            table[f"BFGS, {update}"] = partial(bfgs, update=update, max_iter=10)
+    table["LBFGS"] = partial(LBFGS, max_iter=10)
+    conjugate = load_ours("torch_secondorder", "NonlinearCG")
+    if conjugate is not None and size <= 1_000:
+        table["NonlinearCG"] = partial(conjugate, max_iter=10)
+    table["torch.optim.LBFGS"] = partial(
+        torch.optim.LBFGS,
+        max_iter=10,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+    )
+    return table
+
+
+def _compare(pinn: Pinn, marks: Sequence[int], key: str, options: Options, report: Report) -> None:
+    if options.quick:
+        marks = [mark // 50 for mark in marks]
+    shown = Table(
+        f"{pinn.title} ({pinn.size:,} parameters): loss and relative L2 error after evaluations",
+        ["optimizer", *(f"{mark:,}" for mark in marks)],
+    )
+    for name, make in progress(options.chosen(contenders(pinn.size)).items(), pinn.title):
+        samples = by_evaluations(pinn, make, marks)
+        shown.add(name, *(f"{number(s.loss, 2)}  {number(s.error, 2)}" for s in samples))
+        report.record(f"{key}.{name}", {s.evaluations: [s.loss, s.error] for s in samples})
+    report.show(shown)
+
+
+def run_poisson(options: Options, report: Report) -> None:
+    """The Poisson network, by evaluations."""
+    pinn = poisson(options.device)
+    if pinn is not None:
+        _compare(pinn, POISSON_MARKS, "quasi_newton.poisson", options, report)
+
+
+def run_convection(options: Options, report: Report) -> None:
+    """The deep network, by evaluations."""
+    pinn = convection(options.device, points=(10, 10) if options.quick else (40, 60))
+    _compare(pinn, CONVECTION_MARKS, "quasi_newton.convection", options, report)
+
+
+def run_seconds(options: Options, report: Report) -> None:
+    """The Poisson network, 60 seconds for each optimizer of the example."""
+    example = load_example("pinn_poisson")
+    if example is None:
+        return
+    problem = example.make_problem(options.device)
+    task = example.make_task(problem, example.make_network(64, 0).to(options.device))
+    table = options.chosen({entry.label: entry for entry in example.CONTENDERS.values()})
+    say(f"threads: {torch.get_num_threads()}")
+    runs = race(task, table, options, "Poisson PINN", measurements=600)
+    results = {
+        "seconds to 1e-4": lambda run: run.reached(1e-4),
+        "seconds to 1e-6": lambda run: run.reached(1e-6),
+        "final relative L2": lambda run: run.score,
+    }
+    show(runs, "Poisson's equation, 2-64-1 tanh, float64", results, "quasi_newton.seconds", report)
