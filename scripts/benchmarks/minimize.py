@@ -121,7 +121,7 @@ def with_torchmin(minimize: Any, method: str, function: Function, start: Tensor)
     """pytorch-minimize, which stops at the gradient alone as well."""
     options: dict[str, Any] = {"gtol": TOLERANCE}
     if method in ("bfgs", "l-bfgs"):
-        options["xtol"] = 0.0
+        options |= {"xtol": 0.0, "gtd_tol": 0.0}
     elif method == "newton-exact":  # it looks at the step alone
         options = {"xtol": 1e-8}
     with warnings.catch_warnings():
