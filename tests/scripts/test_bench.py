@@ -34,6 +34,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "result", "shown"),
     [
         (["lbfgs", "--part", "direction"], "lbfgs.direction", "ours"),
+        (["lbfgs", "--part", "overhead"], "lbfgs.overhead", "tensor calls"),
         (["capture"], "capture.", "ours"),
         (["compile"], "compile.Gauss-Newton product", "first call"),
         (["products"], "products.gauss_newton.", "ours"),

@@ -133,7 +133,7 @@ class InverseBroyden(LinearOperator):
         if expected is None and scaled:
             expected = self._expected(s)
         first = not self.count
-        tau, phi = _scaling(self.update, first, self.size, s_y, y_h_y, expected)
+        tau, phi = update_parameters(self.update, first, self.size, s_y, y_h_y, expected)
         if first:
             self._begin(1.0 if initial is None else initial)
         elif self._gathered == _GATHERED:
@@ -300,7 +300,7 @@ class InverseBroyden(LinearOperator):
 _NUMBERS = ("size", "count", "tau", "phi", "_scale", "_gathered")
 
 
-def _scaling(
+def update_parameters(
     update: BroydenUpdate, first: bool, n: int, s_y: float, y_h_y: float, expected: float | None
 ) -> Scaling:
     """The parameters of an update, from `y's`, `y'Hy` and `s'H^-1 s`."""

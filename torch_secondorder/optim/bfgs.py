@@ -155,6 +155,7 @@ class BFGS(LineSearchOptimizer):
         self.update = update
         # The gradient whose product with H is known already, and minus this product.
         self._known: tuple[Tensor, Tensor] | None = None
+        self._reach = 1.0
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -200,6 +201,11 @@ class BFGS(LineSearchOptimizer):
             return known[1]
         return inverse.direction(grad)
 
+    def _first_step(self, descent: Descent, line: Line) -> float:
+        if self._searches and self.update in _SELF_SCALED:
+            return descent.lr * self._reach
+        return descent.lr
+
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Updates the inverse Hessian, if the pair shows curvature or can be made to."""
         inverse = self._inverse
@@ -215,6 +221,7 @@ class BFGS(LineSearchOptimizer):
             self._skipped += 1
             return
         expected = t * t * line.bend
+        self._reach = min(1.0, t * line.bend / to.y_d) if to.y_d > 0 else 1.0
         if not inverse.count:
             # The step went along the negative gradient, which is the direction for this H.
             initial = line.square / line.bend
