@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secondorder import LBFGS
+from torch_secondorder import BFGS, LBFGS, NonlinearCG
 
-from .harness import load_ours, progress, say
+from .harness import progress, say
 from .race import load_example, race, show
 from .registry import Options
 from .report import Report, Table, number
@@ -184,17 +184,14 @@ def by_evaluations(pinn: Pinn, make: Make, marks: Sequence[int]) -> list[Sample]
     return samples
 
 
-def contenders(size: int) -> dict[str, Make]:
+def contenders() -> dict[str, Make]:
     """The optimizers to compare, by name; ten iterations in a step, so that marks are met."""
     table: dict[str, Make] = {}
-    bfgs = load_ours("torch_secondorder", "BFGS")
-    if bfgs is not None:
-        for update in ("ssbroyden", "ssbfgs", "bfgs"):
-            table[f"BFGS, {update}"] = partial(bfgs, update=update, max_iter=10)
+    for update in ("ssbroyden", "ssbfgs", "bfgs"):
+        table[f"BFGS, {update}"] = partial(BFGS, update=update, max_iter=10)
+    table["LBFGS, ssbroyden"] = partial(LBFGS, update="ssbroyden", max_iter=10)
     table["LBFGS"] = partial(LBFGS, max_iter=10)
-    conjugate = load_ours("torch_secondorder", "NonlinearCG")
-    if conjugate is not None and size <= 1_000:
-        table["NonlinearCG"] = partial(conjugate, max_iter=10)
+    table["NonlinearCG"] = partial(NonlinearCG, max_iter=10)
     table["torch.optim.LBFGS"] = partial(
         torch.optim.LBFGS,
         max_iter=10,
@@ -212,10 +209,10 @@ def _compare(pinn: Pinn, marks: Sequence[int], key: str, options: Options, repor
         f"{pinn.title} ({pinn.size:,} parameters): loss and relative L2 error after evaluations",
         ["optimizer", *(f"{mark:,}" for mark in marks)],
     )
-    for name, make in progress(options.chosen(contenders(pinn.size)).items(), pinn.title):
+    for name, make in progress(options.chosen(contenders()).items(), pinn.title):
         samples = by_evaluations(pinn, make, marks)
         shown.add(name, *(f"{number(s.loss, 2)}  {number(s.error, 2)}" for s in samples))
-        report.record(f"{key}.{name}", {s.evaluations: [s.loss, s.error] for s in samples})
+        report.record(f"{key}.{name}", [vars(s) for s in samples])
     report.show(shown)
 
 
