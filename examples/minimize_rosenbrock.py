@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "bfgs": ("BFGS", {}),
     "ssbroyden": ("BFGS, ssbroyden", {}),
     "lbfgs": ("LBFGS", {}),
-    "nonlinear-cg": ("NonlinearCG", {}),
+    "cg": ("NonlinearCG", {}),
     "newton": ("Newton", {}),
     "newton-cg": ("NewtonCG", {}),
     # Made for losses with noise: steps of about a fixed size, many of them.
