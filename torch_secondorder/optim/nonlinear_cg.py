@@ -419,8 +419,8 @@ class NonlinearCG(LineSearchOptimizer):
         searched, t = self._searched, self._step_before
         if searched is None or not self._searches:
             return descent.lr
-        # A step with the same first-order change as the last one: by itself, or as it would have been
-        # with the best length on a quadratic.
+        # A step with the same first-order change as the last one had, or (with the formulas for
+        # beta) would have had if it had been the best one on a parabola.
         ratio = self._slope / line.slope
         if self.beta == "shanno":
             first = min(1.0, t * ratio)
