@@ -504,6 +504,23 @@ def test_float32_comes_to_its_precision(beta: BetaName, device: torch.device) ->
     assert torch.isfinite(x).all()
 
 
+@each_beta
+def test_tiny_and_huge_numbers_in_float32(beta: BetaName) -> None:
+    """Where squares of gradients leave the range, steps are still taken."""
+    matrix, b = (tensor.float() for tensor in quadratic(8))
+    for unit in (1e-24, 1e-18, 1e18, 1e24):
+        x, info = minimized(
+            lambda x, unit=unit: unit * (0.5 * x @ (matrix @ x) - b @ x),
+            torch.zeros_like(b),
+            beta=beta,
+            max_iter=40,
+            tolerance_grad=0.0,
+        )
+        assert torch.isfinite(x).all()
+        gap = float(0.5 * x @ (matrix @ x) - b @ x + 0.5 * b @ torch.linalg.solve(matrix, b))
+        assert gap < 1e-3 * float(b @ b), (unit, info)
+
+
 def test_long_vectors_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long vectors do not keep differences of gradients with each trial."""
     function = bowl(12)
@@ -536,6 +553,22 @@ def test_a_preconditioner_may_return_its_argument(beta: BetaName) -> None:
     same = path(matrix, b, 6, share=0.9, beta=beta, preconditioner=lambda v: v)
     plain = path(matrix, b, 6, share=0.9, beta=beta)
     torch.testing.assert_close(same[-1], plain[-1], rtol=1e-10, atol=1e-10)
+
+
+@each_beta
+def test_what_a_preconditioner_returns_is_not_changed(beta: BetaName) -> None:
+    matrix, b = quadratic(9)
+    returned: list[tuple[Tensor, Tensor]] = []
+
+    def preconditioner(v: Tensor) -> Tensor:
+        product = 2.0 * v
+        returned.append((product, product.clone()))
+        return product
+
+    path(matrix, b, 6, share=0.9, beta=beta, preconditioner=preconditioner)
+    assert len(returned) > 6
+    for product, copied in returned:
+        assert torch.equal(product, copied)
 
 
 @each_beta
