@@ -8,6 +8,7 @@ from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
+from torch_secondorder.minimization import OptimizeResult, minimize
 from torch_secondorder.optim import (
     BFGS,
     LBFGS,
@@ -17,8 +18,10 @@ from torch_secondorder.optim import (
     Contractive,
     ContractiveInfo,
     LBFGSInfo,
+    Newton,
     NewtonCG,
     NewtonCGInfo,
+    NewtonInfo,
     NonlinearCG,
     NonlinearCGInfo,
     SecondOrderOptimizer,
@@ -44,10 +47,13 @@ __all__ = [
     "FunctionalObjective",
     "LBFGSInfo",
     "MissingSecondDerivative",
+    "Newton",
     "NewtonCG",
     "NewtonCGInfo",
+    "NewtonInfo",
     "NonlinearCG",
     "NonlinearCGInfo",
+    "OptimizeResult",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",
@@ -59,6 +65,8 @@ __all__ = [
     "func",
     "globalization",
     "mark_outputs",
+    "minimization",
+    "minimize",
     "optim",
     "penalties",
     "solvers",

@@ -34,12 +34,14 @@ from torch_secondorder import (
     NewtonCGInfo,
     NonlinearCG,
     NonlinearCGInfo,
+    OptimizeResult,
     SecondOrderOptimizer,
     Sophia,
     SophiaInfo,
     StepInfo,
     StepStatus,
     mark_outputs,
+    minimize,
 )
 from torch_secondorder.curvature import (
     Damped,
@@ -218,6 +220,24 @@ def a_closure_may_return_a_number() -> None:
     assert_type(optimizer.step(closure), Tensor)
     with refusal():
         optimizer.step("closure")  # type: ignore[call-overload]
+
+
+def minimizing_a_function() -> None:
+    def cost(p: dict[str, Tensor]) -> Tensor:
+        return (p["w"] ** 4).sum() + (p["b"] - 1.0).square().sum()
+
+    def report(intermediate_result: OptimizeResult) -> None:
+        assert_type(intermediate_result.fun, float)
+
+    start = {"w": torch.ones(2), "b": torch.zeros(1)}
+    result = minimize(cost, start, "L-BFGS-B", callback=report, options={"maxiter": 3})
+    assert_type(result, OptimizeResult)
+    assert_type(result.success, bool)
+    assert_type(result.nfev, int)
+    assert_type(result.info, StepInfo)
+    minimize(cost, start, method=LBFGS, jac="2-point", tol=1e-2)
+    with refusal():
+        minimize(cost, start, jac="4-point")  # type: ignore[arg-type]
 
 
 def groups() -> None:
@@ -529,8 +549,8 @@ class refusal:
 assert_type(torch_secondorder.__version__, str)
 
 ALL = [
-    *(lbfgs, a_closure_may_return_a_number, groups, newton_cg, adahessian, sophia, contractive),
-    nonlinear_cg,
+    *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
+    *(nonlinear_cg, sophia, contractive),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
     *(curvature_by_outputs, linear_solvers, line_searches, derivatives, penalties, diagnostics),
 ]

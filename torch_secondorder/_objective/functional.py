@@ -61,7 +61,9 @@ class FunctionalObjective(Objective):
         numbers = [  # other leaves are constants
             leaf
             for leaf in self._leaves
-            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+            if isinstance(leaf, Tensor)
+            and (leaf.is_floating_point() or leaf.is_complex())
+            and leaf.numel()
         ]
         self._begin(ParameterVector(numbers))
 

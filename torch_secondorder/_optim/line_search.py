@@ -12,6 +12,11 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
+from torch_secondorder._optim.bounded_line import (
+    first_length,
+    line_in_box,
+    steepest_line_in_box,
+)
 from torch_secondorder._optim.flat import Candidate, Descent, FlatOptimizer, Line, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.state import Number, declare
@@ -23,6 +28,7 @@ from torch_secondorder.globalization import (
     falls_without_end,
     resolve_line_search,
 )
+from torch_secondorder.solvers._box_quadratic import FaceModel
 
 # Powell's constant: the smallest share of the expected curvature that a corrected pair has.
 _LEAST_CURVATURE = 0.2
@@ -125,7 +131,7 @@ class LineSearchOptimizer(FlatOptimizer):
                 return StepStatus.CONVERGED_GRADIENT
         line = self._line(descent)
         precision = descent.objective.vector.precision
-        first = self._first_step(descent, line)
+        first = min(self._first_step(descent, line), line.start.longest)
         result = self.line_search(line, line.start, first, precision=precision)
         descent.search_status = result.status
         descent.nonfinite_trials += result.nonfinite
@@ -152,6 +158,8 @@ class LineSearchOptimizer(FlatOptimizer):
 
     def _line(self, descent: Descent) -> Line:
         """The line of the next search; one synchronization."""
+        if descent.objective.box is not None:
+            return self._line_in_box(descent)
         grad, direction = descent.point.grad, self._direction(descent)
         assert grad is not None
         if direction is not None:
@@ -160,19 +168,32 @@ class LineSearchOptimizer(FlatOptimizer):
                 return Line(descent, direction, slope, square)
             self._restart()
             self._reset_reason = "the history gave a direction of ascent"
-        # The scale is not known yet. Without a search, the step is the same as in torch: the
-        # negative gradient, cut to a 1-norm of at most one. With a search, it goes to where the
-        # tangent meets a loss of zero, but no farther than the parameters are long.
-        loss, largest = descent.point.loss, descent.point.grad_norm
+        # The scale is not known yet.
+        largest = descent.point.grad_norm
         unit = grad / -largest  # no square of it overflows
         square, total = descent.space.to_host(sums=(unit @ unit, unit.abs().sum()))
-        if not self._searches:
-            length = min(largest, 1 / total)
-        else:
-            length = max(1.0, descent.size) / sqrt(square)
-            if loss:
-                length = min(length, 2 * abs(loss) / (largest * square))
+        length = first_length(descent, largest, square, total, searches=self._searches)
         return Line(descent, unit * length, -largest * square * length, square * length**2)
+
+    def _line_in_box(self, descent: Descent) -> Line:
+        """The line of the next search within bounds."""
+        model = self._face_model(descent)
+        if model is not None:
+            line = line_in_box(descent, model)
+            if line is not None:
+                return line
+            self._restart()
+            self._reset_reason = "the history gave no descent within the bounds"
+        line = steepest_line_in_box(descent, searches=self._searches)
+        assert line is not None
+        return line
+
+    def _face_model(self, descent: Descent) -> FaceModel | None:
+        """The quadratic model that was learned; None if nothing was learned yet.
+
+        For subclasses that take bounds.
+        """
+        raise NotImplementedError
 
 
 class Pair(NamedTuple):
@@ -216,11 +237,12 @@ def curvature_pair(
         (y_y,) = descent.space.to_host(sums=[y.double() @ y.double()])
     s_y, s_s = t * to.y_d, t * t * line.square
     # H g = -d and so B s = -t g: the curvature that B expects is known without B.
-    expected = -t * t * line.slope
+    expected = t * t * line.bend
     step = line.direction if t == 1.0 else line.direction.mul_(t)
     if damping and s_y < _LEAST_CURVATURE * expected:
         keep = (1 - _LEAST_CURVATURE) * expected / (expected - s_y)
-        return Pair(step, y.mul_(keep).sub_(before.grad, alpha=(1 - keep) * t), None, damped=True)
+        of_direction = before.grad.neg() if line.product is None else line.product
+        return Pair(step, y.mul_(keep).add_(of_direction, alpha=(1 - keep) * t), None, damped=True)
     if s_y > 10 * precision.eps * sqrt(s_s) * sqrt(y_y) and y_y > 0:
         return Pair(step, y, s_y / y_y, damped=False)
     return None

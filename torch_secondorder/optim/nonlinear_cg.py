@@ -488,10 +488,9 @@ class NonlinearCG(LineSearchOptimizer):
             # identity: squares of gradients may be beyond the range of float32, those of steps are
             # not. Without one, P is the identity and `lr` the step; the formulas see no difference
             # between a multiple of d and one of d'g.
-            multiple = self.preconditioner is None and self._searches
-            self._unit = line.square / -line.slope if multiple else 1.0
-            shorter = self.preconditioner is None and not self._searches
-            square = line.square if shorter else -line.slope
+            plain = self.preconditioner is None
+            self._unit = line.square / -line.slope if plain and self._searches else 1.0
+            square = line.square if plain and not self._searches else -line.slope
             searched = _Searched(-line.slope, square, None)
         self._g_P_g, self._square = searched.g_P_g, searched.square
         self._direction_before, self._difference = line.direction, y

@@ -1,0 +1,182 @@
+"""The option `bounds` of parameter groups: its checks, and the box that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import inf
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torch_secondorder._params.box import Box, cut_bounds
+from torch_secondorder._params.vector import ParameterVector
+
+#: A lower or an upper bound of a group: a number, a tensor that broadcasts to each parameter, a
+#: list with one of these for each parameter, or None for no bound.
+Bound: TypeAlias = float | Tensor | Sequence[float | Tensor | None] | None
+#: The option: lower and upper bounds, or None for no bounds.
+Bounds: TypeAlias = tuple[Bound, Bound] | None
+
+_FORM = (
+    "bounds must be a pair (low, high), each a number, a tensor that broadcasts to every parameter "
+    "of the group, a list with one of these for each parameter, or None"
+)
+
+
+def check_bounds(group: dict[str, Any]) -> None:
+    """Raises unless the bounds of a group are fit for its parameters.
+
+    Args:
+        group: A parameter group.
+
+    Raises:
+        TypeError: The option is not a pair, or a bound is neither a number, nor a tensor, nor None.
+        ValueError: Bounds cross, are NaN, leave no finite number, or do not fit the parameters in
+            shape or number; or parameters are complex.
+    """
+    for index, (p, *pair) in enumerate(_of_parameters(group)):
+        place = f"parameter {index} of shape {tuple(p.shape)}"
+        if p.is_complex():
+            raise ValueError(
+                f"{place} is complex, and complex numbers have no order: hold it as a real one, by "
+                "torch.view_as_real, or give it to a group without bounds"
+            )
+        if not p.numel():
+            continue
+        low, high = (_checked(bound, p, place) for bound in pair)
+        low = torch.tensor(-inf) if low is None else low
+        high = torch.tensor(inf) if high is None else high
+        dtype = torch.promote_types(low.dtype, high.dtype)
+        low, high = low.cpu().to(dtype), high.cpu().to(dtype)
+        crossed = (low > high) | (low == inf) | (high == -inf)
+        if bool(crossed.any()):
+            lows, highs = torch.broadcast_tensors(low, high)
+            where = crossed.nonzero()[0].tolist()
+            values = lows[tuple(where)].item(), highs[tuple(where)].item()
+            at = f"at {where} " if where else ""
+            raise ValueError(
+                f"the bounds of {place} leave no number: {at}they are {values[0]:g} and "
+                f"{values[1]:g}; the lower one comes first"
+            )
+
+
+def _checked(bound: Any, p: Tensor, place: str) -> Tensor | None:
+    """A bound as a tensor that broadcasts to a parameter; None for none."""
+    if bound is None:
+        return None
+    if isinstance(bound, Tensor):
+        if bound.is_complex() or bound.dtype == torch.bool:
+            raise TypeError(f"{_FORM}; got a tensor of {bound.dtype}")
+        found = bound.detach()
+        if not found.is_floating_point():
+            found = found.double()
+        if torch.Size(_broadcast(found.shape, p.shape)) != p.shape:
+            raise ValueError(
+                f"a bound of shape {tuple(bound.shape)} does not broadcast to {place}; use a list "
+                "where the parameters of a group differ in shape"
+            )
+    elif isinstance(bound, (int, float)) and not isinstance(bound, bool):
+        found = torch.tensor(float(bound), dtype=torch.float64)
+    else:
+        raise TypeError(f"{_FORM}; got {bound!r} as one of them")
+    if bool(found.isnan().any()):
+        raise ValueError(f"a bound of {place} is NaN; None stands for no bound")
+    return found
+
+
+def _broadcast(shape: torch.Size, wanted: torch.Size) -> Sequence[int]:
+    """The shape that two shapes broadcast to; an empty one where they do not."""
+    try:
+        return tuple(torch.broadcast_shapes(shape, wanted))
+    except RuntimeError:
+        return (-1,)
+
+
+def _of_parameters(group: dict[str, Any]) -> Iterator[tuple[Tensor, Any, Any]]:
+    """The parameters of a group, each with its lower and upper bound as they were given."""
+    bounds, params = group["bounds"], group["params"]
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"{_FORM}; got {bounds!r}")
+    columns = []
+    for bound in bounds:
+        if isinstance(bound, (tuple, list)):
+            if len(bound) != len(params):
+                raise ValueError(
+                    f"a list of bounds must have one for each parameter of the group: got "
+                    f"{len(bound)} for {len(params)} parameters"
+                )
+            columns.append(list(bound))
+        else:
+            columns.append([bound] * len(params))
+    return zip(params, *columns, strict=True)
+
+
+class _Seen(NamedTuple):
+    """The box of a vector, and what it was made of."""
+
+    vector: ParameterVector
+    given: list[tuple[Any, int]]
+    box: Box | None
+
+
+class BoxMaker:
+    """Makes the box of a vector from the groups; a step with the same bounds costs no wait."""
+
+    def __init__(self) -> None:
+        self._seen: _Seen | None = None
+
+    def __call__(self, groups: Sequence[dict[str, Any]], vector: ParameterVector) -> Box | None:
+        """The box; None where no entry has a bound.
+
+        Raises:
+            TypeError: See `check_bounds`.
+            ValueError: See `check_bounds`.
+        """
+        bounded = [group for group in groups if group.get("bounds") is not None]
+        given = [leaf for group in bounded for leaf in _leaves(group["bounds"])]
+        given += [(p, 0) for group in bounded for p in group["params"]]
+        seen = self._seen
+        if seen is None or seen.vector is not vector or not _same(seen.given, given):
+            for group in bounded:
+                check_bounds(group)
+            seen = self._seen = _Seen(vector, given, _make(bounded, vector))
+        return seen.box
+
+
+def _leaves(bounds: Any) -> Iterator[tuple[Any, int]]:
+    """Numbers and tensors in an option, with the versions of the tensors."""
+    if isinstance(bounds, (tuple, list)):
+        yield (len(bounds), 0)
+        for bound in bounds:
+            yield from _leaves(bound)
+    else:
+        yield bounds, bounds._version if isinstance(bounds, Tensor) else 0
+
+
+def _same(seen: list[tuple[Any, int]], given: list[tuple[Any, int]]) -> bool:
+    if len(seen) != len(given):
+        return False
+    return all(
+        a is b or (type(a) is type(b) and not isinstance(a, Tensor) and a == b)
+        for (a, version), (b, other) in zip(seen, given, strict=True)
+        if version == other
+    ) and [version for _, version in seen] == [version for _, version in given]
+
+
+def _make(bounded: Sequence[dict[str, Any]], vector: ParameterVector) -> Box | None:
+    pairs = {
+        id(p): cut_bounds(low, high, p)
+        for group in bounded
+        for p, low, high in _of_parameters(group)
+        if p.numel()
+    }
+    lows, highs = [], []
+    for p in vector.params:
+        low, high = pairs.get(id(p)) or (torch.full_like(p, -inf), torch.full_like(p, inf))
+        lows.append(low)
+        highs.append(high)
+    low, high = vector.gather(lows), vector.gather(highs)
+    if bool(low.isneginf().all() & high.isposinf().all()):
+        return None
+    return Box(vector, low, high)
