@@ -32,6 +32,8 @@ from torch_secondorder import (
     MissingSecondDerivative,
     NewtonCG,
     NewtonCGInfo,
+    NonlinearCG,
+    NonlinearCGInfo,
     OptimizeResult,
     SecondOrderOptimizer,
     Sophia,
@@ -188,6 +190,21 @@ def bfgs() -> None:
     assert_type(optimizer.info.tau, float)
     with refusal():
         BFGS(model.parameters(), update="broyden")  # type: ignore[arg-type]
+
+
+def nonlinear_cg() -> None:
+    model, x, y = model_and_data()
+    optimizer = NonlinearCG(model.parameters(), max_iter=2, beta="hager_zhang", restart=None)
+    assert_type(optimizer.info, NonlinearCGInfo | None)
+    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(loss, Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.beta, float)
+    assert_type(optimizer.info.restarts, int)
+    assert_type(optimizer.info.restart_reason, str)
+    NonlinearCG(model.parameters(), preconditioner=lambda v: 2 * v)
+    with refusal():
+        NonlinearCG(model.parameters(), beta="newton")  # type: ignore[arg-type]
 
 
 def a_closure_may_return_a_number() -> None:
@@ -533,7 +550,7 @@ assert_type(torch_secondorder.__version__, str)
 
 ALL = [
     *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
-    *(sophia, contractive),
+    *(nonlinear_cg, sophia, contractive),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
     *(curvature_by_outputs, linear_solvers, line_searches, derivatives, penalties, diagnostics),
 ]
