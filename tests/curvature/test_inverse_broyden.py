@@ -218,7 +218,9 @@ def test_scales_of_many_decades(device: torch.device) -> None:
 @pytest.mark.parametrize("held", [0, 3])
 def test_pairs_without_curvature_change_nothing(held: int, device: torch.device) -> None:
     pairs = make_pairs(held + 1, 5, device)
-    inverse = filled(pairs[:held], "ssbroyden") if held else InverseBroyden(5, torch.float64, device)
+    inverse = (
+        filled(pairs[:held], "ssbroyden") if held else InverseBroyden(5, torch.float64, device)
+    )
     s, y = pairs[-1]
     before = inverse @ eye(5, device)
     for bad in (-y, 0 * y, y * float("nan"), y * float("inf")):
