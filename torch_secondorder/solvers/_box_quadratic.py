@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature import InverseBFGS
+from torch_secondorder.curvature import InverseBFGS, InverseBroyden
 
 # Faces that each of the two methods tries.
 _MOST_GUESSES = 12
@@ -201,3 +201,35 @@ class CompactBFGS:
         below = (curvature + gamma * (y_free @ y_free.T)).mul_(-gamma)
         top = torch.cat((s_held @ s_held.T, corner), dim=1)
         return torch.cat((top, torch.cat((corner.T, below), dim=1)))
+
+
+class InverseOnFaces:
+    """A dense inverse Hessian `H` on faces.
+
+    With the held entries `A` at values `b` and the gradient `g` that is zero there,
+
+        d = -H g + H_A p,    H_AA p = b + (H g)_A,
+
+    where `p` is the change of the multipliers.
+
+    Args:
+        inverse: `H`.
+    """
+
+    def __init__(self, inverse: InverseBroyden) -> None:
+        self._inverse = inverse
+
+    def minimize_on_face(self, grad: Tensor, fixed: Tensor, values: Tensor) -> Face | None:
+        """See `FaceModel.minimize_on_face`."""
+        held = fixed.nonzero().squeeze(1)
+        if not len(held):
+            return Face(self._inverse.direction(grad), torch.zeros_like(grad))
+        slopes = torch.zeros_like(grad)
+        step = self._inverse.direction(torch.where(fixed, 0, grad))
+        columns = self._inverse.columns(held)
+        factor, info = torch.linalg.cholesky_ex(columns[held])
+        if info.item():
+            return None
+        change = torch.cholesky_solve((values - step)[held][:, None], factor)[:, 0]
+        slopes[held] = grad[held] + change
+        return Face(torch.where(fixed, values, step.addmv_(columns, change)), slopes)
