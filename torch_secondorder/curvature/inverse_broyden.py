@@ -139,12 +139,14 @@ class InverseBroyden(LinearOperator):
             return False
         if expected is None and self.update in SELF_SCALED:
             expected = self._expected(s)
-        ratio = 1.0 if expected is None else expected / s_y
-        tau, phi = _scaling(self.update, self.count, self.size, y_h_y / s_y, ratio)
-        if not self.count:
+        first, early = not self.count, self.count < _EARLY
+        tau, phi = update_parameters(
+            self.update, first, self.size, s_y, y_h_y, expected, early=early
+        )
+        if first:
             self._begin(1.0 if initial is None else initial)
         else:
-            self.ratio = ratio
+            self.ratio = 1.0 if expected is None else expected / s_y
             if self._gathered == _GATHERED:
                 self._write()
         self._enter(s, of_y, s_y, y_h_y, tau, phi)
@@ -309,22 +311,34 @@ class InverseBroyden(LinearOperator):
 _NUMBERS = ("size", "count", "tau", "phi", "ratio", "_scale", "_gathered")
 
 
-def _scaling(update: BroydenUpdate, count: int, n: int, h: float, b: float) -> Scaling:
+def update_parameters(
+    update: BroydenUpdate,
+    first: bool,
+    n: int,
+    s_y: float,
+    y_h_y: float,
+    expected: float | None,
+    *,
+    early: bool = False,
+) -> Scaling:
     """The parameters of an update.
 
     Args:
         update: Its name.
-        count: Pairs learned before.
+        first: Whether it is the first one.
         n: The length of the vectors.
-        h: `y'Hy / y's`.
-        b: `s'H^-1 s / y's`.
+        s_y: `y's`.
+        y_h_y: `y'Hy`.
+        expected: `s'H^-1 s`, which the self-scaled updates need.
+        early: Whether it is one of the first few, with which BFGS scales as well.
     """
-    first = not count
+    h = y_h_y / s_y
     if update == "dfp":
         return Scaling(h if first else 1.0, 0.0)
     if update == "bfgs":
-        early = max(_BOLDEST, min(1.0, h)) if count < _EARLY else 1.0
-        return Scaling(h if first else early, 1.0)
+        return Scaling(h if first else max(_BOLDEST, min(1.0, h)) if early else 1.0, 1.0)
+    assert expected is not None
+    b = expected / s_y
     if update == "ssbfgs" or not 0 < b < inf:
         return Scaling(h if first else min(1.0, 1 / b) if b > 0 else 1.0, 1.0)
     a = max(b * h - 1.0, 0.0)  # zero only if s and Hy are parallel, when theta does not count

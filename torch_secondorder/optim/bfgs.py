@@ -200,7 +200,7 @@ class BFGS(LineSearchOptimizer):
             return known[1]
         return inverse.direction(grad)
 
-    def _first_step(self, descent: Descent) -> float:
+    def _first_step(self, descent: Descent, line: Line) -> float:
         inverse = self._inverse
         if not self._searches or inverse is None or self.update not in SELF_SCALED:
             return descent.lr
