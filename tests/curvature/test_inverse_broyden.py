@@ -290,5 +290,5 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="size must be an integer of at least 1, got 0"):
         InverseBroyden(0)
-    with pytest.raises(ValueError, match="update must be one of 'bfgs', .*, got 'sr1'"):
+    with pytest.raises(ValueError, match=r"update must be one of 'bfgs', .*, got 'sr1'"):
         InverseBroyden(2, update="sr1")  # type: ignore[arg-type]
