@@ -508,7 +508,9 @@ def searched(model: Model, search: LineSearch, memory: Memory, lr: float) -> Mov
     return StepStatus.STALLED if model.unresolved(proposal) else StepStatus.NO_DECREASE
 
 
-def search_along(model: Trials, search: LineSearch, proposal: Proposal, first: Trial) -> SearchResult:
+def search_along(
+    model: Trials, search: LineSearch, proposal: Proposal, first: Trial
+) -> SearchResult:
     """A line search along a proposal whose first trial has been evaluated already."""
 
     def phi(t: float) -> Trial:
