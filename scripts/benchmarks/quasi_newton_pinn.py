@@ -227,7 +227,8 @@ def run_poisson(options: Options, report: Report) -> None:
 
 def run_convection(options: Options, report: Report) -> None:
     """The deep network, by evaluations."""
-    pinn = convection(options.device, points=(10, 10) if options.quick else (40, 60))
+    quick: dict[str, Any] = {"hidden": (10, 10), "points": (10, 10)}
+    pinn = convection(options.device, **(quick if options.quick else {}))
     _compare(pinn, CONVECTION_MARKS, "quasi_newton.convection", options, report)
 
 

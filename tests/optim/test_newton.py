@@ -414,7 +414,9 @@ def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sharded_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Newton, "_sharded", True)
-    with pytest.raises(ValueError, match=r"Newton needs the whole Hessian in each process.*NewtonC"):
+    with pytest.raises(
+        ValueError, match=r"Newton needs the whole Hessian in each process.*NewtonC"
+    ):
         Newton([start_at(1.0)])
 
 

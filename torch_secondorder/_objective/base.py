@@ -518,8 +518,7 @@ class Objective(ABC):
     def _evaluate_at(self, position: Tensor, curvature: bool) -> Evaluation:
         if self.evaluations >= self.limit:
             raise EvaluationsSpent
-        if self._last_evaluation is not None:
-            self._complete_last()
+        self._complete_last()
         vector, ranks = self.vector, self.ranks
         before = torch.is_grad_enabled()
         try:
@@ -557,8 +556,7 @@ class Objective(ABC):
 
     def _complete_last(self) -> None:
         """Flattens the gradient of the last evaluation before what it is made of changes."""
-        last = None if self._last_evaluation is None else self._last_evaluation()
-        if last is not None:
+        if self._last_evaluation is not None and (last := self._last_evaluation()) is not None:
             _ = last.grad
 
     def _run_on_all_ranks(self, position: Tensor) -> Run:

@@ -133,7 +133,7 @@ class InverseBroyden(LinearOperator):
         if expected is None and scaled:
             expected = self._expected(s)
         first = not self.count
-        tau, phi = _scaling(self.update, first, self.size, s_y, y_h_y, expected)
+        tau, phi = update_parameters(self.update, first, self.size, s_y, y_h_y, expected)
         if first:
             self._begin(1.0 if initial is None else initial)
         elif self._gathered == _GATHERED:
@@ -156,6 +156,18 @@ class InverseBroyden(LinearOperator):
     def direction(self, grad: Tensor) -> Tensor:
         """The quasi-Newton direction `-H grad`, shape `(n,)`."""
         return self._multiply(grad, -1.0)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Some columns of `H`, shape `(n, k)`; of the identity before the first pair.
+
+        Args:
+            index: Their numbers, shape `(k,)`.
+        """
+        if not self.count:
+            return torch.eye(self.size, dtype=self.dtype, device=self.device)[:, index]
+        assert self._matrix is not None
+        weighted = self._signs[:, None] * self._rows[:, index]
+        return torch.addmm(self._matrix[:, index], self._rows.T, weighted).mul_(self._scale)
 
     def advance(self, product: Tensor, v: Tensor) -> Tensor:
         """`H v` from what it was before the last pair, without a pass over the matrix.
@@ -288,7 +300,7 @@ class InverseBroyden(LinearOperator):
 _NUMBERS = ("size", "count", "tau", "phi", "_scale", "_gathered")
 
 
-def _scaling(
+def update_parameters(
     update: BroydenUpdate, first: bool, n: int, s_y: float, y_h_y: float, expected: float | None
 ) -> Scaling:
     """The parameters of an update, from `y's`, `y'Hy` and `s'H^-1 s`."""
