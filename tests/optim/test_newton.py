@@ -304,7 +304,7 @@ def test_a_start_that_is_not_finite() -> None:
     optimizer.step(standard(optimizer, lambda: x.log().sum()))
     assert optimizer.info is not None
     assert optimizer.info.status is StepStatus.NONFINITE_START
-    assert float(x) == -1.0
+    assert x.item() == -1.0
 
 
 # The limits of a step.
@@ -321,7 +321,7 @@ def test_the_limit_of_evaluations_keeps_what_was_found() -> None:
         assert info is not None
         assert info.evaluations == most
         assert info.status is StepStatus.MAX_EVALUATIONS
-        assert info.loss_after == pytest.approx(float(rosenbrock(x)))
+        assert info.loss_after == pytest.approx(rosenbrock(x).item())
         assert (info.loss_after < info.loss) == (most > 1)
 
 
