@@ -44,6 +44,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["newton", "--part", "problems"], "newton.problems.wood.", "NewtonCG / LBFGS (ours)"),
         (["newton", "--part", "autoencoder"], "newton.autoencoder.NewtonCG", "NewtonCG"),
         (["newton", "--part", "pinn"], "newton.pinn.NewtonCG", "NewtonCG"),
+        (["newton", "--part", "exact"], "newton.exact.wood", "scipy trust-exact"),
         (["diagonal", "--part", "steps"], "diagonal.steps.", "AdaHessian/10"),
         (["diagonal", "--part", "memory"], "diagonal.memory.", "Sophia-G"),
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
