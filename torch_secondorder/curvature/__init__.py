@@ -15,6 +15,7 @@ from torch_secondorder.curvature.hessian import Hessian
 from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
 from torch_secondorder.curvature.inverse_broyden import InverseBroyden
 from torch_secondorder.curvature.kronecker import KroneckerFactors
+from torch_secondorder.curvature.reduced_broyden import ReducedBroyden
 
 __all__ = [
     "Damped",
@@ -31,6 +32,7 @@ __all__ = [
     "InverseBroyden",
     "KroneckerFactors",
     "LinearOperator",
+    "ReducedBroyden",
     "UnknownOutputs",
     "exact_diagonal",
 ]

@@ -190,7 +190,7 @@ class InverseBFGS(LinearOperator):
             if self.size < 2 * _BLOCK:  # the rows lie in cache the second time
                 of_y, of_v = torch.mv(steps, newest), torch.mv(steps, v)
             else:
-                of_y, of_v = _two_products(steps, newest, v)
+                of_y, of_v = products(steps, torch.stack((newest, v))).unbind()
             if not whole:
                 of_y, of_v = space.totals(of_y, of_v)
             self._enter(of_y, self._buffers, views)
@@ -325,20 +325,17 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
     return result
 
 
-def _two_products(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """`rows @ a` and `rows @ b` in one pass over `rows`, shape `(k, n)` with a large `n`."""
+def products(rows: Tensor, vectors: Tensor) -> Tensor:
+    """`vectors @ rows.T`, shape `(j, k)`, in one pass over `rows`, shape `(k, n)`."""
     n = rows.shape[1]
-    both = torch.stack((a, b))
-    if rows.device.type != "cpu":
-        of_a, of_b = torch.mm(both, rows.T).unbind()
-        return of_a, of_b
-    # CPU libraries take one pass per vector when n is large; block by block the rows stay in cache.
     blocks = n // _BLOCK
+    if blocks < 2 or rows.device.type != "cpu":
+        return torch.mm(vectors, rows.t())
+    # CPU libraries take one pass per vector when n is large; block by block the rows stay in cache.
     cut = blocks * _BLOCK
-    left = both[:, :cut].unflatten(1, (blocks, _BLOCK)).transpose(0, 1)
+    left = vectors[:, :cut].unflatten(1, (blocks, _BLOCK)).transpose(0, 1)
     right = rows[:, :cut].unflatten(1, (blocks, _BLOCK)).permute(1, 2, 0)
     total = torch.bmm(left, right).sum(0)
     if cut < n:
-        total.addmm_(both[:, cut:], rows[:, cut:].T)
-    of_a, of_b = total.unbind()
-    return of_a, of_b
+        total.addmm_(vectors[:, cut:], rows[:, cut:].t())
+    return total

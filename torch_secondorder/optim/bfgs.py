@@ -18,7 +18,7 @@ from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_
 from torch_secondorder._optim.state import Matrix, ModelField, Pieces, check_size, declare
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBroyden
-from torch_secondorder.curvature.inverse_broyden import BroydenUpdate
+from torch_secondorder.curvature.inverse_broyden import SELF_SCALED, BroydenUpdate
 from torch_secondorder.globalization import LineSearch, LineSearchName
 from torch_secondorder.solvers._box_quadratic import FaceModel, InverseOnFaces
 
@@ -199,6 +199,14 @@ class BFGS(LineSearchOptimizer):
         if known is not None and known[0] is grad:
             return known[1]
         return inverse.direction(grad)
+
+    def _first_step(self, descent: Descent, line: Line) -> float:
+        inverse = self._inverse
+        if not self._searches or inverse is None or self.update not in SELF_SCALED:
+            return descent.lr
+        # Scaling up alone makes H too large in general, and the last line knows by how much: it had
+        # its minimum at this multiple of the direction.
+        return descent.lr * min(1.0, inverse.ratio)
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Updates the inverse Hessian, if the pair shows curvature or can be made to."""

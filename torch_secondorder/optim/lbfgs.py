@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from torch_secondorder._foundation.checks import check_integer
+from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._optim.bounds import Bounds
@@ -18,11 +18,15 @@ from torch_secondorder._optim.flat import BoundedInfo, Candidate, Descent, Line,
 from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_pair
 from torch_secondorder._optim.state import ModelField, Pieces, check_size, copied, declare
 from torch_secondorder._params.vector import ParameterVector
-from torch_secondorder.curvature import InverseBFGS
+from torch_secondorder.curvature import InverseBFGS, ReducedBroyden
 from torch_secondorder.globalization import LineSearch, LineSearchName
-from torch_secondorder.solvers._box_quadratic import CompactBFGS, FaceModel
+from torch_secondorder.solvers._box_quadratic import CompactBFGS, FaceModel, ReducedModel
 
 __all__ = ["LBFGS", "LBFGSInfo"]
+
+#: Updates of the inverse Hessian.
+Update: TypeAlias = Literal["bfgs", "ssbfgs", "ssbroyden"]
+History: TypeAlias = InverseBFGS | ReducedBroyden
 
 # The memory of the history by default, unless twenty pairs take more.
 _HISTORY_BYTES = 256 * 2**20
@@ -47,13 +51,14 @@ class LBFGSInfo(BoundedInfo):
 
 
 class _History(ModelField):
-    """The pairs of `LBFGS`; takes those of `torch.optim.LBFGS` as well."""
+    """What `LBFGS` has learned; takes the pairs of `torch.optim.LBFGS` as well."""
 
     small_names = (
         *("history_size", "count", "_room", "_newest", "_pending"),
         *("scales", "inverse", "diagonal"),
+        *("rank", "scale", "tau", "phi", "matrix", "expected", "initial", "is_pending"),
     )
-    vector_names = ("steps", "differences")
+    vector_names = ("steps", "differences", "basis", "pair")
     foreign_names = (
         *("d", "t", "ro", "al", "H_diag", "old_dirs", "old_stps"),
         *("prev_flat_grad", "prev_loss"),
@@ -68,33 +73,38 @@ class _History(ModelField):
     def cut(self, optimizer: LBFGS) -> Pieces:
         """See `ModelField.cut`."""
         vector = ParameterVector(optimizer._trainable)
-        inverse, size = self.get(optimizer), optimizer._history_size(vector)
-        if inverse is None or (inverse.size, inverse.history_size) != (vector.size, size):
-            inverse = _history(vector, size)
+        inverse = self.get(optimizer)
+        if inverse is None or not optimizer._fits(inverse, vector):
+            inverse = optimizer._new_history(vector)
+        if isinstance(inverse, ReducedBroyden):
+            small, basis, pair = inverse.split_state()
+            return small, {"basis": (basis, inverse.capacity), "pair": (pair, 2)}
         small, steps, differences = inverse.split_state()
+        size = inverse.history_size
         return small, {"steps": (steps, size), "differences": (differences, size)}
 
-    def load(self, found: Mapping[str, Any], optimizer: LBFGS) -> InverseBFGS | None:
+    def load(self, found: Mapping[str, Any], optimizer: LBFGS) -> History | None:
         """See `ModelField.load`."""
         vector = optimizer._known_vector()
         if vector is None:
             return None
-        history = found.get(self.name)
+        history, inverse = found.get(self.name), None
         if "steps" in found:
             history = InverseBFGS.join_state(dict(found), found["steps"], found["differences"])
+        elif "basis" in found:
+            history = ReducedBroyden.join_state(dict(found), found["basis"], found["pair"])
         if history:
             # If all parameters are frozen there is nothing to compare it with; the next step does.
             if optimizer._trainable:
                 check_size(history["size"], vector)
-            inverse = _history(vector, history["history_size"], history["size"])
+            kind = ReducedBroyden if "basis" in history else InverseBFGS
+            inverse = _history(kind, vector, history["history_size"], history["size"])
             inverse.load_state_dict(copied(history))
-            return inverse
-        if not found.get("old_stps"):
-            return None
-        inverse = _history(vector, optimizer._history_size(vector))
-        for y, s in zip(found["old_dirs"], found["old_stps"], strict=True):
-            check_size(s.numel(), vector)
-            inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
+        elif found.get("old_stps"):
+            inverse = optimizer._new_history(vector)
+            for y, s in zip(found["old_dirs"], found["old_stps"], strict=True):
+                check_size(s.numel(), vector)
+                inverse.push(s.to(vector.device, vector.dtype), y.to(vector.device, vector.dtype))
         return inverse
 
 
@@ -159,7 +169,8 @@ class LBFGS(LineSearchOptimizer):
     _takes_bounds = True
     _renamed: ClassVar = {"damping": "powell_damping"}
     _state_fields = declare(history=_History("_inverse"))
-    _inverse: InverseBFGS | None
+    _carried: ClassVar[tuple[str, ...]] = ("update",)
+    _inverse: History | None
 
     def __init__(
         self,
@@ -172,6 +183,7 @@ class LBFGS(LineSearchOptimizer):
         history_size: int | None = None,
         line_search_fn: LineSearchName | LineSearch | None = "strong_wolfe",
         *,
+        update: Update = "bfgs",
         weight_decay: float = 0.0,
         maximize: bool = False,
         bounds: Bounds = None,
@@ -188,6 +200,8 @@ class LBFGS(LineSearchOptimizer):
             powell_damping = damping
         if history_size is not None:
             check_integer("history_size", history_size, whole_floats=True)
+        check_choice("update", update, Update)
+        self.update: Update = update
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -205,12 +219,12 @@ class LBFGS(LineSearchOptimizer):
     def _begin(self, descent: Descent) -> None:
         super()._begin(descent)
         vector = descent.objective.vector
-        size, inverse = self._history_size(vector), self._inverse
-        if inverse is not None and (inverse.size, inverse.history_size) != (vector.size, size):
-            self._forget("history_size or the trainable parameters changed")
+        if self._inverse is not None and not self._fits(self._inverse, vector):
+            self._forget("update, history_size or the trainable parameters changed")
         history = self._inverse or self._start_history(vector)
-        history.largest_scale = self._searches
-        history.boldness = _BOLDEST if descent.objective.box is None else _BOLDEST_IN_BOX
+        self._set_up(history)
+        if isinstance(history, InverseBFGS):
+            history.boldness = _BOLDEST if descent.objective.box is None else _BOLDEST_IN_BOX
         self._skipped = self._damped = 0
 
     def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
@@ -229,19 +243,28 @@ class LBFGS(LineSearchOptimizer):
         history = self._inverse
         if history is None:
             history = self._start_history(descent.objective.vector)
-        return CompactBFGS(history) if history.count else None
+        if not history.count:
+            return None
+        kind = CompactBFGS if isinstance(history, InverseBFGS) else ReducedModel
+        return kind(history)
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Enters the pair into the history if it shows curvature, or can be made to."""
-        if self._inverse is None:  # the closure has loaded a state
+        history = self._inverse
+        if history is None:  # the closure has loaded a state
             return
         damping = self.param_groups[0]["powell_damping"]
         pair = curvature_pair(descent, line, t, before, to, damping=damping)
         if pair is None:
             self._skipped += 1
+            return
+        self._damped += pair.damped
+        if isinstance(history, InverseBFGS):
+            history.push(pair.s, pair.y, pair.scale)
         else:
-            self._damped += pair.damped
-            self._inverse.push(pair.s, pair.y, pair.scale)
+            expected = t * t * line.bend
+            # The first step went along the negative gradient, the direction for this H.
+            history.push(pair.s, pair.y, expected=expected, initial=line.square / -line.slope)
 
     def _restart(self) -> bool:
         if self._inverse is None or not self._inverse.count:
@@ -251,11 +274,29 @@ class LBFGS(LineSearchOptimizer):
 
     # The history and its place in checkpoints.
 
-    def _start_history(self, vector: ParameterVector) -> InverseBFGS:
+    def _start_history(self, vector: ParameterVector) -> History:
         """A history without pairs: there is none at first, or once a closure has loaded a state."""
-        self._inverse = _history(vector, self._history_size(vector))
-        self._inverse.largest_scale = self._searches
+        self._inverse = self._new_history(vector)
+        self._set_up(self._inverse)
         return self._inverse
+
+    def _new_history(self, vector: ParameterVector) -> History:
+        return _history(self._history_kind, vector, self._history_size(vector))
+
+    @property
+    def _history_kind(self) -> type[History]:
+        return InverseBFGS if self.update == "bfgs" else ReducedBroyden
+
+    def _fits(self, history: History, vector: ParameterVector) -> bool:
+        """True if the history is for these parameters and the hyperparameters of now."""
+        sizes = (history.size, history.history_size) == (vector.size, self._history_size(vector))
+        return sizes and isinstance(history, self._history_kind)
+
+    def _set_up(self, history: History) -> None:
+        if isinstance(history, InverseBFGS):
+            history.largest_scale = self._searches
+        else:
+            history.update = self.update
 
     def _history_size(self, vector: ParameterVector) -> int:
         """The number of pairs to keep; by default as many as fit into the memory set aside."""
@@ -268,6 +309,8 @@ class LBFGS(LineSearchOptimizer):
         return max(20, min(200, _HISTORY_BYTES // pair))
 
 
-def _history(vector: ParameterVector, history_size: int, size: int | None = None) -> InverseBFGS:
+def _history(
+    kind: type[History], vector: ParameterVector, history_size: int, size: int | None = None
+) -> History:
     size = vector.size if size is None else size
-    return InverseBFGS(size, history_size, vector.dtype, vector.device, space=vector.space)
+    return kind(size, history_size, vector.dtype, vector.device, space=vector.space)
