@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import quasi_newton_pinn
+from . import bounds, quasi_newton_pinn
 from .registry import Options, command
 from .report import Report
 
@@ -10,6 +10,7 @@ PARTS = {
     "poisson": quasi_newton_pinn.run_poisson,
     "convection": quasi_newton_pinn.run_convection,
     "seconds": quasi_newton_pinn.run_seconds,
+    "bounds": bounds.run,
 }
 
 
