@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -398,6 +399,14 @@ def test_a_callback_of_the_old_style_gets_the_point() -> None:
     result = minimize(lambda p: rosenbrock(p["x"]), {"x": START}, callback=seen.append)
     assert len(seen) == result.nit and torch.equal(seen[-1]["x"], result.x["x"])
     assert not torch.equal(seen[0]["x"], seen[1]["x"])
+
+
+def test_a_callback_may_keep_points_of_any_length() -> None:
+    """The position of a long vector moves in place."""
+    seen: list[Tensor] = []
+    start = torch.ones(100_000)
+    minimize(lambda x: (x**4).mean(), start, callback=seen.append, options={"maxiter": 3})
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise([start, *seen]))
 
 
 @pytest.mark.parametrize("method", [*ITERATING, "sophia"])
