@@ -316,7 +316,8 @@ def test_backward_inside_the_gradient_is_its_own_affair() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rounding_takes_no_point_beyond_a_bound(scheme: str) -> None:
     x = 1e-9 * torch.randn(20_000, dtype=torch.float64)
-    low, high = x - torch.rand(len(x)) * 1e-8, x + torch.rand(len(x)) * 1e-8
+    low = x.clamp(max=0) - 1e-8 * torch.rand_like(x)
+    high = x.clamp(min=0) + 1e-8 * torch.rand_like(x)
     estimate = Differences(lambda x: x.sum(), scheme, Counts())
     eps = torch.finfo(x.dtype).eps
     for points in estimate._moves(x, eps, (low, high)):
