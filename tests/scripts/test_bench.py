@@ -86,6 +86,15 @@ def test_only_contenders_with_a_text_in_their_names_run() -> None:
     assert "ssbroyden" not in done.stdout
 
 
+def test_a_text_that_is_in_no_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    registry = importlib.import_module("benchmarks.registry")
+    options = registry.Options(torch.device("cpu"), 1, only="BFGS")
+    assert options.chosen({"LBFGS": 1, "Adam": 2}) == {"LBFGS": 1}
+    with pytest.raises(ValueError, match="--only BFGS is in no name of SGD, Adam"):
+        options.chosen({"SGD": 1, "Adam": 2})
+
+
 def test_the_convection_problem_has_the_solution_that_it_states(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
