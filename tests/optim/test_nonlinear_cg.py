@@ -17,8 +17,7 @@ from tests.support.closures import SEARCHES, rosenbrock, standard, start_at
 from tests.support.dense_operators import Dense, rotation
 from tests.support.problems import NONCONVEX, make_problems
 from torch_secondorder import LBFGS, FunctionalObjective, NonlinearCG, NonlinearCGInfo, StepStatus
-from torch_secondorder._optim import flat
-from torch_secondorder._params import space
+from torch_secondorder._params import space, vector
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.globalization import (
     Armijo,
@@ -528,7 +527,7 @@ def test_long_vectors_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for beta in ("shanno", "hager_zhang"):
         short, _ = minimized(function, start, beta=beta, max_iter=8)
         with monkeypatch.context() as patch:
-            patch.setattr(flat, "_SHORT", 5)
+            patch.setattr(vector, "SHORT", 5)
             long, _ = minimized(function, start, beta=beta, max_iter=8)
         torch.testing.assert_close(short, long, rtol=1e-9, atol=1e-9)
 
