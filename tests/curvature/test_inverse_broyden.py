@@ -218,7 +218,9 @@ def test_scales_of_many_decades(device: torch.device) -> None:
 @pytest.mark.parametrize("held", [0, 3])
 def test_pairs_without_curvature_change_nothing(held: int, device: torch.device) -> None:
     pairs = make_pairs(held + 1, 5, device)
-    inverse = filled(pairs[:held], "ssbroyden") if held else InverseBroyden(5, torch.float64, device)
+    inverse = (
+        filled(pairs[:held], "ssbroyden") if held else InverseBroyden(5, torch.float64, device)
+    )
     s, y = pairs[-1]
     before = inverse @ eye(5, device)
     for bad in (-y, 0 * y, y * float("nan"), y * float("inf")):
@@ -288,5 +290,5 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="size must be an integer of at least 1, got 0"):
         InverseBroyden(0)
-    with pytest.raises(ValueError, match="update must be one of 'bfgs', .*, got 'sr1'"):
+    with pytest.raises(ValueError, match=r"update must be one of 'bfgs', .*, got 'sr1'"):
         InverseBroyden(2, update="sr1")  # type: ignore[arg-type]

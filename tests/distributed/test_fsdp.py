@@ -8,6 +8,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,6 +97,7 @@ def lbfgs(rank: int, ranks: int) -> list[Any]:
         ({}, {"line_search_fn": "hager_zhang", "history_size": 3, "powell_damping": True}),
         ({}, {"line_search_fn": None, "lr": 0.1}),
         ({"mesh": "replicated"}, {"weight_decay": 0.01}),
+        ({}, {"update": "ssbroyden", "history_size": 5}),
     ):
         if ranks and "mesh" in how:  # a copy on each rank, cut into one part
             names = ("copies", "parts")
@@ -207,6 +209,8 @@ def resharded(make: Callable[[Any], Any], kind: str, rank: int, ranks: int) -> l
 
 def reshard_lbfgs(rank: int, ranks: int) -> list[Any]:
     found = resharded(lambda p: LBFGS(p, max_iter=3, history_size=7), "plain", rank, ranks)
+    scaled = partial(LBFGS, update="ssbroyden", max_iter=3, history_size=5)
+    found += resharded(scaled, "plain", rank, ranks)
     return found + resharded(lambda p: LBFGS(p, max_iter=1), "by name", rank, ranks)
 
 

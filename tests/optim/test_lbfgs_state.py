@@ -71,8 +71,9 @@ class Training:
         {"max_iter": 2, "max_eval": 50},
         {"max_iter": 2, "line_search_fn": None, "lr": 0.1},
         {"max_iter": 1, "maximize": False, "weight_decay": 1e-3, "powell_damping": True},
+        {"max_iter": 3, "max_eval": 50, "update": "ssbroyden", "history_size": 4},
     ],
-    ids=["wrapped", "growing", "fixed steps", "all options"],
+    ids=["wrapped", "growing", "fixed steps", "all options", "ssbroyden"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
     arguments: dict, dtype: torch.dtype, device: torch.device

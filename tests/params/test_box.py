@@ -91,6 +91,8 @@ def test_bounds_with_no_number_between_them_hold_the_nearest(dtype: torch.dtype)
 
 
 def test_bounds_broadcast_to_the_parameter() -> None:
-    lower, upper = cut_bounds(torch.tensor([0.0, 1.0]), torch.tensor([[2.0], [3.0]]), torch.zeros(2, 2))
+    lower, upper = cut_bounds(
+        torch.tensor([0.0, 1.0]), torch.tensor([[2.0], [3.0]]), torch.zeros(2, 2)
+    )
     assert lower.tolist() == [[0.0, 1.0], [0.0, 1.0]]
     assert upper.tolist() == [[2.0, 2.0], [3.0, 3.0]]

@@ -18,7 +18,7 @@ from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_
 from torch_secondorder._optim.state import Matrix, ModelField, Pieces, check_size, declare
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBroyden
-from torch_secondorder.curvature.inverse_broyden import BroydenUpdate
+from torch_secondorder.curvature.inverse_broyden import SELF_SCALED, BroydenUpdate
 from torch_secondorder.globalization import LineSearch, LineSearchName
 from torch_secondorder.solvers._box_quadratic import FaceModel, InverseOnFaces
 
@@ -155,7 +155,6 @@ class BFGS(LineSearchOptimizer):
         self.update = update
         # The gradient whose product with H is known already, and minus this product.
         self._known: tuple[Tensor, Tensor] | None = None
-        self._reach = 1.0
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -202,9 +201,12 @@ class BFGS(LineSearchOptimizer):
         return inverse.direction(grad)
 
     def _first_step(self, descent: Descent, line: Line) -> float:
-        if self._searches and self.update in _SELF_SCALED:
-            return descent.lr * self._reach
-        return descent.lr
+        inverse = self._inverse
+        if not self._searches or inverse is None or self.update not in SELF_SCALED:
+            return descent.lr
+        # Scaling up alone makes H too large in general, and the last line knows by how much: it had
+        # its minimum at this multiple of the direction.
+        return descent.lr * min(1.0, inverse.ratio)
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Updates the inverse Hessian, if the pair shows curvature or can be made to."""
@@ -221,7 +223,6 @@ class BFGS(LineSearchOptimizer):
             self._skipped += 1
             return
         expected = t * t * line.bend
-        self._reach = min(1.0, t * line.bend / to.y_d) if to.y_d > 0 else 1.0
         if not inverse.count:
             # The step went along the negative gradient, which is the direction for this H.
             initial = line.square / line.bend

@@ -20,7 +20,7 @@ from torch_secondorder._optim.state import ModelField, Pieces, check_size, copie
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBFGS, ReducedBroyden
 from torch_secondorder.globalization import LineSearch, LineSearchName
-from torch_secondorder.solvers._box_quadratic import CompactBFGS, FaceModel
+from torch_secondorder.solvers._box_quadratic import CompactBFGS, FaceModel, ReducedModel
 
 __all__ = ["LBFGS", "LBFGSInfo"]
 
@@ -243,8 +243,10 @@ class LBFGS(LineSearchOptimizer):
         history = self._inverse
         if history is None:
             history = self._start_history(descent.objective.vector)
-        assert isinstance(history, InverseBFGS)
-        return CompactBFGS(history) if history.count else None
+        if not history.count:
+            return None
+        kind = CompactBFGS if isinstance(history, InverseBFGS) else ReducedModel
+        return kind(history)
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Enters the pair into the history if it shows curvature, or can be made to."""
