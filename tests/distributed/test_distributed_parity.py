@@ -57,7 +57,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 newton = partial(NewtonCG, lr=0.3, max_cg_iter=4, weight_decay=0.1)
 lbfgs = partial(LBFGS, max_iter=1, max_eval=20, weight_decay=0.1)
-conjugate = partial(NonlinearCG, max_iter=1, max_eval=20, weight_decay=0.1)
+# To the minimum: on the way there rounding grows from iteration to iteration.
+conjugate = partial(NonlinearCG, max_iter=5, weight_decay=0.1, tolerance_grad=1e-14)
 bfgs = partial(BFGS, max_iter=1, max_eval=20, weight_decay=0.1)
 exact_newton = partial(Newton, max_iter=1, weight_decay=0.1)
 Case = tuple[Callable[..., Any], Callable[[], nn.Module], str]
@@ -67,11 +68,15 @@ CASES: dict[str, Case] = {
     "lbfgs, hager_zhang": (partial(lbfgs, line_search_fn="hager_zhang"), convex, "gaussian"),
     "lbfgs, no search": (partial(lbfgs, line_search_fn=None, lr=0.5), convex, "bernoulli"),
     "lbfgs, network": (lbfgs, network, "categorical"),  # in float64, see `convex`
-    "cg": (conjugate, convex, "categorical"),
+    "cg": (conjugate, convex, "gaussian"),
     "cg, hager_zhang": (partial(conjugate, beta="hager_zhang"), convex, "gaussian"),
-    "cg, polak_ribiere": (partial(conjugate, beta="polak_ribiere"), convex, "bernoulli"),
+    "cg, polak_ribiere": (partial(conjugate, beta="polak_ribiere"), convex, "gaussian"),
     "cg, preconditioned": (
-        partial(conjugate, preconditioner=lambda v: v / torch.arange(1.0, 16.0).to(v)),
+        partial(
+            conjugate,
+            beta="polak_ribiere",
+            preconditioner=lambda v: v / torch.linspace(1, 2, 15).to(v),
+        ),
         convex,
         "gaussian",
     ),
