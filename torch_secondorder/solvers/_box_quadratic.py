@@ -273,35 +273,3 @@ class ReducedModel:
         move = torch.mv(basis.t(), u.to(z.dtype).to(z.device))
         slopes = torch.where(fixed, grad + (z + move) / scale, 0)
         return Face(torch.where(fixed, values, z - move), slopes)
-        self._inverse = inverse
-
-    def minimize_on_face(self, grad: Tensor, fixed: Tensor, values: Tensor) -> Face | None:
-        """See `FaceModel.minimize_on_face`."""
-<<<<<<< HEAD
-        held = fixed.nonzero().squeeze(1)
-        if not len(held):
-            return Face(self._inverse.direction(grad), torch.zeros_like(grad))
-        slopes = torch.zeros_like(grad)
-        step = self._inverse.direction(torch.where(fixed, 0, grad))
-        columns = self._inverse.columns(held)
-        factor, info = torch.linalg.cholesky_ex(columns[held])
-        if info.item():
-            return None
-        change = torch.cholesky_solve((values - step)[held][:, None], factor)[:, 0]
-        slopes[held] = grad[held] + change
-        return Face(torch.where(fixed, values, step.addmv_(columns, change)), slopes)
-=======
-        if not bool(fixed.any()):
-            return Face(self._inverse.direction(grad), torch.zeros_like(grad))
-        basis, matrix, scale = self._inverse.reduced()
-        z = torch.where(fixed, values, grad * -scale)
-        of_z = torch.mv(basis, z).cpu().double()
-        held, free = basis[:, fixed], basis[:, ~fixed]
-        g_held, g_free = (torch.mm(part, part.t()).cpu().double() for part in (held, free))
-        right = scale * of_z - matrix @ of_z
-        # A singular matrix gives infinities or NaN, which end the search for a face.
-        u = torch.linalg.solve_ex(matrix @ g_held + scale * g_free, right)[0]
-        move = torch.mv(basis.t(), u.to(z.dtype).to(z.device))
-        slopes = torch.where(fixed, grad + (z + move) / scale, 0)
-        return Face(torch.where(fixed, values, z - move), slopes)
->>>>>>> limited
