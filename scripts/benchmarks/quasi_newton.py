@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import bounds, quasi_newton_pinn
+from . import bounds, quasi_newton_cg, quasi_newton_pinn
 from .registry import Options, command
 from .report import Report
 
 PARTS = {
     "poisson": quasi_newton_pinn.run_poisson,
     "convection": quasi_newton_pinn.run_convection,
+    "nonlinear_cg": quasi_newton_cg.run,
     "seconds": quasi_newton_pinn.run_seconds,
     "bounds": bounds.run,
 }
