@@ -245,8 +245,9 @@ class LBFGS(LineSearchOptimizer):
             history = self._start_history(descent.objective.vector)
         if not history.count:
             return None
-        kind = CompactBFGS if isinstance(history, InverseBFGS) else ReducedModel
-        return kind(history)
+        if isinstance(history, InverseBFGS):
+            return CompactBFGS(history)
+        return ReducedModel(history)
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Enters the pair into the history if it shows curvature, or can be made to."""
