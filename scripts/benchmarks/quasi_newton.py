@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import quasi_newton_pinn
+from . import quasi_newton_iteration, quasi_newton_pinn, quasi_newton_problems
 from .registry import Options, command
 from .report import Report
 
@@ -10,6 +10,8 @@ PARTS = {
     "poisson": quasi_newton_pinn.run_poisson,
     "convection": quasi_newton_pinn.run_convection,
     "seconds": quasi_newton_pinn.run_seconds,
+    "problems": quasi_newton_problems.run_problems,
+    "iteration": quasi_newton_iteration.run_iteration,
 }
 
 

@@ -53,6 +53,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["quasi_newton", "--part", "poisson"], "quasi_newton.poisson.", "BFGS, ssbroyden"),
         (["quasi_newton", "--part", "convection"], "quasi_newton.convection.", "BFGS, bfgs"),
         (["quasi_newton", "--part", "seconds"], "quasi_newton.seconds.", "BFGS, ssbroyden (ours)"),
+        (["quasi_newton", "--part", "problems"], "quasi_newton.problems", "BFGS, ssbroyden"),
+        (["quasi_newton", "--part", "iteration"], "quasi_newton.iteration.", "bfgs / bound"),
         (["lightning"], "lightning.MLP", "Lightning's own"),
         (["minimize", "--part", "exact"], "minimize.exact", "newton-cg"),
         (["minimize", "--part", "2-point"], "minimize.2-point", "ssbroyden"),
