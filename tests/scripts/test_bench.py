@@ -57,6 +57,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["quasi_newton", "--part", "seconds"], "quasi_newton.seconds.", "BFGS, ssbroyden (ours)"),
         (["quasi_newton", "--part", "bounds"], "bounds.obstacle", "LBFGS (ours)"),
         (["quasi_newton", "--part", "nonlinear_cg"], "quasi_newton.nonlinear_cg.over", "shanno"),
+        (["quasi_newton", "--part", "problems"], "quasi_newton.problems", "BFGS, ssbroyden"),
+        (["quasi_newton", "--part", "iteration"], "quasi_newton.iteration.", "bfgs / bound"),
         (["lightning"], "lightning.MLP", "Lightning's own"),
         (["minimize", "--part", "exact"], "minimize.exact", "newton-cg"),
         (["minimize", "--part", "2-point"], "minimize.2-point", "ssbroyden"),
