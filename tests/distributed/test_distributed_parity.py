@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.ranks import on_both, run_on_ranks
-from torch_secondorder import LBFGS, AdaHessian, NewtonCG, Sophia
+from torch_secondorder import LBFGS, AdaHessian, Newton, NewtonCG, Sophia
 from torch_secondorder.curvature import Hutchinson
 from torch_secondorder.solvers import KFAC
 
@@ -111,6 +111,12 @@ CASES: dict[str, Case] = {
         partial(newton, curvature_products="finite_difference", lr=1.0),
         convex,
         "categorical",
+    ),
+    "exact": (partial(Newton, weight_decay=0.1), network, "categorical"),
+    "exact, search": (
+        partial(Newton, weight_decay=0.1, globalization="line_search"),
+        network,
+        "bernoulli",
     ),
     "adahessian": (partial(AdaHessian, lr=0.01, eps=0.01), network, "categorical"),
     "adahessian, three": (
