@@ -138,6 +138,12 @@ CASES: dict[str, Case] = {
         convex,
         "categorical",
     ),
+    "exact": (partial(Newton, weight_decay=0.1), network, "categorical"),
+    "exact, search": (
+        partial(Newton, weight_decay=0.1, globalization="line_search"),
+        network,
+        "bernoulli",
+    ),
     "adahessian": (partial(AdaHessian, lr=0.01, eps=0.01), network, "categorical"),
     "adahessian, three": (
         partial(AdaHessian, lr=0.01, eps=0.01, n_samples=3, update_period=3),
