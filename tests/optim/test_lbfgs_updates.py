@@ -158,5 +158,7 @@ def test_a_state_of_torch(device: torch.device) -> None:
 
 def test_an_unknown_update() -> None:
     x = torch.zeros(2, requires_grad=True)
-    with pytest.raises(ValueError, match="update must be one of 'bfgs', 'ssbfgs', 'ssbroyden', got 'newton'"):
+    with pytest.raises(
+        ValueError, match="update must be one of 'bfgs', 'ssbfgs', 'ssbroyden', got 'newton'"
+    ):
         LBFGS([x], update="newton")  # type: ignore[arg-type]

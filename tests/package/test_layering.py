@@ -84,6 +84,7 @@ RULES = Rules(
         "dataset._operator": "diagnostics _optim",
         "penalties._encoder": "optim integrations",
         "solvers._box_quadratic": "_optim optim",
+        "solvers._boxed_dense": "optim",
         "solvers._units": "_optim",
     },
     reserved={

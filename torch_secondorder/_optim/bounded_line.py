@@ -54,15 +54,15 @@ class BoundedLine(Line):
         grad = evaluation.grad
         y = grad - self._before
         projected = box.projected(box.moved(objective.position, direction, t), grad)
-        slope, y_y, y_d, grad_norm, whole, loss = self._descent.space.to_host(
+        slope, y_y, y_d, grad_norm, loss = self._descent.space.to_host(
             sums=(grad @ direction, y @ y, y @ direction),
-            largest=(projected, grad),
+            largest=(projected,),
             whole=(evaluation.loss,),
         )
         if loss == -inf:
             self.bottomless = True
         candidate = self._newest = Candidate(Point(loss, grad_norm, grad), y, y_y, y_d)
-        if not isfinite(whole):
+        if not isfinite(grad_norm):
             slope = inf
         elif loss < self._lowest_loss and isfinite(loss) and isfinite(slope):
             if self._lowest is not None:

@@ -295,11 +295,8 @@ def projected_point(objective: Objective, evaluation: Evaluation) -> Point:
     assert objective.box is not None
     grad = evaluation.grad
     projected = objective.box.projected(objective.position, grad)
-    grad_norm, whole, loss = objective.vector.space.to_host(
-        largest=(projected, grad), whole=(evaluation.loss,)
-    )
-    # An infinite slope towards a bound is none that a step could stand on.
-    return Point(loss, grad_norm if isfinite(whole) else whole, grad)
+    grad_norm, loss = objective.vector.space.to_host(largest=(projected,), whole=(evaluation.loss,))
+    return Point(loss, grad_norm, grad)
 
 
 def _products_of_difference(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

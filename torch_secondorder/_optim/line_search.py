@@ -93,6 +93,10 @@ class LineSearchOptimizer(FlatOptimizer):
     def _restart(self) -> bool:
         """Drops what was learned; says whether there was anything."""
 
+    def _first_step(self, descent: Descent, line: Line) -> float:
+        """The first step to try, as a multiple of the direction."""
+        return descent.lr
+
     # The steps.
 
     @property
@@ -127,8 +131,8 @@ class LineSearchOptimizer(FlatOptimizer):
                 return StepStatus.CONVERGED_GRADIENT
         line = self._line(descent)
         precision = descent.objective.vector.precision
-        t0 = min(descent.lr, line.start.longest)
-        result = self.line_search(line, line.start, t0, precision=precision)
+        first = min(self._first_step(descent, line), line.start.longest)
+        result = self.line_search(line, line.start, first, precision=precision)
         descent.search_status = result.status
         descent.nonfinite_trials += result.nonfinite
         unbounded = line.bottomless or (
@@ -159,7 +163,9 @@ class LineSearchOptimizer(FlatOptimizer):
         grad, direction = descent.point.grad, self._direction(descent)
         assert grad is not None
         if direction is not None:
-            slope, square = descent.space.to_host(sums=(grad @ direction, direction @ direction))
+            slope, square = descent.space.to_host(
+                sums=(grad.dot(direction), direction.dot(direction))
+            )
             if -inf < slope < 0 and isfinite(square):
                 return Line(descent, direction, slope, square)
             self._restart()

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch_secondorder._objective.base import Evaluation, Objective
 from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.info import StepStatus
-from torch_secondorder._params.space import Space
 from torch_secondorder.curvature import Damped, Diagonal, FiniteDifference, LinearOperator
 from torch_secondorder.curvature._masked import Masked
 from torch_secondorder.globalization import (
@@ -36,15 +35,19 @@ _ATTEMPTS = 12
 _BACKTRACKING = Armijo(c1=1e-2, max_evaluations=8)
 
 
-def point_of(evaluation: Evaluation, space: Space) -> Point:
-    """The point of an evaluation with its graph; one synchronization."""
-    grad = evaluation.grad
+def point_of(evaluation: Evaluation, objective: Objective) -> Point:
+    """The point of an evaluation with its graph, where the objective stands; one synchronization.
+
+    With bounds, the norms of the gradient are those of the projected gradient.
+    """
+    grad, space = evaluation.grad, objective.vector.space
+    measured = grad if objective.box is None else objective.box.projected(objective.position, grad)
     grad_norm, length, loss = space.to_host(
-        largest=(grad,),
-        norms=(torch.linalg.vector_norm(grad),),
+        largest=(measured,),
+        norms=(torch.linalg.vector_norm(measured),),
         whole=(evaluation.loss,),
     )
-    length = space.true_norm(grad, grad_norm, length)
+    length = space.true_norm(measured, grad_norm, length)
     return Point(loss, grad_norm, grad, evaluation, length)
 
 
@@ -148,6 +151,7 @@ class Trials:
 
     Attributes:
         allowance: Changes of the loss up to this are rounding errors.
+        longest: The longest step along a proposal.
     """
 
     def __init__(
@@ -170,6 +174,8 @@ class Trials:
         self._unit = unit
         self._grad = point.grad if unit == 1.0 else point.grad / unit
         self.allowance = ROUNDING * self.precision * abs(point.loss)
+        # Proposals end in the box, if there is one.
+        self.longest = inf if objective.box is None else 1.0
 
     def propose(self, direction: Tensor, decrease: float, damping: float) -> Proposal:
         """A proposal along a solution of the damped system, whose quadratic fell by `decrease`."""
@@ -184,14 +190,17 @@ class Trials:
         """Evaluates `t` along a proposal; the payload is a `Point`."""
         evaluation = self._objective.trial(proposal.direction, t, curvature=self._keeps_graphs)
         grad, unit = evaluation.grad, self._unit
-        scaled = grad if unit == 1.0 else grad / unit
+        scaled, measured, box = grad if unit == 1.0 else grad / unit, grad, self._objective.box
+        if box is not None:
+            there = box.moved(self._objective.position, proposal.direction, t)
+            measured = box.projected(there, grad)
         slope, grad_norm, length, loss = self._space.to_host(
             sums=(scaled @ proposal.direction,),
-            largest=(grad,),
-            norms=(torch.linalg.vector_norm(grad),),
+            largest=(measured,),
+            norms=(torch.linalg.vector_norm(measured),),
             whole=(evaluation.loss,),
         )
-        length = self._space.true_norm(grad, grad_norm, length)
+        length = self._space.true_norm(measured, grad_norm, length)
         # The gradient is a vector: without a graph it is not kept, and computed anew if needed.
         kept = evaluation.linearization is not None
         point = Point(
@@ -508,13 +517,16 @@ def searched(model: Model, search: LineSearch, memory: Memory, lr: float) -> Mov
     return StepStatus.STALLED if model.unresolved(proposal) else StepStatus.NO_DECREASE
 
 
-def search_along(model: Trials, search: LineSearch, proposal: Proposal, first: Trial) -> SearchResult:
+def search_along(
+    model: Trials, search: LineSearch, proposal: Proposal, first: Trial
+) -> SearchResult:
     """A line search along a proposal whose first trial has been evaluated already."""
 
     def phi(t: float) -> Trial:
+        t = min(t, model.longest)
         return first if t == first.t else model.trial(proposal, t)
 
-    start = Trial(0.0, model.point.loss, proposal.slope)
+    start = Trial(0.0, model.point.loss, proposal.slope, longest=model.longest)
     found = search(phi, start, first.t, precision=model.precision)
     if found.status is SearchStatus.UNBOUNDED:
         model.tally.unbounded |= falls_without_end(proposal.slope, found)

@@ -64,7 +64,8 @@ class Box:
         It is zero where the conditions of first order hold.
         """
         low, high = self.room(position)
-        return torch.clamp(-grad, low, high)
+        # An infinite slope towards a bound stays what it is: no step could stand on it.
+        return torch.where(grad.isinf(), grad, torch.clamp(-grad, low, high))
 
     def active(self, position: Tensor) -> Tensor:
         """The number of entries at a bound, 0-dim."""

@@ -284,7 +284,7 @@ def max_norm(v: Tensor) -> Tensor:
     """The largest absolute entry, 0-dim; NaN where there is one, zero where there is no entry."""
     if not v.numel():  # a process may have no part in a small vector
         return v.new_zeros(())
-    norm: Tensor = torch.linalg.vector_norm(v, float("inf"))
+    norm: Tensor = torch.linalg.vector_norm(v, math.inf)
     return norm
 
 

@@ -82,6 +82,7 @@ class InverseBFGS(LinearOperator):
 
     Attributes:
         count: Pairs held, at most `m`.
+        boldness: How many times the newest scale the largest may count.
 
     >>> H = InverseBFGS(2, history_size=5)
     >>> H.push(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]))
@@ -101,7 +102,7 @@ class InverseBFGS(LinearOperator):
         space: Space = WHOLE,
     ) -> None:
         self.space = space
-        self.largest_scale = largest_scale
+        self.largest_scale, self.boldness = largest_scale, _BOLDEST
         self.size = size
         self.history_size = history_size
         self.dtype = dtype
@@ -157,7 +158,7 @@ class InverseBFGS(LinearOperator):
     def gamma(self) -> float:
         """The scale of directions that no pair covers."""
         gamma = self._scales[-1]
-        return min(max(self._scales), _BOLDEST * gamma) if self.largest_scale else gamma
+        return min(max(self._scales), self.boldness * gamma) if self.largest_scale else gamma
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs held: `S` and `Y`, shape `(count, n)`, and the age of each row.

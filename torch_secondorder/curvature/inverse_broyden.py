@@ -16,7 +16,12 @@ __all__ = ["BroydenUpdate", "InverseBroyden"]
 
 #: Names of updates.
 BroydenUpdate: TypeAlias = Literal["bfgs", "ssbfgs", "ssbroyden", "dfp"]
+#: Those that scale with each pair, for which they need `s'H^-1 s`.
+SELF_SCALED = ("ssbfgs", "ssbroyden")
 
+# BFGS also scales H up with the first few pairs, at most by 1 / 0.3 each: the first step goes along
+# the gradient, where curvature is large.
+_EARLY, _BOLDEST = 8, 0.3
 # Updates that are gathered before the matrix is written. Each is of rank two.
 _GATHERED = 8
 # The scale is kept within these; beyond, it goes into the matrix.
@@ -37,7 +42,8 @@ class InverseBroyden(LinearOperator):
 
         (H - Hy y'H / y'Hy + phi v v') / tau + s s' / y's
 
-    so that `H y = s`. The updates differ in `tau` and `phi`. `"bfgs"` has 1 and 1, `"dfp"` 1 and 0.
+    so that `H y = s`. The updates differ in `tau` and `phi`. `"bfgs"` has 1 and 1 (at first
+    `tau = min(1, y'Hy / y's)`, at least 0.3, for seven pairs), `"dfp"` 1 and 0.
     The self-scaled ones shrink the eigenvalues of the Hessian's approximation where they are too
     large: `"ssbfgs"` has `phi = 1` and `tau = min(1, y's / s'H^-1 s)`, and `"ssbroyden"` adapts
     both (Al-Baali 1998). The first pair gives `H` its scale, with all of them.
@@ -60,6 +66,8 @@ class InverseBroyden(LinearOperator):
         count: Pairs learned.
         tau: Of the last update.
         phi: Of the last update.
+        ratio: `s'H^-1 s / s'y` of the last pair, with the `H` before it, if it is known; 1 after
+            the first pair. On a parabola the line along `-H g` has its minimum at this multiple.
 
     Raises:
         TooLarge: The matrix does not fit into memory.
@@ -93,7 +101,7 @@ class InverseBroyden(LinearOperator):
     def reset(self) -> None:
         """Forgets all pairs: `H` is the identity. The memory of the matrix is kept."""
         self.count = 0
-        self.tau = self.phi = 1.0
+        self.tau = self.phi = self.ratio = 1.0
         self._scale = 1.0  # omega
         self._gathered = 0  # updates that are not in B yet
 
@@ -129,15 +137,18 @@ class InverseBroyden(LinearOperator):
         s_y, y_h_y = self.space.to_host(sums=(s @ y, y @ of_y))
         if not (0 < s_y < inf and 0 < y_h_y < inf):
             return False
-        scaled = self.update in ("ssbfgs", "ssbroyden")
-        if expected is None and scaled:
+        if expected is None and self.update in SELF_SCALED:
             expected = self._expected(s)
-        first = not self.count
-        tau, phi = update_parameters(self.update, first, self.size, s_y, y_h_y, expected)
+        first, early = not self.count, self.count < _EARLY
+        tau, phi = update_parameters(
+            self.update, first, self.size, s_y, y_h_y, expected, early=early
+        )
         if first:
             self._begin(1.0 if initial is None else initial)
-        elif self._gathered == _GATHERED:
-            self._write()
+        else:
+            self.ratio = 1.0 if expected is None else expected / s_y
+            if self._gathered == _GATHERED:
+                self._write()
         self._enter(s, of_y, s_y, y_h_y, tau, phi)
         return True
 
@@ -156,6 +167,18 @@ class InverseBroyden(LinearOperator):
     def direction(self, grad: Tensor) -> Tensor:
         """The quasi-Newton direction `-H grad`, shape `(n,)`."""
         return self._multiply(grad, -1.0)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Some columns of `H`, shape `(n, k)`; of the identity before the first pair.
+
+        Args:
+            index: Their numbers, shape `(k,)`.
+        """
+        if not self.count:
+            return torch.eye(self.size, dtype=self.dtype, device=self.device)[:, index]
+        assert self._matrix is not None
+        weighted = self._signs[:, None] * self._rows[:, index]
+        return torch.addmm(self._matrix[:, index], self._rows.T, weighted).mul_(self._scale)
 
     def advance(self, product: Tensor, v: Tensor) -> Tensor:
         """`H v` from what it was before the last pair, without a pass over the matrix.
@@ -285,24 +308,39 @@ class InverseBroyden(LinearOperator):
                 setattr(self, f"_{name}", state[name].to(self.device, self.dtype, copy=True))
 
 
-_NUMBERS = ("size", "count", "tau", "phi", "_scale", "_gathered")
+_NUMBERS = ("size", "count", "tau", "phi", "ratio", "_scale", "_gathered")
 
 
 def update_parameters(
-    update: BroydenUpdate, first: bool, n: int, s_y: float, y_h_y: float, expected: float | None
+    update: BroydenUpdate,
+    first: bool,
+    n: int,
+    s_y: float,
+    y_h_y: float,
+    expected: float | None,
+    *,
+    early: bool = False,
 ) -> Scaling:
-    """The parameters of an update, from `y's`, `y'Hy` and `s'H^-1 s`."""
+    """The parameters of an update.
+
+    Args:
+        update: Its name.
+        first: Whether it is the first one.
+        n: The length of the vectors.
+        s_y: `y's`.
+        y_h_y: `y'Hy`.
+        expected: `s'H^-1 s`, which the self-scaled updates need.
+        early: Whether it is one of the first few, with which BFGS scales as well.
+    """
     h = y_h_y / s_y
     if update == "dfp":
         return Scaling(h if first else 1.0, 0.0)
     if update == "bfgs":
-        return Scaling(h if first else 1.0, 1.0)
+        return Scaling(h if first else max(_BOLDEST, min(1.0, h)) if early else 1.0, 1.0)
     assert expected is not None
     b = expected / s_y
-    if not 0 < b < inf:
-        return Scaling(h if first else 1.0, 1.0)
-    if update == "ssbfgs":
-        return Scaling(h if first else min(1.0, 1 / b), 1.0)
+    if update == "ssbfgs" or not 0 < b < inf:
+        return Scaling(h if first else min(1.0, 1 / b) if b > 0 else 1.0, 1.0)
     a = max(b * h - 1.0, 0.0)  # zero only if s and Hy are parallel, when theta does not count
     # h (1 - c) with c = sqrt(a / (1 + a)), without the cancellation where a is large.
     rho = min(1.0, h / ((1.0 + a) * (1.0 + sqrt(a / (1.0 + a)))))

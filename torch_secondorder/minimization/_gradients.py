@@ -43,9 +43,9 @@ def exact(fun: Callable[[Any], Any]) -> Function:
 
     def checked(x: Any) -> Tensor:
         value = fun(x)
-        if type(value) is Tensor and value.requires_grad and not value.dim():
-            return value
-        return differentiable(value)
+        if not isinstance(value, Tensor) or value.dim() or value.is_complex():
+            return differentiable(value)
+        return value if value.requires_grad else differentiable(value)
 
     return checked
 
@@ -238,6 +238,7 @@ class Differences:
         counts: Where calls are counted.
         rel_step: The step relative to `|x|`; None for the rule above.
         limits: The bounds of each leaf.
+        at_once: Whether many points are evaluated in one call, by `torch.func.vmap`.
     """
 
     def __init__(
@@ -247,9 +248,11 @@ class Differences:
         counts: Counts,
         rel_step: float | None = None,
         limits: Sequence[Limits] | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
         self._fun, self._scheme, self._counts = fun, scheme, counts
-        self._rel_step, self._limits = rel_step, limits
+        self._rel_step, self._limits, self._at_once = rel_step, limits, at_once
 
     def __call__(self, x: Any) -> Tensor:
         """The value, with the estimated gradient as its derivative."""
@@ -259,13 +262,24 @@ class Differences:
         devices = {torch.device("cpu"), *(leaf.device for leaf in leaves)}
         states = [(device, random_state(device)) for device in devices]
 
-        def at(place: int, moved: Tensor) -> Tensor | float:
-            """The function where one leaf is replaced, with the random numbers of the others."""
-            for device, state in states:
-                set_random_state(device, state)
+        def value_at(place: int, moved: Tensor) -> Tensor | float:
+            """The function where one leaf is replaced."""
             point = [moved if i == place else leaf.clone() for i, leaf in enumerate(here)]
-            self._counts.functions += 1
             return _number(self._fun(_unflatten(point, structure)))
+
+        def at(place: int, moved: Tensor) -> Sequence[Tensor | float]:
+            """The function for each of several tensors in the place of one leaf."""
+            self._counts.functions += len(moved)
+            if self._at_once:
+                _reset(states)
+                one_by_one: Any = torch.func.vmap(partial(value_at, place), randomness="same")
+                found: Tensor = one_by_one(moved)
+                return found.unbind()
+            values: list[Tensor | float] = []
+            for one in moved.unbind():
+                _reset(states)
+                values.append(value_at(place, one))
+            return values
 
         with uncaptured():
             self._counts.functions += 1
@@ -279,7 +293,7 @@ class Differences:
 
     def _gradient(
         self,
-        at: Callable[[Tensor], Tensor | float],
+        at: Callable[[Tensor], Sequence[Tensor | float]],
         value: Tensor | float,
         leaf: Tensor,
         limits: Limits | None,
@@ -291,8 +305,8 @@ class Differences:
         if isinstance(value, Tensor) and value.is_floating_point():
             eps = max(eps, torch.finfo(value.dtype).eps)
 
-        def along(row: Tensor) -> Tensor | float:
-            entries = row.view_as(real)
+        def along(rows: Tensor) -> Sequence[Tensor | float]:
+            entries = rows.view(-1, *real.shape)
             return at(torch.view_as_complex(entries) if leaf.is_complex() else entries)
 
         moves = self._moves(flat, eps, limits)
@@ -337,8 +351,13 @@ def _within(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return x.clamp(min=low).clamp(max=high)
 
 
+def _reset(states: Sequence[tuple[torch.device, Tensor]]) -> None:
+    for device, state in states:
+        set_random_state(device, state)
+
+
 def _slopes(
-    at: Callable[[Tensor], Tensor | float],
+    at: Callable[[Tensor], Sequence[Tensor | float]],
     value: Tensor | float,
     x: Tensor,
     moves: list[Tensor],
@@ -348,14 +367,18 @@ def _slopes(
     """The derivative in each coordinate from the points beside it; zero where there is no room."""
     columns = []
     for moved in moves:
-        column: list[Tensor | float] = []
-        stays = (moved == x).tolist() if bounded else ()
+        column: list[Tensor | float] = [value] * len(x)
         for start in range(0, len(x), _ROWS):
             stop = min(start + _ROWS, len(x))
             rows = x.expand(stop - start, -1).clone()
             rows.diagonal(start).copy_(moved[start:stop])
-            for i, row in enumerate(rows.unbind(), start):
-                column.append(value if bounded and stays[i] else at(row))
+            places: Sequence[int] = range(start, stop)
+            if bounded:
+                moves_here = (moved != x)[start:stop]
+                rows = rows[moves_here]
+                places = [i for i, there in zip(places, moves_here.tolist(), strict=True) if there]
+            for i, value_there in zip(places, at(rows) if places else (), strict=True):
+                column[i] = value_there
         columns.append(_stacked(column))
     like = columns[0]
     dx = [(moved - x).to(like) for moved in moves]

@@ -13,8 +13,11 @@ from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.optim.adahessian import AdaHessian
+from torch_secondorder.optim.bfgs import BFGS
 from torch_secondorder.optim.lbfgs import LBFGS
+from torch_secondorder.optim.newton import Newton
 from torch_secondorder.optim.newton_cg import NewtonCG
+from torch_secondorder.optim.nonlinear_cg import NonlinearCG
 from torch_secondorder.optim.sophia import Sophia
 
 
@@ -35,7 +38,7 @@ class Method:
     @property
     def takes_bounds(self) -> bool:
         """True if the optimizer can keep parameters within bounds."""
-        return "bounds" in arguments_of(self.optimizer)
+        return bool(getattr(self.optimizer, "_takes_bounds", False))
 
     def make(self, params: Any, *arguments: Mapping[str, Any]) -> Any:
         """The optimizer.
@@ -62,7 +65,13 @@ class Method:
 
 #: All methods. An optimizer becomes one by a row.
 METHODS: dict[str, Method] = {
+    "bfgs": Method(BFGS, {"update": "bfgs"}),
+    "ssbfgs": Method(BFGS, {"update": "ssbfgs"}),
+    "ssbroyden": Method(BFGS, {"update": "ssbroyden"}),
+    "dfp": Method(BFGS, {"update": "dfp"}),
     "lbfgs": Method(LBFGS),
+    "cg": Method(NonlinearCG),
+    "newton": Method(Newton, twice=True),
     "newton-cg": Method(NewtonCG, twice=True),
     "trust-ncg": Method(
         NewtonCG, {"curvature": "hessian", "globalization": "trust_region"}, twice=True
@@ -71,7 +80,22 @@ METHODS: dict[str, Method] = {
     "sophia": Method(Sophia, twice=True),
 }
 #: Other names, SciPy's among them.
-ALIASES = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs"}
+ALIASES = {
+    "l-bfgs": "lbfgs",
+    "l-bfgs-b": "lbfgs",
+    "nonlinear-cg": "cg",
+    "trust-exact": "newton",
+}
+
+# The largest number of unknowns for which a dense matrix is the default. An update of the matrix
+# costs some hundred microseconds there.
+_DENSE = 1000
+
+
+def default_method(size: int, *, bounded: bool) -> str:
+    """The name of the method that is used if none is given, for so many unknowns."""
+    return "lbfgs" if bounded or size > _DENSE else "bfgs"
+
 
 #: Options by the names that SciPy has for them.
 _SCIPY_NAMES = {
@@ -151,6 +175,7 @@ class Settings:
         tolerance_change: None for the default.
         disp: Whether a line is printed at the end.
         rel_step: The relative step of finite differences; None for SciPy's rule.
+        at_once: Whether `torch.func.vmap` evaluates the points of a difference in one call.
         arguments: Further arguments of the optimizer's constructor.
     """
 
@@ -160,6 +185,7 @@ class Settings:
     tolerance_change: float | None = None
     disp: bool = False
     rel_step: float | None = None
+    at_once: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -208,6 +234,8 @@ def read_options(
             setattr(settings, own, value)
         elif own == "disp":
             settings.disp = bool(value)
+        elif own == "finite_diff_vmap":
+            settings.at_once = bool(value)
         elif own in taken or ("**" in taken and option not in _SCIPY_NAMES):
             settings.arguments[own] = value
         else:
@@ -219,6 +247,7 @@ def read_options(
 
 
 def _known_options(taken: tuple[str, ...]) -> list[str]:
-    common = ["gtol", "ftol", "xtol", "maxiter", "maxfun", "disp", "finite_diff_rel_step"]
+    common = ["gtol", "ftol", "xtol", "maxiter", "maxfun", "disp"]
+    common += ["finite_diff_rel_step", "finite_diff_vmap"]
     own = [n for n in taken if n not in _NO_OPTIONS and n not in _CHECKS and n != "**"]
     return common + own

@@ -153,9 +153,13 @@ class _Course:
     """Follows the only step of a `FlatOptimizer`: default tolerances, the callback, the end."""
 
     def __init__(
-        self, problem: Problem, settings: Settings, callback: Callable[..., Any] | None
+        self,
+        problem: Problem,
+        optimizer: FlatOptimizer,
+        settings: Settings,
+        callback: Callable[..., Any] | None,
     ) -> None:
-        self._problem, self._settings = problem, settings
+        self._problem, self._optimizer, self._settings = problem, optimizer, settings
         self._report = None if callback is None else _report_to(callback)
         self.descent: Descent | None = None
 
@@ -163,7 +167,8 @@ class _Course:
         """See `FlatOptimizer._observe`."""
         self.descent, settings = descent, self._settings
         if settings.tolerance_grad is None:
-            descent.tolerance_grad = self._problem.gtol * min(1.0, descent.point.grad_norm)
+            largest = self._optimizer._largest_gradient  # so far, which is that of the start
+            descent.tolerance_grad = self._problem.gtol * min(1.0, largest)
         if self._report is None:
             return iterate
         report = self._report
@@ -215,7 +220,7 @@ def descend(
     optimizer = method.make(problem.groups(), numbers, settings.arguments)
     assert isinstance(optimizer, FlatOptimizer)
     optimizer.param_groups[0].update(numbers)
-    course = _Course(problem, settings, callback)
+    course = _Course(problem, optimizer, settings, callback)
     optimizer._observe = course.observe
     optimizer.step(FunctionalObjective(problem.function, problem.tree(), compile=compile))
     info = optimizer.info

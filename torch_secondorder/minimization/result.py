@@ -9,7 +9,7 @@ from torch_secondorder._optim.info import StepInfo, StepStatus
 #: The status integer and the message for each way to end. The integers below 100 that SciPy's BFGS
 #: has mean the same.
 ENDINGS: dict[StepStatus, tuple[int, str]] = {
-    StepStatus.CONVERGED_GRADIENT: (0, "no entry of the gradient is larger than gtol"),
+    StepStatus.CONVERGED_GRADIENT: (0, "no entry of the (projected) gradient is larger than gtol"),
     StepStatus.CONVERGED_CHANGE: (
         0,
         "the last iteration changed neither x nor the function by more than ftol, relative to "

@@ -25,6 +25,7 @@ from torch_secondorder.minimization._methods import (
     Method,
     Settings,
     check_bounds_fit,
+    default_method,
     read_options,
     resolve_method,
 )
@@ -64,10 +65,12 @@ def minimize(
             operations of torch. A number will do if the gradient comes from `jac`.
         x0: The start: a tensor of real or complex numbers, or a dict, list or tuple of such
             tensors, nested as you like.
-        method: A name in any case, or an optimizer class. `"lbfgs"` (also `"L-BFGS-B"`);
-            `"newton-cg"` for `NewtonCG`, `"trust-ncg"` for the same with the Hessian and a trust
-            region; `"adahessian"` and `"sophia"`, which are for losses with noise. By default
-            `"lbfgs"`.
+        method: A name in any case, or an optimizer class. `"bfgs"`, and its relatives `"ssbfgs"`,
+            `"ssbroyden"` and `"dfp"`; `"lbfgs"`, also known as `"L-BFGS-B"`; `"cg"` for
+            `NonlinearCG`; `"newton"`, with the Hessian as a matrix, also known as `"trust-exact"`;
+            `"newton-cg"` for `NewtonCG`, and `"trust-ncg"` for the same with the Hessian and a
+            trust region; `"adahessian"` and `"sophia"`, which are for losses with noise. By default
+            `"bfgs"`, and `"lbfgs"` with bounds or more than 1,000 unknowns.
         args: Further arguments of `fun`, and of `jac` if that is a function.
         jac: None for the exact gradient by autograd. True if `fun` returns the pair
             `(value, gradient)`. A function that takes what `fun` takes and returns the gradient, a
@@ -84,8 +87,9 @@ def minimize(
             evaluations, unlimited by default and checked between iterations; `gtol`, the largest
             absolute entry of the gradient at the solution; `ftol` (or `xtol`), the relative change
             of both function and `x` at which an iteration is the last, 1e-9 in float64;
-            `finite_diff_rel_step`, the step relative to `|x|`; `disp` to print a line at the end.
-            All others are arguments of the optimizer, such as `history_size` of `LBFGS`. By
+            `finite_diff_rel_step`, the step relative to `|x|`; `finite_diff_vmap` to evaluate the
+            points of a difference in one call by `torch.func.vmap`; `disp` to print a line at the
+            end. All others are arguments of the optimizer, such as `history_size` of `LBFGS`. By
             default `gtol` is 1e-7 with exact gradients in float64, 1e-5 with `"2-point"`, and 8e-5
             with exact gradients in float32; times the largest entry of the gradient at `x0` if that
             is below one.
@@ -116,7 +120,9 @@ def minimize(
     check_callable("callback", callback, optional=True)
     leaves, names, structure = _leaves(x0)
     size = sum(leaf.numel() * (1 + leaf.is_complex()) for leaf in leaves)
-    name, chosen = resolve_method("lbfgs" if method is None else method)
+    if method is None:
+        method = default_method(size, bounded=bounds is not None)
+    name, chosen = resolve_method(method)
     settings = read_options(options, tol, name, chosen)
     limits = None
     if bounds is not None:
@@ -204,7 +210,8 @@ def _function(
                 "method that needs the gradient only, such as 'lbfgs'"
             )
         flat = None if limits is None else _flat_limits(limits, leaves)
-        return Differences(fun, jac, counts, settings.rel_step, flat)
+        step, at_once = settings.rel_step, settings.at_once
+        return Differences(fun, jac, counts, step, flat, at_once=at_once)
     if jac == "cs":
         raise ValueError(
             "jac='cs' needs a function of complex numbers, and the exact gradient by autograd is "

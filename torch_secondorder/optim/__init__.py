@@ -8,6 +8,7 @@ from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
 from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
+from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "NewtonCG",
     "NewtonCGInfo",
     "NewtonInfo",
+    "NonlinearCG",
+    "NonlinearCGInfo",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",

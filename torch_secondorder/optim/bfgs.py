@@ -12,19 +12,21 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.flat import Candidate, Descent, DescentInfo, Line, Point
+from torch_secondorder._optim.bounds import Bounds
+from torch_secondorder._optim.flat import BoundedInfo, Candidate, Descent, Line, Point
 from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_pair
 from torch_secondorder._optim.state import Matrix, ModelField, Pieces, check_size, declare
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBroyden
-from torch_secondorder.curvature.inverse_broyden import BroydenUpdate
+from torch_secondorder.curvature.inverse_broyden import SELF_SCALED, BroydenUpdate
 from torch_secondorder.globalization import LineSearch, LineSearchName
+from torch_secondorder.solvers._box_quadratic import FaceModel, InverseOnFaces
 
 __all__ = ["BFGS", "BFGSInfo"]
 
 
 @dataclass(frozen=True, slots=True)
-class BFGSInfo(DescentInfo):
+class BFGSInfo(BoundedInfo):
     """Report of one step of `BFGS`.
 
     Attributes:
@@ -102,6 +104,8 @@ class BFGS(LineSearchOptimizer):
         update: `"bfgs"`, `"ssbfgs"`, `"ssbroyden"` or `"dfp"`.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
         maximize: Whether to maximize the closure's loss.
+        bounds: Lower and upper bounds `(low, high)` of the parameters, or None; see `LBFGS`. A step
+            with `k` entries at bounds also costs `k^3 / 3` operations.
         powell_damping: Whether a pair with too little curvature is corrected (Powell 1978) instead
             of left out.
 
@@ -126,6 +130,7 @@ class BFGS(LineSearchOptimizer):
 
     info: BFGSInfo | None
     _info_type = BFGSInfo
+    _takes_bounds = True
     _state_fields = declare(inverse_hessian=_InverseHessian("_inverse"))
     _carried: ClassVar[tuple[str, ...]] = ("update",)
     _inverse: InverseBroyden | None
@@ -143,6 +148,7 @@ class BFGS(LineSearchOptimizer):
         update: BroydenUpdate = "bfgs",
         weight_decay: float = 0.0,
         maximize: bool = False,
+        bounds: Bounds = None,
         powell_damping: bool = False,
     ) -> None:
         check_choice("update", update, BroydenUpdate)
@@ -157,6 +163,7 @@ class BFGS(LineSearchOptimizer):
             "tolerance_change": tolerance_change,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "bounds": bounds,
             "powell_damping": powell_damping,
         }
         super().__init__(params, line_search_fn, defaults)
@@ -193,6 +200,14 @@ class BFGS(LineSearchOptimizer):
             return known[1]
         return inverse.direction(grad)
 
+    def _first_step(self, descent: Descent, line: Line) -> float:
+        inverse = self._inverse
+        if not self._searches or inverse is None or self.update not in SELF_SCALED:
+            return descent.lr
+        # Scaling up alone makes H too large in general, and the last line knows by how much: it had
+        # its minimum at this multiple of the direction.
+        return descent.lr * min(1.0, inverse.ratio)
+
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Updates the inverse Hessian, if the pair shows curvature or can be made to."""
         inverse = self._inverse
@@ -207,12 +222,12 @@ class BFGS(LineSearchOptimizer):
         if pair is None:
             self._skipped += 1
             return
-        expected = -t * t * line.slope
+        expected = t * t * line.bend
         if not inverse.count:
             # The step went along the negative gradient, which is the direction for this H.
-            initial = line.square / -line.slope
+            initial = line.square / line.bend
             learned = inverse.push(pair.s, pair.y, expected=expected, initial=initial)
-        elif pair.damped:
+        elif pair.damped or line.product is not None:
             learned = inverse.push(pair.s, pair.y, expected=expected)
         else:
             # H y is the difference of H g, and the old one is the step: one product serves for y
@@ -227,6 +242,10 @@ class BFGS(LineSearchOptimizer):
         self._damped += pair.damped
         if known is not None:
             self._known = grad, inverse.advance(known, grad).neg_()
+
+    def _face_model(self, descent: Descent) -> FaceModel | None:
+        inverse = self._inverse
+        return None if inverse is None or not inverse.count else InverseOnFaces(inverse)
 
     def _restart(self) -> bool:
         if self._inverse is None or not self._inverse.count:

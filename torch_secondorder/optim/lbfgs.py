@@ -30,6 +30,9 @@ History: TypeAlias = InverseBFGS | ReducedBroyden
 
 # The memory of the history by default, unless twenty pairs take more.
 _HISTORY_BYTES = 256 * 2**20
+# How many times the newest scale the largest of the history may count. A step that is too long in
+# some entries ends at their bounds: over 25 bounded problems 2 takes 6% fewer evaluations than 5.
+_BOLDEST, _BOLDEST_IN_BOX = 5.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,8 @@ class LBFGS(LineSearchOptimizer):
             self._forget("update, history_size or the trainable parameters changed")
         history = self._inverse or self._start_history(vector)
         self._set_up(history)
+        if isinstance(history, InverseBFGS):
+            history.boldness = _BOLDEST if descent.objective.box is None else _BOLDEST_IN_BOX
         self._skipped = self._damped = 0
 
     def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
@@ -240,8 +245,9 @@ class LBFGS(LineSearchOptimizer):
             history = self._start_history(descent.objective.vector)
         if not history.count:
             return None
-        kind = CompactBFGS if isinstance(history, InverseBFGS) else ReducedModel
-        return kind(history)
+        if isinstance(history, InverseBFGS):
+            return CompactBFGS(history)
+        return ReducedModel(history)
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Enters the pair into the history if it shows curvature, or can be made to."""

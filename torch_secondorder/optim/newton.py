@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf, isfinite, nan
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Evaluation, EvaluationsSpent, Objective
-from torch_secondorder._optim.flat import Descent, DescentInfo, FlatOptimizer, Point
+from torch_secondorder._optim.bounds import Bounds
+from torch_secondorder._optim.flat import BoundedInfo, Descent, FlatOptimizer, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.quadratic_model import (
     Move,
@@ -37,7 +38,8 @@ from torch_secondorder.globalization import (
     TrustRegion,
     resolve_globalization,
 )
-from torch_secondorder.solvers import Definiteness, DenseQuadratic, DenseStep
+from torch_secondorder.solvers import DefinitenessName, DenseQuadratic, DenseStep
+from torch_secondorder.solvers._boxed_dense import BoxedQuadratic
 from torch_secondorder.solvers._units import unit_of
 
 __all__ = ["Newton", "NewtonInfo"]
@@ -57,8 +59,12 @@ _REACH, _SUFFICIENT = 2.0, 1e-4
 _MATRICES = 4
 
 
+#: The model, without bounds and with them.
+Quadratic: TypeAlias = DenseQuadratic | BoxedQuadratic
+
+
 @dataclass(frozen=True, slots=True)
-class NewtonInfo(DescentInfo):
+class NewtonInfo(BoundedInfo):
     """Report of one step of `Newton`.
 
     Attributes:
@@ -84,7 +90,7 @@ class NewtonInfo(DescentInfo):
     gain_ratio: float | None = None
     damping: float = 0.0
     trust_radius: float = 0.0
-    definiteness: Literal["", Definiteness] = ""
+    definiteness: Literal["", DefinitenessName] = ""
     smallest_eigenvalue: float | None = None
     hard_case: bool = False
     repair: str = ""
@@ -117,9 +123,10 @@ class Newton(FlatOptimizer):
         globalization: `"trust_region"`: the minimizer of the model within a radius.
             `"damping"`: a multiple of the identity is added to the Hessian, with Levenberg's and
             Marquardt's rule for its size; an indefinite Hessian is made semidefinite before.
-            `"line_search"` or the name of a line search: the signs of negative eigenvalues are
-            changed (up to 128 parameters), or a multiple of the identity is added to an indefinite
-            Hessian. An instance (`TrustRegion`, `LevenbergMarquardt`, a `LineSearch`) has options.
+            `"line_search"` (`"strong_wolfe"`) or the name of a line search: the signs of negative
+            eigenvalues are changed (up to 128 parameters), or a multiple of the identity is added
+            to an indefinite Hessian. An instance (`TrustRegion`, `LevenbergMarquardt`, a
+            `LineSearch`) has options.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         corrections: Most further steps with one Hessian; 0 for Newton's method as in textbooks.
         max_eval: Most evaluations of the closure per `step()`; unlimited by default.
@@ -129,6 +136,10 @@ class Newton(FlatOptimizer):
             by no more than this, relative to their size.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
         maximize: Whether to maximize the closure's loss.
+        bounds: Lower and upper bounds `(low, high)` of the parameters, or None; see `LBFGS`. The
+            trust radius bounds each entry of a step then. Where the Hessian of the entries that the
+            gradient does not hold at a bound is indefinite, the signs of its negative eigenvalues
+            are changed.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex, or a strategy has a wrong
@@ -153,6 +164,7 @@ class Newton(FlatOptimizer):
 
     info: NewtonInfo | None
     _info_type = NewtonInfo
+    _takes_bounds = True
     _recognized_by = "corrections"
     _state_fields = declare(damping=Number(0.0), radius=Number(0.0), start=Number(0.0))
     _damping: float  # of the next system; 0 before the first one
@@ -173,13 +185,18 @@ class Newton(FlatOptimizer):
         tolerance_change: float = 1e-9,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        bounds: Bounds = None,
     ) -> None:
         check_integer("max_iter", max_iter, whole_floats=True)
         check_integer("corrections", corrections, low=0, whole_floats=True)
         check_integer("max_eval", max_eval, optional=True, whole_floats=True)
         check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
         check_number("tolerance_change", tolerance_change, low=0.0)
-        self.globalization = resolve_globalization(globalization, None, True)
+        # Armijo's search only shortens steps, and steps from a modified Hessian may be too short.
+        searches = globalization == "line_search"
+        self.globalization = resolve_globalization(
+            "strong_wolfe" if searches else globalization, None, True
+        )
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -189,6 +206,7 @@ class Newton(FlatOptimizer):
             "tolerance_change": tolerance_change,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "bounds": bounds,
         }
         super().__init__(params, defaults)
         if self._sharded:
@@ -211,10 +229,12 @@ class Newton(FlatOptimizer):
         most = self.param_groups[0]["max_eval"]
         objective.limit = inf if most is None else most
         evaluation = objective.evaluate(curvature=True)
-        return evaluation, point_of(evaluation, vector.space)
+        return evaluation, point_of(evaluation, objective)
 
     def _begin(self, descent: Descent) -> None:
         descent.patience = _PATIENCE
+        if descent.objective.box is not None:
+            descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
@@ -258,20 +278,26 @@ class Newton(FlatOptimizer):
 
     # The model at a point.
 
-    def _model(self, descent: Descent) -> DenseQuadratic | None:
+    def _model(self, descent: Descent) -> Quadratic | None:
         """The quadratic with the Hessian at the current point; None if that is not finite."""
         objective, point = descent.objective, descent.point
         if point.evaluation is None:  # the trial has given loss and gradient, but no graph
             if objective.evaluations >= objective.limit:
                 raise EvaluationsSpent
-            point = point_of(objective.evaluate(curvature=True), descent.space)
+            point = point_of(objective.evaluate(curvature=True), objective)
         assert point.evaluation is not None and point.grad is not None
-        hessian = self._hessian(curvature_at(objective, point.evaluation, _hessian_of), point.grad, objective)
+        hessian = self._hessian(
+            curvature_at(objective, point.evaluation, _hessian_of), point.grad, objective
+        )
         # The graph has served: those of trials take its place.
         descent.point = point._replace(evaluation=None)
         if hessian is None:
             return None
-        quadratic = DenseQuadratic.of(hessian, point.grad, _TOLERANCE)
+        if objective.box is None:
+            quadratic: Quadratic = DenseQuadratic.of(hessian, point.grad, _TOLERANCE)
+        else:
+            room = objective.box.room(objective.position)
+            quadratic = BoxedQuadratic(hessian, point.grad, *room)
         self._report.definiteness = quadratic.definiteness
         self._report.smallest_eigenvalue = quadratic.smallest_eigenvalue
         return quadratic
@@ -307,7 +333,7 @@ class Newton(FlatOptimizer):
     # Three ways to a step.
 
     def _within_radius(
-        self, quadratic: DenseQuadratic, trials: Trials, rule: TrustRegion, descent: Descent
+        self, quadratic: Quadratic, trials: Trials, rule: TrustRegion, descent: Descent
     ) -> Move | StepStatus:
         """The minimizer of the model within the trust radius."""
         if not self._radius:
@@ -321,7 +347,7 @@ class Newton(FlatOptimizer):
                 return StepStatus.NO_DECREASE
             proposal = _proposal(trials, step)
             trial = trials.trial(proposal, descent.lr)
-            move = self._corrected(trials, step, proposal, trial, rule.accept, descent)
+            move = self._corrected(trials, quadratic, step, proposal, trial, rule.accept, descent)
             ratio = move.gain_ratio
             self._radius = rule.updated(self._radius, ratio, step.length, self._start)
             if ratio > rule.accept:
@@ -331,7 +357,7 @@ class Newton(FlatOptimizer):
         return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
     def _damped(
-        self, quadratic: DenseQuadratic, trials: Trials, rule: LevenbergMarquardt, descent: Descent
+        self, quadratic: Quadratic, trials: Trials, rule: LevenbergMarquardt, descent: Descent
     ) -> Move | StepStatus:
         """The minimizer of the model with a multiple of the identity added to the Hessian."""
         if not self._damping:
@@ -343,7 +369,7 @@ class Newton(FlatOptimizer):
                 return StepStatus.NO_DECREASE
             proposal = _proposal(trials, step)
             trial = trials.trial(proposal, descent.lr)
-            move = self._corrected(trials, step, proposal, trial, _ACCEPT, descent)
+            move = self._corrected(trials, quadratic, step, proposal, trial, _ACCEPT, descent)
             if move.gain_ratio > _ACCEPT:
                 after: float = move.trial.payload.length / trials.point.length
                 self._damping = rule.updated(
@@ -356,7 +382,7 @@ class Newton(FlatOptimizer):
         return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
     def _searched(
-        self, quadratic: DenseQuadratic, trials: Trials, rule: LineSearch, descent: Descent
+        self, quadratic: Quadratic, trials: Trials, rule: LineSearch, descent: Descent
     ) -> Move | StepStatus:
         """A line search along Newton's direction, or that of a modified Hessian."""
         step = quadratic.modified()
@@ -364,7 +390,7 @@ class Newton(FlatOptimizer):
         first = trials.trial(proposal, descent.lr)
         found = search_along(trials, rule, proposal, first)
         if found.status.accepted:
-            move = self._corrected(trials, step, proposal, found.trial, -inf, descent)
+            move = self._corrected(trials, quadratic, step, proposal, found.trial, -inf, descent)
             return move._replace(search_status=found.status)
         if found.status is SearchStatus.NONFINITE:
             return StepStatus.NONFINITE_TRIALS
@@ -373,6 +399,7 @@ class Newton(FlatOptimizer):
     def _corrected(
         self,
         trials: Trials,
+        quadratic: Quadratic,
         step: DenseStep,
         proposal: Proposal,
         trial: Trial,
@@ -387,7 +414,8 @@ class Newton(FlatOptimizer):
 
         Args:
             trials: Evaluates steps.
-            step: What the model gave.
+            quadratic: The model.
+            step: What it gave.
             proposal: The same as a proposal.
             trial: The trial along it.
             accept: The gain ratio that a step needs.
@@ -402,7 +430,11 @@ class Newton(FlatOptimizer):
             if hopeless or not move.trial.finite or point.grad_norm <= descent.tolerance_grad:
                 break
             assert point.grad is not None and trials.point.grad is not None
-            more = step.next_from(point.grad).mul_(descent.lr)
+            if isinstance(quadratic, BoxedQuadratic):
+                so_far = move.proposal.direction * move.trial.t
+                more = quadratic.further(point.grad, so_far).mul_(descent.lr)
+            else:
+                more = step.next_from(point.grad).mul_(descent.lr)
             (length,) = descent.space.to_host(norms=(torch.linalg.vector_norm(more),))
             if not 0 < length < inf:
                 break
@@ -447,12 +479,12 @@ class Newton(FlatOptimizer):
 
 @dataclass(slots=True)
 class _Report:
-    """What the iterations of a step find, see `NewtonInfo`."""
+    """Findings of the iterations of a step, see `NewtonInfo`."""
 
     hessians: int = 0
     corrections: int = 0
     gain_ratio: float = nan
-    definiteness: Literal["", Definiteness] = ""
+    definiteness: Literal["", DefinitenessName] = ""
     smallest_eigenvalue: float | None = None
     hard_case: bool = False
 
@@ -466,7 +498,7 @@ def _proposal(trials: Trials, step: DenseStep) -> Proposal:
 
 
 def _improves(before: Trial, after: Trial, fall: float, allowance: float) -> bool:
-    """Whether a correction pays: the loss falls, or the gradient where the loss is rounded."""
+    """True if a correction lowers the loss, or the gradient where only rounding is left of it."""
     if not after.finite:
         return False
     if abs(after.loss - before.loss) <= allowance:

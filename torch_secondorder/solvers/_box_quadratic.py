@@ -10,15 +10,17 @@ need only minimize the quadratic on a face; where its face is right, that is the
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from torch_secondorder.curvature import InverseBFGS, ReducedBroyden
+from torch_secondorder.curvature import InverseBFGS, InverseBroyden, ReducedBroyden
 
-# Faces that each of the two methods tries.
-_MOST_GUESSES = 12
+# Guesses in a row that do not lower the number of entries that are wrong, after which the guesses
+# are given up, and the faces of the method that follows.
+_PATIENCE = 6
 _MOST_FACES = 60
 # Entries may leave the box by this share of the longest entry of the step, and multipliers may have
 # a wrong sign by this share of the largest slope: rounding, which would be corrected for ever.
@@ -59,8 +61,9 @@ def solve_in_box(model: FaceModel, grad: Tensor, low: Tensor, high: Tensor) -> F
     The face is guessed: entries that would leave the box are held at the bound, held entries whose
     multiplier has the wrong sign are let go, all at once (the primal-dual active set method,
     Hintermüller, Ito and Kunisch 2003). Most guesses are right after two to four faces, whatever
-    `n` is. The guesses may go round in circles; then a primal active set method follows
-    (Nocedal and Wright 2006, section 16.5), each of whose steps lowers the quadratic.
+    `n` is. The guesses may go round in circles; where the number of wrong entries has not fallen
+    for a while (Júdice and Pires 1994), a primal active set method follows (Nocedal and Wright
+    2006, section 16.5), each of whose steps lowers the quadratic.
 
     Args:
         model: The quadratic.
@@ -75,7 +78,8 @@ def solve_in_box(model: FaceModel, grad: Tensor, low: Tensor, high: Tensor) -> F
     """
     still = high <= low  # variables that cannot move
     at_low, at_high = still | ((low == 0) & (grad > 0)), (high == 0) & (grad < 0) & ~still
-    for _ in range(_MOST_GUESSES):
+    fewest, patience = inf, _PATIENCE
+    while patience:
         fixed = at_low | at_high
         face = model.minimize_on_face(grad, fixed, _held(low, high, at_low, at_high))
         if face is None:
@@ -87,9 +91,12 @@ def solve_in_box(model: FaceModel, grad: Tensor, low: Tensor, high: Tensor) -> F
         wrong = torch.where(wrong_low | wrong_high, slopes, 0).abs().amax()
         room = _ROUNDING * torch.where(fixed, 0, step).abs().amax()
         slack = _ROUNDING * torch.where(fixed, 0, grad).abs().amax()
+        count = (below | above | wrong_low | wrong_high).sum()
         # NaN is not within rounding either.
-        if bool((outside <= room) & (wrong <= slack)):
+        found, count = torch.stack(((outside <= room) & (wrong <= slack), count)).tolist()
+        if found:
             return Face(torch.clamp(step, low, high), slopes)
+        fewest, patience = (count, _PATIENCE) if count < fewest else (fewest, patience - 1)
         at_low, at_high = (at_low & ~wrong_low) | below, (at_high & ~wrong_high) | above
     return _descend(model, grad, low, high, still)
 
@@ -201,6 +208,38 @@ class CompactBFGS:
         below = (curvature + gamma * (y_free @ y_free.T)).mul_(-gamma)
         top = torch.cat((s_held @ s_held.T, corner), dim=1)
         return torch.cat((top, torch.cat((corner.T, below), dim=1)))
+
+
+class InverseOnFaces:
+    """A dense inverse Hessian `H` on faces.
+
+    With the held entries `A` at values `b` and the gradient `g` that is zero there,
+
+        d = -H g + H_A p,    H_AA p = b + (H g)_A,
+
+    where `p` is the change of the multipliers.
+
+    Args:
+        inverse: `H`.
+    """
+
+    def __init__(self, inverse: InverseBroyden) -> None:
+        self._inverse = inverse
+
+    def minimize_on_face(self, grad: Tensor, fixed: Tensor, values: Tensor) -> Face | None:
+        """See `FaceModel.minimize_on_face`."""
+        held = fixed.nonzero().squeeze(1)
+        if not len(held):
+            return Face(self._inverse.direction(grad), torch.zeros_like(grad))
+        slopes = torch.zeros_like(grad)
+        step = self._inverse.direction(torch.where(fixed, 0, grad))
+        columns = self._inverse.columns(held)
+        factor, info = torch.linalg.cholesky_ex(columns[held])
+        if info.item():
+            return None
+        change = torch.cholesky_solve((values - step)[held][:, None], factor)[:, 0]
+        slopes[held] = grad[held] + change
+        return Face(torch.where(fixed, values, step.addmv_(columns, change)), slopes)
 
 
 class ReducedModel:
