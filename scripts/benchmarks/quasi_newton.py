@@ -9,6 +9,7 @@ from .report import Report
 PARTS = {
     "poisson": quasi_newton_pinn.run_poisson,
     "convection": quasi_newton_pinn.run_convection,
+    "limited": quasi_newton_pinn.run_limited,
     "seconds": quasi_newton_pinn.run_seconds,
 }
 
