@@ -16,6 +16,7 @@ PARTS = {
     "poisson": quasi_newton_pinn.run_poisson,
     "convection": quasi_newton_pinn.run_convection,
     "nonlinear_cg": quasi_newton_cg.run,
+    "limited": quasi_newton_pinn.run_limited,
     "seconds": quasi_newton_pinn.run_seconds,
     "bounds": bounds.run,
     "problems": quasi_newton_problems.run_problems,

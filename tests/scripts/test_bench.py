@@ -54,6 +54,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["jacobian"], "jacobian.one", "ours"),
         (["quasi_newton", "--part", "poisson"], "quasi_newton.poisson.", "BFGS, ssbroyden"),
         (["quasi_newton", "--part", "convection"], "quasi_newton.convection.", "BFGS, bfgs"),
+        (["quasi_newton", "--part", "limited"], "quasi_newton.limited.", "LBFGS, ssbfgs"),
         (["quasi_newton", "--part", "seconds"], "quasi_newton.seconds.", "BFGS, ssbroyden (ours)"),
         (["quasi_newton", "--part", "bounds"], "bounds.obstacle", "LBFGS (ours)"),
         (["quasi_newton", "--part", "nonlinear_cg"], "quasi_newton.nonlinear_cg.over", "shanno"),
