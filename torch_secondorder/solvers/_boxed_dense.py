@@ -13,7 +13,7 @@ from torch_secondorder.solvers.dense import DefinitenessName, DenseStep
 
 
 def _numbers(*scalars: Tensor) -> list[float]:
-    """0-dim tensors as numbers, with one synchronization; parameters with bounds are not sharded."""
+    """0-dim tensors as numbers, in one wait; parameters with bounds are not sharded."""
     return WHOLE.to_host(whole=scalars)
 
 
