@@ -38,7 +38,7 @@ OURS = "LBFGS (ours)"
 
 @dataclass(frozen=True)
 class Run:
-    """What a solver needed, and where it ended.
+    """The cost of a run, and where it ended.
 
     Attributes:
         evaluations: Evaluations of the function with its gradient.

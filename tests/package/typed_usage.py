@@ -182,7 +182,8 @@ def lbfgs() -> None:
     assert_type(optimizer.info.as_dict(), dict[str, Any])
     LBFGS(model.parameters(), line_search_fn=StrongWolfe(c2=0.5))
     LBFGS(model.parameters(), line_search_fn=None)
-    LBFGS(model.parameters(), bounds=(0.0, [torch.ones(1), None]))
+    LBFGS(model.parameters(), bounds=(torch.zeros(1), None))
+    LBFGS([torch.ones(2)], bounds=(0.0, [torch.ones(1)]))
     LBFGS(model.parameters(), update="ssbroyden")
     with refusal():
         LBFGS(model.parameters(), line_search_fn="newton")  # type: ignore[arg-type]

@@ -158,10 +158,10 @@ def _same(seen: list[tuple[Any, int]], given: list[tuple[Any, int]]) -> bool:
     if len(seen) != len(given):
         return False
     return all(
-        a is b or (type(a) is type(b) and not isinstance(a, Tensor) and a == b)
+        version == other
+        and (a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b))
         for (a, version), (b, other) in zip(seen, given, strict=True)
-        if version == other
-    ) and [version for _, version in seen] == [version for _, version in given]
+    )
 
 
 def _make(bounded: Sequence[dict[str, Any]], vector: ParameterVector) -> Box | None:

@@ -39,12 +39,12 @@ class Box:
         """The position `t` times a step away, in the box to the last bit."""
         move = step if self._scale is None else step * self._scale
         there = torch.add(position, move, alpha=t)
+        # What has gone too far counts as arrived as well.
         near = torch.maximum(position.abs(), there.abs()).mul_(self._rounding)
         arrived = (there - self.low <= near) & (move < 0)
         there = torch.where(arrived, self.low, there)
         arrived = (self.high - there <= near) & (move > 0)
-        there = torch.where(arrived, self.high, there)
-        return torch.clamp(there, self.low, self.high)
+        return torch.where(arrived, self.high, there)
 
     def room(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and largest step from a position in the box, entry by entry."""

@@ -7,9 +7,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torch_secondorder._params.space import to_host
+from torch_secondorder._params.space import WHOLE
 from torch_secondorder.solvers._box_quadratic import Face, solve_in_box
 from torch_secondorder.solvers.dense import DefinitenessName, DenseStep
+
+
+def _numbers(*scalars: Tensor) -> list[float]:
+    """0-dim tensors as numbers, in one wait; parameters with bounds are not sharded."""
+    return WHOLE.to_host(whole=scalars)
 
 
 class MatrixOnFaces:
@@ -78,7 +83,7 @@ class BoxedQuadratic:
             self.definiteness = "positive definite"
             return
         values, _ = self._eigen
-        lowest, size = to_host(values[0], values.abs().amax())
+        lowest, size = _numbers(values[0], values.abs().amax())
         noise = 4 * len(g) * torch.finfo(H.dtype).eps * size
         self.smallest_eigenvalue = lowest
         self.definiteness = "indefinite" if lowest < -noise else "singular"
@@ -91,7 +96,7 @@ class BoxedQuadratic:
         """
         low, high = self._low.clamp(min=-radius), self._high.clamp(max=radius)
         x = self._minimizer(self._plain, low, high)
-        (length,) = to_host(x.abs().amax())
+        (length,) = _numbers(x.abs().amax())
         return self._stepped(x, length, held=length >= 0.99 * radius)
 
     def damped(self, damping: float) -> DenseStep:
@@ -104,18 +109,18 @@ class BoxedQuadratic:
         matrix = self._H.clone()
         matrix.diagonal().add_(lift)
         x = self._minimizer(MatrixOnFaces(matrix), self._low, self._high)
-        slope, square = to_host(self._g @ x, x @ x)
+        slope, square = _numbers(self._g @ x, x @ x)
         return self._stepped(x, square**0.5, lift, held=lift * square > -0.5 * slope)
 
     def modified(self) -> DenseStep:
         """A minimizer with a positive definite matrix in place of `H`: a direction of descent."""
         x = self._minimizer(self._plain, self._low, self._high)
-        return self._stepped(x, *to_host(x.norm()))
+        return self._stepped(x, *_numbers(x.norm()))
 
     def along_gradient(self) -> float:
         """The curvature `|H g| / |g|` along the gradient of the free entries; 0 without one."""
         grad = torch.where(self.free, self._g, 0)
-        image, norm = to_host(torch.where(self.free, self._H @ grad, 0).norm(), grad.norm())
+        image, norm = _numbers(torch.where(self.free, self._H @ grad, 0).norm(), grad.norm())
         return image / norm if norm else 0.0
 
     def _minimizer(self, model: MatrixOnFaces, low: Tensor, high: Tensor) -> Tensor:
@@ -148,7 +153,7 @@ class BoxedQuadratic:
     def _stepped(
         self, x: Tensor, length: float, multiplier: float = 0.0, *, held: bool = False
     ) -> DenseStep:
-        slope, curvature = to_host(self._g @ x, x @ (self._H @ x))
+        slope, curvature = _numbers(self._g @ x, x @ (self._H @ x))
         return DenseStep(x, multiplier, -(slope + 0.5 * curvature), length, held)
 
     def further(self, grad: Tensor, moved: Tensor) -> Tensor:
