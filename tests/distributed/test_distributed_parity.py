@@ -67,6 +67,7 @@ CASES: dict[str, Case] = {
     "lbfgs, armijo": (partial(lbfgs, line_search_fn="armijo"), convex, "categorical"),
     "lbfgs, hager_zhang": (partial(lbfgs, line_search_fn="hager_zhang"), convex, "gaussian"),
     "lbfgs, no search": (partial(lbfgs, line_search_fn=None, lr=0.5), convex, "bernoulli"),
+    "lbfgs, bounds": (partial(lbfgs, bounds=(-0.05, 0.1)), convex, "categorical"),
     "lbfgs, network": (lbfgs, network, "categorical"),  # in float64, see `convex`
     "cg": (conjugate, convex, "gaussian"),
     "cg, hager_zhang": (partial(conjugate, beta="hager_zhang"), convex, "gaussian"),
@@ -136,6 +137,12 @@ CASES: dict[str, Case] = {
         partial(newton, curvature_products="finite_difference", lr=1.0),
         convex,
         "categorical",
+    ),
+    "exact": (partial(Newton, weight_decay=0.1), network, "categorical"),
+    "exact, search": (
+        partial(Newton, weight_decay=0.1, globalization="line_search"),
+        network,
+        "bernoulli",
     ),
     "adahessian": (partial(AdaHessian, lr=0.01, eps=0.01), network, "categorical"),
     "adahessian, three": (

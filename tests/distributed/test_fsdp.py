@@ -586,6 +586,7 @@ def refuse(rank: int, ranks: int) -> list[Any]:
         lambda: LBFGS(elsewhere).load_state_dict(lbfgs_of.state_dict()),
         lambda: AdaHessian(params).load_state_dict(adapted.state_dict()),
         lambda: Everything(params),
+        lambda: LBFGS(params, bounds=(0.0, 1.0)),
     ]
     found = []
     for action in actions:
@@ -622,6 +623,7 @@ REFUSALS = (
     "ValueError: the state of parameter 0",
     "ValueError: exp_avg of parameter 0 has shape (5, 4) in this process",
     "ValueError: Everything keeps a matrix over all pairs of parameters",
+    "ValueError: LBFGS takes no bounds for sharded parameters",
     "for sharded parameters products are finite differences of gradients",
     "finite_difference",
 )
