@@ -486,16 +486,23 @@ def test_steps_without_a_search_have_length_lr() -> None:
 
 
 def test_evaluations_are_bounded() -> None:
-    x = nn.Parameter(torch.tensor([-1.2, 1.0] * 10, dtype=torch.float64))
-    function = lambda: 100 * (x[1:] - x[:-1] ** 2).square().sum() + (1 - x).square().sum()  # noqa: E731
-    optimizer = NonlinearCG([x], max_iter=4)
-    optimizer.step(standard(optimizer, function))
-    assert optimizer.info is not None
-    assert optimizer.info.evaluations <= 4 * 5 // 2 + 25
-    optimizer = NonlinearCG([x], max_iter=100, max_eval=12)
-    optimizer.step(standard(optimizer, function))
-    assert optimizer.info.status is StepStatus.MAX_EVALUATIONS
-    assert optimizer.info.evaluations >= 12
+    matrix, b = quadratic(9)
+    exact = Exact()
+
+    def wasteful(phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
+        """Five evaluations."""
+        for _ in range(3):
+            phi(t0)
+        return exact(phi, start, t0, precision=precision)
+
+    for bounds, iterations in (({}, 2), ({"max_eval": 15}, 3)):  # ten by default
+        x = nn.Parameter(torch.zeros_like(b))
+        optimizer = NonlinearCG([x], max_iter=4, line_search_fn=wasteful, **bounds)
+        optimizer.step(standard(optimizer, lambda x=x: 0.5 * x @ (matrix @ x) - b @ x))
+        assert optimizer.info is not None
+        assert optimizer.info.status is StepStatus.MAX_EVALUATIONS
+        assert optimizer.info.iterations == iterations
+        assert optimizer.info.evaluations == 1 + 5 * iterations
 
 
 def test_a_direction_takes_two_synchronizations(monkeypatch: pytest.MonkeyPatch) -> None:
