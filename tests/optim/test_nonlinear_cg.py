@@ -61,16 +61,19 @@ class Exact:
         share: What the minimizer is multiplied by.
         steps: The steps that were taken.
         firsts: The first steps that were tried.
+        slopes: The slopes at the starts.
     """
 
     share: float = 1.0
     steps: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
+    slopes: list[float] = field(default_factory=list)
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         trial = phi(t0)
         t = self.share * t0 * start.slope / (start.slope - trial.slope)
         self.firsts.append(t0)
+        self.slopes.append(start.slope)
         self.steps.append(t)
         return SearchResult(phi(t), SearchStatus.WOLFE, 2, 0)
 
@@ -396,6 +399,62 @@ def test_lr_multiplies_the_first_steps(beta: BetaName) -> None:
     torch.testing.assert_close(torch.tensor(firsts[0]), 2 * torch.tensor(firsts[1]))
 
 
+@each_beta
+def test_first_steps_follow_from_the_last_ones(beta: BetaName) -> None:
+    """The same first-order change as in the last step; with Shanno's method at most one."""
+    matrix, b = quadratic(9)
+    share = 0.4 if beta == "shanno" else 1.0
+    x, search = nn.Parameter(torch.zeros_like(b)), Exact(share)
+    optimizer = NonlinearCG([x], max_iter=7, beta=beta, line_search_fn=search, restart=None)
+    optimizer.step(standard(optimizer, lambda: 0.5 * x @ (matrix @ x) - b @ x))
+    assert search.firsts[0] == 1.0
+    most = 1.0 if beta == "shanno" else float("inf")
+    changes = [t * slope for t, slope in zip(search.steps, search.slopes, strict=True)]
+    expected = [
+        min(most, change / slope) for change, slope in zip(changes, search.slopes[1:], strict=False)
+    ]
+    assert search.firsts[1:] == pytest.approx(expected, rel=1e-9)
+    if beta == "shanno":
+        assert min(expected) < 1.0
+
+
+def test_the_first_step_after_a_restart_is_between_two_guesses() -> None:
+    """By the curvature of the last step, and by the minimum along it."""
+    matrix, b = quadratic(9)
+    x, search = nn.Parameter(torch.zeros_like(b)), Exact(0.1)
+    optimizer = NonlinearCG([x], max_iter=2, beta="polak_ribiere", line_search_fn=search)
+    optimizer.step(standard(optimizer, lambda: 0.5 * x @ (matrix @ x) - b @ x))
+    assert optimizer.info is not None
+    assert optimizer.info.restarts == 1
+    unit = search.slopes[0] / -float(b @ b)  # directions are that multiple of the gradient
+    y = search.steps[0] * unit * (matrix @ b)
+    of_curvature = float(search.steps[0] * b @ y / (y @ y))
+    of_minimum = search.steps[0] / 0.1 * search.slopes[0] / search.slopes[1]
+    assert of_curvature < 0.9 * of_minimum
+    assert search.firsts[1] == pytest.approx((of_curvature * of_minimum) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("beta", ["hager_zhang", "polak_ribiere"])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_the_bounds_know_the_length_of_the_direction(beta: BetaName, preconditioned: bool) -> None:
+    """`d'P^-1 d` by recurrence; without a preconditioner `P` is a number."""
+    matrix, b = quadratic(9)
+    weights = torch.linspace(1, 3, 9, dtype=torch.float64)
+    x = nn.Parameter(torch.zeros_like(b))
+    optimizer = NonlinearCG(
+        [x],
+        max_iter=5,
+        beta=beta,
+        line_search_fn=Exact(0.9),
+        preconditioner=Diagonal(weights) if preconditioned else None,
+    )
+    optimizer.step(standard(optimizer, lambda: 0.5 * x @ (matrix @ x) - b @ x))
+    d = optimizer._direction_before
+    assert d is not None
+    P = weights if preconditioned else optimizer._unit
+    assert optimizer._square == pytest.approx(float((d * d / P).sum()), rel=1e-10)
+
+
 def test_first_steps_are_of_the_scale_of_the_last_ones() -> None:
     """In other units of the loss, the searches see the same numbers."""
     matrix, b = quadratic(10)
@@ -427,16 +486,23 @@ def test_steps_without_a_search_have_length_lr() -> None:
 
 
 def test_evaluations_are_bounded() -> None:
-    x = nn.Parameter(torch.tensor([-1.2, 1.0] * 10, dtype=torch.float64))
-    function = lambda: 100 * (x[1:] - x[:-1] ** 2).square().sum() + (1 - x).square().sum()  # noqa: E731
-    optimizer = NonlinearCG([x], max_iter=4)
-    optimizer.step(standard(optimizer, function))
-    assert optimizer.info is not None
-    assert optimizer.info.evaluations <= 4 * 5 // 2 + 25
-    optimizer = NonlinearCG([x], max_iter=100, max_eval=12)
-    optimizer.step(standard(optimizer, function))
-    assert optimizer.info.status is StepStatus.MAX_EVALUATIONS
-    assert optimizer.info.evaluations >= 12
+    matrix, b = quadratic(9)
+    exact = Exact()
+
+    def wasteful(phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
+        """Five evaluations."""
+        for _ in range(3):
+            phi(t0)
+        return exact(phi, start, t0, precision=precision)
+
+    for bounds, iterations in (({}, 2), ({"max_eval": 15}, 3)):  # ten by default
+        x = nn.Parameter(torch.zeros_like(b))
+        optimizer = NonlinearCG([x], max_iter=4, line_search_fn=wasteful, **bounds)
+        optimizer.step(standard(optimizer, lambda x=x: 0.5 * x @ (matrix @ x) - b @ x))
+        assert optimizer.info is not None
+        assert optimizer.info.status is StepStatus.MAX_EVALUATIONS
+        assert optimizer.info.iterations == iterations
+        assert optimizer.info.evaluations == 1 + 5 * iterations
 
 
 def test_a_direction_takes_two_synchronizations(monkeypatch: pytest.MonkeyPatch) -> None:
