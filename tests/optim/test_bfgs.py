@@ -310,7 +310,7 @@ def test_the_report() -> None:
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_checkpoints_between_writes_go_on_bit_for_bit(update: Any, dtype: torch.dtype) -> None:
-    """After 5, 10, 15 pairs, of which eight at a time are written into the matrix."""
+    """After 5, 10, 15, 20 pairs, of which sixteen at a time are written into the matrix."""
 
     def make() -> tuple[nn.Parameter, BFGS]:
         x = nn.Parameter(PROBLEMS_BY_NAME["broyden_tridiagonal"].start.to(dtype, copy=True))
@@ -318,7 +318,7 @@ def test_checkpoints_between_writes_go_on_bit_for_bit(update: Any, dtype: torch.
 
     function = PROBLEMS_BY_NAME["broyden_tridiagonal"].function
     x, optimizer = make()
-    for _ in range(3):
+    for _ in range(4):
         optimizer.step(standard(optimizer, lambda: function(x)))
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
