@@ -68,8 +68,9 @@ def test_what_does_not_fit_is_said_before_anything_happens(
     monkeypatch.setattr(memory, "free_memory", lambda device: 1e9)
     x = nn.Parameter(torch.zeros(30_000))
     optimizer = BFGS([x])
-    with pytest.raises(MemoryError, match=r"30,000 x 30,000 .* 3\.4 GiB.* use LBFGS"):
-        optimizer.step(lambda: pytest.fail("evaluated"))
+    for _ in range(2):
+        with pytest.raises(MemoryError, match=r"30,000 x 30,000 .* 3\.4 GiB.* use LBFGS"):
+            optimizer.step(lambda: pytest.fail("evaluated"))
     assert not x.any()
     LBFGS([x]).step(standard(optimizer, lambda: (x - 1).square().sum()))
 
