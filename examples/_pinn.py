@@ -28,7 +28,14 @@ CONTENDERS = {
     "bfgs": Contender(
         "BFGS (ours)", lambda p: torch_secondorder.BFGS(p, update="bfgs", max_iter=10)
     ),
+    "lbfgs-ssbroyden": Contender(
+        "LBFGS, ssbroyden (ours)",
+        lambda p: torch_secondorder.LBFGS(p, update="ssbroyden", max_iter=10),
+    ),
     "lbfgs": Contender("LBFGS (ours)", lambda p: torch_secondorder.LBFGS(p, max_iter=10)),
+    "nonlinear-cg": Contender(
+        "NonlinearCG (ours)", lambda p: torch_secondorder.NonlinearCG(p, max_iter=10)
+    ),
     "newton-cg": Contender(
         "NewtonCG (ours)", lambda p: torch_secondorder.NewtonCG(p, preconditioner="nystrom")
     ),

@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "bfgs": ("BFGS", {}),
     "ssbroyden": ("BFGS, ssbroyden", {}),
     "lbfgs": ("LBFGS", {}),
-    "nonlinear-cg": ("NonlinearCG", {}),
+    "cg": ("NonlinearCG", {}),
     "newton": ("Newton", {}),
     "newton-cg": ("NewtonCG", {}),
     # Made for losses with noise: steps of about a fixed size, many of them.
@@ -62,7 +62,7 @@ class Descent:
 
     @property
     def distance(self) -> float:
-        """How far from the minimum it ended."""
+        """The distance from its end to the minimum."""
         return (self.result.x - torch.tensor(MINIMUM, dtype=torch.float64)).norm().item()
 
 
@@ -164,6 +164,7 @@ def draw_contours(axes: Any, points: Tensor) -> None:
 def main() -> None:
     """Runs all methods, then prints the table and saves the picture."""
     arguments = parse_arguments()
+    torch.manual_seed(0)  # AdaHessian and Sophia draw random vectors
     start = torch.tensor(arguments.start, dtype=torch.float64)
     print(f"Rosenbrock's function from ({start[0]:g}, {start[1]:g}); its minimum is 0 at (1, 1)")
     runs = [
@@ -186,7 +187,7 @@ def point(text: str) -> tuple[float, ...]:
     """Parses two finite numbers."""
     numbers = tuple(float(part) for part in text.split(","))
     if len(numbers) != 2 or not all(map(math.isfinite, numbers)):
-        raise argparse.ArgumentTypeError(f"{text} is not two numbers such as -1.2,1")
+        raise argparse.ArgumentTypeError(f"{text} is not two finite numbers such as -1.2,1")
     return numbers
 
 

@@ -30,8 +30,12 @@ from torch_secondorder import (
     FunctionalObjective,
     LBFGSInfo,
     MissingSecondDerivative,
+    Newton,
     NewtonCG,
     NewtonCGInfo,
+    NewtonInfo,
+    NonlinearCG,
+    NonlinearCGInfo,
     OptimizeResult,
     SecondOrderOptimizer,
     Sophia,
@@ -56,6 +60,7 @@ from torch_secondorder.curvature import (
     InverseBroyden,
     KroneckerFactors,
     LinearOperator,
+    ReducedBroyden,
     UnknownOutputs,
     exact_diagonal,
 )
@@ -115,6 +120,9 @@ from torch_secondorder.solvers import (
     CG,
     KFAC,
     MINRES,
+    DefinitenessName,
+    DenseQuadratic,
+    DenseStep,
     Iterate,
     LinearSolver,
     Martens,
@@ -129,6 +137,7 @@ from torch_secondorder.solvers import (
     lanczos,
     resolve_preconditioner,
     resolve_solver,
+    solve_trust_region,
 )
 
 
@@ -173,6 +182,8 @@ def lbfgs() -> None:
     assert_type(optimizer.info.as_dict(), dict[str, Any])
     LBFGS(model.parameters(), line_search_fn=StrongWolfe(c2=0.5))
     LBFGS(model.parameters(), line_search_fn=None)
+    LBFGS(model.parameters(), bounds=(0.0, [torch.ones(1), None]))
+    LBFGS(model.parameters(), update="ssbroyden")
     with refusal():
         LBFGS(model.parameters(), line_search_fn="newton")  # type: ignore[arg-type]
 
@@ -188,6 +199,21 @@ def bfgs() -> None:
     assert_type(optimizer.info.tau, float)
     with refusal():
         BFGS(model.parameters(), update="broyden")  # type: ignore[arg-type]
+
+
+def nonlinear_cg() -> None:
+    model, x, y = model_and_data()
+    optimizer = NonlinearCG(model.parameters(), max_iter=2, beta="hager_zhang", restart=None)
+    assert_type(optimizer.info, NonlinearCGInfo | None)
+    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(loss, Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.beta, float)
+    assert_type(optimizer.info.restarts, int)
+    assert_type(optimizer.info.restart_reason, str)
+    NonlinearCG(model.parameters(), preconditioner=lambda v: 2 * v)
+    with refusal():
+        NonlinearCG(model.parameters(), beta="newton")  # type: ignore[arg-type]
 
 
 def a_closure_may_return_a_number() -> None:
@@ -265,6 +291,18 @@ def newton_cg() -> None:
         NewtonCG(model.parameters(), curvature_products="exact")  # type: ignore[arg-type]
 
 
+def newton() -> None:
+    model, x, y = model_and_data()
+    optimizer = Newton(model.parameters(), globalization=TrustRegion(initial=1.0), corrections=2)
+    assert_type(optimizer.step(closure_for(model, x, y, optimizer.zero_grad)), Tensor)
+    assert_type(optimizer.info, NewtonInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.smallest_eigenvalue, float | None)
+    Newton(model.parameters(), 1.0, "damping", max_iter=20, max_eval=100)
+    with refusal():
+        Newton(model.parameters(), globalization="dogleg")  # type: ignore[arg-type]
+
+
 def adahessian() -> None:
     model, x, y = model_and_data()
     optimizer = AdaHessian(model.parameters(), lr=0.1, estimator="hutchinson", average_block=2)
@@ -311,6 +349,7 @@ def any_optimizer() -> None:
     model, x, y = model_and_data()
     optimizers: list[SecondOrderOptimizer] = [
         LBFGS(model.parameters()),
+        Newton(model.parameters()),
         NewtonCG(model.parameters()),
         AdaHessian(model.parameters()),
         Sophia(model.parameters()),
@@ -378,6 +417,9 @@ def operators() -> None:
     matrix = InverseBroyden(2, update="ssbfgs")
     assert_type(matrix.push(v, 2 * v), bool)
     assert_type(matrix @ v, Tensor)
+    reduced = ReducedBroyden(2, history_size=3, update="ssbfgs")
+    reduced.push(v, 2 * v)
+    assert_type(reduced.direction(v), Tensor)
     w = torch.tensor([1.0, 2.0])
     differences = FiniteDifference(FunctionalObjective(lambda p: (p**4).sum(), w))
     assert_type(differences.size, int)
@@ -432,6 +474,12 @@ def linear_solvers() -> None:
     assert_type(resolve_preconditioner(preconditioner), Preconditioner | None)
     name: SolverName = "minres"
     assert_type(resolve_solver(name, 10), LinearSolver | None)
+    step = solve_trust_region(operator.dense(), b, 0.5)
+    assert_type(step, DenseStep)
+    assert_type(step.next_from(b), Tensor)
+    quadratic = DenseQuadratic.of(operator.dense(), b, tolerance=1e-6)
+    assert_type(quadratic.damped(0.1), DenseStep)
+    assert_type(quadratic.definiteness, DefinitenessName)
 
 
 def line_searches() -> None:
@@ -533,7 +581,7 @@ assert_type(torch_secondorder.__version__, str)
 
 ALL = [
     *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
-    *(sophia, contractive),
+    *(newton, nonlinear_cg, sophia, contractive),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
     *(curvature_by_outputs, linear_solvers, line_searches, derivatives, penalties, diagnostics),
 ]

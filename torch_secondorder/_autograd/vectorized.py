@@ -19,8 +19,8 @@ _Multiply: TypeAlias = Callable[[Any, bool], Parts]
 # times where they are large: beyond so many parameters they are done one by one.
 AT_ONCE = 8
 _LARGE = 100_000
-# Elements of intermediate results that a vectorized pass may have where many products are wanted: on
-# a CPU what caches hold, on a device what keeps it busy. Most vectors in one such pass.
+# Elements of intermediate results that a vectorized pass may have where many products are wanted:
+# on a CPU what caches hold, on a device what keeps it busy. Most vectors in one such pass.
 _CACHED, _BUSY, _MOST = 2**19, 2**25, 64
 
 

@@ -312,33 +312,43 @@ class Replay:
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
-        first, registry = self._evaluations == 1, self._registry
         if self._sharded:
-            registry.reshard()
-        if not first:
-            if self._before:
-                if self._after is None and not self._failed:
-                    self._note_after()
-                for slot, value in self._before.items():
-                    slot.restore(value)
+            self._registry.reshard()
+        if self._evaluations > 1:
             for set_state, state in self._random:
                 set_state(state)
+            if self._before:
+                self._restore_buffers()
         # An autocast region around caches casts of parameters that have moved since.
         torch.clear_autocast_cache()
         self._failed = True
-        if first or self.autocast:
+        if self._evaluations > 1 and not self.autocast:
+            result = closure()
+        else:
             with ExitStack() as stack:
                 for device_type, dtype in self.autocast.items():
                     stack.enter_context(torch.autocast(device_type, dtype=dtype))
-                if first:
-                    stack.enter_context(registry.watch(self._before))
-                    self._sharded = True  # unless there is none, which is known afterwards
+                if self._evaluations == 1:
+                    stack.enter_context(self._watch())
                 result = closure()
-            self._sharded = bool(registry.sharded)
-        else:
-            result = closure()
         self._failed = False
         return result
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        """Notes the modules that the first evaluation calls."""
+        try:
+            with self._registry.watch(self._before):
+                yield
+        finally:
+            self._sharded = bool(self._registry.sharded)
+
+    def _restore_buffers(self) -> None:
+        """Puts the buffers back to where they were before the first evaluation."""
+        if self._after is None and not self._failed:
+            self._note_after()
+        for slot, value in self._before.items():
+            slot.restore(value)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -299,8 +299,9 @@ class Objective(ABC):
         # A number stays one: where it is the same everywhere it needs no vector.
         self._decay = self.vector.expand(decay) if isinstance(decay, tuple) else decay
         self._decays = bool(decay)
-        # Whether the objective's gradient is that of the loss.
-        self._unchanged = self._sign > 0 and not self._decays and self.vector.scale is None
+        # Whether the objective is the loss, in this process.
+        plain = self.vector.scale is None and not self.vector.sharded
+        self._unchanged = plain and self._sign > 0 and not self._decays
 
     @property
     @abstractmethod
@@ -535,21 +536,21 @@ class Objective(ABC):
             loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
         if ranks.met:
             loss = ranks.average(loss)
-        if vector.sharded:
-            loss = vector.space.mean(loss)
         closure_loss = loss
-        if self._sign < 0:
-            loss = -loss
-        if self._decays:
-            loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
-        linearization = None
-        if found.graph is not None:
-            linearization = Linearization(self, found.graph, copies=found.copies, place=found.place)
         flatten: Callable[[], Tensor]
         if self._unchanged and (found.averaged or not ranks.met):
             flatten = partial(vector.gather, found.gradients)
         else:
+            if vector.sharded:
+                loss = closure_loss = vector.space.mean(loss)
+            if self._sign < 0:
+                loss = -loss
+            if self._decays:
+                loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
             flatten = partial(self._flat_gradient, found, position if self._decays else None)
+        linearization = None
+        if found.graph is not None:
+            linearization = Linearization(self, found.graph, copies=found.copies, place=found.place)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
         self._last_evaluation = ref(evaluation)
         return evaluation

@@ -173,10 +173,17 @@ def _make(bounded: Sequence[dict[str, Any]], vector: ParameterVector) -> Box | N
     }
     lows, highs = [], []
     for p in vector.params:
-        low, high = pairs.get(id(p)) or (torch.full_like(p, -inf), torch.full_like(p, inf))
+        low, high = pairs.get(id(p)) or (_filled(p, -inf), _filled(p, inf))
         lows.append(low)
         highs.append(high)
     low, high = vector.gather(lows), vector.gather(highs)
     if bool(low.isneginf().all() & high.isposinf().all()):
         return None
     return Box(vector, low, high)
+
+
+def _filled(p: Tensor, value: float) -> Tensor:
+    """A tensor like a parameter, with both parts of a complex one at a value."""
+    if p.is_complex():
+        return torch.view_as_complex(torch.full_like(torch.view_as_real(p.detach()), value))
+    return torch.full_like(p.detach(), value)

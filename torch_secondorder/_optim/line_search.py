@@ -163,7 +163,9 @@ class LineSearchOptimizer(FlatOptimizer):
         grad, direction = descent.point.grad, self._direction(descent)
         assert grad is not None
         if direction is not None:
-            slope, square = descent.space.to_host(sums=(grad @ direction, direction @ direction))
+            slope, square = descent.space.to_host(
+                sums=(grad.dot(direction), direction.dot(direction))
+            )
             if -inf < slope < 0 and isfinite(square):
                 return Line(descent, direction, slope, square)
             self._restart()

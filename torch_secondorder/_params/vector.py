@@ -194,7 +194,7 @@ class ParameterVector:
         """
         if self.sharded or not PLAIN_TYPES.issuperset(map(type, tensors)):
             tensors = self._held(tensors)
-        first: Tensor | None = tensors[0]
+        first = tensors[0]
         if self._single and not batch and first is not None and first.layout is torch.strided:
             return first.detach().flatten().clone()
         if self._uniform and not batch and _all_dense(tensors):
@@ -244,7 +244,8 @@ class ParameterVector:
     def _views(self, flat: Tensor) -> list[Tensor]:
         """The pieces of `(n,)` where they need no conversion."""
         if self._single:
-            return [flat.view(self._segments[0].shape)]
+            shape = self._segments[0].shape
+            return [flat if len(shape) == 1 else flat.view(shape)]
         return list(unflatten_tensors(flat, self._likes))
 
     def expand(self, values: Sequence[float]) -> Tensor:
@@ -306,7 +307,7 @@ class ParameterVector:
         # `.data` is an alias with a version counter of its own; `.detach()` would share it.
         held = self.params if self._plain else self._held()
         if self._single:
-            held[0].data.copy_(flat.view(self._segments[0].shape))
+            held[0].data.copy_(self._views(flat)[0])
         else:
             torch._foreach_copy_(list(map(_data, held)), self.split(flat))
 

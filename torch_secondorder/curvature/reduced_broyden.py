@@ -24,8 +24,9 @@ _FEWEST = 6
 _BLOCK = 1 << 14
 # A vector lies in the basis if all but this share of its square does, in units of rounding.
 _INSIDE = 1e3
-# The least share of a projection's square that a second projection leaves of a new direction.
-_NEW = 0.25
+# A vector has a new direction if so much of it is left by the projection, in units of rounding, and
+# a second projection leaves this share of the square of that.
+_NOISE, _NEW = 100.0, 0.25
 
 _NUMBERS = ("history_size", "count", "rank", "scale", "tau", "phi")
 
@@ -54,15 +55,15 @@ class ReducedBroyden(LinearOperator):
     The self-scaled updates need this. Each rescales what `H` knew before, so that their old pairs
     count: they lose most of their advantage where these are dropped, as `InverseBFGS` drops them.
 
-    `A` is a float64 matrix on the host. An iteration takes four passes over `Q`, one wait for the
-    device, and one for the new vector where it is nearly in the space.
+    `A` is a float64 matrix on the host. An iteration takes five passes over `Q` and two waits for
+    the device; `InverseBFGS` takes two passes over as much memory and no wait.
 
     References:
         P. E. Gill, M. W. Leonard 2003, "Limited-memory reduced-Hessian methods for large-scale
         unconstrained optimization", SIAM J. Optim. 14, for BFGS in the space of the gradients;
-        B. van de Rotten, S. Verduyn Lunel 2005, "A limited memory Broyden method to solve
-        high-dimensional systems of nonlinear equations", for a low-rank approximation in place of
-        dropped pairs. For the updates see `InverseBroyden`.
+        B. A. van de Rotten, S. M. Verduyn Lunel 2005, "A limited memory Broyden method to solve
+        high-dimensional systems of nonlinear equations", Proc. EQUADIFF 2003, for a low-rank
+        approximation in place of dropped pairs. For the updates see `InverseBroyden`.
 
     Args:
         size: `n`.
@@ -109,6 +110,7 @@ class ReducedBroyden(LinearOperator):
         self.dtype = dtype
         self.device = device or torch.device("cpu")
         self.update = update
+        self._whole_size = 0  # not asked for yet
         self.reset()
 
     @property
@@ -172,6 +174,11 @@ class ReducedBroyden(LinearOperator):
         inside = self._on_device(self._matrix @ of_grad).neg_()
         return torch.mv(self._basis[: self.rank].t(), inside)
 
+    def reduced(self) -> tuple[Tensor, Tensor, float]:
+        """`Q`, shape `(rank, n)`, `A` on the host, and `c`."""
+        self._settle()
+        return self._basis[: self.rank], self._matrix, self.scale
+
     # Learning.
 
     def _settle(self) -> None:
@@ -206,8 +213,10 @@ class ReducedBroyden(LinearOperator):
             return
         if expected is None:
             expected = float(s @ torch.linalg.solve(matrix, s))
-        size = self.size * self.space.processes
-        tau, phi = update_parameters(self.update, first, size, s_y, y_h_y, expected)
+        if not self._whole_size:
+            size = torch.tensor(float(self.size), device=self.device)
+            self._whole_size = int(self.space.total(size))
+        tau, phi = update_parameters(self.update, first, self._whole_size, s_y, y_h_y, expected)
         across = s / s_y - of_y / y_h_y
         matrix.addr_(of_y, of_y, alpha=-1.0 / y_h_y).addr_(across, across, alpha=phi * y_h_y)
         matrix.div_(tau).addr_(s, s, alpha=1.0 / s_y)
@@ -226,20 +235,22 @@ class ReducedBroyden(LinearOperator):
         rest = torch.addmv(v, basis.t(), of_all[0], alpha=-1)
         # Once more: what rounding has left of the basis in it, or all if `v` lies in the basis.
         again = torch.mv(basis, rest)
-        wide = torch.stack((rest, *others)).to(self._wide)  # for squares out of the dtype's range
+        # Wide, for squares out of the dtype's range.
+        wide = torch.stack((rest, v, *others)).to(self._wide)
         gram = torch.mm(wide, wide.t())
         numbers = torch.cat((again.to(self._wide), gram.flatten()))
         again_there, gram = _on_host(self.space.total(numbers)).split((k, gram.numel()))
-        gram = gram.view(1 + len(others), -1)
+        gram = gram.view(2 + len(others), -1)
         coordinates = _on_host(of_all)
         coordinates[0] += again_there
-        squares = [inf, *gram.diagonal()[1:].tolist()]
-        left = float(gram[0, 0] - again_there @ again_there)
-        if left > _NEW * float(gram[0, 0]):
+        square, *squares = gram.diagonal().tolist()
+        left = square - float(again_there @ again_there)
+        noise = _NOISE * torch.finfo(self.dtype).eps
+        if left > max(_NEW * square, noise * noise * squares[0]):
             rest.addmv_(basis.t(), self._on_device(again_there), alpha=-1)
             length = sqrt(left)
             self._append(rest, length)
-            along = (gram[0] - coordinates @ again_there) / length
+            along = (gram[0, 1:] - coordinates @ again_there) / length
             along[0] = length
             coordinates = torch.cat((coordinates, along[:, None]), 1)
         return [_Located(c, square) for c, square in zip(coordinates, squares, strict=True)]
@@ -280,7 +291,9 @@ class ReducedBroyden(LinearOperator):
         length = float(torch.linalg.vector_norm(rest))
         of_v = inside
         if length > 1e-10 * float(torch.linalg.vector_norm(inside)):
-            axes = torch.cat((axes, rest[:, None] / length), 1)
+            rest /= length
+            rest -= axes @ (axes.t() @ rest)
+            axes = torch.cat((axes, rest[:, None]), 1)
             diagonal = torch.cat((diagonal, diagonal.new_tensor([self.scale])))
             of_v = torch.cat((inside, inside.new_tensor([length])))
         self._turn(axes)

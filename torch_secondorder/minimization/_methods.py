@@ -17,6 +17,7 @@ from torch_secondorder.optim.bfgs import BFGS
 from torch_secondorder.optim.lbfgs import LBFGS
 from torch_secondorder.optim.newton import Newton
 from torch_secondorder.optim.newton_cg import NewtonCG
+from torch_secondorder.optim.nonlinear_cg import NonlinearCG
 from torch_secondorder.optim.sophia import Sophia
 
 
@@ -69,6 +70,7 @@ METHODS: dict[str, Method] = {
     "ssbroyden": Method(BFGS, {"update": "ssbroyden"}),
     "dfp": Method(BFGS, {"update": "dfp"}),
     "lbfgs": Method(LBFGS),
+    "cg": Method(NonlinearCG),
     "newton": Method(Newton, twice=True),
     "newton-cg": Method(NewtonCG, twice=True),
     "trust-ncg": Method(
@@ -78,7 +80,12 @@ METHODS: dict[str, Method] = {
     "sophia": Method(Sophia, twice=True),
 }
 #: Other names, SciPy's among them.
-ALIASES = {"l-bfgs": "lbfgs", "l-bfgs-b": "lbfgs", "trust-exact": "newton"}
+ALIASES = {
+    "l-bfgs": "lbfgs",
+    "l-bfgs-b": "lbfgs",
+    "nonlinear-cg": "cg",
+    "trust-exact": "newton",
+}
 
 # The largest number of unknowns for which a dense matrix is the default. An update of the matrix
 # costs some hundred microseconds there.

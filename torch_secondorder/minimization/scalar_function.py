@@ -66,11 +66,11 @@ def minimize(
         x0: The start: a tensor of real or complex numbers, or a dict, list or tuple of such
             tensors, nested as you like.
         method: A name in any case, or an optimizer class. `"bfgs"`, and its relatives `"ssbfgs"`,
-            `"ssbroyden"` and `"dfp"`; `"lbfgs"`, also known as `"L-BFGS-B"`; `"newton"`, with the
-            Hessian as a matrix, also known as `"trust-exact"`; `"newton-cg"` for `NewtonCG`, and
-            `"trust-ncg"` for the same with the Hessian and a trust region; `"adahessian"` and
-            `"sophia"`, which are for losses with noise. By default `"bfgs"`, and `"lbfgs"` with
-            bounds or more than 1,000 unknowns.
+            `"ssbroyden"` and `"dfp"`; `"lbfgs"`, also known as `"L-BFGS-B"`; `"cg"` for
+            `NonlinearCG`; `"newton"`, with the Hessian as a matrix, also known as `"trust-exact"`;
+            `"newton-cg"` for `NewtonCG`, and `"trust-ncg"` for the same with the Hessian and a
+            trust region; `"adahessian"` and `"sophia"`, which are for losses with noise. By default
+            `"bfgs"`, and `"lbfgs"` with bounds or more than 1,000 unknowns.
         args: Further arguments of `fun`, and of `jac` if that is a function.
         jac: None for the exact gradient by autograd. True if `fun` returns the pair
             `(value, gradient)`. A function that takes what `fun` takes and returns the gradient, a

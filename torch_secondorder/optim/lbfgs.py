@@ -20,7 +20,7 @@ from torch_secondorder._optim.state import ModelField, Pieces, check_size, copie
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBFGS, ReducedBroyden
 from torch_secondorder.globalization import LineSearch, LineSearchName
-from torch_secondorder.solvers._box_quadratic import CompactBFGS, FaceModel
+from torch_secondorder.solvers._box_quadratic import CompactBFGS, FaceModel, ReducedModel
 
 __all__ = ["LBFGS", "LBFGSInfo"]
 
@@ -117,7 +117,8 @@ class LBFGS(LineSearchOptimizer):
 
     Reference: Liu and Nocedal 1989, "On the limited memory BFGS method for large scale
     optimization"; the direction follows Byrd, Nocedal and Schnabel 1994 (see
-    `torch_secondorder.curvature.InverseBFGS`).
+    `torch_secondorder.curvature.InverseBFGS`). For the self-scaled updates see
+    `torch_secondorder.curvature.ReducedBroyden`.
 
     Args:
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
@@ -136,6 +137,11 @@ class LBFGS(LineSearchOptimizer):
             as fit into 256 MiB, at least 20 and at most 200.
         line_search_fn: `"strong_wolfe"`, `"hager_zhang"`, `"armijo"`, a `LineSearch`, or None for
             steps of length `lr` without a search.
+        update: `"bfgs"`, or one of the self-scaled updates `"ssbfgs"` and `"ssbroyden"` (Al-Baali
+            1998). `"ssbroyden"` is for physics-informed networks and other long trainings to high
+            precision: from about 500 evaluations on, its loss is lower by orders of magnitude, with
+            a history of 100 pairs or more. `"bfgs"` is for short trainings, short histories and
+            classical problems. The memory is the same; an iteration takes about twice the time.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
         maximize: Whether to maximize the closure's loss.
         bounds: Lower and upper bounds `(low, high)` of the parameters, or None. Each is a number, a
@@ -167,6 +173,7 @@ class LBFGS(LineSearchOptimizer):
     info: LBFGSInfo | None
     _info_type = LBFGSInfo
     _takes_bounds = True
+    _faces: CompactBFGS | None = None  # the history on faces of the box
     _renamed: ClassVar = {"damping": "powell_damping"}
     _state_fields = declare(history=_History("_inverse"))
     _carried: ClassVar[tuple[str, ...]] = ("update",)
@@ -226,9 +233,11 @@ class LBFGS(LineSearchOptimizer):
         if isinstance(history, InverseBFGS):
             history.boldness = _BOLDEST if descent.objective.box is None else _BOLDEST_IN_BOX
         self._skipped = self._damped = 0
+        self._faces = None
 
     def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
         further = super()._finish(objective, descent)
+        self._faces = None  # made anew in each step, so that a loaded state goes on bit for bit
         if descent is not None:
             further |= {"skipped_pairs": self._skipped, "damped_pairs": self._damped}
         return further
@@ -243,8 +252,13 @@ class LBFGS(LineSearchOptimizer):
         history = self._inverse
         if history is None:
             history = self._start_history(descent.objective.vector)
-        assert isinstance(history, InverseBFGS)
-        return CompactBFGS(history) if history.count else None
+        if not history.count:
+            return None
+        if not isinstance(history, InverseBFGS):
+            return ReducedModel(history)
+        if self._faces is None or self._faces.inverse is not history:
+            self._faces = CompactBFGS(history)
+        return self._faces
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Enters the pair into the history if it shows curvature, or can be made to."""

@@ -38,7 +38,7 @@ from torch_secondorder.globalization import (
     TrustRegion,
     resolve_globalization,
 )
-from torch_secondorder.solvers import Definiteness, DenseQuadratic, DenseStep
+from torch_secondorder.solvers import DefinitenessName, DenseQuadratic, DenseStep
 from torch_secondorder.solvers._boxed_dense import BoxedQuadratic
 from torch_secondorder.solvers._units import unit_of
 
@@ -90,7 +90,7 @@ class NewtonInfo(BoundedInfo):
     gain_ratio: float | None = None
     damping: float = 0.0
     trust_radius: float = 0.0
-    definiteness: Literal["", Definiteness] = ""
+    definiteness: Literal["", DefinitenessName] = ""
     smallest_eigenvalue: float | None = None
     hard_case: bool = False
     repair: str = ""
@@ -123,9 +123,10 @@ class Newton(FlatOptimizer):
         globalization: `"trust_region"`: the minimizer of the model within a radius.
             `"damping"`: a multiple of the identity is added to the Hessian, with Levenberg's and
             Marquardt's rule for its size; an indefinite Hessian is made semidefinite before.
-            `"line_search"` or the name of a line search: the signs of negative eigenvalues are
-            changed (up to 128 parameters), or a multiple of the identity is added to an indefinite
-            Hessian. An instance (`TrustRegion`, `LevenbergMarquardt`, a `LineSearch`) has options.
+            `"line_search"` (`"strong_wolfe"`) or the name of a line search: the signs of negative
+            eigenvalues are changed (up to 128 parameters), or a multiple of the identity is added
+            to an indefinite Hessian. An instance (`TrustRegion`, `LevenbergMarquardt`, a
+            `LineSearch`) has options.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         corrections: Most further steps with one Hessian; 0 for Newton's method as in textbooks.
         max_eval: Most evaluations of the closure per `step()`; unlimited by default.
@@ -191,7 +192,11 @@ class Newton(FlatOptimizer):
         check_integer("max_eval", max_eval, optional=True, whole_floats=True)
         check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
         check_number("tolerance_change", tolerance_change, low=0.0)
-        self.globalization = resolve_globalization(globalization, None, True)
+        # Armijo's search only shortens steps, and steps from a modified Hessian may be too short.
+        searches = globalization == "line_search"
+        self.globalization = resolve_globalization(
+            "strong_wolfe" if searches else globalization, None, True
+        )
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -447,7 +452,7 @@ class Newton(FlatOptimizer):
             if not ratio > accept:
                 ratio = trials.gain_ratio(further, tried)
             move = Move(further, tried, ratio)
-            self._report.corrections += 1
+            self._report.corrections += ratio > accept
         return move
 
     def _take(self, descent: Descent, move: Move) -> None:
@@ -474,12 +479,12 @@ class Newton(FlatOptimizer):
 
 @dataclass(slots=True)
 class _Report:
-    """What the iterations of a step find, see `NewtonInfo`."""
+    """Findings of the iterations of a step, see `NewtonInfo`."""
 
     hessians: int = 0
     corrections: int = 0
     gain_ratio: float = nan
-    definiteness: Literal["", Definiteness] = ""
+    definiteness: Literal["", DefinitenessName] = ""
     smallest_eigenvalue: float | None = None
     hard_case: bool = False
 
@@ -493,7 +498,7 @@ def _proposal(trials: Trials, step: DenseStep) -> Proposal:
 
 
 def _improves(before: Trial, after: Trial, fall: float, allowance: float) -> bool:
-    """Whether a correction pays: the loss falls, or the gradient where the loss is rounded."""
+    """True if a correction lowers the loss, or the gradient where only rounding is left of it."""
     if not after.finite:
         return False
     if abs(after.loss - before.loss) <= allowance:

@@ -18,7 +18,7 @@ from torch_secondorder.solvers.base import (
 )
 from torch_secondorder.solvers.cg import CG
 from torch_secondorder.solvers.dense import (
-    Definiteness,
+    DefinitenessName,
     DenseQuadratic,
     DenseStep,
     solve_trust_region,
@@ -36,7 +36,7 @@ __all__ = [
     "CG",
     "KFAC",
     "MINRES",
-    "Definiteness",
+    "DefinitenessName",
     "DenseQuadratic",
     "DenseStep",
     "Iterate",

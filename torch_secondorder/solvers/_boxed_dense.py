@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_secondorder._params.space import to_host
 from torch_secondorder.solvers._box_quadratic import Face, solve_in_box
-from torch_secondorder.solvers.dense import Definiteness, DenseStep
+from torch_secondorder.solvers.dense import DefinitenessName, DenseStep
 
 
 class MatrixOnFaces:
@@ -66,7 +66,7 @@ class BoxedQuadratic:
         smallest_eigenvalue: The smallest of these; None where it is not known.
     """
 
-    definiteness: Definiteness
+    definiteness: DefinitenessName
     smallest_eigenvalue: float | None = None
 
     def __init__(self, H: Tensor, g: Tensor, low: Tensor, high: Tensor) -> None:

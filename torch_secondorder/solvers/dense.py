@@ -17,9 +17,9 @@ from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.solvers._units import power_of_two
 from torch_secondorder.solvers.lanczos import lanczos
 
-__all__ = ["Definiteness", "DenseQuadratic", "DenseStep", "solve_trust_region"]
+__all__ = ["DefinitenessName", "DenseQuadratic", "DenseStep", "solve_trust_region"]
 
-Definiteness: TypeAlias = Literal["positive definite", "singular", "indefinite"]
+DefinitenessName: TypeAlias = Literal["positive definite", "singular", "indefinite"]
 
 # Up to so many unknowns a matrix is diagonalized, on a CPU and on a device. An eigendecomposition
 # takes the time of 15 to 30 Cholesky factorizations, of which a step needs one to about five.
@@ -91,7 +91,7 @@ class DenseQuadratic(ABC):
     ('indefinite', -2.0)
     """
 
-    definiteness: Definiteness
+    definiteness: DefinitenessName
     smallest_eigenvalue: float | None
 
     @staticmethod
@@ -122,8 +122,10 @@ class DenseQuadratic(ABC):
         self._unit = self._grad_unit / self._matrix_unit  # of x
         precision = torch.finfo(H.dtype).eps
         self._tolerance = max(tolerance, 100 * precision)
-        # The rounding error of eigenvalues.
+        # The rounding error of eigenvalues, and what takes the place of eigenvalues like that where
+        # a matrix is inverted: the rounding errors of a gradient are divided by it.
         self._noise = 4 * len(g) * precision
+        self._floor = max(precision ** (2 / 3), self._noise)
 
     def within(self, radius: float) -> DenseStep:
         """The global minimizer within a radius, whatever the eigenvalues.
@@ -244,8 +246,7 @@ class Diagonalized(DenseQuadratic):
 
     def _modified(self) -> _Solution:
         sizes = self._values.abs()
-        least = torch.finfo(self._H.dtype).eps ** (2 / 3) * float(sizes.max())
-        sizes = sizes.clamp(min=least or 1.0)
+        sizes = sizes.clamp(min=self._floor * float(sizes.max()) or 1.0)
         return self._solution(-self._components / sizes, 0.0, divisors=sizes)
 
     def _solution(
@@ -281,7 +282,9 @@ class Factorized(DenseQuadratic):
         self._known: tuple[float, Tensor] | None = None  # the last multiplier and its factor
         self._lowest = self._error = 0.0
         self._vector = torch.zeros_like(g)
-        if self._factor(0.0) is not None:
+        factor = self._factor(0.0)
+        # The smallest square on the diagonal is an upper bound of the smallest eigenvalue.
+        if factor is not None and float(factor.diagonal().min()) ** 2 > self._noise:
             self.definiteness, self.smallest_eigenvalue = "positive definite", None
             return
         # A random start has a part along every eigenvector; the gradient may have none.
@@ -292,7 +295,7 @@ class Factorized(DenseQuadratic):
             found = lanczos(_Matrix(self._H), start, steps, reorthogonalize=True)
             self._judge(min(float(found.eigh()[0][0]), 0.0))
             indefinite = self.definiteness == "indefinite"
-            if indefinite or steps == len(g) or self._factor(2 * self._noise) is not None:
+            if indefinite or steps == len(g) or self._factor(self._floor) is not None:
                 break
         self._lowest = min(float(found.eigh()[0][0]), 0.0)
         self._error = float(found.residuals()[0])
@@ -305,6 +308,7 @@ class Factorized(DenseQuadratic):
         self._known = None
         shifted = self._H.clone()
         shifted.diagonal().add_(multiplier)
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(shifted)
         del shifted
         if int(failed):
@@ -326,12 +330,14 @@ class Factorized(DenseQuadratic):
         low = -self._lowest  # the multiplier lies between low and high
         high = norm / radius + rows
         multiplier = low + abs(along) / radius
+        if self.definiteness == "singular":
+            multiplier = max(multiplier, self._floor)
         for _ in range(_MOST):
             multiplier, factor = self._lifted(multiplier)
             x = _solved(factor, -self._g)
             half = torch.linalg.solve_triangular(factor, x[:, None], upper=False)
             length, half_length = to_host(x.norm(), half.norm())
-            solution = _Solution(x, multiplier, _inverse_of(factor), multiplier > 2 * self._noise)
+            solution = _Solution(x, multiplier, _inverse_of(factor), multiplier > 2 * self._floor)
             if abs(length - radius) <= self._tolerance * radius or high - low <= self._noise * high:
                 break
             if length > radius:
@@ -383,7 +389,9 @@ class Factorized(DenseQuadratic):
 
     def _modified(self) -> _Solution:
         # Negative eigenvalues would change their signs with twice the lift.
-        lift = -2 * self._lowest if self.definiteness == "indefinite" else 0.0
+        lift = max(-2 * self._lowest, self._floor)
+        if self.definiteness == "positive definite":
+            lift = 0.0
         multiplier, factor = self._lifted(lift)
         return _Solution(_solved(factor, -self._g), multiplier, _inverse_of(factor))
 
