@@ -190,14 +190,29 @@ def test_it_stays_symmetric_positive_definite(
         assert_near(inverse @ y, s, 1e-6)
 
 
+@pytest.mark.parametrize("size", [30, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_matrix_is_symmetric_to_the_last_bit(
+    size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Also where it is written in several strips, with an odd last one."""
+    inverse = InverseBroyden(size, dtype, device, update="ssbroyden")
+    for s, y in make_pairs(2 * _GATHERED + 2, size, device):
+        assert inverse.push(s.to(dtype), y.to(dtype), expected=float(s @ y))
+    assert inverse._gathered < _GATHERED
+    assert torch.equal(inverse._matrix, inverse._matrix.T)
+    assert (inverse._matrix - inverse._matrix.diag().diag()).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("update", ["bfgs", "ssbroyden"])
-def test_symmetry_does_not_drift(update: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Thousands of pairs leave a matrix that is symmetric to the last digits."""
+def test_it_stays_definite_for_thousands_of_pairs(
+    update: Any, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A pair grows an asymmetric error with each scaling up, and does not see it."""
     inverse = InverseBroyden(30, dtype, device, update=update)
     for s, y in make_pairs(3000, 30, device):
-        expected = float(s @ y)
-        assert inverse.push(s.to(dtype), y.to(dtype), expected=expected)
+        assert inverse.push(s.to(dtype), y.to(dtype))
     H = inverse @ torch.eye(30, dtype=dtype, device=device)
     assert_near(H, H.T, 4 * torch.finfo(dtype).eps)
     assert torch.linalg.eigvalsh(H.double()).min() > 0
@@ -240,9 +255,9 @@ def test_reset_begins_anew(device: torch.device) -> None:
     assert torch.equal(inverse @ eye(5, device), filled(pairs, "ssbroyden") @ eye(5, device))
 
 
-@pytest.mark.parametrize("count", [0, 3, 8, 13])
+@pytest.mark.parametrize("count", [0, 3, 16, 21])
 def test_a_loaded_state_goes_on_bit_for_bit(count: int, device: torch.device) -> None:
-    pairs = make_pairs(count + 10, 6, device)
+    pairs = make_pairs(count + 20, 6, device)
     inverse = InverseBroyden(6, torch.float64, device, update="ssbroyden")
     for pair in pairs[:count]:
         inverse.push(*pair)

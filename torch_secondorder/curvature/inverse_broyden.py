@@ -23,7 +23,9 @@ SELF_SCALED = ("ssbfgs", "ssbroyden")
 # the gradient, where curvature is large.
 _EARLY, _BOLDEST = 8, 0.3
 # Updates that are gathered before the matrix is written. Each is of rank two.
-_GATHERED = 8
+_GATHERED = 16
+# Rows of the matrix that are written at once.
+_STRIP = 256
 # The scale is kept within these; beyond, it goes into the matrix.
 _LEAST, _MOST = 2.0**-40, 2.0**40
 
@@ -48,8 +50,8 @@ class InverseBroyden(LinearOperator):
     large: `"ssbfgs"` has `phi = 1` and `tau = min(1, y's / s'H^-1 s)`, and `"ssbroyden"` adapts
     both (Al-Baali 1998). The first pair gives `H` its scale, with all of them.
 
-    An update is of rank two. It is kept as two vectors, and eight updates together are written into
-    the matrix, so that learning a pair costs little more than the product `H y`.
+    An update is of rank two. It is kept as two vectors, and sixteen updates together are written
+    into the matrix, so that learning a pair costs little more than the product `H y`.
 
     References:
         M. Al-Baali 1998, "Numerical experience with a class of self-scaling quasi-Newton
@@ -255,9 +257,22 @@ class InverseBroyden(LinearOperator):
         self.count += 1
 
     def _write(self) -> None:
-        """Writes the gathered updates into the matrix."""
+        """Writes the gathered updates into the matrix, and keeps it symmetric to the last bit.
+
+        An update is made from `H y`, so it takes symmetric errors into account and is blind to
+        others: these would grow with each scaling up, until `H` is indefinite. Only the lower
+        triangle is computed, by strips, and mirrored.
+        """
         assert self._matrix is not None
-        self._matrix.addmm_(self._rows.T, self._signs[:, None] * self._rows)
+        signed = self._signs[:, None] * self._rows
+        for start in range(0, self.size, _STRIP):
+            stop = min(start + _STRIP, self.size)
+            strip = self._matrix[start:stop, :stop]
+            strip.addmm_(self._rows[:, start:stop].T, signed[:, :stop])
+            square = strip[:, start:]
+            square.copy_((square + square.T).mul_(0.5))
+            # Two copies that run along rows, and between them a transposition of dense memory.
+            self._matrix[:start, start:stop] = strip[:, :start].contiguous().T.contiguous()
         self._signs.zero_()
         self._gathered = 0
 
