@@ -36,7 +36,7 @@ BASE = "scipy trust-exact"
 
 @dataclass(frozen=True)
 class Run:
-    """What a solver needed.
+    """The end of a solver, and its cost.
 
     Attributes:
         point: Where it ended.

@@ -143,7 +143,6 @@ class Trials:
 
     Args:
         descent: The step; proposals begin at its current point.
-        unit: The unit.
         tally: The counts of the step.
         keeps_graphs: Whether trials keep their graph, for the next model. Keeping it costs much
             less than another evaluation.
@@ -157,7 +156,6 @@ class Trials:
     def __init__(
         self,
         descent: Descent,
-        unit: float,
         tally: Tally,
         keeps_graphs: bool = False,
         keeps_gradients: bool = False,
@@ -171,7 +169,7 @@ class Trials:
         self._descent = descent
         self._objective = objective
         self._space = descent.space
-        self._unit = unit
+        self._unit = unit = unit_of(point.length, point.grad.dtype)
         self._grad = point.grad if unit == 1.0 else point.grad / unit
         self.allowance = ROUNDING * self.precision * abs(point.loss)
         # Proposals end in the box, if there is one.
@@ -259,8 +257,8 @@ class Model(Trials):
         tally: Tally,
         keeps_graphs: bool = False,
     ) -> None:
-        unit = unit_of(descent.point.length, operator.dtype)
-        super().__init__(descent, unit, tally, keeps_graphs)
+        super().__init__(descent, tally, keeps_graphs)
+        unit = self._unit
         self._operator = operator if unit == 1.0 else Rescaled(operator, unit)
         self._first: Tensor | None = None  # A P g with the last preconditioner P
         self._repaired = False

@@ -14,6 +14,7 @@ from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Evaluation, EvaluationsSpent, Objective
 from torch_secondorder._optim.bounds import Bounds
+from torch_secondorder._optim.curvature_choice import hessian_at
 from torch_secondorder._optim.flat import BoundedInfo, Descent, FlatOptimizer, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.quadratic_model import (
@@ -26,8 +27,7 @@ from torch_secondorder._optim.quadratic_model import (
     search_along,
 )
 from torch_secondorder._optim.state import Number, declare
-from torch_secondorder.curvature import Hessian, LinearOperator
-from torch_secondorder.dataset._operator import curvature_at
+from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.globalization import (
     Globalization,
     GlobalizationName,
@@ -40,7 +40,6 @@ from torch_secondorder.globalization import (
 )
 from torch_secondorder.solvers import DefinitenessName, DenseQuadratic, DenseStep
 from torch_secondorder.solvers._boxed_dense import BoxedQuadratic
-from torch_secondorder.solvers._units import unit_of
 
 __all__ = ["Newton", "NewtonInfo"]
 
@@ -286,9 +285,9 @@ class Newton(FlatOptimizer):
                 raise EvaluationsSpent
             point = point_of(objective.evaluate(curvature=True), objective)
         assert point.evaluation is not None and point.grad is not None
-        hessian = self._hessian(
-            curvature_at(objective, point.evaluation, _hessian_of), point.grad, objective
-        )
+        operator = hessian_at(objective, point.evaluation)
+        hessian = self._hessian(operator, point.grad, objective)
+        del operator
         # The graph has served: those of trials take its place.
         descent.point = point._replace(evaluation=None)
         if hessian is None:
@@ -320,11 +319,9 @@ class Newton(FlatOptimizer):
 
     def _trials(self, descent: Descent) -> Trials:
         """Evaluations of steps; they keep their graphs where the next iteration can use them."""
-        objective, point = descent.objective, descent.point
-        assert point.grad is not None
+        objective = descent.objective
         return Trials(
             descent,
-            unit_of(point.length, point.grad.dtype),
             self._tally,
             keeps_graphs=descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph(),
             keeps_gradients=True,
@@ -487,10 +484,6 @@ class _Report:
     definiteness: Literal["", DefinitenessName] = ""
     smallest_eigenvalue: float | None = None
     hard_case: bool = False
-
-
-def _hessian_of(evaluation: Evaluation, generator: torch.Generator | None) -> LinearOperator:
-    return Hessian(evaluation)
 
 
 def _proposal(trials: Trials, step: DenseStep) -> Proposal:

@@ -42,6 +42,7 @@ class DenseStep:
         held: Whether the radius, or for the larger part the damping, keeps `x` short.
         hard_case: Whether `x` has a part along the lowest eigenvector that no equation gives: the
             gradient has none there, and the rest of `x` does not reach the radius.
+        inverse: Multiplies a vector with the inverse of `H + multiplier I`.
     """
 
     x: Tensor
@@ -50,14 +51,14 @@ class DenseStep:
     length: float
     held: bool = False
     hard_case: bool = False
-    _inverse: Callable[[Tensor], Tensor] = field(default=torch.clone, repr=False)
+    inverse: Callable[[Tensor], Tensor] = field(default=torch.clone, repr=False)
 
     def next_from(self, grad: Tensor) -> Tensor:
         """The step that the same matrix gives with another gradient, shape `(n,)`.
 
         It takes no factorization.
         """
-        return self._inverse(grad).neg_()
+        return self.inverse(grad).neg_()
 
 
 class _Solution(NamedTuple):
@@ -76,6 +77,11 @@ class DenseQuadratic(ABC):
     `DenseQuadratic.of` makes one. Small matrices are diagonalized; others are factorized by
     Cholesky's method, anew for each multiplier. Both is done in units in which the largest entries
     of `H` and `g` are about one.
+
+    Args:
+        H: Symmetric, shape `(n, n)`, finite.
+        g: Shape `(n,)`, finite.
+        tolerance: The relative error that the length of a step at the radius may have.
 
     Attributes:
         definiteness: What the eigenvalues are, up to rounding.
