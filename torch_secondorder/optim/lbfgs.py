@@ -51,7 +51,7 @@ class LBFGSInfo(BoundedInfo):
 
 
 class _History(ModelField):
-    """What `LBFGS` has learned; takes the pairs of `torch.optim.LBFGS` as well."""
+    """The curvature that `LBFGS` has learned; takes pairs of `torch.optim.LBFGS` as well."""
 
     small_names = (
         *("history_size", "count", "_room", "_newest", "_pending"),
