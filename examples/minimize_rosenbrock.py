@@ -62,7 +62,7 @@ class Descent:
 
     @property
     def distance(self) -> float:
-        """How far from the minimum it ended."""
+        """The distance from its end to the minimum."""
         return (self.result.x - torch.tensor(MINIMUM, dtype=torch.float64)).norm().item()
 
 

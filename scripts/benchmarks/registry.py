@@ -38,9 +38,16 @@ class Options:
         return self.part is None or self.part == part
 
     def chosen(self, contenders: Mapping[str, Contender]) -> dict[str, Contender]:
-        """The contenders whose names contain the text that was asked for."""
+        """The contenders whose names contain the text that was asked for.
+
+        Raises:
+            ValueError: None does.
+        """
         only = (self.only or "").casefold()
-        return {name: entry for name, entry in contenders.items() if only in name.casefold()}
+        chosen = {name: entry for name, entry in contenders.items() if only in name.casefold()}
+        if not chosen:
+            raise ValueError(f"--only {self.only} is in no name of {', '.join(contenders)}")
+        return chosen
 
     def share(self, wanted: float, runs: int) -> float:
         """The time limit for each of several runs.

@@ -54,6 +54,8 @@ def test_bounds_of_a_tree() -> None:
     )
     assert first[0] == second[0] == -1 and second[1] is None
     assert torch.equal(first[1], torch.ones(2))
+    _, pair = torch.utils._pytree.tree_flatten((0, 0))  # a tree of two looks like pairs
+    assert resolve_bounds(((0, 1), (2, 3)), leaves, names, pair) == [(0, 2), (1, 3)]
     shared = resolve_bounds((torch.tensor(0.0), 1), leaves, names, structure)
     assert shared[0][0].shape == (2,) and shared[1][0].shape == ()
     for bounds, message in (

@@ -297,3 +297,28 @@ def test_losses_inside_are_not_mistaken_for_the_value() -> None:
 def test_sparse_gradients() -> None:
     result = minimize(lambda x: x @ x, START, jac=lambda x: (2 * x).to_sparse())
     assert result.success and torch.allclose(result.x, torch.zeros_like(START), atol=1e-7)
+
+
+def test_backward_inside_the_gradient_is_its_own_affair() -> None:
+    """An evaluation with curvature intercepts backward(), which this is no part of."""
+
+    def gradient(x: Tensor) -> Tensor:
+        point = x.detach().clone().requires_grad_()
+        rosenbrock(point).backward()
+        assert point.grad is not None
+        return point.grad
+
+    result = minimize(rosenbrock, START, "newton-cg", jac=gradient)
+    assert result.success and result.info.curvature == "hessian by differences"
+    assert torch.allclose(result.x, torch.ones_like(START), atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rounding_takes_no_point_beyond_a_bound(scheme: str) -> None:
+    x = 1e-9 * torch.randn(20_000, dtype=torch.float64)
+    low = x.clamp(max=0) - 1e-8 * torch.rand_like(x)
+    high = x.clamp(min=0) + 1e-8 * torch.rand_like(x)
+    estimate = Differences(lambda x: x.sum(), scheme, Counts())
+    eps = torch.finfo(x.dtype).eps
+    for points in estimate._moves(x, eps, (low, high)):
+        assert ((low <= points) & (points <= high)).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch_secondorder import (
     StepStatus,
     minimize,
 )
-from torch_secondorder.minimization._methods import METHODS
+from torch_secondorder.minimization._methods import METHODS, read_options
 from torch_secondorder.optim.extending import FlatOptimizer
 
 ITERATING = [name for name, method in METHODS.items() if method.iterates]
@@ -96,7 +97,9 @@ def test_agrees_with_scipy(name: str, jac: Any) -> None:
         through_numpy(problem.function), problem.start.numpy(), jac=True, options={"gtol": 1e-8}
     )
     assert result.success, result
-    assert result.fun == pytest.approx(theirs.fun, abs=1e-8)
+    # Near its minimum the value of Powell's function is the power 4/3 of the gradient.
+    rough = name == "powell_singular" and jac == "2-point"
+    assert result.fun == pytest.approx(theirs.fun, abs=1e-6 if rough else 1e-8)
     if name != "powell_singular":  # its Hessian is singular: values say little about the point
         assert result.x.numpy() == pytest.approx(theirs.x, rel=1e-4, abs=1e-4)
 
@@ -348,6 +351,8 @@ def test_options_by_the_names_of_scipy_and_of_the_optimizer() -> None:
     assert 30 <= few.nfev <= 40
     memory = minimize(rosenbrock, START, "lbfgs", options={"maxcor": 2})
     assert memory.nfev != minimize(rosenbrock, START, "lbfgs").nfev
+    for both in ({"ftol": 0.2, "xtol": 0.3}, {"xtol": 0.3, "ftol": 0.2}):
+        assert read_options(both, None, "lbfgs", METHODS["lbfgs"]).tolerance_change == 0.2
     flat = minimize(rosenbrock, START, "lbfgs", options={"gtol": 0, "ftol": 0.2, "xtol": 0.3})
     assert flat.success and flat.info.status is StepStatus.CONVERGED_CHANGE
 
@@ -398,6 +403,14 @@ def test_a_callback_of_the_old_style_gets_the_point() -> None:
     result = minimize(lambda p: rosenbrock(p["x"]), {"x": START}, callback=seen.append)
     assert len(seen) == result.nit and torch.equal(seen[-1]["x"], result.x["x"])
     assert not torch.equal(seen[0]["x"], seen[1]["x"])
+
+
+def test_a_callback_may_keep_points_of_any_length() -> None:
+    """The position of a long vector moves in place."""
+    seen: list[Tensor] = []
+    start = torch.ones(100_000)
+    minimize(lambda x: (x**4).mean(), start, callback=seen.append, options={"maxiter": 3})
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise([start, *seen]))
 
 
 @pytest.mark.parametrize("method", [*ITERATING, "sophia"])

@@ -183,6 +183,7 @@ def lbfgs() -> None:
     LBFGS(model.parameters(), line_search_fn=StrongWolfe(c2=0.5))
     LBFGS(model.parameters(), line_search_fn=None)
     LBFGS(model.parameters(), update="ssbroyden")
+    LBFGS(model.parameters(), bounds=(0.0, [torch.ones(1), None]))
     with refusal():
         LBFGS(model.parameters(), line_search_fn="newton")  # type: ignore[arg-type]
 

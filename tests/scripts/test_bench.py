@@ -56,6 +56,10 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["quasi_newton", "--part", "convection"], "quasi_newton.convection.", "BFGS, bfgs"),
         (["quasi_newton", "--part", "limited"], "quasi_newton.limited.", "LBFGS, ssbfgs"),
         (["quasi_newton", "--part", "seconds"], "quasi_newton.seconds.", "BFGS, ssbroyden (ours)"),
+        (["quasi_newton", "--part", "bounds"], "bounds.obstacle", "LBFGS (ours)"),
+        (["quasi_newton", "--part", "nonlinear_cg"], "quasi_newton.nonlinear_cg.over", "shanno"),
+        (["quasi_newton", "--part", "problems"], "quasi_newton.problems", "BFGS, ssbroyden"),
+        (["quasi_newton", "--part", "iteration"], "quasi_newton.iteration.", "bfgs / bound"),
         (["lightning"], "lightning.MLP", "Lightning's own"),
         (["minimize", "--part", "exact"], "minimize.exact", "newton-cg"),
         (["minimize", "--part", "2-point"], "minimize.2-point", "ssbroyden"),
@@ -84,6 +88,15 @@ def test_only_contenders_with_a_text_in_their_names_run() -> None:
     assert done.returncode == 0, done.stderr
     assert "torch.optim.LBFGS" in done.stdout
     assert "ssbroyden" not in done.stdout
+
+
+def test_a_text_that_is_in_no_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    registry = importlib.import_module("benchmarks.registry")
+    options = registry.Options(torch.device("cpu"), 1, only="BFGS")
+    assert options.chosen({"LBFGS": 1, "Adam": 2}) == {"LBFGS": 1}
+    with pytest.raises(ValueError, match="--only BFGS is in no name of SGD, Adam"):
+        options.chosen({"SGD": 1, "Adam": 2})
 
 
 def test_the_convection_problem_has_the_solution_that_it_states(

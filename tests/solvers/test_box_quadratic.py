@@ -314,3 +314,36 @@ def test_definiteness_is_that_of_the_free_entries() -> None:
     assert boxed.along_gradient() == pytest.approx(2.0)
     singular = torch.diag(torch.tensor([0.0, 2.0], dtype=torch.float64))
     assert BoxedQuadratic(singular, -grad, low, high).definiteness == "singular"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products_that_are_kept_are_those_of_all_pairs(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(box, "_COLUMNS", 5)
+    generator = torch.Generator().manual_seed(0)
+    matrix = random_quadratic(0, 12, 1e2).matrix.to(dtype)
+    inverse = InverseBFGS(12, 25, dtype, device)
+    kept = CompactBFGS(inverse)
+
+    def draw(n: int = 12) -> Tensor:
+        return torch.randn(n, dtype=dtype, generator=generator)
+
+    for step in range(60):  # past the first growth of the history, and round its ring
+        if step == 40:
+            inverse.reset()
+        if step in (50, 51):
+            inverse.load_state_dict(inverse.state_dict())
+        for _ in range(step % 3 if step != 40 else 1):  # none, one or two at once
+            s = draw()
+            inverse.push(s.to(device), (matrix @ s).to(device))
+        if not inverse.count:
+            continue
+        fixed = (draw() > 0.3).to(device)
+        values, grad = torch.where(fixed, draw().to(device), 0), draw().to(device)
+        face = kept.minimize_on_face(grad, fixed, values)
+        fresh = CompactBFGS(inverse).minimize_on_face(grad, fixed, values)
+        assert face is not None and fresh is not None
+        tolerance = 1e-8 if dtype == torch.float64 else 1e-2
+        torch.testing.assert_close(face.step, fresh.step, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(face.slopes, fresh.slopes, rtol=tolerance, atol=100 * tolerance)

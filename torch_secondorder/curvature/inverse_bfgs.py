@@ -83,6 +83,7 @@ class InverseBFGS(LinearOperator):
     Attributes:
         count: Pairs held, at most `m`.
         boldness: How many times the newest scale the largest may count.
+        changes: Counts pairs that were added, each by one, and other changes, by more.
 
     >>> H = InverseBFGS(2, history_size=5)
     >>> H.push(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]))
@@ -103,6 +104,7 @@ class InverseBFGS(LinearOperator):
     ) -> None:
         self.space = space
         self.largest_scale, self.boldness = largest_scale, _BOLDEST
+        self.changes = 0
         self.size = size
         self.history_size = history_size
         self.dtype = dtype
@@ -122,6 +124,7 @@ class InverseBFGS(LinearOperator):
         self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
         self._buffers: _Buffers | None = None
         self._views: _Views | None = None
+        self.changes += 2
 
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
@@ -153,6 +156,12 @@ class InverseBFGS(LinearOperator):
         self._views.steps[self._newest].copy_(s)
         self._views.differences[self._newest].copy_(y)
         self._pending = True
+        self.changes += 1
+
+    @property
+    def newest(self) -> int:
+        """The row of the newest pair in `pairs()`."""
+        return self._newest
 
     @property
     def gamma(self) -> float:
@@ -243,6 +252,7 @@ class InverseBFGS(LinearOperator):
 
     def _hold(self, buffers: _Buffers) -> None:
         self._buffers = buffers
+        self.changes += 2
         self._room = len(buffers.diagonal)
         self._views = _Views(
             buffers.steps.t(),

@@ -173,6 +173,7 @@ class LBFGS(LineSearchOptimizer):
     info: LBFGSInfo | None
     _info_type = LBFGSInfo
     _takes_bounds = True
+    _faces: CompactBFGS | None = None  # the history on faces of the box
     _renamed: ClassVar = {"damping": "powell_damping"}
     _state_fields = declare(history=_History("_inverse"))
     _carried: ClassVar[tuple[str, ...]] = ("update",)
@@ -232,9 +233,11 @@ class LBFGS(LineSearchOptimizer):
         if isinstance(history, InverseBFGS):
             history.boldness = _BOLDEST if descent.objective.box is None else _BOLDEST_IN_BOX
         self._skipped = self._damped = 0
+        self._faces = None
 
     def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
         further = super()._finish(objective, descent)
+        self._faces = None  # made anew in each step, so that a loaded state goes on bit for bit
         if descent is not None:
             further |= {"skipped_pairs": self._skipped, "damped_pairs": self._damped}
         return further
@@ -251,9 +254,11 @@ class LBFGS(LineSearchOptimizer):
             history = self._start_history(descent.objective.vector)
         if not history.count:
             return None
-        if isinstance(history, InverseBFGS):
-            return CompactBFGS(history)
-        return ReducedModel(history)
+        if not isinstance(history, InverseBFGS):
+            return ReducedModel(history)
+        if self._faces is None or self._faces.inverse is not history:
+            self._faces = CompactBFGS(history)
+        return self._faces
 
     def _learn(self, descent: Descent, line: Line, t: float, before: Point, to: Candidate) -> None:
         """Enters the pair into the history if it shows curvature, or can be made to."""

@@ -25,6 +25,8 @@ _MOST_FACES = 60
 # Entries may leave the box by this share of the longest entry of the step, and multipliers may have
 # a wrong sign by this share of the largest slope: rounding, which would be corrected for ever.
 _ROUNDING = 1e-10
+# Columns of the pairs that are copied at a time.
+_COLUMNS = 1 << 16
 
 
 class Face(NamedTuple):
@@ -166,24 +168,28 @@ class CompactBFGS:
     of size `2m` is that of Byrd, Lu, Nocedal and Zhu 1995, equation 5.12 (their `theta` is
     `1 / gamma`). Two passes over the pairs and the matrix `K` are all that a face costs.
 
+    The products of the pairs over free and held entries, which `K` consists of, are kept from one
+    face and one iteration to the next: a new pair adds a row, and entries that are held or let go
+    take the products of their columns along.
+
     Args:
-        inverse: The pairs, at least one.
+        inverse: The pairs, at least one when a face is asked for.
     """
 
     def __init__(self, inverse: InverseBFGS) -> None:
-        self._inverse, self.gamma = inverse, inverse.gamma
-        self.steps, self.differences, ages = inverse.pairs()
-        self._not_newer = ages[:, None] <= ages
+        self.inverse = inverse
+        self._changes = -2  # of the inverse, when it was last looked at
+        self._products: _Products | None = None
 
     def minimize_on_face(self, grad: Tensor, fixed: Tensor, values: Tensor) -> Face | None:
         """See `FaceModel.minimize_on_face`."""
-        held, free = fixed.nonzero().squeeze(1), (~fixed).nonzero().squeeze(1)
-        if not len(held):
-            return Face(self._inverse.direction(grad), torch.zeros_like(grad))
-        gamma, steps, differences = self.gamma, self.steps, self.differences
+        inverse, gamma = self.inverse, self.inverse.gamma
+        if not bool(fixed.any()):
+            return Face(inverse.direction(grad), torch.zeros_like(grad))
+        steps, differences, ages = inverse.pairs()
+        matrix = self._matrix(steps, differences, ages, fixed)
         z = torch.where(fixed, values, grad * -gamma)
         right = torch.cat((torch.mv(steps, z), gamma * torch.mv(differences, z)))
-        matrix = self._matrix(held, free)
         # Rows and columns scaled alike: pairs differ in length by orders of magnitude.
         scale = matrix.abs().amax(1).rsqrt()
         # A singular matrix gives infinities or NaN, which end the search for a face.
@@ -196,18 +202,79 @@ class CompactBFGS:
         slopes = torch.where(fixed, grad + (z - move) / gamma, 0)
         return Face(torch.where(fixed, values, z + move), slopes)
 
-    def _matrix(self, held: Tensor, free: Tensor) -> Tensor:
-        """`K`, without a difference of two sums over variables: those over `F` and `A` apart."""
-        small = torch.float64 if self.steps.device.type != "mps" else torch.float32
-        s_held, y_held = self.steps[:, held].to(small), self.differences[:, held].to(small)
-        s_free, y_free = self.steps[:, free].to(small), self.differences[:, free].to(small)
-        gamma = self.gamma
-        cross_held, cross_free = s_held @ y_held.T, s_free @ y_free.T
-        curvature = torch.diag(torch.diagonal(cross_held + cross_free))
-        corner = torch.where(self._not_newer, cross_free, -cross_held).mul_(-gamma)
-        below = (curvature + gamma * (y_free @ y_free.T)).mul_(-gamma)
-        top = torch.cat((s_held @ s_held.T, corner), dim=1)
-        return torch.cat((top, torch.cat((corner.T, below), dim=1)))
+    def _matrix(self, steps: Tensor, differences: Tensor, ages: Tensor, fixed: Tensor) -> Tensor:
+        """`K` for the face where some entries are held."""
+        products, changes = self._products, self.inverse.changes
+        if products is None or changes - self._changes > 1 or len(fixed) != len(products.held):
+            products = self._products = _Products(steps, differences)
+        elif changes > self._changes:
+            products.enter(steps, differences, self.inverse.newest)
+        self._changes = changes
+        products.hold(steps, differences, fixed)
+        gamma, count = self.inverse.gamma, len(steps)
+        ss, sy_held, sy_free, yy = (kind[:count, :count] for kind in products.kinds)
+        corner = torch.where(ages[:, None] <= ages, sy_free, -sy_held).mul_(-gamma)
+        below = (-gamma * gamma) * yy
+        below.diagonal().sub_((sy_held + sy_free).diagonal(), alpha=gamma)
+        return torch.cat((torch.cat((ss, corner), 1), torch.cat((corner.T, below), 1)))
+
+
+class _Products:
+    """Inner products of pairs over the held and the free entries, with none held at first.
+
+    Attributes:
+        held: The held entries, a mask.
+        kinds: `S S'` over the held ones, `S Y'` over the held, over the free, `Y Y'` over the free,
+            each with room for further pairs.
+    """
+
+    def __init__(self, steps: Tensor, differences: Tensor) -> None:
+        count, n = steps.shape
+        small = torch.float64 if steps.device.type != "mps" else torch.float32
+        self.held = torch.zeros(n, dtype=torch.bool, device=steps.device)
+        room = torch.zeros(4, 2 * count, 2 * count, dtype=small, device=steps.device)
+        room[2, :count, :count] = steps @ differences.T
+        room[3, :count, :count] = differences @ differences.T
+        self.kinds = room
+
+    def enter(self, steps: Tensor, differences: Tensor, row: int) -> None:
+        """Takes in a pair.
+
+        Args:
+            steps: `S`, the new step included.
+            differences: `Y` likewise.
+            row: Where it is.
+        """
+        count, size = len(steps), self.kinds.shape[1]
+        if count > size:
+            self.kinds = torch.nn.functional.pad(self.kinds, (0, size, 0, size))
+        ss, sy_held, sy_free, yy = self.kinds
+        s, y = steps[row], differences[row]
+        s_held, y_held = torch.where(self.held, s, 0), torch.where(self.held, y, 0)
+        s_free, y_free = s - s_held, y - y_held
+        # Two passes over the pairs.
+        by_steps = (steps @ torch.stack((s_held, y_held, y_free), 1)).to(ss.dtype)
+        by_differences = (differences @ torch.stack((s_held, s_free, y_free), 1)).to(ss.dtype)
+        ss[row, :count] = ss[:count, row] = by_steps[:, 0]
+        sy_held[:count, row], sy_held[row, :count] = by_steps[:, 1], by_differences[:, 0]
+        sy_free[:count, row], sy_free[row, :count] = by_steps[:, 2], by_differences[:, 1]
+        yy[row, :count] = yy[:count, row] = by_differences[:, 2]
+
+    def hold(self, steps: Tensor, differences: Tensor, fixed: Tensor) -> None:
+        """Moves the products of columns to where they belong when other entries are held."""
+        changed = (fixed != self.held).nonzero().squeeze(1)
+        count = len(steps)
+        ss, sy_held, sy_free, yy = (kind[:count, :count] for kind in self.kinds)
+        for columns in changed.split(_COLUMNS):
+            sign = torch.where(fixed[columns], 1.0, -1.0).to(ss.dtype)
+            s, y = steps[:, columns].to(ss.dtype), differences[:, columns].to(ss.dtype)
+            signed = s * sign
+            both = signed @ y.T
+            ss.addmm_(signed, s.T)
+            sy_held.add_(both)
+            sy_free.sub_(both)
+            yy.addmm_(y * sign, y.T, alpha=-1)
+        self.held = fixed
 
 
 class InverseOnFaces:
