@@ -56,7 +56,7 @@ class _History(ModelField):
     small_names = (
         *("history_size", "count", "_room", "_newest", "_pending"),
         *("scales", "inverse", "diagonal"),
-        *("rank", "scale", "tau", "phi", "matrix", "expected", "initial", "is_pending"),
+        *("rank", "scale", "tau", "phi", "ratio", "matrix", "expected", "initial", "is_pending"),
     )
     vector_names = ("steps", "differences", "basis", "pair")
     foreign_names = (
@@ -247,6 +247,13 @@ class LBFGS(LineSearchOptimizer):
         if history is None:
             history = self._start_history(descent.objective.vector)
         return history.direction(grad) if history.count and grad is not None else None
+
+    def _first_step(self, descent: Descent, line: Line) -> float:
+        inverse = self._inverse
+        if not self._searches or not isinstance(inverse, ReducedBroyden):
+            return descent.lr
+        # As `BFGS` does: H is too large in general, and the last line knows by how much.
+        return descent.lr * min(1.0, inverse.ratio)
 
     def _face_model(self, descent: Descent) -> FaceModel | None:
         history = self._inverse
