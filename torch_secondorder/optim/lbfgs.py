@@ -139,9 +139,9 @@ class LBFGS(LineSearchOptimizer):
             steps of length `lr` without a search.
         update: `"bfgs"`, or one of the self-scaled updates `"ssbfgs"` and `"ssbroyden"` (Al-Baali
             1998). `"ssbroyden"` is for physics-informed networks and other long trainings to high
-            precision: from about 500 evaluations on, its loss is lower by orders of magnitude, with
-            a history of 100 pairs or more. `"bfgs"` is for short trainings, short histories and
-            classical problems. The memory is the same; an iteration takes about twice the time.
+            precision: within some hundred evaluations its loss is lower, in the end by orders of
+            magnitude, above all with a history of 100 pairs or more. `"bfgs"` is for classical
+            problems. The memory is the same; an iteration takes about twice the time.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
         maximize: Whether to maximize the closure's loss.
         bounds: Lower and upper bounds `(low, high)` of the parameters, or None. Each is a number, a
