@@ -21,7 +21,7 @@ SELF_SCALED = ("ssbfgs", "ssbroyden")
 
 # BFGS also scales H up with the first few pairs, at most by 1 / 0.3 each: the first step goes along
 # the gradient, where curvature is large.
-_EARLY, _BOLDEST = 8, 0.3
+EARLY, _BOLDEST = 8, 0.3
 # Updates that are gathered before the matrix is written. Each is of rank two.
 _GATHERED = 16
 # Rows of the matrix that are written at once.
@@ -141,7 +141,7 @@ class InverseBroyden(LinearOperator):
             return False
         if expected is None and self.update in SELF_SCALED:
             expected = self._expected(s)
-        first, early = not self.count, self.count < _EARLY
+        first, early = not self.count, self.count < EARLY
         tau, phi = update_parameters(
             self.update, first, self.size, s_y, y_h_y, expected, early=early
         )

@@ -12,7 +12,7 @@ from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.curvature.inverse_bfgs import products
-from torch_secondorder.curvature.inverse_broyden import BroydenUpdate, update_parameters
+from torch_secondorder.curvature.inverse_broyden import EARLY, BroydenUpdate, update_parameters
 
 __all__ = ["ReducedBroyden"]
 
@@ -28,7 +28,7 @@ _INSIDE = 1e3
 # a second projection leaves this share of the square of that.
 _NOISE, _NEW = 100.0, 0.25
 
-_NUMBERS = ("history_size", "count", "rank", "scale", "tau", "phi")
+_NUMBERS = ("history_size", "count", "rank", "scale", "tau", "phi", "ratio")
 
 
 class _Pair(NamedTuple):
@@ -81,6 +81,7 @@ class ReducedBroyden(LinearOperator):
         scale: `c`.
         tau: Of the last update.
         phi: Of the last update.
+        ratio: `s'H^-1 s / s'y` of the last update; see `InverseBroyden`.
 
     Raises:
         ValueError: `size` or `history_size` is no positive integer, or `update` is unknown.
@@ -88,8 +89,8 @@ class ReducedBroyden(LinearOperator):
     >>> H = ReducedBroyden(2, history_size=5)
     >>> H.push(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]))
     >>> H.push(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0]))
-    >>> [round(x, 4) for x in (H @ torch.tensor([4.0, 2.0])).tolist()]
-    [1.0, 1.0]
+    >>> [abs(round(x, 4)) for x in (H @ torch.tensor([0.0, 2.0])).tolist()]
+    [0.0, 1.0]
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class ReducedBroyden(LinearOperator):
     def reset(self) -> None:
         """Forgets all pairs: `H` is the identity."""
         self.count = self.rank = 0
-        self.scale = self.tau = self.phi = 1.0
+        self.scale = self.tau = self.phi = self.ratio = 1.0
         self._pending: _Pair | None = None
         self._basis = torch.zeros(0, self.size, dtype=self.dtype, device=self.device)  # Q
         self._matrix = torch.zeros(0, 0, dtype=torch.float64)  # A
@@ -216,12 +217,16 @@ class ReducedBroyden(LinearOperator):
         if not self._whole_size:
             size = torch.tensor(float(self.size), device=self.device)
             self._whole_size = int(self.space.total(size))
-        tau, phi = update_parameters(self.update, first, self._whole_size, s_y, y_h_y, expected)
+        early = self.count <= EARLY  # this one is counted already
+        tau, phi = update_parameters(
+            self.update, first, self._whole_size, s_y, y_h_y, expected, early=early
+        )
         across = s / s_y - of_y / y_h_y
         matrix.addr_(of_y, of_y, alpha=-1.0 / y_h_y).addr_(across, across, alpha=phi * y_h_y)
         matrix.div_(tau).addr_(s, s, alpha=1.0 / s_y)
         self.scale /= tau
         self.tau, self.phi = tau, phi
+        self.ratio = 1.0 if first else expected / s_y
 
     def _extend(self, v: Tensor, *others: Tensor) -> list[_Located]:
         """Takes the part of `v` that lies outside of the basis into it.
