@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from . import bounds, quasi_newton_pinn
+from . import (
+    bounds,
+    quasi_newton_cg,
+    quasi_newton_iteration,
+    quasi_newton_pinn,
+    quasi_newton_problems,
+)
 from .registry import Options, command
 from .report import Report
 
 PARTS = {
     "poisson": quasi_newton_pinn.run_poisson,
     "convection": quasi_newton_pinn.run_convection,
+    "nonlinear_cg": quasi_newton_cg.run,
+    "limited": quasi_newton_pinn.run_limited,
     "seconds": quasi_newton_pinn.run_seconds,
     "bounds": bounds.run,
+    "problems": quasi_newton_problems.run_problems,
+    "iteration": quasi_newton_iteration.run_iteration,
 }
 
 

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -133,6 +133,31 @@ def convection(
     widths = (2, *hidden, 1)
     title = f"convection, speed {speed:g}, {'-'.join(map(str, widths))}"
     return Pinn(title, network(widths, seed, device), loss, error)
+
+
+def burgers(
+    device: torch.device,
+    hidden: Sequence[int] = (50, 50, 50),
+    points: int = 400,
+    seed: int = 0,
+) -> Pinn | None:
+    """Burgers' equation of `examples/pinn_burgers.py` at some of its points.
+
+    Returns:
+        The problem, or None where the example cannot be imported.
+    """
+    example = load_example("pinn_burgers")
+    if example is None:
+        return None
+    problem = example.make_problem(device)
+    problem = replace(problem, inside=problem.inside[:points])
+
+    def error(net: nn.Module) -> float:
+        return float((net(problem.grid) - problem.reference).norm() / problem.reference.norm())
+
+    model = example.make_network(list(hidden), seed).to(device)
+    loss = partial(example.residual_loss, problem=problem)
+    return Pinn(f"Burgers' equation, 2-{'-'.join(map(str, hidden))}-1", model, loss, error)
 
 
 @dataclass(frozen=True)
@@ -278,6 +303,16 @@ def contenders() -> dict[str, Make]:
     return table
 
 
+def limited() -> dict[str, Make]:
+    """The updates of `LBFGS` with the default history and with a short one."""
+    table: dict[str, Make] = {}
+    for update in ("ssbroyden", "ssbfgs", "bfgs"):
+        for size in (None, 50, 20):
+            name = f"LBFGS, {update}" + (f", history {size}" if size else "")
+            table[name] = partial(LBFGS, update=update, history_size=size, max_iter=10)
+    return table
+
+
 def _compare(
     pinn: Pinn,
     marks: Sequence[int],
@@ -285,9 +320,11 @@ def _compare(
     options: Options,
     report: Report,
     others: Mapping[str, Solve],
+    makes: Mapping[str, Make] | None = None,
 ) -> None:
+    makes = contenders() if makes is None else makes
     runs: dict[str, Callable[[Sequence[int]], list[Sample]]] = {
-        **{name: partial(by_evaluations, pinn, make) for name, make in contenders().items()},
+        **{name: partial(by_evaluations, pinn, make) for name, make in makes.items()},
         **{name: partial(by_function, pinn, solve) for name, solve in others.items()},
     }
     if options.quick:
@@ -315,6 +352,15 @@ def run_convection(options: Options, report: Report) -> None:
     quick: dict[str, Any] = {"hidden": (10, 10), "points": 100}
     pinn = convection(options.device, **(quick if options.quick else {}))
     _compare(pinn, CONVECTION_MARKS, "quasi_newton.convection", options, report, {})
+
+
+def run_limited(options: Options, report: Report) -> None:
+    """Burgers' equation with networks of 5,301 and 20,601 parameters, in limited memory."""
+    for width in (10,) if options.quick else (50, 100):
+        pinn = burgers(options.device, hidden=(width,) * 3)
+        if pinn is not None:
+            key = f"quasi_newton.limited.{pinn.size}"
+            _compare(pinn, CONVECTION_MARKS, key, options, report, {}, limited())
 
 
 def run_seconds(options: Options, report: Report) -> None:

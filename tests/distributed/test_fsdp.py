@@ -36,6 +36,7 @@ from torch_secondorder import (
     AdaHessian,
     FunctionalObjective,
     NewtonCG,
+    NonlinearCG,
     Sophia,
     StepStatus,
 )
@@ -109,6 +110,30 @@ def lbfgs(rank: int, ranks: int) -> list[Any]:
         found += [optimizer.step(closure).item() for _ in range(6)]
         found += [optimizer.info.grad_norm, optimizer.info.loss_after, *share.values()]
     return found
+
+
+def nonlinear_cg(rank: int, ranks: int) -> list[Any]:
+    found: list[Any] = []
+    for arguments in (
+        {},
+        {"weight_decay": 0.01, "restart": None},
+        {"beta": "hager_zhang", "line_search_fn": "hager_zhang"},
+        {"beta": "polak_ribiere", "preconditioner": lambda v: 0.1 * v},
+        {"preconditioner": lambda v: 0.1 * v},
+        {"beta": "dai_yuan", "line_search_fn": None, "lr": 0.05},
+    ):
+        share = Share(rank, ranks)
+        optimizer = NonlinearCG(share.model.parameters(), max_iter=2, **arguments)
+        found += [optimizer.step(share.closure).item() for _ in range(5)]
+        info = optimizer.info
+        found += [info.grad_norm, info.loss_after, info.beta, info.restarts, *share.values()]
+    return found
+
+
+def reshard_nonlinear_cg(rank: int, ranks: int) -> list[Any]:
+    found = resharded(lambda p: NonlinearCG(p, max_iter=2), "plain", rank, ranks)
+    make = lambda p: NonlinearCG(p, max_iter=1, beta="hager_zhang")  # noqa: E731
+    return found + resharded(make, "by name", rank, ranks)
 
 
 def lbfgs_in_groups(rank: int, ranks: int) -> list[Any]:
@@ -621,9 +646,11 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
     check.__name__: check
     for check in (
         lbfgs,
+        nonlinear_cg,
         lbfgs_in_groups,
         look_after_backward,
         reshard_lbfgs,
+        reshard_nonlinear_cg,
         diagonal,
         exact_diagonal,
         reshard_diagonal,
@@ -687,6 +714,8 @@ def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
 
 SAME_AS_PLAIN = (
     "lbfgs",
+    "nonlinear_cg",
+    "reshard_nonlinear_cg",
     "lbfgs_in_groups",
     "look_after_backward",
     "reshard_lbfgs",

@@ -83,9 +83,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     state, random = original.state(), torch.get_rng_state()
     on_device = torch.cuda.get_rng_state() if device.type == "cuda" else None
     expected = original.steps(4)
-    resumed = Training(
-        dtype, device, line_search_fn=arguments.get("line_search_fn", "strong_wolfe")
-    )
+    kept = {name: arguments[name] for name in ("line_search_fn", "update") if name in arguments}
+    resumed = Training(dtype, device, **kept)
     resumed.steps(1)  # must not survive
     resumed.load(state)
     torch.set_rng_state(random)

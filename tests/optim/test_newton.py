@@ -79,6 +79,25 @@ def test_corrections_save_hessians() -> None:
     assert evaluations <= 2.0 * plain_evaluations
 
 
+def test_a_correction_mends_a_step_that_fails() -> None:
+    """The first full step goes to a loss of 5e38."""
+    problem = PROBLEMS_BY_NAME["box_3d"]
+    plain, mended = (minimize(problem, max_iter=1, corrections=c)[0].info for c in (0, 1))
+    assert plain is not None and mended is not None
+    assert plain.evaluations > 3  # the radius shrinks
+    assert (mended.evaluations, mended.corrections) == (3, 1)
+    assert mended.loss_after < mended.loss
+
+
+def test_corrections_of_rejected_steps_are_not_counted() -> None:
+    x = start_at(-1.1753, 1.3807)
+    optimizer = Newton([x], globalization=TrustRegion(initial=1e3), corrections=1)
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
+    assert optimizer.info is not None
+    assert optimizer.info.evaluations == 7
+    assert optimizer.info.corrections == 1
+
+
 def digits(name: str, **arguments: Any) -> list[float]:
     """The correct digits of the minimizer after each iteration, up to rounding."""
     problem = PROBLEMS_BY_NAME[name]
@@ -342,10 +361,12 @@ def test_other_parameters_make_it_begin_anew() -> None:
     optimizer = Newton([x, y])
     optimizer.step(standard(optimizer, lambda: rosenbrock(x) + y.square().sum()))
     assert optimizer.info is not None
-    radius = optimizer.state_dict()["state"][0]["radius"]
+    start = optimizer.state_dict()["state"][0]["start"]
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x) + y.square().sum()))
+    assert optimizer.state_dict()["state"][0]["start"] == start
     y.requires_grad_(False)
     optimizer.step(standard(optimizer, lambda: rosenbrock(x) + y.square().sum()))
-    assert optimizer.state_dict()["state"][0]["start"] != radius
+    assert optimizer.state_dict()["state"][0]["start"] != start
 
 
 # Sources of the loss.

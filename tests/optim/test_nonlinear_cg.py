@@ -17,8 +17,7 @@ from tests.support.closures import SEARCHES, rosenbrock, standard, start_at
 from tests.support.dense_operators import Dense, rotation
 from tests.support.problems import NONCONVEX, make_problems
 from torch_secondorder import LBFGS, FunctionalObjective, NonlinearCG, NonlinearCGInfo, StepStatus
-from torch_secondorder._optim import flat
-from torch_secondorder._params import space
+from torch_secondorder._params import space, vector
 from torch_secondorder.curvature import Diagonal
 from torch_secondorder.globalization import (
     Armijo,
@@ -29,7 +28,7 @@ from torch_secondorder.globalization import (
     StrongWolfe,
     Trial,
 )
-from torch_secondorder.optim.nonlinear_cg import BetaName
+from torch_secondorder.optim.nonlinear_cg import _FORMULAS, BetaName, Products
 from torch_secondorder.solvers import CG
 
 BETAS: tuple[BetaName, ...] = get_args(BetaName)
@@ -170,6 +169,28 @@ def updated(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """The BFGS update of an inverse Hessian."""
     left = torch.eye(len(s), dtype=s.dtype) - torch.outer(s, y) / (s @ y)
     return left @ H @ left.T + torch.outer(s, s) / (s @ y)
+
+
+@pytest.mark.parametrize("beta", [beta for beta in BETAS if beta != "shanno"])
+def test_formulas_are_those_in_print_also_at_their_bounds(beta: BetaName) -> None:
+    """Random vectors, which no search has chosen."""
+    generator = torch.Generator().manual_seed(1)
+    bounds = 0
+    for _ in range(60):
+        g, h, d = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+        root = torch.randn(4, 4, dtype=torch.float64, generator=generator)
+        P = root @ root.T + torch.eye(4, dtype=torch.float64)
+        inverse, d = torch.linalg.inv(P), d * torch.sign(d @ (h - g))
+        y = h - g
+        numbers = (h @ P @ h, h @ P @ y, g @ P @ g, y @ P @ y, d @ y, d @ h, d @ g, d @ inverse @ d)
+        found = _FORMULAS[beta](Products(*map(float, numbers)))
+        expected = float(plain_beta(beta, g, h, d, P, inverse))
+        assert found == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        share = {"hager_zhang": 0.4 * d @ g, "dai_kou": 0.5 * d @ h}.get(beta)
+        lowest = 0.0 if share is None else float(share / (d @ inverse @ d))
+        bounds += found == pytest.approx(lowest, rel=1e-12, abs=1e-15)
+    unbounded = ("fletcher_reeves", "dai_yuan", "fletcher_reeves_polak_ribiere")
+    assert (bounds == 0) == (beta in unbounded)
 
 
 class Plain:
@@ -528,7 +549,7 @@ def test_long_vectors_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for beta in ("shanno", "hager_zhang"):
         short, _ = minimized(function, start, beta=beta, max_iter=8)
         with monkeypatch.context() as patch:
-            patch.setattr(flat, "_SHORT", 5)
+            patch.setattr(vector, "SHORT", 5)
             long, _ = minimized(function, start, beta=beta, max_iter=8)
         torch.testing.assert_close(short, long, rtol=1e-9, atol=1e-9)
 

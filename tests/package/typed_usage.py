@@ -60,6 +60,7 @@ from torch_secondorder.curvature import (
     InverseBroyden,
     KroneckerFactors,
     LinearOperator,
+    ReducedBroyden,
     UnknownOutputs,
     exact_diagonal,
 )
@@ -183,6 +184,7 @@ def lbfgs() -> None:
     LBFGS(model.parameters(), line_search_fn=None)
     LBFGS(model.parameters(), bounds=(torch.zeros(1), None))
     LBFGS([torch.ones(2)], bounds=(0.0, [torch.ones(1)]))
+    LBFGS(model.parameters(), update="ssbroyden")
     with refusal():
         LBFGS(model.parameters(), line_search_fn="newton")  # type: ignore[arg-type]
 
@@ -416,6 +418,9 @@ def operators() -> None:
     matrix = InverseBroyden(2, update="ssbfgs")
     assert_type(matrix.push(v, 2 * v), bool)
     assert_type(matrix @ v, Tensor)
+    reduced = ReducedBroyden(2, history_size=3, update="ssbfgs")
+    reduced.push(v, 2 * v)
+    assert_type(reduced.direction(v), Tensor)
     w = torch.tensor([1.0, 2.0])
     differences = FiniteDifference(FunctionalObjective(lambda p: (p**4).sum(), w))
     assert_type(differences.size, int)

@@ -150,6 +150,15 @@ def test_a_modified_step_changes_the_signs_of_negative_eigenvalues() -> None:
     torch.testing.assert_close(step.x, -basis @ ((basis.T @ g) / values.abs()))
 
 
+def test_a_large_modified_matrix_has_an_indefinite_one_lifted() -> None:
+    H, _ = with_eigenvalues(torch.linspace(-1.0, 3.0, 30, dtype=torch.float64))
+    g = normal(30, seed=1)
+    step = Factorized(H, g, 1e-10).modified()
+    assert step.multiplier == pytest.approx(2.0, rel=1e-3)
+    lifted = H + step.multiplier * torch.eye(30, dtype=torch.float64)
+    torch.testing.assert_close(step.x, -torch.linalg.solve(lifted, g))
+
+
 @both_kinds
 @pytest.mark.parametrize("name", CASES)
 def test_a_modified_step_goes_down(kind: type[DenseQuadratic], name: str) -> None:

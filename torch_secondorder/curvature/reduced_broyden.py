@@ -55,15 +55,15 @@ class ReducedBroyden(LinearOperator):
     The self-scaled updates need this. Each rescales what `H` knew before, so that their old pairs
     count: they lose most of their advantage where these are dropped, as `InverseBFGS` drops them.
 
-    `A` is a float64 matrix on the host. An iteration takes four passes over `Q`, one wait for the
-    device, and one for the new vector where it is nearly in the space.
+    `A` is a float64 matrix on the host. An iteration takes five passes over `Q` and two waits for
+    the device; `InverseBFGS` takes two passes over as much memory and no wait.
 
     References:
         P. E. Gill, M. W. Leonard 2003, "Limited-memory reduced-Hessian methods for large-scale
         unconstrained optimization", SIAM J. Optim. 14, for BFGS in the space of the gradients;
-        B. van de Rotten, S. Verduyn Lunel 2005, "A limited memory Broyden method to solve
-        high-dimensional systems of nonlinear equations", for a low-rank approximation in place of
-        dropped pairs. For the updates see `InverseBroyden`.
+        B. A. van de Rotten, S. M. Verduyn Lunel 2005, "A limited memory Broyden method to solve
+        high-dimensional systems of nonlinear equations", Proc. EQUADIFF 2003, for a low-rank
+        approximation in place of dropped pairs. For the updates see `InverseBroyden`.
 
     Args:
         size: `n`.

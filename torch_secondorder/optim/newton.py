@@ -452,7 +452,7 @@ class Newton(FlatOptimizer):
             if not ratio > accept:
                 ratio = trials.gain_ratio(further, tried)
             move = Move(further, tried, ratio)
-            self._report.corrections += 1
+            self._report.corrections += ratio > accept
         return move
 
     def _take(self, descent: Descent, move: Move) -> None:

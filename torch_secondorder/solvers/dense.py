@@ -295,7 +295,7 @@ class Factorized(DenseQuadratic):
             found = lanczos(_Matrix(self._H), start, steps, reorthogonalize=True)
             self._judge(min(float(found.eigh()[0][0]), 0.0))
             indefinite = self.definiteness == "indefinite"
-            if indefinite or steps == len(g) or self._factor(2 * self._noise) is not None:
+            if indefinite or steps == len(g) or self._factor(self._floor) is not None:
                 break
         self._lowest = min(float(found.eigh()[0][0]), 0.0)
         self._error = float(found.residuals()[0])
