@@ -42,7 +42,7 @@ def _of_function(function: Function, start: Tensor, tolerance: float, budget: in
 
 
 def _in_a_loop(function: Function, start: Tensor, tolerance: float, budget: int) -> Outcome:
-    """Runs our L-BFGS in a loop of steps with one iteration each; every step begins with an evaluation.
+    """Runs our L-BFGS in a loop of steps with one iteration each, which each evaluate the start.
 
     There are at most a hundred steps.
     """
