@@ -78,8 +78,9 @@ def test_minimum_within_bounds(kind: str, name: str) -> None:
     optimizer = solved(kind, problem, 1e-10 if not flat else 0.1 * digits**3)
     (x,) = optimizer.param_groups[0]["params"]
     info, x = optimizer.info, x.detach()
-    # Losses are rounded, and line searches may end before the tolerance is reached.
-    assert info.status is StepStatus.CONVERGED_GRADIENT or info.projected_grad_norm < 1e-7, info
+    # Losses are rounded, by up to 2e-15 in `bounded_wood`, where the largest curvature is near 1e3.
+    # A search can end in vain where the gradient is below sqrt(2 * 1e3 * 2e-15).
+    assert info.status is StepStatus.CONVERGED_GRADIENT or info.projected_grad_norm < 2e-6, info
     projected = float(problem.projected_gradient(x).abs().max())
     assert info.projected_grad_norm == pytest.approx(projected, rel=1e-3, abs=1e-13)
     assert info.active_bounds == int(((x == problem.low) | (x == problem.high)).sum())
