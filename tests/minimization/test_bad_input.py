@@ -52,7 +52,6 @@ def test_starts(x0: Any, kind: type[Exception], message: str) -> None:
         ({"jac": False}, ValueError, "got False"),
         ({"callback": 3}, TypeError, "callback must be callable or None, got int"),
         ({"tol": -1.0}, ValueError, "tol must be a finite number of at least 0 or None, got -1.0"),
-        ({"args": 3}, TypeError, None),
         ({"options": [1]}, TypeError, "options must be a dict, got list"),
         ({"options": {"gtoll": 1}}, ValueError, "unknown option 'gtoll' of method 'bfgs'; it has"),
         ({"options": {"maxcor": 1}}, ValueError, "unknown option 'maxcor'"),
@@ -79,7 +78,7 @@ def test_starts(x0: Any, kind: type[Exception], message: str) -> None:
         ({"compile": True, "method": "sophia"}, ValueError, "does not go with compile"),
     ],
 )
-def test_arguments(arguments: dict[str, Any], kind: type[Exception], message: str | None) -> None:
+def test_arguments(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         minimize(never, START, **arguments)
 
@@ -127,6 +126,14 @@ def test_values(fun: Any, kind: type[Exception], message: str) -> None:
         with pytest.raises(kind, match=message):
             minimize(fun, start, method)
         assert torch.equal(start, START)
+
+
+@pytest.mark.parametrize("method", ["bfgs", "newton"])
+def test_a_value_of_other_tensors(method: str) -> None:
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(RuntimeError, match=r"no gradient reached.*functional_call") as error:
+        minimize(lambda p: model(torch.ones(1, 2)).sum(), dict(model.named_parameters()), method)
+    assert "closure" not in str(error.value)
 
 
 def test_values_of_a_function_to_be_compiled() -> None:

@@ -35,30 +35,48 @@ def check_bounds(group: dict[str, Any]) -> None:
         ValueError: Bounds cross, are NaN, leave no finite number, or do not fit the parameters in
             shape or number; or parameters are complex.
     """
-    for index, (p, *pair) in enumerate(_of_parameters(group)):
-        place = f"parameter {index} of shape {tuple(p.shape)}"
-        if p.is_complex():
-            raise ValueError(
-                f"{place} is complex, and complex numbers have no order: hold it as a real one, by "
-                "torch.view_as_real, or give it to a group without bounds"
-            )
-        if not p.numel():
-            continue
-        low, high = (_checked(bound, p, place) for bound in pair)
-        low = torch.tensor(-inf) if low is None else low
-        high = torch.tensor(inf) if high is None else high
-        dtype = torch.promote_types(low.dtype, high.dtype)
-        low, high = low.cpu().to(dtype), high.cpu().to(dtype)
-        crossed = (low > high) | (low == inf) | (high == -inf)
-        if bool(crossed.any()):
-            lows, highs = torch.broadcast_tensors(low, high)
-            where = crossed.nonzero()[0].tolist()
-            values = lows[tuple(where)].item(), highs[tuple(where)].item()
-            at = f"at {where} " if where else ""
-            raise ValueError(
-                f"the bounds of {place} leave no number: {at}they are {values[0]:g} and "
-                f"{values[1]:g}; the lower one comes first"
-            )
+    for index, (p, low, high) in enumerate(_of_parameters(group)):
+        check_pair(p, low, high, f"parameter {index} of shape {tuple(p.shape)}")
+
+
+def check_pair(
+    p: Tensor, low: Any, high: Any, place: str, instead: str = "give it to a group without bounds"
+) -> None:
+    """Raises unless two bounds are fit for a parameter.
+
+    Args:
+        p: The parameter.
+        low: The lower bound: a number, a tensor, or None.
+        high: The upper bound.
+        place: The parameter's name in errors.
+        instead: The way out for complex parameters.
+
+    Raises:
+        TypeError: See `check_bounds`.
+        ValueError: See `check_bounds`.
+    """
+    if p.is_complex():
+        raise ValueError(
+            f"{place} is complex, and complex numbers have no order: hold it as a real one, by "
+            f"torch.view_as_real, or {instead}"
+        )
+    if not p.numel():
+        return
+    lowest, highest = (_checked(bound, p, place) for bound in (low, high))
+    lowest = torch.tensor(-inf) if lowest is None else lowest
+    highest = torch.tensor(inf) if highest is None else highest
+    dtype = torch.promote_types(lowest.dtype, highest.dtype)
+    lowest, highest = lowest.cpu().to(dtype), highest.cpu().to(dtype)
+    crossed = (lowest > highest) | (lowest == inf) | (highest == -inf)
+    if bool(crossed.any()):
+        lows, highs = torch.broadcast_tensors(lowest, highest)
+        where = crossed.nonzero()[0].tolist()
+        values = lows[tuple(where)].item(), highs[tuple(where)].item()
+        at = f"at {where} " if where else ""
+        raise ValueError(
+            f"the bounds of {place} leave no number: {at}they are {values[0]:g} and "
+            f"{values[1]:g}; the lower one comes first"
+        )
 
 
 def _checked(bound: Any, p: Tensor, place: str) -> Tensor | None:

@@ -47,7 +47,7 @@ def minimize(
     x0: Any,
     method: str | type[SecondOrderOptimizer] | None = None,
     *,
-    args: Sequence[Any] = (),
+    args: Any = (),
     jac: Jac = None,
     bounds: Any = None,
     callback: Callable[..., Any] | None = None,
@@ -71,7 +71,8 @@ def minimize(
             `"newton-cg"` for `NewtonCG`, and `"trust-ncg"` for the same with the Hessian and a
             trust region; `"adahessian"` and `"sophia"`, which are for losses with noise. By default
             `"bfgs"`, and `"lbfgs"` with bounds or more than 1,000 unknowns.
-        args: Further arguments of `fun`, and of `jac` if that is a function.
+        args: Further arguments of `fun`, and of `jac` if that is a function: a tuple, or the only
+            one.
         jac: None for the exact gradient by autograd. True if `fun` returns the pair
             `(value, gradient)`. A function that takes what `fun` takes and returns the gradient, a
             tree like `x0`. `"2-point"` or `"3-point"` for finite differences with SciPy's steps,
@@ -128,6 +129,8 @@ def minimize(
     if bounds is not None:
         check_bounds_fit(name, chosen)
         limits = resolve_bounds(bounds, leaves, names, structure)
+    if not isinstance(args, tuple):
+        args = (args,)
     if args:
         fun, jac = _with_arguments(fun, args), _with_arguments(jac, args) if callable(jac) else jac
     counts = Counts()
@@ -181,9 +184,7 @@ def _leaves(x0: Any) -> tuple[list[Tensor], list[str], Any]:
     return leaves, names, structure
 
 
-def _with_arguments(function: Callable[..., Any], args: Sequence[Any]) -> Callable[[Any], Any]:
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(f"args must be a tuple, got {type(args).__name__}")
+def _with_arguments(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[Any], Any]:
     return lambda x: function(x, *args)
 
 
