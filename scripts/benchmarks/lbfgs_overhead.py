@@ -31,7 +31,7 @@ _OURS, _BASE = "ours", "scipy m=10"
 
 
 def _of_function(function: Function, start: Tensor, tolerance: float, budget: int) -> Outcome:
-    """Our L-BFGS on a `FunctionalObjective`."""
+    """Runs our L-BFGS on a `FunctionalObjective`."""
     point = start.clone().requires_grad_()
     optimizer = torch_secondorder.LBFGS(
         [point], max_iter=budget, max_eval=budget, tolerance_grad=tolerance, tolerance_change=0.0
@@ -42,7 +42,7 @@ def _of_function(function: Function, start: Tensor, tolerance: float, budget: in
 
 
 def _in_a_loop(function: Function, start: Tensor, tolerance: float, budget: int) -> Outcome:
-    """Our L-BFGS in a loop of steps with one iteration each; every step begins with an evaluation.
+    """Runs our L-BFGS in a loop of steps with one iteration each, which each evaluate the start.
 
     There are at most a hundred steps.
     """

@@ -61,7 +61,7 @@ class Row:
 
 
 def ours(method: str, jac: str | None, function: Function, start: Tensor) -> Tensor:
-    """This library, by name."""
+    """The methods of this library, by name."""
     from torch_secondorder import minimize
 
     options: dict[str, Any] = {"maxiter": BUDGET}

@@ -113,7 +113,7 @@ Runs = dict[str, dict[str, list[tuple[int, bool]]]]
 
 
 def _ratio(results: Runs, name: str, base: str) -> tuple[int, float]:
-    """How many problems both solve from some start, and the mean of the ratios there."""
+    """The number of problems that both solve from some start, and the mean of the ratios there."""
     means = []
     for runs in results.values():
         pairs = zip(runs[name], runs[base], strict=True)

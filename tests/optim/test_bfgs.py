@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.curvature.test_inverse_broyden import textbook
+from tests.support.broyden import textbook
 from tests.support.closures import rosenbrock, standard, start_at
 from tests.support.oracles import make_case
 from tests.support.problems import PROBLEMS, PROBLEMS_BY_NAME, Problem

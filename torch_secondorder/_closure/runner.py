@@ -540,7 +540,7 @@ def _run_captured(
 
 
 def _loss(value: Any) -> Tensor:
-    """What a closure returned as a loss."""
+    """The loss that a closure returned, as a 0-dim tensor."""
     simple = type(value) is Tensor and not value.dim() and not value.is_complex()
     return value if simple else scalar(value)
 
