@@ -71,8 +71,8 @@ def with_scipy(
 def with_torchmin(
     minimize: Any, function: Function, start: Tensor, tolerance: float, budget: int
 ) -> Outcome:
-    """Runs pytorch-minimize's BFGS, which ends by small steps unless told not to."""
-    options = {"gtol": tolerance, "xtol": 0, "max_iter": budget}
+    """Runs pytorch-minimize's BFGS, which ends by small steps and slopes unless told not to."""
+    options = {"gtol": tolerance, "xtol": 0.0, "gtd_tol": 0.0, "max_iter": budget}
     result = minimize(function, start.clone(), method="bfgs", options=options)
     return Outcome(result.x.detach(), int(result.nfev))
 

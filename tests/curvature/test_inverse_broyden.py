@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.support.broyden import textbook
 from torch_secondorder._foundation import memory
 from torch_secondorder.curvature import InverseBroyden
-from torch_secondorder.curvature.inverse_broyden import _GATHERED, BroydenUpdate
+from torch_secondorder.curvature.inverse_broyden import _GATHERED, _LEAST, _MOST, BroydenUpdate
 
 UPDATES = get_args(BroydenUpdate)
 Pair = tuple[Tensor, Tensor]
@@ -191,6 +191,7 @@ def test_scales_of_many_decades(device: torch.device) -> None:
         H = textbook(H, s, y, "ssbfgs", count)
         inverse.push(s, y)
         assert_near(inverse @ eye(4, device), H, 1e-8)
+        assert _LEAST <= inverse._scale <= _MOST  # an unbounded one ends beyond float32
     assert torch.linalg.matrix_norm(H) > 1e40
 
 

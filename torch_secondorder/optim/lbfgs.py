@@ -141,7 +141,7 @@ class LBFGS(LineSearchOptimizer):
             1998). `"ssbroyden"` is for physics-informed networks and other long trainings to high
             precision: within some hundred evaluations its loss is lower, in the end by orders of
             magnitude, above all with a history of 100 pairs or more. `"bfgs"` is for classical
-            problems. The memory is the same; an iteration takes about twice the time.
+            problems. The memory is the same; an iteration takes two to three times the time.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
         maximize: Whether to maximize the closure's loss.
         bounds: Lower and upper bounds `(low, high)` of the parameters, or None. Each is a number, a
