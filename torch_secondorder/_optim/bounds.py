@@ -24,6 +24,11 @@ _FORM = (
 )
 
 
+def no_bounds(name: str) -> ValueError:
+    """The error of an optimizer that takes no bounds."""
+    return ValueError(f"{name} takes no bounds: use LBFGS, or leave the bounds out")
+
+
 def check_bounds(group: dict[str, Any]) -> None:
     """Raises unless the bounds of a group are fit for its parameters.
 
@@ -36,25 +41,29 @@ def check_bounds(group: dict[str, Any]) -> None:
             shape or number; or parameters are complex.
     """
     for index, (p, low, high) in enumerate(_of_parameters(group)):
-        check_pair(p, low, high, f"parameter {index} of shape {tuple(p.shape)}")
+        place = f"parameter {index} of shape {tuple(p.shape)}"
+        _check_pair(p, low, high, place, "give it to a group without bounds")
 
 
-def check_pair(
-    p: Tensor, low: Any, high: Any, place: str, instead: str = "give it to a group without bounds"
-) -> None:
-    """Raises unless two bounds are fit for a parameter.
+def fitted_pair(p: Tensor, low: Any, high: Any, name: str) -> tuple[Tensor, Tensor]:
+    """The bounds of a tensor in its own precision and shape, rounded into the box.
 
     Args:
-        p: The parameter.
+        p: The tensor.
         low: The lower bound: a number, a tensor, or None.
         high: The upper bound.
-        place: The parameter's name in errors.
-        instead: The way out for complex parameters.
+        name: The tensor's name in errors.
 
     Raises:
         TypeError: See `check_bounds`.
         ValueError: See `check_bounds`.
     """
+    _check_pair(p, low, high, name, "leave it without bounds")
+    return cut_bounds(low, high, p)
+
+
+def _check_pair(p: Tensor, low: Any, high: Any, place: str, instead: str) -> None:
+    """Raises unless two bounds are fit for a parameter."""
     if p.is_complex():
         raise ValueError(
             f"{place} is complex, and complex numbers have no order: hold it as a real one, by "
@@ -121,8 +130,9 @@ def _of_parameters(group: dict[str, Any]) -> Iterator[tuple[Tensor, Any, Any]]:
         if isinstance(bound, (tuple, list)):
             if len(bound) != len(params):
                 raise ValueError(
-                    f"a list of bounds must have one for each parameter of the group: got "
-                    f"{len(bound)} for {len(params)} parameters"
+                    "a list of bounds must have one for each parameter of the group: got "
+                    f"{len(bound)} for {len(params)} parameters; bounds of the entries of a "
+                    "parameter are a tensor"
                 )
             columns.append(list(bound))
         else:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import pytree
-from torch_secondorder._optim.bounds import check_pair
-from torch_secondorder._params.box import cut_bounds
+from torch_secondorder._optim.bounds import fitted_pair
 
 #: A bound of one leaf: a number, a tensor that broadcasts to the leaf's shape, or None.
 Bound: TypeAlias = "float | Tensor | None"
@@ -58,8 +57,7 @@ def _checked(leaf: Tensor, low: Bound, high: Bound, name: str) -> tuple[Bound, B
     """The bounds of a leaf, with tensors in its precision, rounded into the box."""
     if low is None and high is None:
         return None, None
-    check_pair(leaf, low, high, name, "leave it without bounds")
-    lower, upper = cut_bounds(low, high, leaf)
+    lower, upper = fitted_pair(leaf, low, high, name)
     return lower if isinstance(low, Tensor) else low, upper if isinstance(high, Tensor) else high
 
 
