@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_secondorder import Contractive, minimize
+from torch_secondorder import BFGS, Contractive, minimize
 from torch_secondorder.minimization._methods import METHODS
 
 START = torch.tensor([-1.2, 1.0], dtype=torch.float64)
@@ -32,6 +32,7 @@ def never(x: Any) -> Tensor:
         (np.ones(2), TypeError, "x0 is ndarray, not a tensor"),
         ({"a": START, "b": [None]}, TypeError, r"x0\['b'\]\[0\] is NoneType"),
         (3.0, TypeError, "x0 is float"),
+        ({"s": torch.eye(2).to_sparse()}, TypeError, r"x0\['s'\] has layout .*pass x0\['s'\].to_d"),
         ({}, ValueError, "x0 holds no tensor"),
     ],
 )
@@ -46,6 +47,7 @@ def test_starts(x0: Any, kind: type[Exception], message: str) -> None:
         ({"method": "simplex"}, ValueError, "unknown method 'simplex': choose one of 'bfgs', .*'s"),
         ({"method": 3}, TypeError, "method must be a name, one of 'bfgs'.*got 3"),
         ({"method": torch.optim.SGD}, TypeError, "optimizer class of torch_secondorder"),
+        ({"method": BFGS([torch.ones(1)])}, TypeError, "own, a BFGS: pass the class BFGS, and its"),
         ({"method": Contractive}, TypeError, "optimizer class of torch_secondorder"),
         ({"jac": "cs"}, ValueError, "exact gradient by autograd is as accurate: leave jac out"),
         ({"jac": "4-point"}, ValueError, "'2-point' or '3-point', got '4-point'"),

@@ -79,7 +79,8 @@ def minimize(
             which take one evaluation or two for each entry of `x0`.
         bounds: A pair `(low, high)`, each a number, a tensor, a tree of these like `x0`, or None.
             SciPy's forms are fine as well: a pair `(min, max)` for each entry of a 1-d `x0`, or a
-            `scipy.optimize.Bounds`.
+            `scipy.optimize.Bounds`. `fun` is only evaluated within the bounds; an `x0` outside is
+            moved to the nearest point within first (`info.start_projected`).
         callback: Called after each iteration, with an `OptimizeResult` that has `x` and `fun` if
             its argument is called `intermediate_result`, else with `x`. It ends the minimization
             by `raise StopIteration`.
@@ -105,7 +106,11 @@ def minimize(
         TypeError: An argument has a wrong type: `x0` holds integers or things that are no tensors,
             `fun` returns no tensor where autograd needs one.
         ValueError: A method or an option is unknown, the method cannot take bounds or needs second
-            derivatives that finite differences do not give, or `fun` returns no scalar.
+            derivatives that finite differences do not give, bounds cross, are NaN or do not fit
+            `x0`, or `fun` returns no scalar. A subclass of it if the method needs a matrix that
+            does not fit into memory.
+        RuntimeError: The value of `fun` does not depend on its argument, or has no second
+            derivatives where the method needs them.
 
     >>> def rosenbrock(x):
     ...     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
@@ -154,8 +159,8 @@ def minimize(
         result = update_repeatedly(problem, chosen, settings, callback)
     if settings.disp:
         print(  # noqa: T201
-            f"{result.message} ({result.status}): fun = {result.fun:.6g}, {result.nit} iterations, "
-            f"{result.nfev} evaluations, {result.njev} gradients"
+            f"{result.message} (status {result.status}): fun = {result.fun:.6g}, "
+            f"{result.nit} iterations, {result.nfev} evaluations, {result.njev} gradients"
         )
     return result
 
@@ -173,6 +178,11 @@ def _leaves(x0: Any) -> tuple[list[Tensor], list[str], Any]:
             raise TypeError(
                 f"{name} is {type(leaf).__name__}, not a tensor: x0 must be a tensor or a dict, "
                 "list or tuple of tensors, such as torch.tensor([1.0, 2.0], dtype=torch.float64)"
+            )
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"{name} has layout {leaf.layout}: pass {name}.to_dense(), or only its values and "
+                "make the sparse tensor of them in fun"
             )
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(
