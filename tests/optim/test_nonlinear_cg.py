@@ -791,6 +791,7 @@ def test_wrong_preconditioners_are_refused(beta: BetaName) -> None:
         (lambda v: v[:1], r"must return a tensor of shape \(2,\), got \(1,\)"),
         (lambda v: 3.0, r"must return a tensor of shape \(2,\), got float"),
         (lambda v: -v, "the preconditioner is not positive definite: g'P g is -"),
+        (lambda v: v * float("nan"), "the preconditioner returned numbers that are not finite"),
     ]
     for preconditioner, message in wrong:
         x = start_at(1.0, 2.0)
