@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -285,6 +286,22 @@ def test_the_size_decides_about_the_kind() -> None:
 def test_errors(H: Tensor, g: Tensor, radius: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solve_trust_region(H, g, radius)
+
+
+@pytest.mark.parametrize(
+    ("H", "g", "found"),
+    [
+        (torch.eye(2), torch.ones(2, dtype=torch.float64), "torch.float32 and torch.float64"),
+        (torch.eye(2, dtype=torch.int64), torch.ones(2).long(), "torch.int64 and torch.int64"),
+        (torch.eye(2).half(), torch.ones(2).half(), "torch.float16 and torch.float16"),
+        ([[1.0]], [1.0], "got list and list"),
+    ],
+)
+def test_types(H: Any, g: Any, found: str) -> None:
+    with pytest.raises(TypeError, match=f"tensors of one dtype.*{found}"):
+        solve_trust_region(H, g, 1.0)
+    with pytest.raises(TypeError, match=f"tensors of one dtype.*{found}"):
+        DenseQuadratic.of(H, g)
 
 
 def test_a_tolerance_out_of_range() -> None:

@@ -110,8 +110,10 @@ class DenseQuadratic(ABC):
             tolerance: The relative error that the length of a step at the radius may have.
 
         Raises:
+            TypeError: One of them is no tensor, or they are not of one floating-point dtype.
             ValueError: The shapes do not match, or the tolerance is out of range.
         """
+        _check_types(H, g)
         if g.dim() != 1 or not len(g) or H.shape != (len(g), len(g)):
             raise ValueError(
                 f"H must have shape (n, n) and g (n,), got {tuple(H.shape)} and {tuple(g.shape)}"
@@ -408,6 +410,15 @@ class Factorized(DenseQuadratic):
         return _Solution(_solved(factor, -self._g), multiplier, _inverse_of(factor))
 
 
+def _check_types(H: Tensor, g: Tensor) -> None:
+    kinds = [v.dtype if isinstance(v, Tensor) else type(v).__name__ for v in (H, g)]
+    if kinds[0] != kinds[1] or kinds[0] not in (torch.float32, torch.float64):
+        raise TypeError(
+            "H and g must be tensors of one dtype, torch.float32 or torch.float64, got "
+            f"{kinds[0]} and {kinds[1]}"
+        )
+
+
 def _solved(factor: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right[:, None], factor)[:, 0]
 
@@ -443,6 +454,7 @@ def solve_trust_region(H: Tensor, g: Tensor, radius: float) -> DenseStep:
         radius: Above zero.
 
     Raises:
+        TypeError: One of them is no tensor, or they are not of one floating-point dtype.
         ValueError: The shapes do not match, the radius is not above zero, or an entry is not
             finite.
 
@@ -454,6 +466,7 @@ def solve_trust_region(H: Tensor, g: Tensor, radius: float) -> DenseStep:
     0.5
     """
     check_number("radius", radius, above=0.0)
+    _check_types(H, g)
     for name, tensor in (("H", H), ("g", g)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} has entries that are not finite")
