@@ -556,3 +556,46 @@ def test_empty_parameters_and_groups() -> None:
     optimizer = LBFGS([x, empty], bounds=([0.0, None], [torch.ones(2), None]))
     optimizer.step(closure_of(optimizer, lambda: quadratic(x)))
     assert x.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", QUASI)
+@pytest.mark.parametrize("size", [1e-35, 1e-20, 1e30])
+def test_losses_of_any_size_in_float32(kind: str, size: float) -> None:
+    """Products of steps and gradients, and their quotients, are beyond the range of float32."""
+    x = torch.tensor([3e4, -2e4, 1e4], requires_grad=True)
+    optimizer = KINDS[kind]([x], max_iter=50, bounds=(-1e4, None))
+    optimizer.step(closure_of(optimizer, lambda: size * ((x / 1e4 - 0.5) ** 2).sum()))
+    assert optimizer.info.status in (StepStatus.CONVERGED_GRADIENT, StepStatus.CONVERGED_CHANGE)
+    torch.testing.assert_close(x.detach(), torch.full((3,), 5e3), rtol=1e-4, atol=0)
+
+
+def test_no_end_within_bounds_in_float32() -> None:
+    """The squared length of the next step is beyond the range of float32."""
+    x = torch.tensor([1.0, -1.0], requires_grad=True)
+    optimizer = LBFGS([x], max_iter=3, bounds=(None, 2.0))
+    for _ in range(6):
+        optimizer.step(closure_of(optimizer, x.sum))
+    assert optimizer.info is not None
+    assert optimizer.info.status in (StepStatus.UNBOUNDED, StepStatus.NO_DECREASE)
+    assert bool(x.isfinite().all())
+
+
+def test_no_line_where_numbers_end() -> None:
+    """A gradient at the end of float32 leaves no line; the step says so."""
+    x = torch.tensor([1e-3, 0.5, -1e-4], requires_grad=True)
+    optimizer = LBFGS([x], bounds=(-1e-3, None))
+    optimizer.step(closure_of(optimizer, lambda: 3e38 * x.sum()))
+    assert optimizer.info is not None
+    assert optimizer.info.status is StepStatus.NO_DECREASE
+    assert bool(x.isfinite().all())
+
+
+def test_damping_of_a_large_loss_in_float32() -> None:
+    """Squares of the entries of `H g` are beyond the range of float32."""
+    x = torch.tensor([0.3, -0.4], requires_grad=True)
+    optimizer = Newton([x], globalization="damping", max_iter=30, bounds=(None, 5.0))
+    optimizer.step(closure_of(optimizer, lambda: 1e20 * ((x - 1) ** 4 + x**2).sum()))
+    assert optimizer.info is not None
+    assert 0 < optimizer.info.damping < INF
+    assert optimizer.info.projected_grad_norm is not None
+    assert optimizer.info.projected_grad_norm < 1e15

@@ -307,3 +307,24 @@ def test_types(H: Any, g: Any, found: str) -> None:
 def test_a_tolerance_out_of_range() -> None:
     with pytest.raises(ValueError, match="tolerance"):
         DenseQuadratic.of(torch.eye(2), torch.ones(2), tolerance=0.0)
+
+
+def test_squares_beyond_float32() -> None:
+    """A radius far beyond the length that the gradient suggests: only the curvature counts."""
+    H = torch.diag(torch.tensor([-1e30, 1e30]))
+    step = solve_trust_region(H, torch.zeros(2), 0.25)
+    assert step.hard_case
+    assert step.decrease == pytest.approx(0.5 * 1e30 * 0.25**2, rel=1e-5)
+    assert step.length == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radius", RADII)
+def test_no_gradient_and_many_unknowns(radius: float, dtype: torch.dtype) -> None:
+    """The first multiplier is not close enough to the lowest eigenvalue for the hard case."""
+    for seed in range(4):
+        H, _ = with_eigenvalues(-torch.linspace(0.1, 1.1, 130, dtype=torch.float64), seed)
+        step = solve_trust_region(H.to(dtype), torch.zeros(130, dtype=dtype), radius)
+        assert step.hard_case
+        assert step.length == pytest.approx(radius, rel=1e-5)
+        assert step.decrease == pytest.approx(0.55 * radius**2, rel=2e-3)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_secondorder._optim.flat import Candidate, Descent, Line, Point
 from torch_secondorder.globalization import Trial
 from torch_secondorder.solvers._box_quadratic import FaceModel, ScaledIdentity, solve_in_box
+from torch_secondorder.solvers._units import power_of_two
 
 
 class BoundedLine(Line):
@@ -87,17 +88,24 @@ def line_in_box(descent: Descent, model: FaceModel) -> BoundedLine | None:
     direction, product = face.step, face.slopes - point.grad
     reach = torch.where(direction < 0, low, high) / direction
     longest = torch.where(direction == 0, inf, reach).amin()
-    slope, square, bend, length = descent.space.to_host(
-        sums=(point.grad @ direction, direction @ direction, product @ direction),
-        whole=(longest,),
+    # Products of steps and gradients may be beyond the range of float32.
+    units = power_of_two(torch.stack((direction.abs().amax(), point.grad.abs().amax())))
+    size, unit = units
+    along, grad, image = direction / size, point.grad / unit, product / unit
+    slope, square, bend, length, of_step, of_grad = descent.space.to_host(
+        sums=(grad @ along, along @ along, image @ along), whole=(longest, *units)
     )
-    if not (-inf < slope < 0 and isfinite(square)):
+    slope, bend = slope * of_step * of_grad, bend * of_step * of_grad
+    square *= of_step * of_step
+    if not (-inf < slope < 0 and isfinite(square) and 0 < bend < inf):
         return None
     return BoundedLine(descent, direction, product, slope, square, bend, max(1.0, length))
 
 
 def steepest_line_in_box(descent: Descent, *, searches: bool) -> BoundedLine | None:
     """The line of the first iteration, whose scale is not known yet; see `LineSearchOptimizer`.
+
+    None where the numbers are beyond the range of their dtype.
 
     Args:
         descent: The step.
@@ -116,7 +124,7 @@ def steepest_line_in_box(descent: Descent, *, searches: bool) -> BoundedLine | N
     unit = free / largest
     square, total = descent.space.to_host(sums=(unit @ unit, unit.abs().sum()))
     length = first_length(descent, largest, square, total, searches=searches)
-    return line_in_box(descent, ScaledIdentity(length / largest))
+    return line_in_box(descent, ScaledIdentity(length, largest))
 
 
 def first_length(

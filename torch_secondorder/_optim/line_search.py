@@ -20,6 +20,7 @@ from torch_secondorder._optim.bounded_line import (
 from torch_secondorder._optim.flat import Candidate, Descent, FlatOptimizer, Line, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.state import Number, declare
+from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.globalization import (
     FixedStep,
     LineSearch,
@@ -104,6 +105,10 @@ class LineSearchOptimizer(FlatOptimizer):
         """True if there is a line search."""
         return not isinstance(self.line_search, FixedStep)
 
+    def _current_vector(self, params: Any, rates: Any) -> ParameterVector:
+        self._reset_reason = ""  # that of a step which an exception has ended
+        return super()._current_vector(params, rates)
+
     def _begin(self, descent: Descent) -> None:
         group = self.param_groups[0]
         descent.max_eval = group["max_eval"] or group["max_iter"] * 5 // 4
@@ -130,6 +135,8 @@ class LineSearchOptimizer(FlatOptimizer):
             if descent.point.grad_norm <= descent.tolerance_grad:
                 return StepStatus.CONVERGED_GRADIENT
         line = self._line(descent)
+        if line is None:
+            return StepStatus.NO_DECREASE
         precision = descent.objective.vector.precision
         first = min(self._first_step(descent, line), line.start.longest)
         result = self.line_search(line, line.start, first, precision=precision)
@@ -156,8 +163,8 @@ class LineSearchOptimizer(FlatOptimizer):
             return StepStatus.NONFINITE_TRIALS
         return StepStatus.NO_DECREASE
 
-    def _line(self, descent: Descent) -> Line:
-        """The line of the next search; one synchronization."""
+    def _line(self, descent: Descent) -> Line | None:
+        """The line of the next search, None if there is none; one synchronization."""
         if descent.objective.box is not None:
             return self._line_in_box(descent)
         grad, direction = descent.point.grad, self._direction(descent)
@@ -177,8 +184,8 @@ class LineSearchOptimizer(FlatOptimizer):
         length = first_length(descent, largest, square, total, searches=self._searches)
         return Line(descent, unit * length, -largest * square * length, square * length**2)
 
-    def _line_in_box(self, descent: Descent) -> Line:
-        """The line of the next search within bounds."""
+    def _line_in_box(self, descent: Descent) -> Line | None:
+        """The line of the next search within bounds; None if there is none."""
         model = self._face_model(descent)
         if model is not None:
             line = line_in_box(descent, model)
@@ -186,9 +193,7 @@ class LineSearchOptimizer(FlatOptimizer):
                 return line
             self._restart()
             self._reset_reason = "the history gave no descent within the bounds"
-        line = steepest_line_in_box(descent, searches=self._searches)
-        assert line is not None
-        return line
+        return steepest_line_in_box(descent, searches=self._searches)
 
     def _face_model(self, descent: Descent) -> FaceModel | None:
         """The quadratic model that was learned; None if nothing was learned yet.

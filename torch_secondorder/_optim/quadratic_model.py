@@ -595,7 +595,9 @@ def repaired(operator: LinearOperator, objective: Objective, grad: Tensor, unit:
     length, norm = space.to_host(
         norms=[torch.linalg.vector_norm(v) for v in (objective.position, grad)]
     )
-    steepest = Diagonal(torch.full_like(grad, norm / (length or 1.0)))
+    # Of huge gradients the quotient is beyond the range of float32.
+    curvature = min(norm / (length or 1.0), torch.finfo(grad.dtype).max)
+    steepest = Diagonal(torch.full_like(grad, curvature))
     steepest.space = space
     report = "no product was finite, the step follows the gradient"
     return Repair(steepest, torch.zeros_like(grad, dtype=torch.bool), len(candidates), report)

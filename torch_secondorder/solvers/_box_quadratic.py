@@ -145,15 +145,20 @@ def _descend(
 
 
 class ScaledIdentity:
-    """The quadratic of steepest descent, `B = I / length`."""
+    """The quadratic of steepest descent, `B = (unit / length) I`.
 
-    def __init__(self, length: float) -> None:
-        self.length = length
+    Args:
+        length: The length of the step along a gradient of length `unit`.
+        unit: About the size of the gradient: the quotient may be beyond the range of float32.
+    """
+
+    def __init__(self, length: float, unit: float = 1.0) -> None:
+        self.length, self.unit = length, unit
 
     def minimize_on_face(self, grad: Tensor, fixed: Tensor, values: Tensor) -> Face:
         """See `FaceModel.minimize_on_face`."""
-        step = torch.where(fixed, values, grad * -self.length)
-        return Face(step, torch.where(fixed, grad + values / self.length, 0))
+        step = torch.where(fixed, values, grad / self.unit * -self.length)
+        return Face(step, torch.where(fixed, grad + values / self.length * self.unit, 0))
 
 
 class CompactBFGS:

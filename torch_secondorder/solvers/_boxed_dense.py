@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_secondorder._params.space import WHOLE
 from torch_secondorder.solvers._box_quadratic import Face, solve_in_box
+from torch_secondorder.solvers._units import power_of_two
 from torch_secondorder.solvers.dense import DefinitenessName, DenseStep
 
 
@@ -120,8 +121,12 @@ class BoxedQuadratic:
     def along_gradient(self) -> float:
         """The curvature `|H g| / |g|` along the gradient of the free entries; 0 without one."""
         grad = torch.where(self.free, self._g, 0)
-        image, norm = _numbers(torch.where(self.free, self._H @ grad, 0).norm(), grad.norm())
-        return image / norm if norm else 0.0
+        unit = power_of_two(grad.abs().amax())  # squares may be beyond the range of float32
+        grad = grad / unit
+        image = torch.where(self.free, self._H @ grad, 0)
+        size = power_of_two(image.abs().amax())
+        length, of_image, norm = _numbers((image / size).norm(), size, grad.norm())
+        return length * of_image / norm if norm else 0.0
 
     def _minimizer(self, model: MatrixOnFaces, low: Tensor, high: Tensor) -> Tensor:
         face = solve_in_box(model, self._g, low, high)

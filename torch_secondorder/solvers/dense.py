@@ -179,7 +179,12 @@ class DenseQuadratic(ABC):
     def _stepped(self, solution: _Solution) -> DenseStep:
         """A solution in the units of `H` and `g`."""
         x, multiplier, inverse, held, hard_case = solution
-        slope, curvature, square = to_host(self._g @ x, x @ (self._H @ x), x @ x)
+        largest = power_of_two(x.abs().amax())
+        unit_x = x / largest  # squares of `x` may be beyond the range of float32
+        slope, curvature, square, size = to_host(
+            self._g @ unit_x, unit_x @ (self._H @ unit_x), unit_x @ unit_x, largest
+        )
+        slope, curvature, square = slope * size, curvature * size * size, square * size * size
         matrix_unit = self._matrix_unit
         return DenseStep(
             x if self._unit == 1.0 else x * self._unit,
@@ -349,8 +354,9 @@ class Factorized(DenseQuadratic):
             half = torch.linalg.solve_triangular(factor, (x / norm_of_x)[:, None], upper=False)
             length, half_length = to_host(norm_of_x, half.norm())
             solution = _Solution(x, multiplier, _inverse_of(factor), multiplier > 2 * self._floor)
-            near = abs(length - radius) <= self._tolerance * radius
-            if near or high - low <= self._noise * high:
+            narrow = high - low <= self._noise * high  # no multiplier fits better
+            short = length < radius and self.definiteness == "indefinite"
+            if abs(length - radius) <= self._tolerance * radius or (narrow and not short):
                 break
             if length > radius:
                 low = max(low, multiplier)
@@ -358,27 +364,26 @@ class Factorized(DenseQuadratic):
                 high = min(high, multiplier)
                 if not solution.held:
                     break
-                if self.definiteness == "indefinite":
-                    completed, estimate = self._completed(solution, factor, length, radius)
-                    if completed is not None:
+                if short:
+                    completed, good, estimate = self._completed(solution, factor, length, radius)
+                    if good or narrow:
                         return completed
                     low = max(low, estimate)
-            if not length:  # its square has underflowed
-                break
-            multiplier += half_length**-2 * (length - radius) / radius
-            if multiplier <= low:
+            if length:
+                multiplier += half_length**-2 * (length - radius) / radius
+            if not length or multiplier <= low:  # the gradient is zero, or that went too far
                 multiplier = low + 0.01 * (high - low)
             multiplier = min(multiplier, high)
         return solution
 
     def _completed(
         self, solution: _Solution, factor: Tensor, length: float, radius: float
-    ) -> tuple[_Solution | None, float]:
+    ) -> tuple[_Solution, bool, float]:
         """The hard case: a step that is too short, and as much of the lowest eigenvector as fits.
 
         Returns:
-            The step, or None where it is worse than the exact one by more than the tolerance; and a
-            lower bound of the multiplier.
+            The step; whether the tolerance says that it is as good as the exact one; and a lower
+            bound of the multiplier.
         """
         x, z = solution.x, self._vector
         for _ in range(2):  # inverse iteration
@@ -392,9 +397,8 @@ class Factorized(DenseQuadratic):
         share = rest / (inner + copysign(sqrt(inner * inner + rest), inner))
         lower = solution.multiplier - curvature
         worst = self._tolerance * (bend + solution.multiplier * radius * radius)
-        if share * share * curvature > worst:
-            return None, lower
-        return solution._replace(x=x + share * z, held=True, hard_case=True), lower
+        completed = solution._replace(x=x + share * z, held=True, hard_case=True)
+        return completed, share * share * curvature <= worst, lower
 
     def _damped(self, damping: float) -> _Solution:
         lift = -self._lowest if self.definiteness == "indefinite" else 0.0
