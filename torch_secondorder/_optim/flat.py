@@ -30,7 +30,7 @@ from torch_secondorder.globalization import SearchStatus, Trial
 
 @dataclass(frozen=True, slots=True)
 class DescentInfo(StepInfo):
-    """Report of one step of a flat-vector optimizer; `LBFGS` and `NewtonCG` add to it.
+    """Report of one step of a flat-vector optimizer; `LBFGS` and the others add to it.
 
     Attributes:
         step_length: The last accepted step, as a multiple of its direction.
