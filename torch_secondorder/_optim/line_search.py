@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,14 @@ from torch_secondorder._optim.bounded_line import (
     line_in_box,
     steepest_line_in_box,
 )
-from torch_secondorder._optim.flat import Candidate, Descent, FlatOptimizer, Line, Point
+from torch_secondorder._optim.flat import (
+    Candidate,
+    Descent,
+    DescentInfo,
+    FlatOptimizer,
+    Line,
+    Point,
+)
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.state import Number, declare
 from torch_secondorder._params.vector import ParameterVector
@@ -35,6 +43,17 @@ from torch_secondorder.solvers._box_quadratic import FaceModel
 _LEAST_CURVATURE = 0.2
 
 
+@dataclass(frozen=True, slots=True)
+class LineSearchInfo(DescentInfo):
+    """Report of one step of a `LineSearchOptimizer` that names no class of its own.
+
+    Attributes:
+        history_reset: Why what was learned was dropped during the step; empty if it was not.
+    """
+
+    history_reset: str = ""
+
+
 class LineSearchOptimizer(FlatOptimizer):
     """Base class of `LBFGS`, `BFGS` and `NonlinearCG`.
 
@@ -43,7 +62,8 @@ class LineSearchOptimizer(FlatOptimizer):
     negative gradient.
 
     A subclass implements `_direction`, `_learn` and `_restart`, and passes its hyperparameters on;
-    `max_iter`, `max_eval`, `tolerance_grad` and `tolerance_change` are checked here.
+    `max_iter`, `max_eval`, `tolerance_grad` and `tolerance_change` are checked here. A report of
+    its own has the field of `LineSearchInfo`.
 
     Args:
         params: See `SecondOrderOptimizer`.
@@ -53,6 +73,7 @@ class LineSearchOptimizer(FlatOptimizer):
     """
 
     _recognized_by = "max_iter"
+    _info_type: type[DescentInfo] = LineSearchInfo
     _state_fields = declare(n_iter=Number(0), func_evals=Number(0))
     _n_iter: int
     _func_evals: int
