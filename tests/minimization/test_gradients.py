@@ -322,3 +322,13 @@ def test_rounding_takes_no_point_beyond_a_bound(scheme: str) -> None:
     eps = torch.finfo(x.dtype).eps
     for points in estimate._moves(x, eps, (low, high)):
         assert ((low <= points) & (points <= high)).all()
+
+
+def test_a_function_that_vmap_cannot_evaluate() -> None:
+    with pytest.raises(RuntimeError, match="leave the option finite_diff_vmap out"):
+        minimize(
+            lambda x: float(x.numpy().sum()),
+            torch.ones(2),
+            jac="2-point",
+            options={"finite_diff_vmap": True},
+        )

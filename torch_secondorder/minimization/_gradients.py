@@ -273,7 +273,13 @@ class Differences:
             if self._at_once:
                 _reset(states)
                 one_by_one: Any = torch.func.vmap(partial(value_at, place), randomness="same")
-                found: Tensor = one_by_one(moved)
+                try:
+                    found: Tensor = one_by_one(moved)
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"torch.func.vmap cannot evaluate fun ({error}): leave the option "
+                        "finite_diff_vmap out"
+                    ) from error
                 return found.unbind()
             values: list[Tensor | float] = []
             for one in moved.unbind():
