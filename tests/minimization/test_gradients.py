@@ -322,3 +322,24 @@ def test_rounding_takes_no_point_beyond_a_bound(scheme: str) -> None:
     eps = torch.finfo(x.dtype).eps
     for points in estimate._moves(x, eps, (low, high)):
         assert ((low <= points) & (points <= high)).all()
+
+
+@pytest.mark.parametrize("method", ["bfgs", "lbfgs", "cg"])
+@pytest.mark.parametrize("together", [False, True])
+def test_functions_that_write_into_their_argument(method: str, together: bool) -> None:
+    """As in SciPy, they get a copy."""
+    target = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        found = 2 * (x - target)
+        x.zero_()
+        return found
+
+    def value(x: Tensor) -> Any:
+        found = (x - target).square().sum()
+        return (found, gradient(x)) if together else found * x.fill_(1.0).prod()
+
+    jac: Any = True if together else gradient
+    result = minimize(value, torch.full((2,), 5.0, dtype=torch.float64), method, jac=jac)
+    assert result.success
+    torch.testing.assert_close(result.x, target)
