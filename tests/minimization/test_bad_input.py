@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_secondorder import Contractive, minimize
+from torch_secondorder import BFGS, Contractive, minimize
 from torch_secondorder.minimization._methods import METHODS
 
 START = torch.tensor([-1.2, 1.0], dtype=torch.float64)
@@ -32,6 +32,7 @@ def never(x: Any) -> Tensor:
         (np.ones(2), TypeError, "x0 is ndarray, not a tensor"),
         ({"a": START, "b": [None]}, TypeError, r"x0\['b'\]\[0\] is NoneType"),
         (3.0, TypeError, "x0 is float"),
+        ({"s": torch.eye(2).to_sparse()}, TypeError, r"x0\['s'\] has layout .*pass x0\['s'\].to_d"),
         ({}, ValueError, "x0 holds no tensor"),
     ],
 )
@@ -46,13 +47,13 @@ def test_starts(x0: Any, kind: type[Exception], message: str) -> None:
         ({"method": "simplex"}, ValueError, "unknown method 'simplex': choose one of 'bfgs', .*'s"),
         ({"method": 3}, TypeError, "method must be a name, one of 'bfgs'.*got 3"),
         ({"method": torch.optim.SGD}, TypeError, "optimizer class of torch_secondorder"),
+        ({"method": BFGS([torch.ones(1)])}, TypeError, "own, a BFGS: pass the class BFGS, and its"),
         ({"method": Contractive}, TypeError, "optimizer class of torch_secondorder"),
         ({"jac": "cs"}, ValueError, "exact gradient by autograd is as accurate: leave jac out"),
         ({"jac": "4-point"}, ValueError, "'2-point' or '3-point', got '4-point'"),
         ({"jac": False}, ValueError, "got False"),
         ({"callback": 3}, TypeError, "callback must be callable or None, got int"),
         ({"tol": -1.0}, ValueError, "tol must be a finite number of at least 0 or None, got -1.0"),
-        ({"args": 3}, TypeError, None),
         ({"options": [1]}, TypeError, "options must be a dict, got list"),
         ({"options": {"gtoll": 1}}, ValueError, "unknown option 'gtoll' of method 'bfgs'; it has"),
         ({"options": {"maxcor": 1}}, ValueError, "unknown option 'maxcor'"),
@@ -79,7 +80,7 @@ def test_starts(x0: Any, kind: type[Exception], message: str) -> None:
         ({"compile": True, "method": "sophia"}, ValueError, "does not go with compile"),
     ],
 )
-def test_arguments(arguments: dict[str, Any], kind: type[Exception], message: str | None) -> None:
+def test_arguments(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         minimize(never, START, **arguments)
 
@@ -127,6 +128,14 @@ def test_values(fun: Any, kind: type[Exception], message: str) -> None:
         with pytest.raises(kind, match=message):
             minimize(fun, start, method)
         assert torch.equal(start, START)
+
+
+@pytest.mark.parametrize("method", ["bfgs", "newton"])
+def test_a_value_of_other_tensors(method: str) -> None:
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(RuntimeError, match=r"no gradient reached.*functional_call") as error:
+        minimize(lambda p: model(torch.ones(1, 2)).sum(), dict(model.named_parameters()), method)
+    assert "closure" not in str(error.value)
 
 
 def test_values_of_a_function_to_be_compiled() -> None:

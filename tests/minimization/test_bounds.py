@@ -76,6 +76,8 @@ def test_bounds_of_a_tree() -> None:
         ([(0, 1)] * 3, ValueError, r"x0 has 2 entries, and bounds has 3 pairs \(min, max\)"),
         ((torch.zeros(3), None), ValueError, r"low bound of x0 has shape \(3,\), which does not"),
         ((None, "a"), TypeError, "the high bound of x0 is str"),
+        ((0, True), TypeError, "a number, a tensor, .*; the high bound of x0 is a bool"),
+        (([0.0, 0.0], None), TypeError, "a number, a tensor, .*; the low bound of x0 is a list"),
     ],
 )
 def test_forms_that_do_not_fit(bounds: Any, kind: type[Exception], message: str) -> None:
@@ -132,6 +134,46 @@ def test_each_leaf_has_its_bounds(method: str) -> None:
 def test_bounds_that_make_no_sense(method: str, bounds: Any) -> None:
     with pytest.raises(ValueError, match="bound"):
         minimize(rosenbrock, START, method, bounds=bounds)
+
+
+@pytest.mark.parametrize(
+    ("high", "message"),
+    [
+        (-1, r"bounds of x0\['b'\]\[0\] leave no number: they are 0 and -1"),
+        (torch.tensor([1.0, float("nan")]), r"a bound of x0\['b'\]\[0\] is NaN"),
+        (torch.tensor([True, False]), "got a tensor of torch.bool"),
+    ],
+)
+def test_errors_name_the_leaf(high: Any, message: str) -> None:
+    def never(tree: Any) -> Tensor:
+        raise AssertionError("the function was called")
+
+    tree = {"a": torch.zeros(()), "b": [torch.zeros(2)]}
+    with pytest.raises((TypeError, ValueError), match=message):
+        minimize(never, tree, bounds=(0, {"a": None, "b": [high]}))
+
+
+def test_complex_leaves_have_no_bounds_beside_others_that_have() -> None:
+    tree = {"a": torch.zeros(1).double(), "z": torch.zeros(1, dtype=torch.complex128)}
+
+    def function(p: Any) -> Tensor:
+        return (p["a"] - 3).square().sum() + (p["z"] - 1j).abs().square().sum()
+
+    with pytest.raises(ValueError, match=r"x0\['z'\] is complex.*view_as_real, or leave it with"):
+        minimize(function, tree, bounds=(0, 1))
+    result = minimize(function, tree, bounds=(None, {"a": 1, "z": None}))
+    assert result.success and result.x["a"].item() == 1.0
+    assert result.x["z"].item() == pytest.approx(1j)
+
+
+@pytest.mark.parametrize("method", BOUNDED)
+def test_bounds_in_a_wider_precision_hold_in_that_precision(method: str) -> None:
+    low = torch.tensor([0.1, 0.3, 0.7], dtype=torch.float64)
+    x0, one = torch.ones(3), torch.ones(3, dtype=torch.float64)
+    result = minimize(lambda x: x.square().sum(), x0, method, bounds=(low, one))
+    assert (result.x.double() >= low).all() and torch.allclose(result.x.double(), low)
+    fixed = minimize(lambda x: x.square().sum(), x0, method, bounds=(low, low))
+    assert torch.equal(fixed.x, low.float())
 
 
 @pytest.mark.parametrize("method", BOUNDED)

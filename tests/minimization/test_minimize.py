@@ -295,6 +295,15 @@ def test_further_arguments() -> None:
         assert torch.allclose(result.x, torch.full_like(START, 2.0), atol=1e-5)
 
 
+@pytest.mark.parametrize("only", [2.0, torch.tensor([2.0, 3.0]), 0.0, [2.0, 3.0]])
+def test_a_single_further_argument_needs_no_tuple(only: Any) -> None:
+    def shifted(x: Tensor, by: Any) -> Tensor:
+        return (x - torch.as_tensor(by)).square().sum()
+
+    result = minimize(shifted, START, args=only)
+    assert torch.allclose(result.x, torch.as_tensor(only).to(START), atol=1e-6)
+
+
 def test_compiled() -> None:
     result = minimize(rosenbrock, START, compile={"backend": "eager"})
     assert result.success and torch.allclose(result.x, torch.ones_like(START), atol=1e-6)

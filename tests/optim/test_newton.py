@@ -479,3 +479,12 @@ def test_instances_of_globalizations() -> None:
     assert searched.info is not None
     assert isinstance(searched.info.search_status, SearchStatus)
     assert searched.info.loss_after < inf
+
+
+@each_globalization
+@pytest.mark.parametrize("size", [2, 150])
+def test_losses_with_a_kink_end_without_an_exception(globalization: Any, size: int) -> None:
+    x = torch.linspace(-0.3, 1.0, size, dtype=torch.float64).requires_grad_()
+    optimizer = Newton([x], globalization=globalization, max_iter=200, tolerance_change=0.0)
+    loss = float(optimizer.step(standard(optimizer, lambda: x.abs().sum())))
+    assert x.isfinite().all() and float(x.detach().abs().sum()) < loss

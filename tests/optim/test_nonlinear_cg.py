@@ -436,16 +436,21 @@ def test_the_first_step_after_a_restart_is_between_two_guesses() -> None:
 
 @pytest.mark.parametrize("beta", ["hager_zhang", "polak_ribiere"])
 @pytest.mark.parametrize("preconditioned", [False, True])
-def test_the_bounds_know_the_length_of_the_direction(beta: BetaName, preconditioned: bool) -> None:
+@pytest.mark.parametrize("search", [Exact(0.9), None])
+def test_the_bounds_know_the_length_of_the_direction(
+    beta: BetaName, preconditioned: bool, search: Any
+) -> None:
     """`d'P^-1 d` by recurrence; without a preconditioner `P` is a number."""
     matrix, b = quadratic(9)
     weights = torch.linspace(1, 3, 9, dtype=torch.float64)
     x = nn.Parameter(torch.zeros_like(b))
     optimizer = NonlinearCG(
         [x],
+        lr=1.0 if search else 0.02,
         max_iter=5,
         beta=beta,
-        line_search_fn=Exact(0.9),
+        restart=0.2 if search else None,
+        line_search_fn=search,
         preconditioner=Diagonal(weights) if preconditioned else None,
     )
     optimizer.step(standard(optimizer, lambda: 0.5 * x @ (matrix @ x) - b @ x))
@@ -786,6 +791,7 @@ def test_wrong_preconditioners_are_refused(beta: BetaName) -> None:
         (lambda v: v[:1], r"must return a tensor of shape \(2,\), got \(1,\)"),
         (lambda v: 3.0, r"must return a tensor of shape \(2,\), got float"),
         (lambda v: -v, "the preconditioner is not positive definite: g'P g is -"),
+        (lambda v: v * float("nan"), "the preconditioner returned numbers that are not finite"),
     ]
     for preconditioner, message in wrong:
         x = start_at(1.0, 2.0)

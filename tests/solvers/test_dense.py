@@ -241,6 +241,25 @@ def test_the_curvature_along_the_gradient() -> None:
     assert DenseQuadratic.of(H, 0 * g).along_gradient() == 0.0
 
 
+@both_kinds
+@pytest.mark.parametrize("radius", [1e-120, 1e-158])
+@pytest.mark.parametrize("scale", [0.0, 1.0, -1.0])
+def test_a_radius_whose_square_underflows(
+    kind: type[DenseQuadratic], radius: float, scale: float
+) -> None:
+    H = scale * torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    g = torch.tensor([3.0, 0.0, -4.0], dtype=torch.float64)
+    step = kind(H, g, 1e-10).within(radius)
+    assert step.x.tolist() == pytest.approx((g * (-radius / 5.0)).tolist(), rel=1e-6)
+
+
+@both_kinds
+def test_without_a_slope_the_step_is_a_lowest_eigenvector(kind: type[DenseQuadratic]) -> None:
+    H = torch.diag(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    step = kind(H, torch.zeros(3, dtype=torch.float64), 1e-10).within(0.5)
+    assert step.hard_case and step.x.abs().tolist() == pytest.approx([0.0, 0.5, 0.0], abs=1e-9)
+
+
 def test_the_size_decides_about_the_kind() -> None:
     for n, kind in ((128, Diagonalized), (129, Factorized)):
         H = torch.eye(n, dtype=torch.float64)

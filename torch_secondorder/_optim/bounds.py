@@ -24,6 +24,11 @@ _FORM = (
 )
 
 
+def no_bounds(name: str) -> ValueError:
+    """The error of an optimizer that takes no bounds."""
+    return ValueError(f"{name} takes no bounds: use LBFGS, or leave the bounds out")
+
+
 def check_bounds(group: dict[str, Any]) -> None:
     """Raises unless the bounds of a group are fit for its parameters.
 
@@ -35,30 +40,52 @@ def check_bounds(group: dict[str, Any]) -> None:
         ValueError: Bounds cross, are NaN, leave no finite number, or do not fit the parameters in
             shape or number; or parameters are complex.
     """
-    for index, (p, *pair) in enumerate(_of_parameters(group)):
+    for index, (p, low, high) in enumerate(_of_parameters(group)):
         place = f"parameter {index} of shape {tuple(p.shape)}"
-        if p.is_complex():
-            raise ValueError(
-                f"{place} is complex, and complex numbers have no order: hold it as a real one, by "
-                "torch.view_as_real, or give it to a group without bounds"
-            )
-        if not p.numel():
-            continue
-        low, high = (_checked(bound, p, place) for bound in pair)
-        low = torch.tensor(-inf) if low is None else low
-        high = torch.tensor(inf) if high is None else high
-        dtype = torch.promote_types(low.dtype, high.dtype)
-        low, high = low.cpu().to(dtype), high.cpu().to(dtype)
-        crossed = (low > high) | (low == inf) | (high == -inf)
-        if bool(crossed.any()):
-            lows, highs = torch.broadcast_tensors(low, high)
-            where = crossed.nonzero()[0].tolist()
-            values = lows[tuple(where)].item(), highs[tuple(where)].item()
-            at = f"at {where} " if where else ""
-            raise ValueError(
-                f"the bounds of {place} leave no number: {at}they are {values[0]:g} and "
-                f"{values[1]:g}; the lower one comes first"
-            )
+        _check_pair(p, low, high, place, "give it to a group without bounds")
+
+
+def fitted_pair(p: Tensor, low: Any, high: Any, name: str) -> tuple[Tensor, Tensor]:
+    """The bounds of a tensor in its own precision and shape, rounded into the box.
+
+    Args:
+        p: The tensor.
+        low: The lower bound: a number, a tensor, or None.
+        high: The upper bound.
+        name: The tensor's name in errors.
+
+    Raises:
+        TypeError: See `check_bounds`.
+        ValueError: See `check_bounds`.
+    """
+    _check_pair(p, low, high, name, "leave it without bounds")
+    return cut_bounds(low, high, p)
+
+
+def _check_pair(p: Tensor, low: Any, high: Any, place: str, instead: str) -> None:
+    """Raises unless two bounds are fit for a parameter."""
+    if p.is_complex():
+        raise ValueError(
+            f"{place} is complex, and complex numbers have no order: hold it as a real one, by "
+            f"torch.view_as_real, or {instead}"
+        )
+    if not p.numel():
+        return
+    lowest, highest = (_checked(bound, p, place) for bound in (low, high))
+    lowest = torch.tensor(-inf) if lowest is None else lowest
+    highest = torch.tensor(inf) if highest is None else highest
+    dtype = torch.promote_types(lowest.dtype, highest.dtype)
+    lowest, highest = lowest.cpu().to(dtype), highest.cpu().to(dtype)
+    crossed = (lowest > highest) | (lowest == inf) | (highest == -inf)
+    if bool(crossed.any()):
+        lows, highs = torch.broadcast_tensors(lowest, highest)
+        where = crossed.nonzero()[0].tolist()
+        values = lows[tuple(where)].item(), highs[tuple(where)].item()
+        at = f"at {where} " if where else ""
+        raise ValueError(
+            f"the bounds of {place} leave no number: {at}they are {values[0]:g} and "
+            f"{values[1]:g}; the lower one comes first"
+        )
 
 
 def _checked(bound: Any, p: Tensor, place: str) -> Tensor | None:
@@ -103,8 +130,9 @@ def _of_parameters(group: dict[str, Any]) -> Iterator[tuple[Tensor, Any, Any]]:
         if isinstance(bound, (tuple, list)):
             if len(bound) != len(params):
                 raise ValueError(
-                    f"a list of bounds must have one for each parameter of the group: got "
-                    f"{len(bound)} for {len(params)} parameters"
+                    "a list of bounds must have one for each parameter of the group: got "
+                    f"{len(bound)} for {len(params)} parameters; bounds of the entries of a "
+                    "parameter are a tensor"
                 )
             columns.append(list(bound))
         else:

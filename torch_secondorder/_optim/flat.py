@@ -18,7 +18,7 @@ from torch_secondorder._objective.base import Evaluation, Objective, Regularizat
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
-from torch_secondorder._optim.bounds import BoxMaker, check_bounds
+from torch_secondorder._optim.bounds import BoxMaker, check_bounds, no_bounds
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
@@ -499,6 +499,8 @@ class FlatOptimizer(SecondOrderOptimizer):
             if outside:
                 objective.return_to_entry()
             further = self._finish(objective, None)
+            if objective.box is not None:
+                further["start_projected"] = outside
             status, evaluations = StepStatus.NONFINITE_START, objective.evaluations
             self._info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **further)
             return returned
@@ -561,7 +563,7 @@ class FlatOptimizer(SecondOrderOptimizer):
     def _check_takes_bounds(self) -> None:
         name = type(self).__name__
         if not self._takes_bounds:
-            raise ValueError(f"{name} takes no bounds: use LBFGS, or leave the bounds out")
+            raise no_bounds(name)
         if self._sharded:
             raise ValueError(
                 f"{name} takes no bounds for sharded parameters: leave the bounds or fully_shard "

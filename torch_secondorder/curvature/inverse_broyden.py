@@ -79,8 +79,8 @@ class InverseBroyden(LinearOperator):
     >>> s, y = torch.eye(2).double(), torch.tensor([[4.0, 0.0], [0.0, 2.0]]).double()
     >>> H.push(s[0], y[0]), H.push(s[1], y[1])
     (True, True)
-    >>> [round(x, 6) for x in (H @ (y[0] + y[1])).tolist()]
-    [1.0, 1.0]
+    >>> [round(x, 6) for x in (H @ y[1]).tolist()]
+    [0.0, 1.0]
     """
 
     def __init__(

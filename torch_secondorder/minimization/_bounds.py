@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import pytree
+from torch_secondorder._optim.bounds import fitted_pair
 
 #: A bound of one leaf: a number, a tensor that broadcasts to the leaf's shape, or None.
 Bound: TypeAlias = "float | Tensor | None"
@@ -33,7 +34,8 @@ def resolve_bounds(
 
     Raises:
         TypeError: The bounds have none of the forms.
-        ValueError: Their number or shape does not fit.
+        ValueError: Their number or shape does not fit, they cross or are NaN, or belong to complex
+            numbers.
     """
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
         low, high = bounds.lb, bounds.ub
@@ -45,7 +47,18 @@ def resolve_bounds(
         raise TypeError(f"{_FORMS}; got {type(bounds).__name__}")
     lows = _spread(low, leaves, names, structure, "low")
     highs = _spread(high, leaves, names, structure, "high")
-    return list(zip(lows, highs, strict=True))
+    return [
+        _checked(leaf, low, high, name)
+        for leaf, low, high, name in zip(leaves, lows, highs, names, strict=True)
+    ]
+
+
+def _checked(leaf: Tensor, low: Bound, high: Bound, name: str) -> tuple[Bound, Bound]:
+    """The bounds of a leaf, with tensors in its precision, rounded into the box."""
+    if low is None and high is None:
+        return None, None
+    lower, upper = fitted_pair(leaf, low, high, name)
+    return lower if isinstance(low, Tensor) else low, upper if isinstance(high, Tensor) else high
 
 
 def _are_pairs(bounds: Any) -> bool:
@@ -99,6 +112,8 @@ def _spread(
 
 def _fitted(bound: Any, leaf: Tensor, name: str, side: str) -> Bound:
     """A bound as a number, or as a tensor of the leaf's shape."""
+    if isinstance(bound, (bool, list, tuple)):  # two lists of two would be pairs
+        raise TypeError(f"{_FORMS}; the {side} bound of {name} is a {type(bound).__name__}")
     if bound is None or isinstance(bound, (int, float)):
         return bound
     try:
@@ -108,7 +123,7 @@ def _fitted(bound: Any, leaf: Tensor, name: str, side: str) -> Bound:
             f"{_FORMS}; the {side} bound of {name} is {type(bound).__name__}"
         ) from error
     try:
-        return found.to(leaf).broadcast_to(leaf.shape)
+        return found.to(leaf.device).broadcast_to(leaf.shape)
     except RuntimeError as error:
         raise ValueError(
             f"the {side} bound of {name} has shape {tuple(found.shape)}, which does not broadcast "

@@ -68,7 +68,7 @@ def differentiable(value: Any) -> Tensor:
     if not _scalar(value).requires_grad:
         raise ValueError(
             "the value of fun does not depend on x by operations that autograd records: do not use "
-            f".detach(), .data, NumPy or torch.no_grad() in fun, {_BY_DIFFERENCES}"
+            f".detach(), .data, NumPy, torch.no_grad() or torch.inference_mode(), {_BY_DIFFERENCES}"
         )
     return value
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
+
 from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
@@ -137,6 +139,12 @@ def resolve_method(method: Any) -> tuple[str, Method]:
             known.twice for known in METHODS.values() if issubclass(method, known.optimizer)
         )
         return method.__name__, Method(method, twice=twice)
+    if isinstance(method, torch.optim.Optimizer):
+        name = type(method).__name__
+        raise TypeError(
+            f"method is an optimizer of parameters of its own, a {name}: pass the class {name}, "
+            "and its arguments as options"
+        )
     raise TypeError(
         f"method must be a name, one of {', '.join(map(repr, METHODS))}, or an optimizer class of "
         f"torch_secondorder, got {method!r}"

@@ -87,7 +87,11 @@ class Problem:
         if self.limits is None:
             return [p for p in self.params if p.numel()]
         pairs = zip(self.params, self.limits, strict=True)
-        return [{"params": [p], "bounds": bounds} for p, bounds in pairs if p.numel()]
+        return [
+            {"params": [p], "bounds": None if bounds == (None, None) else bounds}
+            for p, bounds in pairs
+            if p.numel()
+        ]
 
     def result(
         self,

@@ -47,7 +47,7 @@ def minimize(
     x0: Any,
     method: str | type[SecondOrderOptimizer] | None = None,
     *,
-    args: Sequence[Any] = (),
+    args: Any = (),
     jac: Jac = None,
     bounds: Any = None,
     callback: Callable[..., Any] | None = None,
@@ -71,14 +71,16 @@ def minimize(
             `"newton-cg"` for `NewtonCG`, and `"trust-ncg"` for the same with the Hessian and a
             trust region; `"adahessian"` and `"sophia"`, which are for losses with noise. By default
             `"bfgs"`, and `"lbfgs"` with bounds or more than 1,000 unknowns.
-        args: Further arguments of `fun`, and of `jac` if that is a function.
+        args: Further arguments of `fun`, and of `jac` if that is a function: a tuple, or the only
+            one.
         jac: None for the exact gradient by autograd. True if `fun` returns the pair
             `(value, gradient)`. A function that takes what `fun` takes and returns the gradient, a
             tree like `x0`. `"2-point"` or `"3-point"` for finite differences with SciPy's steps,
             which take one evaluation or two for each entry of `x0`.
         bounds: A pair `(low, high)`, each a number, a tensor, a tree of these like `x0`, or None.
             SciPy's forms are fine as well: a pair `(min, max)` for each entry of a 1-d `x0`, or a
-            `scipy.optimize.Bounds`.
+            `scipy.optimize.Bounds`. `fun` is only evaluated within the bounds; an `x0` outside is
+            moved to the nearest point within first (`info.start_projected`).
         callback: Called after each iteration, with an `OptimizeResult` that has `x` and `fun` if
             its argument is called `intermediate_result`, else with `x`. It ends the minimization
             by `raise StopIteration`.
@@ -104,7 +106,11 @@ def minimize(
         TypeError: An argument has a wrong type: `x0` holds integers or things that are no tensors,
             `fun` returns no tensor where autograd needs one.
         ValueError: A method or an option is unknown, the method cannot take bounds or needs second
-            derivatives that finite differences do not give, or `fun` returns no scalar.
+            derivatives that finite differences do not give, bounds cross, are NaN or do not fit
+            `x0`, or `fun` returns no scalar. A subclass of it if the method needs a matrix that
+            does not fit into memory.
+        RuntimeError: The value of `fun` does not depend on its argument, or has no second
+            derivatives where the method needs them.
 
     >>> def rosenbrock(x):
     ...     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
@@ -128,6 +134,8 @@ def minimize(
     if bounds is not None:
         check_bounds_fit(name, chosen)
         limits = resolve_bounds(bounds, leaves, names, structure)
+    if not isinstance(args, tuple):
+        args = (args,)
     if args:
         fun, jac = _with_arguments(fun, args), _with_arguments(jac, args) if callable(jac) else jac
     counts = Counts()
@@ -151,8 +159,8 @@ def minimize(
         result = update_repeatedly(problem, chosen, settings, callback)
     if settings.disp:
         print(  # noqa: T201
-            f"{result.message} ({result.status}): fun = {result.fun:.6g}, {result.nit} iterations, "
-            f"{result.nfev} evaluations, {result.njev} gradients"
+            f"{result.message} (status {result.status}): fun = {result.fun:.6g}, "
+            f"{result.nit} iterations, {result.nfev} evaluations, {result.njev} gradients"
         )
     return result
 
@@ -171,6 +179,11 @@ def _leaves(x0: Any) -> tuple[list[Tensor], list[str], Any]:
                 f"{name} is {type(leaf).__name__}, not a tensor: x0 must be a tensor or a dict, "
                 "list or tuple of tensors, such as torch.tensor([1.0, 2.0], dtype=torch.float64)"
             )
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"{name} has layout {leaf.layout}: pass {name}.to_dense(), or only its values and "
+                "make the sparse tensor of them in fun"
+            )
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(
                 f"{name} has dtype {leaf.dtype}, and a minimization moves real or complex numbers: "
@@ -181,9 +194,7 @@ def _leaves(x0: Any) -> tuple[list[Tensor], list[str], Any]:
     return leaves, names, structure
 
 
-def _with_arguments(function: Callable[..., Any], args: Sequence[Any]) -> Callable[[Any], Any]:
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(f"args must be a tuple, got {type(args).__name__}")
+def _with_arguments(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[Any], Any]:
     return lambda x: function(x, *args)
 
 

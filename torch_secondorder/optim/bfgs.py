@@ -124,11 +124,11 @@ class BFGS(LineSearchOptimizer):
             of left out.
 
     Raises:
-        TypeError: A parameter is neither floating-point nor complex, or `line_search_fn` has a
-            wrong type.
+        TypeError: A parameter is neither floating-point nor complex, or `line_search_fn` or a
+            bound has a wrong type.
         ValueError: A hyperparameter is out of range, the name of a line search or an update is
-            unknown, or parameters are sharded. In `step()`, a subclass of it if the matrix does not
-            fit into memory.
+            unknown, bounds cross or are NaN, or parameters are sharded. In `step()`, a subclass of
+            it if the matrix does not fit into memory.
 
     >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
     >>> optimizer = BFGS([x], max_iter=100)

@@ -146,16 +146,19 @@ class LBFGS(LineSearchOptimizer):
         maximize: Whether to maximize the closure's loss.
         bounds: Lower and upper bounds `(low, high)` of the parameters, or None. Each is a number, a
             tensor that broadcasts to every parameter of the group, a list with one of these for
-            each parameter, or None for no bound. The closure is only evaluated within the bounds.
-            A group may have its own.
+            each parameter, or None for no bound. The closure is only evaluated within the bounds:
+            parameters outside are moved to the nearest point within first, and
+            `info.start_projected` says so. `tolerance_grad` is about the projected gradient then.
+            A group may have its own bounds.
         powell_damping: Whether a pair with too little curvature is corrected (Powell 1978) instead
             of left out.
         damping: Old name of `powell_damping`.
 
     Raises:
-        TypeError: A parameter is neither floating-point nor complex, or `line_search_fn` has a
-            wrong type.
-        ValueError: A hyperparameter is out of range, or the name of a line search is unknown.
+        TypeError: A parameter is neither floating-point nor complex, or `line_search_fn` or a
+            bound has a wrong type.
+        ValueError: A hyperparameter is out of range, the name of a line search or an update is
+            unknown, or bounds cross, are NaN, or do not fit their parameters.
 
     >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
     >>> optimizer = LBFGS([x], max_iter=100)

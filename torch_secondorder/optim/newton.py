@@ -141,10 +141,11 @@ class Newton(FlatOptimizer):
             are changed.
 
     Raises:
-        TypeError: A parameter is neither floating-point nor complex, or a strategy has a wrong
-            type.
-        ValueError: A hyperparameter is out of range, a name is unknown, or the parameters are
-            sharded.
+        TypeError: A parameter is neither floating-point nor complex, or a strategy or a bound has a
+            wrong type.
+        ValueError: A hyperparameter is out of range, a name is unknown, bounds cross or are NaN, or
+            the parameters are sharded. In `step()`, a subclass of it if the matrices do not fit
+            into memory.
 
     >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
     >>> optimizer = Newton([x], max_iter=50)

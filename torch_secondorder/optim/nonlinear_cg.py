@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, isfinite, sqrt
+from math import inf, isfinite, isnan, sqrt
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -212,7 +212,7 @@ class NonlinearCG(LineSearchOptimizer):
         TypeError: A parameter is neither floating-point nor complex, or `line_search_fn` or
             `preconditioner` has a wrong type.
         ValueError: A hyperparameter is out of range, or a name is unknown. Also raised by `step` if
-            the preconditioner returns another shape, or is not positive definite.
+            the preconditioner returns another shape or NaN, or is not positive definite.
 
     >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
     >>> optimizer = NonlinearCG([x], max_iter=100)
@@ -463,7 +463,11 @@ class NonlinearCG(LineSearchOptimizer):
         return product.detach().to(v)
 
     def _check_positive(self, name: str, square: float) -> None:
-        if self.preconditioner is not None and -inf < square < 0.0:
+        if self.preconditioner is None:
+            return
+        if isnan(square):
+            raise ValueError("the preconditioner returned numbers that are not finite")
+        if -inf < square < 0.0:
             raise ValueError(
                 f"the preconditioner is not positive definite: {name}'P {name} is {square}"
             )

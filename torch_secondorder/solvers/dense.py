@@ -238,8 +238,9 @@ class Diagonalized(DenseQuadratic):
                 return self._inside(x, length, radius)
             if length - radius <= self._tolerance * radius:
                 break
-            slope = float((x * torch.where(components == 0.0, 0.0, x / divisors)).sum())
-            excess += length * length / slope * (length - radius) / radius
+            unit = x / length  # squares of a tiny step would underflow
+            slope = float((unit * torch.where(components == 0.0, 0.0, unit / divisors)).sum())
+            excess += (length - radius) / radius / slope
         return self._solution(x, self._lift + excess, held=True)
 
     def _inside(self, x: Tensor, length: float, radius: float) -> _Solution:
@@ -346,8 +347,10 @@ class Factorized(DenseQuadratic):
         for _ in range(_MOST):
             multiplier, factor = self._lifted(multiplier)
             x = _solved(factor, -self._g)
-            half = torch.linalg.solve_triangular(factor, x[:, None], upper=False)
-            length, half_length = to_host(x.norm(), half.norm())
+            norm_of_x = x.norm()
+            # Of the unit vector: squares of a tiny step would underflow.
+            half = torch.linalg.solve_triangular(factor, (x / norm_of_x)[:, None], upper=False)
+            length, half_length = to_host(norm_of_x, half.norm())
             solution = _Solution(x, multiplier, _inverse_of(factor), multiplier > 2 * self._floor)
             narrow = high - low <= self._noise * high  # no multiplier fits better
             short = length < radius and self.definiteness == "indefinite"
@@ -364,9 +367,9 @@ class Factorized(DenseQuadratic):
                     if good or narrow:
                         return completed
                     low = max(low, estimate)
-            if half_length:
-                multiplier += (length / half_length) ** 2 * (length - radius) / radius
-            if not half_length or multiplier <= low:  # the gradient is zero, or that went too far
+            if length:
+                multiplier += half_length**-2 * (length - radius) / radius
+            if not length or multiplier <= low:  # the gradient is zero, or that went too far
                 multiplier = low + 0.01 * (high - low)
             multiplier = min(multiplier, high)
         return solution
