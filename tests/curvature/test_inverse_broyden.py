@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any, get_args
 
 import pytest
@@ -14,7 +15,13 @@ from torch import Tensor
 from tests.support.broyden import textbook
 from torch_secondorder._foundation import memory
 from torch_secondorder.curvature import InverseBroyden
-from torch_secondorder.curvature.inverse_broyden import _GATHERED, _LEAST, _MOST, BroydenUpdate
+from torch_secondorder.curvature.inverse_broyden import (
+    _GATHERED,
+    _LEAST,
+    _MOST,
+    BroydenUpdate,
+    update_parameters,
+)
 
 UPDATES = get_args(BroydenUpdate)
 Pair = tuple[Tensor, Tensor]
@@ -272,3 +279,17 @@ def test_wrong_arguments() -> None:
         InverseBroyden(0)
     with pytest.raises(ValueError, match=r"update must be one of 'bfgs', .*, got 'sr1'"):
         InverseBroyden(2, update="sr1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_parameters_of_curvature_far_from_expected(update: BroydenUpdate, n: int) -> None:
+    """They are numbers, and leave the matrix positive definite: `phi > -1 / a` (Fletcher 1970)."""
+    for b in (1e-100, 1e-17, 1.0, 1e17, 1e19, 1e100):
+        for h_b in (1.0, 1.0 + 1e-12, 3.0, 1e17, 1e100):
+            for first in (True, False):
+                h = h_b / b
+                tau, phi = update_parameters(update, first, n, 1.0, h, b)
+                assert 0 < tau < math.inf
+                assert abs(phi) < math.inf
+                assert 1 + max(b * h - 1, 0) * phi > 0

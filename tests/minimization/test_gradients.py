@@ -332,3 +332,24 @@ def test_a_function_that_vmap_cannot_evaluate() -> None:
             jac="2-point",
             options={"finite_diff_vmap": True},
         )
+
+
+@pytest.mark.parametrize("method", ["bfgs", "lbfgs", "cg"])
+@pytest.mark.parametrize("together", [False, True])
+def test_functions_that_write_into_their_argument(method: str, together: bool) -> None:
+    """As in SciPy, they get a copy."""
+    target = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        found = 2 * (x - target)
+        x.zero_()
+        return found
+
+    def value(x: Tensor) -> Any:
+        found = (x - target).square().sum()
+        return (found, gradient(x)) if together else found * x.fill_(1.0).prod()
+
+    jac: Any = True if together else gradient
+    result = minimize(value, torch.full((2,), 5.0, dtype=torch.float64), method, jac=jac)
+    assert result.success
+    torch.testing.assert_close(result.x, target)

@@ -414,6 +414,15 @@ def test_a_callback_of_the_old_style_gets_the_point() -> None:
     assert not torch.equal(seen[0]["x"], seen[1]["x"])
 
 
+@pytest.mark.parametrize("method", ["bfgs", "cg", "newton", "adahessian"])
+def test_a_callback_may_write_into_its_point(method: str) -> None:
+    x0 = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    options = {"maxiter": 3}
+    plain = minimize(rosenbrock, x0, method, options=options)
+    written = minimize(rosenbrock, x0, method, callback=lambda x: x.fill_(77.0), options=options)
+    assert torch.equal(written.x, plain.x)
+
+
 def test_a_callback_may_keep_points_of_any_length() -> None:
     """The position of a long vector moves in place."""
     seen: list[Tensor] = []

@@ -354,14 +354,15 @@ def update_parameters(
         return Scaling(h if first else max(_BOLDEST, min(1.0, h)) if early else 1.0, 1.0)
     assert expected is not None
     b = expected / s_y
-    if update == "ssbfgs" or not 0 < b < inf:
+    if update == "ssbfgs" or not (0 < b < inf and b * h < inf):
         return Scaling(h if first else min(1.0, 1 / b) if b > 0 else 1.0, 1.0)
     a = max(b * h - 1.0, 0.0)  # zero only if s and Hy are parallel, when theta does not count
     # h (1 - c) with c = sqrt(a / (1 + a)), without the cancellation where a is large.
     rho = min(1.0, h / ((1.0 + a) * (1.0 + sqrt(a / (1.0 + a)))))
     lowest = (rho - 1.0) / a if a else 0.0
     theta = max(lowest, min(1.0 / rho, (1.0 - b) / b))
-    sigma = 1.0 + a * theta
+    # At least rho, which rounding would make zero where curvature is far less than expected.
+    sigma = max(1.0 + a * theta, rho)
     phi = (1.0 - theta) / sigma
     if first:
         return Scaling(h / sigma, phi)

@@ -164,13 +164,15 @@ def given(
         counts.functions += 1
         counts.gradients += 1
         with uncaptured():  # outputs that a loss inside shows are not those of this value
-            # Never the leaves themselves: `jac` may call requires_grad_ on what it gets.
-            seen = [leaf.view_as(leaf) if twice else leaf.detach() for leaf in leaves]
+            # Never the leaves themselves: what is called may write into what it gets.
+            seen = [leaf.view_as(leaf) if twice else leaf.detach().clone() for leaf in leaves]
             at = _unflatten(seen, structure)
             if jac is None:
                 value, gradient = _pair(fun(at))
             else:
-                value = _number(fun(_unflatten([leaf.detach() for leaf in leaves], structure)))
+                value = _number(
+                    fun(_unflatten([leaf.detach().clone() for leaf in leaves], structure))
+                )
                 gradient = jac(at)
             found = _like(gradient, leaves, structure, "jac" if jac is not None else "fun")
         return _join(value, leaves, found if twice else [g.detach() for g in found])

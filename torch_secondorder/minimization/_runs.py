@@ -306,7 +306,8 @@ def update_repeatedly(
             status = StepStatus.CONVERGED_GRADIENT
         if report is not None and nit:
             try:
-                report(problem.tree(before), value)
+                # A copy, for this is the result if it is the last one.
+                report(problem.tree([x.clone() for x in before]), value)
             except StopIteration:
                 status = StepStatus.STOPPED
         if status is not None:
