@@ -361,8 +361,9 @@ def update_parameters(
     rho = min(1.0, h / ((1.0 + a) * (1.0 + sqrt(a / (1.0 + a)))))
     lowest = (rho - 1.0) / a if a else 0.0
     theta = max(lowest, min(1.0 / rho, (1.0 - b) / b))
-    # At least rho, which rounding would make zero where curvature is far less than expected.
-    sigma = max(1.0 + a * theta, rho)
+    sigma = 1.0 + a * theta  # at least rho, but where rounding cancels it
+    if sigma < 0.5 * rho:
+        sigma = rho
     phi = (1.0 - theta) / sigma
     if first:
         return Scaling(h / sigma, phi)
