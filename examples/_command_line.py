@@ -33,7 +33,7 @@ def add_common_arguments(
         type=names_among(contenders),
         default=list(chosen),
         metavar="A,B,...",
-        help=f"any of {', '.join(contenders)}; default: {','.join(chosen)}",
+        help=f"any of {', '.join(contenders)}, or all; default: {','.join(chosen)}",
     )
     add("--seed", type=int, default=0, help="random seed; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
@@ -55,9 +55,11 @@ def positive(number: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def names_among(contenders: Collection[str], kind: str = "optimizer") -> Callable[[str], list[str]]:
-    """A parser of comma-separated names of optimizers, or of another kind of thing."""
+    """A parser of comma-separated names of optimizers, or of another kind of thing; or `all`."""
 
     def parse(text: str) -> list[str]:
+        if text.strip() == "all":
+            return list(contenders)
         names = [name.strip() for name in text.split(",")]
         for name in names:
             if name not in contenders:

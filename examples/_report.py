@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's palette for any colour vision, without its yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette for any colour vision; a brown for its yellow, which is faint on white.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#000000", "#8C510A"),
+)
 DASHES = ("-", "--", "-.", ":")
 
 Line = tuple[Sequence[float], Sequence[float]]

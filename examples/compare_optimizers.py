@@ -49,6 +49,9 @@ CONTENDERS = {
         lambda p: torch.optim.LBFGS(p, max_iter=10, line_search_fn="strong_wolfe"),
     ),
     "lbfgs": Contender("LBFGS (ours)", lambda p: torch_secondorder.LBFGS(p, max_iter=10)),
+    "nonlinear-cg": Contender(
+        "NonlinearCG (ours)", lambda p: torch_secondorder.NonlinearCG(p, max_iter=10)
+    ),
     "newton-cg": Contender(
         "NewtonCG (ours)", lambda p: torch_secondorder.NewtonCG(p, curvature="hessian")
     ),

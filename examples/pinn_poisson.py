@@ -2,52 +2,40 @@
 
 The network `u` has to satisfy `u_xx + u_yy = f` inside and `u = 0` on the boundary, for an `f`
 whose solution is `sin(pi x) sin(pi y)`. The loss is so badly conditioned that first-order methods
-nearly stop far from the solution; second-order methods get much closer in the same time.
+nearly stop far from the solution; second-order methods get much closer in the same time. With a few
+hundred parameters the whole inverse Hessian fits, and its self-scaled updates get closest.
 
     python examples/pinn_poisson.py
     python examples/pinn_poisson.py --target 1e-4
-    python examples/pinn_poisson.py --optimizers newton-cg,lbfgs,torch-lbfgs,adam --seconds 30
+    python examples/pinn_poisson.py --optimizers all --seconds 30
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import torch_secondorder
-from _command_line import add_common_arguments, positive
-from _report import format_table, line_style, pyplot, style_axes
-from _training import Contender, Loss, Run, Task, endings, train
+from _command_line import positive
+from _pinn import (
+    CONTENDERS,
+    DTYPE,
+    Picture,
+    add_pinn_arguments,
+    compare,
+    describe_network,
+    make_layers,
+)
+from _pinn import make_task as task_of
+from _training import Task
 
-ACCURATE = 1e-4  # a relative error; the table shows the time it was reached
-DTYPE = torch.float64
+__all__ = ["CONTENDERS", "make_network", "make_problem", "make_task", "residual_loss"]
+
 INSIDE, EDGE, GRID = 30, 30, 101  # points per side
-
-CONTENDERS = {
-    "newton-cg": Contender(
-        "NewtonCG (ours)", lambda p: torch_secondorder.NewtonCG(p, preconditioner="nystrom")
-    ),
-    "lbfgs": Contender("LBFGS (ours)", lambda p: torch_secondorder.LBFGS(p, max_iter=10)),
-    "torch-lbfgs": Contender(
-        "torch.optim.LBFGS",
-        lambda p: torch.optim.LBFGS(
-            p,
-            max_iter=10,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        ),
-    ),
-    "adam": Contender("Adam", lambda p: torch.optim.Adam(p, lr=1e-3)),
-}
 
 
 @dataclass(frozen=True)
@@ -96,10 +84,7 @@ def solution(points: Tensor) -> Tensor:
 
 def make_network(width: int, seed: int) -> nn.Sequential:
     """A network with one hidden layer, the same for the same seed."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(2, width, dtype=DTYPE), nn.Tanh(), nn.Linear(width, 1, dtype=DTYPE)
-    )
+    return make_layers([2, width, 1], seed)
 
 
 def laplacian(net: nn.Module, points: Tensor) -> Tensor:
@@ -123,76 +108,7 @@ def residual_loss(net: nn.Module, problem: Problem) -> Tensor:
 
 def make_task(problem: Problem, net: nn.Module) -> Task:
     """The training problem: its losses, and the error of a network."""
-
-    def losses(batch_size: int | None) -> Iterator[Loss]:
-        while True:
-            yield lambda net: residual_loss(net, problem)
-
-    def measure(net: nn.Module) -> tuple[float, float]:
-        with torch.enable_grad():
-            loss = residual_loss(net, problem).item()
-        error = (net(problem.grid) - problem.exact).norm() / problem.exact.norm()
-        return loss, error.item()
-
-    def describe(loss: float, error: float) -> str:
-        return f"loss {loss:.1e}, relative L2 error {error:.2e}"
-
-    return Task(net, losses, measure, describe, interval=1.02)
-
-
-def reached(run: Run, error: float) -> str:
-    """The time at which the relative error was reached, or a dash."""
-    times = zip(run.curve.seconds, run.curve.score, strict=True)
-    first = next((seconds for seconds, score in times if score <= error), None)
-    return "-" if first is None else f"{first:.1f} s"
-
-
-def print_table(runs: list[Run], error: float) -> None:
-    """Prints one row for each optimizer."""
-    header = ["optimizer", "loss", "relative L2 error", "evaluations", "products", "seconds"]
-    rows = [
-        [
-            run.contender.label,
-            f"{run.curve.loss[-1]:.2e}",
-            f"{run.curve.score[-1]:.2e}",
-            f"{run.evaluations:,}",
-            f"{run.products:,}",
-            f"{run.seconds:.1f}",
-            reached(run, error),
-        ]
-        for run in runs
-    ]
-    print(format_table([*header, f"<= {error:g} after"], rows))
-
-
-@torch.no_grad()
-def plot(runs: list[Run], problem: Problem, path: Path) -> None:
-    """Plots the best solution, the exact one, the difference, and the errors over time."""
-    plt = pyplot()
-    best = min(runs, key=lambda run: run.curve.score[-1])
-    exact = problem.exact.reshape(GRID, GRID).cpu()
-    found = best.model(problem.grid).reshape(GRID, GRID).cpu()
-    error = found - exact
-    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(10.5, 8.4), layout="constrained")
-    values: Mapping[str, Any] = {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0}
-    largest = error.abs().max().item()
-    signed: Mapping[str, Any] = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
-    for axes, field, look, title in (
-        (a, found, values, f"network, by {best.contender.label}"),
-        (b, exact, values, "exact solution"),
-        (c, error, signed, f"network - exact, at most {largest:.1e}"),
-    ):
-        # Transposed, because the first index is x, which runs along the columns of a picture.
-        picture = axes.imshow(field.T, origin="lower", extent=(0, 1, 0, 1), **look)
-        axes.set(title=title, xlabel="x", ylabel="y")
-        figure.colorbar(picture, ax=axes, shrink=0.9)
-    for i, run in enumerate(runs):
-        d.plot(run.curve.seconds, run.curve.score, label=run.contender.label, **line_style(i))
-    style_axes(d, xlabel="seconds", ylabel="relative L2 error", yscale="log")
-    d.set(title="error over time")
-    d.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return task_of(net, lambda net: residual_loss(net, problem), problem.grid, problem.exact)
 
 
 def main() -> None:
@@ -204,20 +120,18 @@ def main() -> None:
     net = make_network(arguments.width, arguments.seed).to(arguments.device)
     print(
         f"Poisson's equation on the unit square: {len(problem.inside):,} points inside, "
-        f"{len(problem.boundary)} on the boundary; network 2-{arguments.width}-1 "
-        f"({sum(p.numel() for p in net.parameters()):,} parameters); "
+        f"{len(problem.boundary)} on the boundary; {describe_network(net)}; "
         f"at most {arguments.seconds:g} s for each optimizer",
         flush=True,
     )
-    task = make_task(problem, net)
-    runs = [
-        train(task, CONTENDERS, name, seconds=arguments.seconds, target=arguments.target)
-        for name in arguments.optimizers
-    ]
-    print_table(runs, arguments.target or ACCURATE)
-    print(endings(runs), end="")
-    plot(runs, problem, arguments.out)
-    print(f"plot: {arguments.out}")
+    picture = Picture(
+        exact=problem.exact.reshape(GRID, GRID),
+        found=lambda net: net(problem.grid).reshape(GRID, GRID),
+        extent=(0, 1, 0, 1),
+        names=("x", "y"),
+        look={"cmap": "viridis", "vmin": 0.0, "vmax": 1.0},
+    )
+    compare(make_task(problem, net), picture, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -225,17 +139,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Solve Poisson's equation on the unit square with a network."
     )
-    add = parser.add_argument
-    add("--seconds", type=positive(float), default=60.0, help="for each optimizer; default: 60")
-    add(
-        "--target",
-        type=positive(float),
-        help="stop at this relative L2 error; default: continue until the time limit",
+    parser.add_argument(
+        "--width", type=positive(int), default=64, help="width of the hidden layer; default: 64"
     )
-    add("--width", type=positive(int), default=64, help="width of the hidden layer; default: 64")
-    add_common_arguments(
-        parser, contenders=CONTENDERS, chosen=["newton-cg"], out="pinn_poisson.png", dtype=DTYPE
-    )
+    add_pinn_arguments(parser, out="pinn_poisson.png")
     return parser.parse_args()
 
 

@@ -37,6 +37,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--seconds", type=float, metavar="N", help="approximate time for all timed runs"
     )
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    common.add_argument(
+        "--only", metavar="TEXT", help="contenders with this in their names (quasi_newton)"
+    )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for entry in COMMANDS.values():
@@ -63,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         # By default convolutions round to ten bits, which makes results incomparable.
         torch.backends.cudnn.allow_tf32 = False
-    options = Options(device, repeat, given.quick, getattr(given, "part", None), given.seconds)
+    part = getattr(given, "part", None)
+    options = Options(device, repeat, given.quick, part, given.seconds, given.only)
     report = Report(device, given.json)
     print("  ".join(f"{key} {value}" for key, value in report.environment.items()), flush=True)
     names = list(COMMANDS) if given.command == "all" else [given.command]

@@ -8,15 +8,22 @@ from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
+from torch_secondorder.minimization import OptimizeResult, minimize
 from torch_secondorder.optim import (
+    BFGS,
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
+    BFGSInfo,
     Contractive,
     ContractiveInfo,
     LBFGSInfo,
+    Newton,
     NewtonCG,
     NewtonCGInfo,
+    NewtonInfo,
+    NonlinearCG,
+    NonlinearCGInfo,
     SecondOrderOptimizer,
     Sophia,
     SophiaInfo,
@@ -27,9 +34,11 @@ from torch_secondorder.optim import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BFGS",
     "LBFGS",
     "AdaHessian",
     "AdaHessianInfo",
+    "BFGSInfo",
     "ClosureObjective",
     "Contractive",
     "ContractiveInfo",
@@ -38,8 +47,13 @@ __all__ = [
     "FunctionalObjective",
     "LBFGSInfo",
     "MissingSecondDerivative",
+    "Newton",
     "NewtonCG",
     "NewtonCGInfo",
+    "NewtonInfo",
+    "NonlinearCG",
+    "NonlinearCGInfo",
+    "OptimizeResult",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",
@@ -51,6 +65,8 @@ __all__ = [
     "func",
     "globalization",
     "mark_outputs",
+    "minimization",
+    "minimize",
     "optim",
     "penalties",
     "solvers",

@@ -12,9 +12,11 @@ from . import (
     jacobian,
     lbfgs,
     lightning,
+    minimize,
     newton,
     penalties,
     products,
+    quasi_newton,
 )
 from .registry import COMMANDS, Command, Options, command
 
@@ -31,7 +33,9 @@ __all__ = [
     "jacobian",
     "lbfgs",
     "lightning",
+    "minimize",
     "newton",
     "penalties",
     "products",
+    "quasi_newton",
 ]

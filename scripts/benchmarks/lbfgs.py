@@ -1,13 +1,14 @@
-"""L-BFGS compared with torch's and SciPy's: test functions, softmax regression, one direction."""
+"""L-BFGS compared with torch and SciPy: functions, overhead, softmax regression, a direction."""
 
 from __future__ import annotations
 
-from . import lbfgs_direction, lbfgs_problems, lbfgs_softmax
+from . import lbfgs_direction, lbfgs_overhead, lbfgs_problems, lbfgs_softmax
 from .registry import Options, command
 from .report import Report
 
 PARTS = {
     "problems": lbfgs_problems.run,
+    "overhead": lbfgs_overhead.run,
     "softmax": lbfgs_softmax.run,
     "direction": lbfgs_direction.run,
 }

@@ -1,8 +1,15 @@
-"""Newton-CG: overhead of conjugate gradients over products, and runs of several optimizers."""
+"""Newton-CG: overhead of CG over products, and runs of several optimizers; exact Newton."""
 
 from __future__ import annotations
 
-from . import newton_autoencoder, newton_overhead, newton_pinn, newton_problems, newton_softmax
+from . import (
+    newton_autoencoder,
+    newton_exact,
+    newton_overhead,
+    newton_pinn,
+    newton_problems,
+    newton_softmax,
+)
 from .registry import Options, command
 from .report import Report
 
@@ -12,6 +19,7 @@ PARTS = {
     "problems": newton_problems.run,
     "autoencoder": newton_autoencoder.run,
     "pinn": newton_pinn.run,
+    "exact": newton_exact.run,
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from .report import Report
+
+Contender = TypeVar("Contender")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Options:
         quick: Smaller sizes and shorter limits, to check that it works.
         part: The only part of the sub-command to run; None runs all.
         seconds: Approximate time for all timed runs together; None for their own limits.
+        only: Text that names of contenders must contain, in any case; None takes all.
     """
 
     device: torch.device
@@ -27,10 +31,23 @@ class Options:
     quick: bool = False
     part: str | None = None
     seconds: float | None = None
+    only: str | None = None
 
     def wants(self, part: str | None) -> bool:
         """True if a part should run."""
         return self.part is None or self.part == part
+
+    def chosen(self, contenders: Mapping[str, Contender]) -> dict[str, Contender]:
+        """The contenders whose names contain the text that was asked for.
+
+        Raises:
+            ValueError: None does.
+        """
+        only = (self.only or "").casefold()
+        chosen = {name: entry for name, entry in contenders.items() if only in name.casefold()}
+        if not chosen:
+            raise ValueError(f"--only {self.only} is in no name of {', '.join(contenders)}")
+        return chosen
 
     def share(self, wanted: float, runs: int) -> float:
         """The time limit for each of several runs.

@@ -23,6 +23,8 @@ _PEERS = (
     "curvlinops-for-pytorch",
     "pytorch-optimizer",
     "pytorch-minimize",
+    "optimistix",
+    "jax",
     "torch-optimizer",
     "hessianfree",
 )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tests.support.oracles import make_case
 from torch_secondorder import LBFGS, NewtonCG
-from torch_secondorder._closure.runner import ModuleRegistry
+from torch_secondorder._closure.runner import ModuleRegistry, Replay
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
@@ -85,6 +85,44 @@ def test_statistics_of_a_layer_that_is_set_to_train_later() -> None:
     case.model.train()
     run_step(ClosureObjective.for_step(case.closure(), case.params(), registry=registry), 2)
     assert int(case.model[1].num_batches_tracked) == 1
+
+
+def test_numbers_that_are_drawn_in_later_evaluations_only(device: torch.device) -> None:
+    p = torch.ones(3, device=device, requires_grad=True)
+    drawn: list[Tensor] = []
+    evaluations = 0
+
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations > 1:
+            drawn.append(torch.rand(3, device=device))
+        return (p * p).sum()
+
+    run_step(ClosureObjective(closure, [p]), 2)
+    assert len(drawn) == 3
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
+def test_sharded_modules_gather_again_after_a_first_evaluation_that_failed() -> None:
+    class Sharded:
+        reshards = 0
+
+        def reshard(self) -> None:
+            self.reshards += 1
+
+    registry, module = ModuleRegistry(), Sharded()
+    replay = Replay(registry, [torch.device("cpu")])
+
+    def closure() -> None:
+        registry.sharded.add(module)  # as `watch` does
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        replay.run(closure)
+    assert module.reshards == 0
+    replay.run(lambda: None)
+    assert module.reshards == 1
 
 
 class _Counting(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.ranks import on_both, run_on_ranks
-from torch_secondorder import LBFGS, AdaHessian, NewtonCG, Sophia
+from torch_secondorder import BFGS, LBFGS, AdaHessian, Newton, NewtonCG, NonlinearCG, Sophia
 from torch_secondorder.curvature import Hutchinson
 from torch_secondorder.solvers import KFAC
 
@@ -57,13 +57,39 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 newton = partial(NewtonCG, lr=0.3, max_cg_iter=4, weight_decay=0.1)
 lbfgs = partial(LBFGS, max_iter=1, max_eval=20, weight_decay=0.1)
+# To the minimum: on the way there rounding grows from iteration to iteration.
+conjugate = partial(NonlinearCG, max_iter=5, weight_decay=0.1, tolerance_grad=1e-14)
+bfgs = partial(BFGS, max_iter=1, max_eval=20, weight_decay=0.1)
+exact_newton = partial(Newton, max_iter=1, weight_decay=0.1)
 Case = tuple[Callable[..., Any], Callable[[], nn.Module], str]
 CASES: dict[str, Case] = {
     "lbfgs": (lbfgs, convex, "categorical"),
     "lbfgs, armijo": (partial(lbfgs, line_search_fn="armijo"), convex, "categorical"),
     "lbfgs, hager_zhang": (partial(lbfgs, line_search_fn="hager_zhang"), convex, "gaussian"),
     "lbfgs, no search": (partial(lbfgs, line_search_fn=None, lr=0.5), convex, "bernoulli"),
+    "lbfgs, bounds": (partial(lbfgs, bounds=(-0.05, 0.1)), convex, "categorical"),
     "lbfgs, network": (lbfgs, network, "categorical"),  # in float64, see `convex`
+    "cg": (conjugate, convex, "gaussian"),
+    "cg, hager_zhang": (partial(conjugate, beta="hager_zhang"), convex, "gaussian"),
+    "cg, polak_ribiere": (partial(conjugate, beta="polak_ribiere"), convex, "gaussian"),
+    "cg, preconditioned": (
+        partial(
+            conjugate,
+            beta="polak_ribiere",
+            preconditioner=lambda v: v / torch.linspace(1, 2, 15).to(v),
+        ),
+        convex,
+        "gaussian",
+    ),
+    "cg, no search": (
+        partial(conjugate, beta="dai_yuan", line_search_fn=None, lr=0.1),
+        convex,
+        "categorical",
+    ),
+    "bfgs": (bfgs, convex, "categorical"),
+    "bfgs, ssbroyden": (partial(bfgs, update="ssbroyden"), convex, "gaussian"),
+    "newton": (exact_newton, convex, "categorical"),
+    "newton, network": (exact_newton, network, "bernoulli"),
     "ggn": (newton, network, "categorical"),
     "ggn, radius": (partial(newton, globalization="trust_region"), network, "gaussian"),
     "ggn, search": (partial(newton, globalization="line_search"), network, "bernoulli"),
@@ -111,6 +137,12 @@ CASES: dict[str, Case] = {
         partial(newton, curvature_products="finite_difference", lr=1.0),
         convex,
         "categorical",
+    ),
+    "exact": (partial(Newton, weight_decay=0.1), network, "categorical"),
+    "exact, search": (
+        partial(Newton, weight_decay=0.1, globalization="line_search"),
+        network,
+        "bernoulli",
     ),
     "adahessian": (partial(AdaHessian, lr=0.01, eps=0.01), network, "categorical"),
     "adahessian, three": (

@@ -8,6 +8,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +36,7 @@ from torch_secondorder import (
     AdaHessian,
     FunctionalObjective,
     NewtonCG,
+    NonlinearCG,
     Sophia,
     StepStatus,
 )
@@ -96,6 +98,7 @@ def lbfgs(rank: int, ranks: int) -> list[Any]:
         ({}, {"line_search_fn": "hager_zhang", "history_size": 3, "powell_damping": True}),
         ({}, {"line_search_fn": None, "lr": 0.1}),
         ({"mesh": "replicated"}, {"weight_decay": 0.01}),
+        ({}, {"update": "ssbroyden", "history_size": 5}),
     ):
         if ranks and "mesh" in how:  # a copy on each rank, cut into one part
             names = ("copies", "parts")
@@ -107,6 +110,30 @@ def lbfgs(rank: int, ranks: int) -> list[Any]:
         found += [optimizer.step(closure).item() for _ in range(6)]
         found += [optimizer.info.grad_norm, optimizer.info.loss_after, *share.values()]
     return found
+
+
+def nonlinear_cg(rank: int, ranks: int) -> list[Any]:
+    found: list[Any] = []
+    for arguments in (
+        {},
+        {"weight_decay": 0.01, "restart": None},
+        {"beta": "hager_zhang", "line_search_fn": "hager_zhang"},
+        {"beta": "polak_ribiere", "preconditioner": lambda v: 0.1 * v},
+        {"preconditioner": lambda v: 0.1 * v},
+        {"beta": "dai_yuan", "line_search_fn": None, "lr": 0.05},
+    ):
+        share = Share(rank, ranks)
+        optimizer = NonlinearCG(share.model.parameters(), max_iter=2, **arguments)
+        found += [optimizer.step(share.closure).item() for _ in range(5)]
+        info = optimizer.info
+        found += [info.grad_norm, info.loss_after, info.beta, info.restarts, *share.values()]
+    return found
+
+
+def reshard_nonlinear_cg(rank: int, ranks: int) -> list[Any]:
+    found = resharded(lambda p: NonlinearCG(p, max_iter=2), "plain", rank, ranks)
+    make = lambda p: NonlinearCG(p, max_iter=1, beta="hager_zhang")  # noqa: E731
+    return found + resharded(make, "by name", rank, ranks)
 
 
 def lbfgs_in_groups(rank: int, ranks: int) -> list[Any]:
@@ -207,6 +234,8 @@ def resharded(make: Callable[[Any], Any], kind: str, rank: int, ranks: int) -> l
 
 def reshard_lbfgs(rank: int, ranks: int) -> list[Any]:
     found = resharded(lambda p: LBFGS(p, max_iter=3, history_size=7), "plain", rank, ranks)
+    scaled = partial(LBFGS, update="ssbroyden", max_iter=3, history_size=5)
+    found += resharded(scaled, "plain", rank, ranks)
     return found + resharded(lambda p: LBFGS(p, max_iter=1), "by name", rank, ranks)
 
 
@@ -557,6 +586,7 @@ def refuse(rank: int, ranks: int) -> list[Any]:
         lambda: LBFGS(elsewhere).load_state_dict(lbfgs_of.state_dict()),
         lambda: AdaHessian(params).load_state_dict(adapted.state_dict()),
         lambda: Everything(params),
+        lambda: LBFGS(params, bounds=(0.0, 1.0)),
     ]
     found = []
     for action in actions:
@@ -593,6 +623,7 @@ REFUSALS = (
     "ValueError: the state of parameter 0",
     "ValueError: exp_avg of parameter 0 has shape (5, 4) in this process",
     "ValueError: Everything keeps a matrix over all pairs of parameters",
+    "ValueError: LBFGS takes no bounds for sharded parameters",
     "for sharded parameters products are finite differences of gradients",
     "finite_difference",
 )
@@ -615,9 +646,11 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
     check.__name__: check
     for check in (
         lbfgs,
+        nonlinear_cg,
         lbfgs_in_groups,
         look_after_backward,
         reshard_lbfgs,
+        reshard_nonlinear_cg,
         diagonal,
         exact_diagonal,
         reshard_diagonal,
@@ -681,6 +714,8 @@ def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
 
 SAME_AS_PLAIN = (
     "lbfgs",
+    "nonlinear_cg",
+    "reshard_nonlinear_cg",
     "lbfgs_in_groups",
     "look_after_backward",
     "reshard_lbfgs",

@@ -43,6 +43,7 @@ def test_the_main_job_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:
         "Sophia (ours)",
         "torch.optim.LBFGS",
         "LBFGS (ours)",
+        "NonlinearCG (ours)",
         "NewtonCG (ours)",
     ]
     assert all(float(row.split()[-5]) < 2.3 for row in rows)  # where all begin

@@ -187,6 +187,17 @@ def test_memory_counts_as_shared_where_its_uses_cannot_be_counted(
     assert pool.empty("a", 5, torch.float32, cpu).data_ptr() != kept.data_ptr()
 
 
+def test_gradients_are_switched_by_a_public_function(without: Without) -> None:
+    module = without("torch:_C._set_grad_enabled")
+    assert module.set_grad_mode is torch.set_grad_enabled is not private_torch.set_grad_mode
+    for found in (module, private_torch):
+        with torch.no_grad():
+            found.set_grad_mode(True)
+            assert torch.is_grad_enabled()
+            found.set_grad_mode(False)
+            assert not torch.is_grad_enabled()
+
+
 def test_vectors_are_joined_and_cut_by_public_functions(without: Without) -> None:
     module = without("torch._utils:_flatten_dense_tensors", "torch._utils:_unflatten_dense_tensors")
     tensors = [torch.randn(2, 3), torch.randn(()), torch.randn(0, 4), torch.randn(5)[::2]]

@@ -249,6 +249,68 @@ def test_a_trial_puts_the_parameters_back_and_products_still_hold(kind: str) -> 
         Hessian(evaluation) @ v
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_positions_are_kept_and_long_ones_computed_again(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(short: bool) -> tuple[list[Tensor], int]:
+        torch.manual_seed(3)
+        case = make_case("mlp", torch.device("cpu"))
+        objective = objective_of(case, kind)
+        objective.vector.is_short = short
+        moves, places = 0, []
+        moved = ParameterVector.move
+
+        def move(vector: ParameterVector, flat: Tensor) -> None:
+            nonlocal moves
+            moves += 1
+            moved(vector, flat)
+
+        monkeypatch.setattr(ParameterVector, "move", move)
+        with objective:
+            step = torch.randn(objective.vector.size, dtype=torch.float64)
+            for t in (0.3, 0.1, 0.2):
+                objective.trial(step, 2.0 * t)
+                trial = objective.trial(step, t)
+                objective.accept(step, t)
+                places += [objective.position.clone(), flat(case.params()).detach(), trial.grad]
+                # Others do not see it change, however it was made.
+                assert objective.evaluate().loss == trial.loss
+            objective.trial(step)
+            objective.accept(step, 0.5)  # another one than was tried
+            places += [objective.position, flat(case.params()).detach()]
+        monkeypatch.undo()
+        return places, moves
+
+    (kept, moves_kept), (again, moves_again) = run(True), run(False)
+    assert all(map(torch.equal, kept, again))
+    for position, params in zip(kept[0:9:3], kept[1:9:3], strict=True):
+        assert torch.equal(position, params)
+    assert moves_kept <= moves_again
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_leaves_the_grad_mode_as_it_was(kind: str, enabled: bool) -> None:
+    case = make_case("mlp", torch.device("cpu"))
+
+    def broken(*_: Any) -> Tensor:
+        assert torch.is_grad_enabled()
+        raise KeyError("mine")
+
+    with torch.set_grad_enabled(enabled):
+        objective_of(case, kind).evaluate()
+        assert torch.is_grad_enabled() is enabled
+        objective = (
+            ClosureObjective(broken, case.params())
+            if kind == "closure"
+            else FunctionalObjective(broken, case.params())
+        )
+        with pytest.raises(KeyError, match="mine"):
+            objective.evaluate()
+        assert torch.is_grad_enabled() is enabled
+
+
 def test_a_step_that_was_tried_is_not_held_once_the_parameters_are_back() -> None:
     objective = objective_of(make_case("mlp", torch.device("cpu")), "closure")
     step = torch.full((objective.vector.size,), 1e-3, dtype=torch.float64)

@@ -30,6 +30,7 @@ from torch_secondorder import FunctionalObjective, SecondOrderOptimizer, StepInf
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "DenseBFGS": {"max_iter": 3},
     "LBFGS": {"max_iter": 3},
+    "NonlinearCG": {"max_iter": 3},
     "Sophia": {"lr": 0.03},
     "sparse_lbfgs": {"max_iter": 3},
 }

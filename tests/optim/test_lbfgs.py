@@ -367,6 +367,7 @@ OF_OTHERS = {
     StepStatus.NONFINITE_PRODUCTS,
     StepStatus.MOVED,
     StepStatus.MOVED_ON_OLD_CURVATURE,
+    StepStatus.STOPPED,
 }
 
 

@@ -229,3 +229,26 @@ def test_steps_without_a_search_end_at_minus_infinity() -> None:
     optimizer.step(standard(optimizer, lambda: -x.exp().sum()))
     assert optimizer.info.status is StepStatus.UNBOUNDED
     assert x.isfinite().all() and math.isfinite(optimizer.info.loss_after)
+
+
+def test_a_reason_of_a_broken_off_step_is_not_reported_later() -> None:
+    """A step that raised makes no report, and the next one does not report for it."""
+    x = start_at(-1.2, 1.0)
+    optimizer = LBFGS([x], max_iter=2)
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
+    state = optimizer.state_dict()
+    optimizer.param_groups[0]["history_size"] = 3  # the history is dropped, and then:
+    calls = []
+
+    def broken() -> Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return standard(optimizer, lambda: rosenbrock(x))()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(broken)
+    optimizer.load_state_dict(state)
+    optimizer.step(standard(optimizer, lambda: rosenbrock(x)))
+    assert optimizer.info is not None
+    assert not optimizer.info.history_reset

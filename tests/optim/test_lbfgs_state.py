@@ -71,8 +71,9 @@ class Training:
         {"max_iter": 2, "max_eval": 50},
         {"max_iter": 2, "line_search_fn": None, "lr": 0.1},
         {"max_iter": 1, "maximize": False, "weight_decay": 1e-3, "powell_damping": True},
+        {"max_iter": 3, "max_eval": 50, "update": "ssbroyden", "history_size": 4},
     ],
-    ids=["wrapped", "growing", "fixed steps", "all options"],
+    ids=["wrapped", "growing", "fixed steps", "all options", "ssbroyden"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
     arguments: dict, dtype: torch.dtype, device: torch.device
@@ -82,9 +83,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     state, random = original.state(), torch.get_rng_state()
     on_device = torch.cuda.get_rng_state() if device.type == "cuda" else None
     expected = original.steps(4)
-    resumed = Training(
-        dtype, device, line_search_fn=arguments.get("line_search_fn", "strong_wolfe")
-    )
+    kept = {name: arguments[name] for name in ("line_search_fn", "update") if name in arguments}
+    resumed = Training(dtype, device, **kept)
     resumed.steps(1)  # must not survive
     resumed.load(state)
     torch.set_rng_state(random)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.support.closures import GLOBALIZATIONS, closure_of
 from tests.support.custom_functions import NanCurvature
 from tests.support.dense_operators import Dense, symmetric, vector_of
-from torch_secondorder import NewtonCG, mark_outputs
+from torch_secondorder import Newton, NewtonCG, mark_outputs
 from torch_secondorder.curvature._masked import Masked
 from torch_secondorder.solvers import CG
 
@@ -186,4 +186,16 @@ def test_the_whole_of_it_without_a_way_out(globalization: str, device: torch.dev
     optimizer.step(closure_of(value, x))
     assert optimizer.info.repair == "no product was finite, the step follows the gradient"
     assert optimizer.info.loss_after < optimizer.info.loss
+    assert bool(x.isfinite().all())
+
+
+def test_a_curvature_beyond_float32() -> None:
+    """The gradient over the parameters, which stands for the curvature, is beyond it as well."""
+    x = nn.Parameter(torch.tensor([3e-10]))
+    optimizer = Newton([x])
+    optimizer.step(closure_of(lambda: 1e20 * (x / 1e-10).square().sum(), x))
+    assert optimizer.info is not None
+    assert optimizer.info.repair == "no product was finite, the step follows the gradient"
+    assert optimizer.info.loss_after is not None
+    assert optimizer.info.loss_after <= optimizer.info.loss
     assert bool(x.isfinite().all())

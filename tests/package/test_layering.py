@@ -24,7 +24,7 @@ import pytest
 
 PACKAGE = "torch_secondorder"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
-MOST_ROOMS = 17
+MOST_ROOMS = 18
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ RULES = Rules(
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
             "penalties _optim"
         ),
+        "minimization": "_foundation _autograd _closure _objective _optim optim",
         "__init__": (
             "_foundation _autograd func _closure _objective curvature solvers globalization "
-            "penalties dataset diagnostics optim"
+            "penalties dataset diagnostics optim minimization"
         ),
         "integrations": "_foundation penalties diagnostics _optim optim",
     },
@@ -82,6 +83,8 @@ RULES = Rules(
         "dataset._objective": "diagnostics _optim",
         "dataset._operator": "diagnostics _optim",
         "penalties._encoder": "optim integrations",
+        "solvers._box_quadratic": "_optim optim",
+        "solvers._boxed_dense": "optim",
         "solvers._units": "_optim",
     },
     reserved={
@@ -287,6 +290,7 @@ def test_the_package_has_few_rooms() -> None:
 def test_reductions_over_parameters_go_through_their_space() -> None:
     """An inner product taken past the space would be that of one process's part."""
     standing_alone = {"space.py", "vector.py", "lanczos.py"}
+    standing_alone |= {"dense.py", "_boxed_dense.py"}  # matrices over whole vectors
     direct = [
         path.name
         for path in ROOT.rglob("*.py")

@@ -20,8 +20,8 @@ import torch_secondorder
 
 TOP = "torch_secondorder"
 PACKAGES = [
-    *("curvature", "dataset", "diagnostics", "func", "globalization", "optim", "penalties"),
-    "solvers",
+    *("curvature", "dataset", "diagnostics", "func", "globalization", "minimization", "optim"),
+    *("penalties", "solvers"),
 ]
 PUBLIC_PACKAGES = [f"{TOP}.{name}" for name in PACKAGES]
 INTEGRATIONS = [f"{TOP}.integrations.huggingface", f"{TOP}.integrations.lightning"]
@@ -84,7 +84,7 @@ def test_public_names_are_those_of_this_package(name: str) -> None:
                 assert not home.startswith(f"{TOP}._"), f"{member} is defined in {home}"
 
 
-@pytest.mark.parametrize("name", [f"{TOP}.optim", f"{TOP}.dataset"])
+@pytest.mark.parametrize("name", [f"{TOP}.optim", f"{TOP}.dataset", f"{TOP}.minimization"])
 def test_what_the_top_exports_is_what_the_package_has(name: str) -> None:
     for member, value in members(imported(name)):
         assert getattr(torch_secondorder, member, value) is value

@@ -17,9 +17,11 @@ from typing_extensions import assert_type
 
 import torch_secondorder
 from torch_secondorder import (
+    BFGS,
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
+    BFGSInfo,
     ClosureObjective,
     Contractive,
     ContractiveInfo,
@@ -28,14 +30,20 @@ from torch_secondorder import (
     FunctionalObjective,
     LBFGSInfo,
     MissingSecondDerivative,
+    Newton,
     NewtonCG,
     NewtonCGInfo,
+    NewtonInfo,
+    NonlinearCG,
+    NonlinearCGInfo,
+    OptimizeResult,
     SecondOrderOptimizer,
     Sophia,
     SophiaInfo,
     StepInfo,
     StepStatus,
     mark_outputs,
+    minimize,
 )
 from torch_secondorder.curvature import (
     Damped,
@@ -49,8 +57,10 @@ from torch_secondorder.curvature import (
     Hessian,
     Hutchinson,
     InverseBFGS,
+    InverseBroyden,
     KroneckerFactors,
     LinearOperator,
+    ReducedBroyden,
     UnknownOutputs,
     exact_diagonal,
 )
@@ -110,6 +120,9 @@ from torch_secondorder.solvers import (
     CG,
     KFAC,
     MINRES,
+    DefinitenessName,
+    DenseQuadratic,
+    DenseStep,
     Iterate,
     LinearSolver,
     Martens,
@@ -124,6 +137,7 @@ from torch_secondorder.solvers import (
     lanczos,
     resolve_preconditioner,
     resolve_solver,
+    solve_trust_region,
 )
 
 
@@ -168,8 +182,39 @@ def lbfgs() -> None:
     assert_type(optimizer.info.as_dict(), dict[str, Any])
     LBFGS(model.parameters(), line_search_fn=StrongWolfe(c2=0.5))
     LBFGS(model.parameters(), line_search_fn=None)
+    LBFGS(model.parameters(), bounds=(torch.zeros(1), None))
+    LBFGS([torch.ones(2)], bounds=(0.0, [torch.ones(1)]))
+    LBFGS(model.parameters(), update="ssbroyden")
     with refusal():
         LBFGS(model.parameters(), line_search_fn="newton")  # type: ignore[arg-type]
+
+
+def bfgs() -> None:
+    model, x, y = model_and_data()
+    optimizer = BFGS(model.parameters(), max_iter=2, update="ssbroyden")
+    assert_type(optimizer.info, BFGSInfo | None)
+    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(loss, Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.skipped_pairs, int)
+    assert_type(optimizer.info.tau, float)
+    with refusal():
+        BFGS(model.parameters(), update="broyden")  # type: ignore[arg-type]
+
+
+def nonlinear_cg() -> None:
+    model, x, y = model_and_data()
+    optimizer = NonlinearCG(model.parameters(), max_iter=2, beta="hager_zhang", restart=None)
+    assert_type(optimizer.info, NonlinearCGInfo | None)
+    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(loss, Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.beta, float)
+    assert_type(optimizer.info.restarts, int)
+    assert_type(optimizer.info.restart_reason, str)
+    NonlinearCG(model.parameters(), preconditioner=lambda v: 2 * v)
+    with refusal():
+        NonlinearCG(model.parameters(), beta="newton")  # type: ignore[arg-type]
 
 
 def a_closure_may_return_a_number() -> None:
@@ -185,6 +230,24 @@ def a_closure_may_return_a_number() -> None:
     assert_type(optimizer.step(closure), Tensor)
     with refusal():
         optimizer.step("closure")  # type: ignore[call-overload]
+
+
+def minimizing_a_function() -> None:
+    def cost(p: dict[str, Tensor]) -> Tensor:
+        return (p["w"] ** 4).sum() + (p["b"] - 1.0).square().sum()
+
+    def report(intermediate_result: OptimizeResult) -> None:
+        assert_type(intermediate_result.fun, float)
+
+    start = {"w": torch.ones(2), "b": torch.zeros(1)}
+    result = minimize(cost, start, "L-BFGS-B", callback=report, options={"maxiter": 3})
+    assert_type(result, OptimizeResult)
+    assert_type(result.success, bool)
+    assert_type(result.nfev, int)
+    assert_type(result.info, StepInfo)
+    minimize(cost, start, method=LBFGS, jac="2-point", tol=1e-2)
+    with refusal():
+        minimize(cost, start, jac="4-point")  # type: ignore[arg-type]
 
 
 def groups() -> None:
@@ -227,6 +290,18 @@ def newton_cg() -> None:
         NewtonCG(model.parameters(), solver="lu")  # type: ignore[arg-type]
     with refusal():
         NewtonCG(model.parameters(), curvature_products="exact")  # type: ignore[arg-type]
+
+
+def newton() -> None:
+    model, x, y = model_and_data()
+    optimizer = Newton(model.parameters(), globalization=TrustRegion(initial=1.0), corrections=2)
+    assert_type(optimizer.step(closure_for(model, x, y, optimizer.zero_grad)), Tensor)
+    assert_type(optimizer.info, NewtonInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.smallest_eigenvalue, float | None)
+    Newton(model.parameters(), 1.0, "damping", max_iter=20, max_eval=100)
+    with refusal():
+        Newton(model.parameters(), globalization="dogleg")  # type: ignore[arg-type]
 
 
 def adahessian() -> None:
@@ -275,6 +350,7 @@ def any_optimizer() -> None:
     model, x, y = model_and_data()
     optimizers: list[SecondOrderOptimizer] = [
         LBFGS(model.parameters()),
+        Newton(model.parameters()),
         NewtonCG(model.parameters()),
         AdaHessian(model.parameters()),
         Sophia(model.parameters()),
@@ -339,6 +415,12 @@ def operators() -> None:
     inverse = InverseBFGS(2, history_size=3)
     inverse.push(v, 2 * v)
     assert_type(inverse.direction(v), Tensor)
+    matrix = InverseBroyden(2, update="ssbfgs")
+    assert_type(matrix.push(v, 2 * v), bool)
+    assert_type(matrix @ v, Tensor)
+    reduced = ReducedBroyden(2, history_size=3, update="ssbfgs")
+    reduced.push(v, 2 * v)
+    assert_type(reduced.direction(v), Tensor)
     w = torch.tensor([1.0, 2.0])
     differences = FiniteDifference(FunctionalObjective(lambda p: (p**4).sum(), w))
     assert_type(differences.size, int)
@@ -393,6 +475,12 @@ def linear_solvers() -> None:
     assert_type(resolve_preconditioner(preconditioner), Preconditioner | None)
     name: SolverName = "minres"
     assert_type(resolve_solver(name, 10), LinearSolver | None)
+    step = solve_trust_region(operator.dense(), b, 0.5)
+    assert_type(step, DenseStep)
+    assert_type(step.next_from(b), Tensor)
+    quadratic = DenseQuadratic.of(operator.dense(), b, tolerance=1e-6)
+    assert_type(quadratic.damped(0.1), DenseStep)
+    assert_type(quadratic.definiteness, DefinitenessName)
 
 
 def line_searches() -> None:
@@ -493,7 +581,8 @@ class refusal:
 assert_type(torch_secondorder.__version__, str)
 
 ALL = [
-    *(lbfgs, a_closure_may_return_a_number, groups, newton_cg, adahessian, sophia, contractive),
+    *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
+    *(newton, nonlinear_cg, sophia, contractive),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
     *(curvature_by_outputs, linear_solvers, line_searches, derivatives, penalties, diagnostics),
 ]

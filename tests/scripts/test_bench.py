@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.oracles import compiles_gradients
 
@@ -31,6 +35,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "result", "shown"),
     [
         (["lbfgs", "--part", "direction"], "lbfgs.direction", "ours"),
+        (["lbfgs", "--part", "overhead"], "lbfgs.overhead", "tensor calls"),
         (["capture"], "capture.", "ours"),
         (["compile"], "compile.Gauss-Newton product", "first call"),
         (["products"], "products.gauss_newton.", "ours"),
@@ -39,6 +44,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["newton", "--part", "problems"], "newton.problems.wood.", "NewtonCG / LBFGS (ours)"),
         (["newton", "--part", "autoencoder"], "newton.autoencoder.NewtonCG", "NewtonCG"),
         (["newton", "--part", "pinn"], "newton.pinn.NewtonCG", "NewtonCG"),
+        (["newton", "--part", "exact"], "newton.exact.wood", "scipy trust-exact"),
         (["diagonal", "--part", "steps"], "diagonal.steps.", "AdaHessian/10"),
         (["diagonal", "--part", "memory"], "diagonal.memory.", "Sophia-G"),
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
@@ -46,7 +52,18 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["distributed", "--part", "communication"], "distributed.communication.", "Sophia, gnb"),
         (["distributed", "--part", "memory"], "distributed.memory.", "2m + "),
         (["jacobian"], "jacobian.one", "ours"),
+        (["quasi_newton", "--part", "poisson"], "quasi_newton.poisson.", "BFGS, ssbroyden"),
+        (["quasi_newton", "--part", "convection"], "quasi_newton.convection.", "BFGS, bfgs"),
+        (["quasi_newton", "--part", "limited"], "quasi_newton.limited.", "LBFGS, ssbfgs"),
+        (["quasi_newton", "--part", "seconds"], "quasi_newton.seconds.", "BFGS, ssbroyden (ours)"),
+        (["quasi_newton", "--part", "bounds"], "bounds.obstacle", "LBFGS (ours)"),
+        (["quasi_newton", "--part", "nonlinear_cg"], "quasi_newton.nonlinear_cg.over", "shanno"),
+        (["quasi_newton", "--part", "problems"], "quasi_newton.problems", "BFGS, ssbroyden"),
+        (["quasi_newton", "--part", "iteration"], "quasi_newton.iteration.", "bfgs / bound"),
         (["lightning"], "lightning.MLP", "Lightning's own"),
+        (["minimize", "--part", "exact"], "minimize.exact", "newton-cg"),
+        (["minimize", "--part", "2-point"], "minimize.2-point", "ssbroyden"),
+        (["minimize", "--part", "call"], "minimize.call", "rosenbrock"),
         (["penalties"], "penalties.64-30", "contractive (code)"),
         (["diagnostics"], "diagnostics.eigenvalues.", "Hutch++"),
     ],
@@ -63,6 +80,55 @@ def test_a_sub_command_prints_a_table_and_writes_json(
     assert any(key.startswith(result) for key in document["results"])
     assert document["environment"]["torch"]
     assert shown in done.stdout
+
+
+@pytest.mark.slow
+def test_only_contenders_with_a_text_in_their_names_run() -> None:
+    done = bench("quasi_newton", "--part", "poisson", "--quick", "--only", "Torch")
+    assert done.returncode == 0, done.stderr
+    assert "torch.optim.LBFGS" in done.stdout
+    assert "ssbroyden" not in done.stdout
+
+
+def test_a_text_that_is_in_no_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    registry = importlib.import_module("benchmarks.registry")
+    options = registry.Options(torch.device("cpu"), 1, only="BFGS")
+    assert options.chosen({"LBFGS": 1, "Adam": 2}) == {"LBFGS": 1}
+    with pytest.raises(ValueError, match="--only BFGS is in no name of SGD, Adam"):
+        options.chosen({"SGD": 1, "Adam": 2})
+
+
+def test_the_convection_problem_has_the_solution_that_it_states(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    pinn_module = importlib.import_module("benchmarks.quasi_newton_pinn")
+    pinn = pinn_module.convection(torch.device("cpu"))
+
+    class Wave(torch.nn.Module):
+        def forward(self, points: torch.Tensor) -> torch.Tensor:
+            return (points[:, :1] - 30.0 * points[:, 1:]).sin()
+
+    assert pinn.size == 5301
+    assert pinn.loss(Wave()) < 1e-20
+    assert pinn.error(Wave()) < 1e-12
+    samples = pinn_module.by_evaluations(pinn, partial(torch.optim.SGD, lr=1e-4), (5, 12))
+    assert [sample.evaluations for sample in samples] == [5, 12]
+    assert samples[1].loss < samples[0].loss < pinn.loss(pinn.model).item()
+
+    def descend(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
+        while True:
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(function(x), x)
+            x = x - 1e-4 * gradient
+
+    # The losses here are those of evaluations, which come one step later.
+    others = pinn_module.by_function(pinn, descend, (6, 13))
+    assert [sample.evaluations for sample in others] == [6, 13]
+    for ours, theirs in zip(samples, others, strict=True):
+        assert theirs.loss == pytest.approx(ours.loss, rel=1e-9)
+        assert theirs.error == pytest.approx(ours.error, rel=1e-9)
 
 
 def test_an_unknown_sub_command_is_rejected_with_the_known_ones() -> None:

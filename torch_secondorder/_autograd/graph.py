@@ -17,7 +17,12 @@ from torch_secondorder._autograd.custom_functions import (
     marked_once_differentiable,
     unseen,
 )
-from torch_secondorder._foundation.private_torch import FORWARD_CLASS, engine_run_backward, plainly
+from torch_secondorder._foundation.private_torch import (
+    FORWARD_CLASS,
+    engine_run_backward,
+    output_size,
+    plainly,
+)
 from torch_secondorder._foundation.subclasses import plain
 
 #: A product with a curvature of the loss: parts of the direction, whether they are batched.
@@ -254,6 +259,10 @@ class Graph:
     def nodes(self) -> Iterator[Any]:
         """All nodes that the losses depend on."""
         return _nodes(self.losses)
+
+    def size(self) -> int:
+        """The number of elements of all intermediate results, as far as their nodes tell."""
+        return sum(map(output_size, self.nodes()))
 
     def check_once(self, known: set[Hashable], twice: bool = True) -> None:
         """Calls `check_differentiable` where this is a graph of a kind that is new.

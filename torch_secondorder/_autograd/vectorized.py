@@ -19,6 +19,20 @@ _Multiply: TypeAlias = Callable[[Any, bool], Parts]
 # times where they are large: beyond so many parameters they are done one by one.
 AT_ONCE = 8
 _LARGE = 100_000
+# Elements of intermediate results that a vectorized pass may have where many products are wanted:
+# on a CPU what caches hold, on a device what keeps it busy. Most vectors in one such pass.
+_CACHED, _BUSY, _MOST = 2**19, 2**25, 64
+
+
+def many_at_once(graph: Graph, device: torch.device) -> int:
+    """The number of vectors to multiply in one pass where there are as many as parameters.
+
+    It follows from the sizes of the graph and not from times, so that results can be repeated.
+    """
+    size = graph.size()
+    if not size:
+        return AT_ONCE
+    return max(1, min((_CACHED if device.type == "cpu" else _BUSY) // size, _MOST))
 
 
 def vectorizing_pays(size: int, device: torch.device) -> bool:

@@ -88,6 +88,11 @@ class Ranks:
         return 1 if group is None else dist.get_world_size(group)
 
     @property
+    def several(self) -> bool:
+        """True if there may be others: modules need a process group."""
+        return self.met or (dist.is_available() and dist.is_initialized())
+
+    @property
     def own(self) -> int:
         """The index of this rank."""
         group = self.group
@@ -203,9 +208,7 @@ class Ranks:
         It is for evaluations whose gradients we make and average ourselves: a module that has
         prepared for a backward pass, and sees none or only a part of it, may refuse the next one.
         """
-        # Modules need a process group.
-        several = self.met or (dist.is_available() and dist.is_initialized())
-        return self._quieted() if several else nullcontext()
+        return self._quieted() if self.several else nullcontext()
 
     @contextmanager
     def _quieted(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ from torch_secondorder._closure.validation import (
 from torch_secondorder._foundation.private_torch import (
     NormBase,
     any_autocast_enabled,
+    engine_run_backward,
     fsdp_dtype,
     plainly,
 )
@@ -296,7 +297,8 @@ class Replay:
             if torch.is_autocast_enabled(kind):
                 self.autocast[kind] = torch.get_autocast_dtype(kind)
             if kind == "cpu":
-                self._random.append((torch.set_rng_state, torch.get_rng_state()))
+                generator = torch.default_generator
+                self._random.append((generator.set_state, generator.get_state()))
             else:
                 self._random.append((partial(set_random_state, device), random_state(device)))
         self._devices = devices
@@ -304,35 +306,49 @@ class Replay:
         self._after: dict[_Slot, Tensor] | None = None
         self._entry: dict[_Slot, Tensor] = {}  # buffers that have moved on, as they were before
         self._evaluations = 0
+        self._sharded = bool(registry.sharded)
         self._failed = False  # whether the last evaluation was broken off
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """Calls the closure once more under the same conditions."""
         self._evaluations += 1
-        first, registry = self._evaluations == 1, self._registry
-        if registry.sharded:
-            registry.reshard()
-        if not first:
-            if self._before and self._after is None and not self._failed:
-                self._note_after()
+        if self._sharded:
+            self._registry.reshard()
+        if self._evaluations > 1:
             for set_state, state in self._random:
                 set_state(state)
-            for slot, value in self._before.items():
-                slot.restore(value)
+            if self._before:
+                self._restore_buffers()
         # An autocast region around caches casts of parameters that have moved since.
         torch.clear_autocast_cache()
         self._failed = True
-        if first or self.autocast:
+        if self._evaluations > 1 and not self.autocast:
+            result = closure()
+        else:
             with ExitStack() as stack:
                 for device_type, dtype in self.autocast.items():
                     stack.enter_context(torch.autocast(device_type, dtype=dtype))
-                if first:
-                    stack.enter_context(registry.watch(self._before))
+                if self._evaluations == 1:
+                    stack.enter_context(self._watch())
                 result = closure()
-        else:
-            result = closure()
         self._failed = False
         return result
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        """Notes the modules that the first evaluation calls."""
+        try:
+            with self._registry.watch(self._before):
+                yield
+        finally:
+            self._sharded = bool(self._registry.sharded)
+
+    def _restore_buffers(self) -> None:
+        """Puts the buffers back to where they were before the first evaluation."""
+        if self._after is None and not self._failed:
+            self._note_after()
+        for slot, value in self._before.items():
+            slot.restore(value)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -453,53 +469,85 @@ def run(
         IdleClosure: The closure did nothing, and `before` has gradients.
         RuntimeError: No gradient reached the parameters, or their graph was lost.
     """
+    if capture is not None:
+        return _run_captured(source, params, registry, capture, pure, before)
+    if active_capture.get() is None and not (pure and registry.ranks.several):
+        return _run_plainly(source, params, pure, before)
+    with (
+        nullcontext() if active_capture.get() is None else uncaptured(),
+        registry.ranks.quiet() if pure else nullcontext(),
+    ):
+        return _run_plainly(source, params, pure, before)
+
+
+def _run_plainly(
+    source: Callable[[], Any], params: Sequence[Tensor], pure: bool, before: GradientTrace | None
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """See `run`; backward passes run untouched."""
+    value = source()
+    if pure:
+        loss = differentiable(scalar(value))
+        # `torch.autograd.grad` takes as long again as the pass of a small function.
+        with plainly():
+            weight = torch.ones_like(loss)
+            return loss, engine_run_backward((loss,), (weight,), False, False, tuple(params), True)
+    _check_not_idle(value, params, before)
+    gradients = list(map(_grad, params))
+    # Without gradients before, the first one tells most of the time.
+    made = before is None and gradients[0] is not None
+    if not made and not _made(gradients, params, before):
+        backward_of(scalar(value))
+        if before is not None and before.matches(params):
+            raise no_gradient()
+        gradients = gradients_of(params)
+    if gradients[0] is None:
+        touched(gradients)
+    return _loss(value), gradients
+
+
+def _run_captured(
+    source: Callable[[], Any],
+    params: Sequence[Tensor],
+    registry: ModuleRegistry,
+    capture: Capture,
+    pure: bool,
+    before: GradientTrace | None,
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """See `run`; backward passes go to the capture."""
     gradients: Sequence[Tensor | None]
-    if capture is None:
-        around: Any = _nothing if active_capture.get() is None else uncaptured()
-    else:
-        around = capture
-    with around, registry.ranks.quiet() if pure or capture is not None else _nothing:
+    with capture, registry.ranks.quiet():
         value = source()
-        if value is None and before is not None and before.any and before.matches(params):
-            raise IdleClosure
         if pure:
             loss = scalar(value)
-            if capture is None:
-                with plainly():
-                    gradients = torch.autograd.grad(differentiable(loss), params, allow_unused=True)
-                return loss, gradients
             gradients = capture.differentiate(differentiable(capture.checked(loss)))
-        elif capture is None:
-            gradients = list(map(_grad, params))
-            # Without gradients before, the first one tells most of the time.
-            made = before is None and gradients[0] is not None
-            if not made and not _made(gradients, params, before):
-                backward_of(scalar(value))
-                if before is not None and before.matches(params):
-                    raise no_gradient()
-                gradients = gradients_of(params)
-        elif not capture.calls:
-            loss = scalar(value)
-            if capture.foreign or _made(gradients_of(params), params, before):
-                raise lost_graph()
-            capture.backward(differentiable(capture.checked(loss)))
+        else:
+            _check_not_idle(value, params, before)
+            if not capture.calls:
+                loss = scalar(value)
+                if capture.foreign or _made(gradients_of(params), params, before):
+                    raise lost_graph()
+                capture.backward(differentiable(capture.checked(loss)))
     if not pure:
         # Outside, where a capture does not see each of these operations.
-        simple = type(value) is Tensor and not value.dim() and not value.is_complex()
-        loss = value if simple else scalar(value)
-        if capture is not None:
-            if capture.foreign:
-                raise lost_graph()
-            gradients = list(map(_grad, params))
-    if capture is None or capture.keeps:
-        if gradients[0] is None:
-            touched(gradients)
-        if capture is not None:
-            capture.graph.check_once(registry.graphs)
+        loss = _loss(value)
+        if capture.foreign:
+            raise lost_graph()
+        gradients = list(map(_grad, params))
+    if capture.keeps:
+        touched(gradients)
+        capture.graph.check_once(registry.graphs)
     return loss, gradients
 
 
-_nothing = nullcontext()
+def _loss(value: Any) -> Tensor:
+    """The loss that a closure returned, as a 0-dim tensor."""
+    simple = type(value) is Tensor and not value.dim() and not value.is_complex()
+    return value if simple else scalar(value)
+
+
+def _check_not_idle(value: Any, params: Sequence[Tensor], before: GradientTrace | None) -> None:
+    if value is None and before is not None and before.any and before.matches(params):
+        raise IdleClosure
 
 
 def _made(

@@ -85,9 +85,13 @@ def lost_graph() -> RuntimeError:
     )
 
 
-def no_gradient() -> RuntimeError:
+class NoGradient(RuntimeError):
+    """Raised where no gradient comes from a loss."""
+
+
+def no_gradient() -> NoGradient:
     """The error for a loss that no gradient comes from."""
-    return RuntimeError(
+    return NoGradient(
         "no gradient reached any of the optimizer's parameters: the closure must compute its loss "
         "from them (not from copies, nor under torch.no_grad(), nor with a model that was made "
         "after the optimizer) and call loss.backward():\n" + STANDARD_CLOSURE

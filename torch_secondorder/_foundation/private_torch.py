@@ -11,6 +11,7 @@ and what a node has saved (`grad_fn._saved_self`).
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -64,6 +65,7 @@ __all__ = [
     "running_pass",
     "sequence_number",
     "sequence_number_of",
+    "set_grad_mode",
     "shares_storage",
     "tensor_hooks",
     "traces_autograd",
@@ -166,6 +168,12 @@ any_autocast_enabled: Callable[[], bool] = _found("torch:_C._is_any_autocast_ena
 
 # --- The autograd engine ---
 
+#: Switches gradients on or off. `torch.enable_grad` takes half a microsecond, which counts for a
+#: function of ten operations.
+set_grad_mode: Callable[[bool], Any] = (
+    _found("torch:_C._set_grad_enabled") or torch.set_grad_enabled
+)
+
 
 def _run_backward(
     outputs: Sequence[Any],
@@ -226,6 +234,13 @@ sequence_number_of: Callable[[Any], int] = (
     if _found("torch:_C._autograd._get_sequence_nr") is None
     else methodcaller("_sequence_nr")
 )
+
+
+def output_size(node: Any) -> int:
+    """The number of elements of a node's outputs; 0 where the node does not tell."""
+    found = getattr(node, "_input_metadata", ())  # of gradients, which are the inputs of a node
+    return sum(math.prod(metadata.shape) for metadata in found if metadata is not None)
+
 
 #: The attribute of a node's type that is the custom function which made the node. Without it custom
 #: functions without second derivatives are found where they are applied only.

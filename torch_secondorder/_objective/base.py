@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 from weakref import ref
@@ -23,6 +23,8 @@ from torch.autograd.graph import increment_version
 from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative, Multiply
 from torch_secondorder._closure.runner import ModuleRegistry, Replay, Run
 from torch_secondorder._foundation.memory import free_memory
+from torch_secondorder._foundation.private_torch import set_grad_mode
+from torch_secondorder._params.box import Box
 from torch_secondorder._params.vector import ParameterVector
 
 
@@ -55,7 +57,7 @@ class Evaluation:
     function. It is valid until the parameters move.
 
     Args:
-        flatten: Computes `grad`, when it is first read.
+        flatten: Computes `grad`.
 
     Attributes:
         loss: The loss that is minimized, regularization included: 0-dim, detached, in work
@@ -85,17 +87,21 @@ class Evaluation:
         self.closure_loss = closure_loss
         self.linearization = linearization
         self._flatten: Callable[[], Tensor] | None = flatten
+        self._grad: Tensor | None = None
 
-    @cached_property
+    @property
     def grad(self) -> Tensor:
         """The gradient in the work space, shape `(n,)`.
 
         It is flattened when you first read it, at the latest before the next evaluation: an
         optimizer that works on `p.grad` does not pay for it.
         """
-        flatten, self._flatten = self._flatten, None
-        assert flatten is not None
-        return flatten()
+        grad = self._grad
+        if grad is None:
+            flatten, self._flatten = self._flatten, None
+            assert flatten is not None
+            grad = self._grad = flatten()
+        return grad
 
 
 class Slot(NamedTuple):
@@ -253,6 +259,7 @@ class Objective(ABC):
         renewed: Whether the function has changed since the last evaluation: buffers that the loss
             depends on have moved on with an accepted step.
         generation: Counts the moves; an evaluation's linearization is valid for one.
+        box: The bounds that every position is kept in; None for none.
         registry: The record of modules, ranks and closures.
         ranks: The ranks that the loss is averaged over.
         autocast: The autocast regions in which closures run, those around the place where this was
@@ -274,10 +281,12 @@ class Objective(ABC):
         self.limit: float = inf
         self.renewed = False
         self.generation = 0
+        self.box: Box | None = None
         self._entry = self.position
-        # The position that the parameters hold now; None if the last trial has left them there.
+        # The position that the parameters hold now; None if it is that of a trial and not kept.
         self._placed: Tensor | None = self.position
-        self._tried: tuple[Tensor, float] | None = None  # the last trial
+        # The last trial: step and factor, and its position if that is short.
+        self._tried: tuple[Tensor, float, Tensor | None] | None = None
         self._abandoned = False
         self._unseen = False  # whether the parameters moved without a trace
         self._last_evaluation: ref[Evaluation] | None = None
@@ -290,8 +299,9 @@ class Objective(ABC):
         # A number stays one: where it is the same everywhere it needs no vector.
         self._decay = self.vector.expand(decay) if isinstance(decay, tuple) else decay
         self._decays = bool(decay)
-        # Whether the objective's gradient is that of the loss.
-        self._unchanged = self._sign > 0 and not self._decays and self.vector.scale is None
+        # Whether the objective is the loss, in this process.
+        plain = self.vector.scale is None and not self.vector.sharded
+        self._unchanged = plain and self._sign > 0 and not self._decays
 
     @property
     @abstractmethod
@@ -324,14 +334,14 @@ class Objective(ABC):
             curvature: Whether to retain the graph for the case that this is accepted, see `accept`;
                 until then no product can be made from it.
         """
-        self._tried = (step, t)
-        scale = self.vector.scale
-        position = torch.add(self.position, step if scale is None else step * scale, alpha=t)
+        position = self._moved(step, t)
+        # A long one is not kept: it is made again where it is needed.
+        self._tried = (step, t, position if self.vector.is_short else None)
         evaluation = self._evaluate_at(position, curvature)
         if evaluation.linearization is not None:
             evaluation.linearization.suspend()
-        if self._placed is position:
-            self._placed = None  # not kept: it is a vector, and made again where it is needed
+        if self._placed is position and not self.vector.is_short:
+            self._placed = None
         return evaluation
 
     def accept(self, step: Tensor, t: float = 1.0, trial: Evaluation | None = None) -> None:
@@ -342,22 +352,44 @@ class Objective(ABC):
             t: As given to `trial`.
             trial: The evaluation there. If it has a graph, products are made from that now.
         """
-        tried, at = self._tried or (None, t)
-        there = self._placed is None and tried is step and at == t
+        tried, at, position = self._tried or (None, t, None)
+        again = tried is step and at == t
+        # A function is evaluated without moving the parameters.
+        there = again and self._placed is not self.position
         graph = None if trial is None else trial.linearization
-        scale = self.vector.scale
-        move = step if scale is None else step * scale
-        if self.position is self._entry:
-            position = torch.add(self.position, move, alpha=t)
-        else:
-            self._complete_last()
-            # In place: a vector's memory costs as much as the arithmetic.
-            position = self.position.add_(move, alpha=t)
+        if not again or position is None:
+            if self.position is self._entry or self.vector.is_short or self.box is not None:
+                position = self._moved(step, t)
+            else:
+                self._complete_last()
+                # In place: a vector's memory costs as much as the arithmetic.
+                position = self.position.add_(self.vector.scaled(step), alpha=t)
         self._go(position, there=there, unseen=graph is not None)
         if self.registry.moving:
             self._move_buffers_on(there)
         if graph is not None:
             graph.resume()
+
+    def _moved(self, step: Tensor, t: float) -> Tensor:
+        """The position at `t` times `step` from the current one, within the box."""
+        if self.box is not None:
+            return self.box.moved(self.position, step, t)
+        scale = self.vector.scale
+        return torch.add(self.position, step if scale is None else step * scale, alpha=t)
+
+    def project(self) -> bool:
+        """Moves the parameters into the box, if they are outside; says whether they were."""
+        assert self.box is not None
+        inside = self.box.project(self.position)
+        if torch.equal(inside, self.position):
+            return False
+        self._go(inside)
+        return True
+
+    def return_to_entry(self) -> None:
+        """Moves the parameters back to where this objective was entered."""
+        self._complete_last()
+        self._go(self._entry)
 
     def _move_buffers_on(self, there: bool) -> None:
         """Moves buffers that the loss depends on as one evaluation here would have moved them.
@@ -487,47 +519,45 @@ class Objective(ABC):
     def _evaluate_at(self, position: Tensor, curvature: bool) -> Evaluation:
         if self.evaluations >= self.limit:
             raise EvaluationsSpent
-        if self._last_evaluation is not None:
-            self._complete_last()
+        self._complete_last()
         vector, ranks = self.vector, self.ranks
+        before = torch.is_grad_enabled()
         try:
-            with torch.enable_grad():
-                if curvature:
-                    found = self._run_on_all_ranks(position)
-                else:
-                    found = self._run(position, False)
+            set_grad_mode(True)
+            found = self._run_on_all_ranks(position) if curvature else self._run(position, False)
         except BaseException:
             self.settle()
             raise
+        finally:
+            set_grad_mode(before)
         self.evaluations += 1
         loss = found.loss.detach()
         if loss.dtype != vector.dtype or loss.device != vector.device:
             loss = loss.to(vector.device, torch.promote_types(vector.dtype, loss.dtype))
         if ranks.met:
             loss = ranks.average(loss)
-        if vector.sharded:
-            loss = vector.space.mean(loss)
         closure_loss = loss
-        if self._sign < 0:
-            loss = -loss
-        if self._decays:
-            loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
-        linearization = None
-        if found.graph is not None:
-            linearization = Linearization(self, found.graph, copies=found.copies, place=found.place)
         flatten: Callable[[], Tensor]
         if self._unchanged and (found.averaged or not ranks.met):
             flatten = partial(vector.gather, found.gradients)
         else:
+            if vector.sharded:
+                loss = closure_loss = vector.space.mean(loss)
+            if self._sign < 0:
+                loss = -loss
+            if self._decays:
+                loss = loss + 0.5 * vector.space.total((self._decay * position) @ position)
             flatten = partial(self._flat_gradient, found, position if self._decays else None)
+        linearization = None
+        if found.graph is not None:
+            linearization = Linearization(self, found.graph, copies=found.copies, place=found.place)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
         self._last_evaluation = ref(evaluation)
         return evaluation
 
     def _complete_last(self) -> None:
         """Flattens the gradient of the last evaluation before what it is made of changes."""
-        last = None if self._last_evaluation is None else self._last_evaluation()
-        if last is not None:
+        if self._last_evaluation is not None and (last := self._last_evaluation()) is not None:
             _ = last.grad
 
     def _run_on_all_ranks(self, position: Tensor) -> Run:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_secondorder._autograd.graph import Graph
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.runner import ModuleRegistry, Run, run
-from torch_secondorder._closure.validation import touched
+from torch_secondorder._closure.validation import NoGradient, touched
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._objective.base import Objective, Regularization
 from torch_secondorder._objective.compiled import CompiledFunction
@@ -61,7 +61,9 @@ class FunctionalObjective(Objective):
         numbers = [  # other leaves are constants
             leaf
             for leaf in self._leaves
-            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+            if isinstance(leaf, Tensor)
+            and (leaf.is_floating_point() or leaf.is_complex())
+            and leaf.numel()
         ]
         self._begin(ParameterVector(numbers))
 
@@ -153,6 +155,18 @@ class FunctionalObjective(Objective):
         return pytree.tree_unflatten(leaves, self._structure)
 
     def _run(self, position: Tensor, curvature: bool) -> Run:
+        try:
+            return self._differentiated(position, curvature)
+        except NoGradient:
+            raise NoGradient(
+                "no gradient reached any of the optimizer's parameters: the function must compute "
+                "its value from the tensors that it is given, not from others that it finds, such "
+                "as the parameters of a module: torch.func.functional_call(model, given, inputs) "
+                "puts those that are given into the model"
+            ) from None
+
+    def _differentiated(self, position: Tensor, curvature: bool) -> Run:
+        """See `_run`."""
         pieces = [piece.detach().requires_grad_() for piece in self.vector.split(position)]
         tree = self._filled(pieces, self._places)
         if self._compiled is not None:

@@ -23,7 +23,7 @@ from torch_secondorder.curvature import (
     UnknownOutputs,
 )
 from torch_secondorder.dataset._objective import DatasetObjective
-from torch_secondorder.dataset._operator import BatchSum
+from torch_secondorder.dataset._operator import BatchSum, curvature_at
 from torch_secondorder.solvers import KFAC, Martens, Preconditioner
 
 Factory: TypeAlias = Callable[[Evaluation], LinearOperator]
@@ -246,6 +246,16 @@ def _linear(operator: LinearOperator, evaluation: Evaluation) -> tuple[int, floa
     weights = {call.weight for call in graph.linear_calls()}
     covered = sum(graph.params[i].numel() for i in weights)
     return len(weights), covered / max(linearization.size, 1)
+
+
+def hessian_at(objective: Objective, evaluation: Evaluation) -> LinearOperator:
+    """The Hessian where an objective stands, a sum over batches for a data set.
+
+    Args:
+        objective: The objective at that point.
+        evaluation: Made there with its graph.
+    """
+    return curvature_at(objective, evaluation, lambda batch, _: Hessian(batch))
 
 
 def most_iterations(preconditioner: Preconditioner | None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -18,21 +18,19 @@ from torch_secondorder._objective.base import Evaluation, Objective, Regularizat
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
+from torch_secondorder._optim.bounds import BoxMaker, check_bounds, no_bounds
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
-from torch_secondorder._params.vector import ParameterVector
+from torch_secondorder._params.vector import SHORT, ParameterVector
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.dataset._objective import objective_of
 from torch_secondorder.globalization import SearchStatus, Trial
 
-# Vectors of at most this many entries are kept rather than computed twice.
-_SHORT = 2**16
-
 
 @dataclass(frozen=True, slots=True)
 class DescentInfo(StepInfo):
-    """Report of one step of a flat-vector optimizer; `LBFGS` and `NewtonCG` add to it.
+    """Report of one step of a flat-vector optimizer; `LBFGS` and the others add to it.
 
     Attributes:
         step_length: The last accepted step, as a multiple of its direction.
@@ -45,12 +43,29 @@ class DescentInfo(StepInfo):
     nonfinite_trials: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class BoundedInfo(DescentInfo):
+    """Report of one step of an optimizer that takes bounds.
+
+    Attributes:
+        projected_grad_norm: Largest absolute entry of the projected gradient, which is zero at a
+            minimum within bounds; None without bounds. It is what `tolerance_grad` is about then.
+        active_bounds: The number of entries at a bound at the end; None without bounds.
+        start_projected: Whether the step began outside of the bounds, and went to the nearest point
+            within them first; None without bounds.
+    """
+
+    projected_grad_norm: float | None = None
+    active_bounds: int | None = None
+    start_projected: bool | None = None
+
+
 class Point(NamedTuple):
     """An evaluated point, with its numbers on the host.
 
     Attributes:
         loss: The loss.
-        grad_norm: The largest absolute entry of the gradient.
+        grad_norm: The largest absolute entry of the gradient, with bounds of the projected one.
         grad: The gradient. A trial may come without it, for it takes the memory of a vector.
         evaluation: The evaluation, where its graph is needed.
         length: The Euclidean norm of the gradient, for optimizers that need it.
@@ -168,6 +183,10 @@ class Descent:
         self.count += 1
 
 
+#: One iteration of a step; returns the reason to end the step, or None.
+Iterate: TypeAlias = Callable[[Descent], "StepStatus | None"]
+
+
 @dataclass(slots=True)
 class Candidate:
     """A trial point on a `Line`, with the pair that a quasi-Newton method learns by going there.
@@ -212,9 +231,14 @@ class Line:
         self.start = Trial(0.0, point.loss, slope)
         self.bottomless = False
         self._descent, self._before = descent, point.grad
+        self._short = descent.objective.vector.is_short
         self._lowest_loss = point.loss
         self._lowest: Candidate | None = None
         self._newest: Candidate | None = None
+        # `B d` and `d'B d` with the curvature `B` that the direction comes from, if they are not
+        # `-g` and `-g'd`.
+        self.product: Tensor | None = None
+        self.bend = -slope
 
     def __call__(self, t: float) -> Trial:
         """Evaluates the objective at `t d` from the current point."""
@@ -224,13 +248,13 @@ class Line:
         direction, before = self.direction, self._before
         evaluation = self._descent.objective.trial(direction, t)
         grad = evaluation.grad
-        if len(grad) <= _SHORT:
+        if self._short:
             y = grad - before
-            y_y, y_d = y @ y, y @ direction
+            y_y, y_d = y.dot(y), y.dot(direction)
         else:
             y, (y_y, y_d) = None, _products_of_difference(grad, before, direction)
         slope, y_y_, y_d_, grad_norm, loss = self._descent.space.to_host(
-            sums=(grad @ direction, y_y, y_d),
+            sums=(grad.dot(direction), y_y, y_d),
             largest=(grad,),
             whole=(evaluation.loss,),
         )
@@ -261,10 +285,24 @@ class Line:
         return candidate
 
 
+def projected_point(objective: Objective, evaluation: Evaluation) -> Point:
+    """The point where an objective with bounds stands, with one synchronization.
+
+    Args:
+        objective: The objective.
+        evaluation: Its evaluation there.
+    """
+    assert objective.box is not None
+    grad = evaluation.grad
+    projected = objective.box.projected(objective.position, grad)
+    grad_norm, loss = objective.vector.space.to_host(largest=(projected,), whole=(evaluation.loss,))
+    return Point(loss, grad_norm, grad)
+
+
 def _products_of_difference(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """`y'y` and `y'd` for `y = a - b`, without a vector for `y`."""
     # Pieces that lie in cache; on a device each costs four launches.
-    size = _SHORT if a.device.type == "cpu" else max(_SHORT, -(-len(a) // 16))
+    size = SHORT if a.device.type == "cpu" else max(SHORT, -(-len(a) // 16))
     room, y_y, y_d = a.new_empty(size), a.new_zeros(()), a.new_zeros(())
     for one, other, along in zip(a.split(size), b.split(size), d.split(size), strict=True):
         y = torch.sub(one, other, out=room[: len(one)])
@@ -321,6 +359,11 @@ class FlatOptimizer(SecondOrderOptimizer):
     _master: Tensor | None
     _largest_gradient: float  # at the starts of all steps
     _info_type: type[DescentInfo] = DescentInfo
+    #: Whether groups may have bounds; the report is a `BoundedInfo` then.
+    _takes_bounds = False
+    _box_maker: BoxMaker | None = None
+    #: Gets each step and its iteration before the first one; returns the iteration to run.
+    _observe: Callable[[Descent, Iterate], Iterate] | None = None
 
     # For subclasses.
 
@@ -347,6 +390,8 @@ class FlatOptimizer(SecondOrderOptimizer):
         """Evaluates the objective at the start of a step, with one synchronization."""
         evaluation = objective.evaluate()
         grad = evaluation.grad
+        if objective.box is not None:
+            return evaluation, projected_point(objective, evaluation)
         grad_norm, loss = objective.vector.space.to_host(largest=(grad,), whole=(evaluation.loss,))
         return evaluation, Point(loss, grad_norm, grad)
 
@@ -443,6 +488,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             lr: The largest learning rate of the groups. The others are relative to it, by the
                 scale of the vector.
         """
+        outside = objective.box is not None and objective.project()
         evaluation, point = self._evaluate(objective)
         loss, grad_norm = point.loss, point.grad_norm
         # A copy: a closure may use one tensor for all its losses.
@@ -450,7 +496,11 @@ class FlatOptimizer(SecondOrderOptimizer):
         del evaluation
         if not (isfinite(loss) and isfinite(grad_norm) and isfinite(point.length)):
             objective.abandon()
+            if outside:
+                objective.return_to_entry()
             further = self._finish(objective, None)
+            if objective.box is not None:
+                further["start_projected"] = outside
             status, evaluations = StepStatus.NONFINITE_START, objective.evaluations
             self._info = self._info_type(status, loss, loss, grad_norm, 0, evaluations, **further)
             return returned
@@ -465,13 +515,22 @@ class FlatOptimizer(SecondOrderOptimizer):
         )
         del point  # a gradient, and perhaps a graph, that the iterations need not hold for long
         self._begin(descent)
-        status = descent.run(self._iterate)
+        iterate = self._iterate if self._observe is None else self._observe(descent, self._iterate)
+        status = descent.run(iterate)
         further = self._finish(objective, descent)
+        grad_norm = descent.point.grad_norm
+        if objective.box is not None:
+            grad_norm, active = self._measured(objective, descent.point)
+            further |= {
+                "projected_grad_norm": descent.point.grad_norm,
+                "active_bounds": active,
+                "start_projected": outside,
+            }
         self._info = self._info_type(
             status,
             loss,
             descent.point.loss,
-            descent.point.grad_norm,
+            grad_norm,
             descent.count,
             objective.evaluations,
             step_length=descent.step_length,
@@ -480,6 +539,36 @@ class FlatOptimizer(SecondOrderOptimizer):
             **further,
         )
         return returned
+
+    def _measured(self, objective: Objective, point: Point) -> tuple[float, int]:
+        """The largest entry of the gradient, and the number of entries at a bound."""
+        assert objective.box is not None and point.grad is not None
+        grad_norm, active = objective.vector.space.to_host(
+            largest=(point.grad,), whole=(objective.box.active(objective.position),)
+        )
+        return grad_norm, int(active)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `SecondOrderOptimizer.add_param_group`; bounds are checked as well."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group.get("bounds") is not None:
+            try:
+                self._check_takes_bounds()
+                check_bounds(group)
+            except (TypeError, ValueError):
+                self.param_groups.pop()
+                raise
+
+    def _check_takes_bounds(self) -> None:
+        name = type(self).__name__
+        if not self._takes_bounds:
+            raise no_bounds(name)
+        if self._sharded:
+            raise ValueError(
+                f"{name} takes no bounds for sharded parameters: leave the bounds or fully_shard "
+                "out (DistributedDataParallel is fine)"
+            )
 
     def _trained(self) -> tuple[list[Tensor], list[Any], list[Any]]:
         """The trainable parameters, with the `lr` and `weight_decay` of each."""
@@ -502,11 +591,12 @@ class FlatOptimizer(SecondOrderOptimizer):
         curvature_closure: Closure | None,
     ) -> Objective:
         """The function that a step minimizes."""
-        maximize = set()
+        maximize, bounded = set(), False
         for group in self.param_groups:
             if group["params"]:
                 maximize.add(bool(group["maximize"]))
             self._check_group(group)
+            bounded = bounded or group.get("bounds") is not None
         if len(maximize) > 1:
             values = [group["maximize"] for group in self.param_groups if group["params"]]
             raise ValueError(
@@ -515,6 +605,11 @@ class FlatOptimizer(SecondOrderOptimizer):
             )
         decays = tuple(map(float, decays))
         vector = self._current_vector(params, list(map(float, rates)))
+        box = None
+        if bounded:
+            self._check_takes_bounds()
+            self._box_maker = self._box_maker or BoxMaker()
+            box = self._box_maker(self.param_groups, vector)
         decay = decays[0] if len(set(decays)) == 1 else decays
         regularization, master = Regularization(maximize.pop(), decay), self._master
         if isinstance(closure, FunctionalObjective):
@@ -522,11 +617,16 @@ class FlatOptimizer(SecondOrderOptimizer):
                 raise TypeError(
                     "a curvature_closure goes with a closure, not with a FunctionalObjective"
                 )
-            return closure.bind(vector, regularization, master)
-        make = ClosureObjective.for_step
-        if isinstance(closure, DatasetClosure) or isinstance(curvature_closure, DatasetClosure):
-            make = objective_of
-        return make(closure, vector, regularization, master, self._registry, curvature_closure)
+            objective: Objective = closure.bind(vector, regularization, master)
+        else:
+            make = ClosureObjective.for_step
+            if isinstance(closure, DatasetClosure) or isinstance(curvature_closure, DatasetClosure):
+                make = objective_of
+            objective = make(
+                closure, vector, regularization, master, self._registry, curvature_closure
+            )
+        objective.box = box
+        return objective
 
     def _current_vector(self, params: Sequence[Tensor], rates: Sequence[float]) -> ParameterVector:
         """The vector of the trainable parameters; what was learned about another one is dropped."""

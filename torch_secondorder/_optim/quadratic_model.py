@@ -13,7 +13,6 @@ from torch import Tensor
 from torch_secondorder._objective.base import Evaluation, Objective
 from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.info import StepStatus
-from torch_secondorder._params.space import Space
 from torch_secondorder.curvature import Damped, Diagonal, FiniteDifference, LinearOperator
 from torch_secondorder.curvature._masked import Masked
 from torch_secondorder.globalization import (
@@ -36,15 +35,19 @@ _ATTEMPTS = 12
 _BACKTRACKING = Armijo(c1=1e-2, max_evaluations=8)
 
 
-def point_of(evaluation: Evaluation, space: Space) -> Point:
-    """The point of an evaluation with its graph; one synchronization."""
-    grad = evaluation.grad
+def point_of(evaluation: Evaluation, objective: Objective) -> Point:
+    """The point of an evaluation with its graph, where the objective stands; one synchronization.
+
+    With bounds, the norms of the gradient are those of the projected gradient.
+    """
+    grad, space = evaluation.grad, objective.vector.space
+    measured = grad if objective.box is None else objective.box.projected(objective.position, grad)
     grad_norm, length, loss = space.to_host(
-        largest=(grad,),
-        norms=(torch.linalg.vector_norm(grad),),
+        largest=(measured,),
+        norms=(torch.linalg.vector_norm(measured),),
         whole=(evaluation.loss,),
     )
-    length = space.true_norm(grad, grad_norm, length)
+    length = space.true_norm(measured, grad_norm, length)
     return Point(loss, grad_norm, grad, evaluation, length)
 
 
@@ -131,7 +134,104 @@ class Move(NamedTuple):
     search_status: SearchStatus | None = None
 
 
-class Model:
+class Trials:
+    """Proposals for a step from a point, and evaluations of them.
+
+    Inner products with the gradient are made in a unit of about its size (see `unit_of`), so that
+    they stay in the range of float32 whatever unit the loss has. Arguments and results are in the
+    unit of the loss.
+
+    Args:
+        descent: The step; proposals begin at its current point.
+        tally: The counts of the step.
+        keeps_graphs: Whether trials keep their graph, for the next model. Keeping it costs much
+            less than another evaluation.
+        keeps_gradients: Whether trials without a graph keep their gradient.
+
+    Attributes:
+        allowance: Changes of the loss up to this are rounding errors.
+        longest: The longest step along a proposal.
+    """
+
+    def __init__(
+        self,
+        descent: Descent,
+        tally: Tally,
+        keeps_graphs: bool = False,
+        keeps_gradients: bool = False,
+    ) -> None:
+        point, objective = descent.point, descent.objective
+        assert point.grad is not None
+        self._keeps_graphs, self._keeps_gradients = keeps_graphs, keeps_gradients
+        self.point = point
+        self.tally = tally
+        self.precision = objective.vector.precision
+        self._descent = descent
+        self._objective = objective
+        self._space = descent.space
+        self._unit = unit = unit_of(point.length, point.grad.dtype)
+        self._grad = point.grad if unit == 1.0 else point.grad / unit
+        self.allowance = ROUNDING * self.precision * abs(point.loss)
+        # Proposals end in the box, if there is one.
+        self.longest = inf if objective.box is None else 1.0
+
+    def propose(self, direction: Tensor, decrease: float, damping: float) -> Proposal:
+        """A proposal along a solution of the damped system, whose quadratic fell by `decrease`."""
+        slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
+        slope, lifted = slope * self._unit, damping * square
+        decrease += 0.5 * lifted
+        curvature = -2.0 * (slope + decrease) / square if square else inf
+        held = lifted > -0.5 * slope  # more than half of the curvature along it is damping
+        return Proposal(direction, slope, decrease, held, curvature)
+
+    def trial(self, proposal: Proposal, t: float) -> Trial:
+        """Evaluates `t` along a proposal; the payload is a `Point`."""
+        evaluation = self._objective.trial(proposal.direction, t, curvature=self._keeps_graphs)
+        grad, unit = evaluation.grad, self._unit
+        scaled, measured, box = grad if unit == 1.0 else grad / unit, grad, self._objective.box
+        if box is not None:
+            there = box.moved(self._objective.position, proposal.direction, t)
+            measured = box.projected(there, grad)
+        slope, grad_norm, length, loss = self._space.to_host(
+            sums=(scaled @ proposal.direction,),
+            largest=(measured,),
+            norms=(torch.linalg.vector_norm(measured),),
+            whole=(evaluation.loss,),
+        )
+        length = self._space.true_norm(measured, grad_norm, length)
+        # The gradient is a vector: without a graph it is not kept, and computed anew if needed.
+        kept = evaluation.linearization is not None
+        point = Point(
+            loss,
+            grad_norm,
+            grad if kept or self._keeps_gradients else None,
+            evaluation if kept else None,
+            length,
+        )
+        if not (isfinite(loss) and isfinite(grad_norm) and isfinite(length)):
+            self._descent.nonfinite_trials += 1
+            self.tally.unbounded |= loss == -inf
+        return Trial(t, loss, slope * unit if isfinite(length) else inf, point)
+
+    def gain_ratio(self, proposal: Proposal, trial: Trial) -> float:
+        """The decrease at a trial over the one that the model predicted; NaN if undefined."""
+        if not (isfinite(trial.loss) and isfinite(trial.slope)):
+            return nan
+        gained = self.point.loss - trial.loss
+        if abs(gained) <= self.allowance:
+            # The difference is rounding error: the slopes at both ends say more (trapezoidal rule).
+            gained = -0.5 * trial.t * (proposal.slope + trial.slope)
+        # The model's decrease along the direction: -t g'd - t^2 d'A d / 2.
+        t, slope = trial.t, proposal.slope
+        predicted = -t * slope - t * t * (-slope - proposal.decrease)
+        return gained / predicted if predicted > 0 else nan
+
+    def unresolved(self, proposal: Proposal) -> bool:
+        """True if the predicted decrease is below the rounding error of the loss."""
+        return proposal.decrease <= self.allowance
+
+
+class Model(Trials):
     """The quadratic model of the objective at a point, and trials of its proposals.
 
     Systems are solved in a unit of about the gradient's size (see `unit_of`), so that inner
@@ -157,24 +257,14 @@ class Model:
         tally: Tally,
         keeps_graphs: bool = False,
     ) -> None:
-        point, objective = descent.point, descent.objective
-        assert point.grad is not None
-        self._keeps_graphs = keeps_graphs
-        self.point = point
-        self.tally = tally
-        self.precision = objective.vector.precision
-        self._descent = descent
-        self._objective = objective
-        self._space = descent.space
-        self._unit = unit_of(point.length, operator.dtype)
-        self._operator = operator if self._unit == 1.0 else Rescaled(operator, self._unit)
-        self._grad = point.grad if self._unit == 1.0 else point.grad / self._unit
+        super().__init__(descent, tally, keeps_graphs)
+        unit = self._unit
+        self._operator = operator if unit == 1.0 else Rescaled(operator, unit)
         self._first: Tensor | None = None  # A P g with the last preconditioner P
         self._repaired = False
         self._kept: Tensor | None = None  # coordinates with a curvature, if not all have one
         self._solve = solve
         self._inverse = inverse
-        self._allowance = ROUNDING * self.precision * abs(point.loss)
 
     def solve(
         self, damping: float, *, x0: Tensor | None = None, radius: float | None = None
@@ -292,52 +382,6 @@ class Model:
         (size,) = self._space.to_host(norms=[torch.linalg.vector_norm(self._objective.position)])
         return self.point.length / (size or 1.0), size or 1.0
 
-    def propose(self, direction: Tensor, decrease: float, damping: float) -> Proposal:
-        """A proposal along a solution of the damped system, whose quadratic fell by `decrease`."""
-        slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
-        slope, lifted = slope * self._unit, damping * square
-        decrease += 0.5 * lifted
-        curvature = -2.0 * (slope + decrease) / square if square else inf
-        held = lifted > -0.5 * slope  # more than half of the curvature along it is damping
-        return Proposal(direction, slope, decrease, held, curvature)
-
-    def trial(self, proposal: Proposal, t: float) -> Trial:
-        """Evaluates `t` along a proposal; the payload is a `Point`."""
-        evaluation = self._objective.trial(proposal.direction, t, curvature=self._keeps_graphs)
-        grad, unit = evaluation.grad, self._unit
-        scaled = grad if unit == 1.0 else grad / unit
-        slope, grad_norm, length, loss = self._space.to_host(
-            sums=(scaled @ proposal.direction,),
-            largest=(grad,),
-            norms=(torch.linalg.vector_norm(grad),),
-            whole=(evaluation.loss,),
-        )
-        length = self._space.true_norm(grad, grad_norm, length)
-        # The gradient is a vector: without a graph it is not kept, and computed anew if needed.
-        kept = evaluation.linearization is not None
-        point = Point(loss, grad_norm, grad if kept else None, evaluation if kept else None, length)
-        if not (isfinite(loss) and isfinite(grad_norm) and isfinite(length)):
-            self._descent.nonfinite_trials += 1
-            self.tally.unbounded |= loss == -inf
-        return Trial(t, loss, slope * unit if isfinite(length) else inf, point)
-
-    def gain_ratio(self, proposal: Proposal, trial: Trial) -> float:
-        """The decrease at a trial over the one that the model predicted; NaN if undefined."""
-        if not (isfinite(trial.loss) and isfinite(trial.slope)):
-            return nan
-        gained = self.point.loss - trial.loss
-        if abs(gained) <= self._allowance:
-            # The difference is rounding error: the slopes at both ends say more (trapezoidal rule).
-            gained = -0.5 * trial.t * (proposal.slope + trial.slope)
-        # The model's decrease along the direction: -t g'd - t^2 d'A d / 2.
-        t, slope = trial.t, proposal.slope
-        predicted = -t * slope - t * t * (-slope - proposal.decrease)
-        return gained / predicted if predicted > 0 else nan
-
-    def unresolved(self, proposal: Proposal) -> bool:
-        """True if the predicted decrease is below the rounding error of the loss."""
-        return proposal.decrease <= self._allowance
-
 
 # The three ways to turn the model into a step: damping, a trust radius, a line search.
 
@@ -370,7 +414,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
             return _hopeless(result)
         memory.direction = result.x
         proposal, first = _best_iterate(model, result, damping, lr)
-        found = _search(model, _BACKTRACKING, proposal, first)
+        found = search_along(model, _BACKTRACKING, proposal, first)
         ratio = model.gain_ratio(proposal, first)
         if found.status.accepted:
             after: float = found.trial.payload.length
@@ -462,7 +506,7 @@ def searched(model: Model, search: LineSearch, memory: Memory, lr: float) -> Mov
     else:
         return _hopeless(result)
     first = model.trial(proposal, lr)
-    found = _search(model, search, proposal, first)
+    found = search_along(model, search, proposal, first)
     if found.status.accepted:
         return Move(proposal, found.trial, model.gain_ratio(proposal, first), found.status)
     memory.direction = None
@@ -471,13 +515,16 @@ def searched(model: Model, search: LineSearch, memory: Memory, lr: float) -> Mov
     return StepStatus.STALLED if model.unresolved(proposal) else StepStatus.NO_DECREASE
 
 
-def _search(model: Model, search: LineSearch, proposal: Proposal, first: Trial) -> SearchResult:
+def search_along(
+    model: Trials, search: LineSearch, proposal: Proposal, first: Trial
+) -> SearchResult:
     """A line search along a proposal whose first trial has been evaluated already."""
 
     def phi(t: float) -> Trial:
+        t = min(t, model.longest)
         return first if t == first.t else model.trial(proposal, t)
 
-    start = Trial(0.0, model.point.loss, proposal.slope)
+    start = Trial(0.0, model.point.loss, proposal.slope, longest=model.longest)
     found = search(phi, start, first.t, precision=model.precision)
     if found.status is SearchStatus.UNBOUNDED:
         model.tally.unbounded |= falls_without_end(proposal.slope, found)
@@ -548,7 +595,9 @@ def repaired(operator: LinearOperator, objective: Objective, grad: Tensor, unit:
     length, norm = space.to_host(
         norms=[torch.linalg.vector_norm(v) for v in (objective.position, grad)]
     )
-    steepest = Diagonal(torch.full_like(grad, norm / (length or 1.0)))
+    # Of huge gradients the quotient is beyond the range of float32.
+    curvature = min(norm / (length or 1.0), torch.finfo(grad.dtype).max)
+    steepest = Diagonal(torch.full_like(grad, curvature))
     steepest.space = space
     report = "no product was finite, the step follows the gradient"
     return Repair(steepest, torch.zeros_like(grad, dtype=torch.bool), len(candidates), report)

@@ -64,7 +64,7 @@ class Space:
             whole: Numbers that belong to the whole already.
         """
         numbers = (*sums, *map(max_norm, largest), *norms, *whole)
-        if numbers[0].device.type == "cpu":
+        if numbers[0].is_cpu:
             return list(map(Tensor.item, numbers))
         dtype = reduce(torch.promote_types, (number.dtype for number in numbers))
         return torch.stack([number.to(dtype) for number in numbers]).tolist()
@@ -284,7 +284,7 @@ def max_norm(v: Tensor) -> Tensor:
     """The largest absolute entry, 0-dim; NaN where there is one, zero where there is no entry."""
     if not v.numel():  # a process may have no part in a small vector
         return v.new_zeros(())
-    norm: Tensor = torch.linalg.vector_norm(v, float("inf"))
+    norm: Tensor = torch.linalg.vector_norm(v, math.inf)
     return norm
 
 

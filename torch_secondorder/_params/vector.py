@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 # A third of the time of views and `torch.cat` from Python, which counts for small networks.
 from torch.nn.parameter import is_lazy
@@ -31,6 +32,9 @@ from torch_secondorder._params.space import (
     sharded_like,
     space_of,
 )
+
+#: A vector of at most this many entries is kept rather than computed twice.
+SHORT = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class ParameterVector:
         device: Of the work vector.
         devices: Of the parameters.
         needs_master: Whether some parameter is held in less precision than the work vector.
+        is_short: Whether work vectors are so short that they are better kept than computed twice.
         is_large: Whether work vectors are so large that a `BufferPool` pays.
         precision: The machine epsilon that a loss of these parameters is computed with.
 
@@ -140,6 +145,7 @@ class ParameterVector:
         self._uniform = all(
             s.dtype == self.dtype and s.device == self.device for s in self._segments
         )
+        self.is_short = self.size <= SHORT
         self.is_large = BufferPool.pays(self.size, self.dtype, self.device)
         self.precision = max(torch.finfo(s.real_dtype).eps for s in self._segments)
         # One tensor, as in much of numerical optimization, need not be cut up or put together.
@@ -188,7 +194,7 @@ class ParameterVector:
         """
         if self.sharded or not PLAIN_TYPES.issuperset(map(type, tensors)):
             tensors = self._held(tensors)
-        first: Tensor | None = tensors[0]
+        first = tensors[0]
         if self._single and not batch and first is not None and first.layout is torch.strided:
             return first.detach().flatten().clone()
         if self._uniform and not batch and _all_dense(tensors):
@@ -219,7 +225,7 @@ class ParameterVector:
         The pieces are views wherever dtype and device allow.
         """
         if self._uniform and flat.dim() == 1:
-            return list(unflatten_tensors(flat, self._likes))
+            return self._views(flat)
         pieces = flat.split_with_sizes(self._counts, dim=-1)
         return [s.typed(p) for s, p in zip(self._segments, pieces, strict=True)]
 
@@ -229,11 +235,18 @@ class ParameterVector:
         A complex parameter's piece is real, `(..., 2)`. On the device of the parameter.
         """
         if self._uniform:
-            return list(unflatten_tensors(flat, self._likes))
+            return self._views(flat)
         return [
             piece.view(s.shape).to(s.device)
             for s, piece in zip(self._segments, flat.split(self._counts), strict=True)
         ]
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """The pieces of `(n,)` where they need no conversion."""
+        if self._single:
+            shape = self._segments[0].shape
+            return [flat if len(shape) == 1 else flat.view(shape)]
+        return list(unflatten_tensors(flat, self._likes))
 
     def expand(self, values: Sequence[float]) -> Tensor:
         """A flat vector that holds `values[i]` on every slot of parameter `i`."""
@@ -276,15 +289,14 @@ class ParameterVector:
         """True if the parameters have these values, `(n,)`, as far as their precision goes."""
         if self.device.type == "cpu":  # one by one, without a copy
             held = self.params if self._plain else self._held()
-            pieces = unflatten_tensors(flat, self._likes) if self._uniform else self.split(flat)
-            return all(map(torch.equal, held, pieces))
+            return all(map(torch.equal, held, self.split(flat)))
         # A device would be waited for as many times.
         return torch.equal(self.read(flat), flat)
 
     def write(self, flat: Tensor) -> None:
         """Sets the parameters, so that a graph that has saved them refuses to be used again."""
-        with torch.no_grad():
-            torch._foreach_copy_(list(self._held()), self.split(flat))
+        self.move(flat)
+        increment_version(self.params)
 
     def move(self, flat: Tensor) -> None:
         """Sets the parameters without a trace in their version counters.
@@ -295,11 +307,9 @@ class ParameterVector:
         # `.data` is an alias with a version counter of its own; `.detach()` would share it.
         held = self.params if self._plain else self._held()
         if self._single:
-            shape = self._segments[0].shape
-            held[0].data.copy_(flat if len(shape) == 1 else flat.view(shape))
+            held[0].data.copy_(self._views(flat)[0])
         else:
-            pieces = unflatten_tensors(flat, self._likes) if self._uniform else self.split(flat)
-            torch._foreach_copy_(list(map(_data, held)), pieces)
+            torch._foreach_copy_(list(map(_data, held)), self.split(flat))
 
     # Sharded tensors.
 

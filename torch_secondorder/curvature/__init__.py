@@ -13,7 +13,9 @@ from torch_secondorder.curvature.fisher import Fisher
 from torch_secondorder.curvature.gauss_newton import GaussNewton
 from torch_secondorder.curvature.hessian import Hessian
 from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
+from torch_secondorder.curvature.inverse_broyden import InverseBroyden
 from torch_secondorder.curvature.kronecker import KroneckerFactors
+from torch_secondorder.curvature.reduced_broyden import ReducedBroyden
 
 __all__ = [
     "Damped",
@@ -27,8 +29,10 @@ __all__ = [
     "Hessian",
     "Hutchinson",
     "InverseBFGS",
+    "InverseBroyden",
     "KroneckerFactors",
     "LinearOperator",
+    "ReducedBroyden",
     "UnknownOutputs",
     "exact_diagonal",
 ]

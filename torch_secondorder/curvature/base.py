@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Overwritten
-from torch_secondorder._autograd.vectorized import AT_ONCE, at_once, in_turn, vectorizing_pays
+from torch_secondorder._autograd.vectorized import (
+    AT_ONCE,
+    at_once,
+    in_turn,
+    many_at_once,
+    vectorizing_pays,
+)
 from torch_secondorder._objective.base import Evaluation, Slot
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder.curvature.kronecker import KroneckerFactors
@@ -19,6 +25,19 @@ from torch_secondorder.curvature.kronecker import KroneckerFactors
 _T = TypeVar("_T")
 
 __all__ = ["Damped", "Diagonal", "FromOutputs", "LinearOperator", "Linearized"]
+
+# Rows of a matrix that are made symmetric at a time: a whole transpose takes the memory of another.
+_ROWS = 256
+
+
+def symmetrized_(matrix: Tensor) -> Tensor:
+    """The mean of a matrix and its transpose, in the memory of the matrix."""
+    for start in range(0, len(matrix), _ROWS):
+        rows, columns = matrix[start : start + _ROWS, start:], matrix[start:, start : start + _ROWS]
+        mean = torch.add(rows, columns.T).mul_(0.5)
+        rows.copy_(mean)
+        columns.copy_(mean.T)
+    return matrix
 
 
 class LinearOperator(ABC):
@@ -46,6 +65,10 @@ class LinearOperator(ABC):
         One by one here; an operator that can do them in one pass overrides it.
         """
         return torch.stack([self.matvec(v) for v in V.T.contiguous()]).T
+
+    def dense(self) -> Tensor:
+        """The matrix itself, `(n, n)`, from `n` products; symmetric to the last bit."""
+        return symmetrized_(self.matmat(torch.eye(self.size, dtype=self.dtype, device=self.device)))
 
     def __matmul__(self, other: Tensor) -> Tensor:
         self._check(other)
@@ -175,6 +198,25 @@ class Linearized(LinearOperator):
             return super().matmat(V)
         rows = V.T.contiguous().split(AT_ONCE)
         return torch.cat([self._product_with_rows(r) for r in rows]).T
+
+    def dense(self) -> Tensor:
+        """See `LinearOperator.dense`; as many products in a pass as its memory allows."""
+        matrix = torch.empty(self.size, self.size, dtype=self.dtype, device=self.device)
+        linearization = self._linearization
+        # Ranks take part in each other's passes and need the same number of them.
+        alone = linearization.ranks.count == 1
+        count = many_at_once(linearization.graph, self.device) if alone else AT_ONCE
+        for start in range(0, self.size, count):
+            rows = matrix[start : start + count]
+            if count == 1:
+                unit = torch.zeros_like(rows[0])
+                unit[start] = 1.0
+                rows[0] = self.matvec(unit)
+                continue
+            units = torch.zeros_like(rows)
+            units[:, start:].fill_diagonal_(1.0)
+            rows.copy_(self._product_with_rows(units))
+        return symmetrized_(matrix)
 
     def _product_with_rows(self, rows: Tensor) -> Tensor:
         return self._retried(lambda: self._linearization.product(rows, self._multiply_rows))

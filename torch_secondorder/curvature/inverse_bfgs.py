@@ -33,12 +33,14 @@ class _Buffers(NamedTuple):
     diagonal: Tensor  # D, (c,)
 
 
-class _Cut(NamedTuple):
-    """Views of the rows of all buffers, made once: for small `n`, indexing is expensive."""
+class _Views(NamedTuple):
+    """Views of all buffers, made once: for small `n`, each takes as long as the arithmetic."""
 
-    steps: tuple[Tensor, ...]
+    of_steps: Tensor  # S'
+    of_differences: Tensor  # Y'
+    of_inverse: Tensor  # R^-T
+    steps: tuple[Tensor, ...]  # the rows
     differences: tuple[Tensor, ...]
-    rows: tuple[Tensor, ...]  # of R^-1
     columns: tuple[Tensor, ...]  # of R^-1
     diagonal: tuple[Tensor, ...]
     units: tuple[Tensor, ...]  # the unit vectors
@@ -80,6 +82,8 @@ class InverseBFGS(LinearOperator):
 
     Attributes:
         count: Pairs held, at most `m`.
+        boldness: How many times the newest scale the largest may count.
+        changes: Counts pairs that were added, each by one, and other changes, by more.
 
     >>> H = InverseBFGS(2, history_size=5)
     >>> H.push(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]))
@@ -99,7 +103,8 @@ class InverseBFGS(LinearOperator):
         space: Space = WHOLE,
     ) -> None:
         self.space = space
-        self.largest_scale = largest_scale
+        self.largest_scale, self.boldness = largest_scale, _BOLDEST
+        self.changes = 0
         self.size = size
         self.history_size = history_size
         self.dtype = dtype
@@ -107,6 +112,7 @@ class InverseBFGS(LinearOperator):
         # Not every accelerator has float64.
         mps = device is not None and device.type == "mps"
         self._small_dtype = torch.float32 if mps else torch.float64
+        self._mixed = self._small_dtype != dtype
         self.reset()
 
     def reset(self) -> None:
@@ -117,7 +123,8 @@ class InverseBFGS(LinearOperator):
         self._pending = False  # whether it is not in R^-1 yet
         self._scales: list[float] = []  # s'y / y'y of the pairs held, oldest first
         self._buffers: _Buffers | None = None
-        self._cut = _Cut((), (), (), (), (), ())  # made with the buffers, whose memory it holds
+        self._views: _Views | None = None
+        self.changes += 2
 
     def push(self, s: Tensor, y: Tensor, scale: float | None = None) -> None:
         """Adds a pair, in place of the oldest where the history is full.
@@ -130,10 +137,10 @@ class InverseBFGS(LinearOperator):
             scale: `s'y / y'y`, if it is known on the host.
         """
         if self._pending:
-            assert self._buffers is not None
-            newest = self._cut.differences[self._newest]
+            assert self._buffers is not None and self._views is not None
+            newest = self._views.differences[self._newest]
             of_y = self.space.total(torch.mv(self._buffers.steps, newest))
-            self._enter(of_y, self._buffers.inverse)
+            self._enter(of_y, self._buffers, self._views)
         if self.count == self.history_size:
             del self._scales[0]
         elif self.count == self._room:
@@ -145,9 +152,32 @@ class InverseBFGS(LinearOperator):
         self._scales.append(scale)
         self.count = len(self._scales)
         self._newest = (self._newest + 1) % self._room
-        self._cut.steps[self._newest].copy_(s)
-        self._cut.differences[self._newest].copy_(y)
+        assert self._views is not None
+        self._views.steps[self._newest].copy_(s)
+        self._views.differences[self._newest].copy_(y)
         self._pending = True
+        self.changes += 1
+
+    @property
+    def newest(self) -> int:
+        """The row of the newest pair in `pairs()`."""
+        return self._newest
+
+    @property
+    def gamma(self) -> float:
+        """The scale of directions that no pair covers."""
+        gamma = self._scales[-1]
+        return min(max(self._scales), self.boldness * gamma) if self.largest_scale else gamma
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs held: `S` and `Y`, shape `(count, n)`, and the age of each row.
+
+        The oldest has age zero, the next one, and so on.
+        """
+        assert self._buffers is not None
+        rows = torch.arange(self.count, device=self.device)
+        ages = (rows - self._newest - 1) % self.count
+        return self._buffers.steps[: self.count], self._buffers.differences[: self.count], ages
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
@@ -160,49 +190,51 @@ class InverseBFGS(LinearOperator):
     def _multiply(self, v: Tensor, sign: float) -> Tensor:
         if not self.count:
             return sign * v
-        assert self._buffers is not None
+        assert self._buffers is not None and self._views is not None
+        views = self._views
         steps, differences, inverse, diagonal = self._buffers
         space, whole = self.space, self.space is WHOLE
         if self._pending:
-            newest = self._cut.differences[self._newest]
-            if steps.shape[1] < 2 * _BLOCK:  # the rows lie in cache the second time
+            newest = views.differences[self._newest]
+            if self.size < 2 * _BLOCK:  # the rows lie in cache the second time
                 of_y, of_v = torch.mv(steps, newest), torch.mv(steps, v)
             else:
-                of_y, of_v = _two_products(steps, newest, v)
+                of_y, of_v = products(steps, torch.stack((newest, v))).unbind()
             if not whole:
                 of_y, of_v = space.totals(of_y, of_v)
-            self._enter(of_y, inverse)
+            self._enter(of_y, self._buffers, views)
         else:
             of_v = torch.mv(steps, v)
             if not whole:
                 of_v = space.total(of_v)
-        # The scale of directions that no pair covers.
-        gamma = self._scales[-1]
-        if self.largest_scale:
-            gamma = min(max(self._scales), _BOLDEST * gamma)
-        work, small = self.dtype, self._small_dtype
-        p2 = torch.mv(inverse, of_v.to(small))
+        gamma = self.gamma
+        # Converted where they differ only: for small `n`, asking takes as long as the arithmetic.
+        work, small, mixed = self.dtype, self._small_dtype, self._mixed
+        p2 = torch.mv(inverse, of_v.to(small) if mixed else of_v)
         # Scaled before it is multiplied by Y: the square of a gradient may leave the dtype's range.
-        scaled = torch.addmv(v, differences.t(), p2.to(work), alpha=-1).mul_(gamma)
+        along = p2.to(work) if mixed else p2
+        scaled = torch.addmv(v, views.of_differences, along, alpha=-1).mul_(gamma)
         of_scaled = torch.mv(differences, scaled)
         if not whole:
             of_scaled = space.total(of_scaled)
-        inner = torch.mul(diagonal, p2).sub_(of_scaled)
-        p1 = torch.mv(inverse.t(), inner)
-        return torch.addmv(scaled, steps.t(), p1.to(work), beta=sign, alpha=sign)
+        p1 = torch.mv(views.of_inverse, torch.mul(diagonal, p2).sub_(of_scaled))
+        if mixed:
+            p1 = p1.to(work)
+        return torch.addmv(scaled, views.of_steps, p1, beta=sign, alpha=sign)
 
-    def _enter(self, of_y: Tensor, inverse: Tensor) -> None:
+    def _enter(self, of_y: Tensor, buffers: _Buffers, views: _Views) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""
-        newest, cut = self._newest, self._cut
-        of_y = of_y.to(self._small_dtype)
+        newest, inverse = self._newest, buffers.inverse
+        if self._mixed:
+            of_y = of_y.to(self._small_dtype)
         s_y = of_y[newest]
         if self.count == self.history_size:  # the oldest had this row
-            cut.rows[newest].zero_()
-            cut.columns[newest].zero_()
+            inverse[newest].zero_()
+            views.columns[newest].zero_()
         # Its row of R^-1 is zero: -R^-1 S y everywhere else, and one there, all over s'y.
-        column = torch.addmv(cut.units[newest], inverse, of_y, alpha=-1)
-        torch.div(column, s_y, out=cut.columns[newest])
-        cut.diagonal[newest].copy_(s_y)
+        column = torch.addmv(views.units[newest], inverse, of_y, alpha=-1)
+        torch.div(column, s_y, out=views.columns[newest])
+        views.diagonal[newest].copy_(s_y)
         self._pending = False
 
     def _grow(self, room: int) -> None:
@@ -220,11 +252,14 @@ class InverseBFGS(LinearOperator):
 
     def _hold(self, buffers: _Buffers) -> None:
         self._buffers = buffers
+        self.changes += 2
         self._room = len(buffers.diagonal)
-        self._cut = _Cut(
+        self._views = _Views(
+            buffers.steps.t(),
+            buffers.differences.t(),
+            buffers.inverse.t(),
             buffers.steps.unbind(),
             buffers.differences.unbind(),
-            buffers.inverse.unbind(),
             buffers.inverse.unbind(1),
             buffers.diagonal.unbind(),
             torch.eye(self._room, dtype=self._small_dtype, device=self.device).unbind(),
@@ -284,7 +319,7 @@ class InverseBFGS(LinearOperator):
         for name in _NUMBERS:
             setattr(self, name, state[name])
         self._scales = [float(scale) for scale in state["scales"]]
-        self._buffers = None
+        self._buffers = self._views = None
         buffers = state.get("buffers")
         if buffers:
             # A list in checkpoints of version 0.1; the order is the same.
@@ -300,20 +335,17 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
     return result
 
 
-def _two_products(rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """`rows @ a` and `rows @ b` in one pass over `rows`, shape `(k, n)` with a large `n`."""
+def products(rows: Tensor, vectors: Tensor) -> Tensor:
+    """`vectors @ rows.T`, shape `(j, k)`, in one pass over `rows`, shape `(k, n)`."""
     n = rows.shape[1]
-    both = torch.stack((a, b))
-    if rows.device.type != "cpu":
-        of_a, of_b = torch.mm(both, rows.T).unbind()
-        return of_a, of_b
-    # CPU libraries take one pass per vector when n is large; block by block the rows stay in cache.
     blocks = n // _BLOCK
+    if blocks < 2 or rows.device.type != "cpu":
+        return torch.mm(vectors, rows.t())
+    # CPU libraries take one pass per vector when n is large; block by block the rows stay in cache.
     cut = blocks * _BLOCK
-    left = both[:, :cut].unflatten(1, (blocks, _BLOCK)).transpose(0, 1)
+    left = vectors[:, :cut].unflatten(1, (blocks, _BLOCK)).transpose(0, 1)
     right = rows[:, :cut].unflatten(1, (blocks, _BLOCK)).permute(1, 2, 0)
     total = torch.bmm(left, right).sum(0)
     if cut < n:
-        total.addmm_(both[:, cut:], rows[:, cut:].T)
-    of_a, of_b = total.unbind()
-    return of_a, of_b
+        total.addmm_(vectors[:, cut:], rows[:, cut:].t())
+    return total

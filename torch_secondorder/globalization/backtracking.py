@@ -64,12 +64,13 @@ class Armijo:
             if sufficient:
                 return SearchStatus.ARMIJO
             unresolved = abs(trial.loss - start.loss) <= allowance
-            if unresolved and steepest <= trial.slope <= gentle:
+            least = -inf if trial.t >= start.longest else steepest
+            if unresolved and least <= trial.slope <= gentle:
                 return SearchStatus.APPROXIMATE_ARMIJO
             return None
 
         return run_search(
-            self._propose(start, t0, allowance),
+            self._propose(start, min(t0, start.longest), allowance),
             accept,
             phi,
             start,
@@ -117,7 +118,7 @@ class FixedStep:
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Take the step `t0`; see `LineSearch`."""
         return run_search(
-            self._propose(t0),
+            self._propose(min(t0, start.longest)),
             lambda trial, sufficient: SearchStatus.FIXED,
             phi,
             start,

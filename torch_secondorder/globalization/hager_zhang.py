@@ -92,6 +92,8 @@ class HagerZhang:
                     return SearchStatus.WOLFE
                 if trial.loss <= ceiling and trial.slope <= gentle:
                     return SearchStatus.APPROXIMATE_WOLFE
+            elif trial.t >= start.longest and (sufficient or trial.loss <= ceiling):
+                return SearchStatus.LONGEST
             return None
 
         return run_search(
@@ -125,7 +127,8 @@ class HagerZhang:
         self, start: Trial, t: float, ceiling: float
     ) -> Generator[float, Trial, _Bracket | SearchStatus | None]:
         """B0-B3: grow the step until the slope rises or the loss does."""
-        longest, shortest = LONGEST * t, SHORTEST * t
+        longest, shortest = min(LONGEST * t, start.longest), SHORTEST * t
+        t = min(t, longest)
         a, wall, walls = start, None, 0
         while t >= shortest and (wall is None or wall - a.t > COLLAPSED * wall):
             trial = yield t

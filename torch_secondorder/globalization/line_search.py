@@ -26,12 +26,15 @@ class Trial:
         loss: ``phi(t)``; may be nan or infinite.
         slope: ``phi'(t)``, the directional derivative; may be nan or infinite.
         payload: Whatever the caller wants back with the accepted point; a search never looks at it.
+        longest: Of the start: the longest step that the line allows, for instance up to a bound.
+            ``phi`` answers a longer one with the trial at this one.
     """
 
     t: float
     loss: float
     slope: float
     payload: Any = None
+    longest: float = inf
 
     @property
     def finite(self) -> bool:
@@ -57,6 +60,7 @@ class SearchStatus(Enum):
     APPROXIMATE_ARMIJO = "By the slope it decreases enough; the loss did not rise beyond rounding."
     IMPROVED = "No point met the conditions; the best one found lowers the loss."
     UNBOUNDED = "The loss still falls at the longest step allowed; the best point was taken."
+    LONGEST = "The loss decreased, and it still falls at the end of the line, which is at a bound."
     FIXED = "The step was taken without a search."
     NO_DECREASE = "No step with a lower loss was found; the start is returned.", False
     NOT_DESCENT = "The loss does not fall along the direction, or the start is not finite.", False
@@ -109,7 +113,8 @@ class LineSearch(Protocol):
 
         Args:
             phi: Evaluates the loss and the slope at a step.
-            start: The point at ``t = 0``, already evaluated.
+            start: The point at ``t = 0``, already evaluated. Steps beyond ``start.longest`` are in
+                vain: ``phi`` answers them with the trial there.
             t0: The first step to try, positive.
             precision: Machine epsilon of the arithmetic behind ``phi`` (1.2e-7 for float32).
 

@@ -86,6 +86,12 @@ class StrongWolfe:
                     return SearchStatus.WOLFE
                 if abs(trial.loss - start.loss) <= allowance and trial.slope <= gentle:
                     return SearchStatus.APPROXIMATE_WOLFE
+            elif (
+                trial.t >= start.longest
+                and trial.slope < 0.0
+                and (sufficient or abs(trial.loss - start.loss) <= allowance)
+            ):
+                return SearchStatus.LONGEST
             return None
 
         return run_search(
@@ -106,7 +112,8 @@ class StrongWolfe:
         `far` is their alpha_u, unknown at first.
         """
         sufficient = self.c1 * start.slope
-        longest, shortest = LONGEST * t, SHORTEST * t
+        longest, shortest = min(LONGEST * t, start.longest), SHORTEST * t
+        t = min(t, longest)
         best, far = start, None
         auxiliary, walls, overshoots = True, 0, 0
         width = earlier_width = inf

@@ -3,20 +3,29 @@
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
+from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
+from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
+from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
+    "BFGS",
     "LBFGS",
     "AdaHessian",
     "AdaHessianInfo",
+    "BFGSInfo",
     "Contractive",
     "ContractiveInfo",
     "LBFGSInfo",
+    "Newton",
     "NewtonCG",
     "NewtonCGInfo",
+    "NewtonInfo",
+    "NonlinearCG",
+    "NonlinearCGInfo",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",

@@ -26,8 +26,17 @@ from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
-from torch_secondorder._optim.flat import Descent, DescentInfo, FlatOptimizer, Line, Point
+from torch_secondorder._optim.flat import (
+    BoundedInfo,
+    Candidate,
+    Descent,
+    DescentInfo,
+    FlatOptimizer,
+    Line,
+    Point,
+)
 from torch_secondorder._optim.info import StepInfo, StepStatus
+from torch_secondorder._optim.line_search import LineSearchInfo, LineSearchOptimizer
 from torch_secondorder._optim.state import (
     Choice,
     Count,
@@ -48,6 +57,8 @@ from torch_secondorder._optim.wrapper import Term, WrapperOptimizer
 
 __all__ = [
     "Block",
+    "BoundedInfo",
+    "Candidate",
     "Choice",
     "Count",
     "Descent",
@@ -57,6 +68,8 @@ __all__ = [
     "Factors",
     "FlatOptimizer",
     "Line",
+    "LineSearchInfo",
+    "LineSearchOptimizer",
     "MasterCopy",
     "Matrix",
     "ModelField",

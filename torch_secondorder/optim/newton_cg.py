@@ -337,7 +337,7 @@ class NewtonCG(FlatOptimizer):
         objective.limit = inf if most is None else most
         self._choice.begin(objective)
         evaluation = self._choice.evaluate(objective)
-        return evaluation, point_of(evaluation, objective.vector.space)
+        return evaluation, point_of(evaluation, objective)
 
     def _begin(self, descent: Descent) -> None:
         descent.patience = _PATIENCE
@@ -376,7 +376,7 @@ class NewtonCG(FlatOptimizer):
                 evaluation = self._choice.evaluate(objective)
             except EvaluationsSpent:
                 return StepStatus.MAX_EVALUATIONS
-            descent.point = point_of(evaluation, descent.space)
+            descent.point = point_of(evaluation, objective)
             del evaluation
         found = self._next_move(descent)
         self._memory.length = descent.point.length

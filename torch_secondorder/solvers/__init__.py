@@ -17,6 +17,12 @@ from torch_secondorder.solvers.base import (
     SolveStatus,
 )
 from torch_secondorder.solvers.cg import CG
+from torch_secondorder.solvers.dense import (
+    DefinitenessName,
+    DenseQuadratic,
+    DenseStep,
+    solve_trust_region,
+)
 from torch_secondorder.solvers.kfac import KFAC
 from torch_secondorder.solvers.lanczos import Tridiagonal, lanczos
 from torch_secondorder.solvers.minres import MINRES
@@ -30,6 +36,9 @@ __all__ = [
     "CG",
     "KFAC",
     "MINRES",
+    "DefinitenessName",
+    "DenseQuadratic",
+    "DenseStep",
     "Iterate",
     "LinearSolver",
     "Martens",
@@ -44,6 +53,7 @@ __all__ = [
     "lanczos",
     "resolve_preconditioner",
     "resolve_solver",
+    "solve_trust_region",
 ]
 
 if not TYPE_CHECKING:

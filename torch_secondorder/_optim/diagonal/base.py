@@ -35,6 +35,7 @@ from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
+from torch_secondorder._optim.bounds import no_bounds
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
@@ -197,6 +198,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if group.get("bounds") is not None:
+            raise no_bounds(type(self).__name__)
         for name in ("update_period", "accumulation_steps"):
             check_integer(name, group[name], whole_floats=True)
         matrices = any(isinstance(field, Factors) for field in self._parameter_fields)
@@ -272,6 +275,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         settings: list[object] = []
         for group in self.param_groups:
             settings += map(type, group["params"][:1])  # parameters may be sharded later
+            settings.append(group.get("bounds") is None)
             for name in self.defaults:
                 value = group.get(name)
                 for entry in value if isinstance(value, (list, tuple)) else (value,):

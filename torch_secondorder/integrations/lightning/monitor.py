@@ -25,11 +25,11 @@ _SHORT_NAMES = {
 class SecondOrderMonitor(Callback):
     """Logs the numbers in `optimizer.info`, as `"LBFGS/step_length"` and so on.
 
-    `LBFGS` and `NewtonCG` are logged with every step. `AdaHessian` and `Sophia`, whose reports are
-    made on demand, are logged when the trainer's `log_every_n_steps` says so. Other callbacks can
-    monitor the logged values, for instance `EarlyStopping(monitor="LBFGS/grad_norm")`. Several
-    optimizers of one class are called `"LBFGS"`, `"LBFGS-1"` and so on. Optimizers of other
-    packages are ignored, unless they derive from `SecondOrderOptimizer`.
+    `AdaHessian` and `Sophia`, whose reports are made on demand, are logged when the trainer's
+    `log_every_n_steps` says so, all others with every step. Other callbacks can monitor the logged
+    values, for instance `EarlyStopping(monitor="LBFGS/grad_norm")`. Several optimizers of one class
+    are called `"LBFGS"`, `"LBFGS-1"` and so on. Optimizers of other packages are ignored, unless
+    they derive from `SecondOrderOptimizer`.
 
     When fitting begins it checks `accumulate_grad_batches`, `gradient_clip_val`, `precision`, the
     strategy and the signature of `training_step`. If gradients of several batches are accumulated,
