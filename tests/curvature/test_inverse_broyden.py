@@ -85,16 +85,30 @@ def test_against_the_textbook(size: int, update: Any, device: torch.device) -> N
 
 
 def test_unscaled_bfgs_is_the_product_form(device: torch.device) -> None:
-    """Nocedal and Wright 2006, equation 6.17."""
-    pairs = make_pairs(20, 6, device)
-    inverse = filled(pairs[:10], "bfgs")
+    """Nocedal and Wright 2006, equation 6.17: after 2 n pairs."""
+    pairs = make_pairs(22, 6, device)
+    inverse = filled(pairs[:12], "bfgs")
     H = inverse @ eye(6, device)
-    for s, y in pairs[10:]:
+    for s, y in pairs[12:]:
         inverse.push(s, y)
         rho = 1 / (s @ y)
         v = eye(6, device) - rho * torch.outer(y, s)
         H = v.T @ H @ v + rho * torch.outer(s, s)
     assert_near(inverse @ eye(6, device), H)
+
+
+def test_bfgs_scales_up_by_a_few_percent(device: torch.device) -> None:
+    """Pairs 9 to 2 n, where the curvature along the step is smaller than that of H."""
+    pairs = make_pairs(13, 6, device)
+    scales = ((8, 0.5, 1.0), (8, 1.0, 1.0), (8, 1.02, 1 / 1.02), (8, 10.0, 0.93))
+    for count, b, tau in (*scales, (11, 10.0, 0.93), (12, 10.0, 1.0)):
+        s = pairs[count][0]
+        inverse = filled(pairs[:count], "bfgs")
+        y = torch.linalg.solve(inverse @ eye(6, device), s) / b
+        assert inverse.push(s, y, expected=float(y @ s) * b)
+        assert inverse.ratio == pytest.approx(b)
+        assert inverse.tau == pytest.approx(tau)
+        assert_near(inverse @ y, s)
 
 
 def test_dfp_is_bfgs_of_the_inverse(device: torch.device) -> None:
@@ -287,9 +301,9 @@ def test_parameters_of_curvature_far_from_expected(update: BroydenUpdate, n: int
     """They are numbers, and leave the matrix positive definite: `phi > -1 / a` (Fletcher 1970)."""
     for b in (1e-100, 1e-17, 1.0, 1e17, 1e19, 1e100):
         for h_b in (1.0, 1.0 + 1e-12, 3.0, 1e17, 1e100):
-            for first in (True, False):
+            for count in (0, 5, 20, 200):
                 h = h_b / b
-                tau, phi = update_parameters(update, first, n, 1.0, h, b)
+                tau, phi = update_parameters(update, count, n, 1.0, h, b)
                 assert 0 < tau < math.inf
                 assert abs(phi) < math.inf
                 assert 1 + max(b * h - 1, 0) * phi > 0

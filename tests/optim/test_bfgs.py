@@ -94,13 +94,20 @@ def test_self_scaled_updates_solve_them_too(name: str, update: Any) -> None:
     assert problem.is_minimum(problem.function(x).item())
 
 
-def test_self_scaling_pays_on_an_ill_conditioned_quadratic() -> None:
-    counts = {
-        update: solve(PROBLEMS_BY_NAME["ill_conditioned_quadratic"], update=update)[0].info
-        for update in ("bfgs", "ssbroyden")
-    }
-    assert all(info.status is StepStatus.CONVERGED_GRADIENT for info in counts.values())
-    assert counts["ssbroyden"].evaluations < 0.6 * counts["bfgs"].evaluations
+def test_scaling_pays_on_an_ill_conditioned_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain BFGS scales a little, and the self-scaled updates more."""
+
+    def evaluations(update: str) -> int:
+        info = solve(PROBLEMS_BY_NAME["ill_conditioned_quadratic"], update=update)[0].info
+        assert info.status is StepStatus.CONVERGED_GRADIENT
+        return info.evaluations
+
+    little, more = evaluations("bfgs"), evaluations("ssbroyden")
+    monkeypatch.setattr("torch_secondorder.curvature.inverse_broyden._LATER", 1.0)
+    none = evaluations("bfgs")
+    assert more < 0.6 * none
+    assert little < 0.85 * none
+    assert more < 0.9 * little
 
 
 @pytest.mark.parametrize("update", UPDATES)

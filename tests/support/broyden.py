@@ -9,8 +9,9 @@ from torch import Tensor
 def textbook_scaling(update: str, count: int, n: int, h: float, b: float) -> tuple[float, float]:
     """tau and theta, after Al-Baali 1998 and Urbán, Stefanou, Pons 2025, with `phi` of `theta`."""
     if update == "bfgs":
-        early = max(0.3, min(1.0, h)) if count < 8 else 1.0
-        return (h if count == 0 else early), 0.0
+        if count < 8:
+            return (max(0.3, min(1.0, h)) if count else h), 0.0
+        return (max(0.93, min(1.0, 1 / b)) if count < 2 * n else 1.0), 0.0
     if update == "dfp":
         return (h if count == 0 else 1.0), 1.0
     if update == "ssbfgs":

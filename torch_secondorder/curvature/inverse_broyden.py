@@ -16,12 +16,13 @@ __all__ = ["BroydenUpdate", "InverseBroyden"]
 
 #: Names of updates.
 BroydenUpdate: TypeAlias = Literal["bfgs", "ssbfgs", "ssbroyden", "dfp"]
-#: Those that scale with each pair, for which they need `s'H^-1 s`.
+#: Those that scale with each pair as far as it says.
 SELF_SCALED = ("ssbfgs", "ssbroyden")
 
-# BFGS also scales H up with the first few pairs, at most by 1 / 0.3 each: the first step goes along
-# the gradient, where curvature is large.
-EARLY, _BOLDEST = 8, 0.3
+# BFGS also scales H up, for directions not seen yet: the first step goes along the gradient, where
+# curvature is large. With the first few pairs at most by 1 / 0.3 each, then by a few percent, until
+# there are twice as many as parameters.
+_EARLY, _BOLDEST, _LATER = 8, 0.3, 0.93
 # Updates that are gathered before the matrix is written. Each is of rank two.
 _GATHERED = 16
 # Rows of the matrix that are written at once.
@@ -44,11 +45,12 @@ class InverseBroyden(LinearOperator):
 
         (H - Hy y'H / y'Hy + phi v v') / tau + s s' / y's
 
-    so that `H y = s`. The updates differ in `tau` and `phi`. `"bfgs"` has 1 and 1 (at first
-    `tau = min(1, y'Hy / y's)`, at least 0.3, for seven pairs), `"dfp"` 1 and 0.
-    The self-scaled ones shrink the eigenvalues of the Hessian's approximation where they are too
-    large: `"ssbfgs"` has `phi = 1` and `tau = min(1, y's / s'H^-1 s)`, and `"ssbroyden"` adapts
-    both (Al-Baali 1998). The first pair gives `H` its scale, with all of them.
+    so that `H y = s`. The updates differ in `tau` and `phi`. `"dfp"` has 1 and 0. The self-scaled
+    ones shrink the eigenvalues of the Hessian's approximation where they are too large: `"ssbfgs"`
+    has `phi = 1` and `tau = min(1, y's / s'H^-1 s)`, and `"ssbroyden"` adapts both (Al-Baali 1998).
+    `"bfgs"` has `phi = 1`. Its `tau` makes `H` larger where no pair has been yet: with pairs two to
+    eight it is `min(1, y'Hy / y's)`, at least 0.3, then that of `"ssbfgs"`, at least 0.93, and 1
+    after `2 n` pairs. The first pair gives `H` its scale, with all of them.
 
     An update is of rank two. It is kept as two vectors, and sixteen updates together are written
     into the matrix, so that learning a pair costs little more than the product `H y`.
@@ -121,8 +123,8 @@ class InverseBroyden(LinearOperator):
         Args:
             s: The step, shape `(n,)`.
             y: The difference of the gradients, shape `(n,)`.
-            expected: `s'H^-1 s`, if it is known. The self-scaled updates need it, and solve a
-                system with `H` without it, in `n^3` operations.
+            expected: `s'H^-1 s`, if it is known. Without it, an update that needs it (not DFP, nor
+                BFGS after `2 n` pairs) solves a system with `H`, in `n^3` operations.
             of_y: `H y`, if it is known.
             initial: For the first pair: the `H` that the step was made with, as a multiple of the
                 identity.
@@ -139,13 +141,10 @@ class InverseBroyden(LinearOperator):
         s_y, y_h_y = self.space.to_host(sums=(s @ y, y @ of_y))
         if not (0 < s_y < inf and 0 < y_h_y < inf):
             return False
-        if expected is None and self.update in SELF_SCALED:
+        if expected is None and needs_expected(self.update, self.count, self.size):
             expected = self._expected(s)
-        first, early = not self.count, self.count < EARLY
-        tau, phi = update_parameters(
-            self.update, first, self.size, s_y, y_h_y, expected, early=early
-        )
-        if first:
+        tau, phi = update_parameters(self.update, self.count, self.size, s_y, y_h_y, expected)
+        if not self.count:
             self._begin(1.0 if initial is None else initial)
         else:
             self.ratio = 1.0 if expected is None else expected / s_y
@@ -326,36 +325,40 @@ class InverseBroyden(LinearOperator):
 _NUMBERS = ("size", "count", "tau", "phi", "ratio", "_scale", "_gathered")
 
 
+def needs_expected(update: BroydenUpdate, count: int, n: int) -> bool:
+    """True if an update depends on `s'H^-1 s`, after `count` pairs."""
+    return update in SELF_SCALED or (update == "bfgs" and _EARLY <= count < 2 * n)
+
+
 def update_parameters(
     update: BroydenUpdate,
-    first: bool,
+    count: int,
     n: int,
     s_y: float,
     y_h_y: float,
     expected: float | None,
-    *,
-    early: bool = False,
 ) -> Scaling:
     """The parameters of an update.
 
     Args:
         update: Its name.
-        first: Whether it is the first one.
+        count: Pairs learned before.
         n: The length of the vectors.
         s_y: `y's`.
         y_h_y: `y'Hy`.
-        expected: `s'H^-1 s`, which the self-scaled updates need.
-        early: Whether it is one of the first few, with which BFGS scales as well.
+        expected: `s'H^-1 s`, if the update needs it.
     """
-    h = y_h_y / s_y
+    first, h = not count, y_h_y / s_y
     if update == "dfp":
         return Scaling(h if first else 1.0, 0.0)
-    if update == "bfgs":
-        return Scaling(h if first else max(_BOLDEST, min(1.0, h)) if early else 1.0, 1.0)
+    if update == "bfgs" and not needs_expected(update, count, n):
+        tau = h if first else max(_BOLDEST, min(1.0, h)) if count < _EARLY else 1.0
+        return Scaling(tau, 1.0)
     assert expected is not None
     b = expected / s_y
-    if update == "ssbfgs" or not (0 < b < inf and b * h < inf):
-        return Scaling(h if first else min(1.0, 1 / b) if b > 0 else 1.0, 1.0)
+    if update != "ssbroyden" or not (0 < b < inf and b * h < inf):
+        tau = h if first else min(1.0, 1 / b) if b > 0 else 1.0
+        return Scaling(max(_LATER, tau) if update == "bfgs" else tau, 1.0)
     a = max(b * h - 1.0, 0.0)  # zero only if s and Hy are parallel, when theta does not count
     # h (1 - c) with c = sqrt(a / (1 + a)), without the cancellation where a is large.
     rho = min(1.0, h / ((1.0 + a) * (1.0 + sqrt(a / (1.0 + a)))))

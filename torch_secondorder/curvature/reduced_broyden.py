@@ -12,7 +12,7 @@ from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.curvature.inverse_bfgs import products
-from torch_secondorder.curvature.inverse_broyden import EARLY, BroydenUpdate, update_parameters
+from torch_secondorder.curvature.inverse_broyden import BroydenUpdate, update_parameters
 
 __all__ = ["ReducedBroyden"]
 
@@ -217,10 +217,8 @@ class ReducedBroyden(LinearOperator):
         if not self._whole_size:
             size = torch.tensor(float(self.size), device=self.device)
             self._whole_size = int(self.space.total(size))
-        early = self.count <= EARLY  # this one is counted already
-        tau, phi = update_parameters(
-            self.update, first, self._whole_size, s_y, y_h_y, expected, early=early
-        )
+        count = self.count - 1  # this one is counted already
+        tau, phi = update_parameters(self.update, count, self._whole_size, s_y, y_h_y, expected)
         across = s / s_y - of_y / y_h_y
         matrix.addr_(of_y, of_y, alpha=-1.0 / y_h_y).addr_(across, across, alpha=phi * y_h_y)
         matrix.div_(tau).addr_(s, s, alpha=1.0 / s_y)

@@ -87,9 +87,9 @@ class BFGS(LineSearchOptimizer):
     - `"bfgs"`, the default, needs the fewest evaluations on classical test functions, and a little
       less than `LBFGS`.
     - `"ssbroyden"` is for badly conditioned losses that are to be minimized to high precision, such
-      as those of physics-informed networks in float64: there its error is by orders of magnitude
-      smaller than that of the other updates and of `LBFGS`. On classical functions it needs about a
-      fifth more evaluations.
+      as those of physics-informed networks in float64: there its error is smaller than that of the
+      other updates, and by orders of magnitude smaller than that of `LBFGS`. On classical functions
+      it needs about a fifth more evaluations.
     - `"ssbfgs"` lies between the two. `"dfp"` is there for comparison: it is slow.
 
     Arguments are those of `LBFGS`, which is a drop-in for `torch.optim.LBFGS`, without
