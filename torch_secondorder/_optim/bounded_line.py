@@ -7,7 +7,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
-from torch_secondorder._optim.flat import Candidate, Descent, Line, Point
+from torch_secondorder._optim.flat import Descent, Line
 from torch_secondorder.globalization import Trial
 from torch_secondorder.solvers._box_quadratic import FaceModel, ScaledIdentity, solve_in_box
 from torch_secondorder.solvers._units import power_of_two
@@ -44,32 +44,13 @@ class BoundedLine(Line):
 
     def __call__(self, t: float) -> Trial:
         """Evaluates the objective at `t d` from the current point, or at the longest step."""
-        t = min(t, self.start.longest)
-        if self._newest is not None and self._newest is not self._lowest:
-            self._newest.point = None
-        self._newest = None
-        direction, objective = self.direction, self._descent.objective
-        box = objective.box
-        assert box is not None
-        evaluation = objective.trial(direction, t)
-        grad = evaluation.grad
-        y = grad - self._before
-        projected = box.projected(box.moved(objective.position, direction, t), grad)
-        slope, y_y, y_d, grad_norm, loss = self._descent.space.to_host(
-            sums=(grad @ direction, y @ y, y @ direction),
-            largest=(projected,),
-            whole=(evaluation.loss,),
-        )
-        if loss == -inf:
-            self.bottomless = True
-        candidate = self._newest = Candidate(Point(loss, grad_norm, grad), y, y_y, y_d)
-        if not isfinite(grad_norm):
-            slope = inf
-        elif loss < self._lowest_loss and isfinite(loss) and isfinite(slope):
-            if self._lowest is not None:
-                self._lowest.point = None
-            self._lowest_loss, self._lowest = loss, candidate
-        return Trial(t, loss, slope, candidate)
+        return super().__call__(min(t, self.start.longest))
+
+    def _optimality(self, grad: Tensor, t: float) -> Tensor:
+        objective = self._descent.objective
+        assert objective.box is not None
+        there = objective.box.moved(objective.position, self.direction, t)
+        return objective.box.projected(there, grad)
 
 
 def line_in_box(descent: Descent, model: FaceModel) -> BoundedLine | None:

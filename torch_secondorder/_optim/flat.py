@@ -255,7 +255,7 @@ class Line:
             y, (y_y, y_d) = None, _products_of_difference(grad, before, direction)
         slope, y_y_, y_d_, grad_norm, loss = self._descent.space.to_host(
             sums=(grad.dot(direction), y_y, y_d),
-            largest=(grad,),
+            largest=(self._optimality(grad, t),),
             whole=(evaluation.loss,),
         )
         if loss == -inf:
@@ -268,6 +268,10 @@ class Line:
                 self._lowest.point = None
             self._lowest_loss, self._lowest = loss, candidate
         return Trial(t, loss, slope, candidate)
+
+    def _optimality(self, grad: Tensor, t: float) -> Tensor:
+        """The vector that is zero at a minimum: the gradient, or within bounds its projection."""
+        return grad
 
     def accept(self, trial: Trial) -> Candidate:
         """Moves the objective to a trial, which becomes the current point.
