@@ -26,10 +26,8 @@ class StepStatus(Enum):
     ZERO_LEARNING_RATE = "lr is zero: the loss was evaluated and nothing was moved"
     MAX_ITERATIONS = "all max_iter iterations were done; call step() again to go on"
     MAX_EVALUATIONS = "max_eval closure evaluations were used; call step() again to go on"
-    CONVERGED_GRADIENT = (
-        "no entry of the gradient (within bounds, of the projected gradient) is larger than "
-        "tolerance_grad"
-    )
+    #: If there are bounds, the gradient is the projected one.
+    CONVERGED_GRADIENT = "no entry of the gradient is larger than tolerance_grad"
     CONVERGED_CHANGE = (
         "the last iteration changed neither the parameters nor the loss by more than "
         "tolerance_change, relative to their size"
