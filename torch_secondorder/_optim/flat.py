@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._closure.validation import STANDARD_CLOSURE
-from torch_secondorder._foundation.types import Closure
+from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._foundation.types import Closure, ParamsT
 from torch_secondorder._objective.base import Evaluation, Objective, Regularization
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
@@ -343,7 +344,7 @@ class FlatOptimizer(SecondOrderOptimizer):
 
     A subclass implements:
 
-    - `__init__`: checks its arguments and passes the hyperparameters on. `lr`, `max_iter`,
+    - `__init__`: checks its own arguments and passes the hyperparameters on. `lr`, `max_iter`,
       `tolerance_grad`, `tolerance_change`, `weight_decay` and `maximize` have a meaning here; a
       hyperparameter that is left out has the default of `LBFGS`.
     - `_iterate`: one iteration. `descent.point` is the current point. A line search along a
@@ -368,6 +369,15 @@ class FlatOptimizer(SecondOrderOptimizer):
     _box_maker: BoxMaker | None = None
     #: Gets each step and its iteration before the first one; returns the iteration to run.
     _observe: Callable[[Descent, Iterate], Iterate] | None = None
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if "max_iter" in defaults:
+            check_integer("max_iter", defaults["max_iter"], whole_floats=True)
+        if "tolerance_change" in defaults:
+            check_number("tolerance_change", defaults["tolerance_change"], low=0.0)
+        check_integer("max_eval", defaults.get("max_eval"), optional=True, whole_floats=True)
+        check_number("tolerance_grad", defaults.get("tolerance_grad"), low=0.0, optional=True)
+        super().__init__(params, defaults)
 
     # For subclasses.
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._foundation.checks import check_integer, check_number
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._optim.bounded_line import (
@@ -61,9 +60,8 @@ class LineSearchOptimizer(FlatOptimizer):
     gradient. After a search in vain, what was learned is dropped and the next direction is the
     negative gradient.
 
-    A subclass implements `_direction`, `_learn` and `_restart`, and passes its hyperparameters on;
-    `max_iter`, `max_eval`, `tolerance_grad` and `tolerance_change` are checked here. A report of
-    its own has the field of `LineSearchInfo`.
+    A subclass implements `_direction`, `_learn` and `_restart`, and passes its hyperparameters on.
+    A report of its own has the field of `LineSearchInfo`.
 
     Args:
         params: See `SecondOrderOptimizer`.
@@ -82,10 +80,6 @@ class LineSearchOptimizer(FlatOptimizer):
     def __init__(
         self, params: ParamsT, line_search_fn: str | LineSearch | None, defaults: dict[str, Any]
     ) -> None:
-        check_integer("max_iter", defaults["max_iter"], whole_floats=True)
-        check_number("tolerance_change", defaults["tolerance_change"], low=0.0)
-        check_number("tolerance_grad", defaults["tolerance_grad"], low=0.0, optional=True)
-        check_integer("max_eval", defaults["max_eval"], optional=True, whole_floats=True)
         self.line_search = resolve_line_search(line_search_fn, "line_search_fn")
         self._reset_reason = ""
         super().__init__(params, defaults)

@@ -139,7 +139,7 @@ def minimize(
     if args:
         fun, jac = _with_arguments(fun, args), _with_arguments(jac, args) if callable(jac) else jac
     counts = Counts()
-    function = _function(fun, jac, counts, name, chosen, settings, limits, leaves)
+    function = _function(fun, jac, counts, name, chosen, settings, limits)
     if compile is not False and jac is not None:
         raise ValueError("compile goes with gradients by autograd: leave jac out")
     if settings.max_iter is None:
@@ -206,7 +206,6 @@ def _function(
     method: Method,
     settings: Settings,
     limits: Sequence[tuple[Bound, Bound]] | None,
-    leaves: Sequence[Tensor],
 ) -> Function:
     """The function with its gradient, wherever that comes from."""
     if jac is None:
@@ -220,7 +219,7 @@ def _function(
                 "inaccurate to be differenced again: leave jac out, pass a function, or use a "
                 "method that needs the gradient only, such as 'lbfgs'"
             )
-        flat = None if limits is None else _flat_limits(limits, leaves)
+        flat = None if limits is None else _flat_limits(limits)
         step, at_once = settings.rel_step, settings.at_once
         return Differences(fun, jac, counts, step, flat, at_once=at_once)
     if jac == "cs":
@@ -236,7 +235,7 @@ def _function(
     return given(fun, jac, counts, twice=method.twice)
 
 
-def _flat_limits(limits: Sequence[tuple[Bound, Bound]], leaves: Sequence[Tensor]) -> list[Limits]:
+def _flat_limits(limits: Sequence[tuple[Bound, Bound]]) -> list[Limits]:
     """Bounds as numbers or flat vectors, for differences."""
     ends = (-torch.inf, torch.inf)
     return [
@@ -244,5 +243,5 @@ def _flat_limits(limits: Sequence[tuple[Bound, Bound]], leaves: Sequence[Tensor]
             end if v is None else v.reshape(-1) if isinstance(v, Tensor) and v.dim() else v
             for v, end in zip(pair, ends, strict=True)
         )
-        for pair, _ in zip(limits, leaves, strict=True)
+        for pair in limits
     ]

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Evaluation, EvaluationsSpent, Objective
@@ -187,11 +187,7 @@ class Newton(FlatOptimizer):
         maximize: bool = False,
         bounds: Bounds = None,
     ) -> None:
-        check_integer("max_iter", max_iter, whole_floats=True)
         check_integer("corrections", corrections, low=0, whole_floats=True)
-        check_integer("max_eval", max_eval, optional=True, whole_floats=True)
-        check_number("tolerance_grad", tolerance_grad, low=0.0, optional=True)
-        check_number("tolerance_change", tolerance_change, low=0.0)
         # Armijo's search only shortens steps, and steps from a modified Hessian may be too short.
         searches = globalization == "line_search"
         self.globalization = resolve_globalization(

@@ -240,12 +240,8 @@ class NewtonCG(FlatOptimizer):
         curvature_products: Literal["autograd", "finite_difference"] = "autograd",
         seed: int = 0,
     ) -> None:
-        check_integer("max_iter", max_iter, whole_floats=True)
-        for name, count in (("max_cg_iter", max_cg_iter), ("max_eval", max_eval)):
-            check_integer(name, count, optional=True, whole_floats=True)
-        check_number("tolerance_change", tolerance_change, low=0.0)
-        for name, value in (("tolerance_grad", tolerance_grad), ("damping", damping)):
-            check_number(name, value, low=0.0, optional=True)
+        check_integer("max_cg_iter", max_cg_iter, optional=True, whole_floats=True)
+        check_number("damping", damping, low=0.0, optional=True)
         if not callable(curvature):
             others = "a function from an Evaluation to a LinearOperator"
             check_choice("curvature", curvature, CurvatureName, others)
