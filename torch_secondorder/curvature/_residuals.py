@@ -152,6 +152,7 @@ class Residuals:
 
     Attributes:
         space: The outputs.
+        curvature: The curvature of the loss by them.
         blocks: The residuals, in the order of the outputs.
         finite: Whether curvature and gradient by the outputs are finite. If not, the residuals are
             not to be used.
@@ -168,11 +169,11 @@ class Residuals:
             self.space = OutputSpace(graph)
         except UnknownOutputs:
             raise UnknownOutputs(_NO_RESIDUALS) from None
-        self._curvature = LossCurvature(self.space)
-        self.bypassed = self._curvature.bypassed
+        self.curvature = LossCurvature(self.space)
+        self.bypassed = self.curvature.bypassed
         self._values = [_wide(z) for z in self.space.values]
         with torch.no_grad():
-            gradients = self._curvature.gradients()
+            gradients = self.curvature.gradients()
             self._gradients = [g.to(z.dtype) for g, z in zip(gradients, self._values, strict=True)]
             self._build()
 
@@ -197,9 +198,9 @@ class Residuals:
         """Blocks of standard losses, and the outputs that are in none of these."""
         found: list[_Found] = []
         unknown: list[int] = []
-        outputs, coefficients = self.space.outputs, self._curvature.coefficients
+        outputs, coefficients = self.space.outputs, self.curvature.coefficients
         done: set[int] = set()
-        for i, likelihood in enumerate(self._curvature.likelihoods):
+        for i, likelihood in enumerate(self.curvature.likelihoods):
             if i in done:
                 continue
             if isinstance(likelihood, Categorical):
@@ -239,7 +240,7 @@ class Residuals:
             None if t is None else t.to(z.dtype)
             for t, z in zip(tangents, self.space.values, strict=True)
         ]
-        products = self._curvature.product(given, batched)
+        products = self.curvature.product(given, batched)
         return [None if p is None else _wide(p) for p in products]
 
     def _unknown(self, unsettled: Unsettled) -> list[_Found]:

@@ -74,11 +74,7 @@ class ResidualJacobian:
                     for place, part in zip(block.outputs, block.spread(unit), strict=True):
                         cotangents[place] = part
                     found.append(vector.scaled(vector.gather(self._space.pull(cotangents))))
-        return (
-            torch.stack(found)
-            if found
-            else self._linearization.graph.losses[0].new_zeros(0, self.size)
-        )
+        return torch.stack(found) if found else torch.zeros(0, self.size)
 
     def pull(self, u: Tensor) -> Tensor:
         """`J'u`, from shape `(N,)` to `(n,)`."""
@@ -115,13 +111,7 @@ class ResidualJacobian:
             evaluation: One with curvature of the same loss, at the other point.
         """
         assert evaluation.linearization is not None
-        there = OutputSpace(evaluation.linearization.graph).values
+        there = Residuals(evaluation.linearization.graph).space.values
         change = [(z - z0).detach() for z, z0 in zip(there, self._space.values, strict=True)]
-        rows = []
-        for block in self._blocks:
-            channels = [
-                (block.root(channel) * change[block.output]).reshape(block.samples, -1).sum(1)
-                for channel in range(block.channels)
-            ]
-            rows.append(torch.stack(channels, 1).reshape(-1))
+        rows = [b.collect([change[i] for i in b.outputs]).reshape(-1) for b in self._blocks]
         return torch.cat(rows)
