@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.curvature.test_gauss_newton import CLOSED, EQUAL, bce, ce, mse
+from tests.support.losses import CLOSED, EQUAL, bce, ce, mse
 from tests.support.oracles import dense_gauss_newton, numbers, outputs_of, theta_on
 from torch_secondorder import mark_outputs
 from torch_secondorder._foundation.memory import TooLarge

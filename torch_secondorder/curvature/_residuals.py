@@ -336,7 +336,7 @@ def _positive(diagonal: Tensor | None) -> Tensor | None:
 
 
 def _read(checks: list[Tensor], rest: list[Tensor | None]) -> tuple[bool, list[Tensor | None]]:
-    """Whether all checks are passed, and what is not all zeros; in one transfer."""
+    """Says whether all checks are passed, and drops what is all zeros; in one transfer."""
     places = [i for i, part in enumerate(rest) if part is not None]
     flags = [*checks, *(rest[i].any() for i in places)]  # type: ignore[union-attr]
     if not flags:
