@@ -148,7 +148,8 @@ def laplacian_once(net: Net, point: Tensor) -> Tensor:
     def value(x: Tensor) -> Tensor:
         return net(x[None])[0, 0]
 
-    return jacfwd(jacrev(value))(point).diagonal().sum()[None]
+    result: Tensor = jacfwd(jacrev(value))(point).diagonal().sum()[None]
+    return result
 
 
 def transport(net: Net, points: Tensor) -> Tensor:

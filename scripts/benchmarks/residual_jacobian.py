@@ -40,7 +40,7 @@ def _ours(jacobian: Any, case: Case) -> Tensor:
     return result
 
 
-def _sample_by_sample(case: Case) -> Tensor:
+def by_samples(case: Case) -> Tensor:
     """`vmap(jacrev)` over the samples of each term."""
     parameters, found = case.detached(), []
     for term in case.terms:
@@ -80,7 +80,8 @@ def _forward(case: Case) -> Tensor:
     return result.T
 
 
-def _flat_residuals(case: Case) -> Tensor:
+def flat_residuals(case: Case) -> Tensor:
+    """All scaled residuals with their graph, shape `(N,)`."""
     pairs = zip(case.terms, case.residuals(), strict=True)
     return torch.cat([(term.scale * r).reshape(-1) for term, r in pairs])
 
@@ -115,8 +116,8 @@ def _agree(name: str, found: Tensor, exact: Tensor, most: float = 1e-9) -> None:
 def _candidates(case: Case, jacobian: Any) -> tuple[dict[str, Dense], dict[str, float]]:
     """The ways to the Jacobian, and for some what their time is multiplied by."""
     rows = _chosen(case)
-    residuals = _flat_residuals(case)
-    whole: dict[str, Dense] = {BASE: partial(_sample_by_sample, case)}
+    residuals = flat_residuals(case)
+    whole: dict[str, Dense] = {BASE: partial(by_samples, case)}
     if jacobian is not None:
         evaluation = _evaluated(case.closure, case.params)
         whole[OURS] = partial(_ours, jacobian, case)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import residual_jacobian, residual_race
+from . import residual_jacobian, residual_race, residual_training
 from .registry import Options, command
 from .report import Report
 
@@ -11,6 +11,7 @@ PARTS = {
     "kernel": residual_jacobian.run_kernel,
     "problems": residual_race.run_problems,
     "nist": residual_race.run_nist,
+    "pinn": residual_training.run_pinn,
 }
 
 
