@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import residual_jacobian, residual_race, residual_training
+from . import residual_iteration, residual_jacobian, residual_race, residual_training
 from .registry import Options, command
 from .report import Report
 
@@ -12,6 +12,7 @@ PARTS = {
     "problems": residual_race.run_problems,
     "nist": residual_race.run_nist,
     "pinn": residual_training.run_pinn,
+    "iteration": residual_iteration.run_iteration,
 }
 
 
