@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,10 +86,12 @@ def _measure(case: Case, iterations: int, options: Options) -> dict[str, Any] | 
         return None
     start = parameters_to_vector(case.params).detach().clone()
     info = _restarted(case, start, lambda: _ours(make, case, iterations))
+    vector_to_parameters(start.clone(), case.params)
     calls: dict[str, Callable[[], object]] = {
         "gradient": case.gradient,
         "ours": lambda: _restarted(case, start, lambda: _ours(make, case, iterations)),
-        **_parts(case, info.solver),
+        # On a copy, as the graph of an evaluation belongs to its parameters.
+        **_parts(replace(case, model=copy.deepcopy(case.model)), info.solver),
     }
     counts = {"ours": info.jacobians}
     if case.size <= MOST:
