@@ -17,6 +17,7 @@ from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
 from torch_secondorder.curvature.inverse_broyden import InverseBroyden
 from torch_secondorder.curvature.kronecker import KroneckerFactors
 from torch_secondorder.curvature.reduced_broyden import ReducedBroyden
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod, ResidualJacobian
 
 __all__ = [
     "Damped",
@@ -32,9 +33,11 @@ __all__ = [
     "InseparableLoss",
     "InverseBFGS",
     "InverseBroyden",
+    "JacobianMethod",
     "KroneckerFactors",
     "LinearOperator",
     "ReducedBroyden",
+    "ResidualJacobian",
     "UnknownOutputs",
     "exact_diagonal",
 ]

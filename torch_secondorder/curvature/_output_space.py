@@ -95,6 +95,11 @@ class OutputSpace:
         products = between(changes, batched)
         return _derivative(self.tensors, self._graph.params, products, batched)
 
+    def push(self, tangents: Sequence[Tensor], batched: bool = False) -> Tensors:
+        """`J v`: from tensors shaped like the parameters to changes of the outputs."""
+        pulled, weights = self._pulled
+        return _derivative(pulled, weights, tangents, batched)
+
     def pull_each(self, cotangents: Sequence[Tensors]) -> Tensors:
         """`J' u` for several `u`, stacked; in one vectorized pass where operations allow."""
         columns = zip(*cotangents, strict=True)
