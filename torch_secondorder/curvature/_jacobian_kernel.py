@@ -175,13 +175,14 @@ class _Product:
         """Takes a bias along if its left factors are among those of the weight."""
         if self._plus is not None or not bias.keys() <= self._sides.keys():
             return False
-        found = []
+        found: list[_Side] = []
         for i, sides in bias.items():
+            left = list(self._sides[i])  # two uses may have equal factors: each is taken once
             for side in sides:
-                same = [own for own in self._sides[i] if _same(own.left, side.left)]
-                if not same:
+                at = next((k for k, own in enumerate(left) if _same(own.left, side.left)), None)
+                if at is None:
                     return False
-                found.append(same[0])
+                found.append(left.pop(at))
         for own in found:
             own.plus = True
         self._plus = weight
