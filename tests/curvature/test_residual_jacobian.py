@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_secondorder import ClosureObjective, FunctionalObjective, mark_outputs
+from torch_secondorder import ClosureObjective, mark_outputs
 from torch_secondorder._foundation.private_torch import load_forward_rules
 from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import ResidualJacobian
@@ -53,13 +53,19 @@ def mlp() -> Problem:
 
 
 def bias_free() -> Problem:
-    net = built(lambda: nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 1, bias=False)))
+    net = built(
+        lambda: nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 1, bias=False))
+    )
     x = inputs(7, 3)
     return lambda: halved(net(x).squeeze(1)), list(net.parameters())
 
 
 def pinn(order: int) -> Problem:
-    net = built(lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)))
+    net = built(
+        lambda: nn.Sequential(
+            nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)
+        )
+    )
     x, boundary = inputs(8, 2).requires_grad_(), inputs(3, 2, seed=1)
 
     def closure() -> Tensor:
@@ -119,13 +125,17 @@ def cnn() -> Problem:
 
 
 def cnn_1d() -> Problem:
-    net = built(lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 1, 2, bias=False)))
+    net = built(
+        lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 1, 2, bias=False))
+    )
     x = inputs(4, 2, 7)
     return lambda: halved(net(x).mean((1, 2))), list(net.parameters())
 
 
 def cnn_3d() -> Problem:
-    net = built(lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 1)))
+    net = built(
+        lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 1))
+    )
     x = inputs(3, 1, 3, 3, 3)
     return lambda: halved(net(x)), list(net.parameters())
 
@@ -291,9 +301,31 @@ def partly_used() -> Problem:
 GRAPH: dict[str, Callable[[], Problem]] = {
     f.__name__: f
     for f in (
-        mlp, bias_free, laplacian, functional_laplacian, cnn, cnn_1d, cnn_3d, attention, transformer,
-        batch_second, deeponet, several_terms, tied, weight_norm, low_rank, curve, scalars, norms,
-        permuted, grid, sequence, constant_matrices, batched_matrices, single_sample, partly_used,
+        mlp,
+        bias_free,
+        laplacian,
+        functional_laplacian,
+        cnn,
+        cnn_1d,
+        cnn_3d,
+        attention,
+        transformer,
+        batch_second,
+        deeponet,
+        several_terms,
+        tied,
+        weight_norm,
+        low_rank,
+        curve,
+        scalars,
+        norms,
+        permuted,
+        grid,
+        sequence,
+        constant_matrices,
+        batched_matrices,
+        single_sample,
+        partly_used,
     )
 }
 for order in (1, 2, 3):
@@ -310,7 +342,6 @@ def test_of_models(name: str) -> None:
     evaluation = evaluated(GRAPH[name]())
     J = ResidualJacobian(evaluation)
     assert J.method == "graph", J.reason
-    expected = ResidualJacobian(evaluation, method="rows")
     torch.testing.assert_close(J.dense(), reference(evaluation), rtol=1e-10, atol=1e-10)
 
 
@@ -321,7 +352,7 @@ def test_results_agree(name: str) -> None:
     D = J.dense()
     fresh = ResidualJacobian(evaluation)
     u, v, w = inputs(J.rows), inputs(J.size, seed=1), inputs(J.size, seed=2)
-    close = dict(rtol=1e-10, atol=1e-10)
+    close = {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(fresh.pull(u), D.T @ u, **close)
     torch.testing.assert_close(fresh.push(v), D @ v, **close)
     torch.testing.assert_close(fresh.diagonal(), D.square().sum(0), **close)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def surveyed(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Survey:
             found[at] = index
             key.append(index)
             continue
-        key.append(type(node))
+        key.append(cast(Hashable, type(node)))
         for following, number in node.next_functions:
             if following is None:
                 key.append(None)
@@ -168,7 +168,7 @@ def uses_of(survey: Survey, raised: Iterable[int] = ()) -> list[Use]:
 def _made_of_parameters(
     survey: Survey, raised: frozenset[int]
 ) -> tuple[list[bool], frozenset[int]]:
-    """Which nodes make tensors of parameters alone, and which may count as such."""
+    """Marks of the nodes that make tensors of parameters alone; those that may count as such."""
     nodes = survey.nodes
     places = {node: i for i, node in enumerate(nodes)}
     shared = [False] * len(nodes)

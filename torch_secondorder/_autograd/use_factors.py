@@ -252,7 +252,9 @@ def _convolution(node: Any, slot: int, delta: Tensor, shape: tuple[int, ...]) ->
     for i, size in enumerate(shape[2:]):
         x = x.unfold(2 + i, (size - 1) * dilation[i] + 1, stride[i])
     for i in range(dims):
-        x = x[(..., slice(None, None, dilation[i]), *[slice(None)] * (dims - 1 - i))]
+        dim = x.dim() - dims + i
+        chosen = torch.arange(0, x.shape[dim], dilation[i], device=x.device)
+        x = x if dilation[i] == 1 else x.index_select(dim, chosen)
     # (batch, channels, places..., kernel...) to (groups, batch, places..., channels, kernel...)
     x = x.unflatten(1, (groups, -1)).movedim(2, 2 + dims).movedim(1, 0)
     places = math.prod(delta.shape[3:])

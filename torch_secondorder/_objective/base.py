@@ -223,7 +223,7 @@ class Linearization:
 
     @property
     def registry(self) -> ModuleRegistry:
-        """What earlier evaluations have found out."""
+        """The record of modules, graphs and closures."""
         return self._objective.registry
 
     @property

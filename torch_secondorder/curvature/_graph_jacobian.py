@@ -10,26 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from torch_secondorder._autograd.graph import Overwritten, explained
-from torch_secondorder._autograd.parameter_uses import (
-    Survey,
-    Unsupported,
-    Use,
-    params_below,
-    selected_entries,
-    surveyed,
-    uses_of,
-)
-from torch_secondorder._autograd.use_factors import Factors, factors_of, has_factors
+from torch_secondorder._autograd.parameter_uses import Survey, Unsupported, surveyed
+from torch_secondorder._autograd.use_factors import Factors, factors_of
 from torch_secondorder._autograd.vectorized import several
-from torch_secondorder._foundation.private_torch import output_shape, plainly
+from torch_secondorder._foundation.private_torch import plainly
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._jacobian_columns import (
     Columns,
@@ -38,154 +28,21 @@ from torch_secondorder.curvature._jacobian_columns import (
     Pair,
     Rows,
 )
+from torch_secondorder.curvature._jacobian_plan import (
+    Deltas,
+    GraphPlan,
+    NotFinite,
+    Target,
+    plan_of,
+)
 from torch_secondorder.curvature._residuals import ResidualBlock
-from torch_secondorder.curvature._sample_layout import Layout, Probe, layouts
+from torch_secondorder.curvature._sample_layout import Layout
 
-__all__ = ["GraphPlan", "Rejected", "graph_columns"]
-
-# Times that operations are counted to the parameters, see `Use.raises`.
-_ROUNDS = 8
-# A tensor made of parameters may have so many times their entries.
-_GROWTH = 4
+__all__ = ["Rejected", "graph_columns"]
 
 
 class Rejected(Exception):
     """The Jacobian cannot be made this way; the text says why."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Target:
-    """The tensor that some uses take, and the columns of its entries.
-
-    Attributes:
-        use: One of the uses.
-        param: The index of the parameter whose entries these are; None where the tensor is a
-            function of parameters.
-        columns: The column of each entry, relative to the parameter, where `order` is `"other"`.
-        params: The parameters that it is made of.
-        order: `"natural"` if these are all entries of the parameter in their order, `"swapped"` if
-            the last two dimensions are the other way round.
-    """
-
-    use: Use
-    param: int | None
-    columns: Tensor | None
-    params: Sequence[int]
-    order: Literal["natural", "swapped", "other"] = "other"
-
-    @classmethod
-    def of(cls, use: Use, param: int, columns: Tensor, count: int) -> _Target:
-        """Some entries of a parameter that has `count` of them."""
-        numbers = torch.arange(len(columns), device=columns.device)
-        order: Literal["natural", "swapped", "other"] = "other"
-        if len(columns) == count and torch.equal(columns, numbers):
-            order = "natural"
-        elif len(columns) == count and len(use.shape) > 1:
-            swapped = columns.view(use.shape).mT.reshape(-1)
-            order = "swapped" if torch.equal(swapped, numbers) else "other"
-        return cls(use, param, columns if order == "other" else None, [param], order)
-
-    def ordered(self, tensor: Tensor) -> Tensor:
-        """From the order `(..., entries)` of the tensor to that of the parameter, if it has all."""
-        if self.order == "natural":
-            return tensor
-        return tensor.unflatten(-1, self.use.shape).mT.flatten(tensor.dim() - 1)
-
-
-@dataclass(slots=True)
-class GraphPlan:
-    """What was found out about graphs of one structure.
-
-    Attributes:
-        uses: The uses of parameters.
-        targets: The tensors that the uses take.
-        passes: The outputs that share a backward pass.
-        entries: For each output whether all its entries are samples of their own.
-        layouts: For each pass and use the layouts of the rows, by outputs.
-    """
-
-    uses: list[Use]
-    targets: list[_Target]
-    passes: list[list[int]]
-    entries: list[bool]
-    layouts: list[list[dict[int, Layout]]] = field(default_factory=list)
-
-
-class _Deltas:
-    """Gradients of residual blocks by the results of the uses.
-
-    Args:
-        tensors: The outputs.
-        blocks: The residuals.
-        survey: The graph.
-        uses: The uses.
-    """
-
-    def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        blocks: Sequence[ResidualBlock],
-        survey: Survey,
-        uses: Sequence[Use],
-    ) -> None:
-        self._tensors, self._blocks = tensors, blocks
-        self._places = list(dict.fromkeys(use.node for use in uses))
-        self._edges = [GradientEdge(survey.nodes[at], 0) for at in self._places]
-
-    def of(
-        self, chosen: Sequence[int], cotangents: Sequence[Sequence[Tensor]]
-    ) -> dict[int, Tensor | None]:
-        """The gradients by the results of all nodes.
-
-        Args:
-            chosen: Some of the blocks.
-            cotangents: For each its outputs' cotangents, `(k, *output.shape)`; where some blocks
-                have fewer, zeros are added.
-
-        Returns:
-            By the places of the nodes: `(k, ...)`; None for zeros.
-        """
-        count = max(parts[0].shape[0] for parts in cotangents)
-        tensors, stacked = [], []
-        for i, parts in zip(chosen, cotangents, strict=True):
-            for output, part in zip(self._blocks[i].outputs, parts, strict=True):
-                tensors.append(self._tensors[output])
-                missing = count - len(part)
-                if missing:
-                    part = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
-                stacked.append(part)
-        if count > 1:
-            try:
-                return self._run(tensors, stacked, batched=True)
-            except RuntimeError as error:
-                if isinstance(error, Overwritten):
-                    raise
-        each = [self._run(tensors, [s[k] for s in stacked], batched=False) for k in range(count)]
-        if count == 1:
-            return {at: None if d is None else d[None] for at, d in each[0].items()}
-        return {at: _stacked([d[at] for d in each]) for at in self._places}
-
-    def _run(
-        self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool
-    ) -> dict[int, Tensor | None]:
-        try:
-            with plainly():
-                found = torch.autograd.grad(
-                    tensors,
-                    self._edges,  # type: ignore[arg-type]
-                    cotangents,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
-        except RuntimeError as error:
-            raise explained(error) from error
-        return dict(zip(self._places, found, strict=True))
-
-
-def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [p for p in parts if p is not None]
-    return torch.stack(there) if there else None
 
 
 class _Outdated(Exception):
@@ -228,155 +85,14 @@ def graph_columns(
                     return _Assembly(tensors, blocks, vector, survey, plan).columns()
                 except _Outdated:
                     pass
-            plan = plans[key] = _learned(tensors, blocks, vector, survey)
+            plan = plans[key] = plan_of(tensors, blocks, vector, survey)
             return _Assembly(tensors, blocks, vector, survey, plan).columns()
+    except NotFinite as error:
+        raise Rejected("gradients that are not finite") from error
     except (Unsupported, _Outdated) as error:
         if key is not None:
             plans[key] = str(error)
         raise Rejected(str(error)) from error
-
-
-# Finding out.
-
-
-def _learned(
-    tensors: Sequence[Tensor],
-    blocks: Sequence[ResidualBlock],
-    vector: ParameterVector,
-    survey: Survey,
-) -> GraphPlan:
-    raised: set[int] = set()
-    for _ in range(_ROUNDS):
-        uses = uses_of(survey, raised)
-        mixed = [u for u in uses if not has_factors(survey.nodes[u.node], u.slot)]
-        unknown = [u for u in mixed if not u.raises]
-        if unknown:
-            raise Unsupported(survey.nodes[unknown[0].node].name())
-        if not mixed:
-            found = _arranged(tensors, blocks, survey, uses)
-            if isinstance(found, GraphPlan):
-                found.targets = _targets(survey, vector, uses)
-                return found
-            mixed = found
-        raising = [use.node for use in mixed if use.raises and _is_small(survey, use)]
-        if not raising:
-            name = survey.nodes[mixed[0].node].name()
-            raise Unsupported(f"{name}, whose rows depend on several samples")
-        raised.update(raising)
-    raise Unsupported("a long chain of operations on parameters alone")
-
-
-def _is_small(survey: Survey, use: Use) -> bool:
-    """True if what a node makes has not many more entries than what it takes."""
-    made = output_shape(survey.nodes[use.node], 0)
-    return made is not None and math.prod(made) <= _GROWTH * max(1, math.prod(use.shape))
-
-
-def _arranged(
-    tensors: Sequence[Tensor],
-    blocks: Sequence[ResidualBlock],
-    survey: Survey,
-    uses: list[Use],
-) -> GraphPlan | list[Use]:
-    """A plan, or the uses whose rows depend on several samples."""
-    deltas = _Deltas(tensors, blocks, survey, uses)
-    every = list(range(len(blocks)))
-    divisible = [b.scale is not None and b.channels > 1 for b in blocks]
-    found: list[dict[int, Layout]] | list[Use] = []
-    # All in one pass, if need be with the entries of a sample apart; else block by block.
-    for entries in [divisible, [False] * len(blocks)] if any(divisible) else [divisible]:
-        layouts, found = _layouts(tensors, blocks, survey, deltas, uses, every, entries)
-        if not found:
-            return GraphPlan(uses, [], [every], entries, [layouts])
-    if len(blocks) == 1:
-        return found
-    plan = GraphPlan(uses, [], [], [False] * len(blocks), [])
-    for i in every:
-        for alone in (True, False) if divisible[i] else (False,):
-            entries = [alone and k == i for k in every]
-            layouts, found = _layouts(tensors, blocks, survey, deltas, uses, [i], entries)
-            if not found:
-                break
-        if found:
-            return found
-        plan.entries[i] = alone
-        plan.passes.append([i])
-        plan.layouts.append(layouts)
-    return plan
-
-
-def _layouts(
-    tensors: Sequence[Tensor],
-    blocks: Sequence[ResidualBlock],
-    survey: Survey,
-    deltas: _Deltas,
-    uses: Sequence[Use],
-    chosen: list[int],
-    entries: Sequence[bool],
-) -> tuple[list[dict[int, Layout]], list[Use]]:
-    """The layouts of each use in one backward pass, and the uses whose rows are mixed."""
-    counts = [blocks[i].samples * (blocks[i].channels if entries[i] else 1) for i in chosen]
-    probe = Probe(sum(counts), tensors[0].dtype)
-    weights = probe.weights(tensors[0].device).split(counts, dim=1)
-    cotangents = [
-        [_varied(tensors[output], w) for output in blocks[i].outputs]
-        for i, w in zip(chosen, weights, strict=True)
-    ]
-    each = [
-        deltas.of(chosen, [[c[k : k + 1] for c in parts] for parts in cotangents])
-        for k in range(1 + probe.count)
-    ]
-    found: list[dict[int, Layout]] = []
-    mixed: list[Use] = []
-    for use in uses:
-        made = [d for d in (made[use.node] for made in each) if d is not None]
-        if not made:
-            found.append({})
-            continue
-        try:
-            factors = factors_of(survey.nodes[use.node], use.slot, torch.cat(made), use.shape)
-        except Unsupported:
-            if not use.raises:
-                raise
-            mixed.append(use)
-            continue
-        first, *others = factors.delta.transpose(1, 2).flatten(2)
-        if not bool(factors.delta.isfinite().all()):
-            raise Rejected("gradients that are not finite")
-        owner = probe.owners(first, others)
-        if owner is None:
-            mixed.append(use)
-        else:
-            own = layouts(owner, counts)
-            found.append({chosen[i]: layout for i, layout in own.items()})
-    return found, mixed
-
-
-def _varied(z: Tensor, weights: Tensor) -> Tensor:
-    """Cotangents of an output, the first without weights of its samples: `(1 + k, *z.shape)`."""
-    # Of numbers that differ: equal ones give zeros behind many a normalization.
-    numbers = torch.arange(1, z.numel() + 1, device=z.device, dtype=torch.float64)
-    base = (1 + (numbers * 0.6180339887498949) % 1).view(weights.shape[1], -1)
-    rows = torch.cat([base[None], base * weights[:, :, None]])
-    return rows.view(-1, *z.shape).to(z.dtype)
-
-
-def _targets(survey: Survey, vector: ParameterVector, uses: Sequence[Use]) -> list[_Target]:
-    targets: dict[tuple[int, int], _Target] = {}
-    for use in uses:
-        place = use.source, use.output
-        if place in targets:
-            continue
-        chosen = selected_entries(survey, use, vector.params)
-        if chosen is None:
-            targets[place] = _Target(use, None, None, params_below(survey, use.source))
-        else:
-            param, columns = chosen
-            targets[place] = _Target.of(use, param, columns, vector.params[param].numel())
-    return list(targets.values())
-
-
-# Putting together.
 
 
 class _Assembly:
@@ -411,7 +127,7 @@ class _Assembly:
     def columns(self) -> tuple[list[Columns], list[Rows]]:
         """The columns of all parameters that the residuals depend on."""
         pieces = self._pieces()
-        takers: dict[int, list[_Target]] = {}
+        takers: dict[int, list[Target]] = {}
         for target in pieces:
             for param in target.params:
                 takers.setdefault(param, []).append(target)
@@ -430,11 +146,11 @@ class _Assembly:
             found[start] = DenseColumns(start, matrix * factor, self.rows)
         return [found[start] for start in sorted(found)], self.rows
 
-    def _pieces(self) -> dict[_Target, dict[int, list[_Piece]]]:
-        """What each target gets from its uses, by blocks."""
-        deltas = _Deltas(self._tensors, self._blocks, self._survey, self._plan.uses)
+    def _pieces(self) -> dict[Target, dict[int, list[_Piece]]]:
+        """The pieces of each target from its uses, by blocks."""
+        deltas = Deltas(self._tensors, self._blocks, self._survey, self._plan.uses)
         targets = {(t.use.source, t.use.output): t for t in self._plan.targets}
-        pieces: dict[_Target, dict[int, list[_Piece]]] = {}
+        pieces: dict[Target, dict[int, list[_Piece]]] = {}
         for chosen, layouts_of in zip(self._plan.passes, self._plan.layouts, strict=True):
             made = deltas.of(chosen, [self._roots(i) for i in chosen])
             for use, found in zip(self._plan.uses, layouts_of, strict=True):
@@ -460,7 +176,7 @@ class _Assembly:
         return block.roots()
 
     def _factored(
-        self, param: int, found: Sequence[tuple[_Target, Mapping[int, list[_Piece]]]]
+        self, param: int, found: Sequence[tuple[Target, Mapping[int, list[_Piece]]]]
     ) -> FactoredColumns | None:
         """The columns of a parameter as factors; None where its uses do not fit together."""
         by_block: dict[int, list[Pair]] = {}
@@ -487,7 +203,7 @@ class _Assembly:
         return Pair(left if factor == 1 else left * factor, right)
 
     def _add_dense(
-        self, target: _Target, own: Mapping[int, list[_Piece]], dense: dict[int, Tensor]
+        self, target: Target, own: Mapping[int, list[_Piece]], dense: dict[int, Tensor]
     ) -> None:
         """Adds a target's part of the Jacobian to the matrices of its parameters."""
         count = math.prod(target.use.shape)
@@ -506,9 +222,9 @@ class _Assembly:
             else:
                 matrix[:, target.columns] += self._moved(whole)
             return
-        for param, part in zip(target.params, self._through(target, whole), strict=True):
-            if part is not None:
-                self._matrix(dense, param).add_(self._moved(part))
+        for param, made_of in zip(target.params, self._through(target, whole), strict=True):
+            if made_of is not None:
+                self._matrix(dense, param).add_(self._moved(made_of))
 
     def _matrix(self, dense: dict[int, Tensor], param: int) -> Tensor:
         if param not in dense:
@@ -522,7 +238,7 @@ class _Assembly:
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._vector.device, self._vector.dtype)
 
-    def _through(self, target: _Target, whole: Tensor) -> list[Tensor | None]:
+    def _through(self, target: Target, whole: Tensor) -> list[Tensor | None]:
         """From the Jacobian by a tensor to those by the parameters that it is made of."""
         edge, params = self._survey.source(target.use), self._vector.params
         chosen = [params[i] for i in target.params]
@@ -575,14 +291,14 @@ class _Piece:
             return Pair(self.x, self.delta)
         return Pair(self.delta, self.x)
 
-    def pair(self, target: _Target) -> Pair | None:
+    def pair(self, target: Target) -> Pair | None:
         """As a pair, in the order of the entries of the parameter; None where that is none."""
         pair = self.by_entries()
         if target.order == "natural":
             return pair.upright()
-        if target.order == "swapped" and pair.right is not None:
-            if target.use.shape[-2:] == (pair.left.shape[-1], pair.right.shape[-1]):
-                return Pair(pair.right, pair.left).upright()
+        if target.order == "swapped" and target.use.shape[-2:] == pair.shape[1:]:
+            assert pair.right is not None
+            return Pair(pair.right, pair.left).upright()
         return None
 
 

@@ -38,8 +38,8 @@ class Rows:
         """The part of `(N, ...)` as a view `(samples, channels, ...)`."""
         own = tensor[self.start : self.stop]
         if self.by_channels:
-            return own.unflatten(0, (self.channels, self.samples)).transpose(0, 1)
-        return own.unflatten(0, (self.samples, self.channels))
+            return torch.unflatten(own, 0, (self.channels, self.samples)).transpose(0, 1)
+        return torch.unflatten(own, 0, (self.samples, self.channels))
 
 
 class Columns(ABC):
@@ -201,7 +201,8 @@ class Pair:
         norms = torch.linalg.vector_norm(self.left, dim=-1)
         if self.right is not None:
             norms = norms * torch.linalg.vector_norm(self.right, dim=-1)
-        return norms.sum(-1).square().sum()
+        total: Tensor = norms.sum(-1).square().sum()
+        return total
 
 
 class FactoredColumns(Columns):
@@ -251,9 +252,8 @@ class FactoredColumns(Columns):
         for output, pair in self.pairs.items():
             rows = self.rows[output]
             if pair.each == 1:
-                found.append(
-                    pair.squared().combined(pair.left.new_ones(rows.samples, rows.channels))
-                )
+                ones = pair.left.new_ones(rows.samples, rows.channels)
+                found.append(pair.squared().combined(ones))
             else:
                 matrix = pair.left.new_empty(rows.samples, rows.channels, self.width)
                 pair.write(matrix)

@@ -20,7 +20,7 @@ _PRECISION = {torch.float64: (2**16, 1e-8, 40503), torch.float32: (2**6, 1e-3, 3
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the rows of each sample are among all rows of an operation.
+    """The places of the rows of each sample among all rows of an operation.
 
     Attributes:
         samples: How many samples.
@@ -46,13 +46,13 @@ class Layout:
         if self.index is not None:
             if self.padded:
                 tensor = torch.cat([tensor, torch.zeros_like(tensor[..., :1, :])], dim=-2)
-            return tensor[..., self.index, :].unflatten(-2, (self.samples, self.each))
+            return torch.unflatten(tensor[..., self.index, :], -2, (self.samples, self.each))
         count = self.samples * self.each
         if count != tensor.shape[-2]:
             tensor = tensor.narrow(-2, self.start, count)
         if self.inner:
-            return tensor.unflatten(-2, (self.samples, self.each))
-        return tensor.unflatten(-2, (self.each, self.samples)).transpose(-3, -2)
+            return torch.unflatten(tensor, -2, (self.samples, self.each))
+        return torch.unflatten(tensor, -2, (self.each, self.samples)).transpose(-3, -2)
 
 
 class Probe:

@@ -109,11 +109,11 @@ class ResidualJacobian:
     def _attach(self, method: JacobianMethod | None) -> None:
         self._residuals = Residuals(self._linearization.graph)
         self.finite = self._residuals.finite
-        self._columns: list[Columns] | None = None
         self._rows = _rows_of(self._residuals)
+        self._columns: list[Columns] | None = None
         self.reason = ""
         if method in (None, "graph"):
-            self.reason = self._by_graph()
+            self._columns, self.reason = self._by_graph()
             if method == "graph" and self.reason:
                 raise ValueError(
                     f'method="graph" does not work for this loss: {self.reason}. Leave the method '
@@ -139,10 +139,10 @@ class ResidualJacobian:
             rows.of(result).copy_(value.reshape(rows.samples, rows.channels))
         return result
 
-    def _by_graph(self) -> str:
-        """Takes the columns from the graph; the reason why that does not work, empty if it does."""
+    def _by_graph(self) -> tuple[list[Columns] | None, str]:
+        """The columns from the graph, or the reason why there are none."""
         if not self.finite:
-            return "residuals that are not finite"
+            return None, "residuals that are not finite"
         plans = self._linearization.registry.jacobians
         if len(plans) > _REMEMBERED:
             plans.clear()
@@ -151,11 +151,12 @@ class ResidualJacobian:
             for again in (False, True):
                 columns, rows = graph_columns(tensors, blocks, self._vector, plans, again=again)
                 if self._agrees(columns, rows):
-                    self._columns, self._rows = columns, rows
-                    return ""
+                    return columns, ""
         except Rejected as rejected:
-            return str(rejected)
-        return "samples that depend on one another"
+            self._rows = _rows_of(self._residuals)
+            return None, str(rejected)
+        self._rows = _rows_of(self._residuals)
+        return None, "samples that depend on one another"
 
     def _agrees(self, columns: list[Columns], rows: list[Rows]) -> bool:
         """True if the Jacobian, times the residuals, is the gradient."""
