@@ -60,6 +60,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["quasi_newton", "--part", "nonlinear_cg"], "quasi_newton.nonlinear_cg.over", "shanno"),
         (["quasi_newton", "--part", "problems"], "quasi_newton.problems", "BFGS, ssbroyden"),
         (["quasi_newton", "--part", "iteration"], "quasi_newton.iteration.", "bfgs / bound"),
+        (["linear"], "linear.consistent.", "matrix-free"),
         (["lightning"], "lightning.MLP", "Lightning's own"),
         (["minimize", "--part", "exact"], "minimize.exact", "newton-cg"),
         (["minimize", "--part", "2-point"], "minimize.2-point", "ssbroyden"),
