@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, TypeAlias
 
 import torch
@@ -63,6 +64,7 @@ class ResidualJacobian:
         if curvature.bypassed or any(decays):
             self.rest_gradient = rest
 
+    @cache
     def dense(self) -> Tensor:
         """`J`, shape `(N, n)`."""
         vector = self._linearization._objective.vector
