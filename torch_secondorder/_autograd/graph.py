@@ -41,6 +41,10 @@ _REENTRANT = (
     "checkpoint(..., use_reentrant=False), or gradient_checkpointing_kwargs={'use_reentrant': "
     "False} where a trainer does it"
 )
+_ONCE = (
+    'this evaluation was made with curvature="jacobian", which keeps no graph of the gradient for '
+    "second derivatives: make it with evaluate(curvature=True)"
+)
 _SOME_MARKED = "a custom function marked once_differentiable"
 #: The finding for a reentrant checkpoint.
 REENTRANT = Finding("CheckpointFunction", False, False, "use_reentrant=True")
@@ -170,6 +174,7 @@ class Graph:
         curving: Those between losses and parameters that have the wrong second derivative, but can
             be multiplied with as a Jacobian; all others are refused.
         kind: Tells graphs of different operations apart, as far as that costs nothing.
+        twice: Whether the gradients have a graph of their own. There are none here if not.
         instead: What to do where an operation has no second derivative.
         mended: Names of nodes whose second derivative is not PyTorch's, but the right one.
     """
@@ -185,6 +190,7 @@ class Graph:
     suspects: list[Suspect] = field(default_factory=list)
     curving: list[Suspect] = field(default_factory=list)
     kind: tuple[Hashable, ...] = ()
+    twice: bool = True
     instead: str = _INSTEAD
     mended: Collection[str] = ()
 
@@ -235,16 +241,39 @@ class Graph:
         self.gradients.append(gradients)
         return gradients
 
+    def require_second_derivatives(self) -> None:
+        """Raises if the gradients have no graph of their own.
+
+        Raises:
+            ValueError: They have none.
+        """
+        if not self.twice:
+            raise ValueError(_ONCE)
+
+    def check_transposable(self, known: set[Hashable]) -> None:
+        """Checks that the gradient may be differentiated by what comes in, as for `J v`.
+
+        Where gradients have a graph this was checked when they were made.
+
+        Args:
+            known: See `check_once`.
+
+        Raises:
+            MissingSecondDerivative: There is an operation where that would be wrong.
+        """
+        if not self.twice:
+            refuse([s for s in self.curving if not s.finding.transposes], self.instead)
+            self.check_once(known)
+
     def _judge(self, loss: Tensor, twice: bool) -> None:
         met = set(_nodes([loss]))
         found = [s for s in self.suspects if s.node in met]
         if any(s.finding.name == REENTRANT.name for s in found):
             raise reentrant()
-        if not twice:
-            return
         params = {id(p) for p in self.params}
         found = [s for s in found if _reaches(s.node, params)]
-        refuse([s for s in found if not s.finding.transposes], self.instead)
+        if twice:
+            refuse([s for s in found if not s.finding.transposes], self.instead)
         self.curving += found
 
     def compiled(self, kind: Hashable, build: Callable[[Graph], Multiply]) -> Multiply | None:
@@ -321,8 +350,10 @@ class Graph:
             `P` tensors shaped like the tangents, None where the loss is linear in the parameter.
 
         Raises:
+            ValueError: The gradients have no graph of their own.
             MissingSecondDerivative: A custom function has a wrong one.
         """
+        self.require_second_derivatives()
         if self.curving:
             refuse(self.curving, self.instead)
         outputs, weights = [], []

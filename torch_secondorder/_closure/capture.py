@@ -113,6 +113,8 @@ class Capture(TorchFunctionMode):
         sink: Takes the graphs one by one, so that none has to be kept.
         copies: Whether the graph saves copies, which takes as much memory again. Tensors may then
             be written in place; otherwise products raise `Overwritten`.
+        twice: Whether the gradients get a graph of their own, if there is no sink. If not, no
+            operation is replaced.
 
     Attributes:
         graph: The retained graph; it has no losses if there is a sink.
@@ -124,10 +126,15 @@ class Capture(TorchFunctionMode):
     """
 
     def __init__(
-        self, params: Sequence[Tensor], sink: Sink | None = None, *, copies: bool = False
+        self,
+        params: Sequence[Tensor],
+        sink: Sink | None = None,
+        *,
+        copies: bool = False,
+        twice: bool = True,
     ) -> None:
         super().__init__()
-        self.graph = Graph(params)
+        self.graph = Graph(params, twice=twice)
         self.calls = 0
         self.foreign = False
         self.place: list[Tensor] | None = None
@@ -138,10 +145,12 @@ class Capture(TorchFunctionMode):
         self._cut_off = False  # whether a reentrant checkpoint got nothing that has a graph
         self.copies = copies
         self._looks = sink is None or sink.outputs
-        self._twice = sink is None or sink.twice
+        self._twice = twice if sink is None else sink.twice
         # A mode sees every operation, which takes time; `backward()` alone can be seen for less.
         self._watches = self._looks or max(map(Tensor.dim, params)) > 2
-        self._kernels: AbstractContextManager[Any] = twice_differentiable()
+        self._kernels: AbstractContextManager[Any] = (
+            twice_differentiable() if twice else nullcontext()
+        )
 
     def __enter__(self) -> Capture:
         self._kernels.__enter__()
@@ -230,7 +239,7 @@ class Capture(TorchFunctionMode):
                     p.grad = added(p.grad, g) if sparse else p.grad.add_(g)
                 else:
                     # Not an alias: the graph goes on using the storage of `g`.
-                    p.grad = g.clone() if self._sink is None else g
+                    p.grad = g.clone() if self._sink is None and self._twice else g
 
     def _intercept(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self._suspended:
@@ -262,7 +271,10 @@ class Capture(TorchFunctionMode):
             if self._sink is not None:
                 return self._handed_on(self._sink, loss, weight, retain, kind)
             self.graph.kind += kind
-            return self.graph.differentiate(loss, weight)
+            gradients = self.graph.differentiate(loss, weight, twice=self._twice)
+            if not self._twice:
+                self.graph.gradients.clear()  # without a graph they are the closure's alone
+            return gradients
         finally:
             self._differentiates = False
             self._begun = sequence_number()
@@ -307,7 +319,7 @@ class Capture(TorchFunctionMode):
         passes = (
             self._suspended
             or self._differentiates
-            or not self._twice
+            or not (self._twice or self.keeps)
             or not torch.is_grad_enabled()
             or trusted(cls)
         )

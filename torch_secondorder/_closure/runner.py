@@ -535,7 +535,7 @@ def _run_captured(
         gradients = list(map(_grad, params))
     if capture.keeps:
         touched(gradients)
-        capture.graph.check_once(registry.graphs)
+        capture.graph.check_once(registry.graphs, capture.graph.twice)
     return loss, gradients
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import ref
 
 import torch
@@ -22,10 +22,15 @@ from torch.autograd.graph import increment_version
 
 from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative, Multiply
 from torch_secondorder._closure.runner import ModuleRegistry, Replay, Run
+from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._foundation.memory import free_memory
 from torch_secondorder._foundation.private_torch import set_grad_mode
 from torch_secondorder._params.box import Box
 from torch_secondorder._params.vector import ParameterVector
+
+#: What an evaluation keeps for products: nothing; the graphs of the loss and of its gradient; or
+#: that of the loss alone.
+Curvature: TypeAlias = bool | Literal["jacobian"]
 
 
 class EvaluationsSpent(Exception):
@@ -211,6 +216,10 @@ class Linearization:
         """The place of each parameter in the work vector."""
         return self._objective.slots()
 
+    def check_transposable(self) -> None:
+        """See `Graph.check_transposable`."""
+        self.graph.check_transposable(self._objective.registry.graphs)
+
     def check(self) -> None:
         """Makes the graph usable: puts the parameters back to where it was made.
 
@@ -230,7 +239,8 @@ class Linearization:
         It is for graphs whose products raise `Overwritten`.
         """
         self.check()
-        again = None if self._copies else self._objective.evaluated_again()
+        kind: Curvature = True if self.graph.twice else "jacobian"
+        again = None if self._copies else self._objective.evaluated_again(kind)
         if again is None or again.graph is None:
             return False
         self.graph, self._copies, self._place = again.graph, again.copies, again.place
@@ -313,16 +323,22 @@ class Objective(ABC):
         """The machine epsilon that gradients are computed with, as far as that is known."""
         return max(self.vector.precision, self._replay.precision)
 
-    def evaluate(self, *, curvature: bool = False) -> Evaluation:
+    def evaluate(self, *, curvature: Curvature = False) -> Evaluation:
         """Loss and gradient where the parameters stand.
 
         Args:
-            curvature: Whether to retain the graph for second-order products.
+            curvature: Whether to retain the graph for second-order products. `"jacobian"` retains
+                the graph of the loss, but makes none of the gradient: it takes the time of an
+                evaluation without curvature, and no operation needs a second derivative. It is
+                enough for a `ResidualJacobian` and for what is made of Jacobians alone.
+
+        Raises:
+            ValueError: `curvature` is another string.
         """
         self.renewed = False
         return self._evaluate_at(self.position, curvature)
 
-    def trial(self, step: Tensor, t: float = 1.0, *, curvature: bool = False) -> Evaluation:
+    def trial(self, step: Tensor, t: float = 1.0, *, curvature: Curvature = False) -> Evaluation:
         """Loss and gradient at a distance; `position` stays.
 
         The parameters go back there lazily: before the next product, evaluation or move of this
@@ -331,8 +347,8 @@ class Objective(ABC):
         Args:
             step: Shape `(n,)`, in the work space.
             t: A factor of the step.
-            curvature: Whether to retain the graph for the case that this is accepted, see `accept`;
-                until then no product can be made from it.
+            curvature: Whether to retain the graph for the case that this is accepted, see `accept`
+                and `evaluate`; until then no product can be made from it.
         """
         position = self._moved(step, t)
         # A long one is not kept: it is made again where it is needed.
@@ -433,8 +449,12 @@ class Objective(ABC):
             self._placed = place
         self._tried = None  # it is a vector, and nothing stands there any more
 
-    def evaluated_again(self) -> Run | None:
-        """The evaluation at `position` with a graph of copies; None where there can be none."""
+    def evaluated_again(self, curvature: Curvature = True) -> Run | None:
+        """The evaluation at `position` with a graph of copies; None where there can be none.
+
+        Args:
+            curvature: See `evaluate`.
+        """
         source = self._captured_source
         if source is None:
             return None
@@ -442,7 +462,7 @@ class Objective(ABC):
         self._complete_last()
         self.settle()
         with torch.enable_grad():
-            again = self._run(self.position, True)
+            again = self._run(self.position, curvature)
         self.evaluations += 1
         return again
 
@@ -513,10 +533,12 @@ class Objective(ABC):
         return diagonal
 
     @abstractmethod
-    def _run(self, position: Tensor, curvature: bool) -> Run:
+    def _run(self, position: Tensor, curvature: Curvature) -> Run:
         """Evaluates at `position`."""
 
-    def _evaluate_at(self, position: Tensor, curvature: bool) -> Evaluation:
+    def _evaluate_at(self, position: Tensor, curvature: Curvature) -> Evaluation:
+        if curvature and not isinstance(curvature, bool):
+            check_choice("curvature", curvature, ("jacobian",), "a bool")
         if self.evaluations >= self.limit:
             raise EvaluationsSpent
         self._complete_last()
@@ -524,7 +546,10 @@ class Objective(ABC):
         before = torch.is_grad_enabled()
         try:
             set_grad_mode(True)
-            found = self._run_on_all_ranks(position) if curvature else self._run(position, False)
+            if curvature:
+                found = self._run_on_all_ranks(position, curvature)
+            else:
+                found = self._run(position, False)
         except BaseException:
             self.settle()
             raise
@@ -560,14 +585,14 @@ class Objective(ABC):
         if self._last_evaluation is not None and (last := self._last_evaluation()) is not None:
             _ = last.grad
 
-    def _run_on_all_ranks(self, position: Tensor) -> Run:
+    def _run_on_all_ranks(self, position: Tensor, curvature: Curvature) -> Run:
         """Evaluates with curvature; if one rank finds no second derivative, no rank does.
 
         Others would wait for products that this one cannot have a part in.
         """
         ranks, device = self.ranks, self.vector.device
         try:
-            found = self._run(position, True)
+            found = self._run(position, curvature)
         except MissingSecondDerivative:
             ranks.any(True, device)
             raise

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.runner import ModuleRegistry, Run, run
 from torch_secondorder._closure.validation import check_is_closure
-from torch_secondorder._objective.base import Objective, Regularization
+from torch_secondorder._objective.base import Curvature, Objective, Regularization
 from torch_secondorder._params.vector import ParameterVector
 
 _Self = TypeVar("_Self", bound="ClosureObjective")
@@ -101,7 +101,7 @@ class ClosureObjective(Objective):
         """See `Objective.source`."""
         return self._curvature_closure or self._closure
 
-    def _run(self, position: Tensor, curvature: bool) -> Run:
+    def _run(self, position: Tensor, curvature: Curvature) -> Run:
         vector = self.vector
         if curvature and vector.sharded:
             raise RuntimeError(
@@ -115,14 +115,14 @@ class ClosureObjective(Objective):
             vector.move(position)
             self._placed = position
         if curvature and self._curvature_closure is None:
-            return self._run_captured(self._closure, position)
+            return self._run_captured(self._closure, position, curvature)
         replayed = partial(self._replay.run, self._closure)
         loss, gradients = run(replayed, vector.params, self.registry)
         if curvature:
-            return self._with_other_graph(Run(loss, gradients, averaged=True))
+            return self._with_other_graph(Run(loss, gradients, averaged=True), curvature)
         return Run(loss, gradients, averaged=True)
 
-    def _with_other_graph(self, own: Run) -> Run:
+    def _with_other_graph(self, own: Run, curvature: Curvature) -> Run:
         """Takes the graph from the curvature closure; leaves the closure's gradients in place."""
         assert self._curvature_closure is not None
         vector, start = self.vector, self.position
@@ -132,7 +132,7 @@ class ClosureObjective(Objective):
             p.grad = None
         try:
             self.evaluations += 1
-            other = self._run_captured(self._curvature_closure, start)
+            other = self._run_captured(self._curvature_closure, start, curvature)
         finally:
             for p, grad in zip(vector.params, own.gradients, strict=True):
                 p.grad = grad
@@ -142,9 +142,10 @@ class ClosureObjective(Objective):
     def _captured_source(self) -> Callable[..., Any]:
         return self.source
 
-    def _run_captured(self, closure: Callable[[], Any], start: Tensor) -> Run:
+    def _run_captured(self, closure: Callable[[], Any], start: Tensor, curvature: Curvature) -> Run:
         """Evaluates a closure where the parameters are, at `start`, and keeps the graph."""
-        found = self._captured(closure)
+        twice = curvature is True
+        found = self._captured(closure, twice)
         if self.vector.holds(start):
             return found if start is self.position else found._replace(place=start)
         if not found.copies:
@@ -154,13 +155,13 @@ class ClosureObjective(Objective):
             for p in self.vector.params:
                 p.grad = None
             self.evaluations += 1
-            found = self._captured(closure)
+            found = self._captured(closure, twice)
         self._placed = self._tried = None
         return found
 
-    def _captured(self, closure: Callable[[], Any]) -> Run:
+    def _captured(self, closure: Callable[[], Any], twice: bool) -> Run:
         params = self.vector.params
-        capture = Capture(params, copies=self._copies(closure))
+        capture = Capture(params, copies=self._copies(closure), twice=twice)
         loss, gradients = run(partial(self._replay.run, closure), params, self.registry, capture)
         place = None if capture.place is None else self._place_of(capture)
         return Run(loss, gradients, capture.graph, copies=capture.copies, place=place)

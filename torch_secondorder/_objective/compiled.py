@@ -23,6 +23,14 @@ from torch_secondorder._closure.validation import differentiable, scalar
 from torch_secondorder._foundation.private_torch import dynamo_error, traces_autograd
 from torch_secondorder._objective.tracing import not_compiled, split, traced
 
+#: The error of what needs model outputs.
+NO_OUTPUTS = (
+    "a compiled function does not show the model's outputs, which preconditioner='kfac' or "
+    "'martens', curvature='fisher', estimator='gnb' and residuals need: use "
+    "preconditioner='nystrom', curvature='ggn', 'hessian' or 'empirical_fisher', "
+    "estimator='hutchinson', or leave compile out"
+)
+
 
 class CompiledFunction:
     """Loss, gradient and products of a pure function, compiled.
@@ -103,18 +111,13 @@ class CompiledGraph(Graph):
     ) -> None:
         self.params, self.gradients = params, [tuple(gradients)]
         self.losses, self.weights, self.linear = [], [], []
-        self.suspects, self.curving = [], []
+        self.suspects, self.curving, self.twice = [], [], True
         self._product = product
 
     @property
     def outputs(self) -> Any:  # type: ignore[override]
         """Not there."""
-        raise RuntimeError(
-            "a compiled function does not show the model's outputs, which preconditioner='kfac' or "
-            "'martens', curvature='fisher' and estimator='gnb' need: use preconditioner='nystrom', "
-            "curvature='ggn', 'hessian' or 'empirical_fisher', estimator='hutchinson', or leave "
-            "compile out"
-        )
+        raise RuntimeError(NO_OUTPUTS)
 
     def check_once(self, known: set[Hashable], twice: bool = True) -> None:
         """Nothing: the operations were looked over when they were compiled."""

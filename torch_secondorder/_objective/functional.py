@@ -14,8 +14,8 @@ from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.runner import ModuleRegistry, Run, run
 from torch_secondorder._closure.validation import NoGradient, touched
 from torch_secondorder._foundation.private_torch import pytree
-from torch_secondorder._objective.base import Objective, Regularization
-from torch_secondorder._objective.compiled import CompiledFunction
+from torch_secondorder._objective.base import Curvature, Objective, Regularization
+from torch_secondorder._objective.compiled import NO_OUTPUTS, CompiledFunction
 from torch_secondorder._params.vector import ParameterVector
 
 
@@ -154,7 +154,7 @@ class FunctionalObjective(Objective):
         ]
         return pytree.tree_unflatten(leaves, self._structure)
 
-    def _run(self, position: Tensor, curvature: bool) -> Run:
+    def _run(self, position: Tensor, curvature: Curvature) -> Run:
         try:
             return self._differentiated(position, curvature)
         except NoGradient:
@@ -165,14 +165,19 @@ class FunctionalObjective(Objective):
                 "puts those that are given into the model"
             ) from None
 
-    def _differentiated(self, position: Tensor, curvature: bool) -> Run:
+    def _differentiated(self, position: Tensor, curvature: Curvature) -> Run:
         """See `_run`."""
+        if self._compiled is not None and curvature == "jacobian":
+            raise RuntimeError(NO_OUTPUTS)
         pieces = [piece.detach().requires_grad_() for piece in self.vector.split(position)]
         tree = self._filled(pieces, self._places)
         if self._compiled is not None:
-            loss, graph = self._compiled(tree, pieces, curvature)
+            loss, graph = self._compiled(tree, pieces, bool(curvature))
             return Run(loss, touched(graph.gradients[0]), graph if curvature else None)
-        capture = Capture(pieces, copies=self._copies(self._function)) if curvature else None
+        capture = None
+        if curvature:
+            copies = self._copies(self._function)
+            capture = Capture(pieces, copies=copies, twice=curvature is True)
         call = partial(self._replay.run, partial(self._function, tree))
         loss, gradients = run(call, pieces, self.registry, capture, pure=True)
         if capture is None:

@@ -164,8 +164,11 @@ class Linearized(LinearOperator):
         evaluation: Made by `Objective.evaluate(curvature=True)`.
 
     Raises:
-        ValueError: The evaluation was made without curvature.
+        ValueError: The evaluation was made without curvature, or with too little for the operator.
     """
+
+    #: Whether it is made from the gradient's graph, and not from Jacobians alone.
+    _twice = True
 
     def __init__(self, evaluation: Evaluation) -> None:
         linearization = evaluation.linearization
@@ -174,6 +177,8 @@ class Linearized(LinearOperator):
                 "this evaluation has no curvature: make it with evaluate(curvature=True)"
             )
         linearization.check()
+        if self._twice:
+            linearization.graph.require_second_derivatives()
         self._linearization = linearization
         self._vectorizes = True
         self.size = linearization.size

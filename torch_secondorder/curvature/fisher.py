@@ -33,7 +33,7 @@ class Fisher(GaussNewton):
     bypasses the outputs, are as in `GaussNewton`.
 
     Args:
-        evaluation: Made by `Objective.evaluate(curvature=True)`.
+        evaluation: Made by `Objective.evaluate(curvature=True)`, or with `curvature="jacobian"`.
         labels: `"sampled"` or `"empirical"`.
         n_samples: Labels drawn for each sample.
         generator: Where labels come from; torch's own by default.

@@ -45,7 +45,7 @@ class GaussNewton(Linearized):
     written into it, that part's own Hessian is added. Regularization of the optimizer is included.
 
     Args:
-        evaluation: Made by `Objective.evaluate(curvature=True)`.
+        evaluation: Made by `Objective.evaluate(curvature=True)`, or with `curvature="jacobian"`.
         remainder: `"hessian"` to add the Hessian of what bypasses the outputs, `"ignore"` to leave
             it out.
 
@@ -67,6 +67,8 @@ class GaussNewton(Linearized):
     tensor([[2., 4.],
             [4., 8.]])
     """
+
+    _twice = False
 
     def __init__(self, evaluation: Evaluation, *, remainder: Remainder = "hessian") -> None:
         check_choice("remainder", remainder, Remainder)
@@ -99,6 +101,7 @@ class GaussNewton(Linearized):
 
     def _attach(self, graph: Graph) -> None:
         self.__dict__.pop("_samples", None)  # those of another graph
+        self._linearization.check_transposable()
         self._space = OutputSpace(graph)
         self._curvature = LossCurvature(self._space)
         self.bypassed = self._curvature.bypassed

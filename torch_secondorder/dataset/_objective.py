@@ -14,7 +14,7 @@ from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._closure.runner import ModuleRegistry, Replay, Run
 from torch_secondorder._closure.validation import differentiable
-from torch_secondorder._objective.base import Evaluation, Linearization, Regularization
+from torch_secondorder._objective.base import Curvature, Evaluation, Linearization, Regularization
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset._loader import fingerprint, generators_of
@@ -111,14 +111,14 @@ class DatasetObjective(ClosureObjective):
         """The random state and buffers from which every evaluation of the step starts."""
         return self._replay
 
-    def evaluate(self, *, curvature: bool = False) -> Evaluation:
+    def evaluate(self, *, curvature: Curvature = False) -> Evaluation:
         """See `Objective.evaluate`; an accepted trial is not evaluated again."""
         last = None if self._last_evaluation is None else self._last_evaluation()
         if last is not None and self._evaluated_here:
             return last
         return super().evaluate(curvature=curvature)
 
-    def trial(self, step: Tensor, t: float = 1.0, *, curvature: bool = False) -> Evaluation:
+    def trial(self, step: Tensor, t: float = 1.0, *, curvature: Curvature = False) -> Evaluation:
         """See `Objective.trial`."""
         self._trial = super().trial(step, t, curvature=curvature)
         return self._trial
@@ -155,7 +155,7 @@ class DatasetObjective(ClosureObjective):
             total.add_(scaled(self._decay * scaled(direction)))
         return total
 
-    def _run(self, position: Tensor, curvature: bool) -> Run:
+    def _run(self, position: Tensor, curvature: Curvature) -> Run:
         self._evaluated_here, self._trial = False, None
         raw = super()._run(position, False)
         self._evaluated_here = position is self.position
