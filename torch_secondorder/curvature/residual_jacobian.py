@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Literal, TypeAlias
 
 import torch
@@ -45,6 +44,7 @@ class ResidualJacobian:
         linearization = evaluation.linearization
         assert linearization is not None
         self._linearization = linearization
+        self._found: Tensor | None = None
         self._space = OutputSpace(linearization.graph)
         curvature = LossCurvature(self._space)
         self._blocks: list[ResidualBlock] = residual_blocks(self._space, curvature)
@@ -64,9 +64,10 @@ class ResidualJacobian:
         if curvature.bypassed or any(decays):
             self.rest_gradient = rest
 
-    @cache
     def dense(self) -> Tensor:
         """`J`, shape `(N, n)`."""
+        if self._found is not None:
+            return self._found
         vector = self._linearization._objective.vector
         found = []
         for block in self._blocks:
@@ -78,7 +79,8 @@ class ResidualJacobian:
                     cotangents: list[Tensor | None] = [None] * len(self._space.values)
                     cotangents[block.output] = chosen.reshape(root.shape)
                     found.append(vector.scaled(vector.gather(self._space.pull(cotangents))))
-        return torch.stack(found)
+        self._found = torch.stack(found)
+        return self._found
 
     def pull(self, u: Tensor) -> Tensor:
         """`J'u`, from shape `(N,)` to `(n,)`."""
