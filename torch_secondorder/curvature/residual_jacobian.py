@@ -59,6 +59,11 @@ class ResidualJacobian:
             self.rest_diagonal = torch.repeat_interleave(
                 torch.tensor(decays, dtype=evaluation.grad.dtype), torch.tensor(counts)
             )
+        parts = residuals.rest_diagonal()
+        if parts is not None:
+            vector = linearization._objective.vector
+            more = vector.scaled(vector.scaled(vector.gather(parts)))
+            self.rest_diagonal = self.rest_diagonal + more
         rest = evaluation.grad - self.pull(self.residuals)
         if residuals.rest_gradient() is not None or any(decays):
             self.rest_gradient = rest
