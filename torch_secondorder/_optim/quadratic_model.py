@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.base import Evaluation, Objective
+from torch_secondorder._objective.base import Curvature, Evaluation, Objective
 from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder.curvature import Damped, Diagonal, FiniteDifference, LinearOperator
@@ -144,8 +144,8 @@ class Trials:
     Args:
         descent: The step; proposals begin at its current point.
         tally: The counts of the step.
-        keeps_graphs: Whether trials keep their graph, for the next model. Keeping it costs much
-            less than another evaluation.
+        keeps_graphs: Whether trials keep their graph, and which, see `Objective.evaluate`. Keeping
+            it costs much less than another evaluation.
         keeps_gradients: Whether trials without a graph keep their gradient.
 
     Attributes:
@@ -157,7 +157,7 @@ class Trials:
         self,
         descent: Descent,
         tally: Tally,
-        keeps_graphs: bool = False,
+        keeps_graphs: Curvature = False,
         keeps_gradients: bool = False,
     ) -> None:
         point, objective = descent.point, descent.objective

@@ -32,12 +32,14 @@ from torch_secondorder.globalization import (
     MarquardtDamping,
     NielsenDamping,
     SearchStatus,
+    Trial,
     resolve_line_search,
 )
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
     LeastSquaresSolverName,
+    suited_solver,
 )
 
 __all__ = ["DampingName", "LevenbergMarquardt", "LevenbergMarquardtInfo", "ScalingName"]
@@ -54,6 +56,8 @@ _ACCEPT = 1e-4
 # The share of a step after which residuals are looked at for their bend, and the largest ratio of
 # the correction to the step (Transtrum and Sethna 2012).
 _PROBE, _BEND = 0.1, 0.75
+# Differences of losses up to this multiple of their rounding error may be rounding of residuals.
+_NOISE = 1e3
 # A constant damping, as a share of the largest curvature along a coordinate at the first step.
 _CONSTANT = 1e-3
 
@@ -243,7 +247,7 @@ class LevenbergMarquardt(FlatOptimizer):
         objective.limit = inf if most is None else most
         if objective.box is not None:
             self._check_bounded()
-        evaluation = objective.evaluate(curvature=True)
+        evaluation = objective.evaluate(curvature="jacobian")
         return evaluation, point_of(evaluation, objective)
 
     def _check_bounded(self) -> None:
@@ -318,17 +322,23 @@ class LevenbergMarquardt(FlatOptimizer):
         """The linearized residuals at the current point; None if they are not finite."""
         objective, point = descent.objective, descent.point
         if point.evaluation is None:  # the trial has given loss and gradient, but no graph
-            evaluation = objective.evaluate(curvature=True)
+            evaluation = objective.evaluate(curvature="jacobian")
             point = descent.point = point_of(evaluation, objective)
         assert point.evaluation is not None and point.grad is not None
         jacobian = ResidualJacobian(point.evaluation)
         solver = self.solver if objective.box is None else "primal"
+        if solver == "auto":
+            device = objective.vector.device
+            solver = suited_solver(jacobian.rows, jacobian.size, objective.vector.dtype, device)
+            if objective.ranks.any(solver == "cg", device):
+                solver = "cg"  # memory may be short on one rank
         system = DampedLeastSquares.of(jacobian, point.grad, solver)
         report = self._report
         report.jacobians += 1
         report.rows, report.solver = jacobian.rows, system.name
         report.jacobian, report.reason = jacobian.method, jacobian.reason
-        return system if system.finite else None
+        finite = bool(jacobian.residuals.isfinite().all()) and system.finite
+        return system if finite else None
 
     def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
         """The system with metric, center and bounds; makes the first damping."""
@@ -362,17 +372,14 @@ class LevenbergMarquardt(FlatOptimizer):
     def _trials(self, descent: Descent) -> Trials:
         """Evaluations of steps; they keep their graphs where the next iteration can use them."""
         objective = descent.objective
-        return Trials(
-            descent,
-            self._tally,
-            keeps_graphs=descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph(),
-            keeps_gradients=True,
-        )
+        keeps = descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph()
+        return Trials(descent, self._tally, "jacobian" if keeps else False, keeps_gradients=True)
 
     def _solved(self, problem: _Problem, descent: Descent) -> DampedStep | StepStatus:
         """The step with the present damping, one of descent."""
         step = problem.solve(self._damping)
-        if problem.center is not None and isfinite(step.decrease) and not step.slope < 0:
+        falls = step.slope < 0 and step.decrease > 0
+        if problem.center is not None and isfinite(step.decrease) and not falls:
             problem = replace(problem, center=None)  # the momentum leads uphill
             step = problem.solve(self._damping)
         self._tally.solver_iterations += step.iterations
@@ -387,7 +394,7 @@ class LevenbergMarquardt(FlatOptimizer):
         self, problem: _Problem, trials: Trials, rule: DampingRule, descent: Descent
     ) -> Move | StepStatus:
         """A step with a damping that is raised until it lowers the loss."""
-        trial = None
+        trial, first = None, self._damping
         for failures in range(1, _ATTEMPTS + 1):
             damping = self._damping
             step = self._solved(problem, descent)
@@ -398,7 +405,7 @@ class LevenbergMarquardt(FlatOptimizer):
                 proposal = self._accelerated(problem, step, descent)
             if proposal is not None:
                 trial = trials.trial(proposal, descent.lr)
-                ratio = trials.gain_ratio(proposal, trial)
+                ratio = _gain_ratio(trials, proposal, trial)
                 if ratio > _ACCEPT:
                     after: float = trial.payload.length / trials.point.length
                     self._damping = rule.updated(
@@ -407,8 +414,11 @@ class LevenbergMarquardt(FlatOptimizer):
                     return Move(proposal, trial, ratio)
             self._report.rejected += 1
             if trials.unresolved(_proposal(step)):
+                self._damping = first
                 return StepStatus.STALLED
             self._damping = rule.rejected(damping, failures, self._start)
+            # A large damping leads to the center, which need not be a step of descent.
+            problem = replace(problem, center=None)
         hopeful = trial is None or trial.finite
         return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
 
@@ -435,20 +445,19 @@ class LevenbergMarquardt(FlatOptimizer):
         self._tally.solver_iterations += step.iterations
         if not (isfinite(step.decrease) and isfinite(step.length)):
             return StepStatus.NONFINITE_PRODUCTS
-        objective, lr = descent.objective, descent.lr
-        objective.accept(step.x, lr)
+        lr = descent.lr
+        if descent.count + 1 < descent.max_iter:
+            proposal, trials = _proposal(step), self._trials(descent)
+            trial = trials.trial(proposal, lr)
+            if not trial.finite:
+                return StepStatus.NONFINITE_TRIALS
+            self._take(descent, Move(proposal, trial, trials.gain_ratio(proposal, trial)))
+            return None
+        descent.objective.accept(step.x, lr)
         self._keep(step.x)
-        if descent.count + 1 >= descent.max_iter:
-            descent.count += 1
-            descent.step_length = lr
-            return StepStatus.MOVED
-        evaluation = objective.evaluate(curvature=True)
-        point = point_of(evaluation, objective)
-        if not (isfinite(point.loss) and isfinite(point.length)):
-            objective.accept(step.x, -lr)
-            return StepStatus.NONFINITE_TRIALS
-        descent.arrive(point, lr, lr * step.length, held=step.held)
-        return None
+        descent.count += 1
+        descent.step_length = lr
+        return StepStatus.MOVED
 
     def _accelerated(
         self, problem: _Problem, step: DampedStep, descent: Descent
@@ -566,6 +575,20 @@ def _resolve_damping(
     return None if damping is None else float(damping)
 
 
+def _gain_ratio(trials: Trials, proposal: Proposal, trial: Trial) -> float:
+    """See `Trials.gain_ratio`; in the rounding errors of large residuals by the slopes alone.
+
+    Near a minimum where residuals are left, they cancel in the loss long before the gradient is
+    exact.
+    """
+    noise = _NOISE * trials.allowance
+    predicted = -trial.t * (proposal.slope - trial.t * (proposal.slope + proposal.decrease))
+    settled = 0.0 < predicted <= noise and abs(trials.point.loss - trial.loss) <= noise
+    if not (settled and trial.finite):
+        return trials.gain_ratio(proposal, trial)
+    return -0.5 * trial.t * (proposal.slope + trial.slope) / predicted
+
+
 def _proposal(step: DampedStep) -> Proposal:
     return Proposal(step.x, step.slope, step.decrease, step.held, step.curvature)
 
@@ -579,7 +602,7 @@ def _bend(jacobian: ResidualJacobian, x: Tensor, image: Tensor, descent: Descent
         image: `J x`.
         descent: The step.
     """
-    probe = descent.objective.trial(x, _PROBE, curvature=True)
+    probe = descent.objective.trial(x, _PROBE, curvature="jacobian")
     moved = jacobian.change_to(probe)
     bend = (moved / _PROBE - image) * (2.0 / _PROBE)
     return bend if bool(bend.isfinite().all()) else None
