@@ -24,7 +24,7 @@ from torch_secondorder import (
 )
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder.curvature import Fisher, GaussNewton, Hessian, LinearOperator
-from torch_secondorder.globalization import Armijo, LevenbergMarquardt, StrongWolfe, TrustRegion
+from torch_secondorder.globalization import Armijo, MarquardtDamping, StrongWolfe, TrustRegion
 
 N, D = 5, 6
 
@@ -186,7 +186,7 @@ def test_an_evaluation_more_is_made_once_where_it_is_needed(writes: str) -> None
 
 
 RULES: dict[str, Any] = {
-    "damped": LevenbergMarquardt(),
+    "damped": MarquardtDamping(),
     "trust": TrustRegion(),
     "armijo": Armijo(),
     "wolfe": StrongWolfe(),

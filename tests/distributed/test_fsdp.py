@@ -43,7 +43,7 @@ from torch_secondorder import (
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._params.space import WHOLE, ShardedSpace, Space
 from torch_secondorder.curvature import Diagonal, Hutchinson, InverseBFGS
-from torch_secondorder.globalization import LevenbergMarquardt
+from torch_secondorder.globalization import MarquardtDamping
 from torch_secondorder.solvers import CG, MINRES, SolveStatus
 
 RANKS = 2
@@ -323,7 +323,7 @@ def reshard_newton(rank: int, ranks: int) -> list[Any]:
             curvature="hessian",
             curvature_products="finite_difference",
             # Damping that stays: less of it amplifies the rounding of differences.
-            globalization=LevenbergMarquardt(initial=0.1, smallest=0.5),
+            globalization=MarquardtDamping(initial=0.1, smallest=0.5),
             max_cg_iter=5,
         )
 

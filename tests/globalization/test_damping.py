@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.dense_operators import Dense, symmetric, vector_of
 from torch_secondorder.curvature import Damped, Diagonal
-from torch_secondorder.globalization import LevenbergMarquardt, TrustRegion
+from torch_secondorder.globalization import MarquardtDamping, TrustRegion
 
 NAN, INF = math.nan, math.inf
 POSITIVE = st.floats(1e-20, 1e20)
@@ -41,7 +41,7 @@ RATIOS = st.floats(allow_nan=True, allow_infinity=True)
     ],
 )
 def test_the_damping(gain_ratio: float, gradient_ratio: float, factor: float) -> None:
-    rule = LevenbergMarquardt()
+    rule = MarquardtDamping()
     expected = max(2.0 * factor, rule.smallest)
     assert rule.updated(2.0, gain_ratio, gradient_ratio) == pytest.approx(expected, rel=1e-15)
 
@@ -67,14 +67,14 @@ def test_the_radius(gain_ratio: float, length: float, radius: float) -> None:
 
 
 def test_bounds_hold() -> None:
-    rule = LevenbergMarquardt(initial=1.0, smallest=0.5, largest=2.0)
+    rule = MarquardtDamping(initial=1.0, smallest=0.5, largest=2.0)
     assert rule.updated(1.9, 0.0) == rule.raised(1.9) == 2.0
     assert rule.updated(0.6, 1.0) == 0.5
     assert TrustRegion(largest=3.0).updated(2.0, 1.0, 2.0) == 3.0
 
 
 def test_bounds_are_relative_to_the_beginning() -> None:
-    rule = LevenbergMarquardt(smallest=0.5, largest=2.0)
+    rule = MarquardtDamping(smallest=0.5, largest=2.0)
     assert rule.updated(1.9e-30, 0.0, 1.0, 1e-30) == rule.raised(1.9e-30, 1, 1e-30) == 2e-30
     assert rule.updated(0.6e-30, 1.0, 1.0, 1e-30) == 0.5e-30
     assert TrustRegion(largest=3.0).updated(2e30, 1.0, 2e30, 1e30) == pytest.approx(3e30)
@@ -84,7 +84,7 @@ def test_bounds_are_relative_to_the_beginning() -> None:
     ("curvature", "damping"), [(INF, 2 / 3), (2.0, 2 / 3), (0.5, 0.5), (0.01, 0.1), (-1.0, 0.1)]
 )
 def test_damping_above_the_curvature_falls_fast(curvature: float, damping: float) -> None:
-    rule = LevenbergMarquardt()
+    rule = MarquardtDamping()
     assert rule.updated(1.0, 1.0, 1.0, 1.0, curvature) == pytest.approx(damping)
     assert rule.updated(1.0, 0.5, 1.0, 1.0, curvature) == 1.0
     assert rule.updated(1.0, 0.1, 1.0, 1.0, curvature) == 1.5
@@ -92,9 +92,9 @@ def test_damping_above_the_curvature_falls_fast(curvature: float, damping: float
 
 def test_where_rules_begin() -> None:
     for scale in (1e-30, 1.0, 1e30):
-        assert LevenbergMarquardt().begun(scale) == pytest.approx(0.03 * scale)
+        assert MarquardtDamping().begun(scale) == pytest.approx(0.03 * scale)
         assert TrustRegion().begun(scale) == pytest.approx(10 * scale)
-        assert LevenbergMarquardt(initial=3.0).begun(scale) == 3.0
+        assert MarquardtDamping(initial=3.0).begun(scale) == 3.0
         assert TrustRegion(initial=3.0).begun(scale) == 3.0
 
 
@@ -102,7 +102,7 @@ def test_where_rules_begin() -> None:
 def test_the_damping_stays_in_bounds_and_goes_the_right_way(
     damping: float, gain_ratio: float, gradient_ratio: float
 ) -> None:
-    rule = LevenbergMarquardt()
+    rule = MarquardtDamping()
     updated = rule.updated(damping, gain_ratio, gradient_ratio)
     assert rule.smallest <= updated <= rule.largest
     if not gain_ratio >= rule.poor:
@@ -115,7 +115,7 @@ def test_the_damping_stays_in_bounds_and_goes_the_right_way(
 
 @given(damping=POSITIVE, ratios=st.tuples(RATIOS, RATIOS))
 def test_better_steps_are_never_damped_more(damping: float, ratios: tuple[float, float]) -> None:
-    rule = LevenbergMarquardt()
+    rule = MarquardtDamping()
     ordered = sorted((-INF if math.isnan(ratio) else ratio) for ratio in ratios)
     worse, better = (rule.updated(damping, ratio) for ratio in ordered)
     assert worse >= better
@@ -129,7 +129,7 @@ def test_better_steps_are_never_damped_more(damping: float, ratios: tuple[float,
 def test_raised_many_times_is_largest_and_no_error(
     damping: float, increase: float, times: int
 ) -> None:
-    rule = LevenbergMarquardt(increase=increase, smallest=1e-300, largest=1e300)
+    rule = MarquardtDamping(increase=increase, smallest=1e-300, largest=1e300)
     raised = rule.raised(damping, times)
     assert max(damping, rule.smallest) < raised <= rule.largest or raised == rule.largest
     assert rule.raised(damping, times + 1) >= raised
@@ -142,7 +142,7 @@ def test_raised_many_times_is_largest_and_no_error(
 
 
 def test_raised_by_the_number_of_failures() -> None:
-    rule = LevenbergMarquardt(increase=2.0)
+    rule = MarquardtDamping(increase=2.0)
     assert [rule.raised(3.0, times) for times in range(4)] == [3.0, 6.0, 12.0, 24.0]
     assert rule.raised(3.0) == 6.0
 
@@ -172,8 +172,8 @@ def test_better_steps_are_never_trusted_less(
     assert worse <= better
 
 
-@pytest.mark.parametrize("rule", [LevenbergMarquardt(), TrustRegion()])
-def test_rules_are_values(rule: LevenbergMarquardt | TrustRegion) -> None:
+@pytest.mark.parametrize("rule", [MarquardtDamping(), TrustRegion()])
+def test_rules_are_values(rule: MarquardtDamping | TrustRegion) -> None:
     assert rule == type(rule)() and hash(rule) == hash(type(rule)())
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.initial = 3.0  # type: ignore[misc]
@@ -246,21 +246,21 @@ SHAPES = r"this operator multiplies shapes \(2,\) and \(2, k\), got "
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LevenbergMarquardt(initial=0.0), DAMPING + "0.0"),
-        (lambda: LevenbergMarquardt(initial=NAN), DAMPING + "nan"),
-        (lambda: LevenbergMarquardt(initial=INF), DAMPING + "inf"),
-        (lambda: LevenbergMarquardt(smallest=2.0), BOUNDS + "2.0 and 1e[+]20"),
-        (lambda: LevenbergMarquardt(smallest=0.0), BOUNDS),
-        (lambda: LevenbergMarquardt(largest=0.5), BOUNDS + "1e-20 and 0.5"),
-        (lambda: LevenbergMarquardt(largest=INF), BOUNDS),
-        (lambda: LevenbergMarquardt(increase=1.0), FACTORS + "0.66.* and 1.0"),
-        (lambda: LevenbergMarquardt(increase=INF), FACTORS),
-        (lambda: LevenbergMarquardt(decrease=1.0), FACTORS + "1.0 and 1.5"),
-        (lambda: LevenbergMarquardt(decrease=0.0), FACTORS),
-        (lambda: LevenbergMarquardt(decrease=NAN), FACTORS),
-        (lambda: LevenbergMarquardt(poor=0.75), "gain ratios need 0 < poor < good, got 0.75 and"),
-        (lambda: LevenbergMarquardt(poor=0.0), "gain ratios need 0 < poor < good, got 0.0 and"),
-        (lambda: LevenbergMarquardt(good=NAN), "gain ratios need 0 < poor < good, got 0.25 and"),
+        (lambda: MarquardtDamping(initial=0.0), DAMPING + "0.0"),
+        (lambda: MarquardtDamping(initial=NAN), DAMPING + "nan"),
+        (lambda: MarquardtDamping(initial=INF), DAMPING + "inf"),
+        (lambda: MarquardtDamping(smallest=2.0), BOUNDS + "2.0 and 1e[+]20"),
+        (lambda: MarquardtDamping(smallest=0.0), BOUNDS),
+        (lambda: MarquardtDamping(largest=0.5), BOUNDS + "1e-20 and 0.5"),
+        (lambda: MarquardtDamping(largest=INF), BOUNDS),
+        (lambda: MarquardtDamping(increase=1.0), FACTORS + "0.66.* and 1.0"),
+        (lambda: MarquardtDamping(increase=INF), FACTORS),
+        (lambda: MarquardtDamping(decrease=1.0), FACTORS + "1.0 and 1.5"),
+        (lambda: MarquardtDamping(decrease=0.0), FACTORS),
+        (lambda: MarquardtDamping(decrease=NAN), FACTORS),
+        (lambda: MarquardtDamping(poor=0.75), "gain ratios need 0 < poor < good, got 0.75 and"),
+        (lambda: MarquardtDamping(poor=0.0), "gain ratios need 0 < poor < good, got 0.0 and"),
+        (lambda: MarquardtDamping(good=NAN), "gain ratios need 0 < poor < good, got 0.25 and"),
         (lambda: TrustRegion(initial=0.0), RADIUS + "0.0"),
         (lambda: TrustRegion(initial=NAN), RADIUS + "nan"),
         (lambda: TrustRegion(initial=INF), RADIUS + "inf"),

@@ -80,7 +80,7 @@ def test_every_optimizer(host: Any, name: str, tmp_path: Path) -> None:
         ("LBFGS", "line_search_fn", "globalization.Armijo", {}),
         ("NewtonCG", "preconditioner", "solvers.KFAC", {"period": 2}),
         ("NewtonCG", "solver", "solvers.MINRES", {}),
-        ("NewtonCG", "globalization", "globalization.LevenbergMarquardt", {"initial": 0.5}),
+        ("NewtonCG", "globalization", "globalization.MarquardtDamping", {"initial": 0.5}),
         ("AdaHessian", "estimator", "curvature.Hutchinson", {"n_samples": 2}),
         ("Sophia", "estimator", "curvature.GaussNewtonBartlett", {}),
     ],

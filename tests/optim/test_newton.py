@@ -24,7 +24,7 @@ from torch_secondorder import (
 )
 from torch_secondorder._foundation import memory
 from torch_secondorder._foundation.memory import TooLarge
-from torch_secondorder.globalization import LevenbergMarquardt, SearchStatus, TrustRegion
+from torch_secondorder.globalization import MarquardtDamping, SearchStatus, TrustRegion
 
 each_globalization = pytest.mark.parametrize("globalization", GLOBALIZATIONS)
 
@@ -467,7 +467,7 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_instances_of_globalizations() -> None:
     x = start_at(-1.2, 1.0)
-    for rule in (TrustRegion(initial=0.1), LevenbergMarquardt(initial=10.0)):
+    for rule in (TrustRegion(initial=0.1), MarquardtDamping(initial=10.0)):
         with torch.no_grad():
             x.copy_(torch.tensor([-1.2, 1.0]))
         optimizer = Newton([x], globalization=rule, corrections=0)

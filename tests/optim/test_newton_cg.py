@@ -24,7 +24,7 @@ from tests.support.oracles import CASES, make_case
 from torch_secondorder import FunctionalObjective, NewtonCG, StepStatus, mark_outputs
 from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import Damped, GaussNewton, Hessian
-from torch_secondorder.globalization import Armijo, LevenbergMarquardt, StrongWolfe, TrustRegion
+from torch_secondorder.globalization import Armijo, MarquardtDamping, StrongWolfe, TrustRegion
 from torch_secondorder.solvers import CG, MINRES, Martens, Nystrom, SolveStatus
 
 
@@ -484,7 +484,7 @@ def test_float32_goes_on_until_rounding(device: torch.device) -> None:
         {"solver": "minres"},
         {"solver": MINRES(50, 1e-3)},
         {"solver": CG(5)},
-        {"globalization": LevenbergMarquardt(initial=0.01)},
+        {"globalization": MarquardtDamping(initial=0.01)},
         {"globalization": TrustRegion(initial=0.1)},
         {"globalization": Armijo()},
         {"globalization": StrongWolfe()},
@@ -538,7 +538,7 @@ def test_strategies(arguments: dict[str, Any], device: torch.device) -> None:
             ValueError,
             "damping must be a finite number above 0",
         ),
-        ({"damping": 1.0, "globalization": LevenbergMarquardt()}, ValueError, "leave damping out"),
+        ({"damping": 1.0, "globalization": MarquardtDamping()}, ValueError, "leave damping out"),
         ({"max_iter": 0}, ValueError, "max_iter must be an integer of at least 1, got 0"),
         ({"max_cg_iter": 2.5}, ValueError, "max_cg_iter must be an integer"),
         ({"tolerance_grad": -1}, ValueError, "tolerance_grad must be"),

@@ -69,7 +69,7 @@ KEPT = [
     ("func.jacobians", "jacobian"),
     ("func.transforms", "jvp vjp"),
     ("globalization.backtracking", "Armijo FixedStep"),
-    ("globalization.damping", "LevenbergMarquardt"),
+    ("globalization.damping", "MarquardtDamping"),
     ("globalization.hager_zhang", "HagerZhang"),
     ("globalization.line_search", "LineSearch Phi SearchResult SearchStatus Trial"),
     ("globalization.strong_wolfe", "StrongWolfe"),
@@ -89,6 +89,8 @@ KEPT = [
 
 #: Old names that are now others in the same module.
 RENAMED = [
+    ("globalization", "LevenbergMarquardt", "MarquardtDamping"),
+    ("globalization.damping", "LevenbergMarquardt", "MarquardtDamping"),
     ("solvers", "Minres", "MINRES"),
     ("solvers.minres", "Minres", "MINRES"),
 ]

@@ -29,6 +29,8 @@ from torch_secondorder import (
     Evaluation,
     FunctionalObjective,
     LBFGSInfo,
+    LevenbergMarquardt,
+    LevenbergMarquardtInfo,
     MissingSecondDerivative,
     Newton,
     NewtonCG,
@@ -64,6 +66,7 @@ from torch_secondorder.curvature import (
     UnknownOutputs,
     exact_diagonal,
 )
+from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
 from torch_secondorder.diagnostics import (
     Definiteness,
     Eigenpairs,
@@ -98,13 +101,15 @@ from torch_secondorder.func import (
 )
 from torch_secondorder.globalization import (
     Armijo,
+    DampingRule,
     FixedStep,
     Globalization,
     GlobalizationName,
     HagerZhang,
-    LevenbergMarquardt,
     LineSearch,
     LineSearchName,
+    MarquardtDamping,
+    NielsenDamping,
     Phi,
     SearchResult,
     SearchStatus,
@@ -115,15 +120,19 @@ from torch_secondorder.globalization import (
     resolve_globalization,
     resolve_line_search,
 )
+from torch_secondorder.optim import DampingName, ScalingName
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import (
     CG,
     KFAC,
     MINRES,
+    DampedLeastSquares,
+    DampedStep,
     DefinitenessName,
     DenseQuadratic,
     DenseStep,
     Iterate,
+    LeastSquaresSolverName,
     LinearSolver,
     Martens,
     Nystrom,
@@ -302,6 +311,23 @@ def newton() -> None:
     Newton(model.parameters(), 1.0, "damping", max_iter=20, max_eval=100)
     with refusal():
         Newton(model.parameters(), globalization="dogleg")  # type: ignore[arg-type]
+
+
+def levenberg_marquardt() -> None:
+    model, x, y = model_and_data()
+    scaling: ScalingName = "more"
+    damping: DampingName = "nielsen"
+    optimizer = LevenbergMarquardt(model.parameters(), 1.0, damping, max_iter=3, scaling=scaling)
+    closure = closure_for(model, x, y, optimizer.zero_grad)
+    assert_type(optimizer.step(closure), Tensor)
+    assert_type(optimizer.info, LevenbergMarquardtInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.rows, int)
+    LevenbergMarquardt(model.parameters(), 1.0, MarquardtDamping(1.0), acceleration="geodesic")
+    LevenbergMarquardt(model.parameters(), damping=0.1, momentum=0.9, globalization=None)
+    LevenbergMarquardt(model.parameters(), solver="dual", globalization=Armijo())
+    with refusal():
+        LevenbergMarquardt(model.parameters(), solver="lu")  # type: ignore[arg-type]
 
 
 def adahessian() -> None:
@@ -483,6 +509,17 @@ def linear_solvers() -> None:
     assert_type(quadratic.definiteness, DefinitenessName)
 
 
+def damped_least_squares() -> None:
+    w = torch.ones(2, dtype=torch.float64)
+    objective = ClosureObjective(lambda: nn.functional.mse_loss(w * w, 0.5 * w.detach()), [w])
+    w.requires_grad_()
+    evaluation = objective.evaluate(curvature=True)
+    name: LeastSquaresSolverName = "primal"
+    system = DampedLeastSquares.of(ResidualJacobian(evaluation), evaluation.grad, name)
+    assert_type(system.solve(0.1), DampedStep)
+    assert_type(system.solve(0.1).decrease, float)
+
+
 def line_searches() -> None:
     def phi(t: float) -> Trial:
         return Trial(t, (t - 1.0) ** 2, 2 * (t - 1.0))
@@ -501,7 +538,10 @@ def line_searches() -> None:
     chosen: Globalization = resolve_globalization(name, None, True)
     if isinstance(chosen, TrustRegion):
         assert_type(chosen.begun(1.0), float)
-    assert_type(LevenbergMarquardt(initial=1.0).begun(1.0), float)
+    rules: list[DampingRule] = [MarquardtDamping(initial=1.0), NielsenDamping(share=1e-6)]
+    for rule in rules:
+        assert_type(rule.begun(1.0), float)
+        assert_type(rule.rejected(1.0, 1), float)
 
 
 # Derivatives and penalties.

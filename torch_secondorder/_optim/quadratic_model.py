@@ -17,7 +17,7 @@ from torch_secondorder.curvature import Damped, Diagonal, FiniteDifference, Line
 from torch_secondorder.curvature._masked import Masked
 from torch_secondorder.globalization import (
     Armijo,
-    LevenbergMarquardt,
+    DampingRule,
     LineSearch,
     SearchResult,
     SearchStatus,
@@ -386,7 +386,7 @@ class Model(Trials):
 # The three ways to turn the model into a step: damping, a trust radius, a line search.
 
 
-def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) -> Move | StepStatus:
+def damped(model: Model, rule: DampingRule, memory: Memory, lr: float) -> Move | StepStatus:
     """A step with Levenberg-Marquardt damping, as in Martens 2010.
 
     The solver keeps some iterates. Going back from the last one, the step takes the first at which
@@ -408,7 +408,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
         if not 0 < result.decrease < float("inf"):
             memory.direction = None
             if result.status is SolveStatus.NEGATIVE_CURVATURE:
-                memory.damping = max(memory.damping, rule.raised(damping, 2 + failures, start))
+                memory.damping = max(memory.damping, rule.rejected(damping, failures, start))
                 del result
                 continue
             return _hopeless(result)
@@ -434,7 +434,7 @@ def damped(model: Model, rule: LevenbergMarquardt, memory: Memory, lr: float) ->
             # The model may be fine: the damping leaves only steps too short to test it.
             memory.damping = memory.start = start = anew
         else:
-            raised = rule.raised(damping, 2 + failures, start)
+            raised = rule.rejected(damping, failures, start)
             memory.damping = max(memory.damping, raised)
         del result, proposal  # frees their vectors before the next ones are made
     hopeful = first is None or first.finite

@@ -91,6 +91,10 @@ class ResidualJacobian:
         J = self.dense()
         return J.T @ J
 
+    def diagonal(self) -> Tensor:
+        """The diagonal of `J'J`, shape `(n,)`."""
+        return self.dense().square().sum(0)
+
     def kernel(self, weights: Tensor | None = None) -> Tensor:
         """`J diag(weights) J'`, shape `(N, N)`; without forming `J` where that is cheaper.
 
@@ -99,3 +103,23 @@ class ResidualJacobian:
         """
         J = self.dense()
         return J @ J.T if weights is None else (J * weights) @ J.T
+
+    def change_to(self, evaluation: Evaluation) -> Tensor:
+        """The change of the residuals to another point, as far as the outputs change: `(N,)`.
+
+        The root of the curvature is that of this point: `Q'(z - z0)`.
+
+        Args:
+            evaluation: One with curvature of the same loss, at the other point.
+        """
+        assert evaluation.linearization is not None
+        there = OutputSpace(evaluation.linearization.graph).values
+        change = [(z - z0).detach() for z, z0 in zip(there, self._space.values, strict=True)]
+        rows = []
+        for block in self._blocks:
+            channels = [
+                (block.root(channel) * change[block.output]).reshape(block.samples, -1).sum(1)
+                for channel in range(block.channels)
+            ]
+            rows.append(torch.stack(channels, 1).reshape(-1))
+        return torch.cat(rows)

@@ -1,5 +1,8 @@
 """Globalization: line searches, damping and trust regions."""
 
+from typing import TYPE_CHECKING
+
+from torch_secondorder._foundation.deprecation import renamed
 from torch_secondorder.globalization._resolve import (
     Globalization,
     GlobalizationName,
@@ -8,7 +11,11 @@ from torch_secondorder.globalization._resolve import (
     resolve_line_search,
 )
 from torch_secondorder.globalization.backtracking import Armijo, FixedStep
-from torch_secondorder.globalization.damping import LevenbergMarquardt
+from torch_secondorder.globalization.damping import (
+    DampingRule,
+    MarquardtDamping,
+    NielsenDamping,
+)
 from torch_secondorder.globalization.hager_zhang import HagerZhang
 from torch_secondorder.globalization.line_search import (
     LineSearch,
@@ -23,13 +30,15 @@ from torch_secondorder.globalization.trust_region import TrustRegion
 
 __all__ = [
     "Armijo",
+    "DampingRule",
     "FixedStep",
     "Globalization",
     "GlobalizationName",
     "HagerZhang",
-    "LevenbergMarquardt",
     "LineSearch",
     "LineSearchName",
+    "MarquardtDamping",
+    "NielsenDamping",
     "Phi",
     "SearchResult",
     "SearchStatus",
@@ -40,6 +49,9 @@ __all__ = [
     "resolve_globalization",
     "resolve_line_search",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"LevenbergMarquardt": "MarquardtDamping"})
 
 
 def __dir__() -> list[str]:

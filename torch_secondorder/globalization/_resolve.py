@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder.globalization.backtracking import Armijo, FixedStep
-from torch_secondorder.globalization.damping import LevenbergMarquardt
+from torch_secondorder.globalization.damping import DampingRule, MarquardtDamping
 from torch_secondorder.globalization.hager_zhang import HagerZhang
 from torch_secondorder.globalization.line_search import LineSearch
 from torch_secondorder.globalization.strong_wolfe import StrongWolfe
@@ -15,7 +15,7 @@ from torch_secondorder.globalization.trust_region import TrustRegion
 
 LineSearchName: TypeAlias = Literal["strong_wolfe", "hager_zhang", "armijo", "backtracking"]
 GlobalizationName: TypeAlias = LineSearchName | Literal["damping", "trust_region", "line_search"]
-Globalization: TypeAlias = LevenbergMarquardt | TrustRegion | LineSearch
+Globalization: TypeAlias = DampingRule | TrustRegion | LineSearch
 
 _KNOWN: dict[str, Callable[[], LineSearch]] = {
     "strong_wolfe": StrongWolfe,
@@ -69,14 +69,16 @@ def resolve_globalization(
         spec = "trust_region" if uses_hessian else "damping"
     if spec == "damping":
         check_number("damping", damping, above=0, optional=True)
-        return LevenbergMarquardt() if damping is None else LevenbergMarquardt(initial=damping)
+        return MarquardtDamping() if damping is None else MarquardtDamping(initial=damping)
     if spec == "trust_region":
         return TrustRegion()
     if spec == "line_search":
         return resolve_line_search("armijo")
-    if isinstance(spec, LevenbergMarquardt) and damping is not None:
-        raise ValueError("the damping to begin with is LevenbergMarquardt's own: leave damping out")
-    if isinstance(spec, (LevenbergMarquardt, TrustRegion)):
+    if isinstance(spec, DampingRule) and damping is not None:
+        raise ValueError(
+            f"the damping to begin with is {type(spec).__name__}'s own: leave damping out"
+        )
+    if isinstance(spec, (DampingRule, TrustRegion)):
         return spec
     if isinstance(spec, (str, type)) or not callable(spec):
         known = ("damping", "trust_region", "line_search", *_KNOWN)

@@ -1,13 +1,16 @@
-"""Levenberg-Marquardt damping, adapted by how far the quadratic model can be trusted."""
+"""Damping of steps, adapted by how far the quadratic model can be trusted."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import inf
+from typing import TYPE_CHECKING
 
 from torch_secondorder._foundation.checks import check_number
+from torch_secondorder._foundation.deprecation import renamed
 
-__all__ = ["LevenbergMarquardt"]
+__all__ = ["DampingRule", "MarquardtDamping", "NielsenDamping"]
 
 
 # The first damping, as a share of the curvature along the gradient.
@@ -16,8 +19,83 @@ _SHARE = 0.03
 _RELIEF = 0.1
 
 
+class DampingRule(ABC):
+    """Base class of the rules for a damping: a multiple of a metric that is added to a curvature.
+
+    Attributes:
+        initial: The first damping, in the units of the curvature; None for a share of the one that
+            is met first, so that steps do not depend on the unit of the loss.
+        smallest: The smallest damping, relative to the first one.
+        largest: The largest damping, relative to the first one.
+    """
+
+    __slots__ = ()
+
+    initial: float | None
+    smallest: float
+    largest: float
+
+    def begun(self, curvature: float) -> float:
+        """The first damping, given the curvature along the gradient."""
+        return self.relative(curvature) if self.initial is None else self.initial
+
+    @abstractmethod
+    def relative(self, curvature: float) -> float:
+        """The default for the first damping, given the curvature along the gradient."""
+
+    @abstractmethod
+    def updated(
+        self,
+        damping: float,
+        gain_ratio: float,
+        gradient_ratio: float = 1.0,
+        start: float = 1.0,
+        curvature: float = inf,
+    ) -> float:
+        """The damping for the next system.
+
+        Args:
+            damping: The damping of the last system.
+            gain_ratio: The decrease of the loss over the predicted one; may be NaN.
+            gradient_ratio: The gradient's norm after the step over the one before it.
+            start: The first damping.
+            curvature: The undamped curvature along the step.
+        """
+
+    @abstractmethod
+    def raised(self, damping: float, times: int = 1, start: float = 1.0) -> float:
+        """The damping after a number of failures in a row."""
+
+    @abstractmethod
+    def rejected(self, damping: float, failures: int, start: float = 1.0) -> float:
+        """The damping for the next system at a point where steps were rejected.
+
+        Args:
+            damping: The damping of the last system.
+            failures: Steps rejected in a row.
+            start: The first damping.
+        """
+
+    def _raised_by(self, damping: float, base: float, power: int, start: float) -> float:
+        """A damping times a power, within the limits."""
+        smallest, largest = self.smallest * start, self.largest * start
+        try:
+            factor = base**power
+        except OverflowError:  # where a product would be infinite, a power raises
+            return largest
+        return min(max(damping, smallest) * factor, largest)
+
+    def _check_limits(self) -> None:
+        check_number("initial", self.initial, above=0, optional=True)
+        if not 0.0 < self.smallest <= 1.0 <= self.largest < inf:
+            raise ValueError(
+                "bounds are relative to the damping to begin with, 0 < smallest <= 1 <= largest, "
+                f"got {self.smallest!r} and {self.largest!r}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
-class LevenbergMarquardt:
+class MarquardtDamping(DampingRule):
     """The rule of Levenberg and Marquardt, with the constants of Martens 2010, section 4.1.
 
     If the loss fell by less than `poor` of the predicted decrease, or is not finite, the damping
@@ -41,7 +119,7 @@ class LevenbergMarquardt:
     Raises:
         ValueError: A number is out of range.
 
-    >>> rule = LevenbergMarquardt()
+    >>> rule = MarquardtDamping()
     >>> rule.updated(1.0, gain_ratio=0.1), rule.updated(1.0, gain_ratio=float("nan"))
     (1.5, 1.5)
     """
@@ -55,12 +133,7 @@ class LevenbergMarquardt:
     largest: float = 1e20
 
     def __post_init__(self) -> None:
-        check_number("initial", self.initial, above=0, optional=True)
-        if not 0.0 < self.smallest <= 1.0 <= self.largest < inf:
-            raise ValueError(
-                "bounds are relative to the damping to begin with, 0 < smallest <= 1 <= largest, "
-                f"got {self.smallest!r} and {self.largest!r}"
-            )
+        self._check_limits()
         if not 0.0 < self.decrease < 1.0 < self.increase < inf:
             raise ValueError(
                 f"decrease must lie in (0, 1) and increase above 1, got {self.decrease!r} and "
@@ -71,12 +144,8 @@ class LevenbergMarquardt:
                 f"gain ratios need 0 < poor < good, got {self.poor!r} and {self.good!r}"
             )
 
-    def begun(self, curvature: float) -> float:
-        """The first damping, given the curvature along the gradient."""
-        return self.relative(curvature) if self.initial is None else self.initial
-
     def relative(self, curvature: float) -> float:
-        """The default for the first damping, given the curvature along the gradient."""
+        """See `DampingRule.relative`."""
         return _SHARE * curvature
 
     def updated(
@@ -87,15 +156,7 @@ class LevenbergMarquardt:
         start: float = 1.0,
         curvature: float = inf,
     ) -> float:
-        """The damping for the next system.
-
-        Args:
-            damping: The damping of the last system.
-            gain_ratio: The decrease of the loss over the predicted one; may be NaN.
-            gradient_ratio: The gradient's norm after the step over the one before it.
-            start: The first damping.
-            curvature: The undamped curvature along the step.
-        """
+        """See `DampingRule.updated`."""
         if not gain_ratio >= self.poor:
             return self.raised(damping, 1, start)
         if gain_ratio > self.good:
@@ -106,10 +167,80 @@ class LevenbergMarquardt:
         return damping
 
     def raised(self, damping: float, times: int = 1, start: float = 1.0) -> float:
-        """The damping after a number of failures in a row."""
-        smallest, largest = self.smallest * start, self.largest * start
-        try:
-            factor = self.increase**times
-        except OverflowError:  # where a product would be infinite, a power raises
-            return largest
-        return min(max(damping, smallest) * factor, largest)
+        """See `DampingRule.raised`."""
+        return self._raised_by(damping, self.increase, times, start)
+
+    def rejected(self, damping: float, failures: int, start: float = 1.0) -> float:
+        """See `DampingRule.rejected`."""
+        return self.raised(damping, 2 + failures, start)
+
+
+@dataclass(frozen=True, slots=True)
+class NielsenDamping(DampingRule):
+    """The rule of Nielsen: a smooth function of the gain ratio, with growing factors on failure.
+
+    After a good step with gain ratio `rho` the damping is multiplied by
+    `max(1/3, 1 - (2 rho - 1)^3)`. At a point where steps are rejected it is multiplied by 2, 4, 8,
+    and so on.
+
+    References: Nielsen 1999, "Damping parameter in Marquardt's method"; Madsen, Nielsen and
+    Tingleff 2004, "Methods for non-linear least squares problems".
+
+    Args:
+        initial: The first damping, in the units of the curvature; by default a share of the
+            largest curvature along a coordinate.
+        share: That share; use a smaller one where the start is close to a solution.
+        decrease: The largest reduction, below one.
+        smallest: The smallest damping, relative to the first one.
+        largest: The largest damping, relative to the first one.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    >>> rule = NielsenDamping()
+    >>> rule.updated(3.0, gain_ratio=1.0), rule.updated(3.0, gain_ratio=0.5)
+    (1.0, 3.0)
+    >>> rule.rejected(3.0, failures=1), rule.rejected(6.0, failures=2)
+    (6.0, 24.0)
+    """
+
+    initial: float | None = None
+    share: float = 1e-3
+    decrease: float = 1.0 / 3.0
+    smallest: float = 1e-20
+    largest: float = 1e20
+
+    def __post_init__(self) -> None:
+        self._check_limits()
+        check_number("share", self.share, above=0)
+        check_number("decrease", self.decrease, above=0, below=1)
+
+    def relative(self, curvature: float) -> float:
+        """See `DampingRule.relative`."""
+        return self.share * curvature
+
+    def updated(
+        self,
+        damping: float,
+        gain_ratio: float,
+        gradient_ratio: float = 1.0,
+        start: float = 1.0,
+        curvature: float = inf,
+    ) -> float:
+        """See `DampingRule.updated`; of the ratios only the gain counts."""
+        if not gain_ratio > 0.0:
+            return self.raised(damping, 1, start)
+        factor = max(self.decrease, 1.0 - (2.0 * min(gain_ratio, 1.0) - 1.0) ** 3)
+        return min(max(damping * factor, self.smallest * start), self.largest * start)
+
+    def raised(self, damping: float, times: int = 1, start: float = 1.0) -> float:
+        """See `DampingRule.raised`."""
+        return self._raised_by(damping, 2.0, times, start)
+
+    def rejected(self, damping: float, failures: int, start: float = 1.0) -> float:
+        """See `DampingRule.rejected`."""
+        return self.raised(damping, failures, start)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"LevenbergMarquardt": "MarquardtDamping"})

@@ -6,6 +6,12 @@ from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
+from torch_secondorder.optim.levenberg_marquardt import (
+    DampingName,
+    LevenbergMarquardt,
+    LevenbergMarquardtInfo,
+    ScalingName,
+)
 from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
 from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
@@ -19,13 +25,17 @@ __all__ = [
     "BFGSInfo",
     "Contractive",
     "ContractiveInfo",
+    "DampingName",
     "LBFGSInfo",
+    "LevenbergMarquardt",
+    "LevenbergMarquardtInfo",
     "Newton",
     "NewtonCG",
     "NewtonCGInfo",
     "NewtonInfo",
     "NonlinearCG",
     "NonlinearCGInfo",
+    "ScalingName",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",

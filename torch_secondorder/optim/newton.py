@@ -29,9 +29,9 @@ from torch_secondorder._optim.quadratic_model import (
 from torch_secondorder._optim.state import Number, declare
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.globalization import (
+    DampingRule,
     Globalization,
     GlobalizationName,
-    LevenbergMarquardt,
     LineSearch,
     SearchStatus,
     Trial,
@@ -124,7 +124,7 @@ class Newton(FlatOptimizer):
             Marquardt's rule for its size; an indefinite Hessian is made semidefinite before.
             `"line_search"` (`"strong_wolfe"`) or the name of a line search: the signs of negative
             eigenvalues are changed (up to 128 parameters), or a multiple of the identity is added
-            to an indefinite Hessian. An instance (`TrustRegion`, `LevenbergMarquardt`, a
+            to an indefinite Hessian. An instance (`TrustRegion`, `MarquardtDamping`, a
             `LineSearch`) has options.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         corrections: Most further steps with one Hessian; 0 for Newton's method as in textbooks.
@@ -243,7 +243,7 @@ class Newton(FlatOptimizer):
             rule = self.globalization
             if isinstance(rule, TrustRegion):
                 found = self._within_radius(quadratic, trials, rule, descent)
-            elif isinstance(rule, LevenbergMarquardt):
+            elif isinstance(rule, DampingRule):
                 found = self._damped(quadratic, trials, rule, descent)
             else:
                 found = self._searched(quadratic, trials, rule, descent)
@@ -351,7 +351,7 @@ class Newton(FlatOptimizer):
         return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
     def _damped(
-        self, quadratic: Quadratic, trials: Trials, rule: LevenbergMarquardt, descent: Descent
+        self, quadratic: Quadratic, trials: Trials, rule: DampingRule, descent: Descent
     ) -> Move | StepStatus:
         """The minimizer of the model with a multiple of the identity added to the Hessian."""
         if not self._damping:
@@ -372,7 +372,7 @@ class Newton(FlatOptimizer):
                 return move
             if trials.unresolved(proposal):
                 return StepStatus.STALLED
-            self._damping = rule.raised(damping, 2 + failures, self._start)
+            self._damping = rule.rejected(damping, failures, self._start)
         return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
     def _searched(

@@ -41,9 +41,9 @@ from torch_secondorder._optim.quadratic_model import (
 from torch_secondorder._optim.state import Choice, Nested, Number, Random, Vector, declare
 from torch_secondorder.curvature import UnknownOutputs
 from torch_secondorder.globalization import (
+    DampingRule,
     Globalization,
     GlobalizationName,
-    LevenbergMarquardt,
     TrustRegion,
     resolve_globalization,
 )
@@ -141,7 +141,7 @@ class NewtonCG(FlatOptimizer):
             function that takes an `Evaluation` and returns a `LinearOperator`.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         globalization: `"damping"` for Levenberg-Marquardt damping, `"trust_region"`,
-            `"line_search"` or the name of a line search, or an instance (`LevenbergMarquardt`,
+            `"line_search"` or the name of a line search, or an instance (`MarquardtDamping`,
             `TrustRegion`, a `LineSearch`).
             By default a trust region for the Hessian, and damping for all others; if `"auto"`
             changes the curvature, the globalization changes with it and begins anew.
@@ -433,7 +433,7 @@ class NewtonCG(FlatOptimizer):
             # The radius is a length in the metric of the preconditioner that was left out.
             memory = replace(memory, radius=0.0)
         try:
-            if isinstance(rule, LevenbergMarquardt):
+            if isinstance(rule, DampingRule):
                 return damped(model, rule, memory, descent.lr)
             if isinstance(rule, TrustRegion):
                 return within_radius(model, rule, memory, descent.lr)
@@ -464,7 +464,7 @@ class NewtonCG(FlatOptimizer):
         if self._choice.kind == DIFFERENCES and objective.limit < inf:
             # A product takes at least two evaluations, and a trial takes one.
             most = min(most, max(int(objective.limit - objective.evaluations - 1) // 2, 1))
-        if not isinstance(rule, LevenbergMarquardt):
+        if not isinstance(rule, DampingRule):
             return CG(most, tolerance=forcing, overwrites=True)
         return CG(
             most,
@@ -515,7 +515,7 @@ class NewtonCG(FlatOptimizer):
 
     def _fresh_memory(self) -> Memory:
         rule = self.globalization
-        if isinstance(rule, LevenbergMarquardt):
+        if isinstance(rule, DampingRule):
             return Memory(rule.initial or 0.0, 0.0, start=rule.initial or 0.0, rule=rule)
         start = (rule.initial or 0.0) if isinstance(rule, TrustRegion) else 0.0
         return Memory(self._constant_damping, start, start=start, rule=rule)

@@ -17,6 +17,11 @@ from torch_secondorder.solvers.base import (
     SolveStatus,
 )
 from torch_secondorder.solvers.cg import CG
+from torch_secondorder.solvers.damped_least_squares import (
+    DampedLeastSquares,
+    DampedStep,
+    LeastSquaresSolverName,
+)
 from torch_secondorder.solvers.dense import (
     DefinitenessName,
     DenseQuadratic,
@@ -36,10 +41,13 @@ __all__ = [
     "CG",
     "KFAC",
     "MINRES",
+    "DampedLeastSquares",
+    "DampedStep",
     "DefinitenessName",
     "DenseQuadratic",
     "DenseStep",
     "Iterate",
+    "LeastSquaresSolverName",
     "LinearSolver",
     "Martens",
     "Nystrom",

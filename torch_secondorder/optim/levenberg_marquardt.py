@@ -1,0 +1,585 @@
+"""The method of Levenberg and Marquardt, with the Jacobian of residuals from the closure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf, isfinite, nan
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torch_secondorder._foundation.checks import check_choice, check_number
+from torch_secondorder._foundation.types import ParamsT
+from torch_secondorder._objective.base import Evaluation, EvaluationsSpent, Objective
+from torch_secondorder._optim.bounds import Bounds
+from torch_secondorder._optim.flat import BoundedInfo, Descent, FlatOptimizer, Point
+from torch_secondorder._optim.info import StepStatus
+from torch_secondorder._optim.quadratic_model import (
+    Move,
+    Proposal,
+    Tally,
+    Trials,
+    point_of,
+    search_along,
+)
+from torch_secondorder._optim.state import Number, Vector, declare
+from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
+from torch_secondorder.globalization import (
+    DampingRule,
+    LineSearch,
+    LineSearchName,
+    MarquardtDamping,
+    NielsenDamping,
+    SearchStatus,
+    resolve_line_search,
+)
+from torch_secondorder.solvers.damped_least_squares import (
+    DampedLeastSquares,
+    DampedStep,
+    LeastSquaresSolverName,
+)
+
+__all__ = ["DampingName", "LevenbergMarquardt", "LevenbergMarquardtInfo", "ScalingName"]
+
+DampingName: TypeAlias = Literal["nielsen", "marquardt"]
+ScalingName: TypeAlias = Literal["identity", "marquardt", "more"]
+
+# Iterations without a new best loss or gradient after which only rounding error is left.
+_PATIENCE = 5
+# Most systems that are solved with one Jacobian.
+_ATTEMPTS = 40
+# The gain ratio from which a step is taken.
+_ACCEPT = 1e-4
+# The share of a step after which residuals are looked at for their bend, and the largest ratio of
+# the correction to the step (Transtrum and Sethna 2012).
+_PROBE, _BEND = 0.1, 0.75
+# A constant damping, as a share of the largest curvature along a coordinate at the first step.
+_CONSTANT = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class LevenbergMarquardtInfo(BoundedInfo):
+    """Report of one step of `LevenbergMarquardt`.
+
+    Attributes:
+        jacobians: Jacobians computed.
+        rejected: Steps tried and not taken.
+        gain_ratio: The decrease of the loss in the last move over the one that the linear residuals
+            predicted; None if undefined.
+        damping: The damping of the next system.
+        bend: The length of the last geodesic correction as a share of the step's; None without one.
+        solver: The last linear solver: `"primal"`, `"dual"` or `"cg"`; empty before the first one.
+        factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"` or `"none"`.
+        solver_iterations: Iterations of conjugate gradients.
+        rows: Residuals of the last Jacobian, those of all ranks.
+        jacobian: The way to the last Jacobian, see `ResidualJacobian`.
+        reason: The reason why no faster way to it was taken; empty if there is none.
+    """
+
+    jacobians: int = 0
+    rejected: int = 0
+    gain_ratio: float | None = None
+    damping: float = 0.0
+    bend: float | None = None
+    solver: str = ""
+    factorization: str = ""
+    solver_iterations: int = 0
+    rows: int = 0
+    jacobian: str = ""
+    reason: str = ""
+
+
+class LevenbergMarquardt(FlatOptimizer):
+    """The method of Levenberg and Marquardt for losses that are sums of squared residuals.
+
+    In each iteration the residuals `r` are linearized, and the step minimizes
+    `|r + J s|^2 / 2 + damping * s'D s / 2`. The Jacobian `J` comes from the graph of the standard
+    closure. Losses with a convex curvature by the model's outputs, such as cross-entropy, have
+    residuals as well: a root of that curvature makes them, and the steps are those of the
+    generalized Gauss-Newton method. Other terms of the loss, such as penalties on parameters, add
+    their gradient.
+
+    Loss functions of torch show their residuals. If the closure squares residuals itself, mark
+    them: `r = mark_outputs(model(x) - y)`.
+
+    References: Levenberg 1944; Marquardt 1963; Moré 1978, "The Levenberg-Marquardt algorithm:
+    implementation and theory"; Madsen, Nielsen and Tingleff 2004, "Methods for non-linear least
+    squares problems"; Transtrum and Sethna 2012, arXiv 1201.5885; Goldshlager, Abrahamsen and Lin
+    2024, arXiv 2401.10190.
+
+    Args:
+        params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
+        lr: The share of each step that is tried first. If groups differ, each group's part of the
+            metric is scaled by its share of the largest.
+        damping: `"nielsen"`, `"marquardt"` or a `DampingRule` for a damping that follows the gain
+            ratio; a number is the first one, in the units of `J'J` by the scaling. With another
+            globalization than `"damping"` the damping is constant: a number, by default a
+            thousandth of the largest curvature along a coordinate at the first step.
+        max_iter: Iterations per `step()`. More than one make sense on the full data only.
+        solver: `"primal"` (a system of `n` equations, by QR or Cholesky), `"dual"` (one equation
+            for each residual), `"cg"` (products alone), or `"auto"` by size and memory.
+        scaling: `D`: `"identity"`; `"marquardt"` for the diagonal of `J'J`; `"more"` for its
+            largest values so far, so that steps do not depend on the units of the parameters.
+        acceleration: `"geodesic"` for steps that follow the bend of the residuals to second
+            order, for one more evaluation each.
+        momentum: The share of the last step that the next one is drawn to, in directions that the
+            residuals say nothing about (SPRING); for mini-batches.
+        globalization: `"damping"`; the name of a line search, or a `LineSearch`; or None to take
+            each step as it is, with one evaluation: for mini-batches.
+        max_eval: Most evaluations of the closure per `step()`; unlimited by default.
+        tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
+            times the largest entry seen so far where that is below one.
+        tolerance_change: The step ends once an iteration changes both the loss and the parameters
+            by no more than this, relative to their size.
+        weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
+        maximize: For compatibility: residuals can only be made small, True is refused.
+        bounds: Lower and upper bounds `(low, high)` of the parameters, or None; see `LBFGS`. They
+            need the primal solver.
+
+    Raises:
+        TypeError: A parameter is neither floating-point nor complex, or a strategy or a bound has a
+            wrong type.
+        ValueError: A hyperparameter is out of range, a name is unknown, arguments do not go
+            together, or the parameters are sharded. In `step()`, a subclass of it if a matrix does
+            not fit into memory.
+
+    >>> from torch_secondorder import mark_outputs
+    >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = LevenbergMarquardt([x], max_iter=50)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     r = mark_outputs(torch.stack((10 * (x[1] - x[0] ** 2), 1 - x[0])))
+    ...     loss = r.square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> round(float(optimizer.step(closure)), 6)
+    24.2
+    >>> optimizer.info.status.name, [round(v, 6) for v in x.tolist()]
+    ('CONVERGED_GRADIENT', [1.0, 1.0])
+    >>> optimizer.info.solver, optimizer.info.rows
+    ('primal', 2)
+    """
+
+    info: LevenbergMarquardtInfo | None
+    _info_type = LevenbergMarquardtInfo
+    _takes_bounds = True
+    _recognized_by = "momentum"
+    _state_fields = declare(
+        damping=Number(0.0), start=Number(0.0), largest=Vector(), direction=Vector()
+    )
+    _damping: float  # of the next system; 0 before the first one
+    _start: float  # the first damping, which the rules' limits are relative to
+    _largest: Tensor | None  # the largest values of the diagonal of J'J so far
+    _direction: Tensor | None  # the last step, for the momentum
+    _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        damping: DampingName | DampingRule | float | None = None,
+        max_iter: int = 1,
+        *,
+        solver: LeastSquaresSolverName = "auto",
+        scaling: ScalingName = "identity",
+        acceleration: Literal["geodesic"] | None = None,
+        momentum: float = 0.0,
+        globalization: Literal["damping"] | LineSearchName | LineSearch | None = "damping",
+        max_eval: int | None = None,
+        tolerance_grad: float | None = None,
+        tolerance_change: float = 1e-9,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        bounds: Bounds = None,
+    ) -> None:
+        check_choice("solver", solver, LeastSquaresSolverName)
+        check_choice("scaling", scaling, ScalingName)
+        if acceleration is not None:
+            check_choice("acceleration", acceleration, ("geodesic",), "None")
+        check_number("momentum", momentum, low=0.0, below=1.0)
+        self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
+        self.globalization: LineSearch | None = None
+        if globalization is not None and globalization != "damping":
+            self.globalization = resolve_line_search(globalization, "globalization")
+        self.damping = _resolve_damping(damping, globalization == "damping")
+        if acceleration is not None and globalization != "damping":
+            raise ValueError(
+                "geodesic acceleration needs a damping that a large bend can raise: leave "
+                "globalization or acceleration out"
+            )
+        defaults = {
+            "lr": lr,
+            "max_iter": max_iter,
+            "momentum": momentum,
+            "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad,
+            "tolerance_change": tolerance_change,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "bounds": bounds,
+        }
+        super().__init__(params, defaults)
+        if self._sharded:
+            raise ValueError(
+                "LevenbergMarquardt needs whole rows of the Jacobian in each process, and the "
+                "parameters are sharded: use NewtonCG or LBFGS, which work on shards, or leave "
+                "fully_shard out (DistributedDataParallel is fine)"
+            )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group.get("maximize"):
+            raise ValueError(
+                "LevenbergMarquardt makes residuals small and cannot maximize a sum of their "
+                "squares: leave maximize out, or use NewtonCG with curvature='hessian'"
+            )
+        check_number("momentum", group.get("momentum", 0.0), low=0.0, below=1.0)
+
+    # The course of a step.
+
+    def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
+        most = self.param_groups[0]["max_eval"]
+        objective.limit = inf if most is None else most
+        if objective.box is not None:
+            self._check_bounded()
+        evaluation = objective.evaluate(curvature=True)
+        return evaluation, point_of(evaluation, objective)
+
+    def _check_bounded(self) -> None:
+        if self.solver not in ("auto", "primal"):
+            raise ValueError(
+                f"bounds need solver='primal', got {self.solver!r}: leave bounds or solver out"
+            )
+        if self.param_groups[0]["momentum"] or self.acceleration is not None:
+            raise ValueError(
+                "bounds go with neither momentum nor acceleration, whose steps may leave them: "
+                "leave one of them out"
+            )
+
+    def _begin(self, descent: Descent) -> None:
+        descent.patience = _PATIENCE
+        if descent.objective.box is not None:
+            descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
+        self._tally, self._report = Tally(), _Report()
+
+    def _iterate(self, descent: Descent) -> StepStatus | None:
+        """One iteration: a Jacobian, and the steps tried with it."""
+        try:
+            system = self._system(descent)
+            if system is None:
+                return StepStatus.NONFINITE_PRODUCTS
+            problem = self._problem(system, descent)
+            if self.globalization is None and not isinstance(self.damping, DampingRule):
+                return self._unsearched(problem, descent)
+            trials = self._trials(descent)
+            if isinstance(self.damping, DampingRule):
+                found = self._damped(problem, trials, self.damping, descent)
+            else:
+                assert self.globalization is not None
+                found = self._searched(problem, trials, self.globalization, descent)
+        except EvaluationsSpent:
+            return StepStatus.MAX_EVALUATIONS
+        finally:
+            self._report.solver_iterations = self._tally.solver_iterations
+        if isinstance(found, Move):
+            self._take(descent, found)
+        if self._tally.unbounded:
+            return StepStatus.UNBOUNDED
+        return None if isinstance(found, Move) else found
+
+    def _step(self, objective: Objective, lr: float) -> Tensor:
+        loss = super()._step(objective, lr)
+        if self._info.status is StepStatus.MOVED:  # nothing was evaluated where it ended
+            self._info = replace(self._info, loss_after=None)
+        return loss
+
+    def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
+        if descent is None:
+            return {}
+        report = self._report
+        return {
+            "jacobians": report.jacobians,
+            "rejected": report.rejected,
+            "gain_ratio": report.gain_ratio if isfinite(report.gain_ratio) else None,
+            "damping": self._damping,
+            "bend": report.bend,
+            "solver": report.solver,
+            "factorization": report.factorization,
+            "solver_iterations": report.solver_iterations,
+            "rows": report.rows,
+            "jacobian": report.jacobian,
+            "reason": report.reason,
+        }
+
+    # The linearized residuals at a point.
+
+    def _system(self, descent: Descent) -> DampedLeastSquares | None:
+        """The linearized residuals at the current point; None if they are not finite."""
+        objective, point = descent.objective, descent.point
+        if point.evaluation is None:  # the trial has given loss and gradient, but no graph
+            evaluation = objective.evaluate(curvature=True)
+            point = descent.point = point_of(evaluation, objective)
+        assert point.evaluation is not None and point.grad is not None
+        jacobian = ResidualJacobian(point.evaluation)
+        solver = self.solver if objective.box is None else "primal"
+        system = DampedLeastSquares.of(jacobian, point.grad, solver)
+        report = self._report
+        report.jacobians += 1
+        report.rows, report.solver = jacobian.rows, system.name
+        report.jacobian, report.reason = jacobian.method, jacobian.reason
+        return system if system.finite else None
+
+    def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
+        """The system with metric, center and bounds; makes the first damping."""
+        metric: Tensor | None = None
+        if self.scaling != "identity":
+            metric = system.diagonal
+            if self.scaling == "more" and self._largest is not None:
+                metric = torch.maximum(metric, self._largest.to(metric))
+            if self.scaling == "more":
+                self._largest = metric
+            # A parameter that no residual depends on may have any metric.
+            largest = metric.amax()
+            metric = torch.where(metric > 0, metric, torch.where(largest > 0, largest, 1.0))
+        if not self._damping:
+            curvature = system.diagonal if metric is None else system.diagonal / metric
+            (size,) = descent.space.to_host(largest=(curvature,))
+            rule = self.damping
+            if isinstance(rule, DampingRule):
+                first = rule.begun(size or 1.0)
+            else:
+                first = _CONSTANT * (size or 1.0) if rule is None else rule
+            self._damping = self._start = first
+        center = None
+        momentum = self.param_groups[0]["momentum"]
+        if momentum and self._direction is not None:
+            center = momentum * self._direction
+        box = descent.objective.box
+        room = None if box is None else box.room(descent.objective.position)
+        return _Problem(system, metric, center, room)
+
+    def _trials(self, descent: Descent) -> Trials:
+        """Evaluations of steps; they keep their graphs where the next iteration can use them."""
+        objective = descent.objective
+        return Trials(
+            descent,
+            self._tally,
+            keeps_graphs=descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph(),
+            keeps_gradients=True,
+        )
+
+    def _solved(self, problem: _Problem, descent: Descent) -> DampedStep | StepStatus:
+        """The step with the present damping, one of descent."""
+        step = problem.solve(self._damping)
+        if problem.center is not None and isfinite(step.decrease) and not step.slope < 0:
+            problem = replace(problem, center=None)  # the momentum leads uphill
+            step = problem.solve(self._damping)
+        self._tally.solver_iterations += step.iterations
+        self._report.factorization = problem.system.factorization
+        if not (isfinite(step.decrease) and isfinite(step.length)):
+            return StepStatus.NONFINITE_PRODUCTS
+        return step if step.slope < 0 else StepStatus.NO_DECREASE
+
+    # Three ways to a step.
+
+    def _damped(
+        self, problem: _Problem, trials: Trials, rule: DampingRule, descent: Descent
+    ) -> Move | StepStatus:
+        """A step with a damping that is raised until it lowers the loss."""
+        trial = None
+        for failures in range(1, _ATTEMPTS + 1):
+            damping = self._damping
+            step = self._solved(problem, descent)
+            if isinstance(step, StepStatus):
+                return step
+            proposal: Proposal | None = _proposal(step)
+            if self.acceleration is not None:
+                proposal = self._accelerated(problem, step, descent)
+            if proposal is not None:
+                trial = trials.trial(proposal, descent.lr)
+                ratio = trials.gain_ratio(proposal, trial)
+                if ratio > _ACCEPT:
+                    after: float = trial.payload.length / trials.point.length
+                    self._damping = rule.updated(
+                        damping, ratio, after, self._start, proposal.curvature
+                    )
+                    return Move(proposal, trial, ratio)
+            self._report.rejected += 1
+            if trials.unresolved(_proposal(step)):
+                return StepStatus.STALLED
+            self._damping = rule.rejected(damping, failures, self._start)
+        hopeful = trial is None or trial.finite
+        return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
+
+    def _searched(
+        self, problem: _Problem, trials: Trials, rule: LineSearch, descent: Descent
+    ) -> Move | StepStatus:
+        """A line search along the step."""
+        step = self._solved(problem, descent)
+        if isinstance(step, StepStatus):
+            return step
+        proposal = _proposal(step)
+        first = trials.trial(proposal, descent.lr)
+        found = search_along(trials, rule, proposal, first)
+        if found.status.accepted:
+            return Move(proposal, found.trial, trials.gain_ratio(proposal, first), found.status)
+        if found.status is SearchStatus.NONFINITE:
+            return StepStatus.NONFINITE_TRIALS
+        return StepStatus.STALLED if trials.unresolved(proposal) else StepStatus.NO_DECREASE
+
+    def _unsearched(self, problem: _Problem, descent: Descent) -> StepStatus | None:
+        """The step as it is; the loss after it is evaluated if there is another iteration."""
+        step = problem.solve(self._damping)
+        self._report.factorization = problem.system.factorization
+        self._tally.solver_iterations += step.iterations
+        if not (isfinite(step.decrease) and isfinite(step.length)):
+            return StepStatus.NONFINITE_PRODUCTS
+        objective, lr = descent.objective, descent.lr
+        objective.accept(step.x, lr)
+        self._keep(step.x)
+        if descent.count + 1 >= descent.max_iter:
+            descent.count += 1
+            descent.step_length = lr
+            return StepStatus.MOVED
+        evaluation = objective.evaluate(curvature=True)
+        point = point_of(evaluation, objective)
+        if not (isfinite(point.loss) and isfinite(point.length)):
+            objective.accept(step.x, -lr)
+            return StepStatus.NONFINITE_TRIALS
+        descent.arrive(point, lr, lr * step.length, held=step.held)
+        return None
+
+    def _accelerated(
+        self, problem: _Problem, step: DampedStep, descent: Descent
+    ) -> Proposal | None:
+        """The step with a geodesic correction; None where the correction is too large."""
+        system = problem.system
+        image = system.products_along(step.x)
+        bend = _bend(system.jacobian, step.x, image, descent)
+        if bend is None:
+            return _proposal(step)
+        half = system.accelerate(self._damping, problem.metric, bend).mul_(0.5)
+        x = step.x + half
+        moved = image + system.products_along(half)
+        grad = descent.point.grad
+        assert grad is not None
+        rest = system.jacobian.rest_diagonal
+        size, slope, square, of_rest = descent.space.to_host(
+            sums=(half @ half, grad @ x, moved @ moved, x @ (rest * x))
+        )
+        ratio = 2.0 * size**0.5 / step.length
+        self._report.bend = ratio
+        if not ratio <= _BEND:
+            return None
+        decrease = -(slope + 0.5 * (square + of_rest))
+        if not (slope < 0 and decrease > 0):
+            return _proposal(step)
+        return Proposal(x, slope, decrease, step.held, step.curvature)
+
+    # The end of an iteration.
+
+    def _keep(self, direction: Tensor) -> None:
+        """Keeps a step for the momentum."""
+        self._direction = direction if self.param_groups[0]["momentum"] else None
+
+    def _take(self, descent: Descent, move: Move) -> None:
+        """Moves the parameters."""
+        proposal, trial = move.proposal, move.trial
+        point: Point = trial.payload
+        objective = descent.objective
+        objective.accept(proposal.direction, trial.t, point.evaluation)
+        self._keep(proposal.direction)
+        norm_of = torch.linalg.vector_norm
+        norm, size = descent.space.to_host(
+            norms=(norm_of(proposal.direction), norm_of(objective.position))
+        )
+        moved = abs(trial.t) * norm
+        # A step below the rounding of the parameters counts as no move, however it was held.
+        held = proposal.held and moved > objective.vector.precision * size
+        descent.arrive(point, trial.t, moved, held=held)
+        descent.search_status = move.search_status
+        self._report.gain_ratio = move.gain_ratio
+
+    def _forget(self, reason: str) -> None:
+        super()._forget(reason)
+        self._damping = self._start = 0.0
+
+
+@dataclass(slots=True)
+class _Report:
+    """Findings of the iterations of a step, see `LevenbergMarquardtInfo`."""
+
+    jacobians: int = 0
+    rejected: int = 0
+    gain_ratio: float = nan
+    bend: float | None = None
+    solver: str = ""
+    factorization: str = ""
+    solver_iterations: int = 0
+    rows: int = 0
+    jacobian: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """The linearized residuals at a point, with what a step is measured by.
+
+    Attributes:
+        system: The residuals.
+        metric: The metric of the damping; None for the identity.
+        center: What the step is drawn to; None for zero.
+        room: The smallest and largest step within bounds; None without any.
+    """
+
+    system: DampedLeastSquares
+    metric: Tensor | None
+    center: Tensor | None
+    room: tuple[Tensor, Tensor] | None
+
+    def solve(self, damping: float) -> DampedStep:
+        """The step with a damping."""
+        if self.room is None:
+            return self.system.solve(damping, self.metric, self.center)
+        return self.system.solve_in(damping, self.metric, *self.room)
+
+
+def _resolve_damping(
+    damping: DampingName | DampingRule | float | None, adapts: bool
+) -> DampingRule | float | None:
+    """The rule of a damping, or a constant one; None for the default constant."""
+    if adapts:
+        if isinstance(damping, DampingRule):
+            return damping
+        if isinstance(damping, str):
+            check_choice("damping", damping, DampingName, "a DampingRule, a number, or None")
+            return MarquardtDamping() if damping == "marquardt" else NielsenDamping()
+        check_number("damping", damping, above=0.0, optional=True)
+        return NielsenDamping(None if damping is None else float(damping))
+    if isinstance(damping, (str, DampingRule)):
+        raise ValueError(
+            "without globalization='damping' the damping is constant: give a number, got "
+            f"{damping!r}"
+        )
+    check_number("damping", damping, above=0.0, optional=True)
+    return None if damping is None else float(damping)
+
+
+def _proposal(step: DampedStep) -> Proposal:
+    return Proposal(step.x, step.slope, step.decrease, step.held, step.curvature)
+
+
+def _bend(jacobian: ResidualJacobian, x: Tensor, image: Tensor, descent: Descent) -> Tensor | None:
+    """The second derivative of the residuals along a step, by a difference; None if not finite.
+
+    Args:
+        jacobian: At the current point.
+        x: The step.
+        image: `J x`.
+        descent: The step.
+    """
+    probe = descent.objective.trial(x, _PROBE, curvature=True)
+    moved = jacobian.change_to(probe)
+    bend = (moved / _PROBE - image) * (2.0 / _PROBE)
+    return bend if bool(bend.isfinite().all()) else None
