@@ -319,14 +319,7 @@ class Graph:
             MissingSecondDerivative: There is such an operation.
         """
         # Where what comes in is constant, nothing in the gradient's graph tells of the cut.
-        names: set[str] = set()
-        for node in self.nodes():
-            if node.name() == "CheckpointFunctionBackward":
-                raise reentrant()
-            if twice and node.name() not in self.mended:
-                names.update(_wrong(node))
-        if names:
-            raise MissingSecondDerivative.of(", ".join(sorted(names)), self.instead)
+        self.check_nodes(self.nodes(), twice)
         if not twice:
             return
         for node in _nodes(g for gs in self.gradients for g in gs if g is not None):
@@ -334,6 +327,25 @@ class Graph:
                 raise MissingSecondDerivative.of(_SOME_MARKED, self.instead)
             if node.name() == "CheckpointFunctionBackward":
                 raise reentrant()
+
+    def check_nodes(self, nodes: Iterable[Any], twice: bool = True) -> None:
+        """Checks the operations at some nodes, see `check_differentiable`.
+
+        Args:
+            nodes: Nodes of the graph.
+            twice: Whether second derivatives are needed.
+
+        Raises:
+            MissingSecondDerivative: There is one without.
+        """
+        names: set[str] = set()
+        for node in nodes:
+            if node.name() == "CheckpointFunctionBackward":
+                raise reentrant()
+            if twice and node.name() not in self.mended:
+                names.update(_wrong(node))
+        if names:
+            raise MissingSecondDerivative.of(", ".join(sorted(names)), self.instead)
 
     def hessian_product(
         self, tangents: Sequence[Tensor], batched: bool = False, *, retain: bool = True

@@ -37,21 +37,24 @@ class Independent:
     Args:
         information: The second derivative of the total loss by each entry, shaped like the output.
         labels: How labels are drawn; None for random signs in their place.
+
+    Attributes:
+        information: The same.
     """
 
     def __init__(self, information: Tensor, labels: _Labels | None = None) -> None:
-        self._information = information
+        self.information = information
         self._labels = labels
 
     def product(self, tangent: Tensor) -> Tensor:
         """The curvature times `(..., *output.shape)`."""
-        return self._information * tangent
+        return self.information * tangent
 
     def noise(self, *, labels: bool = False) -> Noise:
         """The random numbers that `root` is made from."""
         if labels and self._labels is not None:
             return self._labels.noise
-        return Noise.like(self._information)
+        return Noise.like(self.information)
 
     def root(self, drawn: Tensor, *, labels: bool = False) -> Tensor:
         """A random tensor `q`, shaped like the output, with `E[q q']` equal to the curvature.
@@ -65,11 +68,11 @@ class Independent:
         """
         if labels and self._labels is not None:
             drawn = self._labels.score(drawn)
-        return self._information.abs().sqrt() * drawn
+        return self.information.abs().sqrt() * drawn
 
     def product_by_root(self, root: Tensor, tangent: Tensor) -> Tensor:
         """The curvature estimated from one root, times `(..., *output.shape)`."""
-        return torch.copysign(root.square(), self._information) * tangent
+        return torch.copysign(root.square(), self.information) * tangent
 
 
 class Categorical:
@@ -80,11 +83,14 @@ class Categorical:
         weight: The weight `w` of each position in the total loss, of the logits' shape but with one
             entry for the classes.
         dim: The dimension of the classes, counted from the end.
+
+    Attributes:
+        weight: The same.
     """
 
     def __init__(self, logits: Tensor, weight: Tensor, dim: int) -> None:
         self._dim = dim
-        self._weight = weight
+        self.weight = weight
         self._p = torch.softmax(logits, dim)
         self._weighted = self._p * weight
 
@@ -101,11 +107,11 @@ class Categorical:
         """See `Independent.root`; always from labels."""
         label = _class(self._p, self._dim, drawn)
         root = self._p.scatter_add(self._dim, label, -torch.ones_like(label, dtype=self._p.dtype))
-        return self._weight.abs().sqrt() * root
+        return self.weight.abs().sqrt() * root
 
     def product_by_root(self, root: Tensor, tangent: Tensor) -> Tensor:
         """See `Independent.product_by_root`."""
-        return self._weight.sign() * root * (root * tangent).sum(self._dim, keepdim=True)
+        return self.weight.sign() * root * (root * tangent).sum(self._dim, keepdim=True)
 
 
 Likelihood = Independent | Categorical
@@ -134,7 +140,7 @@ def likelihood_of(output: Output, coefficient: Tensor) -> Likelihood | None:
 def _squared_error(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood | None:
     if z.shape != arguments["target"].shape or arguments.get("weight") is not None:
         return None
-    return _gaussian(2 * _elementwise(z, arguments, c))
+    return _gaussian(2 * elementwise(z, arguments, c))
 
 
 def _gaussian(information: Tensor) -> Independent:
@@ -146,19 +152,19 @@ def _gaussian_mean(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihoo
     if z.shape != arguments["target"].shape or not isinstance(var, Tensor) or var.shape != z.shape:
         return None
     var = var.detach().to(z.dtype).clamp(min=arguments["eps"])
-    return _gaussian(_elementwise(z, arguments, c) / var)
+    return _gaussian(elementwise(z, arguments, c) / var)
 
 
 def _gaussian_variance(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood | None:
     if z.shape != arguments["input"].shape or z.shape != arguments["target"].shape:
         return None
-    information = _elementwise(z, arguments, c) / (2 * z.clamp(min=arguments["eps"]).square())
+    information = elementwise(z, arguments, c) / (2 * z.clamp(min=arguments["eps"]).square())
     return Independent(information)
 
 
 def _bernoulli_logits(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood:
     p, target = torch.sigmoid(z), arguments["target"].detach().to(z.dtype)
-    factor = _elementwise(z, arguments, c)
+    factor = elementwise(z, arguments, c)
     if arguments["weight"] is not None:
         factor = factor * arguments["weight"]
     if arguments["pos_weight"] is not None:
@@ -167,7 +173,7 @@ def _bernoulli_logits(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likeli
 
 
 def _bernoulli(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Likelihood:
-    factor = _elementwise(z, arguments, c)
+    factor = elementwise(z, arguments, c)
     if arguments["weight"] is not None:
         factor = factor * arguments["weight"]
     # At certainty the information is infinite, and what it multiplies zero.
@@ -247,10 +253,10 @@ def _log_probabilities_of_kl(z: Tensor, arguments: dict[str, Any], c: Tensor) ->
         return None
     if arguments["reduction"] == "batchmean":
         c = c / (len(z) if z.dim() else 1)
-    return Independent(_elementwise(z, arguments, c) * z.exp())
+    return Independent(elementwise(z, arguments, c) * z.exp())
 
 
-def _elementwise(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Tensor:
+def elementwise(z: Tensor, arguments: dict[str, Any], c: Tensor) -> Tensor:
     """The derivative of the total loss by each entry's own loss."""
     factor = c / z.numel() if arguments["reduction"] == "mean" else c
     return factor.expand(z.shape)

@@ -75,6 +75,11 @@ class OutputSpace:
             self.tensors.append(output.tensor)
             self.values.append(z)
 
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """What the loss was differentiated with respect to."""
+        return self._graph.params
+
     @cached_property
     def _pulled(self) -> tuple[Tensors, Sequence[Tensor]]:
         """`J'w` and `w`: differentiated by `w` it gives `J` (the double-vjp trick)."""
@@ -155,10 +160,12 @@ class OutputSpace:
     @cached_property
     def _curving_above(self) -> list[Suspect]:
         """The custom functions on the way to the outputs that have a wrong second derivative."""
-        if not self._graph.curving:
+        if not self._graph.curving and self._graph.twice:
             return []
         met = _walk(self._losses, self._ends) - self._ends
         nodes = {node for node, _ in met}
+        if not self._graph.twice:  # not looked over yet
+            self._graph.check_nodes(nodes)
         return [suspect for suspect in self._graph.curving if suspect.node in nodes]
 
     @contextmanager
@@ -207,6 +214,16 @@ class LossCurvature:
                     self._tensors.append(space.tensors[i])
                 self.likelihoods.append(found)
         self._gradient = space.gradient(self._tensors) if self._rest else ()
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of the loss by each output, at fixed outputs."""
+        known = [i for i in range(len(self._space.tensors)) if i not in self._rest]
+        found = self._space.gradient([self._space.tensors[i] for i in known])
+        by_place = dict(zip([*known, *self._rest], [*found, *self._gradient], strict=True))
+        return [
+            torch.zeros_like(z) if (g := by_place[i]) is None else g.detach()
+            for i, z in enumerate(self._space.values)
+        ]
 
     @property
     def unknown(self) -> bool:

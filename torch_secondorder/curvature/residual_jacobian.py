@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._objective.base import Evaluation
-from torch_secondorder.curvature._output_space import LossCurvature, OutputSpace
-from torch_secondorder.curvature._residuals import ResidualBlock, residual_blocks
+from torch_secondorder.curvature._residuals import Residuals
 
 __all__ = ["JacobianMethod", "ResidualJacobian"]
 
@@ -44,10 +43,11 @@ class ResidualJacobian:
         linearization = evaluation.linearization
         assert linearization is not None
         self._linearization = linearization
-        self._space = OutputSpace(linearization.graph)
-        curvature = LossCurvature(self._space)
-        self._blocks: list[ResidualBlock] = residual_blocks(self._space, curvature)
-        self.residuals = torch.cat([b.values.reshape(-1) for b in self._blocks])
+        self._found: Tensor | None = None
+        residuals = Residuals(linearization.graph)
+        self._space, self._blocks = residuals.space, residuals.blocks
+        self.residuals = torch.cat([b.values.reshape(-1) for b in self._blocks]).to(evaluation.grad)
+        self.finite = residuals.finite
         self.rows, self.size = len(self.residuals), linearization.size
         self.method: JacobianMethod = "rows"
         self.reason = ""
@@ -59,24 +59,34 @@ class ResidualJacobian:
             self.rest_diagonal = torch.repeat_interleave(
                 torch.tensor(decays, dtype=evaluation.grad.dtype), torch.tensor(counts)
             )
+        parts = residuals.rest_diagonal()
+        if parts is not None:
+            vector = linearization._objective.vector
+            more = vector.scaled(vector.scaled(vector.gather(parts)))
+            self.rest_diagonal = self.rest_diagonal + more
         rest = evaluation.grad - self.pull(self.residuals)
-        if curvature.bypassed or any(decays):
+        if residuals.rest_gradient() is not None or any(decays):
             self.rest_gradient = rest
 
     def dense(self) -> Tensor:
         """`J`, shape `(N, n)`."""
+        if self._found is not None:
+            return self._found
         vector = self._linearization._objective.vector
         found = []
         for block in self._blocks:
             for sample in range(block.samples):
                 for channel in range(block.channels):
-                    root = block.root(channel)
-                    chosen = torch.zeros_like(root).reshape(block.samples, -1)
-                    chosen[sample] = root.reshape(block.samples, -1)[sample]
+                    unit = torch.zeros_like(block.values)
+                    unit[sample, channel] = 1
                     cotangents: list[Tensor | None] = [None] * len(self._space.values)
-                    cotangents[block.output] = chosen.reshape(root.shape)
+                    for place, part in zip(block.outputs, block.spread(unit), strict=True):
+                        cotangents[place] = part
                     found.append(vector.scaled(vector.gather(self._space.pull(cotangents))))
-        return torch.stack(found)
+        dtype = self._linearization._objective.vector.dtype
+        J = torch.stack(found) if found else torch.zeros(0, self.size)
+        self._found = J.to(dtype)
+        return self._found
 
     def pull(self, u: Tensor) -> Tensor:
         """`J'u`, from shape `(N,)` to `(n,)`."""
@@ -113,13 +123,7 @@ class ResidualJacobian:
             evaluation: One with curvature of the same loss, at the other point.
         """
         assert evaluation.linearization is not None
-        there = OutputSpace(evaluation.linearization.graph).values
+        there = Residuals(evaluation.linearization.graph).space.values
         change = [(z - z0).detach() for z, z0 in zip(there, self._space.values, strict=True)]
-        rows = []
-        for block in self._blocks:
-            channels = [
-                (block.root(channel) * change[block.output]).reshape(block.samples, -1).sum(1)
-                for channel in range(block.channels)
-            ]
-            rows.append(torch.stack(channels, 1).reshape(-1))
+        rows = [b.collect([change[i] for i in b.outputs]).reshape(-1) for b in self._blocks]
         return torch.cat(rows)

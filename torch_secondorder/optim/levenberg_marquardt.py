@@ -291,7 +291,7 @@ class LevenbergMarquardt(FlatOptimizer):
         objective.limit = inf if most is None else most
         if objective.box is not None:
             self._check_bounded()
-        evaluation = objective.evaluate(curvature=True)
+        evaluation = objective.evaluate(curvature="jacobian")
         return evaluation, point_of(evaluation, objective)
 
     def _check_bounded(self) -> None:
@@ -370,7 +370,7 @@ class LevenbergMarquardt(FlatOptimizer):
         """The linearized residuals at the current point; None if they are not finite."""
         objective, point = descent.objective, descent.point
         if point.evaluation is None:  # the trial has given loss and gradient, but no graph
-            evaluation = objective.evaluate(curvature=True)
+            evaluation = objective.evaluate(curvature="jacobian")
             point = descent.point = point_of(evaluation, objective)
         assert point.evaluation is not None and point.grad is not None
         jacobian = ResidualJacobian(point.evaluation)
@@ -511,7 +511,7 @@ class LevenbergMarquardt(FlatOptimizer):
             descent.count += 1
             descent.step_length = lr
             return StepStatus.MOVED
-        evaluation = objective.evaluate(curvature=True)
+        evaluation = objective.evaluate(curvature="jacobian")
         point = point_of(evaluation, objective)
         if not (isfinite(point.loss) and isfinite(point.length)):
             objective.accept(step.x, -lr)
@@ -657,7 +657,7 @@ def _bend(jacobian: ResidualJacobian, x: Tensor, image: Tensor, descent: Descent
         image: `J x`.
         descent: The step.
     """
-    probe = descent.objective.trial(x, _PROBE, curvature=True)
+    probe = descent.objective.trial(x, _PROBE, curvature="jacobian")
     moved = jacobian.change_to(probe)
     bend = (moved / _PROBE - image) * (2.0 / _PROBE)
     return bend if bool(bend.isfinite().all()) else None
