@@ -67,7 +67,7 @@ RULES = Rules(
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
             "penalties _optim"
         ),
-        "minimization": "_foundation _autograd _closure _objective _optim optim",
+        "minimization": "_foundation _autograd _closure _objective curvature _optim optim",
         "__init__": (
             "_foundation _autograd func _closure _objective curvature solvers globalization "
             "penalties dataset diagnostics optim minimization"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.base import Evaluation, Objective
+from torch_secondorder._objective.base import Curvature, Evaluation, Objective
 from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder.curvature import Damped, Diagonal, FiniteDifference, LinearOperator
@@ -158,7 +158,7 @@ class Trials:
         self,
         descent: Descent,
         tally: Tally,
-        keeps_graphs: bool = False,
+        keeps_graphs: Curvature = False,
         keeps_gradients: bool = False,
     ) -> None:
         point, objective = descent.point, descent.objective

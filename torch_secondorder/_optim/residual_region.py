@@ -64,6 +64,7 @@ class Outlook:
         fall: The decrease that the next step promises with the same Jacobian, relative to the loss;
             infinite if unknown.
         length: Its length relative to the parameters; likewise.
+        cosine: The largest cosine between the residuals and a column of their Jacobian before.
     """
 
     gained: float = inf
@@ -72,6 +73,7 @@ class Outlook:
     size: float = 0.0
     fall: float = inf
     length: float = inf
+    cosine: float = inf
 
 
 @dataclass(slots=True)
@@ -100,6 +102,7 @@ def within_radius(
     memory: RadiusMemory,
     descent: Descent,
     corrections: int,
+    cosine: float = inf,
 ) -> Move | StepStatus:
     """The best step within a radius, which is shortened until the step lowers the loss.
 
@@ -110,6 +113,7 @@ def within_radius(
         memory: The radius.
         descent: The step of the optimizer.
         corrections: Most further steps with the same Jacobian.
+        cosine: See `Outlook`.
     """
     size = region.length_of(descent.objective.position)
     if not memory.radius:
@@ -124,7 +128,7 @@ def within_radius(
         ratio = trials.gain_ratio(proposal, trial)
         memory.radius = rule.updated(memory.radius, ratio, step.length, memory.start)
         move = Move(proposal, trial, ratio)
-        memory.outlook = _outlook(move, step, trials.point.loss, size)
+        memory.outlook = _outlook(move, step, trials.point.loss, size, cosine)
         if ratio > rule.accept:
             if corrections and ratio >= _GOOD:
                 move = _corrected(move, region, step, trials, memory, corrections)
@@ -135,12 +139,13 @@ def within_radius(
     return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
 
-def _outlook(move: Move, step: _Step, loss: float, size: float) -> Outlook:
+def _outlook(move: Move, step: _Step, loss: float, size: float, cosine: float) -> Outlook:
     """The numbers of a step that was tried at a point of some loss."""
     if not loss:
-        return Outlook(0.0, 0.0, 0.0, size)
+        return Outlook(0.0, 0.0, 0.0, size, cosine=0.0)
     gained = (loss - move.trial.loss) / loss if move.trial.finite else -inf
-    return Outlook(gained, step.decrease / loss, step.length / size if size else inf, size)
+    moved = step.length / size if size else inf
+    return Outlook(gained, step.decrease / loss, moved, size, cosine=cosine)
 
 
 def _corrected(

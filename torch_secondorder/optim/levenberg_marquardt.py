@@ -416,10 +416,11 @@ class LevenbergMarquardt(FlatOptimizer):
     def _trials(self, descent: Descent) -> Trials:
         """Evaluations of steps; they keep their graphs where the next iteration can use them."""
         objective = descent.objective
+        keeps = descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph()
         return Trials(
             descent,
             self._tally,
-            keeps_graphs=descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph(),
+            keeps_graphs="jacobian" if keeps else False,
             keeps_gradients=True,
         )
 
@@ -472,14 +473,28 @@ class LevenbergMarquardt(FlatOptimizer):
         """The best step within a radius, and corrections."""
         most = self.param_groups[0]["corrections"]
         memory = RadiusMemory(self._radius, self._start)
+        cosine = self._cosine(problem, descent)
         try:
             return within_radius(
-                problem.region(trials.point), trials, rule, memory, descent, int(most)
+                problem.region(trials.point), trials, rule, memory, descent, int(most), cosine
             )
         finally:
             self._radius, self._start, self._outlook = memory.radius, memory.start, memory.outlook
             self._report.rejected += memory.rejected
             self._report.corrections += memory.corrections
+
+    def _cosine(self, problem: _Problem, descent: Descent) -> float:
+        """The largest cosine between the residuals and a column of their Jacobian."""
+        objective, grad = descent.objective, descent.point.grad
+        assert grad is not None
+        if objective.box is not None:
+            grad = objective.box.projected(objective.position, grad)
+        lengths = problem.system.diagonal.sqrt()
+        shares = torch.where(lengths > 0, grad / lengths, 0.0)
+        largest, norm = descent.space.to_host(
+            largest=(shares,), norms=(problem.system.jacobian.residuals.norm(),)
+        )
+        return largest / norm if norm else 0.0
 
     def _searched(
         self, problem: _Problem, trials: Trials, rule: LineSearch, descent: Descent
