@@ -1,6 +1,14 @@
 """Second-order optimization for PyTorch, driven by the standard closure."""
 
-from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
+from torch_secondorder import (
+    curvature,
+    diagnostics,
+    func,
+    globalization,
+    linear,
+    penalties,
+    solvers,
+)
 from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._foundation.deprecation import MOVED_MODULES, OldModules
@@ -77,6 +85,7 @@ __all__ = [
     "func",
     "globalization",
     "least_squares",
+    "linear",
     "mark_outputs",
     "minimization",
     "minimize",

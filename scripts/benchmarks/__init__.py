@@ -17,6 +17,7 @@ from . import (
     penalties,
     products,
     quasi_newton,
+    residuals,
 )
 from .registry import COMMANDS, Command, Options, command
 
@@ -38,4 +39,5 @@ __all__ = [
     "penalties",
     "products",
     "quasi_newton",
+    "residuals",
 ]

@@ -123,6 +123,22 @@ from torch_secondorder.globalization import (
     resolve_globalization,
     resolve_line_search,
 )
+from torch_secondorder.linear import (
+    KrylovResult,
+    KrylovStatus,
+    LstsqResult,
+    NormConstrainedResult,
+    OperatorLike,
+    RectangularOperator,
+    RidgeResult,
+    as_operator,
+    jacobian_operator,
+    lsmr,
+    lsqr,
+    lstsq,
+    norm_constrained,
+    ridge,
+)
 from torch_secondorder.optim import DampingName, ScalingName
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import (
@@ -534,6 +550,37 @@ def linear_solvers() -> None:
     assert_type(quadratic.definiteness, DefinitenessName)
 
 
+def linear_least_squares() -> None:
+    A, b = torch.randn(5, 3), torch.randn(5)
+    assert_type(lstsq(A, b, rcond=1e-5), LstsqResult)
+    assert_type(lstsq(A, b).rank, int)
+    assert_type(lstsq(A, b).residual_norm, Tensor)
+    assert_type(ridge(A, b, torch.tensor([0.1, 1.0])), RidgeResult)
+    bounded = norm_constrained(A, b, 0.1)
+    assert_type(bounded, NormConstrainedResult)
+    assert_type(bounded.multiplier, Tensor)
+    assert_type(bounded.status, KrylovStatus | None)
+
+    def multiply(v: Tensor) -> Tensor:
+        return A @ v
+
+    def multiply_transposed(u: Tensor) -> Tensor:
+        return A.T @ u
+
+    forms: list[OperatorLike] = [A, A.to_sparse(), (multiply, multiply_transposed), as_operator(A)]
+    for form in forms:
+        result = lsqr(form, b, damp=0.1, x0=torch.zeros(3))
+        assert_type(result, KrylovResult)
+        assert_type(result.status, KrylovStatus)
+        assert_type(lsmr(form, b, preconditioner=Diagonal(torch.ones(3))).condition, float)
+        norm_constrained(form, b, 0.1, atol=1e-4)
+    jacobian_of = jacobian_operator(torch.sin, b)
+    assert_type(jacobian_of, RectangularOperator)
+    assert_type(jacobian_of.rmatvec(b), Tensor)
+    with refusal():
+        lsqr(3, b)  # type: ignore[arg-type]
+
+
 def damped_least_squares() -> None:
     w = torch.ones(2, dtype=torch.float64)
     objective = ClosureObjective(lambda: nn.functional.mse_loss(w * w, 0.5 * w.detach()), [w])
@@ -649,5 +696,6 @@ ALL = [
     *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
     *(newton, nonlinear_cg, sophia, contractive),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
-    *(curvature_by_outputs, linear_solvers, line_searches, derivatives, penalties, diagnostics),
+    *(curvature_by_outputs, linear_solvers, linear_least_squares, line_searches, derivatives),
+    *(penalties, diagnostics),
 ]

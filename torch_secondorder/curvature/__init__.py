@@ -16,6 +16,7 @@ from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
 from torch_secondorder.curvature.inverse_broyden import InverseBroyden
 from torch_secondorder.curvature.kronecker import KroneckerFactors
 from torch_secondorder.curvature.reduced_broyden import ReducedBroyden
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod, ResidualJacobian
 
 __all__ = [
     "Damped",
@@ -30,9 +31,11 @@ __all__ = [
     "Hutchinson",
     "InverseBFGS",
     "InverseBroyden",
+    "JacobianMethod",
     "KroneckerFactors",
     "LinearOperator",
     "ReducedBroyden",
+    "ResidualJacobian",
     "UnknownOutputs",
     "exact_diagonal",
 ]
