@@ -63,13 +63,14 @@ from torch_secondorder.curvature import (
     Hutchinson,
     InverseBFGS,
     InverseBroyden,
+    JacobianMethod,
     KroneckerFactors,
     LinearOperator,
     ReducedBroyden,
+    ResidualJacobian,
     UnknownOutputs,
     exact_diagonal,
 )
-from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
 from torch_secondorder.diagnostics import (
     Definiteness,
     Eigenpairs,
@@ -495,6 +496,24 @@ def operators() -> None:
     assert len(estimators) == 2
     with refusal():
         Hutchinson(distribution="cauchy")  # type: ignore[arg-type]
+
+
+def jacobian_of_residuals() -> None:
+    model, x, y = model_and_data()
+    objective = ClosureObjective(
+        lambda: torch.nn.functional.mse_loss(model(x), y), model.parameters()
+    )
+    ways: list[JacobianMethod] = ["graph", "rows", "columns"]
+    J = ResidualJacobian(objective.evaluate(curvature="jacobian"), method=ways[0])
+    assert_type(J.method, JacobianMethod)
+    assert_type(J.reason, str)
+    assert_type(J.dense(), Tensor)
+    assert_type(J.pull(J.residuals), Tensor)
+    assert_type(J.push(torch.ones(J.size)), Tensor)
+    assert_type(J.normal_matrix(), Tensor)
+    assert_type(J.kernel(torch.ones(J.size)), Tensor)
+    with refusal():
+        ResidualJacobian(objective.evaluate(curvature="jacobian"), method="vmap")  # type: ignore[arg-type]
 
 
 def curvature_by_outputs() -> None:
