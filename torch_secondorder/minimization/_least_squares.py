@@ -235,7 +235,7 @@ class Fit:
         if evaluation is None or evaluation.linearization is None:
             objective = FunctionalObjective(self.cost, problem.tree())
             evaluation, nfev = objective.evaluate(curvature="jacobian"), nfev + 1
-        jacobian = ResidualJacobian(evaluation)
+        jacobian = ResidualJacobian(evaluation, method=self._optimizer._way)
         J, r = jacobian.dense(), jacobian.residuals
         shape = self.cost.shape
         assert shape is not None

@@ -30,7 +30,7 @@ from torch_secondorder._optim.residual_region import (
     within_radius,
 )
 from torch_secondorder._optim.state import Number, Vector, declare
-from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod, ResidualJacobian
 from torch_secondorder.globalization import (
     DampingRule,
     LineSearch,
@@ -195,6 +195,7 @@ class LevenbergMarquardt(FlatOptimizer):
     _radius: float  # of the next step; 0 before the first one
     _start: float  # the first damping or radius, which the rules' limits are relative to
     _largest: Tensor | None  # the largest values of the diagonal of J'J so far
+    _way: JacobianMethod | None  # to the Jacobian, once the fastest one has failed in a step
     _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
     _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
@@ -310,6 +311,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if descent.objective.box is not None:
             descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
+        self._way, self._reason = None, ""
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         """One iteration: a Jacobian, and the steps tried with it."""
@@ -373,7 +375,9 @@ class LevenbergMarquardt(FlatOptimizer):
             evaluation = objective.evaluate(curvature="jacobian")
             point = descent.point = point_of(evaluation, objective)
         assert point.evaluation is not None and point.grad is not None
-        jacobian = ResidualJacobian(point.evaluation)
+        jacobian = ResidualJacobian(point.evaluation, method=self._way)
+        if jacobian.reason:  # it will not do at the next point either
+            self._way, self._reason = jacobian.method, jacobian.reason
         solver = self.solver
         if objective.box is not None or isinstance(self.globalization, TrustRegion):
             solver = "primal"
@@ -381,7 +385,7 @@ class LevenbergMarquardt(FlatOptimizer):
         report = self._report
         report.jacobians += 1
         report.rows, report.solver = jacobian.rows, system.name
-        report.jacobian, report.reason = jacobian.method, jacobian.reason
+        report.jacobian, report.reason = jacobian.method, jacobian.reason or self._reason
         return system if system.finite else None
 
     def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
