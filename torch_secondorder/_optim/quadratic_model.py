@@ -144,8 +144,8 @@ class Trials:
     Args:
         descent: The step; proposals begin at its current point.
         tally: The counts of the step.
-        keeps_graphs: Whether trials keep their graph, for the next model. Keeping it costs much
-            less than another evaluation.
+        keeps_graphs: Whether trials keep their graph, and which, see `Objective.evaluate`. Keeping
+            it costs much less than another evaluation.
         keeps_gradients: Whether trials without a graph keep their gradient.
 
     Attributes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from torch_secondorder._objective.base import EvaluationsSpent
@@ -137,6 +138,25 @@ def within_radius(
         if trials.unresolved(proposal):
             return StepStatus.STALLED
     return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
+
+
+def largest_cosine(diagonal: Tensor, residuals: Tensor, descent: Descent) -> float:
+    """The largest cosine between the residuals and a column of their Jacobian.
+
+    Within bounds the gradient is projected first.
+
+    Args:
+        diagonal: That of `J'J`, the squared lengths of the columns.
+        residuals: The residuals.
+        descent: Has the gradient.
+    """
+    objective, grad = descent.objective, descent.point.grad
+    assert grad is not None
+    if objective.box is not None:
+        grad = objective.box.projected(objective.position, grad)
+    shares = torch.where(diagonal > 0, grad / diagonal.sqrt(), 0.0)
+    largest, norm = descent.space.to_host(largest=(shares,), norms=(residuals.norm(),))
+    return largest / norm if norm else 0.0
 
 
 def _outlook(move: Move, step: _Step, loss: float, size: float, cosine: float) -> Outlook:

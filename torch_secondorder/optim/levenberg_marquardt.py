@@ -27,6 +27,7 @@ from torch_secondorder._optim.residual_region import (
     Outlook,
     RadiusMemory,
     Region,
+    largest_cosine,
     within_radius,
 )
 from torch_secondorder._optim.state import Number, Vector, declare
@@ -38,6 +39,7 @@ from torch_secondorder.globalization import (
     MarquardtDamping,
     NielsenDamping,
     SearchStatus,
+    Trial,
     TrustRegion,
     resolve_line_search,
 )
@@ -46,6 +48,7 @@ from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
     LeastSquaresSolverName,
+    suited_solver,
 )
 
 __all__ = ["DampingName", "LevenbergMarquardt", "LevenbergMarquardtInfo", "ScalingName"]
@@ -65,6 +68,8 @@ _PROBE, _BEND = 0.1, 0.75
 # The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
 # best radius changes little from step to step.
 _REGION = TrustRegion(shrink=0.5)
+# Differences of losses up to this multiple of their rounding error may be rounding of residuals.
+_NOISE = 1e3
 # A constant damping, as a share of the largest curvature along a coordinate at the first step.
 _CONSTANT = 1e-3
 
@@ -381,12 +386,18 @@ class LevenbergMarquardt(FlatOptimizer):
         solver = self.solver
         if objective.box is not None or isinstance(self.globalization, TrustRegion):
             solver = "primal"
+        if solver == "auto":
+            device = objective.vector.device
+            solver = suited_solver(jacobian.rows, jacobian.size, objective.vector.dtype, device)
+            if objective.ranks.any(solver == "cg", device):
+                solver = "cg"  # memory may be short on one rank
         system = DampedLeastSquares.of(jacobian, point.grad, solver)
         report = self._report
         report.jacobians += 1
         report.rows, report.solver = jacobian.rows, system.name
         report.jacobian, report.reason = jacobian.method, jacobian.reason or self._reason
-        return system if system.finite else None
+        finite = bool(jacobian.residuals.isfinite().all()) and system.finite
+        return system if finite else None
 
     def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
         """The system with metric, center and bounds; makes the first damping."""
@@ -421,17 +432,13 @@ class LevenbergMarquardt(FlatOptimizer):
         """Evaluations of steps; they keep their graphs where the next iteration can use them."""
         objective = descent.objective
         keeps = descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph()
-        return Trials(
-            descent,
-            self._tally,
-            keeps_graphs="jacobian" if keeps else False,
-            keeps_gradients=True,
-        )
+        return Trials(descent, self._tally, "jacobian" if keeps else False, keeps_gradients=True)
 
     def _solved(self, problem: _Problem, descent: Descent) -> DampedStep | StepStatus:
         """The step with the present damping, one of descent."""
         step = problem.solve(self._damping)
-        if problem.center is not None and isfinite(step.decrease) and not step.slope < 0:
+        falls = step.slope < 0 and step.decrease > 0
+        if problem.center is not None and isfinite(step.decrease) and not falls:
             problem = replace(problem, center=None)  # the momentum leads uphill
             step = problem.solve(self._damping)
         self._tally.solver_iterations += step.iterations
@@ -446,7 +453,7 @@ class LevenbergMarquardt(FlatOptimizer):
         self, problem: _Problem, trials: Trials, rule: DampingRule, descent: Descent
     ) -> Move | StepStatus:
         """A step with a damping that is raised until it lowers the loss."""
-        trial = None
+        trial, first = None, self._damping
         for failures in range(1, _ATTEMPTS + 1):
             damping = self._damping
             step = self._solved(problem, descent)
@@ -457,7 +464,7 @@ class LevenbergMarquardt(FlatOptimizer):
                 proposal = self._accelerated(problem, step, descent)
             if proposal is not None:
                 trial = trials.trial(proposal, descent.lr)
-                ratio = trials.gain_ratio(proposal, trial)
+                ratio = _gain_ratio(trials, proposal, trial)
                 if ratio > _ACCEPT:
                     after: float = trial.payload.length / trials.point.length
                     self._damping = rule.updated(
@@ -466,8 +473,11 @@ class LevenbergMarquardt(FlatOptimizer):
                     return Move(proposal, trial, ratio)
             self._report.rejected += 1
             if trials.unresolved(_proposal(step)):
+                self._damping = first
                 return StepStatus.STALLED
             self._damping = rule.rejected(damping, failures, self._start)
+            # A large damping leads to the center, which need not be a step of descent.
+            problem = replace(problem, center=None)
         hopeful = trial is None or trial.finite
         return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
 
@@ -477,7 +487,8 @@ class LevenbergMarquardt(FlatOptimizer):
         """The best step within a radius, and corrections."""
         most = self.param_groups[0]["corrections"]
         memory = RadiusMemory(self._radius, self._start)
-        cosine = self._cosine(problem, descent)
+        system = problem.system
+        cosine = largest_cosine(system.diagonal, system.jacobian.residuals, descent)
         try:
             return within_radius(
                 problem.region(trials.point), trials, rule, memory, descent, int(most), cosine
@@ -486,19 +497,6 @@ class LevenbergMarquardt(FlatOptimizer):
             self._radius, self._start, self._outlook = memory.radius, memory.start, memory.outlook
             self._report.rejected += memory.rejected
             self._report.corrections += memory.corrections
-
-    def _cosine(self, problem: _Problem, descent: Descent) -> float:
-        """The largest cosine between the residuals and a column of their Jacobian."""
-        objective, grad = descent.objective, descent.point.grad
-        assert grad is not None
-        if objective.box is not None:
-            grad = objective.box.projected(objective.position, grad)
-        lengths = problem.system.diagonal.sqrt()
-        shares = torch.where(lengths > 0, grad / lengths, 0.0)
-        largest, norm = descent.space.to_host(
-            largest=(shares,), norms=(problem.system.jacobian.residuals.norm(),)
-        )
-        return largest / norm if norm else 0.0
 
     def _searched(
         self, problem: _Problem, trials: Trials, rule: LineSearch, descent: Descent
@@ -523,20 +521,19 @@ class LevenbergMarquardt(FlatOptimizer):
         self._tally.solver_iterations += step.iterations
         if not (isfinite(step.decrease) and isfinite(step.length)):
             return StepStatus.NONFINITE_PRODUCTS
-        objective, lr = descent.objective, descent.lr
-        objective.accept(step.x, lr)
+        lr = descent.lr
+        if descent.count + 1 < descent.max_iter:
+            proposal, trials = _proposal(step), self._trials(descent)
+            trial = trials.trial(proposal, lr)
+            if not trial.finite:
+                return StepStatus.NONFINITE_TRIALS
+            self._take(descent, Move(proposal, trial, trials.gain_ratio(proposal, trial)))
+            return None
+        descent.objective.accept(step.x, lr)
         self._keep(step.x)
-        if descent.count + 1 >= descent.max_iter:
-            descent.count += 1
-            descent.step_length = lr
-            return StepStatus.MOVED
-        evaluation = objective.evaluate(curvature="jacobian")
-        point = point_of(evaluation, objective)
-        if not (isfinite(point.loss) and isfinite(point.length)):
-            objective.accept(step.x, -lr)
-            return StepStatus.NONFINITE_TRIALS
-        descent.arrive(point, lr, lr * step.length, held=step.held)
-        return None
+        descent.count += 1
+        descent.step_length = lr
+        return StepStatus.MOVED
 
     def _accelerated(
         self, problem: _Problem, step: DampedStep, descent: Descent
@@ -661,6 +658,20 @@ def _resolve_damping(
         )
     check_number("damping", damping, above=0.0, optional=True)
     return None if damping is None else float(damping)
+
+
+def _gain_ratio(trials: Trials, proposal: Proposal, trial: Trial) -> float:
+    """See `Trials.gain_ratio`; in the rounding errors of large residuals by the slopes alone.
+
+    Near a minimum where residuals are left, they cancel in the loss long before the gradient is
+    exact.
+    """
+    noise = _NOISE * trials.allowance
+    predicted = -trial.t * (proposal.slope - trial.t * (proposal.slope + proposal.decrease))
+    settled = 0.0 < predicted <= noise and abs(trials.point.loss - trial.loss) <= noise
+    if not (settled and trial.finite):
+        return trials.gain_ratio(proposal, trial)
+    return -0.5 * trial.t * (proposal.slope + trial.slope) / predicted
 
 
 def _proposal(step: DampedStep) -> Proposal:

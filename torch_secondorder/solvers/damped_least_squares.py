@@ -117,9 +117,9 @@ class DampedLeastSquares(ABC):
         return self.jacobian.normal_matrix()
 
     @property
+    @abstractmethod
     def finite(self) -> bool:
-        """True if the matrix that is factorized is finite."""
-        return True
+        """True if the matrix of the systems is finite."""
 
     def solve(
         self, damping: float, metric: Tensor | None = None, center: Tensor | None = None
@@ -267,7 +267,7 @@ class _Primal(DampedLeastSquares):
     @property
     def finite(self) -> bool:
         """See `DampedLeastSquares.finite`."""
-        return bool((self._dense if self._small else self._matrix).isfinite().all())
+        return _is_finite(self._dense.square() if self._small else self._matrix.diagonal())
 
     @cached_property
     def _triangle(self) -> tuple[Tensor, Tensor]:
@@ -291,19 +291,16 @@ class _Primal(DampedLeastSquares):
 
     def _by_cholesky(self, weights: float | Tensor, right: _Right) -> Tensor | None:
         """The solution; None where the matrix is too close to a singular one."""
-        damped = self._matrix.clone()
-        damped.diagonal().add_(weights)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if int(failed):
+        factor = _factor(self._matrix, weights)
+        if factor is None:
             return None
         self.factorization = "cholesky"
-        x: Tensor = torch.cholesky_solve(right.grad[:, None], factor)[:, 0].neg_()
+        x = _solved(factor, right.grad).neg_()
         norm_of = torch.linalg.vector_norm
         for _ in range(_CORRECTIONS):
             # The matrix is rounded more than the Jacobian, which says what is missing.
             missing = right.grad + self.jacobian.pull(self.jacobian.push(x)) + weights * x
-            correction = torch.cholesky_solve(missing[:, None], factor)[:, 0]
+            correction = _solved(factor, missing)
             length, error = WHOLE.to_host(norms=(norm_of(x), norm_of(correction)))
             if not error <= _ROUNDED * length:
                 return None
@@ -346,7 +343,7 @@ class _Dual(DampedLeastSquares):
     @property
     def finite(self) -> bool:
         """See `DampedLeastSquares.finite`."""
-        return bool(self._kernel(None).isfinite().all())
+        return _is_finite(self._kernel(None).diagonal())
 
     def _kernel(self, weights: Tensor | None) -> Tensor:
         if self._known is None or self._known[0] is not weights:
@@ -401,13 +398,10 @@ class _Dual(DampedLeastSquares):
 
     def _by_kernel(self, kernel: Tensor, a: float, r: Tensor) -> Tensor:
         """The solution of `(kernel + a I) y = r`."""
-        damped = kernel.clone()
-        damped.diagonal().add_(a)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not int(failed):
+        factor = _factor(kernel, a)
+        if factor is not None:
             self.factorization = "cholesky"
-            return torch.cholesky_solve(r[:, None], factor)[:, 0]
+            return _solved(factor, r)
         self.factorization = "eigen"
         values, vectors = torch.linalg.eigh(kernel)
         divisors = values.clamp(min=0.0) + a
@@ -421,6 +415,11 @@ class _Iterative(DampedLeastSquares):
     name = "cg"
     tolerance = 1e-3
     most = 250
+
+    @property
+    def finite(self) -> bool:
+        """See `DampedLeastSquares.finite`."""
+        return _is_finite(self.diagonal)
 
     def _solve(
         self, damping: float, metric: Tensor | None, weights: float | Tensor, right: _Right
@@ -442,6 +441,35 @@ class _Normal(LinearOperator):
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
         return self._jacobian.pull(self._jacobian.push(v)) + self._weights * v
+
+
+def _factor(matrix: Tensor, weights: float | Tensor) -> Tensor | None:
+    """The factor of a matrix with a diagonal added; None if it is not positive definite.
+
+    The diagonal is added in place and taken back, which saves a copy of the matrix.
+    """
+    diagonal = matrix.diagonal()
+    before = diagonal.clone()
+    diagonal.add_(weights)
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal.copy_(before)
+    return None if int(failed) else factor
+
+
+def _solved(factor: Tensor, right: Tensor) -> Tensor:
+    """The solution of a system from its Cholesky factor.
+
+    Two triangular systems: `torch.cholesky_solve` copies the factor.
+    """
+    half = torch.linalg.solve_triangular(factor, right[:, None], upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
+    return solution
+
+
+def _is_finite(squares: Tensor) -> bool:
+    """True if numbers that are not negative are finite, in one pass."""
+    return bool(squares.sum().isfinite())
 
 
 _KINDS: dict[str, type[DampedLeastSquares]] = {"primal": _Primal, "dual": _Dual, "cg": _Iterative}
