@@ -29,6 +29,7 @@ from torch_secondorder import (
     Evaluation,
     FunctionalObjective,
     LBFGSInfo,
+    LeastSquaresResult,
     LevenbergMarquardt,
     LevenbergMarquardtInfo,
     MissingSecondDerivative,
@@ -44,6 +45,8 @@ from torch_secondorder import (
     SophiaInfo,
     StepInfo,
     StepStatus,
+    curve_fit,
+    least_squares,
     mark_outputs,
     minimize,
 )
@@ -275,6 +278,28 @@ def minimizing_a_function() -> None:
     minimize(cost, start, method=LBFGS, jac="2-point", tol=1e-2)
     with refusal():
         minimize(cost, start, jac="4-point")  # type: ignore[arg-type]
+
+
+def fitting_curves() -> None:
+    x = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+
+    def curve(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return a * torch.exp(b * x)
+
+    def residuals(p: Tensor) -> Tensor:
+        return curve(x, p[0], p[1]) - x
+
+    result = least_squares(residuals, [1.0, 0.5], (0, 2), loss="huber", f_scale=0.1)
+    assert_type(result, LeastSquaresResult)
+    assert_type(result.cost, float)
+    assert_type(result.njev, int)
+    parameters, covariance = curve_fit(curve, x, x.square(), sigma=torch.ones(5))
+    assert_type(parameters, Tensor)
+    assert_type(covariance, Tensor)
+    *_, report = curve_fit(curve, x, x.square(), [1.0, 0.5], full_output=True)
+    assert_type(report, LeastSquaresResult | Tensor)
+    with refusal():
+        least_squares(residuals, [1.0, 0.5], loss="square")  # type: ignore[arg-type]
 
 
 def groups() -> None:
