@@ -1,6 +1,14 @@
 """Second-order optimization for PyTorch, driven by the standard closure."""
 
-from torch_secondorder import curvature, diagnostics, func, globalization, penalties, solvers
+from torch_secondorder import (
+    curvature,
+    diagnostics,
+    func,
+    globalization,
+    linear,
+    penalties,
+    solvers,
+)
 from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._foundation.deprecation import MOVED_MODULES, OldModules
@@ -8,7 +16,13 @@ from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
-from torch_secondorder.minimization import OptimizeResult, minimize
+from torch_secondorder.minimization import (
+    LeastSquaresResult,
+    OptimizeResult,
+    curve_fit,
+    least_squares,
+    minimize,
+)
 from torch_secondorder.optim import (
     BFGS,
     LBFGS,
@@ -48,6 +62,7 @@ __all__ = [
     "Evaluation",
     "FunctionalObjective",
     "LBFGSInfo",
+    "LeastSquaresResult",
     "LevenbergMarquardt",
     "LevenbergMarquardtInfo",
     "MissingSecondDerivative",
@@ -64,10 +79,13 @@ __all__ = [
     "StepInfo",
     "StepStatus",
     "curvature",
+    "curve_fit",
     "dataset",
     "diagnostics",
     "func",
     "globalization",
+    "least_squares",
+    "linear",
     "mark_outputs",
     "minimization",
     "minimize",

@@ -12,11 +12,13 @@ from . import (
     jacobian,
     lbfgs,
     lightning,
+    linear,
     minimize,
     newton,
     penalties,
     products,
     quasi_newton,
+    residuals,
 )
 from .registry import COMMANDS, Command, Options, command
 
@@ -33,9 +35,11 @@ __all__ = [
     "jacobian",
     "lbfgs",
     "lightning",
+    "linear",
     "minimize",
     "newton",
     "penalties",
     "products",
     "quasi_newton",
+    "residuals",
 ]

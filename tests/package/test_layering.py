@@ -24,7 +24,7 @@ import pytest
 
 PACKAGE = "torch_secondorder"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
-MOST_ROOMS = 18
+MOST_ROOMS = 19
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ RULES = Rules(
         "_objective": "_foundation _params _autograd _closure",
         "curvature": "_foundation _params _autograd _closure _objective",
         "solvers": "_foundation _params _objective curvature",
+        "linear": "_foundation _params func curvature solvers",
         "globalization": "_foundation",
         "penalties": "_foundation _autograd",
         "dataset": "_foundation _params _autograd _closure _objective curvature",
@@ -67,9 +68,9 @@ RULES = Rules(
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
             "penalties _optim"
         ),
-        "minimization": "_foundation _autograd _closure _objective _optim optim",
+        "minimization": "_foundation _autograd _closure _objective curvature _optim optim",
         "__init__": (
-            "_foundation _autograd func _closure _objective curvature solvers globalization "
+            "_foundation _autograd func _closure _objective curvature solvers linear globalization "
             "penalties dataset diagnostics optim minimization"
         ),
         "integrations": "_foundation penalties diagnostics _optim optim",
@@ -85,7 +86,8 @@ RULES = Rules(
         "penalties._encoder": "optim integrations",
         "solvers._box_quadratic": "_optim optim",
         "solvers._boxed_dense": "optim",
-        "solvers._units": "_optim",
+        "solvers._residual_region": "optim",
+        "solvers._units": "_optim linear",
     },
     reserved={
         "accelerate": "integrations.huggingface",

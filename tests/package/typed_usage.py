@@ -29,6 +29,7 @@ from torch_secondorder import (
     Evaluation,
     FunctionalObjective,
     LBFGSInfo,
+    LeastSquaresResult,
     LevenbergMarquardt,
     LevenbergMarquardtInfo,
     MissingSecondDerivative,
@@ -44,6 +45,8 @@ from torch_secondorder import (
     SophiaInfo,
     StepInfo,
     StepStatus,
+    curve_fit,
+    least_squares,
     mark_outputs,
     minimize,
 )
@@ -58,6 +61,7 @@ from torch_secondorder.curvature import (
     GaussNewtonBartlett,
     Hessian,
     Hutchinson,
+    InseparableLoss,
     InverseBFGS,
     InverseBroyden,
     JacobianMethod,
@@ -120,6 +124,22 @@ from torch_secondorder.globalization import (
     falls_without_end,
     resolve_globalization,
     resolve_line_search,
+)
+from torch_secondorder.linear import (
+    KrylovResult,
+    KrylovStatus,
+    LstsqResult,
+    NormConstrainedResult,
+    OperatorLike,
+    RectangularOperator,
+    RidgeResult,
+    as_operator,
+    jacobian_operator,
+    lsmr,
+    lsqr,
+    lstsq,
+    norm_constrained,
+    ridge,
 )
 from torch_secondorder.optim import DampingName, ScalingName
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
@@ -260,6 +280,28 @@ def minimizing_a_function() -> None:
         minimize(cost, start, jac="4-point")  # type: ignore[arg-type]
 
 
+def fitting_curves() -> None:
+    x = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+
+    def curve(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return a * torch.exp(b * x)
+
+    def residuals(p: Tensor) -> Tensor:
+        return curve(x, p[0], p[1]) - x
+
+    result = least_squares(residuals, [1.0, 0.5], (0, 2), loss="huber", f_scale=0.1)
+    assert_type(result, LeastSquaresResult)
+    assert_type(result.cost, float)
+    assert_type(result.njev, int)
+    parameters, covariance = curve_fit(curve, x, x.square(), sigma=torch.ones(5))
+    assert_type(parameters, Tensor)
+    assert_type(covariance, Tensor)
+    *_, report = curve_fit(curve, x, x.square(), [1.0, 0.5], full_output=True)
+    assert_type(report, LeastSquaresResult | Tensor)
+    with refusal():
+        least_squares(residuals, [1.0, 0.5], loss="square")  # type: ignore[arg-type]
+
+
 def groups() -> None:
     model, x, y = model_and_data()
     weights: list[dict[str, Any]] = [
@@ -398,6 +440,9 @@ def functions_in_place_of_closures() -> None:
     objective = FunctionalObjective(loss, dict(model.named_parameters()), compile=False)
     assert_type(LBFGS(model.parameters()).step(objective), Tensor)
     assert_type(Sophia(model.parameters()).step(objective), Tensor)
+    assert_type(objective.evaluate(curvature="jacobian"), Evaluation)
+    with refusal():
+        objective.evaluate(curvature="residuals")  # type: ignore[arg-type]
 
 
 def whole_data_sets() -> None:
@@ -430,7 +475,7 @@ def operators() -> None:
         GaussNewton(evaluation)
     except MissingSecondDerivative as error:
         assert_type(error.operation, str)
-    except UnknownOutputs:
+    except (InseparableLoss, UnknownOutputs):
         pass
     v = torch.ones(2)
     assert_type(hessian @ v, Tensor)
@@ -526,6 +571,37 @@ def linear_solvers() -> None:
     quadratic = DenseQuadratic.of(operator.dense(), b, tolerance=1e-6)
     assert_type(quadratic.damped(0.1), DenseStep)
     assert_type(quadratic.definiteness, DefinitenessName)
+
+
+def linear_least_squares() -> None:
+    A, b = torch.randn(5, 3), torch.randn(5)
+    assert_type(lstsq(A, b, rcond=1e-5), LstsqResult)
+    assert_type(lstsq(A, b).rank, int)
+    assert_type(lstsq(A, b).residual_norm, Tensor)
+    assert_type(ridge(A, b, torch.tensor([0.1, 1.0])), RidgeResult)
+    bounded = norm_constrained(A, b, 0.1)
+    assert_type(bounded, NormConstrainedResult)
+    assert_type(bounded.multiplier, Tensor)
+    assert_type(bounded.status, KrylovStatus | None)
+
+    def multiply(v: Tensor) -> Tensor:
+        return A @ v
+
+    def multiply_transposed(u: Tensor) -> Tensor:
+        return A.T @ u
+
+    forms: list[OperatorLike] = [A, A.to_sparse(), (multiply, multiply_transposed), as_operator(A)]
+    for form in forms:
+        result = lsqr(form, b, damp=0.1, x0=torch.zeros(3))
+        assert_type(result, KrylovResult)
+        assert_type(result.status, KrylovStatus)
+        assert_type(lsmr(form, b, preconditioner=Diagonal(torch.ones(3))).condition, float)
+        norm_constrained(form, b, 0.1, atol=1e-4)
+    jacobian_of = jacobian_operator(torch.sin, b)
+    assert_type(jacobian_of, RectangularOperator)
+    assert_type(jacobian_of.rmatvec(b), Tensor)
+    with refusal():
+        lsqr(3, b)  # type: ignore[arg-type]
 
 
 def damped_least_squares() -> None:
@@ -643,5 +719,6 @@ ALL = [
     *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
     *(newton, nonlinear_cg, sophia, contractive),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
-    *(curvature_by_outputs, linear_solvers, line_searches, derivatives, penalties, diagnostics),
+    *(curvature_by_outputs, linear_solvers, linear_least_squares, line_searches, derivatives),
+    *(penalties, diagnostics),
 ]

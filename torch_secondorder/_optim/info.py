@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
+
+from torch_secondorder._foundation.report import Report as Report
 
 
 class StepStatus(Enum):
@@ -58,36 +60,6 @@ class StepStatus(Enum):
         "the parameters are; the history was dropped"
     )
     STOPPED = "the callback of `minimize` ended it; the parameters are at the last iterate"
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Base of the reports that optimizers give: prints as a table, converts to a dict."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as numbers and strings, for loggers; enumerations by their names."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-
-    def __str__(self) -> str:
-        """A table of the fields that have a value, one to a line."""
-        rows = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        shown = [(name, _shown(value)) for name, value in rows if value is not None and value != ""]
-        width = max(len(name) for name, _ in shown)
-        indent = "\n" + " " * (width + 4)
-        lines = [f"  {name:<{width}}  " + text.replace("\n", indent) for name, text in shown]
-        return "\n".join([type(self).__name__, *lines])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.name
-    return value.as_dict() if isinstance(value, Report) else value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Enum):
-        return f"{value.name}: {value.value}" if isinstance(value.value, str) else value.name
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 #: Fields that the reports of all optimizers had in the last release, with the values that they had

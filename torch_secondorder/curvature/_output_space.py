@@ -77,7 +77,7 @@ class OutputSpace:
 
     @property
     def params(self) -> Sequence[Tensor]:
-        """What the loss was differentiated with respect to."""
+        """The tensors that the loss was differentiated with respect to."""
         return self._graph.params
 
     @cached_property
