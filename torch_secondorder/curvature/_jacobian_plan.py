@@ -157,6 +157,8 @@ class Deltas:
     def _run(
         self, tensors: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool
     ) -> dict[int, Tensor | None]:
+        if not self._edges:
+            return {}
         try:
             with plainly():
                 found = torch.autograd.grad(
