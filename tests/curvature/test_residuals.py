@@ -19,8 +19,7 @@ from torch_secondorder._foundation.memory import TooLarge
 from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder.curvature import GaussNewton, UnknownOutputs
-from torch_secondorder.curvature._loss_structure import InseparableLoss
+from torch_secondorder.curvature import GaussNewton, InseparableLoss, UnknownOutputs
 from torch_secondorder.curvature._residual_roots import (
     BlockRoot,
     DiagonalRoot,

@@ -61,6 +61,7 @@ from torch_secondorder.curvature import (
     GaussNewtonBartlett,
     Hessian,
     Hutchinson,
+    InseparableLoss,
     InverseBFGS,
     InverseBroyden,
     JacobianMethod,
@@ -439,6 +440,9 @@ def functions_in_place_of_closures() -> None:
     objective = FunctionalObjective(loss, dict(model.named_parameters()), compile=False)
     assert_type(LBFGS(model.parameters()).step(objective), Tensor)
     assert_type(Sophia(model.parameters()).step(objective), Tensor)
+    assert_type(objective.evaluate(curvature="jacobian"), Evaluation)
+    with refusal():
+        objective.evaluate(curvature="residuals")  # type: ignore[arg-type]
 
 
 def whole_data_sets() -> None:
@@ -471,7 +475,7 @@ def operators() -> None:
         GaussNewton(evaluation)
     except MissingSecondDerivative as error:
         assert_type(error.operation, str)
-    except UnknownOutputs:
+    except (InseparableLoss, UnknownOutputs):
         pass
     v = torch.ones(2)
     assert_type(hessian @ v, Tensor)

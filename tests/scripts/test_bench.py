@@ -66,6 +66,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["residuals", "--part", "nist"], "residuals.nist", "MGH17, start 2"),
         (["residuals", "--part", "pinn"], "residuals.pinn.ours", "s to 0.001"),
         (["residuals", "--part", "iteration"], "residuals.iteration.curve", "One iteration"),
+        (["linear"], "linear.consistent.", "matrix-free"),
         (["lightning"], "lightning.MLP", "Lightning's own"),
         (["minimize", "--part", "exact"], "minimize.exact", "newton-cg"),
         (["minimize", "--part", "2-point"], "minimize.2-point", "ssbroyden"),

@@ -1,5 +1,6 @@
 """Curvature as matrix-free linear operators."""
 
+from torch_secondorder.curvature._loss_structure import InseparableLoss
 from torch_secondorder.curvature._output_space import UnknownOutputs
 from torch_secondorder.curvature.base import Damped, Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.curvature.diagonal import (
@@ -29,6 +30,7 @@ __all__ = [
     "GaussNewtonBartlett",
     "Hessian",
     "Hutchinson",
+    "InseparableLoss",
     "InverseBFGS",
     "InverseBroyden",
     "JacobianMethod",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_secondorder._autograd.parameter_uses import Survey, Unsupported, surveyed
 from torch_secondorder._autograd.use_factors import Factors, factors_of
-from torch_secondorder._autograd.vectorized import several
+from torch_secondorder._autograd.vectorized import in_turn, several
 from torch_secondorder._foundation.private_torch import plainly
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._jacobian_columns import (
@@ -143,7 +143,8 @@ class _Assembly:
                 self._add_dense(target, own, dense)
         for param, matrix in dense.items():
             start, _, factor = self._vector.slots()[param]
-            found[start] = DenseColumns(start, matrix * factor, self.rows)
+            matrix = matrix if factor == 1 else matrix * factor
+            found[start] = DenseColumns(start, matrix, self.rows)
         return [found[start] for start in sorted(found)], self.rows
 
     def _pieces(self) -> dict[Target, dict[int, list[_Piece]]]:
@@ -207,14 +208,11 @@ class _Assembly:
     ) -> None:
         """Adds a target's part of the Jacobian to the matrices of its parameters."""
         count = math.prod(target.use.shape)
-        first = next(iter(own.values()))[0].delta
-        whole = first.new_zeros(self._total, count)
+        whole = next(iter(own.values()))[0].delta.new_zeros(self._total, count)
         for i, parts in own.items():
             rows = self.rows[i].of(whole)
             for part in parts:
-                made = torch.empty_like(rows)
-                part.by_entries().write(made)
-                rows += made
+                rows += part.by_entries().matrix()
         if target.param is not None:
             matrix = self._matrix(dense, target.param)
             if target.columns is None:
@@ -257,7 +255,8 @@ class _Assembly:
                     is_grads_batched=batched,
                 )
 
-        found = several(pull, [rows.view(-1, *target.use.shape)])
+        products = several if len(rows) > 1 else in_turn
+        found = products(pull, [rows.view(-1, *target.use.shape)])
         flat = [None if f is None else f.reshape(len(rows), -1) for f in found]
         return [f if f is None or not small else whole @ f for f in flat]
 

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Elements of a temporary result, and the width of a narrow matrix.
+_CACHED, _NARROW = 2**16, 4
+# Rows of a matrix that a part of it has at least.
+_FEWEST = 8
+
 __all__ = ["Columns", "DenseColumns", "FactoredColumns", "Pair", "Rows"]
 
 
@@ -77,6 +82,10 @@ class Columns(ABC):
     @abstractmethod
     def squares(self) -> Tensor:
         """The sums of squares of each column, `(width,)`."""
+
+    def some(self, vector: Tensor, most: int) -> tuple[Columns, Tensor]:
+        """About so many of the columns, from all over the tensor, with their part of `(n,)`."""
+        return self, vector[self.start : self.stop]
 
     def pieces(self, widest: int) -> Iterator[Columns]:
         """The same columns in parts of at most so many, as far as they can be cut."""
@@ -158,17 +167,31 @@ class Pair:
         right = self.right
         return Pair(self.left[begin:end], None if right is None else right[begin:end])
 
+    def matrix(self) -> Tensor:
+        """Shape `(samples, channels, groups * p * q)`, a view where that is possible."""
+        left, right = self.left, self.right
+        if right is None:
+            return (left.sum(-2) if self.each > 1 else left.squeeze(-2)).flatten(2)
+        return (left.mT * right if self.each == 1 else left.mT @ right).flatten(2)
+
     def write(self, out: Tensor) -> None:
         """Fills `(samples, channels, groups * p * q)`."""
         left, right = self.left, self.right
         if right is None:
-            out.copy_((left.sum(-2) if self.each > 1 else left.squeeze(-2)).flatten(2))
+            out.copy_(self.matrix())
             return
-        out = out.unflatten(-1, (left.shape[2], left.shape[-1], right.shape[-1]))
+        groups, p, q = self.shape
+        out = torch.unflatten(out, -1, self.shape)
         if self.each == 1:
             torch.mul(left.mT, right, out=out)
-        else:
-            out.copy_(left.mT @ right)
+            return
+        # Temporary results that caches hold.
+        step = max(1, _CACHED // (groups * p * q * out.shape[1]))
+        for begin in range(0, len(left), step):
+            some, others = left[begin : begin + step], right[begin : begin + step]
+            # Products of small matrices take less time with the long side last.
+            made = (others.mT @ some).mT if q <= _NARROW < p else some.mT @ others
+            out[begin : begin + step] = made
 
     def combined(self, u: Tensor) -> Tensor:
         """The sum of all rows with weights `(samples, channels)`, flattened."""
@@ -259,6 +282,17 @@ class FactoredColumns(Columns):
                 pair.write(matrix)
                 found.append(matrix.square_().sum((0, 1)))
         return torch.stack(found).sum(0)
+
+    def some(self, vector: Tensor, most: int) -> tuple[Columns, Tensor]:
+        """See `Columns.some`."""
+        whole, part = super().some(vector, most)
+        groups, p, q = next(iter(self.pairs.values())).shape
+        step = min(self.width // most, max(1, p // _FEWEST))
+        if step < 2 or groups > 1:
+            return whole, part
+        part = part.view(p, q)[::step].reshape(-1)
+        cut = {i: Pair(pair.left[..., ::step], pair.right) for i, pair in self.pairs.items()}
+        return FactoredColumns(0, len(part), self.rows, cut), part
 
     def pieces(self, widest: int) -> Iterator[Columns]:
         """See `Columns.pieces`."""

@@ -413,10 +413,12 @@ def _robust(curvature: Tensor, gradient: Tensor, z: Tensor) -> Tensor:
     A loss `rho(z^2)` with a concave `rho` has `psi(z) / z = 2 rho'` at least as large as its
     second derivative. Where this holds for all entries of an output, the loss is taken for one.
     """
-    weights = gradient.abs() / _floored(z)
+    force, along = gradient.abs(), curvature * z.abs()
+    if not bool((along < _SHARE * force).any()):  # the usual case
+        return curvature
+    weights = force / _floored(z)
     upright = (gradient * z >= 0) & ((z != 0) | (gradient == 0))
-    margin = 1 + torch.finfo(z.dtype).eps ** 0.5
-    above = (gradient.abs() * margin >= curvature * z.abs()).logical_or_(z == 0)
+    above = (force * (1 + torch.finfo(z.dtype).eps ** 0.5) >= along).logical_or_(z == 0)
     chosen = (upright & above).all() & (curvature < _SHARE * weights)
     return torch.where(chosen, weights, curvature)
 

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative, Overwritten
 from torch_secondorder._foundation.checks import check_choice
-from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._objective.base import Evaluation
-from torch_secondorder.curvature._batched_jacobian import JacobianProducts
 from torch_secondorder.curvature._graph_jacobian import Rejected, graph_columns
-from torch_secondorder.curvature._jacobian_columns import Columns, Rows
-from torch_secondorder.curvature._jacobian_kernel import add_gram, kernel, mirror_
+from torch_secondorder.curvature._jacobian_kernel import add_gram, mirror_
+from torch_secondorder.curvature._local_jacobian import (
+    JacobianMethod,
+    LocalJacobian,
+    check_size,
+    rows_of,
+)
 from torch_secondorder.curvature._output_space import OutputSpace
 from torch_secondorder.curvature._residuals import Residuals
 
 __all__ = ["JacobianMethod", "ResidualJacobian"]
 
-#: The ways to the Jacobian: by the uses of each parameter in the graph, by vectorized backward
-#: passes for rows, or by vectorized double-vjps for columns.
-JacobianMethod: TypeAlias = Literal["graph", "rows", "columns"]
-
-# Elements of a Jacobian that is kept once it was made, and of a part that is made at a time.
-_KEPT, _PART = 2**24, 2**24
 # How far the gradient of the residuals may be off, beside a bound of its norm.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 3e-4}
+# Residuals that differ by less say nothing of samples that are mixed up.
+_SPREAD = 1e-3
 # Graphs of so many structures are remembered.
 _REMEMBERED = 64
+# Elements of the columns of all ranks that are sent at a time.
+_PART = 2**24
 
 
 class ResidualJacobian:
@@ -94,7 +94,8 @@ class ResidualJacobian:
             )
         linearization.check()
         self._linearization, self._evaluation = linearization, evaluation
-        self._ranks, self._vector = linearization.ranks, linearization.vector
+        self._ranks, self._params = linearization.ranks, linearization.vector.params
+        self._device = linearization.vector.device
         self.size = linearization.size
         self._kept: Tensor | None = None
         try:
@@ -104,95 +105,106 @@ class ResidualJacobian:
                 raise
             self._attach(method)
 
-    # Finding the way.
-
     def _attach(self, method: JacobianMethod | None) -> None:
+        ranks = self._ranks
         self._residuals = Residuals(self._linearization.graph)
-        self.finite = self._residuals.finite
-        self._rows = _rows_of(self._residuals)
-        self._columns: list[Columns] | None = None
+        counts = ranks.gather([row.stop for row in rows_of(self._residuals)[-1:]], self._device)
+        self._counts = [count for (count,) in counts]
+        self.rows = sum(self._counts)
+        if not self.rows:
+            raise ValueError("there is no residual: the outputs of the loss are empty")
+        self.finite = not ranks.any(not self._residuals.finite, self._device)
         self.reason = ""
+        found: LocalJacobian | None = None
         if method in (None, "graph"):
-            self._columns, self.reason = self._by_graph()
-            if method == "graph" and self.reason:
+            found, self.reason = self._by_graph()
+            if method == "graph" and found is None:
                 raise ValueError(
                     f'method="graph" does not work for this loss: {self.reason}. Leave the method '
                     "out, for rows or columns to be made by vectorized passes"
                 )
-        self.rows = self._rows[-1].stop
-        if self._columns is not None:
             method = "graph"
-        elif method is None:
-            method = "columns" if self._columns_are_cheaper() else "rows"
+        if found is None:
+            if method is None or method == "graph":
+                method = "columns" if self._columns_are_cheaper() else "rows"
+            rows = rows_of(self._residuals)
+            found = LocalJacobian(self._linearization, self._residuals, method, rows)
+        assert method is not None
         self.method: JacobianMethod = method
-        self._products = JacobianProducts(
-            self._linearization, self._residuals.space, self._residuals.blocks, self._rows
-        )
-        self.residuals = self._ordered([block.values for block in self._residuals.blocks])
+        self._local = found
+        self.residuals = self._gathered(found.ordered())
 
-    def _ordered(self, values: list[Tensor]) -> Tensor:
-        """One vector `(N,)` of tensors `(samples, channels)`, one for each block."""
-        result = torch.empty(
-            self._rows[-1].stop, dtype=self._vector.dtype, device=self._vector.device
-        )
-        for rows, value in zip(self._rows, values, strict=True):
-            rows.of(result).copy_(value.reshape(rows.samples, rows.channels))
-        return result
-
-    def _by_graph(self) -> tuple[list[Columns] | None, str]:
-        """The columns from the graph, or the reason why there are none."""
+    def _by_graph(self) -> tuple[LocalJacobian | None, str]:
+        """The Jacobian from the graph, or the reason why it does not come from there."""
         if not self.finite:
             return None, "residuals that are not finite"
         plans = self._linearization.registry.jacobians
         if len(plans) > _REMEMBERED:
             plans.clear()
         tensors, blocks = self._residuals.space.tensors, self._residuals.blocks
-        try:
-            for again in (False, True):
-                columns, rows = graph_columns(tensors, blocks, self._vector, plans, again=again)
-                if self._agrees(columns, rows):
-                    return columns, ""
-        except Rejected as rejected:
-            self._rows = _rows_of(self._residuals)
-            return None, str(rejected)
-        self._rows = _rows_of(self._residuals)
+        vector, device = self._linearization.vector, self._device
+        for again in (False, True):
+            found, reason = None, "an operation on another rank"
+            try:
+                columns, rows = graph_columns(tensors, blocks, vector, plans, again=again)
+                found = LocalJacobian(self._linearization, self._residuals, "graph", rows, columns)
+            except Rejected as rejected:
+                reason = str(rejected)
+            if self._ranks.any(found is None, device):
+                return None, reason
+            assert found is not None
+            if not self._ranks.any(not self._agrees(found), device):
+                return found, ""
         return None, "samples that depend on one another"
 
-    def _agrees(self, columns: list[Columns], rows: list[Rows]) -> bool:
+    def _agrees(self, found: LocalJacobian) -> bool:
         """True if the Jacobian, times the residuals, is the gradient."""
-        self._rows = rows
-        r = self._ordered([block.values for block in self._residuals.blocks])
-        expected = self._evaluation.grad
+        r, gradient = found.ordered(), self._evaluation.grad
         rest = self.rest_gradient
         if rest is not None:
-            expected = expected - rest
-        error = torch.linalg.vector_norm(_pulled(columns, r, self.size) - expected)
-        bound = torch.linalg.vector_norm(expected)
-        if columns:
-            squares = torch.stack([part.square() for part in columns]).sum()
-            bound = torch.maximum(bound, squares.sqrt() * torch.linalg.vector_norm(r))
-        return bool(error <= _TOLERANCE[_narrowest(self._residuals)] * bound)
+            gradient = gradient - rest
+        if self._ranks.count > 1:
+            # The error is that of the mean over the ranks, in place of this rank's.
+            own = found.pull(r)
+            gradient = gradient - self._ranks.average(own) + own
+        error, bound = found.error(r, gradient)
+        largest, least = r.abs().max(), r.abs().min()
+        read = torch.stack([error, bound, largest, least]).tolist()
+        tolerance = _TOLERANCE[_narrowest([r, *self._residuals.space.values, *self._params])]
+        agrees = bool(read[0] <= tolerance * read[1])
+        if agrees and read[2] - read[3] <= _SPREAD * read[2]:
+            # Weights that are all the same show nothing: sums of rows are right whatever they are.
+            u = torch.arange(found.count, dtype=r.dtype, device=r.device).mul_(2.4).sin_()
+            expected = found.by_backward(u)
+            error, bound = found.error(u, expected)
+            agrees = bool(error <= tolerance * bound)
+        return agrees
 
     def _columns_are_cheaper(self) -> bool:
         # A double-vjp takes two passes.
-        if 2 * self.size >= self.rows:
-            return False
-        try:
-            self._linearization.check_transposable()
-        except MissingSecondDerivative:
-            return False
-        return True
+        cheaper = 2 * self.size < self.rows
+        if cheaper:
+            try:
+                self._linearization.check_transposable()
+            except MissingSecondDerivative:
+                cheaper = False
+        return not self._ranks.any(not cheaper, self._device)
 
     # What is not in the residuals.
 
     @cached_property
     def rest_gradient(self) -> Tensor | None:
-        """The gradient of what is not in the residuals, `(n,)`, weight decay included."""
+        """The gradient of what is not in the residuals, `(n,)`, weight decay included.
+
+        None for zero.
+        """
         parts = self._residuals.rest_gradient()
         decay = self._linearization.decay_gradient()
-        if parts is None:
+        if not self._ranks.any(parts is not None, self._device):
             return decay
-        rest = self._vector.scaled(self._vector.gather(parts))
+        vector = self._linearization.vector
+        rest = vector.gather(parts if parts is not None else [None] * len(vector.params))
+        rest = vector.scaled(self._ranks.average_(rest))
         return rest if decay is None else rest + decay
 
     @cached_property
@@ -203,11 +215,13 @@ class ResidualJacobian:
         """
         parts = self._residuals.rest_diagonal()
         result: Tensor | float = 0.0
-        if parts is not None:
-            result = self._vector.scaled(self._vector.scaled(self._vector.gather(parts)))
+        vector = self._linearization.vector
+        if self._ranks.any(parts is not None, self._device):
+            rest = vector.gather(parts if parts is not None else [None] * len(vector.params))
+            result = vector.scaled(vector.scaled(self._ranks.average_(rest)))
         slots = self._linearization.slots()
         if any(slot.decay for slot in slots):
-            result = result + self._vector.expand([slot.decay for slot in slots])
+            result = result + vector.expand([slot.decay for slot in slots])
         return result
 
     # The matrix and products with it.
@@ -218,68 +232,25 @@ class ResidualJacobian:
         Raises:
             TooLarge: It does not fit into memory.
         """
-        if self._kept is not None:
-            return self._kept
-        self._check_fits("the Jacobian", self.rows, self.size)
-        if self._columns is None:
-            J = (
-                self._products.by_columns()
-                if self.method == "columns"
-                else self._products.by_rows()
-            )
-            self._kept = J
-            return J
-        J = torch.empty(self.rows, self.size, dtype=self._vector.dtype, device=self._vector.device)
-        for i, rows in enumerate(self._rows):
-            self._write(rows.of(J), i)
-        if J.numel() <= _KEPT:
-            self._kept = J
-        return J
-
-    def _write(self, out: Tensor, block: int, begin: int = 0, end: int | None = None) -> None:
-        """Fills `(samples, channels, n)`."""
-        assert self._columns is not None
-        if sum(part.width for part in self._columns) < self.size:
-            out.zero_()
-        for part in self._columns:
-            part.write(out[..., part.start : part.stop], block, begin, end)
-
-    def _check_fits(self, name: str, rows: int, columns: int) -> None:
-        check_fits(
-            name,
-            (rows, columns),
-            self._vector.dtype,
-            self._vector.device,
-            "use products with it, pull() and push(), or fewer residuals at a time",
-        )
+        if self._ranks.count == 1:
+            return self._local.dense()
+        if self._kept is None:
+            self._check_fits("the Jacobian", self.rows, self.size)
+            self._kept = self._gathered(self._local.dense())
+        return self._kept
 
     def pull(self, u: Tensor) -> Tensor:
         """`J'u`, from shape `(N,)` to `(n,)`."""
         self._check("pull", u, self.rows)
-        if self._kept is not None:
-            return self._kept.T @ u
-        if self._columns is not None:
-            return _pulled(self._columns, u, self.size)
-        self._linearization.check()
-        return self._products.pull(u[None])[0]
+        if self._ranks.count == 1:
+            return self._local.pull(u)
+        own = self._local.pull(u[self._own])
+        return self._ranks.average_(own).mul_(self._ranks.count**0.5)
 
     def push(self, v: Tensor) -> Tensor:
         """`J v`, from shape `(n,)` to `(N,)`."""
         self._check("push", v, self.size)
-        if self._kept is not None:
-            return self._kept @ v
-        if self._columns is None:
-            self._linearization.check()
-            self._linearization.check_transposable()
-            return self._products.push(v[None])[0].contiguous()
-        result = v.new_zeros(self.rows)
-        for part in self._columns:
-            part.add_push(v[part.start : part.stop], result)
-        return result
-
-    def _check(self, name: str, u: Tensor, size: int) -> None:
-        if u.shape != (size,):
-            raise ValueError(f"{name} takes a vector of shape ({size},), got {tuple(u.shape)}")
+        return self._gathered(self._local.push(v))
 
     def normal_matrix(self) -> Tensor:
         """`J'J`, shape `(n, n)`, symmetric to the last bit.
@@ -288,40 +259,11 @@ class ResidualJacobian:
             TooLarge: It does not fit into memory.
         """
         self._check_fits("J'J", self.size, self.size)
-        result = self._vector_zeros(self.size, self.size)
-        if self._kept is not None or self._columns is None or self.rows * self.size <= _KEPT:
-            J = self.dense()
-            if self.size <= 512:
-                return mirror_(J.T @ J)
-            add_gram(result, J.T)
-            return mirror_(result)
-        for part in self._parts():
-            add_gram(result, part.T)
-        return mirror_(result)
-
-    def _parts(self) -> Iterator[Tensor]:
-        """Some rows of `J` after the other, `(k, n)`, in any order."""
-        if self._columns is None or self._kept is not None:
-            yield self.dense()
-            return
-        for i, rows in enumerate(self._rows):
-            step = max(1, _PART // (self.size * rows.channels))
-            for begin in range(0, rows.samples, step):
-                end = min(begin + step, rows.samples)
-                shape = (end - begin, rows.channels, self.size)
-                part = torch.empty(shape, dtype=self._vector.dtype, device=self._vector.device)
-                self._write(part, i, begin, end)
-                yield part.flatten(0, 1)
+        return self._ranks.average_(self._local.normal_matrix())
 
     def diagonal(self) -> Tensor:
         """The diagonal of `J'J`, shape `(n,)`."""
-        if self._columns is None or self._kept is not None:
-            return self.dense().square().sum(0)
-        result = self._vector_zeros(self.size)
-        for part in self._columns:
-            for piece in part.pieces(max(1, _PART // self.rows)):
-                result[piece.start : piece.stop] = piece.squares()
-        return result
+        return self._ranks.average_(self._local.diagonal())
 
     def kernel(self, weights: Tensor | None = None) -> Tensor:
         """`J diag(weights) J'`, shape `(N, N)`; without forming `J` where that is cheaper.
@@ -335,12 +277,20 @@ class ResidualJacobian:
         if weights is not None:
             self._check("kernel", weights, self.size)
         self._check_fits("JJ'", self.rows, self.rows)
-        if self._columns is not None:
-            return kernel(self._columns, self._rows, weights, self.residuals)
-        J = self.dense()
-        result = self._vector_zeros(self.rows, self.rows)
-        add_gram(result, J, None if weights is None else J * weights)
+        if self._ranks.count == 1:
+            return self._local.kernel(weights)
+        like = self.residuals
+        result = like.new_zeros(self.rows, self.rows)
+        for begin, part in self._all_columns():
+            scale = None if weights is None else weights[begin : begin + part.shape[1]]
+            add_gram(result, part, None if scale is None else part * scale)
         return mirror_(result)
+
+    def _all_columns(self) -> Iterator[tuple[int, Tensor]]:
+        """Some columns after the other, with the rows of all ranks."""
+        step = max(1, _PART // self.rows)
+        for begin in range(0, self.size, step):
+            yield begin, self._gathered(self._local.between(begin, min(begin + step, self.size)))
 
     def change_to(self, evaluation: Evaluation) -> Tensor:
         """The change of the residuals to another point, as far as the outputs change: `(N,)`.
@@ -362,30 +312,34 @@ class ResidualJacobian:
                 "the outputs at the other point have other shapes: "
                 f"{[tuple(z.shape) for z in there]} and {[tuple(z.shape) for z in here]}"
             )
-        changes = [(z - z0)[None] for z, z0 in zip(there, here, strict=True)]
-        return self._products.collected(changes, 1)[0].contiguous()
+        changes = [z - z0 for z, z0 in zip(there, here, strict=True)]
+        return self._gathered(self._local.collected(changes))
 
-    def _vector_zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=self._vector.dtype, device=self._vector.device)
+    # Ranks.
+
+    @property
+    def _own(self) -> slice:
+        """The rows of this rank."""
+        begin = sum(self._counts[: self._ranks.own])
+        return slice(begin, begin + self._counts[self._ranks.own])
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """The rows of all ranks, each divided by the square root of the number of ranks."""
+        if self._ranks.count == 1:
+            return own
+        result = own.new_zeros(self.rows, *own.shape[1:])
+        result[self._own] = own
+        return self._ranks.average_(result).mul_(self._ranks.count**0.5)
+
+    def _check(self, name: str, u: Tensor, size: int) -> None:
+        if u.shape != (size,):
+            raise ValueError(f"{name} takes a vector of shape ({size},), got {tuple(u.shape)}")
+
+    def _check_fits(self, name: str, rows: int, columns: int) -> None:
+        vector = self._linearization.vector
+        check_size(name, rows, columns, vector.dtype, vector.device)
 
 
-def _pulled(columns: Sequence[Columns], u: Tensor, size: int) -> Tensor:
-    result = u.new_zeros(size)
-    for part in columns:
-        result[part.start : part.stop] = part.pull(u)
-    return result
-
-
-def _rows_of(residuals: Residuals) -> list[Rows]:
-    """The rows of all blocks, by samples where their channels have an order."""
-    found: list[Rows] = []
-    start = 0
-    for block in residuals.blocks:
-        found.append(Rows(start, block.samples, block.channels, block.scale is None))
-        start = found[-1].stop
-    return found
-
-
-def _narrowest(residuals: Residuals) -> torch.dtype:
-    dtypes = {z.dtype for z in residuals.space.values}
-    return torch.float32 if torch.float32 in dtypes else torch.float64
+def _narrowest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of least precision."""
+    return max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)

@@ -29,9 +29,10 @@ def lsmr(
     """Minimizes `|A x - b|^2 + damp^2 |x|^2` on a matrix-free operator, by LSMR.
 
     It is MINRES on the normal equations: `|A'r|`, what has to become zero, falls with every
-    iteration, and so does `|r|`. With `lsqr` only the latter falls, by little more, while `|A'r|`
-    goes up and down. So it is safer to stop LSMR early, and it meets the same tolerances sooner,
-    often much sooner. One more vector is held.
+    iteration, and so does `|r|`. With `lsqr` only the latter falls, by a little more, while `|A'r|`
+    goes up and down. So it is safer to stop LSMR early, and it meets the tolerance of a
+    least-squares solution sooner: the looser the tolerance and the larger the condition, the more
+    iterations it saves, up to half of them. One more vector is held.
 
     Arguments and tests are those of `lsqr`, except that the condition is estimated by the ratio of
     diagonal entries of the bidiagonal matrix, from below.
