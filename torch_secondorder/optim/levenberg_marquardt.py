@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, isfinite, nan
+from math import inf, isfinite, nan, sqrt
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -86,7 +86,8 @@ class LevenbergMarquardtInfo(BoundedInfo):
         damping: The damping of the next system; 0 without any.
         trust_radius: The trust radius of the next step; 0 without one.
         corrections: Further steps taken with a Jacobian that had given one already.
-        bend: The length of the last geodesic correction as a share of the step's; None without one.
+        bend: Twice the length of the last geodesic correction as a share of the step's, in the
+            metric; above 0.75 the correction was left out. None without one.
         solver: The last linear solver: `"primal"`, `"dual"` or `"cg"`; empty before the first one.
         factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"` or `"none"`.
         solver_iterations: Iterations of conjugate gradients.
@@ -200,7 +201,7 @@ class LevenbergMarquardt(FlatOptimizer):
     _radius: float  # of the next step; 0 before the first one
     _start: float  # the first damping or radius, which the rules' limits are relative to
     _largest: Tensor | None  # the largest values of the diagonal of J'J so far
-    _way: JacobianMethod | None  # to the Jacobian, once the fastest one has failed in a step
+    _way: JacobianMethod | None = None  # to the Jacobian, once the fastest one has failed in a step
     _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
     _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
@@ -316,7 +317,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if descent.objective.box is not None:
             descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
-        self._way, self._reason = None, ""
+        self._way, self._reason, self._outlook = None, "", Outlook()
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         """One iteration: a Jacobian, and the steps tried with it."""
@@ -396,8 +397,7 @@ class LevenbergMarquardt(FlatOptimizer):
         report.jacobians += 1
         report.rows, report.solver = jacobian.rows, system.name
         report.jacobian, report.reason = jacobian.method, jacobian.reason or self._reason
-        finite = bool(jacobian.residuals.isfinite().all()) and system.finite
-        return system if finite else None
+        return system if jacobian.finite and system.finite else None
 
     def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
         """The system with metric, center and bounds; makes the first damping."""
@@ -453,24 +453,21 @@ class LevenbergMarquardt(FlatOptimizer):
         self, problem: _Problem, trials: Trials, rule: DampingRule, descent: Descent
     ) -> Move | StepStatus:
         """A step with a damping that is raised until it lowers the loss."""
-        trial, first = None, self._damping
+        first = self._damping
         for failures in range(1, _ATTEMPTS + 1):
             damping = self._damping
             step = self._solved(problem, descent)
             if isinstance(step, StepStatus):
                 return step
-            proposal: Proposal | None = _proposal(step)
+            proposal = _proposal(step)
             if self.acceleration is not None:
                 proposal = self._accelerated(problem, step, descent)
-            if proposal is not None:
-                trial = trials.trial(proposal, descent.lr)
-                ratio = _gain_ratio(trials, proposal, trial)
-                if ratio > _ACCEPT:
-                    after: float = trial.payload.length / trials.point.length
-                    self._damping = rule.updated(
-                        damping, ratio, after, self._start, proposal.curvature
-                    )
-                    return Move(proposal, trial, ratio)
+            trial = trials.trial(proposal, descent.lr)
+            ratio = _gain_ratio(trials, proposal, trial)
+            if ratio > _ACCEPT:
+                after: float = trial.payload.length / trials.point.length
+                self._damping = rule.updated(damping, ratio, after, self._start, proposal.curvature)
+                return Move(proposal, trial, ratio)
             self._report.rejected += 1
             if trials.unresolved(_proposal(step)):
                 self._damping = first
@@ -478,8 +475,7 @@ class LevenbergMarquardt(FlatOptimizer):
             self._damping = rule.rejected(damping, failures, self._start)
             # A large damping leads to the center, which need not be a step of descent.
             problem = replace(problem, center=None)
-        hopeful = trial is None or trial.finite
-        return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
+        return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
     def _within_radius(
         self, problem: _Problem, trials: Trials, rule: TrustRegion, descent: Descent
@@ -535,30 +531,32 @@ class LevenbergMarquardt(FlatOptimizer):
         descent.step_length = lr
         return StepStatus.MOVED
 
-    def _accelerated(
-        self, problem: _Problem, step: DampedStep, descent: Descent
-    ) -> Proposal | None:
-        """The step with a geodesic correction; None where the correction is too large."""
-        system = problem.system
+    def _accelerated(self, problem: _Problem, step: DampedStep, descent: Descent) -> Proposal:
+        """The step with a geodesic correction; without it where it is too large."""
+        system, metric = problem.system, problem.metric
         image = system.products_along(step.x)
         bend = _bend(system.jacobian, step.x, image, descent)
         if bend is None:
             return _proposal(step)
-        half = system.accelerate(self._damping, problem.metric, bend).mul_(0.5)
+        half = system.accelerate(self._damping, metric, bend).mul_(0.5)
         x = step.x + half
         moved = image + system.products_along(half)
         grad = descent.point.grad
         assert grad is not None
-        rest = system.jacobian.rest_diagonal
-        size, slope, square, of_rest = descent.space.to_host(
-            sums=(half @ half, grad @ x, moved @ moved, x @ (rest * x))
+        scaled = (half, step.x) if metric is None else (metric * half, metric * step.x)
+        size, length, slope, square, of_rest = descent.space.to_host(
+            sums=(
+                scaled[0] @ half,
+                scaled[1] @ step.x,
+                grad @ x,
+                moved @ moved,
+                x @ (system.jacobian.rest_diagonal * x),
+            )
         )
-        ratio = 2.0 * size**0.5 / step.length
+        ratio = 2.0 * sqrt(size / length) if length else inf
         self._report.bend = ratio
-        if not ratio <= _BEND:
-            return None
         decrease = -(slope + 0.5 * (square + of_rest))
-        if not (slope < 0 and decrease > 0):
+        if not (ratio <= _BEND and slope < 0 and decrease > 0):
             return _proposal(step)
         return Proposal(x, slope, decrease, step.held, step.curvature)
 
