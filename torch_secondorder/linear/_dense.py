@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_number
+from torch_secondorder.solvers._units import power_of_two
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -152,6 +153,15 @@ def regularized(A: Tensor, columns: Tensor, penalties: Tensor) -> Regularized:
         bend = (x * (Q @ torch.linalg.solve_triangular(R.mT, w, upper=False))).sum(1)
     x, bend = (x[0], bend[0]) if count == 1 else (x[:, :, 0].T, bend[:, 0])
     return Regularized(x, bend, Q.square().sum((1, 2)))
+
+
+def column_norms(columns: Tensor) -> Tensor:
+    """Euclidean norms along the first dimension, whose squares may leave the range of the dtype."""
+    if not columns.numel():
+        return columns.new_zeros(columns.shape[1:])
+    unit = power_of_two(columns.detach().abs().amax(0))
+    norms: Tensor = torch.linalg.vector_norm(columns / unit, dim=0) * unit
+    return norms
 
 
 def needs_gradient(*tensors: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch_secondorder._foundation.report import Report
 from torch_secondorder.linear._dense import (
     Decomposition,
     check_dense,
+    column_norms,
     needs_gradient,
     with_gradient,
 )
@@ -91,6 +92,6 @@ def lstsq(A: Tensor, b: Tensor, *, rcond: float | None = None) -> LstsqResult:
         singular_values=factors.singular_values,
         condition=factors.condition,
         rcond=factors.rcond,
-        residual_norm=torch.linalg.vector_norm(b - A @ x, dim=0),
-        norm=torch.linalg.vector_norm(x, dim=0),
+        residual_norm=column_norms(b - A @ x),
+        norm=column_norms(x),
     )
