@@ -16,7 +16,13 @@ from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder.dataset import DatasetClosure
-from torch_secondorder.minimization import OptimizeResult, minimize
+from torch_secondorder.minimization import (
+    LeastSquaresResult,
+    OptimizeResult,
+    curve_fit,
+    least_squares,
+    minimize,
+)
 from torch_secondorder.optim import (
     BFGS,
     LBFGS,
@@ -56,6 +62,7 @@ __all__ = [
     "Evaluation",
     "FunctionalObjective",
     "LBFGSInfo",
+    "LeastSquaresResult",
     "LevenbergMarquardt",
     "LevenbergMarquardtInfo",
     "MissingSecondDerivative",
@@ -72,10 +79,12 @@ __all__ = [
     "StepInfo",
     "StepStatus",
     "curvature",
+    "curve_fit",
     "dataset",
     "diagnostics",
     "func",
     "globalization",
+    "least_squares",
     "linear",
     "mark_outputs",
     "minimization",

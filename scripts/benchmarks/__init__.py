@@ -18,6 +18,7 @@ from . import (
     penalties,
     products,
     quasi_newton,
+    residuals,
 )
 from .registry import COMMANDS, Command, Options, command
 
@@ -40,4 +41,5 @@ __all__ = [
     "penalties",
     "products",
     "quasi_newton",
+    "residuals",
 ]

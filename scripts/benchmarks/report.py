@@ -25,6 +25,7 @@ _PEERS = (
     "pytorch-minimize",
     "optimistix",
     "jax",
+    "torch-levenberg-marquardt",
     "torch-optimizer",
     "hessianfree",
 )

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 
 from tests.support.ranks import on_both, run_on_ranks
 from torch_secondorder import LBFGS, AdaHessian, DatasetClosure, NewtonCG, Sophia, StepStatus
+from torch_secondorder._objective.base import Regularization
+from torch_secondorder.dataset._objective import DatasetObjective
+from torch_secondorder.dataset._residuals import BatchResiduals
 
 pytestmark = [
     pytest.mark.slow,
@@ -138,6 +141,20 @@ def count_messages(rank: int, ranks: int) -> list[Any]:
     return counts
 
 
+def sum_residuals(rank: int, ranks: int) -> list[Any]:
+    """Normal equations of the same residuals, on whichever rank."""
+    found: list[Any] = []
+    for options in ({}, {"uneven": True}):
+        closure = closure_of(rank, ranks, **options)
+        decay = Regularization(weight_decay=0.1)
+        objective = DatasetObjective.for_step(closure, closure.model.parameters(), decay)
+        objective.evaluate(curvature="jacobian")  # finds the ranks
+        residuals = BatchResiduals(objective)
+        found += [residuals.rows, residuals.normal_matrix(), residuals.rest_diagonal]
+        found.append(residuals.finite)
+    return found
+
+
 def checks(rank: int, ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in OPTIMIZERS | DRAWING:
@@ -145,6 +162,7 @@ def checks(rank: int, ranks: int) -> dict[str, Any]:
     for name in SETTINGS:
         found[name] = run_setting(name, rank, ranks)
     found["nan"] = run_nan(rank, ranks)
+    found["residuals"] = sum_residuals(rank, ranks)
     if ranks > 1:
         found["messages"] = count_messages(rank, ranks)
     return found
@@ -169,6 +187,13 @@ def test_two_ranks_are_one_process_with_all_data(
 ) -> None:
     torch.testing.assert_close(found[name], alone[name], rtol=1e-12, atol=1e-12)
     assert found[name][0][-1] < found[name][0][0]
+
+
+def test_normal_equations_of_two_ranks_are_those_of_all_data(
+    found: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    assert found["residuals"][0] == 44
+    torch.testing.assert_close(found["residuals"], alone["residuals"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", DRAWING)

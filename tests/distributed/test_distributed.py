@@ -76,6 +76,8 @@ def multiply(rank: int, ranks: int) -> list[Any]:
         found += [Fisher(evaluation, labels="empirical") @ eye]
         found += [Hessian(evaluation) @ eye[0], objective.trial(eye[0]).loss]
         objective.settle()
+        first = objective.evaluate(curvature="jacobian")
+        found += [first.loss, first.grad, GaussNewton(first) @ eye]
         share.closure()
         found += share.gradients()
     return found
@@ -90,7 +92,9 @@ def call_a_function(rank: int, ranks: int) -> list[Any]:
     objective = FunctionalObjective(function, dict(share.model.named_parameters()))
     plain, curved = objective.evaluate(), objective.evaluate(curvature=True)
     eye = torch.eye(objective.vector.size, dtype=torch.float64)
-    return [plain.loss, plain.grad, curved.loss, curved.grad, Hessian(curved) @ eye]
+    first = objective.evaluate(curvature="jacobian")
+    found = [plain.loss, plain.grad, curved.loss, curved.grad, Hessian(curved) @ eye]
+    return [*found, first.loss, first.grad, GaussNewton(first) @ eye]
 
 
 def meet_nan(rank: int, ranks: int) -> list[Any]:

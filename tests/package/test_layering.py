@@ -68,7 +68,7 @@ RULES = Rules(
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
             "penalties _optim"
         ),
-        "minimization": "_foundation _autograd _closure _objective _optim optim",
+        "minimization": "_foundation _autograd _closure _objective curvature _optim optim",
         "__init__": (
             "_foundation _autograd func _closure _objective curvature solvers linear globalization "
             "penalties dataset diagnostics optim minimization"
@@ -86,6 +86,7 @@ RULES = Rules(
         "penalties._encoder": "optim integrations",
         "solvers._box_quadratic": "_optim optim",
         "solvers._boxed_dense": "optim",
+        "solvers._residual_region": "optim",
         "solvers._units": "_optim linear",
     },
     reserved={

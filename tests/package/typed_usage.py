@@ -29,6 +29,7 @@ from torch_secondorder import (
     Evaluation,
     FunctionalObjective,
     LBFGSInfo,
+    LeastSquaresResult,
     LevenbergMarquardt,
     LevenbergMarquardtInfo,
     MissingSecondDerivative,
@@ -44,6 +45,8 @@ from torch_secondorder import (
     SophiaInfo,
     StepInfo,
     StepStatus,
+    curve_fit,
+    least_squares,
     mark_outputs,
     minimize,
 )
@@ -58,15 +61,17 @@ from torch_secondorder.curvature import (
     GaussNewtonBartlett,
     Hessian,
     Hutchinson,
+    InseparableLoss,
     InverseBFGS,
     InverseBroyden,
+    JacobianMethod,
     KroneckerFactors,
     LinearOperator,
     ReducedBroyden,
+    ResidualJacobian,
     UnknownOutputs,
     exact_diagonal,
 )
-from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
 from torch_secondorder.diagnostics import (
     Definiteness,
     Eigenpairs,
@@ -275,6 +280,28 @@ def minimizing_a_function() -> None:
         minimize(cost, start, jac="4-point")  # type: ignore[arg-type]
 
 
+def fitting_curves() -> None:
+    x = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+
+    def curve(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return a * torch.exp(b * x)
+
+    def residuals(p: Tensor) -> Tensor:
+        return curve(x, p[0], p[1]) - x
+
+    result = least_squares(residuals, [1.0, 0.5], (0, 2), loss="huber", f_scale=0.1)
+    assert_type(result, LeastSquaresResult)
+    assert_type(result.cost, float)
+    assert_type(result.njev, int)
+    parameters, covariance = curve_fit(curve, x, x.square(), sigma=torch.ones(5))
+    assert_type(parameters, Tensor)
+    assert_type(covariance, Tensor)
+    *_, report = curve_fit(curve, x, x.square(), [1.0, 0.5], full_output=True)
+    assert_type(report, LeastSquaresResult | Tensor)
+    with refusal():
+        least_squares(residuals, [1.0, 0.5], loss="square")  # type: ignore[arg-type]
+
+
 def groups() -> None:
     model, x, y = model_and_data()
     weights: list[dict[str, Any]] = [
@@ -413,6 +440,9 @@ def functions_in_place_of_closures() -> None:
     objective = FunctionalObjective(loss, dict(model.named_parameters()), compile=False)
     assert_type(LBFGS(model.parameters()).step(objective), Tensor)
     assert_type(Sophia(model.parameters()).step(objective), Tensor)
+    assert_type(objective.evaluate(curvature="jacobian"), Evaluation)
+    with refusal():
+        objective.evaluate(curvature="residuals")  # type: ignore[arg-type]
 
 
 def whole_data_sets() -> None:
@@ -445,7 +475,7 @@ def operators() -> None:
         GaussNewton(evaluation)
     except MissingSecondDerivative as error:
         assert_type(error.operation, str)
-    except UnknownOutputs:
+    except (InseparableLoss, UnknownOutputs):
         pass
     v = torch.ones(2)
     assert_type(hessian @ v, Tensor)
@@ -470,6 +500,24 @@ def operators() -> None:
     assert len(estimators) == 2
     with refusal():
         Hutchinson(distribution="cauchy")  # type: ignore[arg-type]
+
+
+def jacobian_of_residuals() -> None:
+    model, x, y = model_and_data()
+    objective = ClosureObjective(
+        lambda: torch.nn.functional.mse_loss(model(x), y), model.parameters()
+    )
+    ways: list[JacobianMethod] = ["graph", "rows", "columns"]
+    J = ResidualJacobian(objective.evaluate(curvature="jacobian"), method=ways[0])
+    assert_type(J.method, JacobianMethod)
+    assert_type(J.reason, str)
+    assert_type(J.dense(), Tensor)
+    assert_type(J.pull(J.residuals), Tensor)
+    assert_type(J.push(torch.ones(J.size)), Tensor)
+    assert_type(J.normal_matrix(), Tensor)
+    assert_type(J.kernel(torch.ones(J.size)), Tensor)
+    with refusal():
+        ResidualJacobian(objective.evaluate(curvature="jacobian"), method="vmap")  # type: ignore[arg-type]
 
 
 def curvature_by_outputs() -> None:

@@ -60,6 +60,12 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["quasi_newton", "--part", "nonlinear_cg"], "quasi_newton.nonlinear_cg.over", "shanno"),
         (["quasi_newton", "--part", "problems"], "quasi_newton.problems", "BFGS, ssbroyden"),
         (["quasi_newton", "--part", "iteration"], "quasi_newton.iteration.", "bfgs / bound"),
+        (["residuals", "--part", "jacobian"], "residuals.jacobian.CNN", "vmap(jacrev)"),
+        (["residuals", "--part", "kernel"], "residuals.kernel", "cross-entropy"),
+        (["residuals", "--part", "problems"], "residuals.problems", "rosenbrock"),
+        (["residuals", "--part", "nist"], "residuals.nist", "MGH17, start 2"),
+        (["residuals", "--part", "pinn"], "residuals.pinn.ours", "s to 0.001"),
+        (["residuals", "--part", "iteration"], "residuals.iteration.curve", "One iteration"),
         (["linear"], "linear.consistent.", "matrix-free"),
         (["lightning"], "lightning.MLP", "Lightning's own"),
         (["minimize", "--part", "exact"], "minimize.exact", "newton-cg"),
@@ -130,6 +136,46 @@ def test_the_convection_problem_has_the_solution_that_it_states(
     for ours, theirs in zip(samples, others, strict=True):
         assert theirs.loss == pytest.approx(ours.loss, rel=1e-9)
         assert theirs.error == pytest.approx(ours.error, rel=1e-9)
+
+
+def test_residual_problems_are_the_roots_of_the_test_functions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = importlib.import_module("benchmarks.residual_problems")
+    functions = {p.name: p.function for p in module.load_problems(torch.device("cpu"))}
+    problems = module.classical(torch.device("cpu"))
+    assert len(problems) == len(module.FUNCTIONS)
+    for problem in problems:
+        for x in (problem.start, problem.start + 0.1 * torch.arange(len(problem.start))):
+            square = problem.residuals(x).square().sum()
+            torch.testing.assert_close(square, functions[problem.name](x), rtol=1e-10, atol=0.0)
+
+
+def test_digits_of_residual_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = importlib.import_module("benchmarks.residual_problems")
+    start = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    certified = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    free = module.ResidualProblem("zero", lambda x: x, start, (0.0,))
+    assert free.digits(start) == 0.0
+    assert free.digits(1e-3 * start) == pytest.approx(6.0)
+    assert free.digits(0.0 * start) == 11.0
+    known = module.ResidualProblem("certified", lambda x: x, start, (5.0,), certified)
+    assert known.digits(certified * (1.0 + 1e-4)) == pytest.approx(4.0)
+    assert known.digits(certified * float("nan")) == 0.0
+    assert known.reached(5.0) and not known.reached(5.1) and not known.reached(4.0)
+
+
+def test_the_ways_to_a_jacobian_are_compared_with_one_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = importlib.import_module("benchmarks.residual_jacobian")
+    exact = torch.ones(2, 3)
+    module._agree("equal", exact + 1e-12, exact)
+    with pytest.raises(AssertionError, match="other: the Jacobian differs by"):
+        module._agree("other", 1.001 * exact, exact)
 
 
 def test_an_unknown_sub_command_is_rejected_with_the_known_ones() -> None:

@@ -110,6 +110,21 @@ def with_second_derivatives(
     return found
 
 
+def geometry_of(node: Any) -> tuple[Tensor, _Geometry] | None:
+    """The input and the geometry of a convolution in a graph; None for a transposed one.
+
+    Args:
+        node: `ConvolutionBackward0`, or that of `convolution`.
+    """
+    if type(node).__name__ == _NODE:
+        return node.saved_tensors[0].detach(), node.geometry
+    if node._saved_transposed:
+        return None
+    parts = (node._saved_stride, node._saved_padding, node._saved_dilation)
+    stride, padding, dilation = map(list, parts)
+    return node._saved_input.detach(), (stride, padding, dilation, node._saved_groups)
+
+
 def _each(value: Any, dims: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values
@@ -166,6 +181,10 @@ class _Convolution(Function):
         again = torch.is_grad_enabled() and not _batched(g)
         derive = _ConvolutionBackward.apply if again else _backward
         return (*derive(g, x, w, ctx.geometry, wanted), None)
+
+
+#: The name of the node that `convolution` makes.
+_NODE = "_ConvolutionBackward"
 
 
 class _ConvolutionBackward(Function):

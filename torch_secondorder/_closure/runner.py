@@ -114,6 +114,7 @@ class ModuleRegistry:
         precision: The largest machine epsilon that modules of `fully_shard` compute with by their
             policy; 0 where none has one.
         graphs: The kinds of graphs that were checked, see `Graph.check_once`.
+        jacobians: What is known of the Jacobians of graphs, by their structure.
         sharded: The modules of `fully_shard` that were called.
         moving: Whether modules other than PyTorch's normalization layers were seen to move buffers.
     """
@@ -134,6 +135,7 @@ class ModuleRegistry:
         self.sharded: WeakSet[Any] = WeakSet()
         self._known: dict[str, set[object]] = {}  # closures by the notes on them
         self.graphs: set[Hashable] = set()
+        self.jacobians: dict[Hashable, Any] = {}
 
     def knows(self, source: Callable[..., Any], what: str) -> bool:
         """True if a note was made on a closure like this one.

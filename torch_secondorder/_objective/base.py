@@ -216,6 +216,28 @@ class Linearization:
         """The place of each parameter in the work vector."""
         return self._objective.slots()
 
+    @property
+    def vector(self) -> ParameterVector:
+        """The map from the parameters to the work vector."""
+        return self._objective.vector
+
+    @property
+    def registry(self) -> ModuleRegistry:
+        """The record of modules, graphs and closures."""
+        return self._objective.registry
+
+    @property
+    def maximizes(self) -> bool:
+        """True if the loss is maximized."""
+        return self._objective._sign < 0
+
+    def decay_gradient(self) -> Tensor | None:
+        """The part of the gradient that weight decay adds, `(n,)`; None for zeros."""
+        objective = self._objective
+        if not objective._decays:
+            return None
+        return objective.vector.scaled(objective._decay * objective.position)
+
     def check_transposable(self) -> None:
         """See `Graph.check_transposable`."""
         self.graph.check_transposable(self._objective.registry.graphs)

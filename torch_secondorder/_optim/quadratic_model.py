@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_secondorder._objective.base import Evaluation, Objective
+from torch_secondorder._objective.base import Curvature, Evaluation, Objective
 from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder.curvature import Damped, Diagonal, FiniteDifference, LinearOperator
@@ -144,12 +144,13 @@ class Trials:
     Args:
         descent: The step; proposals begin at its current point.
         tally: The counts of the step.
-        keeps_graphs: Whether trials keep their graph, for the next model. Keeping it costs much
-            less than another evaluation.
+        keeps_graphs: Whether trials keep their graph, and which, see `Objective.evaluate`. Keeping
+            it costs much less than another evaluation.
         keeps_gradients: Whether trials without a graph keep their gradient.
 
     Attributes:
         allowance: Changes of the loss up to this are rounding errors.
+        space: Makes inner products.
         longest: The longest step along a proposal.
     """
 
@@ -157,7 +158,7 @@ class Trials:
         self,
         descent: Descent,
         tally: Tally,
-        keeps_graphs: bool = False,
+        keeps_graphs: Curvature = False,
         keeps_gradients: bool = False,
     ) -> None:
         point, objective = descent.point, descent.objective
@@ -168,7 +169,7 @@ class Trials:
         self.precision = objective.vector.precision
         self._descent = descent
         self._objective = objective
-        self._space = descent.space
+        self.space = descent.space
         self._unit = unit = unit_of(point.length, point.grad.dtype)
         self._grad = point.grad if unit == 1.0 else point.grad / unit
         self.allowance = ROUNDING * self.precision * abs(point.loss)
@@ -177,7 +178,7 @@ class Trials:
 
     def propose(self, direction: Tensor, decrease: float, damping: float) -> Proposal:
         """A proposal along a solution of the damped system, whose quadratic fell by `decrease`."""
-        slope, square = self._space.to_host(sums=(self._grad @ direction, direction @ direction))
+        slope, square = self.space.to_host(sums=(self._grad @ direction, direction @ direction))
         slope, lifted = slope * self._unit, damping * square
         decrease += 0.5 * lifted
         curvature = -2.0 * (slope + decrease) / square if square else inf
@@ -192,13 +193,13 @@ class Trials:
         if box is not None:
             there = box.moved(self._objective.position, proposal.direction, t)
             measured = box.projected(there, grad)
-        slope, grad_norm, length, loss = self._space.to_host(
+        slope, grad_norm, length, loss = self.space.to_host(
             sums=(scaled @ proposal.direction,),
             largest=(measured,),
             norms=(torch.linalg.vector_norm(measured),),
             whole=(evaluation.loss,),
         )
-        length = self._space.true_norm(measured, grad_norm, length)
+        length = self.space.true_norm(measured, grad_norm, length)
         # The gradient is a vector: without a graph it is not kept, and computed anew if needed.
         kept = evaluation.linearization is not None
         point = Point(
@@ -339,11 +340,11 @@ class Model(Trials):
         inverse = self._inverse(damping)
         if self._kept is not None:
             v = torch.where(self._kept, self._grad, 0.0)
-            before, after = self._space.to_host(largest=(v, inverse.matvec(v)))
+            before, after = self.space.to_host(largest=(v, inverse.matvec(v)))
             inverse = Masked(inverse, self._kept, after / before if before and after else 1.0)
         if self._unit == 1.0:
             return inverse, 1.0
-        before, after = self._space.to_host(largest=(self._grad, inverse.matvec(self._grad)))
+        before, after = self.space.to_host(largest=(self._grad, inverse.matvec(self._grad)))
         unit = unit_of(after / before if before else 1.0, inverse.dtype)
         return Rescaled(inverse, unit), sqrt(unit)
 
@@ -366,7 +367,7 @@ class Model(Trials):
         if damping:
             image = image.add(z, alpha=damping / self._unit)
         self.tally.products += 1
-        (largest,) = self._space.to_host(largest=(image,))
+        (largest,) = self.space.to_host(largest=(image,))
         if not isfinite(largest) and self._repair():
             return self.along_gradient(damping, metric)
         if metric or self._inverse is None:
@@ -374,12 +375,12 @@ class Model(Trials):
         unit = unit_of(largest, image.dtype)
         scaled = image / unit
         of_scaled = scaled if inverse is None else inverse.matvec(scaled)
-        squares = self._space.to_host(sums=(self._grad @ z, scaled @ of_scaled))
+        squares = self.space.to_host(sums=(self._grad @ z, scaled @ of_scaled))
         norm, change = (sqrt(max(square, 0.0)) for square in squares)
         if 0.0 < change < inf and norm > 0.0:
             change *= unit
             return change / norm * self._unit, norm * (norm / change) / stretch
-        (size,) = self._space.to_host(norms=[torch.linalg.vector_norm(self._objective.position)])
+        (size,) = self.space.to_host(norms=[torch.linalg.vector_norm(self._objective.position)])
         return self.point.length / (size or 1.0), size or 1.0
 
 

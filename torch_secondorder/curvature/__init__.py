@@ -1,5 +1,6 @@
 """Curvature as matrix-free linear operators."""
 
+from torch_secondorder.curvature._loss_structure import InseparableLoss
 from torch_secondorder.curvature._output_space import UnknownOutputs
 from torch_secondorder.curvature.base import Damped, Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.curvature.diagonal import (
@@ -16,6 +17,7 @@ from torch_secondorder.curvature.inverse_bfgs import InverseBFGS
 from torch_secondorder.curvature.inverse_broyden import InverseBroyden
 from torch_secondorder.curvature.kronecker import KroneckerFactors
 from torch_secondorder.curvature.reduced_broyden import ReducedBroyden
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod, ResidualJacobian
 
 __all__ = [
     "Damped",
@@ -28,11 +30,14 @@ __all__ = [
     "GaussNewtonBartlett",
     "Hessian",
     "Hutchinson",
+    "InseparableLoss",
     "InverseBFGS",
     "InverseBroyden",
+    "JacobianMethod",
     "KroneckerFactors",
     "LinearOperator",
     "ReducedBroyden",
+    "ResidualJacobian",
     "UnknownOutputs",
     "exact_diagonal",
 ]

@@ -61,13 +61,16 @@ class Unsettled:
     finite: bool = True
 
 
-def diagonal_of(product: Product, values: Sequence[Tensor], places: Sequence[int]) -> Unsettled:
+def diagonal_of(
+    product: Product, values: Sequence[Tensor], places: Sequence[int], precision: float
+) -> Unsettled:
     """Finds the outputs by which a curvature is diagonal, with two products.
 
     Args:
         product: Multiplies with the curvature.
         values: All outputs.
         places: Those that it is by.
+        precision: The machine epsilon that it is computed with.
     """
     if not places:
         return Unsettled({}, [])
@@ -79,7 +82,7 @@ def diagonal_of(product: Product, values: Sequence[Tensor], places: Sequence[int
         expected = _real(ones[i]) * _real(signs[i])
         size = torch.maximum(_largest(expected), _largest(_real(found[i])))
         error = _largest(_real(found[i]) - expected)
-        flags += [size.isfinite(), error <= _tolerance(expected.dtype) * size]
+        flags += [size.isfinite(), error <= _tolerance(precision) * size]
     read = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
     if not all(read[::2]):
         return Unsettled({i: ones[i] for i in places}, [], finite=False)
@@ -88,7 +91,7 @@ def diagonal_of(product: Product, values: Sequence[Tensor], places: Sequence[int
 
 
 def structure_of(
-    product: Product, values: Sequence[Tensor], unsettled: Unsettled
+    product: Product, values: Sequence[Tensor], unsettled: Unsettled, precision: float
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """Finds the blocks of samples where a curvature is not diagonal.
 
@@ -96,6 +99,7 @@ def structure_of(
         product: Multiplies with the curvature.
         values: All outputs.
         unsettled: From `diagonal_of`.
+        precision: See `diagonal_of`.
 
     Yields:
         Outputs that have the same samples, and blocks `(samples, entries, entries)`, whose entries
@@ -109,15 +113,16 @@ def structure_of(
     for i in unsettled.others:
         z = values[i]
         groups.setdefault((samples_in(z.shape), z.dtype, z.device), []).append(i)
-    for (samples, _, _), places in groups.items():
-        _check_separate(product, values, places, samples)
-        yield tuple(places), _blocks(product, values, places, samples)
+    for places in groups.values():
+        _check_separate(product, values, places, precision)
+        yield tuple(places), _blocks(product, values, places, precision)
 
 
 def _check_separate(
-    product: Product, values: Sequence[Tensor], places: list[int], samples: int
+    product: Product, values: Sequence[Tensor], places: list[int], precision: float
 ) -> None:
     """Raises where half of the samples changes the gradient by the others, or by other outputs."""
+    samples = samples_in(values[places[0]].shape)
     half = _half(samples)
     given, beside = {}, {}
     for i in places:
@@ -128,15 +133,18 @@ def _check_separate(
     found = _multiplied(product, values, given)
     size = torch.stack([_largest(f) for f in found.values()]).amax()
     leaks = [_largest(f * beside[i] if i in beside else f) for i, f in found.items()]
-    if bool(torch.stack(leaks).amax() > _tolerance(size.dtype) * size):
+    if bool(torch.stack(leaks).amax() > _tolerance(precision) * size):
         raise InseparableLoss(_INSEPARABLE)
 
 
-def _blocks(product: Product, values: Sequence[Tensor], places: list[int], samples: int) -> Tensor:
+def _blocks(
+    product: Product, values: Sequence[Tensor], places: list[int], precision: float
+) -> Tensor:
     """The blocks of all samples, by a product for each entry of a sample."""
     shapes = [values[i].shape for i in places]
     entries = sum(math.prod(shape[1:]) for shape in shapes)
     like = values[places[0]]
+    samples = samples_in(like.shape)
     check_fits(
         "the curvature of the loss by the outputs of each sample",
         (samples, entries, entries),
@@ -167,7 +175,7 @@ def _blocks(product: Product, values: Sequence[Tensor], places: list[int], sampl
     signs = [_signs(values[i], i + 1) for i in places]
     expected = torch.einsum("nij,nj->ni", blocks, join_entries(signs, shapes))
     error = join_entries([m for m in multiply(signs, False) if m is not None], shapes) - expected
-    if bool(_largest(error) > _tolerance(like.dtype) * _largest(expected)):
+    if bool(_largest(error) > _tolerance(precision) * _largest(expected)):
         raise InseparableLoss(_INSEPARABLE)
     return blocks
 
@@ -181,9 +189,9 @@ def _multiplied(
     return result | {i: p for i, p in enumerate(found) if p is not None}
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def _tolerance(precision: float) -> float:
     """Errors relative to the largest entry that are taken for rounding."""
-    return float(torch.finfo(dtype).eps ** (2 / 3))
+    return float(precision ** (2 / 3))
 
 
 def _largest(tensor: Tensor) -> Tensor:

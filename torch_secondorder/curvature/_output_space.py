@@ -77,7 +77,7 @@ class OutputSpace:
 
     @property
     def params(self) -> Sequence[Tensor]:
-        """What the loss was differentiated with respect to."""
+        """The tensors that the loss was differentiated with respect to."""
         return self._graph.params
 
     @cached_property
@@ -94,6 +94,11 @@ class OutputSpace:
         changes = _derivative(pulled, weights, tangents, batched)
         products = between(changes, batched)
         return _derivative(self.tensors, self._graph.params, products, batched)
+
+    def push(self, tangents: Sequence[Tensor], batched: bool = False) -> Tensors:
+        """`J v`: from tensors shaped like the parameters to changes of the outputs."""
+        pulled, weights = self._pulled
+        return _derivative(pulled, weights, tangents, batched)
 
     def pull_each(self, cotangents: Sequence[Tensors]) -> Tensors:
         """`J' u` for several `u`, stacked; in one vectorized pass where operations allow."""

@@ -63,7 +63,7 @@ class DiagonalRoot(Root):
 
     def spread(self, u: Tensor) -> tuple[Tensor, ...]:
         """See `Root.spread`."""
-        scaled = u.reshape(*u.shape[:-2], *self.scale.shape) * self.scale
+        scaled = u.reshape(u.shape[:-2] + self.scale.shape) * self.scale
         return tuple(scaled if sign > 0 else -scaled for sign in self._signs)
 
     def collect(self, tangents: Sequence[Tensor]) -> Tensor:
@@ -78,10 +78,10 @@ class SoftmaxRoot(Root):
     """A root of `w (diag(p) - p p')` with a column less than there are classes.
 
     With `s = sqrt(p)` the matrix is `w diag(s) (I - s s') diag(s)`, and `I - s s'` projects on what
-    is orthogonal to `s`. A reflection that maps `s` to the last unit vector has an orthonormal
-    basis of that space in its other columns. Column `j` of the root is then
-    `sqrt(w) s_j (e_j - t)`, with `t_i = p_i / (1 + s_C)` for all classes but the last one, `C`, and
-    `t_C = s_C`.
+    is orthogonal to `s`. A reflection that maps `s` to a unit vector, that of the most probable
+    class `k`, has an orthonormal basis of that space in its other columns. Column `j` of the root
+    is then `sqrt(w) s_j (e_j - t)`, with `t_k = s_k`, and `t_i = p_i / (1 + s_k)` for all other
+    classes. These are below a half, and nothing cancels.
 
     Args:
         logits: The output: `(C,)` for one sample, else `(samples, C, ...)`.
@@ -99,35 +99,49 @@ class SoftmaxRoot(Root):
         self._classes = logits.shape[1] if logits.dim() > 1 else logits.shape[0]
         self._positions = math.prod(logits.shape[2:])
         self.channels = max(self._classes - 1, 0) * self._positions
-        s = torch.log_softmax(self._by_classes(logits), -2).div_(2).exp_()
+        self._w = weight.reshape(self.samples, 1, self._positions).sqrt()
+        logits = logits.reshape(self.samples, self._classes, self._positions)
+        # The most probable class and the last one change places.
+        order = torch.arange(self._classes, device=logits.device)[:, None].expand(logits.shape)
+        if logits.numel():
+            most = logits.argmax(1, keepdim=True)
+            order = order.masked_fill(order == most, self._classes - 1)
+            order[:, -1:] = most
+        self._order = order
+        s = torch.log_softmax(self._swapped(logits), 1).div_(2).exp_()
         # Below, a probability is not a normal number, and what is divided by its root may overflow.
         self._s = s.masked_fill_(s < math.sqrt(torch.finfo(s.dtype).tiny), 0.0)
-        self._w = weight.reshape(self.samples, 1, self._positions).sqrt()
         self._t = self._s.square()
         self._t[:, :-1] /= 1 + self._s[:, -1:]
         self._t[:, -1:] = self._s[:, -1:]
 
+    def _swapped(self, tangent: Tensor) -> Tensor:
+        """Two classes of `(..., samples, classes, positions)` change places, or change back."""
+        return tangent.gather(-2, self._order.expand(tangent.shape))
+
     def _by_classes(self, tangent: Tensor) -> Tensor:
-        """A tensor `(..., *shape)` as `(..., samples, classes, positions)`."""
+        """A tensor `(..., *shape)` as `(..., samples, classes, positions)`, classes swapped."""
         batch = tangent.shape[: tangent.dim() - len(self._shape)]
-        return tangent.reshape(*batch, self.samples, self._classes, self._positions)
+        shape = (*batch, self.samples, self._classes, self._positions)
+        return self._swapped(tangent.reshape(shape).to(self._s.dtype))
 
     def spread(self, u: Tensor) -> tuple[Tensor, ...]:
         """See `Root.spread`."""
-        scaled = u.reshape(*u.shape[:-1], self._classes - 1, self._positions) * self._s[:, :-1]
+        shape = (*u.shape[:-1], max(self._classes - 1, 0), self._positions)
+        scaled = u.reshape(shape) * self._s[:, :-1]
         result = -self._t * scaled.sum(-2, keepdim=True)
         result[..., :-1, :] += scaled
-        return (result.mul_(self._w).reshape(*u.shape[:-2], *self._shape),)
+        return (self._swapped(result.mul_(self._w)).reshape(*u.shape[:-2], *self._shape),)
 
     def collect(self, tangents: Sequence[Tensor]) -> Tensor:
         """See `Root.collect`."""
-        tangent = self._by_classes(tangents[0]).to(self._s.dtype)
+        tangent = self._by_classes(tangents[0])
         mean = (self._t * tangent).sum(-2, keepdim=True)
         found = self._w * self._s[:, :-1] * (tangent[..., :-1, :] - mean)
         return found.reshape(*found.shape[:-2], self.channels)
 
     def solve(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The residuals of least norm for a gradient by the logits, and what they leave of it.
+        """The residuals for a gradient by the logits, and what they leave of it.
 
         Args:
             gradient: `g`, shaped like the logits; its sum over classes is zero.
@@ -139,11 +153,10 @@ class SoftmaxRoot(Root):
         g, s, last = self._by_classes(gradient), self._s, self._s[:, -1:]
         ratio = torch.where((s > 0) & (self._w > 0), g / s / self._w, 0.0)
         values = ratio[:, :-1] - s[:, :-1] * (ratio[:, -1:] / (1 + last))
-        lost = ((s == 0) | (self._w == 0)) & (g != 0)
         values = values.reshape(self.samples, self.channels)
-        left = gradient - self.spread(values)[0]
-        affected = lost.any(-2, keepdim=True).expand(g.shape).reshape(gradient.shape)
-        return values, torch.where(affected, left, 0.0)
+        lost = ((s == 0) | (self._w == 0)) & (g != 0)
+        lost = self._swapped(lost.any(-2, keepdim=True).expand(g.shape)).reshape(self._shape)
+        return values, torch.where(lost, gradient - self.spread(values)[0], 0.0)
 
 
 class BlockRoot(Root):
@@ -182,5 +195,5 @@ def split_entries(flat: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
     """The reverse of `join_entries`."""
     parts = flat.split([math.prod(shape[1:]) for shape in shapes], -1)
     return tuple(
-        part.reshape(*flat.shape[:-2], *shape) for part, shape in zip(parts, shapes, strict=True)
+        part.reshape(flat.shape[:-2] + shape) for part, shape in zip(parts, shapes, strict=True)
     )

@@ -172,6 +172,7 @@ class Residuals:
         self.curvature = LossCurvature(self.space)
         self.bypassed = self.curvature.bypassed
         self._values = [_wide(z) for z in self.space.values]
+        self._precision = _precision(self.space.values)
         with torch.no_grad():
             gradients = self.curvature.gradients()
             self._gradients = [g.to(z.dtype) for g, z in zip(gradients, self._values, strict=True)]
@@ -183,7 +184,7 @@ class Residuals:
         rest: list[Tensor | None] = [None] * len(self._values)
         blocks = []
         known, unknown = self._known()
-        unsettled = diagonal_of(self._product, self._values, unknown)
+        unsettled = diagonal_of(self._product, self._values, unknown, self._precision)
         for outputs, root, values, left in [*known, *self._unknown(unsettled)]:
             dtypes = tuple(self.space.values[i].dtype for i in outputs)
             blocks.append(ResidualBlock(outputs, values, root, dtypes))
@@ -253,7 +254,9 @@ class Residuals:
             if self.space.outputs[i].loss is None:
                 weights = _robust(diagonal, self._gradients[i], self._values[i])
             found.append(self._diagonal((i,), weights))
-        for outputs, blocks in structure_of(self._product, self._values, unsettled):
+        for outputs, blocks in structure_of(
+            self._product, self._values, unsettled, self._precision
+        ):
             if all(self.space.outputs[i].loss is None for i in outputs):
                 z = [self._values[i] for i in outputs]
                 blocks = _robust_blocks(blocks, [self._gradients[i] for i in outputs], z)
@@ -309,7 +312,8 @@ class Residuals:
             return [p.to_dense() if p is not None and p.is_sparse else p for p in products]
 
         with suppress(MissingSecondDerivative):
-            found = diagonal_of(product, params, range(len(params)))
+            precision = _precision(params)
+            found = diagonal_of(product, params, range(len(params)), precision)
             if found.finite and not found.others:
                 return [_positive(found.diagonals.get(i)) for i in range(len(params))]
         return None
@@ -317,6 +321,10 @@ class Residuals:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _precision(tensors: Sequence[Tensor]) -> float:
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors)
 
 
 def _positive(diagonal: Tensor | None) -> Tensor | None:
@@ -328,7 +336,7 @@ def _positive(diagonal: Tensor | None) -> Tensor | None:
 
 
 def _read(checks: list[Tensor], rest: list[Tensor | None]) -> tuple[bool, list[Tensor | None]]:
-    """Whether all checks are passed, and what is not all zeros; in one transfer."""
+    """Says whether all checks are passed, and drops what is all zeros; in one transfer."""
     places = [i for i, part in enumerate(rest) if part is not None]
     flags = [*checks, *(rest[i].any() for i in places)]  # type: ignore[union-attr]
     if not flags:
@@ -405,10 +413,12 @@ def _robust(curvature: Tensor, gradient: Tensor, z: Tensor) -> Tensor:
     A loss `rho(z^2)` with a concave `rho` has `psi(z) / z = 2 rho'` at least as large as its
     second derivative. Where this holds for all entries of an output, the loss is taken for one.
     """
-    weights = gradient.abs() / _floored(z)
+    force, along = gradient.abs(), curvature * z.abs()
+    if not bool((along < _SHARE * force).any()):  # the usual case
+        return curvature
+    weights = force / _floored(z)
     upright = (gradient * z >= 0) & ((z != 0) | (gradient == 0))
-    margin = 1 + torch.finfo(z.dtype).eps ** 0.5
-    above = (gradient.abs() * margin >= curvature * z.abs()).logical_or_(z == 0)
+    above = (force * (1 + torch.finfo(z.dtype).eps ** 0.5) >= along).logical_or_(z == 0)
     chosen = (upright & above).all() & (curvature < _SHARE * weights)
     return torch.where(chosen, weights, curvature)
 

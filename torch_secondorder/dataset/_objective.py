@@ -14,7 +14,13 @@ from torch_secondorder._closure.capture import Capture
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._closure.runner import ModuleRegistry, Replay, Run
 from torch_secondorder._closure.validation import differentiable
-from torch_secondorder._objective.base import Curvature, Evaluation, Linearization, Regularization
+from torch_secondorder._objective.base import (
+    Curvature,
+    Evaluation,
+    Linearization,
+    Regularization,
+    Slot,
+)
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.dataset._loader import fingerprint, generators_of
@@ -124,7 +130,10 @@ class DatasetObjective(ClosureObjective):
         return self._trial
 
     def for_each_batch(
-        self, use: Callable[[Callable[[], Evaluation], float], None], label: str
+        self,
+        use: Callable[[Callable[[], Evaluation], float], None],
+        label: str,
+        curvature: Curvature = True,
     ) -> None:
         """Makes another pass over the batches at the current parameters.
 
@@ -132,10 +141,11 @@ class DatasetObjective(ClosureObjective):
             use: Called for each batch with a function that evaluates it, and with its weight. The
                 evaluation has curvature, but leaves out weight decay and other ranks.
             label: The label of the progress bar.
+            curvature: The kind of curvature, see `Objective.evaluate`.
         """
 
         def one(compute: Callable[[], Tensor], weight: float) -> None:
-            use(partial(self._of_batch, compute), weight)
+            use(partial(self._of_batch, compute, curvature is True), weight)
 
         with torch.enable_grad():
             self._replay.run(partial(self.passes.for_each_batch, one, label))
@@ -169,16 +179,16 @@ class DatasetObjective(ClosureObjective):
         super()._move_buffers_on(there)
         self._evaluated_here = self._evaluated_here and not self.renewed
 
-    def _of_batch(self, compute: Callable[[], Tensor]) -> Evaluation:
+    def _of_batch(self, compute: Callable[[], Tensor], twice: bool) -> Evaluation:
         closure = self.passes.closure
         self.settle()
         copies = self._copies(closure)
-        with Capture(self.vector.params, copies=copies) as capture:
+        with Capture(self.vector.params, copies=copies, twice=twice) as capture:
             loss = differentiable(capture.checked(compute()))
             gradients = capture.differentiate(loss)
         if closure.keep_graphs and not copies and not self.vector.holds(self.position):
             raise Overwritten("the closure moves parameters that its graph has saved")
-        capture.graph.check_once(self.registry.graphs)
+        capture.graph.check_once(self.registry.graphs, twice)
         value = loss.detach()
         flatten = partial(self._share, gradients)
         place = self._place_of(capture)
@@ -215,6 +225,12 @@ class _OfBatch(Linearization):
         direction = vector.scaled(v)
         parts = multiply(vector.split(direction), v.dim() == 2)
         return self._objective._share(parts, direction.shape[:-1])
+
+    def slots(self) -> list[Slot]:
+        return [slot._replace(decay=0.0) for slot in super().slots()]
+
+    def decay_gradient(self) -> None:
+        return None
 
     def renew(self) -> bool:
         return False  # all batches are affected: `BatchSum` renews them together

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Overwritten
 from torch_secondorder._closure.runner import without_autocast
-from torch_secondorder._objective.base import Evaluation, Linearization, Objective, Slot
+from torch_secondorder._objective.base import (
+    Curvature,
+    Evaluation,
+    Linearization,
+    Objective,
+    Slot,
+)
 from torch_secondorder.curvature import FromOutputs, KroneckerFactors, LinearOperator
 from torch_secondorder.dataset._objective import DatasetObjective
 
@@ -56,22 +62,28 @@ class BatchSum(LinearOperator):
         objective: The objective at its current position. The operator ends when parameters move.
         kind: Makes the operator of one batch; every pass draws the same random numbers.
         generator: Source of the seed for these.
+        curvature: The kind of curvature that batches are evaluated with, see `Objective.evaluate`.
     """
 
     def __init__(
-        self, objective: DatasetObjective, kind: Kind, generator: torch.Generator | None = None
+        self,
+        objective: DatasetObjective,
+        kind: Kind,
+        generator: torch.Generator | None = None,
+        curvature: Curvature = True,
     ) -> None:
         vector = objective.vector
         self.size, self.dtype, self.device = vector.size, vector.dtype, vector.device
         self._objective = objective
-        self._kind = kind
+        self._kind, self._curvature = kind, curvature
         self._draws: torch.Generator | None = None
         if generator is not None:
             self._draws = torch.Generator(generator.device)
             seed = torch.randint(2**62, (), generator=generator, device=generator.device)
             self._seed = int(seed)
         self._validity = Linearization(objective, Graph(vector.params))
-        self._keep = objective.passes.closure.keep_graphs
+        # Jacobians are taken in one pass, and no graph is needed again.
+        self._keep = objective.passes.closure.keep_graphs if curvature is True else 0
         self._kept: list[tuple[LinearOperator, float]] = []
         self._after_kept: Callable[[], None] = lambda: None
         self._all_kept = False
@@ -87,7 +99,7 @@ class BatchSum(LinearOperator):
 
     def evaluate_batches(self) -> None:
         """Makes the operators of all batches once, without a product."""
-        self._retried(lambda: self._for_each_operator(lambda operator, weight: None, "curvature"))
+        self.retried(lambda: self.for_each_operator(lambda operator, weight: None, "curvature"))
 
     # The protocol `FromOutputs`, for preconditioners.
 
@@ -117,7 +129,7 @@ class BatchSum(LinearOperator):
         Raises:
             TypeError: The batches' operators are not made from model outputs.
         """
-        return self._retried(lambda: self._factors(generator, largest), generator)
+        return self.retried(lambda: self._factors(generator, largest), generator)
 
     def _factors(self, generator: torch.Generator | None, largest: float) -> list[KroneckerFactors]:
         sums: dict[tuple[int, int | None], KroneckerFactors] = {}
@@ -137,7 +149,7 @@ class BatchSum(LinearOperator):
                     rows = sums[layer].rows
                 sums[layer] = replace(found, inputs=inputs, outputs=outputs, rows=rows + found.rows)
 
-        self._for_each_operator(add, "Kronecker factors")
+        self.for_each_operator(add, "Kronecker factors")
         average = self._objective.ranks.average
         return [
             replace(f, inputs=average(f.inputs / f.rows), outputs=average(f.outputs))
@@ -162,12 +174,12 @@ class BatchSum(LinearOperator):
             def add(operator: LinearOperator, weight: float) -> None:
                 total.add_(term(operator), alpha=weight)
 
-            self._for_each_operator(add, label)
+            self.for_each_operator(add, label)
             return total
 
-        return self._retried(summed, generator)
+        return self.retried(summed, generator)
 
-    def _retried(self, summed: Callable[[], _T], generator: torch.Generator | None = None) -> _T:
+    def retried(self, summed: Callable[[], _T], generator: torch.Generator | None = None) -> _T:
         """A sum over the batches; computed again with copies if a closure overwrote kept graphs.
 
         Args:
@@ -186,7 +198,7 @@ class BatchSum(LinearOperator):
             self._all_kept = False
             return summed()
 
-    def _for_each_operator(self, use: Callable[[LinearOperator, float], None], label: str) -> None:
+    def for_each_operator(self, use: Callable[[LinearOperator, float], None], label: str) -> None:
         """Calls `use` with the operator of each batch and its weight.
 
         Raises:
@@ -215,7 +227,7 @@ class BatchSum(LinearOperator):
             elif index == skipped:
                 self._after_kept()
 
-        self._objective.for_each_batch(one, label)
+        self._objective.for_each_batch(one, label, self._curvature)
         self._all_kept = len(self._kept) == index
 
     def _made(self, index: int, evaluate: Callable[[], Evaluation]) -> LinearOperator:

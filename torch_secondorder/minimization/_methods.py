@@ -17,6 +17,7 @@ from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.optim.adahessian import AdaHessian
 from torch_secondorder.optim.bfgs import BFGS
 from torch_secondorder.optim.lbfgs import LBFGS
+from torch_secondorder.optim.levenberg_marquardt import LevenbergMarquardt
 from torch_secondorder.optim.newton import Newton
 from torch_secondorder.optim.newton_cg import NewtonCG
 from torch_secondorder.optim.nonlinear_cg import NonlinearCG
@@ -75,6 +76,9 @@ METHODS: dict[str, Method] = {
     "cg": Method(NonlinearCG),
     "newton": Method(Newton, twice=True),
     "newton-cg": Method(NewtonCG, twice=True),
+    "lm": Method(
+        LevenbergMarquardt, {"globalization": "trust_region", "scaling": "more"}, twice=True
+    ),
     "trust-ncg": Method(
         NewtonCG, {"curvature": "hessian", "globalization": "trust_region"}, twice=True
     ),
@@ -85,6 +89,7 @@ METHODS: dict[str, Method] = {
 ALIASES = {
     "l-bfgs": "lbfgs",
     "l-bfgs-b": "lbfgs",
+    "levenberg-marquardt": "lm",
     "nonlinear-cg": "cg",
     "trust-exact": "newton",
 }

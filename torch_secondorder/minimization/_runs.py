@@ -139,13 +139,18 @@ class Problem:
         return self.result(info.status, leaves, value, none, (0, 1, 0), info)
 
 
-def _report_to(callback: Callable[..., Any]) -> Report:
-    """A function of `x` and the value that calls a callback in the way that its signature asks."""
+def takes_result(callback: Callable[..., Any]) -> bool:
+    """Whether a callback's only argument is called `intermediate_result`."""
     try:
         names = list(inspect.signature(callback).parameters)
     except (TypeError, ValueError):  # of some built-in functions there is none
         names = []
-    if names == ["intermediate_result"]:
+    return names == ["intermediate_result"]
+
+
+def _report_to(callback: Callable[..., Any]) -> Report:
+    """A function of `x` and the value that calls a callback in the way that its signature asks."""
+    if takes_result(callback):
         return lambda x, fun: callback(intermediate_result=OptimizeResult(x=x, fun=fun))
     return lambda x, _: callback(x)
 

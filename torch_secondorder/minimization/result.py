@@ -117,6 +117,40 @@ class OptimizeResult(dict[str, Any]):
         return "\n".join(lines) or "OptimizeResult()"
 
 
+class LeastSquaresResult(OptimizeResult):
+    """Result of `least_squares`, with the fields of SciPy's.
+
+    Args:
+        **fields: What it holds, see below.
+
+    Attributes:
+        x: The solution: like `x0`, of the same dtype and device.
+        cost: The cost there, half the sum of squares for the linear loss; a float.
+        fun: The residuals there, of the shape that `fun` returns.
+        jac: Their Jacobian there, of shape `(*fun.shape, *x.shape)`; a tree of these if `x0` is a
+            tree. With another loss than the linear one, rows are multiplied by the roots of the
+            weights, so that `J'J` still approximates the Hessian of the cost.
+        grad: The gradient of the cost there, like `x`.
+        optimality: The largest absolute entry of the gradient; within bounds of its projection.
+        active_mask: For each entry of `x` -1 at its lower bound, 1 at its upper bound, else 0.
+        success: Whether the iteration has converged.
+        status: 1, 2 or 3 if `gtol`, `ftol` or `xtol` was met, 4 for both of the latter; 0 if
+            `max_nfev` ended it; -2 if the callback stopped it; -3 for values that are not finite;
+            -4 if no step lowered the cost.
+        message: A sentence about the end.
+        nit: Iterations.
+        nfev: Evaluations of `fun`, with those of finite differences.
+        njev: Jacobians, with that of this result.
+        info: The report of the optimizer, a `LevenbergMarquardtInfo`.
+    """
+
+    cost: float
+    fun: Any
+    grad: Any
+    optimality: float
+    active_mask: Any
+
+
 def ending(status: StepStatus) -> dict[str, Any]:
     """The fields of a result that say how the minimization ended."""
     number, message = ENDINGS.get(status, (2, status.value))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_callable
-from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder.minimization._bounds import Bound, resolve_bounds
 from torch_secondorder.minimization._gradients import (
@@ -30,6 +29,7 @@ from torch_secondorder.minimization._methods import (
     resolve_method,
 )
 from torch_secondorder.minimization._runs import Problem, descend, update_repeatedly
+from torch_secondorder.minimization._trees import leaves_of
 from torch_secondorder.minimization.result import OptimizeResult
 
 __all__ = ["minimize"]
@@ -124,7 +124,7 @@ def minimize(
     """
     check_callable("fun", fun)
     check_callable("callback", callback, optional=True)
-    leaves, names, structure = _leaves(x0)
+    leaves, names, structure = leaves_of(x0)
     size = sum(leaf.numel() * (1 + leaf.is_complex()) for leaf in leaves)
     if method is None:
         method = default_method(size, bounded=bounds is not None)
@@ -163,35 +163,6 @@ def minimize(
             f"{result.nit} iterations, {result.nfev} evaluations, {result.njev} gradients"
         )
     return result
-
-
-def _leaves(x0: Any) -> tuple[list[Tensor], list[str], Any]:
-    """The leaves, their names, and the structure (None for one tensor)."""
-    if isinstance(x0, Tensor):
-        leaves, names, structure = [x0], ["x0"], None
-    else:
-        found, structure = pytree.tree_flatten_with_path(x0)
-        names = ["x0" + pytree.keystr(path) for path, _ in found]
-        leaves = [leaf for _, leaf in found]
-    for name, leaf in zip(names, leaves, strict=True):
-        if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"{name} is {type(leaf).__name__}, not a tensor: x0 must be a tensor or a dict, "
-                "list or tuple of tensors, such as torch.tensor([1.0, 2.0], dtype=torch.float64)"
-            )
-        if leaf.layout is not torch.strided:
-            raise TypeError(
-                f"{name} has layout {leaf.layout}: pass {name}.to_dense(), or only its values and "
-                "make the sparse tensor of them in fun"
-            )
-        if not (leaf.is_floating_point() or leaf.is_complex()):
-            raise TypeError(
-                f"{name} has dtype {leaf.dtype}, and a minimization moves real or complex numbers: "
-                f"pass {name}.double(), or close over it if it is a constant"
-            )
-    if not leaves:
-        raise ValueError("x0 holds no tensor: there is nothing to minimize over")
-    return leaves, names, structure
 
 
 def _with_arguments(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[Any], Any]:

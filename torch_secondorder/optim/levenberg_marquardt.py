@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, isfinite, nan
+from math import inf, isfinite, nan, sqrt
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from torch_secondorder._foundation.checks import check_choice, check_number
+from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Evaluation, EvaluationsSpent, Objective
 from torch_secondorder._optim.bounds import Bounds
@@ -23,8 +23,15 @@ from torch_secondorder._optim.quadratic_model import (
     point_of,
     search_along,
 )
+from torch_secondorder._optim.residual_region import (
+    Outlook,
+    RadiusMemory,
+    Region,
+    largest_cosine,
+    within_radius,
+)
 from torch_secondorder._optim.state import Number, Vector, declare
-from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod, ResidualJacobian
 from torch_secondorder.globalization import (
     DampingRule,
     LineSearch,
@@ -32,12 +39,16 @@ from torch_secondorder.globalization import (
     MarquardtDamping,
     NielsenDamping,
     SearchStatus,
+    Trial,
+    TrustRegion,
     resolve_line_search,
 )
+from torch_secondorder.solvers._residual_region import BoxedRegion, ResidualRegion
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
     LeastSquaresSolverName,
+    suited_solver,
 )
 
 __all__ = ["DampingName", "LevenbergMarquardt", "LevenbergMarquardtInfo", "ScalingName"]
@@ -54,6 +65,11 @@ _ACCEPT = 1e-4
 # The share of a step after which residuals are looked at for their bend, and the largest ratio of
 # the correction to the step (Transtrum and Sethna 2012).
 _PROBE, _BEND = 0.1, 0.75
+# The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
+# best radius changes little from step to step.
+_REGION = TrustRegion(shrink=0.5)
+# Differences of losses up to this multiple of their rounding error may be rounding of residuals.
+_NOISE = 1e3
 # A constant damping, as a share of the largest curvature along a coordinate at the first step.
 _CONSTANT = 1e-3
 
@@ -67,8 +83,11 @@ class LevenbergMarquardtInfo(BoundedInfo):
         rejected: Steps tried and not taken.
         gain_ratio: The decrease of the loss in the last move over the one that the linear residuals
             predicted; None if undefined.
-        damping: The damping of the next system.
-        bend: The length of the last geodesic correction as a share of the step's; None without one.
+        damping: The damping of the next system; 0 without any.
+        trust_radius: The trust radius of the next step; 0 without one.
+        corrections: Further steps taken with a Jacobian that had given one already.
+        bend: Twice the length of the last geodesic correction as a share of the step's, in the
+            metric; above 0.75 the correction was left out. None without one.
         solver: The last linear solver: `"primal"`, `"dual"` or `"cg"`; empty before the first one.
         factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"` or `"none"`.
         solver_iterations: Iterations of conjugate gradients.
@@ -81,6 +100,8 @@ class LevenbergMarquardtInfo(BoundedInfo):
     rejected: int = 0
     gain_ratio: float | None = None
     damping: float = 0.0
+    trust_radius: float = 0.0
+    corrections: int = 0
     bend: float | None = None
     solver: str = ""
     factorization: str = ""
@@ -125,8 +146,12 @@ class LevenbergMarquardt(FlatOptimizer):
             order, for one more evaluation each.
         momentum: The share of the last step that the next one is drawn to, in directions that the
             residuals say nothing about (SPRING); for mini-batches.
-        globalization: `"damping"`; the name of a line search, or a `LineSearch`; or None to take
-            each step as it is, with one evaluation: for mini-batches.
+        globalization: `"damping"`; `"trust_region"` or a `TrustRegion` for the best step within a
+            radius, measured by the scaling and as long as the parameters at first, which is the
+            method of MINPACK; the name of a line search, or a `LineSearch`; or None to take each
+            step as it is, with one evaluation: for mini-batches.
+        corrections: Most further steps with one Jacobian, where a trust region is used. Each takes
+            an evaluation, and a Jacobian is saved in exchange.
         max_eval: Most evaluations of the closure per `step()`; unlimited by default.
         tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
             times the largest entry seen so far where that is below one.
@@ -166,11 +191,18 @@ class LevenbergMarquardt(FlatOptimizer):
     _takes_bounds = True
     _recognized_by = "momentum"
     _state_fields = declare(
-        damping=Number(0.0), start=Number(0.0), largest=Vector(), direction=Vector()
+        damping=Number(0.0),
+        radius=Number(0.0),
+        start=Number(0.0),
+        largest=Vector(),
+        direction=Vector(),
     )
     _damping: float  # of the next system; 0 before the first one
-    _start: float  # the first damping, which the rules' limits are relative to
+    _radius: float  # of the next step; 0 before the first one
+    _start: float  # the first damping or radius, which the rules' limits are relative to
     _largest: Tensor | None  # the largest values of the diagonal of J'J so far
+    _way: JacobianMethod | None = None  # to the Jacobian, once the fastest one has failed in a step
+    _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
     _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
 
@@ -185,7 +217,10 @@ class LevenbergMarquardt(FlatOptimizer):
         scaling: ScalingName = "identity",
         acceleration: Literal["geodesic"] | None = None,
         momentum: float = 0.0,
-        globalization: Literal["damping"] | LineSearchName | LineSearch | None = "damping",
+        globalization: (
+            Literal["damping", "trust_region"] | TrustRegion | LineSearchName | LineSearch | None
+        ) = "damping",
+        corrections: int = 2,
         max_eval: int | None = None,
         tolerance_grad: float | None = None,
         tolerance_change: float = 1e-9,
@@ -199,9 +234,16 @@ class LevenbergMarquardt(FlatOptimizer):
             check_choice("acceleration", acceleration, ("geodesic",), "None")
         check_number("momentum", momentum, low=0.0, below=1.0)
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
-        self.globalization: LineSearch | None = None
-        if globalization is not None and globalization != "damping":
+        check_integer("corrections", corrections, low=0, whole_floats=True)
+        self.globalization: LineSearch | TrustRegion | None = None
+        if globalization == "trust_region":
+            self.globalization = _REGION
+        elif isinstance(globalization, TrustRegion):
+            self.globalization = globalization
+        elif globalization is not None and globalization != "damping":
             self.globalization = resolve_line_search(globalization, "globalization")
+        if isinstance(self.globalization, TrustRegion):
+            self._check_within_radius(damping, momentum)
         self.damping = _resolve_damping(damping, globalization == "damping")
         if acceleration is not None and globalization != "damping":
             raise ValueError(
@@ -212,6 +254,7 @@ class LevenbergMarquardt(FlatOptimizer):
             "lr": lr,
             "max_iter": max_iter,
             "momentum": momentum,
+            "corrections": corrections,
             "max_eval": max_eval,
             "tolerance_grad": tolerance_grad,
             "tolerance_change": tolerance_change,
@@ -225,6 +268,18 @@ class LevenbergMarquardt(FlatOptimizer):
                 "LevenbergMarquardt needs whole rows of the Jacobian in each process, and the "
                 "parameters are sharded: use NewtonCG or LBFGS, which work on shards, or leave "
                 "fully_shard out (DistributedDataParallel is fine)"
+            )
+
+    def _check_within_radius(self, damping: object, momentum: float) -> None:
+        if damping is not None or momentum:
+            raise ValueError(
+                "a trust region has a radius in place of damping and momentum: leave them out, or "
+                "leave globalization out"
+            )
+        if self.solver not in ("auto", "primal"):
+            raise ValueError(
+                f"a trust region needs solver='primal', got {self.solver!r}: leave solver or "
+                "globalization out"
             )
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -243,7 +298,7 @@ class LevenbergMarquardt(FlatOptimizer):
         objective.limit = inf if most is None else most
         if objective.box is not None:
             self._check_bounded()
-        evaluation = objective.evaluate(curvature=True)
+        evaluation = objective.evaluate(curvature="jacobian")
         return evaluation, point_of(evaluation, objective)
 
     def _check_bounded(self) -> None:
@@ -262,6 +317,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if descent.objective.box is not None:
             descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
+        self._way, self._reason, self._outlook = None, "", Outlook()
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         """One iteration: a Jacobian, and the steps tried with it."""
@@ -273,7 +329,9 @@ class LevenbergMarquardt(FlatOptimizer):
             if self.globalization is None and not isinstance(self.damping, DampingRule):
                 return self._unsearched(problem, descent)
             trials = self._trials(descent)
-            if isinstance(self.damping, DampingRule):
+            if isinstance(self.globalization, TrustRegion):
+                found = self._within_radius(problem, trials, self.globalization, descent)
+            elif isinstance(self.damping, DampingRule):
                 found = self._damped(problem, trials, self.damping, descent)
             else:
                 assert self.globalization is not None
@@ -303,6 +361,8 @@ class LevenbergMarquardt(FlatOptimizer):
             "rejected": report.rejected,
             "gain_ratio": report.gain_ratio if isfinite(report.gain_ratio) else None,
             "damping": self._damping,
+            "trust_radius": self._radius,
+            "corrections": report.corrections,
             "bend": report.bend,
             "solver": report.solver,
             "factorization": report.factorization,
@@ -318,17 +378,26 @@ class LevenbergMarquardt(FlatOptimizer):
         """The linearized residuals at the current point; None if they are not finite."""
         objective, point = descent.objective, descent.point
         if point.evaluation is None:  # the trial has given loss and gradient, but no graph
-            evaluation = objective.evaluate(curvature=True)
+            evaluation = objective.evaluate(curvature="jacobian")
             point = descent.point = point_of(evaluation, objective)
         assert point.evaluation is not None and point.grad is not None
-        jacobian = ResidualJacobian(point.evaluation)
-        solver = self.solver if objective.box is None else "primal"
+        jacobian = ResidualJacobian(point.evaluation, method=self._way)
+        if jacobian.reason:  # it will not do at the next point either
+            self._way, self._reason = jacobian.method, jacobian.reason
+        solver = self.solver
+        if objective.box is not None or isinstance(self.globalization, TrustRegion):
+            solver = "primal"
+        if solver == "auto":
+            device = objective.vector.device
+            solver = suited_solver(jacobian.rows, jacobian.size, objective.vector.dtype, device)
+            if objective.ranks.any(solver == "cg", device):
+                solver = "cg"  # memory may be short on one rank
         system = DampedLeastSquares.of(jacobian, point.grad, solver)
         report = self._report
         report.jacobians += 1
         report.rows, report.solver = jacobian.rows, system.name
-        report.jacobian, report.reason = jacobian.method, jacobian.reason
-        return system if system.finite else None
+        report.jacobian, report.reason = jacobian.method, jacobian.reason or self._reason
+        return system if jacobian.finite and system.finite else None
 
     def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
         """The system with metric, center and bounds; makes the first damping."""
@@ -342,7 +411,7 @@ class LevenbergMarquardt(FlatOptimizer):
             # A parameter that no residual depends on may have any metric.
             largest = metric.amax()
             metric = torch.where(metric > 0, metric, torch.where(largest > 0, largest, 1.0))
-        if not self._damping:
+        if not self._damping and not isinstance(self.globalization, TrustRegion):
             curvature = system.diagonal if metric is None else system.diagonal / metric
             (size,) = descent.space.to_host(largest=(curvature,))
             rule = self.damping
@@ -362,17 +431,14 @@ class LevenbergMarquardt(FlatOptimizer):
     def _trials(self, descent: Descent) -> Trials:
         """Evaluations of steps; they keep their graphs where the next iteration can use them."""
         objective = descent.objective
-        return Trials(
-            descent,
-            self._tally,
-            keeps_graphs=descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph(),
-            keeps_gradients=True,
-        )
+        keeps = descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph()
+        return Trials(descent, self._tally, "jacobian" if keeps else False, keeps_gradients=True)
 
     def _solved(self, problem: _Problem, descent: Descent) -> DampedStep | StepStatus:
         """The step with the present damping, one of descent."""
         step = problem.solve(self._damping)
-        if problem.center is not None and isfinite(step.decrease) and not step.slope < 0:
+        falls = step.slope < 0 and step.decrease > 0
+        if problem.center is not None and isfinite(step.decrease) and not falls:
             problem = replace(problem, center=None)  # the momentum leads uphill
             step = problem.solve(self._damping)
         self._tally.solver_iterations += step.iterations
@@ -387,30 +453,46 @@ class LevenbergMarquardt(FlatOptimizer):
         self, problem: _Problem, trials: Trials, rule: DampingRule, descent: Descent
     ) -> Move | StepStatus:
         """A step with a damping that is raised until it lowers the loss."""
-        trial = None
+        first = self._damping
         for failures in range(1, _ATTEMPTS + 1):
             damping = self._damping
             step = self._solved(problem, descent)
             if isinstance(step, StepStatus):
                 return step
-            proposal: Proposal | None = _proposal(step)
+            proposal = _proposal(step)
             if self.acceleration is not None:
                 proposal = self._accelerated(problem, step, descent)
-            if proposal is not None:
-                trial = trials.trial(proposal, descent.lr)
-                ratio = trials.gain_ratio(proposal, trial)
-                if ratio > _ACCEPT:
-                    after: float = trial.payload.length / trials.point.length
-                    self._damping = rule.updated(
-                        damping, ratio, after, self._start, proposal.curvature
-                    )
-                    return Move(proposal, trial, ratio)
+            trial = trials.trial(proposal, descent.lr)
+            ratio = _gain_ratio(trials, proposal, trial)
+            if ratio > _ACCEPT:
+                after: float = trial.payload.length / trials.point.length
+                self._damping = rule.updated(damping, ratio, after, self._start, proposal.curvature)
+                return Move(proposal, trial, ratio)
             self._report.rejected += 1
             if trials.unresolved(_proposal(step)):
+                self._damping = first
                 return StepStatus.STALLED
             self._damping = rule.rejected(damping, failures, self._start)
-        hopeful = trial is None or trial.finite
-        return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
+            # A large damping leads to the center, which need not be a step of descent.
+            problem = replace(problem, center=None)
+        return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
+
+    def _within_radius(
+        self, problem: _Problem, trials: Trials, rule: TrustRegion, descent: Descent
+    ) -> Move | StepStatus:
+        """The best step within a radius, and corrections."""
+        most = self.param_groups[0]["corrections"]
+        memory = RadiusMemory(self._radius, self._start)
+        system = problem.system
+        cosine = largest_cosine(system.diagonal, system.jacobian.residuals, descent)
+        try:
+            return within_radius(
+                problem.region(trials.point), trials, rule, memory, descent, int(most), cosine
+            )
+        finally:
+            self._radius, self._start, self._outlook = memory.radius, memory.start, memory.outlook
+            self._report.rejected += memory.rejected
+            self._report.corrections += memory.corrections
 
     def _searched(
         self, problem: _Problem, trials: Trials, rule: LineSearch, descent: Descent
@@ -435,45 +517,46 @@ class LevenbergMarquardt(FlatOptimizer):
         self._tally.solver_iterations += step.iterations
         if not (isfinite(step.decrease) and isfinite(step.length)):
             return StepStatus.NONFINITE_PRODUCTS
-        objective, lr = descent.objective, descent.lr
-        objective.accept(step.x, lr)
+        lr = descent.lr
+        if descent.count + 1 < descent.max_iter:
+            proposal, trials = _proposal(step), self._trials(descent)
+            trial = trials.trial(proposal, lr)
+            if not trial.finite:
+                return StepStatus.NONFINITE_TRIALS
+            self._take(descent, Move(proposal, trial, trials.gain_ratio(proposal, trial)))
+            return None
+        descent.objective.accept(step.x, lr)
         self._keep(step.x)
-        if descent.count + 1 >= descent.max_iter:
-            descent.count += 1
-            descent.step_length = lr
-            return StepStatus.MOVED
-        evaluation = objective.evaluate(curvature=True)
-        point = point_of(evaluation, objective)
-        if not (isfinite(point.loss) and isfinite(point.length)):
-            objective.accept(step.x, -lr)
-            return StepStatus.NONFINITE_TRIALS
-        descent.arrive(point, lr, lr * step.length, held=step.held)
-        return None
+        descent.count += 1
+        descent.step_length = lr
+        return StepStatus.MOVED
 
-    def _accelerated(
-        self, problem: _Problem, step: DampedStep, descent: Descent
-    ) -> Proposal | None:
-        """The step with a geodesic correction; None where the correction is too large."""
-        system = problem.system
+    def _accelerated(self, problem: _Problem, step: DampedStep, descent: Descent) -> Proposal:
+        """The step with a geodesic correction; without it where it is too large."""
+        system, metric = problem.system, problem.metric
         image = system.products_along(step.x)
         bend = _bend(system.jacobian, step.x, image, descent)
         if bend is None:
             return _proposal(step)
-        half = system.accelerate(self._damping, problem.metric, bend).mul_(0.5)
+        half = system.accelerate(self._damping, metric, bend).mul_(0.5)
         x = step.x + half
         moved = image + system.products_along(half)
         grad = descent.point.grad
         assert grad is not None
-        rest = system.jacobian.rest_diagonal
-        size, slope, square, of_rest = descent.space.to_host(
-            sums=(half @ half, grad @ x, moved @ moved, x @ (rest * x))
+        scaled = (half, step.x) if metric is None else (metric * half, metric * step.x)
+        size, length, slope, square, of_rest = descent.space.to_host(
+            sums=(
+                scaled[0] @ half,
+                scaled[1] @ step.x,
+                grad @ x,
+                moved @ moved,
+                x @ (system.jacobian.rest_diagonal * x),
+            )
         )
-        ratio = 2.0 * size**0.5 / step.length
+        ratio = 2.0 * sqrt(size / length) if length else inf
         self._report.bend = ratio
-        if not ratio <= _BEND:
-            return None
         decrease = -(slope + 0.5 * (square + of_rest))
-        if not (slope < 0 and decrease > 0):
+        if not (ratio <= _BEND and slope < 0 and decrease > 0):
             return _proposal(step)
         return Proposal(x, slope, decrease, step.held, step.curvature)
 
@@ -503,7 +586,7 @@ class LevenbergMarquardt(FlatOptimizer):
 
     def _forget(self, reason: str) -> None:
         super()._forget(reason)
-        self._damping = self._start = 0.0
+        self._damping = self._radius = self._start = 0.0
 
 
 @dataclass(slots=True)
@@ -513,6 +596,7 @@ class _Report:
     jacobians: int = 0
     rejected: int = 0
     gain_ratio: float = nan
+    corrections: int = 0
     bend: float | None = None
     solver: str = ""
     factorization: str = ""
@@ -544,6 +628,14 @@ class _Problem:
             return self.system.solve(damping, self.metric, self.center)
         return self.system.solve_in(damping, self.metric, *self.room)
 
+    def region(self, point: Point) -> Region:
+        """The quadratic for steps within a radius."""
+        jacobian, grad = self.system.jacobian, point.grad
+        assert grad is not None
+        if self.room is None:
+            return ResidualRegion(jacobian, grad, self.metric)
+        return BoxedRegion(jacobian, grad, self.metric, *self.room)
+
 
 def _resolve_damping(
     damping: DampingName | DampingRule | float | None, adapts: bool
@@ -566,6 +658,20 @@ def _resolve_damping(
     return None if damping is None else float(damping)
 
 
+def _gain_ratio(trials: Trials, proposal: Proposal, trial: Trial) -> float:
+    """See `Trials.gain_ratio`; in the rounding errors of large residuals by the slopes alone.
+
+    Near a minimum where residuals are left, they cancel in the loss long before the gradient is
+    exact.
+    """
+    noise = _NOISE * trials.allowance
+    predicted = -trial.t * (proposal.slope - trial.t * (proposal.slope + proposal.decrease))
+    settled = 0.0 < predicted <= noise and abs(trials.point.loss - trial.loss) <= noise
+    if not (settled and trial.finite):
+        return trials.gain_ratio(proposal, trial)
+    return -0.5 * trial.t * (proposal.slope + trial.slope) / predicted
+
+
 def _proposal(step: DampedStep) -> Proposal:
     return Proposal(step.x, step.slope, step.decrease, step.held, step.curvature)
 
@@ -579,7 +685,7 @@ def _bend(jacobian: ResidualJacobian, x: Tensor, image: Tensor, descent: Descent
         image: `J x`.
         descent: The step.
     """
-    probe = descent.objective.trial(x, _PROBE, curvature=True)
+    probe = descent.objective.trial(x, _PROBE, curvature="jacobian")
     moved = jacobian.change_to(probe)
     bend = (moved / _PROBE - image) * (2.0 / _PROBE)
     return bend if bool(bend.isfinite().all()) else None

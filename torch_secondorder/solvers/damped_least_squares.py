@@ -28,6 +28,11 @@ LeastSquaresSolverName: TypeAlias = Literal["auto", "primal", "dual", "cg"]
 _SMALL = 3_000_000
 # Matrices of the smaller side in memory at a time: the matrix, a damped one, its factor.
 _MATRICES = 3
+# Most corrections of a solution by Cholesky's method; their largest share of it for the method to
+# be good enough, and the one for the solution to be.
+_CORRECTIONS, _ROUNDED, _EXACT = 3, 0.1, 1e-4
+# The smallest damping of a kernel, in units of its rounding error: a smaller one is lost in it.
+_RESOLVED = 32.0
 # From so many rows and columns on, conjugate gradients take fewer operations.
 _LARGE = 10_000
 
@@ -112,9 +117,9 @@ class DampedLeastSquares(ABC):
         return self.jacobian.normal_matrix()
 
     @property
+    @abstractmethod
     def finite(self) -> bool:
-        """True if the matrix that is factorized is finite."""
-        return True
+        """True if the matrix of the systems is finite."""
 
     def solve(
         self, damping: float, metric: Tensor | None = None, center: Tensor | None = None
@@ -127,6 +132,7 @@ class DampedLeastSquares(ABC):
             center: `c`, shape `(n,)`; zero by default.
         """
         check_number("damping", damping, above=0.0)
+        damping = self._resolved(damping, metric)
         weights = damping * (1.0 if metric is None else metric) + self._rest
         moved, iterations = self._solve(damping, metric, weights, _Right.of(self, center))
         x = moved if center is None else moved + center
@@ -159,14 +165,16 @@ class DampedLeastSquares(ABC):
         """
         H = self._matrix.clone()
         H.diagonal().add_(self._rest)
-        g = self._grad
+        g, bounds = self._grad, (low, high)
         if metric is not None:  # in units of the metric
             units = metric.rsqrt()
             H, g = units[:, None] * H * units, units * g
             low, high = low / units, high / units
         self.factorization = "cholesky"
         step = BoxedQuadratic(H, g, low, high).damped(damping)
-        x = step.x if metric is None else units * step.x
+        x = step.x
+        if metric is not None:  # at a bound it is there to the last bit
+            x = torch.where(x <= low, bounds[0], torch.where(x >= high, bounds[1], units * x))
         slope, along, square = WHOLE.to_host(sums=(g @ step.x, step.x @ step.x, x @ x))
         bend = -2.0 * (slope + step.decrease)
         return DampedStep(
@@ -184,6 +192,7 @@ class DampedLeastSquares(ABC):
         Returns:
             The solution of the same system with `-J'bend` on its right side, shape `(n,)`.
         """
+        damping = self._resolved(damping, metric)
         weights = damping * (1.0 if metric is None else metric) + self._rest
         right = _Right(bend, None, self.jacobian.pull(bend))
         return self._solve(damping, metric, weights, right)[0]
@@ -191,6 +200,10 @@ class DampedLeastSquares(ABC):
     def products_along(self, x: Tensor) -> Tensor:
         """`J x`, shape `(N,)`."""
         return self.jacobian.push(x)
+
+    def _resolved(self, damping: float, metric: Tensor | None) -> float:
+        """The damping, or the smallest one that is not lost in rounding errors."""
+        return damping
 
     @abstractmethod
     def _solve(
@@ -254,7 +267,7 @@ class _Primal(DampedLeastSquares):
     @property
     def finite(self) -> bool:
         """See `DampedLeastSquares.finite`."""
-        return bool((self._dense if self._small else self._matrix).isfinite().all())
+        return _is_finite(self._dense.square() if self._small else self._matrix.diagonal())
 
     @cached_property
     def _triangle(self) -> tuple[Tensor, Tensor]:
@@ -278,20 +291,23 @@ class _Primal(DampedLeastSquares):
 
     def _by_cholesky(self, weights: float | Tensor, right: _Right) -> Tensor | None:
         """The solution; None where the matrix is too close to a singular one."""
-        damped = self._matrix.clone()
-        damped.diagonal().add_(weights)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        least, most = torch.aminmax(factor.diagonal().square())
-        rounding = len(factor) * torch.finfo(factor.dtype).eps
-        if not bool((failed == 0) & (least > rounding * most)):
+        factor = _factor(self._matrix, weights)
+        if factor is None:
             return None
         self.factorization = "cholesky"
-        x: Tensor = torch.cholesky_solve(right.grad[:, None], factor)[:, 0].neg_()
-        # The matrix is rounded more than the Jacobian: a correction with the latter.
-        missing = right.grad + self.jacobian.pull(self.jacobian.push(x)) + weights * x
-        x.sub_(torch.cholesky_solve(missing[:, None], factor)[:, 0])
-        return x
+        x = _solved(factor, right.grad).neg_()
+        norm_of = torch.linalg.vector_norm
+        for _ in range(_CORRECTIONS):
+            # The matrix is rounded more than the Jacobian, which says what is missing.
+            missing = right.grad + self.jacobian.pull(self.jacobian.push(x)) + weights * x
+            correction = _solved(factor, missing)
+            length, error = WHOLE.to_host(norms=(norm_of(x), norm_of(correction)))
+            if not error <= _ROUNDED * length:
+                return None
+            x.sub_(correction)
+            if error <= _EXACT * length:
+                return x
+        return None
 
     def _by_qr(self, weights: float | Tensor, right: _Right) -> Tensor:
         """The solution without the normal equations."""
@@ -301,7 +317,7 @@ class _Primal(DampedLeastSquares):
         else:
             above, image = self._dense, right.residuals
         size = above.shape[1]
-        roots = above.new_empty(size).copy_(torch.as_tensor(weights)).sqrt()
+        roots = (above.new_zeros(size) + weights).sqrt()
         rest = roots.new_zeros(size) if right.rest is None else right.rest / roots
         below = torch.cat((torch.diag(roots), rest[:, None]), 1)
         whole = torch.cat((torch.cat((above, image[:, None]), 1), below))
@@ -316,17 +332,38 @@ class _Dual(DampedLeastSquares):
 
     name = "dual"
     _known: tuple[Tensor | None, Tensor] | None = None  # weights and the kernel with them
+    _inverted: tuple[Tensor, Tensor] | None = None  # a metric and its inverse
+    _size: tuple[Tensor, float] | None = None  # a kernel and its largest entry
+
+    @property
+    def _rests(self) -> bool:
+        """True if something of the loss that is not in the residuals has a curvature."""
+        return isinstance(self._rest, Tensor) or bool(self._rest)
 
     @property
     def finite(self) -> bool:
         """See `DampedLeastSquares.finite`."""
-        return bool(self._kernel(None).isfinite().all())
+        return _is_finite(self._kernel(None).diagonal())
 
     def _kernel(self, weights: Tensor | None) -> Tensor:
         if self._known is None or self._known[0] is not weights:
             self._known = None
             self._known = weights, self.jacobian.kernel(weights)
         return self._known[1]
+
+    def _weighted(self, metric: Tensor | None) -> Tensor:
+        """The kernel with the inverse of the metric, which all dampings have in common."""
+        return self._kernel(None if metric is None else self._inverse(metric))
+
+    def _resolved(self, damping: float, metric: Tensor | None) -> float:
+        """See `DampedLeastSquares._resolved`."""
+        if self._rests:
+            return damping
+        kernel = self._weighted(metric)
+        if self._size is None or self._size[0] is not kernel:
+            (largest,) = WHOLE.to_host(largest=(kernel.diagonal(),))
+            self._size = kernel, largest
+        return max(damping, _RESOLVED * torch.finfo(kernel.dtype).eps * self._size[1])
 
     def _solve(
         self, damping: float, metric: Tensor | None, weights: float | Tensor, right: _Right
@@ -335,10 +372,10 @@ class _Dual(DampedLeastSquares):
         w: Tensor | None = None
         if not isinstance(weights, Tensor):
             a, kernel = weights, self._kernel(None)
-        elif not isinstance(self._rest, Tensor) and not self._rest:
+        elif not self._rests:
             assert metric is not None
             w = self._inverse(metric)
-            a, kernel = damping, self._kernel(w)
+            a, kernel = damping, self._weighted(metric)
         else:  # the weights are no multiple of what they are for another damping
             w = 1.0 / weights
             a, kernel = 1.0, self.jacobian.kernel(w)
@@ -359,17 +396,12 @@ class _Dual(DampedLeastSquares):
             self._inverted = metric, 1.0 / metric
         return self._inverted[1]
 
-    _inverted: tuple[Tensor, Tensor] | None = None
-
     def _by_kernel(self, kernel: Tensor, a: float, r: Tensor) -> Tensor:
         """The solution of `(kernel + a I) y = r`."""
-        damped = kernel.clone()
-        damped.diagonal().add_(a)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not int(failed):
+        factor = _factor(kernel, a)
+        if factor is not None:
             self.factorization = "cholesky"
-            return torch.cholesky_solve(r[:, None], factor)[:, 0]
+            return _solved(factor, r)
         self.factorization = "eigen"
         values, vectors = torch.linalg.eigh(kernel)
         divisors = values.clamp(min=0.0) + a
@@ -383,6 +415,11 @@ class _Iterative(DampedLeastSquares):
     name = "cg"
     tolerance = 1e-3
     most = 250
+
+    @property
+    def finite(self) -> bool:
+        """See `DampedLeastSquares.finite`."""
+        return _is_finite(self.diagonal)
 
     def _solve(
         self, damping: float, metric: Tensor | None, weights: float | Tensor, right: _Right
@@ -404,6 +441,35 @@ class _Normal(LinearOperator):
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
         return self._jacobian.pull(self._jacobian.push(v)) + self._weights * v
+
+
+def _factor(matrix: Tensor, weights: float | Tensor) -> Tensor | None:
+    """The factor of a matrix with a diagonal added; None if it is not positive definite.
+
+    The diagonal is added in place and taken back, which saves a copy of the matrix.
+    """
+    diagonal = matrix.diagonal()
+    before = diagonal.clone()
+    diagonal.add_(weights)
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal.copy_(before)
+    return None if int(failed) else factor
+
+
+def _solved(factor: Tensor, right: Tensor) -> Tensor:
+    """The solution of a system from its Cholesky factor.
+
+    Two triangular systems: `torch.cholesky_solve` copies the factor.
+    """
+    half = torch.linalg.solve_triangular(factor, right[:, None], upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
+    return solution
+
+
+def _is_finite(squares: Tensor) -> bool:
+    """True if numbers that are not negative are finite, in one pass."""
+    return bool(squares.sum().isfinite())
 
 
 _KINDS: dict[str, type[DampedLeastSquares]] = {"primal": _Primal, "dual": _Dual, "cg": _Iterative}
