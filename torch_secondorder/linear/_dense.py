@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from torch_secondorder._foundation.checks import check_number
 from torch_secondorder.solvers._units import power_of_two
@@ -165,8 +166,10 @@ def column_norms(columns: Tensor) -> Tensor:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    """True if the result is to be differentiated."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    """True if the result is to be differentiated, in reverse or forward mode."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return any(unpack_dual(t).tangent is not None for t in tensors)
 
 
 def with_gradient(value: Tensor, differentiable: Tensor) -> Tensor:

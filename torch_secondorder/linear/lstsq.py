@@ -51,9 +51,9 @@ def lstsq(A: Tensor, b: Tensor, *, rcond: float | None = None) -> LstsqResult:
     `4 m n^2 + 22 n^3` operations if `m >= n` (Golub and Van Loan 2013, section 8.6), and is
     backward stable.
 
-    The solution can be differentiated, any number of times, if the rank stays the same nearby:
-    that of `A^+` is no function of `A` that is continuous where the rank changes. Gradients of
-    `A` take a second decomposition.
+    The solution can be differentiated any number of times, in reverse and forward mode, which takes
+    a second decomposition. Derivatives by `A` are those along matrices of the same rank: where the
+    rank changes, `A^+` is not continuous.
 
     Args:
         A: Shape `(m, n)`, float32 or float64.

@@ -82,8 +82,8 @@ def norm_constrained(
     hard case: with a multiplier of zero every component has a positive divisor.
 
     With a dense matrix the root is exact to rounding, by one singular value decomposition and a few
-    steps of Newton's method on numbers. `x` and the multiplier can then be differentiated any
-    number of times, by `A`, `b` and `radius`.
+    steps of Newton's method on numbers. `x` and the multiplier can then be differentiated by `A`,
+    `b` and `radius`, in reverse and forward mode, up to three times.
 
     With a matrix-free operator the problem is solved in Krylov spaces of growing dimension `j`,
     where it has `j` unknowns, until the conditions hold to `atol` (the method of Hager 2001 and of

@@ -50,7 +50,8 @@ def ridge(A: Tensor, b: Tensor, penalty: float | Tensor) -> RidgeResult:
 
     One singular value decomposition serves all penalties and right-hand sides: for the solutions
     along a path of penalties pass them as a vector. Everything can be differentiated any number of
-    times, by `A`, `b` and `penalty`; that takes an orthogonal factorization for each penalty.
+    times, in reverse and forward mode, by `A`, `b` and `penalty`; that takes an orthogonal
+    factorization for each penalty.
     Singular values that rounding cannot tell from zero count as zero, as in `lstsq`, whose solution
     is the limit for small penalties.
 
