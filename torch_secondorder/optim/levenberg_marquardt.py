@@ -539,26 +539,14 @@ class LevenbergMarquardt(FlatOptimizer):
         if bend is None:
             return _proposal(step)
         half = system.accelerate(self._damping, metric, bend).mul_(0.5)
-        x = step.x + half
-        moved = image + system.products_along(half)
-        grad = descent.point.grad
-        assert grad is not None
         scaled = (half, step.x) if metric is None else (metric * half, metric * step.x)
-        size, length, slope, square, of_rest = descent.space.to_host(
-            sums=(
-                scaled[0] @ half,
-                scaled[1] @ step.x,
-                grad @ x,
-                moved @ moved,
-                x @ (system.jacobian.rest_diagonal * x),
-            )
-        )
+        size, length = descent.space.to_host(sums=(scaled[0] @ half, scaled[1] @ step.x))
         ratio = 2.0 * sqrt(size / length) if length else inf
         self._report.bend = ratio
-        decrease = -(slope + 0.5 * (square + of_rest))
-        if not (ratio <= _BEND and slope < 0 and decrease > 0):
-            return _proposal(step)
-        return Proposal(x, slope, decrease, step.held, step.curvature)
+        plain = _proposal(step)
+        # The linear residuals say nothing about the correction, which cancels their bend: what they
+        # predict for the step is what both together are to achieve.
+        return plain._replace(direction=step.x + half) if ratio <= _BEND else plain
 
     # The end of an iteration.
 
