@@ -201,7 +201,7 @@ class LevenbergMarquardt(FlatOptimizer):
     _radius: float  # of the next step; 0 before the first one
     _start: float  # the first damping or radius, which the rules' limits are relative to
     _largest: Tensor | None  # the largest values of the diagonal of J'J so far
-    _way: JacobianMethod | None  # to the Jacobian, once the fastest one has failed in a step
+    _way: JacobianMethod | None = None  # to the Jacobian, once the fastest one has failed in a step
     _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
     _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
@@ -317,7 +317,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if descent.objective.box is not None:
             descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
-        self._way, self._reason = None, ""
+        self._way, self._reason, self._outlook = None, "", Outlook()
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         """One iteration: a Jacobian, and the steps tried with it."""
