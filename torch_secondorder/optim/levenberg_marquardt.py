@@ -36,13 +36,12 @@ from torch_secondorder.globalization import (
     DampingRule,
     LineSearch,
     LineSearchName,
-    MarquardtDamping,
-    NielsenDamping,
     SearchStatus,
     Trial,
     TrustRegion,
     resolve_line_search,
 )
+from torch_secondorder.globalization._resolve import DampingName, resolve_damping
 from torch_secondorder.solvers._residual_region import BoxedRegion, ResidualRegion
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
@@ -53,7 +52,6 @@ from torch_secondorder.solvers.damped_least_squares import (
 
 __all__ = ["DampingName", "LevenbergMarquardt", "LevenbergMarquardtInfo", "ScalingName"]
 
-DampingName: TypeAlias = Literal["nielsen", "marquardt"]
 ScalingName: TypeAlias = Literal["identity", "marquardt", "more"]
 
 # Iterations without a new best loss or gradient after which only rounding error is left.
@@ -70,8 +68,9 @@ _PROBE, _BEND = 0.1, 0.75
 _REGION = TrustRegion(shrink=0.5)
 # Differences of losses up to this multiple of their rounding error may be rounding of residuals.
 _NOISE = 1e3
-# A constant damping, as a share of the largest curvature along a coordinate at the first step.
-_CONSTANT = 1e-3
+# A constant damping, as a share of the largest curvature along a coordinate at the first step; and
+# that of steps which are taken as they are, as a share of the batch's mean eigenvalue.
+_CONSTANT, _OF_MEAN = 1e-3, 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +123,11 @@ class LevenbergMarquardt(FlatOptimizer):
     Loss functions of torch show their residuals. If the closure squares residuals itself, mark
     them: `r = mark_outputs(model(x) - y)`.
 
+    For mini-batches, `LevenbergMarquardt(params, momentum=0.9, globalization=None, max_norm=0.3)`
+    makes steps of SPRING, with one evaluation each: let a scheduler lower `lr`, as with Adam, and
+    tune `max_norm`, the distance that parameters move in a step. A damping that adapts, or a line
+    search, would fit each batch at the expense of the others.
+
     References: Levenberg 1944; Marquardt 1963; Moré 1978, "The Levenberg-Marquardt algorithm:
     implementation and theory"; Madsen, Nielsen and Tingleff 2004, "Methods for non-linear least
     squares problems"; Transtrum and Sethna 2012, arXiv 1201.5885; Goldshlager, Abrahamsen and Lin
@@ -136,7 +140,8 @@ class LevenbergMarquardt(FlatOptimizer):
         damping: `"nielsen"`, `"marquardt"` or a `DampingRule` for a damping that follows the gain
             ratio; a number is the first one, in the units of `J'J` by the scaling. With another
             globalization than `"damping"` the damping is constant: a number, by default a
-            thousandth of the largest curvature along a coordinate at the first step.
+            thousandth of the largest curvature along a coordinate at the first step. Without a
+            globalization the default is a hundredth of the mean eigenvalue, of each batch.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         solver: `"primal"` (a system of `n` equations, by QR or Cholesky), `"dual"` (one equation
             for each residual), `"cg"` (products alone), or `"auto"` by size and memory.
@@ -146,6 +151,9 @@ class LevenbergMarquardt(FlatOptimizer):
             order, for one more evaluation each.
         momentum: The share of the last step that the next one is drawn to, in directions that the
             residuals say nothing about (SPRING); for mini-batches.
+        max_norm: The longest step; longer ones are shortened to it before they are multiplied with
+            `lr`. It needs `globalization=None`, and such steps need it where residuals are far
+            from linear.
         globalization: `"damping"`; `"trust_region"` or a `TrustRegion` for the best step within a
             radius, measured by the scaling and as long as the parameters at first, which is the
             method of MINPACK; the name of a line search, or a `LineSearch`; or None to take each
@@ -217,6 +225,7 @@ class LevenbergMarquardt(FlatOptimizer):
         scaling: ScalingName = "identity",
         acceleration: Literal["geodesic"] | None = None,
         momentum: float = 0.0,
+        max_norm: float | None = None,
         globalization: (
             Literal["damping", "trust_region"] | TrustRegion | LineSearchName | LineSearch | None
         ) = "damping",
@@ -233,6 +242,12 @@ class LevenbergMarquardt(FlatOptimizer):
         if acceleration is not None:
             check_choice("acceleration", acceleration, ("geodesic",), "None")
         check_number("momentum", momentum, low=0.0, below=1.0)
+        check_number("max_norm", max_norm, above=0.0, optional=True)
+        if max_norm is not None and globalization is not None:
+            raise ValueError(
+                "max_norm limits steps that are taken as they are: give globalization=None, or "
+                "leave max_norm out"
+            )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
         check_integer("corrections", corrections, low=0, whole_floats=True)
         self.globalization: LineSearch | TrustRegion | None = None
@@ -244,7 +259,7 @@ class LevenbergMarquardt(FlatOptimizer):
             self.globalization = resolve_line_search(globalization, "globalization")
         if isinstance(self.globalization, TrustRegion):
             self._check_within_radius(damping, momentum)
-        self.damping = _resolve_damping(damping, globalization == "damping")
+        self.damping = resolve_damping(damping, globalization == "damping")
         if acceleration is not None and globalization != "damping":
             raise ValueError(
                 "geodesic acceleration needs a damping that a large bend can raise: leave "
@@ -254,6 +269,7 @@ class LevenbergMarquardt(FlatOptimizer):
             "lr": lr,
             "max_iter": max_iter,
             "momentum": momentum,
+            "max_norm": max_norm,
             "corrections": corrections,
             "max_eval": max_eval,
             "tolerance_grad": tolerance_grad,
@@ -290,6 +306,7 @@ class LevenbergMarquardt(FlatOptimizer):
                 "squares: leave maximize out, or use NewtonCG with curvature='hessian'"
             )
         check_number("momentum", group.get("momentum", 0.0), low=0.0, below=1.0)
+        check_number("max_norm", group.get("max_norm"), above=0.0, optional=True)
 
     # The course of a step.
 
@@ -411,7 +428,9 @@ class LevenbergMarquardt(FlatOptimizer):
             # A parameter that no residual depends on may have any metric.
             largest = metric.amax()
             metric = torch.where(metric > 0, metric, torch.where(largest > 0, largest, 1.0))
-        if not self._damping and not isinstance(self.globalization, TrustRegion):
+        if self.globalization is None and self.damping is None:  # the batches may differ
+            self._damping = self._start = _OF_MEAN * (system.mean_curvature(metric) or 1.0)
+        elif not self._damping and not isinstance(self.globalization, TrustRegion):
             curvature = system.diagonal if metric is None else system.diagonal / metric
             (size,) = descent.space.to_host(largest=(curvature,))
             rule = self.damping
@@ -517,7 +536,9 @@ class LevenbergMarquardt(FlatOptimizer):
         self._tally.solver_iterations += step.iterations
         if not (isfinite(step.decrease) and isfinite(step.length)):
             return StepStatus.NONFINITE_PRODUCTS
-        lr = descent.lr
+        lr, most = descent.lr, self.param_groups[0].get("max_norm")
+        if most is not None and step.length > most:
+            lr *= most / step.length
         if descent.count + 1 < descent.max_iter:
             proposal, trials = _proposal(step), self._trials(descent)
             trial = trials.trial(proposal, lr)
@@ -623,27 +644,6 @@ class _Problem:
         if self.room is None:
             return ResidualRegion(jacobian, grad, self.metric)
         return BoxedRegion(jacobian, grad, self.metric, *self.room)
-
-
-def _resolve_damping(
-    damping: DampingName | DampingRule | float | None, adapts: bool
-) -> DampingRule | float | None:
-    """The rule of a damping, or a constant one; None for the default constant."""
-    if adapts:
-        if isinstance(damping, DampingRule):
-            return damping
-        if isinstance(damping, str):
-            check_choice("damping", damping, DampingName, "a DampingRule, a number, or None")
-            return MarquardtDamping() if damping == "marquardt" else NielsenDamping()
-        check_number("damping", damping, above=0.0, optional=True)
-        return NielsenDamping(None if damping is None else float(damping))
-    if isinstance(damping, (str, DampingRule)):
-        raise ValueError(
-            "without globalization='damping' the damping is constant: give a number, got "
-            f"{damping!r}"
-        )
-    check_number("damping", damping, above=0.0, optional=True)
-    return None if damping is None else float(damping)
 
 
 def _gain_ratio(trials: Trials, proposal: Proposal, trial: Trial) -> float:
