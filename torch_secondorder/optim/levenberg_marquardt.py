@@ -23,26 +23,30 @@ from torch_secondorder._optim.quadratic_model import (
     point_of,
     search_along,
 )
+from torch_secondorder._optim.residual_model import (
+    ResidualModel,
+    bend_along,
+    gain_ratio_of,
+    proposal_of,
+)
 from torch_secondorder._optim.residual_region import (
     Outlook,
     RadiusMemory,
-    Region,
     largest_cosine,
     within_radius,
 )
 from torch_secondorder._optim.state import Number, Vector, declare
-from torch_secondorder.curvature.residual_jacobian import JacobianMethod, ResidualJacobian
+from torch_secondorder.curvature import ResidualJacobian
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.globalization import (
     DampingRule,
     LineSearch,
     LineSearchName,
     SearchStatus,
-    Trial,
     TrustRegion,
     resolve_line_search,
 )
 from torch_secondorder.globalization._resolve import DampingName, resolve_damping
-from torch_secondorder.solvers._residual_region import BoxedRegion, ResidualRegion
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
@@ -60,14 +64,12 @@ _PATIENCE = 5
 _ATTEMPTS = 40
 # The gain ratio from which a step is taken.
 _ACCEPT = 1e-4
-# The share of a step after which residuals are looked at for their bend, and the largest ratio of
-# the correction to the step (Transtrum and Sethna 2012).
-_PROBE, _BEND = 0.1, 0.75
+# The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012), and the one
+# below which the next steps are taken for straight.
+_BEND, _STRAIGHT = 0.75, 0.02
 # The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
 # best radius changes little from step to step.
 _REGION = TrustRegion(shrink=0.5)
-# Differences of losses up to this multiple of their rounding error may be rounding of residuals.
-_NOISE = 1e3
 # A constant damping, as a share of the largest curvature along a coordinate at the first step; and
 # that of steps which are taken as they are, as a share of the batch's mean eigenvalue.
 _CONSTANT, _OF_MEAN = 1e-3, 1e-2
@@ -416,7 +418,7 @@ class LevenbergMarquardt(FlatOptimizer):
         report.jacobian, report.reason = jacobian.method, jacobian.reason or self._reason
         return system if jacobian.finite and system.finite else None
 
-    def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
+    def _problem(self, system: DampedLeastSquares, descent: Descent) -> ResidualModel:
         """The system with metric, center and bounds; makes the first damping."""
         metric: Tensor | None = None
         if self.scaling != "identity":
@@ -445,7 +447,7 @@ class LevenbergMarquardt(FlatOptimizer):
             center = momentum * self._direction
         box = descent.objective.box
         room = None if box is None else box.room(descent.objective.position)
-        return _Problem(system, metric, center, room)
+        return ResidualModel(system, metric, center, room)
 
     def _trials(self, descent: Descent) -> Trials:
         """Evaluations of steps; they keep their graphs where the next iteration can use them."""
@@ -453,7 +455,7 @@ class LevenbergMarquardt(FlatOptimizer):
         keeps = descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph()
         return Trials(descent, self._tally, "jacobian" if keeps else False, keeps_gradients=True)
 
-    def _solved(self, problem: _Problem, descent: Descent) -> DampedStep | StepStatus:
+    def _solved(self, problem: ResidualModel, descent: Descent) -> DampedStep | StepStatus:
         """The step with the present damping, one of descent."""
         step = problem.solve(self._damping)
         falls = step.slope < 0 and step.decrease > 0
@@ -469,7 +471,7 @@ class LevenbergMarquardt(FlatOptimizer):
     # Three ways to a step.
 
     def _damped(
-        self, problem: _Problem, trials: Trials, rule: DampingRule, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: DampingRule, descent: Descent
     ) -> Move | StepStatus:
         """A step with a damping that is raised until it lowers the loss."""
         first = self._damping
@@ -478,17 +480,17 @@ class LevenbergMarquardt(FlatOptimizer):
             step = self._solved(problem, descent)
             if isinstance(step, StepStatus):
                 return step
-            proposal = _proposal(step)
+            proposal = proposal_of(step)
             if self.acceleration is not None:
                 proposal = self._accelerated(problem, step, descent)
             trial = trials.trial(proposal, descent.lr)
-            ratio = _gain_ratio(trials, proposal, trial)
+            ratio = gain_ratio_of(trials, proposal, trial)
             if ratio > _ACCEPT:
                 after: float = trial.payload.length / trials.point.length
                 self._damping = rule.updated(damping, ratio, after, self._start, proposal.curvature)
                 return Move(proposal, trial, ratio)
             self._report.rejected += 1
-            if trials.unresolved(_proposal(step)):
+            if trials.unresolved(proposal_of(step)):
                 self._damping = first
                 return StepStatus.STALLED
             self._damping = rule.rejected(damping, failures, self._start)
@@ -497,7 +499,7 @@ class LevenbergMarquardt(FlatOptimizer):
         return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
     def _within_radius(
-        self, problem: _Problem, trials: Trials, rule: TrustRegion, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: TrustRegion, descent: Descent
     ) -> Move | StepStatus:
         """The best step within a radius, and corrections."""
         most = self.param_groups[0]["corrections"]
@@ -514,13 +516,13 @@ class LevenbergMarquardt(FlatOptimizer):
             self._report.corrections += memory.corrections
 
     def _searched(
-        self, problem: _Problem, trials: Trials, rule: LineSearch, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: LineSearch, descent: Descent
     ) -> Move | StepStatus:
         """A line search along the step."""
         step = self._solved(problem, descent)
         if isinstance(step, StepStatus):
             return step
-        proposal = _proposal(step)
+        proposal = proposal_of(step)
         first = trials.trial(proposal, descent.lr)
         found = search_along(trials, rule, proposal, first)
         if found.status.accepted:
@@ -529,7 +531,7 @@ class LevenbergMarquardt(FlatOptimizer):
             return StepStatus.NONFINITE_TRIALS
         return StepStatus.STALLED if trials.unresolved(proposal) else StepStatus.NO_DECREASE
 
-    def _unsearched(self, problem: _Problem, descent: Descent) -> StepStatus | None:
+    def _unsearched(self, problem: ResidualModel, descent: Descent) -> StepStatus | None:
         """The step as it is; the loss after it is evaluated if there is another iteration."""
         step = problem.solve(self._damping)
         self._report.factorization = problem.system.factorization
@@ -540,7 +542,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if most is not None and step.length > most:
             lr *= most / step.length
         if descent.count + 1 < descent.max_iter:
-            proposal, trials = _proposal(step), self._trials(descent)
+            proposal, trials = proposal_of(step), self._trials(descent)
             trial = trials.trial(proposal, lr)
             if not trial.finite:
                 return StepStatus.NONFINITE_TRIALS
@@ -552,19 +554,19 @@ class LevenbergMarquardt(FlatOptimizer):
         descent.step_length = lr
         return StepStatus.MOVED
 
-    def _accelerated(self, problem: _Problem, step: DampedStep, descent: Descent) -> Proposal:
+    def _accelerated(self, problem: ResidualModel, step: DampedStep, descent: Descent) -> Proposal:
         """The step with a geodesic correction; without it where it is too large."""
         system, metric = problem.system, problem.metric
         image = system.products_along(step.x)
-        bend = _bend(system.jacobian, step.x, image, descent)
+        bend = bend_along(system.jacobian, step.x, image, descent)
         if bend is None:
-            return _proposal(step)
+            return proposal_of(step)
         half = system.accelerate(self._damping, metric, bend).mul_(0.5)
         scaled = (half, step.x) if metric is None else (metric * half, metric * step.x)
         size, length = descent.space.to_host(sums=(scaled[0] @ half, scaled[1] @ step.x))
         ratio = 2.0 * sqrt(size / length) if length else inf
         self._report.bend = ratio
-        plain = _proposal(step)
+        plain = proposal_of(step)
         # The linear residuals say nothing about the correction, which cancels their bend: what they
         # predict for the step is what both together are to achieve.
         return plain._replace(direction=step.x + half) if ratio <= _BEND else plain
@@ -613,67 +615,3 @@ class _Report:
     rows: int = 0
     jacobian: str = ""
     reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """The linearized residuals at a point, with what a step is measured by.
-
-    Attributes:
-        system: The residuals.
-        metric: The metric of the damping; None for the identity.
-        center: What the step is drawn to; None for zero.
-        room: The smallest and largest step within bounds; None without any.
-    """
-
-    system: DampedLeastSquares
-    metric: Tensor | None
-    center: Tensor | None
-    room: tuple[Tensor, Tensor] | None
-
-    def solve(self, damping: float) -> DampedStep:
-        """The step with a damping."""
-        if self.room is None:
-            return self.system.solve(damping, self.metric, self.center)
-        return self.system.solve_in(damping, self.metric, *self.room)
-
-    def region(self, point: Point) -> Region:
-        """The quadratic for steps within a radius."""
-        jacobian, grad = self.system.jacobian, point.grad
-        assert grad is not None
-        if self.room is None:
-            return ResidualRegion(jacobian, grad, self.metric)
-        return BoxedRegion(jacobian, grad, self.metric, *self.room)
-
-
-def _gain_ratio(trials: Trials, proposal: Proposal, trial: Trial) -> float:
-    """See `Trials.gain_ratio`; in the rounding errors of large residuals by the slopes alone.
-
-    Near a minimum where residuals are left, they cancel in the loss long before the gradient is
-    exact.
-    """
-    noise = _NOISE * trials.allowance
-    predicted = -trial.t * (proposal.slope - trial.t * (proposal.slope + proposal.decrease))
-    settled = 0.0 < predicted <= noise and abs(trials.point.loss - trial.loss) <= noise
-    if not (settled and trial.finite):
-        return trials.gain_ratio(proposal, trial)
-    return -0.5 * trial.t * (proposal.slope + trial.slope) / predicted
-
-
-def _proposal(step: DampedStep) -> Proposal:
-    return Proposal(step.x, step.slope, step.decrease, step.held, step.curvature)
-
-
-def _bend(jacobian: ResidualJacobian, x: Tensor, image: Tensor, descent: Descent) -> Tensor | None:
-    """The second derivative of the residuals along a step, by a difference; None if not finite.
-
-    Args:
-        jacobian: At the current point.
-        x: The step.
-        image: `J x`.
-        descent: The step.
-    """
-    probe = descent.objective.trial(x, _PROBE, curvature="jacobian")
-    moved = jacobian.change_to(probe)
-    bend = (moved / _PROBE - image) * (2.0 / _PROBE)
-    return bend if bool(bend.isfinite().all()) else None
