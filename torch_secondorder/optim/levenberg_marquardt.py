@@ -35,6 +35,7 @@ from torch_secondorder._optim.residual_region import (
     largest_cosine,
     within_radius,
 )
+from torch_secondorder._optim.residuals import check_batches, over_batches, residuals_at
 from torch_secondorder._optim.state import Number, Vector, declare
 from torch_secondorder.curvature import ResidualJacobian
 from torch_secondorder.curvature.residual_jacobian import JacobianMethod
@@ -317,6 +318,8 @@ class LevenbergMarquardt(FlatOptimizer):
         objective.limit = inf if most is None else most
         if objective.box is not None:
             self._check_bounded()
+        region = isinstance(self.globalization, TrustRegion)
+        check_batches(objective, self.solver, self.acceleration, region)
         evaluation = objective.evaluate(curvature="jacobian")
         return evaluation, point_of(evaluation, objective)
 
@@ -400,11 +403,12 @@ class LevenbergMarquardt(FlatOptimizer):
             evaluation = objective.evaluate(curvature="jacobian")
             point = descent.point = point_of(evaluation, objective)
         assert point.evaluation is not None and point.grad is not None
-        jacobian = ResidualJacobian(point.evaluation, method=self._way)
+        jacobian = residuals_at(objective, point.evaluation, self._way)
         if jacobian.reason:  # it will not do at the next point either
             self._way, self._reason = jacobian.method, jacobian.reason
         solver = self.solver
-        if objective.box is not None or isinstance(self.globalization, TrustRegion):
+        batches = over_batches(objective)
+        if batches or objective.box is not None or isinstance(self.globalization, TrustRegion):
             solver = "primal"
         if solver == "auto":
             device = objective.vector.device
