@@ -37,7 +37,6 @@ from torch_secondorder._optim.residual_region import (
 )
 from torch_secondorder._optim.residuals import check_batches, over_batches, residuals_at
 from torch_secondorder._optim.state import Number, Vector, declare
-from torch_secondorder.curvature import ResidualJacobian
 from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.globalization import (
     DampingRule,
@@ -55,9 +54,16 @@ from torch_secondorder.solvers.damped_least_squares import (
     suited_solver,
 )
 
-__all__ = ["DampingName", "LevenbergMarquardt", "LevenbergMarquardtInfo", "ScalingName"]
+__all__ = [
+    "AccelerationName",
+    "DampingName",
+    "LevenbergMarquardt",
+    "LevenbergMarquardtInfo",
+    "ScalingName",
+]
 
-ScalingName: TypeAlias = Literal["identity", "marquardt", "more"]
+ScalingName: TypeAlias = Literal["auto", "identity", "marquardt", "more"]
+AccelerationName: TypeAlias = Literal["auto", "geodesic"]
 
 # Iterations without a new best loss or gradient after which only rounding error is left.
 _PATIENCE = 5
@@ -140,8 +146,9 @@ class LevenbergMarquardt(FlatOptimizer):
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
         lr: The share of each step that is tried first. If groups differ, each group's part of the
             metric is scaled by its share of the largest.
-        damping: `"nielsen"`, `"marquardt"` or a `DampingRule` for a damping that follows the gain
-            ratio; a number is the first one, in the units of `J'J` by the scaling. With another
+        damping: `"marquardt"`, which is the default, `"nielsen"`, or a `DampingRule` for a damping
+            that follows the gain ratio; a number is the first one, in the units of `J'J` by the
+            scaling. With another
             globalization than `"damping"` the damping is constant: a number, by default a
             thousandth of the largest curvature along a coordinate at the first step. Without a
             globalization the default is a hundredth of the mean eigenvalue, of each batch.
@@ -150,8 +157,10 @@ class LevenbergMarquardt(FlatOptimizer):
             for each residual), `"cg"` (products alone), or `"auto"` by size and memory.
         scaling: `D`: `"identity"`; `"marquardt"` for the diagonal of `J'J`; `"more"` for its
             largest values so far, so that steps do not depend on the units of the parameters.
+            `"auto"` is `"more"` with a damping that adapts or a trust region.
         acceleration: `"geodesic"` for steps that follow the bend of the residuals to second
-            order, for one more evaluation each.
+            order, for one more evaluation each; None for none. `"auto"` does so where a damping
+            decides about steps, unless the last ones were almost straight.
         momentum: The share of the last step that the next one is drawn to, in directions that the
             residuals say nothing about (SPRING); for mini-batches.
         max_norm: The longest step; longer ones are shortened to it before they are multiplied with
@@ -205,12 +214,14 @@ class LevenbergMarquardt(FlatOptimizer):
         damping=Number(0.0),
         radius=Number(0.0),
         start=Number(0.0),
+        bend=Number(inf),
         largest=Vector(),
         direction=Vector(),
     )
     _damping: float  # of the next system; 0 before the first one
     _radius: float  # of the next step; 0 before the first one
     _start: float  # the first damping or radius, which the rules' limits are relative to
+    _bend: float  # what to expect of the next step, to skip corrections of straight ones
     _largest: Tensor | None  # the largest values of the diagonal of J'J so far
     _way: JacobianMethod | None = None  # to the Jacobian, once the fastest one has failed in a step
     _outlook: Outlook  # of the last step within a radius
@@ -225,8 +236,8 @@ class LevenbergMarquardt(FlatOptimizer):
         max_iter: int = 1,
         *,
         solver: LeastSquaresSolverName = "auto",
-        scaling: ScalingName = "identity",
-        acceleration: Literal["geodesic"] | None = None,
+        scaling: ScalingName = "auto",
+        acceleration: AccelerationName | None = "auto",
         momentum: float = 0.0,
         max_norm: float | None = None,
         globalization: (
@@ -243,7 +254,7 @@ class LevenbergMarquardt(FlatOptimizer):
         check_choice("solver", solver, LeastSquaresSolverName)
         check_choice("scaling", scaling, ScalingName)
         if acceleration is not None:
-            check_choice("acceleration", acceleration, ("geodesic",), "None")
+            check_choice("acceleration", acceleration, AccelerationName, "None")
         check_number("momentum", momentum, low=0.0, below=1.0)
         check_number("max_norm", max_norm, above=0.0, optional=True)
         if max_norm is not None and globalization is not None:
@@ -252,6 +263,10 @@ class LevenbergMarquardt(FlatOptimizer):
                 "leave max_norm out"
             )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
+        if scaling == "auto":
+            adapts = globalization in ("damping", "trust_region")
+            adapts = adapts or isinstance(globalization, TrustRegion)
+            self.scaling = "more" if adapts else "identity"
         check_integer("corrections", corrections, low=0, whole_floats=True)
         self.globalization: LineSearch | TrustRegion | None = None
         if globalization == "trust_region":
@@ -263,7 +278,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if isinstance(self.globalization, TrustRegion):
             self._check_within_radius(damping, momentum)
         self.damping = resolve_damping(damping, globalization == "damping")
-        if acceleration is not None and globalization != "damping":
+        if acceleration == "geodesic" and globalization != "damping":
             raise ValueError(
                 "geodesic acceleration needs a damping that a large bend can raise: leave "
                 "globalization or acceleration out"
@@ -328,7 +343,7 @@ class LevenbergMarquardt(FlatOptimizer):
             raise ValueError(
                 f"bounds need solver='primal', got {self.solver!r}: leave bounds or solver out"
             )
-        if self.param_groups[0]["momentum"] or self.acceleration is not None:
+        if self.param_groups[0]["momentum"] or self.acceleration == "geodesic":
             raise ValueError(
                 "bounds go with neither momentum nor acceleration, whose steps may leave them: "
                 "leave one of them out"
@@ -485,7 +500,7 @@ class LevenbergMarquardt(FlatOptimizer):
             if isinstance(step, StepStatus):
                 return step
             proposal = proposal_of(step)
-            if self.acceleration is not None:
+            if self._accelerates(problem):
                 proposal = self._accelerated(problem, step, descent)
             trial = trials.trial(proposal, descent.lr)
             ratio = gain_ratio_of(trials, proposal, trial)
@@ -494,6 +509,7 @@ class LevenbergMarquardt(FlatOptimizer):
                 self._damping = rule.updated(damping, ratio, after, self._start, proposal.curvature)
                 return Move(proposal, trial, ratio)
             self._report.rejected += 1
+            self._bend = inf
             if trials.unresolved(proposal_of(step)):
                 self._damping = first
                 return StepStatus.STALLED
@@ -558,6 +574,16 @@ class LevenbergMarquardt(FlatOptimizer):
         descent.step_length = lr
         return StepStatus.MOVED
 
+    def _accelerates(self, problem: ResidualModel) -> bool:
+        """True if the bend along the next step is to be looked at."""
+        if self.acceleration != "auto":
+            return self.acceleration is not None
+        if problem.room is not None or problem.system.name == "cg" or not problem.system.has_rows:
+            return False
+        straight = self._bend < _STRAIGHT
+        self._bend *= 2.0  # skipped a few times only
+        return not straight
+
     def _accelerated(self, problem: ResidualModel, step: DampedStep, descent: Descent) -> Proposal:
         """The step with a geodesic correction; without it where it is too large."""
         system, metric = problem.system, problem.metric
@@ -569,7 +595,7 @@ class LevenbergMarquardt(FlatOptimizer):
         scaled = (half, step.x) if metric is None else (metric * half, metric * step.x)
         size, length = descent.space.to_host(sums=(scaled[0] @ half, scaled[1] @ step.x))
         ratio = 2.0 * sqrt(size / length) if length else inf
-        self._report.bend = ratio
+        self._report.bend = self._bend = ratio
         plain = proposal_of(step)
         # The linear residuals say nothing about the correction, which cancels their bend: what they
         # predict for the step is what both together are to achieve.
@@ -601,6 +627,7 @@ class LevenbergMarquardt(FlatOptimizer):
 
     def _forget(self, reason: str) -> None:
         super()._forget(reason)
+        self._bend = inf
         self._damping = self._radius = self._start = 0.0
 
 

@@ -92,10 +92,12 @@ class DampedLeastSquares(ABC):
     Attributes:
         name: The solver: `"primal"`, `"dual"` or `"cg"`.
         factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"`, or `"none"`.
+        has_rows: Whether there is more than `J'J`.
     """
 
     name: ClassVar[LeastSquaresSolverName]
     factorization: str = "none"
+    has_rows: ClassVar[bool] = True
 
     @staticmethod
     def of(
@@ -370,6 +372,7 @@ class _OfSums(DampedLeastSquares):
     """Systems of `n` equations where `J'J` is all that is known of `J`."""
 
     name = "primal"
+    has_rows = False
 
     def __init__(self, sums: NormalEquations, grad: Tensor) -> None:
         self._sums, self._grad = sums, grad
