@@ -77,6 +77,7 @@ RULES = Rules(
     },
     doors={
         "curvature._masked": "_optim",
+        "curvature._normal_equations": "solvers dataset",
         "curvature._output_space": "_optim",
         "curvature._random": "diagnostics",
         "curvature._samples": "_optim",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import LinearOperator, ResidualJacobian
+from torch_secondorder.curvature._normal_equations import NormalEquations
 from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.dataset._objective import DatasetObjective
 from torch_secondorder.dataset._operator import BatchSum
@@ -18,7 +19,7 @@ from torch_secondorder.dataset._operator import BatchSum
 __all__ = ["BatchResiduals"]
 
 
-class BatchResiduals:
+class BatchResiduals(NormalEquations):
     """`J'J` of the residuals of a data set, summed over its batches.
 
     One pass over the loader gives all of it. A batch's rows end with the batch, so there are no
@@ -96,11 +97,11 @@ class BatchResiduals:
             self.rest_diagonal = self.rest_diagonal + vector.expand(decays)
 
     def normal_matrix(self) -> Tensor:
-        """`J'J`, shape `(n, n)`, symmetric to the last bit; do not write into it."""
+        """See `NormalEquations.normal_matrix`."""
         return self._matrix
 
     def diagonal(self) -> Tensor:
-        """The diagonal of `J'J`, shape `(n,)`."""
+        """See `NormalEquations.diagonal`."""
         return self._matrix.diagonal().clone()
 
     @property

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, sqrt
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder._foundation.memory import TooLarge, check_fits
 from torch_secondorder._params.space import WHOLE
 from torch_secondorder.curvature import Diagonal, LinearOperator
+from torch_secondorder.curvature._normal_equations import NormalEquations
 from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
 from torch_secondorder.solvers._boxed_dense import BoxedQuadratic
 from torch_secondorder.solvers.cg import CG
@@ -60,23 +61,6 @@ class DampedStep:
     iterations: int = 0
 
 
-class NormalEquations(Protocol):
-    """`J'J`, where `J` itself is not to be had: sums over a data set."""
-
-    rows: int
-    size: int
-    finite: bool
-    rest_diagonal: float | Tensor
-
-    def normal_matrix(self) -> Tensor:
-        """See `ResidualJacobian.normal_matrix`."""
-        ...  # pragma: no cover - a protocol
-
-    def diagonal(self) -> Tensor:
-        """See `ResidualJacobian.diagonal`."""
-        ...  # pragma: no cover - a protocol
-
-
 class DampedLeastSquares(ABC):
     """The quadratic `|r + J x|^2 / 2 + q'x + x'R x / 2`, minimized with a damping.
 
@@ -117,7 +101,7 @@ class DampedLeastSquares(ABC):
             ValueError: The name is unknown; a subclass of it if a matrix does not fit in memory.
         """
         check_choice("solver", solver, LeastSquaresSolverName)
-        if not isinstance(jacobian, ResidualJacobian):
+        if isinstance(jacobian, NormalEquations):
             return _OfSums(jacobian, grad)
         if solver == "auto":
             solver = suited_solver(jacobian.rows, jacobian.size, grad.dtype, grad.device)
