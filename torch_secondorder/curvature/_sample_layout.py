@@ -129,7 +129,9 @@ def layouts(owner: Tensor, counts: Sequence[int]) -> dict[int, Layout]:
         (rows,) = (own >= 0).nonzero(as_tuple=True)
         if len(rows):
             alone = not bool(((owner >= 0) & (own < 0)).any())
-            found[i] = _regular(own, rows, samples, alone) or _irregular(own, rows, samples)
+            # Those of other outputs are in no pattern.
+            known = torch.where((owner >= 0) & (own < 0), samples, own)
+            found[i] = _regular(known, rows, samples, alone) or _irregular(own, rows, samples)
         begin += samples
     return found
 
