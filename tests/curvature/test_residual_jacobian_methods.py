@@ -667,3 +667,20 @@ def test_probes_with_rounding_errors() -> None:
     assert probe.owners((exact + noise[0]).float(), weighted) is None
     weighted[0][7] *= 1.01
     assert probe.owners(deltas, weighted) is None
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.mse_loss])
+def test_on_every_device(loss: Callable[..., Tensor], device: torch.device) -> None:
+    net = network(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).float().to(device)
+    x, y = randn(20, 3).float().to(device), randn(20, 4, seed=1).float().to(device)
+    y = y.argmax(1) if loss is F.cross_entropy else y
+    evaluation = ClosureObjective(lambda: _backward(loss(net(x), y)), net.parameters()).evaluate(
+        curvature="jacobian"
+    )
+    J, by_rows = ResidualJacobian(evaluation), ResidualJacobian(evaluation, method="rows")
+    assert J.method == "graph", J.reason
+    D, close = by_rows.dense(), {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(J.kernel(), D @ D.T, **close)
+    torch.testing.assert_close(J.normal_matrix(), D.T @ D, **close)
+    torch.testing.assert_close(J.dense(), D, **close)
+    torch.testing.assert_close(J.pull(J.residuals), evaluation.grad, **close)
