@@ -31,7 +31,7 @@ def check_batches(
         return
     for name, refused in {
         f"solver={solver!r}": solver not in ("auto", "primal"),
-        f"acceleration={acceleration!r}": acceleration is not None,
+        f"acceleration={acceleration!r}": acceleration == "geodesic",
         'globalization="trust_region"': region,
     }.items():
         if refused:

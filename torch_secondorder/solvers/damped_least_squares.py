@@ -76,10 +76,12 @@ class DampedLeastSquares(ABC):
     Attributes:
         name: The solver: `"primal"`, `"dual"` or `"cg"`.
         factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"`, or `"none"`.
+        has_rows: Whether there is more than `J'J`.
     """
 
     name: ClassVar[LeastSquaresSolverName]
     factorization: str = "none"
+    has_rows: ClassVar[bool] = True
 
     @staticmethod
     def of(
@@ -127,6 +129,18 @@ class DampedLeastSquares(ABC):
     @abstractmethod
     def finite(self) -> bool:
         """True if the matrix of the systems is finite."""
+
+    def mean_curvature(self, metric: Tensor | None = None) -> float:
+        """The mean eigenvalue of `D^-1 J'J`; of those that rows or columns leave, if these are few.
+
+        Args:
+            metric: `D`, positive, shape `(n,)`; the identity by default.
+        """
+        (trace,) = WHOLE.to_host(sums=(self._trace(metric),))
+        return trace / max(1, min(self.jacobian.rows, self.jacobian.size))
+
+    def _trace(self, metric: Tensor | None) -> Tensor:
+        return (self.diagonal if metric is None else self.diagonal / metric).sum()
 
     def solve(
         self, damping: float, metric: Tensor | None = None, center: Tensor | None = None
@@ -342,6 +356,7 @@ class _OfSums(DampedLeastSquares):
     """Systems of `n` equations where `J'J` is all that is known of `J`."""
 
     name = "primal"
+    has_rows = False
 
     def __init__(self, sums: NormalEquations, grad: Tensor) -> None:
         self._sums, self._grad = sums, grad
@@ -411,6 +426,9 @@ class _Dual(DampedLeastSquares):
     def _weighted(self, metric: Tensor | None) -> Tensor:
         """The kernel with the inverse of the metric, which all dampings have in common."""
         return self._kernel(None if metric is None else self._inverse(metric))
+
+    def _trace(self, metric: Tensor | None) -> Tensor:
+        return self._weighted(metric).diagonal().sum()
 
     def _resolved(self, damping: float, metric: Tensor | None) -> float:
         """See `DampedLeastSquares._resolved`."""
