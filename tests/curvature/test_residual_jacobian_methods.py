@@ -645,3 +645,25 @@ def test_graphs_of_all_kinds(steps: list[str], kind: str, samples: int) -> None:
     scale = 1 + float(expected.abs().max())
     torch.testing.assert_close(J.dense(), expected, rtol=1e-10, atol=1e-10 * scale)
     assert J.method == "graph", J.reason
+
+
+def test_probes_with_rounding_errors() -> None:
+    samples = 2000
+    probe = Probe(samples, torch.float32)
+    exact = randn(samples, 1)
+    exact[::100] *= 1e-5  # nearly zero
+    noise = 1e-6 * randn(1 + probe.count, samples, 1, seed=1)
+    weights = probe.weights(torch.device("cpu"))
+    deltas = (exact + noise[0]).float()
+    weighted = [(exact * w[:, None] + e).float() for w, e in zip(weights, noise[1:], strict=True)]
+    owner = probe.owners(deltas, weighted)
+    assert owner is not None
+    unknown = owner < 0
+    assert torch.equal(owner[~unknown], torch.arange(samples)[~unknown])
+    assert layouts(owner, [samples])[0].of(deltas).shape == (samples, 1, 1)
+    # Not where they are many, or large.
+    exact[::20] *= 1e-5
+    weighted = [(exact * w[:, None] + e).float() for w, e in zip(weights, noise[1:], strict=True)]
+    assert probe.owners((exact + noise[0]).float(), weighted) is None
+    weighted[0][7] *= 1.01
+    assert probe.owners(deltas, weighted) is None

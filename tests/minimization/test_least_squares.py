@@ -92,7 +92,7 @@ def test_agrees_with_scipy_within_bounds(loss: Any, low: Any, high: Any) -> None
         seen.append(x.detach().clone())
         return residuals(x)
 
-    result = least_squares(fun, start, (low, high), loss=loss, f_scale=0.2)
+    result = least_squares(fun, start, bounds=(low, high), loss=loss, f_scale=0.2)
     theirs = by_scipy(residuals, start, bounds=(low, high), loss=loss, f_scale=0.2)
     assert result.success, result
     assert result.cost == pytest.approx(theirs.cost, rel=1e-7)
@@ -172,7 +172,7 @@ def test_trees() -> None:
     def fun(p: dict[str, Tensor]) -> Tensor:
         return p["scale"] * torch.exp(-p["rate"] * T) - torch.exp(-2.0 * T)
 
-    result = least_squares(fun, start, ({"scale": 0.0, "rate": 0.5}, None))
+    result = least_squares(fun, start, bounds=({"scale": 0.0, "rate": 0.5}, None))
     assert result.success
     assert float(result.x["rate"]) == pytest.approx(2.0, rel=1e-8)
     assert result.jac["scale"].shape == (20, 1) and result.jac["rate"].shape == (20,)
@@ -200,6 +200,83 @@ def test_costs(loss: Any) -> None:
     shifted = r.detach() + 1e-7
     moved = cost_of(shifted, loss, 0.5) - cost_of(r.detach() - 1e-7, loss, 0.5)
     assert float(moved) == pytest.approx(2e-7 * float(slope.detach().sum()), rel=1e-6)
+
+
+# Jacobians that autograd does not make.
+
+
+def arrays(x: Tensor) -> Any:
+    """The residuals as an array of NumPy."""
+    return residuals(x).numpy()
+
+
+@pytest.mark.parametrize("fun", [residuals, arrays])
+@pytest.mark.parametrize("jac", ["2-point", "3-point", torch.func.jacrev(residuals)])
+@pytest.mark.parametrize("loss", ["linear", "soft_l1"])
+def test_other_jacobians(fun: Any, jac: Any, loss: Any) -> None:
+    calls = 0
+
+    def counted(x: Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        return fun(x)
+
+    result = least_squares(counted, [1.0, 1.0, 0.0], jac, loss=loss)
+    exact = least_squares(residuals, [1.0, 1.0, 0.0], loss=loss)
+    assert result.success, result
+    assert result.nfev == calls
+    each = {"2-point": 4, "3-point": 7}.get(jac, 1) if isinstance(jac, str) else 1
+    assert result.nfev == each * result.njev
+    assert torch.allclose(result.x, exact.x, rtol=1e-7)
+    assert torch.allclose(result.jac, exact.jac, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["2-point", "3-point"])
+@pytest.mark.parametrize(
+    "bounds", [(None, [1.0, 1.0, 1.0]), ([1.0, 1.0, 0.0], None), ([1.0, 1.0, 0.0],) * 2]
+)
+def test_differences_stay_within_bounds(scheme: Any, bounds: Any) -> None:
+    low, high = (
+        torch.full((3,), sign * math.inf).double() if b is None else torch.tensor(b).double()
+        for sign, b in zip((-1, 1), bounds, strict=True)
+    )
+    seen = []
+
+    def fun(x: Tensor) -> Tensor:
+        seen.append(x.clone())
+        return residuals(x)
+
+    result = least_squares(fun, [1.0, 1.0, 0.0], scheme, bounds)
+    assert all(bool(((low <= x) & (x <= high)).all()) for x in seen)
+    exact = least_squares(residuals, [1.0, 1.0, 0.0], bounds=bounds)
+    assert result.cost == pytest.approx(exact.cost, rel=1e-6)
+
+
+def test_the_jacobian_of_a_tree_and_of_residuals_of_any_shape() -> None:
+    start = {"a": torch.ones(2, 1).double(), "b": torch.zeros(()).double()}
+
+    def fun(p: dict[str, Tensor]) -> Tensor:
+        return p["a"] * T + p["b"] - DATA
+
+    for jac in (torch.func.jacrev(fun), "2-point"):
+        result = least_squares(fun, start, jac)
+        wanted = torch.func.jacrev(fun)(result.x)
+        assert result.jac["a"].shape == (2, 20, 2, 1)
+        assert all(torch.allclose(result.jac[name], wanted[name], atol=1e-6) for name in start)
+
+
+@pytest.mark.parametrize(
+    ("jac", "kind", "message"),
+    [
+        ("cs", ValueError, "jac must be None for autograd, a function, '2-point'.*got 'cs'"),
+        (True, ValueError, "jac must be None for autograd"),
+        (lambda x: torch.ones(3, 20), ValueError, r"shape \(3, 20\); .* must be \(20, 3\)"),
+        (lambda x: (x, x), ValueError, "jac returned 2 tensors, and x has 1"),
+    ],
+)
+def test_jacobians_that_do_not_fit(jac: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        least_squares(residuals, [1.0, 1.0, 0.0], jac)
 
 
 # Results and endings.
@@ -436,7 +513,9 @@ def test_minimize_by_marked_residuals() -> None:
         assert torch.allclose(result.x, wanted.x, rtol=1e-6)
         assert isinstance(result.info, LevenbergMarquardtInfo)
     bounded = minimize(cost, start, "lm", bounds=(None, 1.2))
-    assert torch.allclose(bounded.x, least_squares(residuals, start, (None, 1.2)).x, atol=1e-5)
+    assert torch.allclose(
+        bounded.x, least_squares(residuals, start, bounds=(None, 1.2)).x, atol=1e-5
+    )
 
 
 def test_minimize_by_a_standard_loss() -> None:

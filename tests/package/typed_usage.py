@@ -289,7 +289,7 @@ def fitting_curves() -> None:
     def residuals(p: Tensor) -> Tensor:
         return curve(x, p[0], p[1]) - x
 
-    result = least_squares(residuals, [1.0, 0.5], (0, 2), loss="huber", f_scale=0.1)
+    result = least_squares(residuals, [1.0, 0.5], bounds=(0, 2), loss="huber", f_scale=0.1)
     assert_type(result, LeastSquaresResult)
     assert_type(result.cost, float)
     assert_type(result.njev, int)

@@ -35,6 +35,8 @@ __all__ = ["Deltas", "GraphPlan", "NotFinite", "Target", "plan_of"]
 _ROUNDS = 8
 # A tensor made of parameters may have so many times their entries.
 _GROWTH = 4
+# Gradients so many times smaller than the largest, in units of rounding, may be rounding errors.
+_NOISE = 16
 
 
 # A use, and the reason why its rows do not come apart by samples.
@@ -295,6 +297,8 @@ def _layouts(
         deltas.of(chosen, [[c[k : k + 1] for c in parts] for parts in cotangents])
         for k in range(1 + probe.count)
     ]
+    sizes = [d.abs().amax() for d in each[0].values() if d is not None and d.numel()]
+    noise = _NOISE * torch.finfo(dtype).eps * float(torch.stack(sizes).amax()) if sizes else 0.0
     found: list[dict[int, Layout]] = []
     mixed: list[_Mixed] = []
     for use in uses:
@@ -313,7 +317,7 @@ def _layouts(
         first, *others = factors.delta.transpose(1, 2).flatten(2)
         if not bool(factors.delta.isfinite().all()):
             raise NotFinite
-        owner = probe.owners(first, others)
+        owner = probe.owners(first, others, noise)
         if owner is None:
             name = survey.nodes[use.node].name()
             mixed.append((use, f"{name}, whose rows depend on several samples"))
