@@ -74,6 +74,8 @@ _ACCEPT = 1e-4
 # The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012), and the one
 # below which the next steps are taken for straight.
 _BEND, _STRAIGHT = 0.75, 0.02
+# The smallest norm of residuals that a tolerance of the gradient shrinks with.
+_SMALL = 1e-5
 # The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
 # best radius changes little from step to step.
 _REGION = TrustRegion(shrink=0.5)
@@ -146,12 +148,12 @@ class LevenbergMarquardt(FlatOptimizer):
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
         lr: The share of each step that is tried first. If groups differ, each group's part of the
             metric is scaled by its share of the largest.
-        damping: `"marquardt"`, which is the default, `"nielsen"`, or a `DampingRule` for a damping
+        damping: `"nielsen"`, which is the default, `"marquardt"`, or a `DampingRule` for a damping
             that follows the gain ratio; a number is the first one, in the units of `J'J` by the
-            scaling. With another
-            globalization than `"damping"` the damping is constant: a number, by default a
-            thousandth of the largest curvature along a coordinate at the first step. Without a
-            globalization the default is a hundredth of the mean eigenvalue, of each batch.
+            scaling. With another globalization than `"damping"` the damping is constant: a number,
+            by default a thousandth of the largest curvature along a coordinate at the first step.
+            Without a globalization the default is a hundredth of the mean eigenvalue, of each
+            batch.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         solver: `"primal"` (a system of `n` equations, by QR or Cholesky), `"dual"` (one equation
             for each residual), `"cg"` (products alone), or `"auto"` by size and memory.
@@ -174,7 +176,8 @@ class LevenbergMarquardt(FlatOptimizer):
             an evaluation, and a Jacobian is saved in exchange.
         max_eval: Most evaluations of the closure per `step()`; unlimited by default.
         tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
-            times the largest entry seen so far where that is below one.
+            times the largest entry seen so far where that is below one, and times the norm of the
+            residuals, down to `1e-5`, where that is: a product with small residuals is small.
         tolerance_change: The step ends once an iteration changes both the loss and the parameters
             by no more than this, relative to their size.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
@@ -354,7 +357,15 @@ class LevenbergMarquardt(FlatOptimizer):
         if descent.objective.box is not None:
             descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
+        self._tolerance = descent.tolerance_grad
+        self._tighten(descent)
         self._way, self._reason, self._outlook = None, "", Outlook()
+
+    def _tighten(self, descent: Descent) -> None:
+        """Makes the default of the tolerance fit the residuals."""
+        if self.param_groups[0]["tolerance_grad"] is None:
+            size = sqrt(max(2.0 * descent.point.loss, 0.0))
+            descent.tolerance_grad = self._tolerance * min(max(size, _SMALL), 1.0)
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         """One iteration: a Jacobian, and the steps tried with it."""
@@ -622,6 +633,7 @@ class LevenbergMarquardt(FlatOptimizer):
         # A step below the rounding of the parameters counts as no move, however it was held.
         held = proposal.held and moved > objective.vector.precision * size
         descent.arrive(point, trial.t, moved, held=held)
+        self._tighten(descent)
         descent.search_status = move.search_status
         self._report.gain_ratio = move.gain_ratio
 
