@@ -86,10 +86,10 @@ def norm_constrained(
     `b` and `radius`, in reverse and forward mode, up to three times.
 
     With a matrix-free operator the problem is solved in Krylov spaces of growing dimension `j`,
-    where it has `j` unknowns, until the conditions hold to `atol` (the method of Hager 2001 and of
-    Gould, Lucidi, Roma and Toint 1999 for trust regions, on the bidiagonalization of Golub and
-    Kahan). The `j` basis vectors are kept, and the host waits for the device once per step. No
-    graph is recorded.
+    where it has `j` unknowns, until the conditions hold to `atol`. Gould, Lucidi, Roma and Toint
+    1999 do so for trust regions; here the spaces come from the bidiagonalization of Golub and
+    Kahan. The `j` basis vectors are kept, and the host waits for the device once per step. No graph
+    is recorded.
 
     References: Golub and Van Loan 2013, section 6.2.1; Björck 1996, section 5.3.
 
@@ -113,7 +113,8 @@ def norm_constrained(
         TypeError: `A` is no matrix in one of these forms, or `b` is not a tensor of float32 or
             float64.
         ValueError: Shapes, dtypes or devices do not fit, an entry is not finite, a number is out of
-            range, or `equality` is asked for where it is impossible or not implemented.
+            range, or `equality` is asked for with an operator, a matrix without columns, or
+            gradients of a solution whose multiplier is negative.
 
     >>> A = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     >>> print(norm_constrained(A, torch.tensor([3.0, 1.0], dtype=torch.float64), 1.0).x)
