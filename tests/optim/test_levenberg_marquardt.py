@@ -224,7 +224,7 @@ def test_a_constant_damping_is_a_share_of_the_first_curvature() -> None:
     fit = Fit()
     _, J = fit.residuals_and_jacobian()
     largest = float(J.square().sum(0).max())
-    optimizer = fit.train(2, globalization=None)
+    optimizer = fit.train(2, globalization="armijo")
     assert info_of(optimizer).damping == pytest.approx(1e-3 * largest)
 
 
