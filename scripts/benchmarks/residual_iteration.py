@@ -6,21 +6,22 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from torch_secondorder import ClosureObjective, Newton
+from torch_secondorder import Newton
 
 from .harness import alternate, load_ours, load_peer, progress
 from .registry import Options
 from .report import Report, Table, number, seconds
 from .residual_cases import Case, convection, curve, poisson
-from .residual_jacobian import by_samples, flat_residuals
+from .residual_jacobian import by_samples, evaluator, flat_residuals
 
-# Entries of a Hessian up to which Newton's method takes part.
+# Parameters up to which the others, which need dense matrices, take part.
 MOST = 300
 # No run ends early.
 ENDLESS = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
@@ -33,18 +34,21 @@ def _cases(device: torch.device, quick: bool) -> list[tuple[Case, int]]:
     return [(curve(device, 100), 10), (poisson(device), 10), (convection(device), 3)]
 
 
-def _restarted(case: Case, start: Tensor, run: Callable[[], Any]) -> Any:
-    vector_to_parameters(start.clone(), case.params)
-    return run()
-
-
-def _ours(make: Any, case: Case, iterations: int) -> Any:
+def _ours(make: Any, case: Case, start: Tensor, iterations: int) -> Callable[[], Any]:
+    """Runs an optimizer from its start; what it has learned about the graph is kept."""
     optimizer = make(case.params, max_iter=iterations, **ENDLESS)
-    optimizer.step(case.closure)
-    return optimizer.info
+    state = copy.deepcopy(optimizer.state_dict())
+
+    def run() -> Any:
+        vector_to_parameters(start.clone(), case.params)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        optimizer.step(case.closure)
+        return optimizer.info
+
+    return run
 
 
-def _scipy(least_squares: Any, case: Case, iterations: int) -> Any:
+def _scipy(least_squares: Any, case: Case, start: Tensor, iterations: int) -> Any:
     """SciPy's trust region, with the Jacobian by `vmap(jacrev)`."""
 
     def values(x: Any) -> Any:
@@ -54,29 +58,31 @@ def _scipy(least_squares: Any, case: Case, iterations: int) -> Any:
     def jacobian(x: Any) -> Any:
         return by_samples(case).cpu().numpy()
 
-    start = parameters_to_vector(case.params).detach().cpu().numpy()
     endless = {"ftol": None, "xtol": None, "gtol": 1e-15, "max_nfev": iterations}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return least_squares(values, start, jac=jacobian, method="trf", **endless)
+        return least_squares(values, start.cpu().numpy(), jac=jacobian, method="trf", **endless)
 
 
 def _parts(case: Case, solver: str) -> dict[str, Callable[[], Any]]:
-    """An evaluation with its graph, the Jacobian from it, and the solution of a system."""
-    jacobian_class = load_ours("torch_secondorder.curvature.residual_jacobian", "ResidualJacobian")
+    """An evaluation with its graph, the Jacobian with the first solution, and another one."""
+    jacobian_class = load_ours("torch_secondorder.curvature", "ResidualJacobian")
     system_class = load_ours("torch_secondorder.solvers.damped_least_squares", "DampedLeastSquares")
     assert jacobian_class is not None and system_class is not None
-    objective = ClosureObjective(case.closure, case.params)
-
-    def evaluate() -> Any:
-        return objective.evaluate(curvature="jacobian")
-
+    evaluate = evaluator(case.closure, case.params)
     evaluation = evaluate()
 
-    def solve() -> Any:
-        return system_class.of(jacobian_class(evaluation), evaluation.grad, solver).solve(1e-3)
+    def system() -> Any:
+        made = system_class.of(jacobian_class(evaluation), evaluation.grad, solver)
+        made.solve(1e-3)
+        return made
 
-    return {"evaluation": evaluate, "Jacobian and system": solve}
+    made = system()
+    return {
+        "evaluation": evaluate,
+        "Jacobian and system": system,
+        "solution again": lambda: made.solve(1e-3),
+    }
 
 
 def _measure(case: Case, iterations: int, options: Options) -> dict[str, Any] | None:
@@ -85,34 +91,32 @@ def _measure(case: Case, iterations: int, options: Options) -> dict[str, Any] | 
     if make is None:
         return None
     start = parameters_to_vector(case.params).detach().clone()
-    info = _restarted(case, start, lambda: _ours(make, case, iterations))
+    ours = _ours(make, case, start, iterations)
+    ours()
+    info = ours()
     vector_to_parameters(start.clone(), case.params)
     calls: dict[str, Callable[[], object]] = {
         "gradient": case.gradient,
-        "ours": lambda: _restarted(case, start, lambda: _ours(make, case, iterations)),
+        "ours": ours,
         # On a copy, as the graph of an evaluation belongs to its parameters.
         **_parts(replace(case, model=copy.deepcopy(case.model)), info.solver),
     }
     counts = {"ours": info.jacobians}
     if case.size <= MOST:
-        calls["Newton"] = lambda: _restarted(case, start, lambda: _ours(Newton, case, iterations))
-        counts["Newton"] = _restarted(
-            case, start, lambda: _ours(Newton, case, iterations)
-        ).iterations
-    if optimize is not None:
-        function = optimize.least_squares
-        found = _restarted(case, start, lambda: _scipy(function, case, iterations))
-        calls["scipy trf"] = lambda: _restarted(
-            case, start, lambda: _scipy(function, case, iterations)
-        )
-        counts["scipy trf"] = found.njev
-    timings = alternate(calls, options.repeat, options.device)
+        calls["Newton"] = newton = _ours(Newton, case, start, 2)
+        counts["Newton"] = newton().iterations
+    if optimize is not None and case.size <= MOST:
+        calls["scipy trf"] = partial(_scipy, optimize.least_squares, case, start, iterations)
+        counts["scipy trf"] = calls["scipy trf"]().njev  # type: ignore[attr-defined]
+    timings = alternate(calls, options.repeat, options.device, min_seconds=0.01)
     each = {name: timings[name].median / counts.get(name, 1) for name in calls}
-    evaluations = info.evaluations / info.jacobians
+    evaluations, rejected = (n / info.jacobians for n in (info.evaluations, info.rejected))
     known = each["Jacobian and system"] + evaluations * each["evaluation"]
+    known += rejected * each["solution again"]
     return {
         "seconds": each,
         "evaluations per iteration": evaluations,
+        "rejected per iteration": rejected,
         "rest": each["ours"] - known,
         "solver": info.solver,
         "jacobian": info.jacobian,
@@ -121,9 +125,10 @@ def _measure(case: Case, iterations: int, options: Options) -> dict[str, Any] | 
 
 def run_iteration(options: Options, report: Report) -> None:
     """Times iterations of each case beside those of other methods."""
-    columns = ["gradient", "evaluation", "Jacobian and system", "ours", "Newton", "scipy trf"]
+    columns = ["gradient", "evaluation", "Jacobian and system", "solution again"]
+    columns += ["ours", "Newton", "scipy trf"]
     table = Table(
-        "One iteration; the rest is ours without evaluations, Jacobian and system",
+        "One iteration; the rest is ours without evaluations, Jacobian, systems and solutions",
         ["network", "N x n", *columns, "rest", "of it"],
     )
     for case, iterations in progress(_cases(options.device, options.quick), "iterations"):

@@ -30,14 +30,12 @@ BASE = "vmap(jacrev)"
 OURS, FROM_GRAPH = "ours", "ours, graph given"
 
 
-def _evaluated(closure: Callable[[], Tensor], params: list[nn.Parameter]) -> Any:
-    """An evaluation that keeps its graph, as an optimizer makes it."""
-    return ClosureObjective(closure, params).evaluate(curvature=True)
+def evaluator(closure: Callable[[], Tensor], params: list[nn.Parameter]) -> Callable[[], Any]:
+    """Makes evaluations that keep their graph, as an optimizer does.
 
-
-def _ours(jacobian: Any, case: Case) -> Tensor:
-    result: Tensor = jacobian(_evaluated(case.closure, case.params)).dense()
-    return result
+    What is learned about the graph is kept from one evaluation to the next.
+    """
+    return partial(ClosureObjective(closure, params).evaluate, curvature="jacobian")
 
 
 def by_samples(case: Case) -> Tensor:
@@ -119,8 +117,9 @@ def _candidates(case: Case, jacobian: Any) -> tuple[dict[str, Dense], dict[str, 
     residuals = flat_residuals(case)
     whole: dict[str, Dense] = {BASE: partial(by_samples, case)}
     if jacobian is not None:
-        evaluation = _evaluated(case.closure, case.params)
-        whole[OURS] = partial(_ours, jacobian, case)
+        evaluate = evaluator(case.closure, case.params)
+        evaluation = evaluate()
+        whole[OURS] = lambda: jacobian(evaluate()).dense()
         whole[FROM_GRAPH] = lambda: jacobian(evaluation).dense()
     if case.size <= MOST_COLUMNS:
         whole["jacfwd"] = partial(_forward, case)
@@ -139,7 +138,7 @@ def _candidates(case: Case, jacobian: Any) -> tuple[dict[str, Dense], dict[str, 
 
 def run_jacobian(options: Options, report: Report) -> None:
     """Every way to the Jacobian of each network."""
-    jacobian = load_ours("torch_secondorder.curvature.residual_jacobian", "ResidualJacobian")
+    jacobian = load_ours("torch_secondorder.curvature", "ResidualJacobian")
     names = [OURS, FROM_GRAPH, BASE, "jacfwd", "jacrev", "is_grads_batched", "backward passes"]
     table = Table(
         "The Jacobian of all residuals, in gradients", ["network", "N x n", "gradient", *names]
@@ -154,7 +153,7 @@ def run_jacobian(options: Options, report: Report) -> None:
         table.add(case.name, f"{case.rows:,} x {case.size:,}", seconds(unit), *cells)
         found: dict[str, Any] = {"rows": case.rows, "size": case.size, "gradients": costs}
         if jacobian is not None:
-            made = jacobian(_evaluated(case.closure, case.params))
+            made = jacobian(evaluator(case.closure, case.params)())
             found |= {"method": made.method, "reason": made.reason}
             bars[case.name] = (costs[OURS], costs[OURS] / costs[BASE], made.method, made.reason)
         report.record(f"residuals.jacobian.{case.name}", found)
@@ -199,20 +198,17 @@ def _closure(case: Classifier) -> Tensor:
 
 def run_kernel(options: Options, report: Report) -> None:
     """The kernel `JJ'` of a classifier that is far too large for a Jacobian."""
-    jacobian = load_ours("torch_secondorder.curvature.residual_jacobian", "ResidualJacobian")
+    jacobian = load_ours("torch_secondorder.curvature", "ResidualJacobian")
     if jacobian is None:
         return
     batch, most = (16, 16) if options.quick else (256, 64)
     case = mlp(options.device, batch=batch)
-    evaluation = _evaluated(partial(_closure, case), case.params)
-
-    def ours() -> Tensor:
-        result: Tensor = jacobian(_evaluated(partial(_closure, case), case.params)).kernel()
-        return result
+    evaluate = evaluator(partial(_closure, case), case.params)
+    evaluation = evaluate()
 
     calls: dict[str, Callable[[], object]] = {
         "gradient": partial(_closure, case),
-        OURS: ours,
+        OURS: lambda: jacobian(evaluate()).kernel(),
         FROM_GRAPH: lambda: jacobian(evaluation).kernel(),
     }
     timings = alternate(calls, options.repeat, options.device)
@@ -248,7 +244,7 @@ def run_kernel(options: Options, report: Report) -> None:
 
 def _same_spectrum(case: Classifier, jacobian: Any) -> None:
     """Compares eigenvalues, as roots of the same curvature give other residuals."""
-    mine = jacobian(_evaluated(partial(_closure, case), case.params)).kernel().double()
+    mine = jacobian(evaluator(partial(_closure, case), case.params)()).kernel().double()
     other = _kernel_by_jacobian(case, _root(case)).double()
     # Equal eigenvalues: the trace, and that of the square.
     for measure in (torch.trace, torch.linalg.matrix_norm):

@@ -23,26 +23,30 @@ from torch_secondorder._optim.quadratic_model import (
     point_of,
     search_along,
 )
+from torch_secondorder._optim.residual_model import (
+    ResidualModel,
+    bend_along,
+    gain_ratio_of,
+    proposal_of,
+)
 from torch_secondorder._optim.residual_region import (
     Outlook,
     RadiusMemory,
-    Region,
     largest_cosine,
     within_radius,
 )
+from torch_secondorder._optim.residuals import check_batches, over_batches, residuals_at
 from torch_secondorder._optim.state import Number, Vector, declare
-from torch_secondorder.curvature.residual_jacobian import JacobianMethod, ResidualJacobian
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.globalization import (
     DampingRule,
     LineSearch,
     LineSearchName,
     SearchStatus,
-    Trial,
     TrustRegion,
     resolve_line_search,
 )
 from torch_secondorder.globalization._resolve import DampingName, resolve_damping
-from torch_secondorder.solvers._residual_region import BoxedRegion, ResidualRegion
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
@@ -50,9 +54,16 @@ from torch_secondorder.solvers.damped_least_squares import (
     suited_solver,
 )
 
-__all__ = ["DampingName", "LevenbergMarquardt", "LevenbergMarquardtInfo", "ScalingName"]
+__all__ = [
+    "AccelerationName",
+    "DampingName",
+    "LevenbergMarquardt",
+    "LevenbergMarquardtInfo",
+    "ScalingName",
+]
 
-ScalingName: TypeAlias = Literal["identity", "marquardt", "more"]
+ScalingName: TypeAlias = Literal["auto", "identity", "marquardt", "more"]
+AccelerationName: TypeAlias = Literal["auto", "geodesic"]
 
 # Iterations without a new best loss or gradient after which only rounding error is left.
 _PATIENCE = 5
@@ -60,14 +71,12 @@ _PATIENCE = 5
 _ATTEMPTS = 40
 # The gain ratio from which a step is taken.
 _ACCEPT = 1e-4
-# The share of a step after which residuals are looked at for their bend, and the largest ratio of
-# the correction to the step (Transtrum and Sethna 2012).
-_PROBE, _BEND = 0.1, 0.75
+# The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012), and the one
+# below which the next steps are taken for straight.
+_BEND, _STRAIGHT = 0.75, 0.02
 # The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
 # best radius changes little from step to step.
 _REGION = TrustRegion(shrink=0.5)
-# Differences of losses up to this multiple of their rounding error may be rounding of residuals.
-_NOISE = 1e3
 # A constant damping, as a share of the largest curvature along a coordinate at the first step; and
 # that of steps which are taken as they are, as a share of the batch's mean eigenvalue.
 _CONSTANT, _OF_MEAN = 1e-3, 1e-2
@@ -138,8 +147,9 @@ class LevenbergMarquardt(FlatOptimizer):
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
         lr: The share of each step that is tried first. If groups differ, each group's part of the
             metric is scaled by its share of the largest.
-        damping: `"nielsen"`, `"marquardt"` or a `DampingRule` for a damping that follows the gain
-            ratio; a number is the first one, in the units of `J'J` by the scaling. With another
+        damping: `"marquardt"`, which is the default, `"nielsen"`, or a `DampingRule` for a damping
+            that follows the gain ratio; a number is the first one, in the units of `J'J` by the
+            scaling. With another
             globalization than `"damping"` the damping is constant: a number, by default a
             thousandth of the largest curvature along a coordinate at the first step. Without a
             globalization the default is a hundredth of the mean eigenvalue, of each batch.
@@ -148,8 +158,10 @@ class LevenbergMarquardt(FlatOptimizer):
             for each residual), `"cg"` (products alone), or `"auto"` by size and memory.
         scaling: `D`: `"identity"`; `"marquardt"` for the diagonal of `J'J`; `"more"` for its
             largest values so far, so that steps do not depend on the units of the parameters.
+            `"auto"` is `"more"` with a damping that adapts or a trust region.
         acceleration: `"geodesic"` for steps that follow the bend of the residuals to second
-            order, for one more evaluation each.
+            order, for one more evaluation each; None for none. `"auto"` does so where a damping
+            decides about steps, unless the last ones were almost straight.
         momentum: The share of the last step that the next one is drawn to, in directions that the
             residuals say nothing about (SPRING); for mini-batches.
         max_norm: The longest move; a step that is longer, multiplied with `lr`, is shortened. It
@@ -202,14 +214,16 @@ class LevenbergMarquardt(FlatOptimizer):
         damping=Number(0.0),
         radius=Number(0.0),
         start=Number(0.0),
+        bend=Number(inf),
         largest=Vector(),
         direction=Vector(),
     )
     _damping: float  # of the next system; 0 before the first one
     _radius: float  # of the next step; 0 before the first one
     _start: float  # the first damping or radius, which the rules' limits are relative to
+    _bend: float  # what to expect of the next step, to skip corrections of straight ones
     _largest: Tensor | None  # the largest values of the diagonal of J'J so far
-    _way: JacobianMethod | None  # to the Jacobian, once the fastest one has failed in a step
+    _way: JacobianMethod | None = None  # to the Jacobian, once the fastest one has failed in a step
     _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
     _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
@@ -222,8 +236,8 @@ class LevenbergMarquardt(FlatOptimizer):
         max_iter: int = 1,
         *,
         solver: LeastSquaresSolverName = "auto",
-        scaling: ScalingName = "identity",
-        acceleration: Literal["geodesic"] | None = None,
+        scaling: ScalingName = "auto",
+        acceleration: AccelerationName | None = "auto",
         momentum: float = 0.0,
         max_norm: float | None = None,
         globalization: (
@@ -240,7 +254,7 @@ class LevenbergMarquardt(FlatOptimizer):
         check_choice("solver", solver, LeastSquaresSolverName)
         check_choice("scaling", scaling, ScalingName)
         if acceleration is not None:
-            check_choice("acceleration", acceleration, ("geodesic",), "None")
+            check_choice("acceleration", acceleration, AccelerationName, "None")
         check_number("momentum", momentum, low=0.0, below=1.0)
         check_number("max_norm", max_norm, above=0.0, optional=True)
         if max_norm is not None and globalization is not None:
@@ -249,6 +263,10 @@ class LevenbergMarquardt(FlatOptimizer):
                 "leave max_norm out"
             )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
+        if scaling == "auto":
+            adapts = globalization in ("damping", "trust_region")
+            adapts = adapts or isinstance(globalization, TrustRegion)
+            self.scaling = "more" if adapts else "identity"
         check_integer("corrections", corrections, low=0, whole_floats=True)
         self.globalization: LineSearch | TrustRegion | None = None
         if globalization == "trust_region":
@@ -260,7 +278,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if isinstance(self.globalization, TrustRegion):
             self._check_within_radius(damping, momentum)
         self.damping = resolve_damping(damping, globalization == "damping")
-        if acceleration is not None and globalization != "damping":
+        if acceleration == "geodesic" and globalization != "damping":
             raise ValueError(
                 "geodesic acceleration needs a damping that a large bend can raise: leave "
                 "globalization or acceleration out"
@@ -315,6 +333,8 @@ class LevenbergMarquardt(FlatOptimizer):
         objective.limit = inf if most is None else most
         if objective.box is not None:
             self._check_bounded()
+        region = isinstance(self.globalization, TrustRegion)
+        check_batches(objective, self.solver, self.acceleration, region)
         evaluation = objective.evaluate(curvature="jacobian")
         return evaluation, point_of(evaluation, objective)
 
@@ -323,7 +343,7 @@ class LevenbergMarquardt(FlatOptimizer):
             raise ValueError(
                 f"bounds need solver='primal', got {self.solver!r}: leave bounds or solver out"
             )
-        if self.param_groups[0]["momentum"] or self.acceleration is not None:
+        if self.param_groups[0]["momentum"] or self.acceleration == "geodesic":
             raise ValueError(
                 "bounds go with neither momentum nor acceleration, whose steps may leave them: "
                 "leave one of them out"
@@ -334,7 +354,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if descent.objective.box is not None:
             descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
-        self._way, self._reason = None, ""
+        self._way, self._reason, self._outlook = None, "", Outlook()
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         """One iteration: a Jacobian, and the steps tried with it."""
@@ -398,11 +418,12 @@ class LevenbergMarquardt(FlatOptimizer):
             evaluation = objective.evaluate(curvature="jacobian")
             point = descent.point = point_of(evaluation, objective)
         assert point.evaluation is not None and point.grad is not None
-        jacobian = ResidualJacobian(point.evaluation, method=self._way)
+        jacobian = residuals_at(objective, point.evaluation, self._way)
         if jacobian.reason:  # it will not do at the next point either
             self._way, self._reason = jacobian.method, jacobian.reason
         solver = self.solver
-        if objective.box is not None or isinstance(self.globalization, TrustRegion):
+        batches = over_batches(objective)
+        if batches or objective.box is not None or isinstance(self.globalization, TrustRegion):
             solver = "primal"
         if solver == "auto":
             device = objective.vector.device
@@ -416,7 +437,7 @@ class LevenbergMarquardt(FlatOptimizer):
         report.jacobian, report.reason = jacobian.method, jacobian.reason or self._reason
         return system if jacobian.finite and system.finite else None
 
-    def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
+    def _problem(self, system: DampedLeastSquares, descent: Descent) -> ResidualModel:
         """The system with metric, center and bounds; makes the first damping."""
         metric: Tensor | None = None
         if self.scaling != "identity":
@@ -445,7 +466,7 @@ class LevenbergMarquardt(FlatOptimizer):
             center = momentum * self._direction
         box = descent.objective.box
         room = None if box is None else box.room(descent.objective.position)
-        return _Problem(system, metric, center, room)
+        return ResidualModel(system, metric, center, room)
 
     def _trials(self, descent: Descent) -> Trials:
         """Evaluations of steps; they keep their graphs where the next iteration can use them."""
@@ -453,7 +474,7 @@ class LevenbergMarquardt(FlatOptimizer):
         keeps = descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph()
         return Trials(descent, self._tally, "jacobian" if keeps else False, keeps_gradients=True)
 
-    def _solved(self, problem: _Problem, descent: Descent) -> DampedStep | StepStatus:
+    def _solved(self, problem: ResidualModel, descent: Descent) -> DampedStep | StepStatus:
         """The step with the present damping, one of descent."""
         step = problem.solve(self._damping)
         falls = step.slope < 0 and step.decrease > 0
@@ -469,7 +490,7 @@ class LevenbergMarquardt(FlatOptimizer):
     # Three ways to a step.
 
     def _damped(
-        self, problem: _Problem, trials: Trials, rule: DampingRule, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: DampingRule, descent: Descent
     ) -> Move | StepStatus:
         """A step with a damping that is raised until it lowers the loss."""
         first = self._damping
@@ -478,17 +499,18 @@ class LevenbergMarquardt(FlatOptimizer):
             step = self._solved(problem, descent)
             if isinstance(step, StepStatus):
                 return step
-            proposal = _proposal(step)
-            if self.acceleration is not None:
+            proposal = proposal_of(step)
+            if self._accelerates(problem):
                 proposal = self._accelerated(problem, step, descent)
             trial = trials.trial(proposal, descent.lr)
-            ratio = _gain_ratio(trials, proposal, trial)
+            ratio = gain_ratio_of(trials, proposal, trial)
             if ratio > _ACCEPT:
                 after: float = trial.payload.length / trials.point.length
                 self._damping = rule.updated(damping, ratio, after, self._start, proposal.curvature)
                 return Move(proposal, trial, ratio)
             self._report.rejected += 1
-            if trials.unresolved(_proposal(step)):
+            self._bend = inf
+            if trials.unresolved(proposal_of(step)):
                 self._damping = first
                 return StepStatus.STALLED
             self._damping = rule.rejected(damping, failures, self._start)
@@ -497,7 +519,7 @@ class LevenbergMarquardt(FlatOptimizer):
         return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
     def _within_radius(
-        self, problem: _Problem, trials: Trials, rule: TrustRegion, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: TrustRegion, descent: Descent
     ) -> Move | StepStatus:
         """The best step within a radius, and corrections."""
         most = self.param_groups[0]["corrections"]
@@ -514,13 +536,13 @@ class LevenbergMarquardt(FlatOptimizer):
             self._report.corrections += memory.corrections
 
     def _searched(
-        self, problem: _Problem, trials: Trials, rule: LineSearch, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: LineSearch, descent: Descent
     ) -> Move | StepStatus:
         """A line search along the step."""
         step = self._solved(problem, descent)
         if isinstance(step, StepStatus):
             return step
-        proposal = _proposal(step)
+        proposal = proposal_of(step)
         first = trials.trial(proposal, descent.lr)
         found = search_along(trials, rule, proposal, first)
         if found.status.accepted:
@@ -529,7 +551,7 @@ class LevenbergMarquardt(FlatOptimizer):
             return StepStatus.NONFINITE_TRIALS
         return StepStatus.STALLED if trials.unresolved(proposal) else StepStatus.NO_DECREASE
 
-    def _unsearched(self, problem: _Problem, descent: Descent) -> StepStatus | None:
+    def _unsearched(self, problem: ResidualModel, descent: Descent) -> StepStatus | None:
         """The step as it is; the loss after it is evaluated if there is another iteration."""
         step = problem.solve(self._damping)
         self._report.factorization = problem.system.factorization
@@ -540,7 +562,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if most is not None and lr * step.length > most:
             lr = most / step.length
         if descent.count + 1 < descent.max_iter:
-            proposal, trials = _proposal(step), self._trials(descent)
+            proposal, trials = proposal_of(step), self._trials(descent)
             trial = trials.trial(proposal, lr)
             if not trial.finite:
                 return StepStatus.NONFINITE_TRIALS
@@ -552,34 +574,32 @@ class LevenbergMarquardt(FlatOptimizer):
         descent.step_length = lr
         return StepStatus.MOVED
 
-    def _accelerated(self, problem: _Problem, step: DampedStep, descent: Descent) -> Proposal:
+    def _accelerates(self, problem: ResidualModel) -> bool:
+        """True if the bend along the next step is to be looked at."""
+        if self.acceleration != "auto":
+            return self.acceleration is not None
+        if problem.room is not None or problem.system.name == "cg" or not problem.system.has_rows:
+            return False
+        straight = self._bend < _STRAIGHT
+        self._bend *= 2.0  # skipped a few times only
+        return not straight
+
+    def _accelerated(self, problem: ResidualModel, step: DampedStep, descent: Descent) -> Proposal:
         """The step with a geodesic correction; without it where it is too large."""
         system, metric = problem.system, problem.metric
         image = system.products_along(step.x)
-        bend = _bend(system.jacobian, step.x, image, descent)
+        bend = bend_along(system.jacobian, step.x, image, descent)
         if bend is None:
-            return _proposal(step)
+            return proposal_of(step)
         half = system.accelerate(self._damping, metric, bend).mul_(0.5)
-        x = step.x + half
-        moved = image + system.products_along(half)
-        grad = descent.point.grad
-        assert grad is not None
         scaled = (half, step.x) if metric is None else (metric * half, metric * step.x)
-        size, length, slope, square, of_rest = descent.space.to_host(
-            sums=(
-                scaled[0] @ half,
-                scaled[1] @ step.x,
-                grad @ x,
-                moved @ moved,
-                x @ (system.jacobian.rest_diagonal * x),
-            )
-        )
+        size, length = descent.space.to_host(sums=(scaled[0] @ half, scaled[1] @ step.x))
         ratio = 2.0 * sqrt(size / length) if length else inf
-        self._report.bend = ratio
-        decrease = -(slope + 0.5 * (square + of_rest))
-        if not (ratio <= _BEND and slope < 0 and decrease > 0):
-            return _proposal(step)
-        return Proposal(x, slope, decrease, step.held, step.curvature)
+        self._report.bend = self._bend = ratio
+        plain = proposal_of(step)
+        # The linear residuals say nothing about the correction, which cancels their bend: what they
+        # predict for the step is what both together are to achieve.
+        return plain._replace(direction=step.x + half) if ratio <= _BEND else plain
 
     # The end of an iteration.
 
@@ -607,6 +627,7 @@ class LevenbergMarquardt(FlatOptimizer):
 
     def _forget(self, reason: str) -> None:
         super()._forget(reason)
+        self._bend = inf
         self._damping = self._radius = self._start = 0.0
 
 
@@ -625,67 +646,3 @@ class _Report:
     rows: int = 0
     jacobian: str = ""
     reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """The linearized residuals at a point, with what a step is measured by.
-
-    Attributes:
-        system: The residuals.
-        metric: The metric of the damping; None for the identity.
-        center: What the step is drawn to; None for zero.
-        room: The smallest and largest step within bounds; None without any.
-    """
-
-    system: DampedLeastSquares
-    metric: Tensor | None
-    center: Tensor | None
-    room: tuple[Tensor, Tensor] | None
-
-    def solve(self, damping: float) -> DampedStep:
-        """The step with a damping."""
-        if self.room is None:
-            return self.system.solve(damping, self.metric, self.center)
-        return self.system.solve_in(damping, self.metric, *self.room)
-
-    def region(self, point: Point) -> Region:
-        """The quadratic for steps within a radius."""
-        jacobian, grad = self.system.jacobian, point.grad
-        assert grad is not None
-        if self.room is None:
-            return ResidualRegion(jacobian, grad, self.metric)
-        return BoxedRegion(jacobian, grad, self.metric, *self.room)
-
-
-def _gain_ratio(trials: Trials, proposal: Proposal, trial: Trial) -> float:
-    """See `Trials.gain_ratio`; in the rounding errors of large residuals by the slopes alone.
-
-    Near a minimum where residuals are left, they cancel in the loss long before the gradient is
-    exact.
-    """
-    noise = _NOISE * trials.allowance
-    predicted = -trial.t * (proposal.slope - trial.t * (proposal.slope + proposal.decrease))
-    settled = 0.0 < predicted <= noise and abs(trials.point.loss - trial.loss) <= noise
-    if not (settled and trial.finite):
-        return trials.gain_ratio(proposal, trial)
-    return -0.5 * trial.t * (proposal.slope + trial.slope) / predicted
-
-
-def _proposal(step: DampedStep) -> Proposal:
-    return Proposal(step.x, step.slope, step.decrease, step.held, step.curvature)
-
-
-def _bend(jacobian: ResidualJacobian, x: Tensor, image: Tensor, descent: Descent) -> Tensor | None:
-    """The second derivative of the residuals along a step, by a difference; None if not finite.
-
-    Args:
-        jacobian: At the current point.
-        x: The step.
-        image: `J x`.
-        descent: The step.
-    """
-    probe = descent.objective.trial(x, _PROBE, curvature="jacobian")
-    moved = jacobian.change_to(probe)
-    bend = (moved / _PROBE - image) * (2.0 / _PROBE)
-    return bend if bool(bend.isfinite().all()) else None
