@@ -59,15 +59,15 @@ class Regression:
 def test_momentum_with_batches_of_any_size(solver: Any, device: torch.device) -> None:
     """`phi <- mom phi + J'(JJ' + mu I)^-1 (-r - mom J phi)`; steps are `phi`, at most so long."""
     fit = Regression(device)
-    optimizer = fit.optimizer(lr=0.05, damping=0.02, max_norm=0.3, solver=solver, **STEP_AS_IT_IS)
+    optimizer = fit.optimizer(lr=0.1, damping=0.02, max_norm=0.17, solver=solver, **STEP_AS_IT_IS)
     phi, shortened = torch.zeros_like(fit.values()), 0
     for i in range(len(SIZES)):
         before = fit.values()
         r, J = fit.residuals_and_jacobian(i)
         kernel = J @ J.T + 0.02 * torch.eye(len(r)).to(J)
         phi = 0.9 * phi + J.T @ torch.linalg.solve(kernel, -r - 0.9 * J @ phi)
-        share = min(0.05, 0.3 / float(phi.norm()))
-        shortened += share < 0.05
+        share = min(0.1, 0.17 / float(phi.norm()))
+        shortened += share < 0.1
         info = fit.step(optimizer, i)
         torch.testing.assert_close(fit.values(), before + share * phi, rtol=1e-9, atol=1e-11)
         assert info.step_length == pytest.approx(share)
