@@ -1,7 +1,7 @@
 """The nonlinear regression problems of NIST's Statistical Reference Datasets, with their models.
 
-https://www.itl.nist.gov/div898/strd/nls/nls_main.shtml. The certified values have eleven digits, and
-were found with extended precision. The problems are public domain.
+Source: https://www.itl.nist.gov/div898/strd/nls/nls_main.shtml (public domain). The certified
+values have eleven digits, and were found in extended precision.
 """
 
 from __future__ import annotations

@@ -21,6 +21,15 @@ ACCURATE = 1e-4  # a relative error; the table shows the time it was reached
 DTYPE = torch.float64
 
 CONTENDERS = {
+    "levenberg-marquardt": Contender(
+        "LevenbergMarquardt, geodesic (ours)",
+        lambda p: torch_secondorder.LevenbergMarquardt(
+            p, scaling="more", acceleration="geodesic", tolerance_grad=0.0
+        ),
+    ),
+    "levenberg-marquardt-plain": Contender(
+        "LevenbergMarquardt (ours)", lambda p: torch_secondorder.LevenbergMarquardt(p)
+    ),
     "ssbroyden": Contender(
         "BFGS, ssbroyden (ours)",
         lambda p: torch_secondorder.BFGS(p, update="ssbroyden", max_iter=10),
@@ -181,13 +190,29 @@ def plot(runs: Sequence[Run], picture: Picture, path: Path) -> None:
     plt.close(figure)
 
 
-def add_pinn_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+def widths(text: str) -> list[int]:
+    """Parses the widths of the hidden layers."""
+    return [int(positive(int)(part)) for part in text.split(",")]
+
+
+def add_pinn_arguments(
+    parser: argparse.ArgumentParser,
+    out: str,
+    *,
+    chosen: Sequence[str] = ("levenberg-marquardt",),
+    seconds: float = 60.0,
+) -> None:
     """Adds the options that these examples have, except for the size of the network."""
     add = parser.add_argument
-    add("--seconds", type=positive(float), default=60.0, help="for each optimizer; default: 60")
+    add(
+        "--seconds",
+        type=positive(float),
+        default=seconds,
+        help=f"for each optimizer; default: {seconds:g}",
+    )
     add(
         "--target",
         type=positive(float),
         help="stop at this relative L2 error; default: continue until the time limit",
     )
-    add_common_arguments(parser, contenders=CONTENDERS, chosen=["ssbroyden"], out=out, dtype=DTYPE)
+    add_common_arguments(parser, contenders=CONTENDERS, chosen=chosen, out=out, dtype=DTYPE)

@@ -22,7 +22,6 @@ from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicSpline
 from torch import Tensor, nn
 
-from _command_line import positive
 from _pinn import (
     CONTENDERS,
     DTYPE,
@@ -31,6 +30,7 @@ from _pinn import (
     compare,
     describe_network,
     make_layers,
+    widths,
 )
 from _pinn import make_task as task_of
 from _training import Task
@@ -190,11 +190,6 @@ def main() -> None:
         look={"cmap": "viridis", "vmin": -1.0, "vmax": 1.0},
     )
     compare(make_task(problem, net), picture, arguments)
-
-
-def widths(text: str) -> list[int]:
-    """Parses the widths of the hidden layers."""
-    return [int(positive(int)(part)) for part in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -251,10 +251,15 @@ def train(task: Any, contender: Any, limit: float, device: torch.device, interva
 
 
 def race(
-    task: Any, contenders: dict[str, Any], options: Options, title: str, measurements: int
+    task: Any,
+    contenders: dict[str, Any],
+    options: Options,
+    title: str,
+    measurements: int,
+    seconds: float = 60.0,
 ) -> dict[str, Run]:
-    """Trains with each contender in turn: 60 seconds each, 20 on a GPU, 1 if quick."""
-    limit = 1.0 if options.quick else 60.0 if options.device.type == "cpu" else 20.0
+    """Trains with each contender in turn: some seconds each, a third on a GPU, 1 if quick."""
+    limit = 1.0 if options.quick else seconds if options.device.type == "cpu" else seconds / 3.0
     limit = options.share(limit, len(contenders))
     runs = {}
     for name, contender in progress(contenders.items(), title):

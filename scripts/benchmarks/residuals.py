@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from . import residual_iteration, residual_jacobian, residual_race, residual_training
+from . import (
+    residual_equations,
+    residual_iteration,
+    residual_jacobian,
+    residual_race,
+    residual_training,
+)
 from .registry import Options, command
 from .report import Report
 
@@ -12,6 +18,9 @@ PARTS = {
     "problems": residual_race.run_problems,
     "nist": residual_race.run_nist,
     "pinn": residual_training.run_pinn,
+    "poisson": residual_equations.run_poisson,
+    "burgers": residual_equations.run_burgers,
+    "convection": residual_equations.run_convection,
     "iteration": residual_iteration.run_iteration,
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -406,6 +406,7 @@ CONCAVE: dict[str, Loss] = {
     "sine": lambda z: z.sin().sum(),
     "linear": lambda z: (numbers(z) * z).sum(),
     "negative squares": lambda z: -z.square().mean(),
+    "negative standard loss": lambda z: -F.binary_cross_entropy_with_logits(z, numbers(z)),
     "flat in parts": lambda z: F.relu(z - 0.5).square().sum() + F.relu(-z - 1).sum(),
 }
 
@@ -426,6 +427,15 @@ def test_entries_without_positive_curvature_are_left_to_the_gradient(name: str) 
     residuals = assert_residuals(lambda t: loss(mark_outputs(outputs_of(t, 5, 3))), expected, theta)
     assert residuals.rest_gradient() is not None
     assert not residuals.blocks[0].values.view_as(z)[second <= 0].any()
+
+
+@pytest.mark.parametrize("loss", [ce(), mse(), bce()])
+def test_standard_losses_that_are_maximized_have_no_residuals(loss: Loss) -> None:
+    theta = theta_on(CPU)
+    residuals = assert_residuals(
+        lambda t: -loss(outputs_of(t, 5, 3)), torch.zeros(6, 6, dtype=DOUBLE), theta
+    )
+    assert residuals.rest_gradient() is not None and not values_of(residuals).any()
 
 
 def test_blocks_that_are_not_definite_keep_their_positive_part() -> None:
@@ -522,6 +532,22 @@ def test_a_penalty_on_complex_parameters_and_on_those_without_outputs() -> None:
     assert found is not None and found[0] is not None
     torch.testing.assert_close(found[0], torch.full_like(w, 6 + 6j).detach())
     assert all(part is None or not part.any() for part in found[1:])
+
+
+def test_a_penalty_with_sparse_gradients() -> None:
+    table = nn.Embedding(5, 2, sparse=True).double()
+
+    def loss(*_: Tensor) -> Tensor:
+        z = table(torch.tensor([0, 1, 3]))
+        return F.mse_loss(z, torch.zeros_like(z)) + table(torch.tensor([2, 3])).pow(4).sum()
+
+    residuals = residuals_of(loss, table.weight)
+    used = torch.zeros(5, 1, dtype=DOUBLE)
+    used[2:4] = 1
+    (gradient,), (diagonal,) = residuals.rest_gradient(), residuals.rest_diagonal()
+    weight = table.weight.detach()
+    torch.testing.assert_close(gradient.to_dense(), used * 4 * weight**3)
+    torch.testing.assert_close(diagonal, used * 12 * weight**2)
 
 
 # Several backward passes, scales, precision.
@@ -671,6 +697,8 @@ def test_the_parts_of_a_block_fit_together() -> None:
 # Probabilities at the end of what numbers can express.
 
 
+@example([0.0, -200.0], 1, torch.float32, 1.0)
+@example([0.0, -1480.0, -1480.0], 2, DOUBLE, 1.0)
 @given(
     st.lists(st.floats(-2000, 2000), min_size=2, max_size=5),
     st.integers(0, 4),
@@ -857,9 +885,14 @@ NONFINITE: dict[str, Loss] = {
     "ignored": lambda z: F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long), ignore_index=0),
     "coupled": lambda z: (mark_outputs(z) * torch.nan).sum(1).square().sum(),
     "pair": lambda z: F.mse_loss(z, z.sin() * torch.nan),
+    "curvature of a standard loss alone": lambda z: F.kl_div(z.abs() * 1e4, numbers(z)),
+    "products of the curvature alone": lambda z: (
+        7.5e307 * mark_outputs(1e-3 * z).diff(dim=1).square().sum()
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:reduction")
 @pytest.mark.parametrize("name", NONFINITE)
 def test_numbers_that_are_not_finite_are_reported(name: str) -> None:
     theta = theta_on(CPU)

@@ -15,6 +15,7 @@ from torch_secondorder import DatasetClosure
 from torch_secondorder._foundation.memory import TooLarge
 from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.closure import ClosureObjective
+from torch_secondorder._optim.residuals import residuals_at
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import (
     GaussNewton,
@@ -25,7 +26,9 @@ from torch_secondorder.curvature import (
 )
 from torch_secondorder.dataset._objective import DatasetObjective, objective_of
 from torch_secondorder.dataset._operator import BatchSum
-from torch_secondorder.dataset._residuals import BatchResiduals, residuals_at
+from torch_secondorder.dataset._residuals import BatchResiduals
+from torch_secondorder.optim.levenberg_marquardt import LevenbergMarquardt
+from torch_secondorder.solvers.damped_least_squares import DampedLeastSquares
 
 DOUBLE = torch.float64
 
@@ -147,3 +150,81 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch_secondorder._foundation.memory.free_memory", lambda _: 200)
     with pytest.raises(TooLarge, match=r"26 x 26 .*batch by batch, .*use NewtonCG or LBFGS"):
         residuals_at(Case(F.mse_loss, cpu).over_batches(), None)
+
+
+# Levenberg-Marquardt on them.
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "momentum": {"momentum": 0.5},
+    "line search": {"globalization": "armijo"},
+    "scaling": {"scaling": "more", "weight_decay": 0.01},
+    "bounds": {"bounds": (-1.0, 1.0)},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_steps_are_those_on_one_whole_batch(name: str) -> None:
+    found = []
+    for over_batches in (True, False):
+        case = Case(F.mse_loss, torch.device("cpu"))
+        closure: Any = lambda case=case: F.mse_loss(case.model(case.x), case.y)  # noqa: E731
+        if over_batches:
+            loader = DataLoader(TensorDataset(case.x, case.y), batch_size=4)
+            closure = DatasetClosure(case.model, F.mse_loss, loader)
+        optimizer = LevenbergMarquardt(case.model.parameters(), max_iter=3, **SETTINGS[name])
+        before = case.loss(case.model(case.x), case.y)
+        losses = [optimizer.step(closure) for _ in range(2)]
+        assert losses[1] < before
+        assert optimizer.info is not None and optimizer.info.rows == 22
+        assert optimizer.info.jacobian == "graph"
+        if over_batches:
+            assert optimizer.info.solver == "primal"
+        found.append([*losses, *(p.detach() for p in case.model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "solver='dual'": {"solver": "dual"},
+    "solver='cg'": {"solver": "cg"},
+    "acceleration='geodesic'": {"acceleration": "geodesic"},
+    'globalization="trust_region"': {"globalization": "trust_region"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_rows_is_refused(name: str) -> None:
+    case = Case(F.mse_loss, torch.device("cpu"))
+    before = [p.detach().clone() for p in case.model.parameters()]
+    loader = DataLoader(TensorDataset(case.x, case.y), batch_size=4)
+    closure = DatasetClosure(case.model, F.mse_loss, loader)
+    optimizer = LevenbergMarquardt(case.model.parameters(), **REFUSED[name])
+    with pytest.raises(ValueError, match=f"batch by batch.*too little for {name}: leave it out"):
+        optimizer.step(closure)
+    for p, old in zip(case.model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+
+
+def test_a_batch_that_is_not_finite_ends_the_step() -> None:
+    case = Case(F.mse_loss, torch.device("cpu"))
+    case.y[7, 0] = torch.inf
+    before = [p.detach().clone() for p in case.model.parameters()]
+    loader = DataLoader(TensorDataset(case.x, case.y), batch_size=4)
+    optimizer = LevenbergMarquardt(case.model.parameters())
+    optimizer.step(DatasetClosure(case.model, F.mse_loss, loader))
+    assert optimizer.info is not None and optimizer.info.status.name.startswith("NONFINITE")
+    for p, old in zip(case.model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+
+
+def test_a_singular_matrix_is_solved_by_its_eigenvectors() -> None:
+    case = Case(F.mse_loss, torch.device("cpu"))
+    sums = residuals_at(case.over_batches(), None)
+    assert isinstance(sums, BatchResiduals)
+    a = torch.randn(26, 3, dtype=DOUBLE)
+    sums._matrix, grad = a @ a.T, a @ torch.ones(3, dtype=DOUBLE)
+    system = DampedLeastSquares.of(sums, grad)
+    step = system.solve(1e-30)
+    assert system.factorization == "eigen"
+    torch.testing.assert_close(sums._matrix @ step.x, -grad)
+    assert step.length < 10

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pinn_burgers
+import pinn_convection
 import pinn_poisson
 from _command_line import names_among
 from tests.support.examples import run_example
@@ -35,6 +36,11 @@ class Sines(nn.Module):
         return pinn_poisson.solution(points)
 
 
+class Wave(nn.Module):
+    def forward(self, points: Tensor) -> Tensor:
+        return pinn_convection.solution(points)
+
+
 def test_the_method_of_lines_has_the_accuracy_that_it_states() -> None:
     problem = pinn_burgers.make_problem(CPU)
     exact = ColeHopf()(problem.grid)
@@ -57,6 +63,21 @@ def test_the_residual_of_the_exact_solutions_vanishes() -> None:
     burgers, poisson = pinn_burgers.make_problem(CPU), pinn_poisson.make_problem(CPU)
     assert pinn_burgers.residual_loss(ColeHopf(), burgers) < 1e-12
     assert pinn_poisson.residual_loss(Sines(), poisson) < 1e-20
+    convection = pinn_convection.make_problem(CPU)
+    assert pinn_convection.residual_loss(Wave(), convection) < 1e-20
+    assert pinn_convection.make_task(convection, Wave()).measure(Wave())[1] < 1e-12
+
+
+def test_the_convection_problem_starts_from_a_sine_and_is_periodic() -> None:
+    problem = pinn_convection.make_problem(CPU, points=10)
+    assert [len(problem.inside), len(problem.start), len(problem.left)] == [10, 256, 100]
+    torch.testing.assert_close(problem.wave[:, 0], problem.start[:, 0].sin())
+    assert problem.start[:, 1].abs().max() == 0
+    torch.testing.assert_close(
+        problem.right[:, 0] - problem.left[:, 0], torch.full((100,), 2 * math.pi).double()
+    )
+    assert torch.equal(problem.left[:, 1], problem.right[:, 1])
+    assert sum(p.numel() for p in pinn_convection.make_network([50] * 3, 0).parameters()) == 5301
 
 
 def test_the_network_has_the_initial_and_the_boundary_values() -> None:
@@ -74,9 +95,38 @@ def test_all_takes_every_name() -> None:
 
 
 @pytest.mark.slow
+def test_poissons_equation_by_levenberg_and_marquardt(tmp_path: Path) -> None:
+    done = run_example(
+        *("--seconds", "20", "--target", "1e-3", "--width", "32", "--threads", "1"),
+        cwd=tmp_path,
+        script="pinn_poisson.py",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "geodesic (ours) ended after" in done.stdout
+    assert "the target 0.001 is reached" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_convection_equation(tmp_path: Path) -> None:
+    names = "levenberg-marquardt-plain,adam"
+    done = run_example(
+        *("--optimizers", names, "--seconds", "2", "--widths", "10,10", "--points", "100"),
+        cwd=tmp_path,
+        script="pinn_convection.py",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "100 points inside" in lines[0] and "network 2-10-10-1 (151 parameters)" in lines[0]
+    ours, adam = lines[3:5]
+    assert ours.startswith("LevenbergMarquardt (ours)") and adam.startswith("Adam")
+    assert float(ours.split()[2]) < 0.5  # the loss, 1.5 at the start
+    assert (tmp_path / "pinn_convection.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_poissons_equation_by_a_self_scaled_update(tmp_path: Path) -> None:
     done = run_example(
-        *("--seconds", "20", "--target", "0.01", "--threads", "1"),
+        *("--optimizers", "ssbroyden", "--seconds", "20", "--target", "0.01", "--threads", "1"),
         cwd=tmp_path,
         script="pinn_poisson.py",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,41 @@ def test_the_conditions_hold_for_any_problem(
     check_conditions(unscaled, A, b, radius)
 
 
+def test_squares_may_leave_the_range_of_the_dtype(device: torch.device) -> None:
+    A, b = graded(7, 4, 20.0).to(device), gaussian(7).to(device)
+    for equality in (False, True):
+        expected = norm_constrained(A, b, 0.3, equality=equality)
+        for scale in (1e-200, 1e200):
+            result = norm_constrained(A, b * scale, 0.3 * scale, equality=equality)
+            torch.testing.assert_close(result.x / scale, expected.x)
+            torch.testing.assert_close(result.multiplier, expected.multiplier)
+            torch.testing.assert_close(result.residual_norm / scale, expected.residual_norm)
+            assert float(result.stationarity) <= 1e-13 and float(result.complementarity) <= 1e-13
+
+
+def test_the_certificate_tells_of_a_wrong_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers are made from `x` and the multiplier, not by the method."""
+    A, b = graded(7, 4, 20.0), gaussian(7)
+    module = importlib.import_module("torch_secondorder.linear.norm_constrained")
+    solve = module.solve_secular
+
+    def spoil(share: float, factor: float) -> None:
+        def spoiled(*arguments: Any, **more: Any) -> Any:
+            found = solve(*arguments, **more)
+            return found._replace(x=share * found.x, multiplier=factor * found.multiplier)
+
+        monkeypatch.setattr(module, "solve_secular", spoiled)
+
+    spoil(1.0, 2.0)
+    assert float(norm_constrained(A, b, 0.3).stationarity) > 0.1
+    spoil(0.5, 1.0)
+    short = norm_constrained(A, b, 0.3)
+    assert float(short.feasibility) == 0.0 and float(short.complementarity) > 1e-3
+    assert float(norm_constrained(A, b, 0.3, equality=True).feasibility) == pytest.approx(0.5)
+    spoil(2.0, 1.0)
+    assert float(norm_constrained(A, b, 0.3).feasibility) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_a_general_solver_finds_no_better_point(m: int, n: int) -> None:
     A, b, radius = graded(m, n, 10.0), gaussian(m, seed=3), 0.2
@@ -169,6 +205,14 @@ def test_the_norm_is_that_of_the_radius(
         assert float(result.residual_norm) == pytest.approx(float(shortest.residual_norm), abs=1e-9)
     else:
         assert multiplier < 0
+
+
+def test_a_null_space_along_an_axis(device: torch.device) -> None:
+    for wide in (torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0]])):
+        A = wide.double().to(device)
+        result = norm_constrained(A, A.new_ones(1), 3.0, equality=True)
+        assert float(result.norm) == pytest.approx(3.0)
+        assert float(result.residual_norm) <= 1e-15 and float(result.multiplier) == 0.0
 
 
 @pytest.mark.parametrize("radius", [1.0, 3.0])

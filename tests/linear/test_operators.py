@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from tests.support.rectangular import Counting, gaussian, graded
 from torch_secondorder import FunctionalObjective, mark_outputs
-from torch_secondorder.curvature import Diagonal
-from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
+from torch_secondorder.curvature import Diagonal, ResidualJacobian
 from torch_secondorder.linear import (
     RectangularOperator,
     as_operator,

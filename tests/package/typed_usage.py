@@ -141,7 +141,7 @@ from torch_secondorder.linear import (
     norm_constrained,
     ridge,
 )
-from torch_secondorder.optim import DampingName, ScalingName
+from torch_secondorder.optim import AccelerationName, DampingName, ScalingName
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import (
     CG,
@@ -289,7 +289,7 @@ def fitting_curves() -> None:
     def residuals(p: Tensor) -> Tensor:
         return curve(x, p[0], p[1]) - x
 
-    result = least_squares(residuals, [1.0, 0.5], (0, 2), loss="huber", f_scale=0.1)
+    result = least_squares(residuals, [1.0, 0.5], bounds=(0, 2), loss="huber", f_scale=0.1)
     assert_type(result, LeastSquaresResult)
     assert_type(result.cost, float)
     assert_type(result.njev, int)
@@ -360,6 +360,7 @@ def levenberg_marquardt() -> None:
     model, x, y = model_and_data()
     scaling: ScalingName = "more"
     damping: DampingName = "nielsen"
+    acceleration: AccelerationName = "auto"
     optimizer = LevenbergMarquardt(model.parameters(), 1.0, damping, max_iter=3, scaling=scaling)
     closure = closure_for(model, x, y, optimizer.zero_grad)
     assert_type(optimizer.step(closure), Tensor)
@@ -367,6 +368,7 @@ def levenberg_marquardt() -> None:
     assert optimizer.info is not None
     assert_type(optimizer.info.rows, int)
     LevenbergMarquardt(model.parameters(), 1.0, MarquardtDamping(1.0), acceleration="geodesic")
+    LevenbergMarquardt(model.parameters(), acceleration=acceleration)
     LevenbergMarquardt(model.parameters(), damping=0.1, momentum=0.9, globalization=None)
     LevenbergMarquardt(model.parameters(), solver="dual", globalization=Armijo())
     with refusal():

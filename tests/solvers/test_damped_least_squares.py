@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_secondorder._foundation import memory
+from torch_secondorder.curvature import ResidualJacobian
 from torch_secondorder.solvers import DampedLeastSquares
 from torch_secondorder.solvers import damped_least_squares as module
 from torch_secondorder.solvers.damped_least_squares import suited_solver
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class DenseJacobian:
+class DenseJacobian(ResidualJacobian):
     """A matrix in the place of a `ResidualJacobian`."""
 
     J: Tensor

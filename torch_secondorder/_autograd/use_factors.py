@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_secondorder._autograd.convolution import geometry_of
+from torch_secondorder._autograd.graph import explained
 from torch_secondorder._autograd.parameter_uses import Unsupported
 
 __all__ = ["Factors", "factors_of", "has_factors"]
@@ -45,7 +46,7 @@ class Factors:
         return self.delta.shape[2]
 
 
-_Formula: TypeAlias = Callable[[Any, int, Tensor, tuple[int, ...]], Factors]
+_Formula: TypeAlias = Callable[[Any, int, Tensor, tuple[int, ...]], Factors | None]
 
 
 def has_factors(node: Any, slot: int) -> bool:
@@ -54,8 +55,8 @@ def has_factors(node: Any, slot: int) -> bool:
     return known is not None and slot in known[1]
 
 
-def factors_of(node: Any, slot: int, delta: Tensor, shape: tuple[int, ...]) -> Factors:
-    """The gradient by one of a node's inputs.
+def factors_of(node: Any, slot: int, delta: Tensor, shape: tuple[int, ...]) -> Factors | None:
+    """The gradient by one of a node's inputs; None for zeros.
 
     Args:
         node: An operation for which `has_factors` says yes.
@@ -74,7 +75,7 @@ def factors_of(node: Any, slot: int, delta: Tensor, shape: tuple[int, ...]) -> F
         raise
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
-            raise
+            raise explained(error) from error
         raise Unsupported(f"{node.name()}: {str(error).splitlines()[0]}") from error
 
 
@@ -205,6 +206,19 @@ def _layer_norm(node: Any, slot: int, delta: Tensor, shape: tuple[int, ...]) -> 
     return _broadcast(delta, shape)
 
 
+def _layer_norm_backward(
+    node: Any, slot: int, delta: Tensor, shape: tuple[int, ...]
+) -> Factors | None:
+    """Of the gradient of a layer norm by its input, which is linear in the gain."""
+    if slot == 5:
+        return None
+    g, x, mean, scale = (_saved(node, name) for name in ("grad_out", "input", "mean", "rstd"))
+    normalized, dims = (x - mean) * scale, tuple(range(-len(shape), 0))
+    through = (delta * normalized).mean(dims, keepdim=True)
+    centered = delta - delta.mean(dims, keepdim=True) - normalized * through
+    return _broadcast(g * scale * centered, shape)
+
+
 def _rms_norm(node: Any, slot: int, delta: Tensor, shape: tuple[int, ...]) -> Factors:
     return _broadcast(delta * (_saved(node, "input") * _saved(node, "result1")), shape)
 
@@ -307,6 +321,7 @@ _KNOWN: dict[str, tuple[_Formula, Sequence[int]]] = {
     "LinearBackward0": (_linear, (1, 2)),
     "ExpandBackward0": (_expand, range(1)),
     "NativeLayerNormBackward0": (_layer_norm, (1, 2)),
+    "NativeLayerNormBackwardBackward0": (_layer_norm_backward, (4, 5)),
     "FusedRmsNormBackward0": (_rms_norm, (1,)),
     "NativeGroupNormBackward0": (_group_norm, (1, 2)),
     "NativeBatchNormBackward0": (_batch_norm, (1, 2)),

@@ -117,6 +117,7 @@ def within_radius(
         cosine: See `Outlook`.
     """
     size = region.length_of(descent.objective.position)
+    memory.outlook = Outlook(size=size, cosine=cosine)
     if not memory.radius:
         first = size or rule.begun(region.along_gradient()) or 1.0
         memory.radius = memory.start = first if rule.initial is None else rule.initial

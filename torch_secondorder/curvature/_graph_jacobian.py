@@ -52,6 +52,7 @@ class _Outdated(Exception):
 def graph_columns(
     tensors: Sequence[Tensor],
     blocks: Sequence[ResidualBlock],
+    params: Sequence[Tensor],
     vector: ParameterVector,
     plans: dict[Any, GraphPlan | str],
     *,
@@ -62,6 +63,7 @@ def graph_columns(
     Args:
         tensors: The outputs.
         blocks: The residuals.
+        params: The leaves of the graph that stand for the parameters.
         vector: The parameters.
         plans: What is known of graphs met before; that of a new one is added.
         again: Whether what is known is to be found out again.
@@ -69,12 +71,12 @@ def graph_columns(
     Raises:
         Rejected: It cannot be made this way.
     """
-    for tensor in (*tensors, *vector.params):
+    for tensor in (*tensors, *params):
         if tensor.dtype not in (torch.float64, torch.float32):
             raise Rejected(f"numbers of type {tensor.dtype}")
     key: Any = None
     try:
-        survey = surveyed(tensors, vector.params)
+        survey = surveyed(tensors, params)
         key = survey.key, tuple((z.shape, z.dtype) for z in tensors)
         plan = None if again else plans.get(key)
         if isinstance(plan, str):
@@ -82,11 +84,11 @@ def graph_columns(
         with torch.no_grad():
             if plan is not None:
                 try:
-                    return _Assembly(tensors, blocks, vector, survey, plan).columns()
+                    return _Assembly(tensors, blocks, params, vector, survey, plan).columns()
                 except _Outdated:
                     pass
-            plan = plans[key] = plan_of(tensors, blocks, vector, survey)
-            return _Assembly(tensors, blocks, vector, survey, plan).columns()
+            plan = plans[key] = plan_of(tensors, blocks, params, survey)
+            return _Assembly(tensors, blocks, params, vector, survey, plan).columns()
     except NotFinite as error:
         raise Rejected("gradients that are not finite") from error
     except (Unsupported, _Outdated) as error:
@@ -106,11 +108,13 @@ class _Assembly:
         self,
         tensors: Sequence[Tensor],
         blocks: Sequence[ResidualBlock],
+        params: Sequence[Tensor],
         vector: ParameterVector,
         survey: Survey,
         plan: GraphPlan,
     ) -> None:
-        self._tensors, self._blocks, self._vector = tensors, blocks, vector
+        self._tensors, self._blocks = tensors, blocks
+        self._params, self._vector = params, vector
         self._survey, self._plan = survey, plan
         self.rows: list[Rows] = []
         start = 0
@@ -156,15 +160,17 @@ class _Assembly:
             made = deltas.of(chosen, [self._roots(i) for i in chosen])
             for use, found in zip(self._plan.uses, layouts_of, strict=True):
                 delta = made[use.node]
-                if delta is None or not found:
-                    if delta is not None and bool((delta != 0).any()):
-                        raise _Outdated
+                if delta is None:
                     continue
                 factors = factors_of(self._survey.nodes[use.node], use.slot, delta, use.shape)
+                if factors is None:
+                    continue
+                if not found:
+                    continue  # zeros when they were tried; the gradient shows if they are none now
                 own = pieces.setdefault(targets[use.source, use.output], {})
                 for i, layout in found.items():
                     if layout.total != factors.rows:
-                        raise _Outdated
+                        raise _Outdated("another number of rows")
                     piece = _Piece.of(factors, layout, self.rows[i].channels)
                     own.setdefault(i, []).append(piece)
         return pieces
@@ -238,7 +244,7 @@ class _Assembly:
 
     def _through(self, target: Target, whole: Tensor) -> list[Tensor | None]:
         """From the Jacobian by a tensor to those by the parameters that it is made of."""
-        edge, params = self._survey.source(target.use), self._vector.params
+        edge, params = self._survey.source(target.use), self._params
         chosen = [params[i] for i in target.params]
         # Of a small tensor its own Jacobian is made once, of a large one the products.
         small = whole.shape[1] <= len(whole)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from torch_secondorder._autograd.parameter_uses import (
 )
 from torch_secondorder._autograd.use_factors import factors_of, has_factors
 from torch_secondorder._foundation.private_torch import output_shape, plainly
-from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._residuals import ResidualBlock
 from torch_secondorder.curvature._sample_layout import Layout, Probe, layouts
 
@@ -36,6 +35,12 @@ __all__ = ["Deltas", "GraphPlan", "NotFinite", "Target", "plan_of"]
 _ROUNDS = 8
 # A tensor made of parameters may have so many times their entries.
 _GROWTH = 4
+# Gradients so many times smaller than the largest, in units of rounding, may be rounding errors.
+_NOISE = 16
+
+
+# A use, and the reason why its rows do not come apart by samples.
+_Mixed: TypeAlias = tuple[Use, str]
 
 
 class NotFinite(Exception):
@@ -134,6 +139,8 @@ class Deltas:
         Returns:
             By the places of the nodes: `(k, ...)`; None for zeros.
         """
+        if not self._edges:
+            return {}
         count = max(parts[0].shape[0] for parts in cotangents)
         tensors, stacked = [], []
         for i, parts in zip(chosen, cotangents, strict=True):
@@ -182,28 +189,48 @@ def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
 def plan_of(
     tensors: Sequence[Tensor],
     blocks: Sequence[ResidualBlock],
-    vector: ParameterVector,
+    params: Sequence[Tensor],
     survey: Survey,
 ) -> GraphPlan:
+    """Finds the way to the Jacobian of a graph.
+
+    Args:
+        tensors: The outputs.
+        blocks: The residuals.
+        params: The parameters.
+        survey: The graph.
+
+    Raises:
+        Unsupported: There is none, by the operation that the text names.
+        NotFinite: Gradients are not finite.
+    """
     raised: set[int] = set()
+    reason = ""
     for _ in range(_ROUNDS):
-        uses = uses_of(survey, raised)
-        mixed = [u for u in uses if not has_factors(survey.nodes[u.node], u.slot)]
-        unknown = [u for u in mixed if not u.raises]
-        if unknown:
-            raise Unsupported(survey.nodes[unknown[0].node].name())
+        try:
+            uses = uses_of(survey, raised)
+        except Unsupported as error:
+            raise Unsupported(reason or str(error)) from error
+        mixed = [
+            (use, survey.nodes[use.node].name())
+            for use in uses
+            if not has_factors(survey.nodes[use.node], use.slot)
+        ]
+        for use, name in mixed:
+            if not use.raises:
+                raise Unsupported(reason or name)
         if not mixed:
-            found = _arranged(tensors, blocks, survey, uses)
+            found = _arranged(tensors, blocks, params, survey, uses)
             if isinstance(found, GraphPlan):
-                found.targets = _targets(survey, vector, uses)
+                found.targets = _targets(survey, params, uses)
                 return found
             mixed = found
-        raising = [use.node for use in mixed if use.raises and _is_small(survey, use)]
+        reason = reason or mixed[0][1]
+        raising = [use.node for use, _ in mixed if use.raises and _is_small(survey, use)]
         if not raising:
-            name = survey.nodes[mixed[0].node].name()
-            raise Unsupported(f"{name}, whose rows depend on several samples")
+            raise Unsupported(reason)
         raised.update(raising)
-    raise Unsupported("a long chain of operations on parameters alone")
+    raise Unsupported(reason)
 
 
 def _is_small(survey: Survey, use: Use) -> bool:
@@ -215,17 +242,20 @@ def _is_small(survey: Survey, use: Use) -> bool:
 def _arranged(
     tensors: Sequence[Tensor],
     blocks: Sequence[ResidualBlock],
+    params: Sequence[Tensor],
     survey: Survey,
     uses: list[Use],
-) -> GraphPlan | list[Use]:
-    """A plan, or the uses whose rows depend on several samples."""
+) -> GraphPlan | list[_Mixed]:
+    """A plan, or the uses whose rows do not come apart."""
     deltas = Deltas(tensors, blocks, survey, uses)
     every = list(range(len(blocks)))
+    # Of the least precise numbers on the way.
+    dtype = max((t.dtype for t in (*tensors, *params)), key=lambda t: torch.finfo(t).eps)
     divisible = [b.scale is not None and b.channels > 1 for b in blocks]
-    mixed: list[Use] = []
+    mixed: list[_Mixed] = []
     # All in one pass, if need be with the entries of a sample apart; else block by block.
     for entries in [divisible, [False] * len(blocks)] if any(divisible) else [divisible]:
-        found, mixed = _layouts(tensors, blocks, survey, deltas, uses, every, entries)
+        found, mixed = _layouts(tensors, blocks, survey, deltas, uses, every, entries, dtype)
         if not mixed:
             return GraphPlan(uses, [], [every], entries, [found])
     if len(blocks) == 1:
@@ -234,7 +264,7 @@ def _arranged(
     for i in every:
         for alone in (True, False) if divisible[i] else (False,):
             entries = [alone and k == i for k in every]
-            found, mixed = _layouts(tensors, blocks, survey, deltas, uses, [i], entries)
+            found, mixed = _layouts(tensors, blocks, survey, deltas, uses, [i], entries, dtype)
             if not mixed:
                 break
         if mixed:
@@ -253,10 +283,11 @@ def _layouts(
     uses: Sequence[Use],
     chosen: list[int],
     entries: Sequence[bool],
-) -> tuple[list[dict[int, Layout]], list[Use]]:
-    """The layouts of each use in one backward pass, and the uses whose rows are mixed."""
+    dtype: torch.dtype,
+) -> tuple[list[dict[int, Layout]], list[_Mixed]]:
+    """The layouts of each use in one backward pass, and the uses whose rows do not come apart."""
     counts = [blocks[i].samples * (blocks[i].channels if entries[i] else 1) for i in chosen]
-    probe = Probe(sum(counts), tensors[0].dtype)
+    probe = Probe(sum(counts), dtype)
     weights = probe.weights(tensors[0].device).split(counts, dim=1)
     cotangents = [
         [_varied(tensors[output], w) for output in blocks[i].outputs]
@@ -266,8 +297,10 @@ def _layouts(
         deltas.of(chosen, [[c[k : k + 1] for c in parts] for parts in cotangents])
         for k in range(1 + probe.count)
     ]
+    sizes = [d.abs().amax() for d in each[0].values() if d is not None and d.numel()]
+    noise = _NOISE * torch.finfo(dtype).eps * float(torch.stack(sizes).amax()) if sizes else 0.0
     found: list[dict[int, Layout]] = []
-    mixed: list[Use] = []
+    mixed: list[_Mixed] = []
     for use in uses:
         made = [d for d in (made[use.node] for made in each) if d is not None]
         if not made:
@@ -275,17 +308,19 @@ def _layouts(
             continue
         try:
             factors = factors_of(survey.nodes[use.node], use.slot, torch.cat(made), use.shape)
-        except Unsupported:
-            if not use.raises:
-                raise
-            mixed.append(use)
+        except Unsupported as error:
+            mixed.append((use, str(error)))
+            continue
+        if factors is None:
+            found.append({})
             continue
         first, *others = factors.delta.transpose(1, 2).flatten(2)
         if not bool(factors.delta.isfinite().all()):
             raise NotFinite
-        owner = probe.owners(first, others)
+        owner = probe.owners(first, others, noise)
         if owner is None:
-            mixed.append(use)
+            name = survey.nodes[use.node].name()
+            mixed.append((use, f"{name}, whose rows depend on several samples"))
         else:
             own = layouts(owner, counts)
             found.append({chosen[i]: layout for i, layout in own.items()})
@@ -301,16 +336,16 @@ def _varied(z: Tensor, weights: Tensor) -> Tensor:
     return rows.view(-1, *z.shape).to(z.dtype)
 
 
-def _targets(survey: Survey, vector: ParameterVector, uses: Sequence[Use]) -> list[Target]:
+def _targets(survey: Survey, params: Sequence[Tensor], uses: Sequence[Use]) -> list[Target]:
     targets: dict[tuple[int, int], Target] = {}
     for use in uses:
         place = use.source, use.output
         if place in targets:
             continue
-        chosen = selected_entries(survey, use, vector.params)
+        chosen = selected_entries(survey, use, params)
         if chosen is None:
             targets[place] = Target(use, None, None, params_below(survey, use.source))
         else:
             param, columns = chosen
-            targets[place] = Target.of(use, param, columns, vector.params[param].numel())
+            targets[place] = Target.of(use, param, columns, params[param].numel())
     return list(targets.values())

@@ -13,6 +13,8 @@ __all__ = ["Layout", "Probe", "layouts"]
 
 # Rows whose gradient is so much smaller than the largest are rounding errors of zeros.
 _NOTHING = 1e-12
+# The share of rows that may be unclear.
+_UNCLEAR = 0.02
 # Digits that a ratio of two gradients is sure to tell apart, how far it may be off, and an odd
 # number that spreads the digits: samples beside one another get weights far apart.
 _PRECISION = {torch.float64: (2**16, 1e-8, 40503), torch.float32: (2**6, 1e-3, 37)}
@@ -81,19 +83,23 @@ class Probe:
             rest = rest // self._base
         return torch.stack(rows)
 
-    def owners(self, deltas: Tensor, weighted: Sequence[Tensor]) -> Tensor | None:
+    def owners(
+        self, deltas: Tensor, weighted: Sequence[Tensor], noise: float = 0.0
+    ) -> Tensor | None:
         """The sample that each row belongs to; -1 for none; None where a row is of several.
 
         Args:
             deltas: Gradients `(rows, width)`.
             weighted: The same with the samples weighted, `count` of them.
+            noise: Rows of smaller norm may be rounding errors.
         """
         largest = deltas.abs().amax() if deltas.numel() else deltas.new_zeros(())
         scale = torch.where(largest > 0, largest, 1.0)
         deltas = deltas / scale
         squares = deltas.square().sum(1)
         norms = squares.sqrt()
-        nothing = norms <= _NOTHING * norms.amax() if len(norms) else norms > 0
+        least = torch.maximum(_NOTHING * norms.amax(), noise / scale) if len(norms) else scale
+        nothing = norms <= least
         owner = torch.zeros_like(squares, dtype=torch.long)
         fits = torch.ones_like(nothing)
         unit, gathered = 1, pow(self._spread, -1, self._base)
@@ -107,7 +113,12 @@ class Probe:
             owner += digit.nan_to_num().long() * gathered % self._base * unit
             unit *= self._base
         fits &= owner < self._samples
-        if not bool((fits | nothing).all()):
+        # Of gradients that are nearly zero, by cancellation, the digits may be wrong as well: few
+        # of them are taken for unknown, and get the sample that the pattern of all others says.
+        unclear = ~(fits | nothing)
+        large = norms > self._tolerance**0.5 * norms.amax() if len(norms) else unclear
+        several, wrong = torch.stack([unclear.sum(), (unclear & large).sum()]).tolist()
+        if wrong or several > _UNCLEAR * len(norms):
             return None
         return torch.where(fits & (norms > 0), owner, -1)
 
@@ -129,7 +140,9 @@ def layouts(owner: Tensor, counts: Sequence[int]) -> dict[int, Layout]:
         (rows,) = (own >= 0).nonzero(as_tuple=True)
         if len(rows):
             alone = not bool(((owner >= 0) & (own < 0)).any())
-            found[i] = _regular(own, rows, samples, alone) or _irregular(own, rows, samples)
+            # Those of other outputs are in no pattern.
+            known = torch.where((owner >= 0) & (own < 0), samples, own)
+            found[i] = _regular(known, rows, samples, alone) or _irregular(own, rows, samples)
         begin += samples
     return found
 

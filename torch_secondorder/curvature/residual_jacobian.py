@@ -141,12 +141,14 @@ class ResidualJacobian:
         plans = self._linearization.registry.jacobians
         if len(plans) > _REMEMBERED:
             plans.clear()
-        tensors, blocks = self._residuals.space.tensors, self._residuals.blocks
+        space, blocks = self._residuals.space, self._residuals.blocks
         vector, device = self._linearization.vector, self._device
         for again in (False, True):
             found, reason = None, "an operation on another rank"
             try:
-                columns, rows = graph_columns(tensors, blocks, vector, plans, again=again)
+                columns, rows = graph_columns(
+                    space.tensors, blocks, space.params, vector, plans, again=again
+                )
                 found = LocalJacobian(self._linearization, self._residuals, "graph", rows, columns)
             except Rejected as rejected:
                 reason = str(rejected)

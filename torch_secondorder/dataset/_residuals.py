@@ -9,33 +9,17 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.memory import check_fits
-from torch_secondorder._objective.base import Evaluation, Objective
+from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import LinearOperator, ResidualJacobian
+from torch_secondorder.curvature._normal_equations import NormalEquations
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.dataset._objective import DatasetObjective
 from torch_secondorder.dataset._operator import BatchSum
 
-__all__ = ["BatchResiduals", "residuals_at"]
+__all__ = ["BatchResiduals"]
 
 
-def residuals_at(
-    objective: Objective, evaluation: Evaluation | None
-) -> ResidualJacobian | BatchResiduals:
-    """The Jacobian of the residuals at an objective's current position.
-
-    Args:
-        objective: An objective of any kind; one over a data set gives `BatchResiduals`.
-        evaluation: The evaluation there, made by `evaluate(curvature="jacobian")`.
-
-    Raises:
-        RuntimeError: The loss has no residuals, see `ResidualJacobian`.
-    """
-    if isinstance(objective, DatasetObjective):
-        return BatchResiduals(objective)
-    assert evaluation is not None
-    return ResidualJacobian(evaluation)
-
-
-class BatchResiduals:
+class BatchResiduals(NormalEquations):
     """`J'J` of the residuals of a data set, summed over its batches.
 
     One pass over the loader gives all of it. A batch's rows end with the batch, so there are no
@@ -74,7 +58,8 @@ class BatchResiduals:
         batches = BatchSum(
             objective, lambda evaluation, _: _Normal(evaluation), curvature="jacobian"
         )
-        self.rows, self.method, self.reason, self.finite = 0, "", "", True
+        self.rows, self.reason, self.finite = 0, "", True
+        self.method: JacobianMethod = "graph"
         self.rest_diagonal: float | Tensor = 0.0
         self._matrix = batches.retried(partial(self._sum, batches))
         self._complete()
@@ -112,11 +97,11 @@ class BatchResiduals:
             self.rest_diagonal = self.rest_diagonal + vector.expand(decays)
 
     def normal_matrix(self) -> Tensor:
-        """`J'J`, shape `(n, n)`, symmetric to the last bit; do not write into it."""
+        """See `NormalEquations.normal_matrix`."""
         return self._matrix
 
     def diagonal(self) -> Tensor:
-        """The diagonal of `J'J`, shape `(n,)`."""
+        """See `NormalEquations.diagonal`."""
         return self._matrix.diagonal().clone()
 
     @property
@@ -131,7 +116,7 @@ class BatchResiduals:
     def _refuse(self, what: str) -> NoReturn:
         raise TypeError(
             f"over a data set there are sums over residuals alone, and not {what}: use "
-            'solver="primal", or "auto", without acceleration and momentum'
+            'solver="primal", or "auto", without acceleration'
         )
 
 

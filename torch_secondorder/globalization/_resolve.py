@@ -7,13 +7,14 @@ from typing import Literal, TypeAlias
 
 from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder.globalization.backtracking import Armijo, FixedStep
-from torch_secondorder.globalization.damping import DampingRule, MarquardtDamping
+from torch_secondorder.globalization.damping import DampingRule, MarquardtDamping, NielsenDamping
 from torch_secondorder.globalization.hager_zhang import HagerZhang
 from torch_secondorder.globalization.line_search import LineSearch
 from torch_secondorder.globalization.strong_wolfe import StrongWolfe
 from torch_secondorder.globalization.trust_region import TrustRegion
 
 LineSearchName: TypeAlias = Literal["strong_wolfe", "hager_zhang", "armijo", "backtracking"]
+DampingName: TypeAlias = Literal["nielsen", "marquardt"]
 GlobalizationName: TypeAlias = LineSearchName | Literal["damping", "trust_region", "line_search"]
 Globalization: TypeAlias = DampingRule | TrustRegion | LineSearch
 
@@ -84,3 +85,33 @@ def resolve_globalization(
         known = ("damping", "trust_region", "line_search", *_KNOWN)
         check_choice("globalization", spec, known, "an instance such as TrustRegion()")
     return resolve_line_search(spec)
+
+
+def resolve_damping(
+    damping: DampingName | DampingRule | float | None, adapts: bool
+) -> DampingRule | float | None:
+    """The rule of a damping, or a constant one; None for the default constant.
+
+    Args:
+        damping: A name, a rule, a number, or None.
+        adapts: Whether the damping follows the gain ratio.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: The name is unknown, or the number is out of range.
+    """
+    if adapts:
+        if isinstance(damping, DampingRule):
+            return damping
+        if isinstance(damping, str):
+            check_choice("damping", damping, DampingName, "a DampingRule, a number, or None")
+            return MarquardtDamping() if damping == "marquardt" else NielsenDamping()
+        check_number("damping", damping, above=0.0, optional=True)
+        return NielsenDamping(None if damping is None else float(damping))
+    if isinstance(damping, (str, DampingRule)):
+        raise ValueError(
+            "without globalization='damping' the damping is constant: give a number, got "
+            f"{damping!r}"
+        )
+    check_number("damping", damping, above=0.0, optional=True)
+    return None if damping is None else float(damping)

@@ -60,7 +60,7 @@ def solve_in_ball(
             break
         count += 1
         small.grow(alpha, process.beta)
-        if count >= min(due, most) or small.exhausted(process.alpha):
+        if count >= min(due, most):
             status = small.solve(process.alpha, atol)
             due = count + 1 if count < _EVERY else ceil(1.1 * count)
         if status is None and count >= most:
@@ -93,10 +93,6 @@ class _Projected:
         self._below.append(beta)
         self._norm = hypot(self._norm, alpha, beta)
 
-    def exhausted(self, alpha: float) -> bool:
-        """True if the space is invariant, to rounding: then nothing is left to gain."""
-        return alpha <= self._precision * self._norm
-
     def solve(self, alpha: float, atol: float) -> KrylovStatus | None:
         """Solves the problem, and tells whether that of the operator is solved with it.
 
@@ -122,6 +118,5 @@ class _Projected:
         # All of the gradient outside of the space lies along the next vector.
         gradient = alpha * abs(float(rest[-1]))
         root = sqrt(self.multiplier)
-        if gradient <= atol * hypot(self._norm, root) * hypot(norm, root * length):
-            return KrylovStatus.LEAST_SQUARES
-        return KrylovStatus.LEAST_SQUARES if self.exhausted(alpha) else None
+        small = gradient <= atol * hypot(self._norm, root) * hypot(norm, root * length)
+        return KrylovStatus.LEAST_SQUARES if small else None

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from torch_secondorder._foundation.checks import check_number
+from torch_secondorder.solvers._units import power_of_two
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -154,9 +156,20 @@ def regularized(A: Tensor, columns: Tensor, penalties: Tensor) -> Regularized:
     return Regularized(x, bend, Q.square().sum((1, 2)))
 
 
+def column_norms(columns: Tensor) -> Tensor:
+    """Euclidean norms along the first dimension, whose squares may leave the range of the dtype."""
+    if not columns.numel():
+        return columns.new_zeros(columns.shape[1:])
+    unit = power_of_two(columns.detach().abs().amax(0))
+    norms: Tensor = torch.linalg.vector_norm(columns / unit, dim=0) * unit
+    return norms
+
+
 def needs_gradient(*tensors: Tensor) -> bool:
-    """True if the result is to be differentiated."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    """True if the result is to be differentiated, in reverse or forward mode."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return any(unpack_dual(t).tangent is not None for t in tensors)
 
 
 def with_gradient(value: Tensor, differentiable: Tensor) -> Tensor:

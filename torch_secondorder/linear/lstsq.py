@@ -11,6 +11,7 @@ from torch_secondorder._foundation.report import Report
 from torch_secondorder.linear._dense import (
     Decomposition,
     check_dense,
+    column_norms,
     needs_gradient,
     with_gradient,
 )
@@ -50,9 +51,9 @@ def lstsq(A: Tensor, b: Tensor, *, rcond: float | None = None) -> LstsqResult:
     `4 m n^2 + 22 n^3` operations if `m >= n` (Golub and Van Loan 2013, section 8.6), and is
     backward stable.
 
-    The solution can be differentiated, any number of times, if the rank stays the same nearby:
-    that of `A^+` is no function of `A` that is continuous where the rank changes. Gradients of
-    `A` take a second decomposition.
+    The solution can be differentiated any number of times, in reverse and forward mode, which takes
+    a second decomposition. Derivatives by `A` are those along matrices of the same rank: where the
+    rank changes, `A^+` is not continuous.
 
     Args:
         A: Shape `(m, n)`, float32 or float64.
@@ -91,6 +92,6 @@ def lstsq(A: Tensor, b: Tensor, *, rcond: float | None = None) -> LstsqResult:
         singular_values=factors.singular_values,
         condition=factors.condition,
         rcond=factors.rcond,
-        residual_norm=torch.linalg.vector_norm(b - A @ x, dim=0),
-        norm=torch.linalg.vector_norm(x, dim=0),
+        residual_norm=column_norms(b - A @ x),
+        norm=column_norms(x),
     )

@@ -15,6 +15,7 @@ from torch_secondorder.linear._bidiagonalization import check_right_hand_side
 from torch_secondorder.linear._dense import (
     Decomposition,
     check_dense,
+    column_norms,
     column_parameter,
     needs_gradient,
     regularized,
@@ -81,14 +82,14 @@ def norm_constrained(
     hard case: with a multiplier of zero every component has a positive divisor.
 
     With a dense matrix the root is exact to rounding, by one singular value decomposition and a few
-    steps of Newton's method on numbers. `x` and the multiplier can then be differentiated any
-    number of times, by `A`, `b` and `radius`.
+    steps of Newton's method on numbers. `x` and the multiplier can then be differentiated by `A`,
+    `b` and `radius`, in reverse and forward mode, up to three times.
 
     With a matrix-free operator the problem is solved in Krylov spaces of growing dimension `j`,
-    where it has `j` unknowns, until the conditions hold to `atol` (the method of Hager 2001 and of
-    Gould, Lucidi, Roma and Toint 1999 for trust regions, on the bidiagonalization of Golub and
-    Kahan). The `j` basis vectors are kept, and the host waits for the device once per step. No
-    graph is recorded.
+    where it has `j` unknowns, until the conditions hold to `atol`. Gould, Lucidi, Roma and Toint
+    1999 do so for trust regions; here the spaces come from the bidiagonalization of Golub and
+    Kahan. The `j` basis vectors are kept, and the host waits for the device once per step. No graph
+    is recorded.
 
     References: Golub and Van Loan 2013, section 6.2.1; Björck 1996, section 5.3.
 
@@ -112,7 +113,8 @@ def norm_constrained(
         TypeError: `A` is no matrix in one of these forms, or `b` is not a tensor of float32 or
             float64.
         ValueError: Shapes, dtypes or devices do not fit, an entry is not finite, a number is out of
-            range, or `equality` is asked for where it is impossible or not implemented.
+            range, or `equality` is asked for with an operator, a matrix without columns, or
+            gradients of a solution whose multiplier is negative.
 
     >>> A = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     >>> print(norm_constrained(A, torch.tensor([3.0, 1.0], dtype=torch.float64), 1.0).x)
@@ -162,8 +164,8 @@ def _dense(
     return NormConstrainedResult(
         x=x[:, 0] if one else x,
         multiplier=multiplier.reshape(shape),
-        residual_norm=torch.linalg.vector_norm(columns - A @ x, dim=0).reshape(shape),
-        norm=torch.linalg.vector_norm(x, dim=0).reshape(shape),
+        residual_norm=column_norms(columns - A @ x).reshape(shape),
+        norm=column_norms(x).reshape(shape),
         iterations=found.iterations,
         stationarity=conditions.stationarity.reshape(shape),
         feasibility=conditions.feasibility.reshape(shape),
@@ -181,14 +183,14 @@ def _conditions(
     A: Tensor, b: Tensor, x: Tensor, multiplier: Tensor, radius: Tensor, equality: bool
 ) -> _Conditions:
     """The residuals of the Karush-Kuhn-Tucker conditions, for each column."""
-    norm = torch.linalg.vector_norm(x, dim=0)
-    gradient = torch.linalg.vector_norm(A.T @ (A @ x - b) + multiplier * x, dim=0)
+    norm = column_norms(x)
+    gradient = column_norms(A.T @ (A @ x - b) + multiplier * x)
     return _relative(
         gradient,
-        torch.linalg.vector_norm(A.T @ b, dim=0),
+        column_norms(A.T @ b),
         norm,
         multiplier,
-        torch.linalg.vector_norm(b, dim=0),
+        column_norms(b),
         radius,
         equality,
     )
@@ -204,11 +206,12 @@ def _relative(
     equality: bool,
 ) -> _Conditions:
     excess = (norm - radius) / radius
-    gap = multiplier * (0.0 if equality else ((radius - norm) * (radius + norm)).abs())
+    size = torch.where(size_of_b > 0, size_of_b, 1.0)
+    gap = multiplier * ((radius - norm) / size).abs() * ((radius + norm) / size)
     return _Conditions(
         torch.where(at_zero > 0, gradient / at_zero, gradient),
         excess.abs() if equality else excess.clamp(min=0),
-        torch.where(size_of_b > 0, gap / size_of_b.square(), gap),
+        torch.zeros_like(gap) if equality else gap,
     )
 
 
@@ -255,7 +258,7 @@ def _differentiable(
     root = torch.where(active, multiplier, factors.s[0].square()).detach()
     for _ in range(2):
         solution = regularized(A, columns, root)
-        norm = torch.linalg.vector_norm(solution.x, dim=0)
+        norm = column_norms(solution.x)
         step = norm.square() / solution.bend * (norm - radii) / radii
         root = root + torch.where(active, step, 0.0)
     solution = regularized(A, columns, root)
@@ -270,20 +273,20 @@ def _matrix_free(
 ) -> NormConstrainedResult:
     """The result, with numbers from products with the final `x`."""
     x, multiplier = found.x, b.new_tensor(found.multiplier)
-    norm = torch.linalg.vector_norm(x)
+    norm = column_norms(x.flatten())
     conditions = _relative(
-        torch.linalg.vector_norm(pull + multiplier * x),
-        torch.linalg.vector_norm(right),
+        column_norms((pull + multiplier * x).flatten()),
+        column_norms(right.flatten()),
         norm,
         multiplier,
-        torch.linalg.vector_norm(b),
+        column_norms(b.flatten()),
         b.new_tensor(radius),
         False,
     )
     return NormConstrainedResult(
         x=x,
         multiplier=multiplier,
-        residual_norm=torch.linalg.vector_norm(b - image),
+        residual_norm=column_norms((b - image).flatten()),
         norm=norm,
         iterations=found.iterations,
         stationarity=conditions.stationarity,

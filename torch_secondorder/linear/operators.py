@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_callable, check_instance
-from torch_secondorder.curvature import LinearOperator
-from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
+from torch_secondorder.curvature import LinearOperator, ResidualJacobian
 from torch_secondorder.func.transforms import vjp
 
 __all__ = ["OperatorLike", "RectangularOperator", "as_operator", "jacobian_operator"]

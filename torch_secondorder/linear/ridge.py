@@ -11,6 +11,7 @@ from torch_secondorder._foundation.report import Report
 from torch_secondorder.linear._dense import (
     Decomposition,
     check_dense,
+    column_norms,
     column_parameter,
     needs_gradient,
     regularized,
@@ -49,7 +50,8 @@ def ridge(A: Tensor, b: Tensor, penalty: float | Tensor) -> RidgeResult:
 
     One singular value decomposition serves all penalties and right-hand sides: for the solutions
     along a path of penalties pass them as a vector. Everything can be differentiated any number of
-    times, by `A`, `b` and `penalty`; that takes an orthogonal factorization for each penalty.
+    times, in reverse and forward mode, by `A`, `b` and `penalty`; that takes an orthogonal
+    factorization for each penalty.
     Singular values that rounding cannot tell from zero count as zero, as in `lstsq`, whose solution
     is the limit for small penalties.
 
@@ -81,7 +83,7 @@ def ridge(A: Tensor, b: Tensor, penalty: float | Tensor) -> RidgeResult:
     if needs_gradient(A, b, penalties):
         solution = regularized(A, columns, penalties)
         x, freedom = with_gradient(x, solution.x), with_gradient(freedom, solution.freedom)
-    residual_norm = torch.linalg.vector_norm(columns - A @ x, dim=0)
+    residual_norm = column_norms(columns - A @ x)
     gcv = len(A) * (residual_norm / (len(A) - freedom)).square()
     one = b.dim() == 1 and not (isinstance(penalty, Tensor) and penalty.dim())
     shape = torch.Size() if one else x.shape[1:]
@@ -89,7 +91,7 @@ def ridge(A: Tensor, b: Tensor, penalty: float | Tensor) -> RidgeResult:
         x=x[:, 0] if one else x,
         penalty=penalties.expand(x.shape[1:]).reshape(shape),
         residual_norm=residual_norm.reshape(shape),
-        norm=torch.linalg.vector_norm(x, dim=0).reshape(shape),
+        norm=column_norms(x).reshape(shape),
         degrees_of_freedom=freedom.expand(x.shape[1:]).reshape(shape),
         gcv=gcv.reshape(shape),
     )

@@ -149,6 +149,7 @@ class Fit:
         self._linear = loss == "linear"
         self._problem = Problem(leaves, structure, self.cost, Counts(), None, limits)
         self._status: int | None = None
+        self._descent: Descent | None = None  # none where derivatives are not finite at x0
 
     def run(
         self,
@@ -208,6 +209,7 @@ class Fit:
     def _converged(self) -> int | None:
         """The status by the tolerances after an iteration; None to go on."""
         tol, found = self._tolerances, self._optimizer._outlook
+        assert self._descent is not None
         loss = self._descent.point.loss
         if found.cosine <= tol.gtol or loss <= tol.precision**2 * self._first:
             return 1
@@ -227,24 +229,21 @@ class Fit:
 
     def _result(self) -> LeastSquaresResult:
         """The result where the iteration ended."""
-        problem, descent, info = self._problem, self._descent, self._optimizer.info
+        problem, info = self._problem, self._optimizer.info
         assert info is not None and info.loss_after is not None
         status = self._status if self._status is not None else _status_of(info.status)
         nfev = info.evaluations
-        evaluation = descent.point.evaluation
+        evaluation = None if self._descent is None else self._descent.point.evaluation
         if evaluation is None or evaluation.linearization is None:
             objective = FunctionalObjective(self.cost, problem.tree())
             evaluation, nfev = objective.evaluate(curvature="jacobian"), nfev + 1
         jacobian = ResidualJacobian(evaluation, method=self._optimizer._way)
-        J, r = jacobian.dense(), jacobian.residuals
+        J, fun, grad = jacobian.dense(), jacobian.residuals, evaluation.grad
+        if not (self._linear and jacobian.finite):
+            with torch.no_grad():
+                fun, nfev = self.cost.residuals(problem.tree()).detach(), nfev + 1
         shape = self.cost.shape
         assert shape is not None
-        if self._linear:
-            fun = r.reshape(shape)
-        else:
-            with torch.no_grad():
-                fun, nfev = self.cost.residuals(problem.tree()).detach().reshape(shape), nfev + 1
-        grad = evaluation.grad
         columns = J.split([p.numel() for p in problem.params], 1)
         parts = grad.split([p.numel() for p in problem.params])
         leaves = [p.detach() for p in problem.params]
@@ -255,9 +254,9 @@ class Fit:
         return LeastSquaresResult(
             x=problem.tree(leaves),
             cost=info.loss_after,
-            fun=fun,
+            fun=fun.reshape(shape),
             jac=problem.tree(
-                [c.reshape(*shape, *p.shape) for c, p in zip(columns, leaves, strict=True)]
+                [c.reshape((*shape, *p.shape)) for c, p in zip(columns, leaves, strict=True)]
             ),
             grad=problem.tree([g.reshape(p.shape) for g, p in zip(parts, leaves, strict=True)]),
             optimality=optimality,

@@ -139,7 +139,7 @@ def curve_fit(
             )
         return whiten(found.reshape(-1) - y)
 
-    result = least_squares(residuals, start, bounds, **kwargs)
+    result = least_squares(residuals, start, bounds=bounds, **kwargs)
     if not result.success:
         raise RuntimeError(f"the fit has not converged: {result.message}")
     covariance = _covariance(result, absolute=absolute_sigma)

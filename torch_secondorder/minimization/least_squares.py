@@ -17,6 +17,7 @@ from torch_secondorder._foundation.checks import (
 )
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder.minimization._bounds import Bound, resolve_bounds
+from torch_secondorder.minimization._jacobians import Differences, WithJacobian
 from torch_secondorder.minimization._least_squares import Fit, Report, Tolerances
 from torch_secondorder.minimization._robust import LossName
 from torch_secondorder.minimization._runs import takes_result
@@ -41,6 +42,7 @@ _NO_OPTIONS = {
 def least_squares(
     fun: Callable[..., Any],
     x0: Any,
+    jac: Literal["2-point", "3-point"] | Callable[..., Any] | None = None,
     bounds: Any = None,
     *,
     loss: LossName = "linear",
@@ -75,6 +77,10 @@ def least_squares(
             operations of torch.
         x0: The start: a number, a list or an array of numbers (in float64), a tensor, or a dict,
             list or tuple of tensors.
+        jac: None for the exact Jacobian by autograd. A function that takes what `fun` takes and
+            returns it, of shape `(*residuals, *x)`; a tree of these for a tree. `"2-point"` or
+            `"3-point"` for finite differences. With these `fun` need not be in torch: it may return
+            an array. Each evaluation takes a Jacobian then.
         bounds: A pair `(low, high)`, each a number, a tensor or an array like `x0`, a tree like
             `x0`, or None; or a `scipy.optimize.Bounds`. `fun` is only evaluated within the bounds.
         loss: The name of `rho`.
@@ -107,7 +113,8 @@ def least_squares(
             real numbers.
         ValueError: An argument is out of range or a name unknown; bounds cross, do not fit `x0`, or
             `x0` lies outside of them; `fun` returns no residuals, a different number of them than
-            before, residuals that are not finite at `x0`, or that do not depend on its argument.
+            before, residuals that are not finite at `x0`, or that do not depend on its argument;
+            or `jac` returns a Jacobian of another shape.
 
     >>> t = torch.linspace(0, 4, 9, dtype=torch.float64)
     >>> y = 3 * torch.exp(-0.7 * t)
@@ -146,11 +153,18 @@ def least_squares(
             raise ValueError(f"{name!r} is no option of least_squares: {reason}")
     limits = _limits(bounds, leaves, names, structure)
     dtype = min((leaf.dtype for leaf in leaves), key=lambda t: -torch.finfo(t).eps)
-    scaling = _scaling(x_scale, arguments)
-    fit = Fit(_with_arguments(fun, args, kwargs), leaves, structure, limits, loss, f_scale)
+    scaling = _scaling(x_scale)
+    residuals = _with_arguments(fun, args, kwargs)
+    source = _source(residuals, jac, args, kwargs, limits)
+    if source is not None:  # gradients are no cheaper than Jacobians
+        residuals = source
+        arguments = {"corrections": 0} | arguments
+    fit = Fit(residuals, leaves, structure, limits, loss, f_scale)
     most = None if max_nfev is None else int(max_nfev)
     report = _report(callback, verbose)
     result = fit.run(Tolerances.of(ftol, xtol, gtol, dtype), most, report, scaling, arguments)
+    if source is not None:
+        result.nfev, result.njev = source.evaluations, source.jacobians
     if verbose:
         print(  # noqa: T201
             f"{result.message} (status {result.status}): cost {result.cost:.6g}, "
@@ -219,7 +233,27 @@ def _bound(bound: Any, leaf: Tensor) -> Any:
         raise TypeError(f"a bound must be a number or numbers, got {bound!r:.60}") from error
 
 
-def _scaling(x_scale: Any, arguments: dict[str, Any]) -> str:
+def _source(
+    fun: Callable[[Any], Any],
+    jac: Any,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    limits: list[tuple[Bound, Bound]] | None,
+) -> WithJacobian | None:
+    """The residuals with a Jacobian by differences or by a function; None for one by autograd."""
+    if jac is None:
+        return None
+    if isinstance(jac, str) and jac in ("2-point", "3-point"):
+        return Differences(fun, jac, limits)
+    if not callable(jac):
+        raise ValueError(
+            "jac must be None for autograd, a function, '2-point' or '3-point' for finite "
+            f"differences, got {jac!r}"
+        )
+    return WithJacobian(fun, _with_arguments(jac, args, kwargs))
+
+
+def _scaling(x_scale: Any) -> str:
     if isinstance(x_scale, str) and x_scale == "jac":
         return "more"
     if isinstance(x_scale, str) or not isinstance(x_scale, (int, float)):

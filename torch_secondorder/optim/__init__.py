@@ -7,6 +7,7 @@ from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
 from torch_secondorder.optim.levenberg_marquardt import (
+    AccelerationName,
     DampingName,
     LevenbergMarquardt,
     LevenbergMarquardtInfo,
@@ -20,6 +21,7 @@ from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 __all__ = [
     "BFGS",
     "LBFGS",
+    "AccelerationName",
     "AdaHessian",
     "AdaHessianInfo",
     "BFGSInfo",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, isfinite, nan
+from math import inf, isfinite, nan, sqrt
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -23,27 +23,30 @@ from torch_secondorder._optim.quadratic_model import (
     point_of,
     search_along,
 )
+from torch_secondorder._optim.residual_model import (
+    ResidualModel,
+    bend_along,
+    gain_ratio_of,
+    proposal_of,
+)
 from torch_secondorder._optim.residual_region import (
     Outlook,
     RadiusMemory,
-    Region,
     largest_cosine,
     within_radius,
 )
+from torch_secondorder._optim.residuals import check_batches, over_batches, residuals_at
 from torch_secondorder._optim.state import Number, Vector, declare
-from torch_secondorder.curvature.residual_jacobian import JacobianMethod, ResidualJacobian
+from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.globalization import (
     DampingRule,
     LineSearch,
     LineSearchName,
-    MarquardtDamping,
-    NielsenDamping,
     SearchStatus,
-    Trial,
     TrustRegion,
     resolve_line_search,
 )
-from torch_secondorder.solvers._residual_region import BoxedRegion, ResidualRegion
+from torch_secondorder.globalization._resolve import DampingName, resolve_damping
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
@@ -51,10 +54,16 @@ from torch_secondorder.solvers.damped_least_squares import (
     suited_solver,
 )
 
-__all__ = ["DampingName", "LevenbergMarquardt", "LevenbergMarquardtInfo", "ScalingName"]
+__all__ = [
+    "AccelerationName",
+    "DampingName",
+    "LevenbergMarquardt",
+    "LevenbergMarquardtInfo",
+    "ScalingName",
+]
 
-DampingName: TypeAlias = Literal["nielsen", "marquardt"]
-ScalingName: TypeAlias = Literal["identity", "marquardt", "more"]
+ScalingName: TypeAlias = Literal["auto", "identity", "marquardt", "more"]
+AccelerationName: TypeAlias = Literal["auto", "geodesic"]
 
 # Iterations without a new best loss or gradient after which only rounding error is left.
 _PATIENCE = 5
@@ -62,16 +71,15 @@ _PATIENCE = 5
 _ATTEMPTS = 40
 # The gain ratio from which a step is taken.
 _ACCEPT = 1e-4
-# The share of a step after which residuals are looked at for their bend, and the largest ratio of
-# the correction to the step (Transtrum and Sethna 2012).
-_PROBE, _BEND = 0.1, 0.75
+# The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012), and the one
+# below which the next steps are taken for straight.
+_BEND, _STRAIGHT = 0.75, 0.02
 # The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
 # best radius changes little from step to step.
 _REGION = TrustRegion(shrink=0.5)
-# Differences of losses up to this multiple of their rounding error may be rounding of residuals.
-_NOISE = 1e3
-# A constant damping, as a share of the largest curvature along a coordinate at the first step.
-_CONSTANT = 1e-3
+# A constant damping, as a share of the largest curvature along a coordinate at the first step; and
+# that of steps which are taken as they are, as a share of the batch's mean eigenvalue.
+_CONSTANT, _OF_MEAN = 1e-3, 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,8 @@ class LevenbergMarquardtInfo(BoundedInfo):
         damping: The damping of the next system; 0 without any.
         trust_radius: The trust radius of the next step; 0 without one.
         corrections: Further steps taken with a Jacobian that had given one already.
-        bend: The length of the last geodesic correction as a share of the step's; None without one.
+        bend: Twice the length of the last geodesic correction as a share of the step's, in the
+            metric; above 0.75 the correction was left out. None without one.
         solver: The last linear solver: `"primal"`, `"dual"` or `"cg"`; empty before the first one.
         factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"` or `"none"`.
         solver_iterations: Iterations of conjugate gradients.
@@ -123,6 +132,11 @@ class LevenbergMarquardt(FlatOptimizer):
     Loss functions of torch show their residuals. If the closure squares residuals itself, mark
     them: `r = mark_outputs(model(x) - y)`.
 
+    For mini-batches, `LevenbergMarquardt(params, momentum=0.9, globalization=None, max_norm=0.3)`
+    makes steps of SPRING, with one evaluation each: let a scheduler lower `lr`, as with Adam, and
+    tune `max_norm`, the distance that parameters move in a step. A damping that adapts, or a line
+    search, would fit each batch at the expense of the others.
+
     References: Levenberg 1944; Marquardt 1963; Moré 1978, "The Levenberg-Marquardt algorithm:
     implementation and theory"; Madsen, Nielsen and Tingleff 2004, "Methods for non-linear least
     squares problems"; Transtrum and Sethna 2012, arXiv 1201.5885; Goldshlager, Abrahamsen and Lin
@@ -132,19 +146,26 @@ class LevenbergMarquardt(FlatOptimizer):
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
         lr: The share of each step that is tried first. If groups differ, each group's part of the
             metric is scaled by its share of the largest.
-        damping: `"nielsen"`, `"marquardt"` or a `DampingRule` for a damping that follows the gain
-            ratio; a number is the first one, in the units of `J'J` by the scaling. With another
+        damping: `"marquardt"`, which is the default, `"nielsen"`, or a `DampingRule` for a damping
+            that follows the gain ratio; a number is the first one, in the units of `J'J` by the
+            scaling. With another
             globalization than `"damping"` the damping is constant: a number, by default a
-            thousandth of the largest curvature along a coordinate at the first step.
+            thousandth of the largest curvature along a coordinate at the first step. Without a
+            globalization the default is a hundredth of the mean eigenvalue, of each batch.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         solver: `"primal"` (a system of `n` equations, by QR or Cholesky), `"dual"` (one equation
             for each residual), `"cg"` (products alone), or `"auto"` by size and memory.
         scaling: `D`: `"identity"`; `"marquardt"` for the diagonal of `J'J`; `"more"` for its
             largest values so far, so that steps do not depend on the units of the parameters.
+            `"auto"` is `"more"` with a damping that adapts or a trust region.
         acceleration: `"geodesic"` for steps that follow the bend of the residuals to second
-            order, for one more evaluation each.
+            order, for one more evaluation each; None for none. `"auto"` does so where a damping
+            decides about steps, unless the last ones were almost straight.
         momentum: The share of the last step that the next one is drawn to, in directions that the
             residuals say nothing about (SPRING); for mini-batches.
+        max_norm: The longest step; longer ones are shortened to it before they are multiplied with
+            `lr`. It needs `globalization=None`, and such steps need it where residuals are far
+            from linear.
         globalization: `"damping"`; `"trust_region"` or a `TrustRegion` for the best step within a
             radius, measured by the scaling and as long as the parameters at first, which is the
             method of MINPACK; the name of a line search, or a `LineSearch`; or None to take each
@@ -193,14 +214,16 @@ class LevenbergMarquardt(FlatOptimizer):
         damping=Number(0.0),
         radius=Number(0.0),
         start=Number(0.0),
+        bend=Number(inf),
         largest=Vector(),
         direction=Vector(),
     )
     _damping: float  # of the next system; 0 before the first one
     _radius: float  # of the next step; 0 before the first one
     _start: float  # the first damping or radius, which the rules' limits are relative to
+    _bend: float  # what to expect of the next step, to skip corrections of straight ones
     _largest: Tensor | None  # the largest values of the diagonal of J'J so far
-    _way: JacobianMethod | None  # to the Jacobian, once the fastest one has failed in a step
+    _way: JacobianMethod | None = None  # to the Jacobian, once the fastest one has failed in a step
     _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
     _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
@@ -213,9 +236,10 @@ class LevenbergMarquardt(FlatOptimizer):
         max_iter: int = 1,
         *,
         solver: LeastSquaresSolverName = "auto",
-        scaling: ScalingName = "identity",
-        acceleration: Literal["geodesic"] | None = None,
+        scaling: ScalingName = "auto",
+        acceleration: AccelerationName | None = "auto",
         momentum: float = 0.0,
+        max_norm: float | None = None,
         globalization: (
             Literal["damping", "trust_region"] | TrustRegion | LineSearchName | LineSearch | None
         ) = "damping",
@@ -230,9 +254,19 @@ class LevenbergMarquardt(FlatOptimizer):
         check_choice("solver", solver, LeastSquaresSolverName)
         check_choice("scaling", scaling, ScalingName)
         if acceleration is not None:
-            check_choice("acceleration", acceleration, ("geodesic",), "None")
+            check_choice("acceleration", acceleration, AccelerationName, "None")
         check_number("momentum", momentum, low=0.0, below=1.0)
+        check_number("max_norm", max_norm, above=0.0, optional=True)
+        if max_norm is not None and globalization is not None:
+            raise ValueError(
+                "max_norm limits steps that are taken as they are: give globalization=None, or "
+                "leave max_norm out"
+            )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
+        if scaling == "auto":
+            adapts = globalization in ("damping", "trust_region")
+            adapts = adapts or isinstance(globalization, TrustRegion)
+            self.scaling = "more" if adapts else "identity"
         check_integer("corrections", corrections, low=0, whole_floats=True)
         self.globalization: LineSearch | TrustRegion | None = None
         if globalization == "trust_region":
@@ -243,8 +277,8 @@ class LevenbergMarquardt(FlatOptimizer):
             self.globalization = resolve_line_search(globalization, "globalization")
         if isinstance(self.globalization, TrustRegion):
             self._check_within_radius(damping, momentum)
-        self.damping = _resolve_damping(damping, globalization == "damping")
-        if acceleration is not None and globalization != "damping":
+        self.damping = resolve_damping(damping, globalization == "damping")
+        if acceleration == "geodesic" and globalization != "damping":
             raise ValueError(
                 "geodesic acceleration needs a damping that a large bend can raise: leave "
                 "globalization or acceleration out"
@@ -253,6 +287,7 @@ class LevenbergMarquardt(FlatOptimizer):
             "lr": lr,
             "max_iter": max_iter,
             "momentum": momentum,
+            "max_norm": max_norm,
             "corrections": corrections,
             "max_eval": max_eval,
             "tolerance_grad": tolerance_grad,
@@ -289,6 +324,7 @@ class LevenbergMarquardt(FlatOptimizer):
                 "squares: leave maximize out, or use NewtonCG with curvature='hessian'"
             )
         check_number("momentum", group.get("momentum", 0.0), low=0.0, below=1.0)
+        check_number("max_norm", group.get("max_norm"), above=0.0, optional=True)
 
     # The course of a step.
 
@@ -297,6 +333,8 @@ class LevenbergMarquardt(FlatOptimizer):
         objective.limit = inf if most is None else most
         if objective.box is not None:
             self._check_bounded()
+        region = isinstance(self.globalization, TrustRegion)
+        check_batches(objective, self.solver, self.acceleration, region)
         evaluation = objective.evaluate(curvature="jacobian")
         return evaluation, point_of(evaluation, objective)
 
@@ -305,7 +343,7 @@ class LevenbergMarquardt(FlatOptimizer):
             raise ValueError(
                 f"bounds need solver='primal', got {self.solver!r}: leave bounds or solver out"
             )
-        if self.param_groups[0]["momentum"] or self.acceleration is not None:
+        if self.param_groups[0]["momentum"] or self.acceleration == "geodesic":
             raise ValueError(
                 "bounds go with neither momentum nor acceleration, whose steps may leave them: "
                 "leave one of them out"
@@ -316,7 +354,7 @@ class LevenbergMarquardt(FlatOptimizer):
         if descent.objective.box is not None:
             descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
-        self._way, self._reason = None, ""
+        self._way, self._reason, self._outlook = None, "", Outlook()
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         """One iteration: a Jacobian, and the steps tried with it."""
@@ -380,11 +418,12 @@ class LevenbergMarquardt(FlatOptimizer):
             evaluation = objective.evaluate(curvature="jacobian")
             point = descent.point = point_of(evaluation, objective)
         assert point.evaluation is not None and point.grad is not None
-        jacobian = ResidualJacobian(point.evaluation, method=self._way)
+        jacobian = residuals_at(objective, point.evaluation, self._way)
         if jacobian.reason:  # it will not do at the next point either
             self._way, self._reason = jacobian.method, jacobian.reason
         solver = self.solver
-        if objective.box is not None or isinstance(self.globalization, TrustRegion):
+        batches = over_batches(objective)
+        if batches or objective.box is not None or isinstance(self.globalization, TrustRegion):
             solver = "primal"
         if solver == "auto":
             device = objective.vector.device
@@ -396,10 +435,9 @@ class LevenbergMarquardt(FlatOptimizer):
         report.jacobians += 1
         report.rows, report.solver = jacobian.rows, system.name
         report.jacobian, report.reason = jacobian.method, jacobian.reason or self._reason
-        finite = bool(jacobian.residuals.isfinite().all()) and system.finite
-        return system if finite else None
+        return system if jacobian.finite and system.finite else None
 
-    def _problem(self, system: DampedLeastSquares, descent: Descent) -> _Problem:
+    def _problem(self, system: DampedLeastSquares, descent: Descent) -> ResidualModel:
         """The system with metric, center and bounds; makes the first damping."""
         metric: Tensor | None = None
         if self.scaling != "identity":
@@ -411,7 +449,9 @@ class LevenbergMarquardt(FlatOptimizer):
             # A parameter that no residual depends on may have any metric.
             largest = metric.amax()
             metric = torch.where(metric > 0, metric, torch.where(largest > 0, largest, 1.0))
-        if not self._damping and not isinstance(self.globalization, TrustRegion):
+        if self.globalization is None and self.damping is None:  # the batches may differ
+            self._damping = self._start = _OF_MEAN * (system.mean_curvature(metric) or 1.0)
+        elif not self._damping and not isinstance(self.globalization, TrustRegion):
             curvature = system.diagonal if metric is None else system.diagonal / metric
             (size,) = descent.space.to_host(largest=(curvature,))
             rule = self.damping
@@ -426,7 +466,7 @@ class LevenbergMarquardt(FlatOptimizer):
             center = momentum * self._direction
         box = descent.objective.box
         room = None if box is None else box.room(descent.objective.position)
-        return _Problem(system, metric, center, room)
+        return ResidualModel(system, metric, center, room)
 
     def _trials(self, descent: Descent) -> Trials:
         """Evaluations of steps; they keep their graphs where the next iteration can use them."""
@@ -434,7 +474,7 @@ class LevenbergMarquardt(FlatOptimizer):
         keeps = descent.count + 1 < descent.max_iter and objective.has_room_for_a_graph()
         return Trials(descent, self._tally, "jacobian" if keeps else False, keeps_gradients=True)
 
-    def _solved(self, problem: _Problem, descent: Descent) -> DampedStep | StepStatus:
+    def _solved(self, problem: ResidualModel, descent: Descent) -> DampedStep | StepStatus:
         """The step with the present damping, one of descent."""
         step = problem.solve(self._damping)
         falls = step.slope < 0 and step.decrease > 0
@@ -450,39 +490,36 @@ class LevenbergMarquardt(FlatOptimizer):
     # Three ways to a step.
 
     def _damped(
-        self, problem: _Problem, trials: Trials, rule: DampingRule, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: DampingRule, descent: Descent
     ) -> Move | StepStatus:
         """A step with a damping that is raised until it lowers the loss."""
-        trial, first = None, self._damping
+        first = self._damping
         for failures in range(1, _ATTEMPTS + 1):
             damping = self._damping
             step = self._solved(problem, descent)
             if isinstance(step, StepStatus):
                 return step
-            proposal: Proposal | None = _proposal(step)
-            if self.acceleration is not None:
+            proposal = proposal_of(step)
+            if self._accelerates(problem):
                 proposal = self._accelerated(problem, step, descent)
-            if proposal is not None:
-                trial = trials.trial(proposal, descent.lr)
-                ratio = _gain_ratio(trials, proposal, trial)
-                if ratio > _ACCEPT:
-                    after: float = trial.payload.length / trials.point.length
-                    self._damping = rule.updated(
-                        damping, ratio, after, self._start, proposal.curvature
-                    )
-                    return Move(proposal, trial, ratio)
+            trial = trials.trial(proposal, descent.lr)
+            ratio = gain_ratio_of(trials, proposal, trial)
+            if ratio > _ACCEPT:
+                after: float = trial.payload.length / trials.point.length
+                self._damping = rule.updated(damping, ratio, after, self._start, proposal.curvature)
+                return Move(proposal, trial, ratio)
             self._report.rejected += 1
-            if trials.unresolved(_proposal(step)):
+            self._bend = inf
+            if trials.unresolved(proposal_of(step)):
                 self._damping = first
                 return StepStatus.STALLED
             self._damping = rule.rejected(damping, failures, self._start)
             # A large damping leads to the center, which need not be a step of descent.
             problem = replace(problem, center=None)
-        hopeful = trial is None or trial.finite
-        return StepStatus.NO_DECREASE if hopeful else StepStatus.NONFINITE_TRIALS
+        return StepStatus.NO_DECREASE if trial.finite else StepStatus.NONFINITE_TRIALS
 
     def _within_radius(
-        self, problem: _Problem, trials: Trials, rule: TrustRegion, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: TrustRegion, descent: Descent
     ) -> Move | StepStatus:
         """The best step within a radius, and corrections."""
         most = self.param_groups[0]["corrections"]
@@ -499,13 +536,13 @@ class LevenbergMarquardt(FlatOptimizer):
             self._report.corrections += memory.corrections
 
     def _searched(
-        self, problem: _Problem, trials: Trials, rule: LineSearch, descent: Descent
+        self, problem: ResidualModel, trials: Trials, rule: LineSearch, descent: Descent
     ) -> Move | StepStatus:
         """A line search along the step."""
         step = self._solved(problem, descent)
         if isinstance(step, StepStatus):
             return step
-        proposal = _proposal(step)
+        proposal = proposal_of(step)
         first = trials.trial(proposal, descent.lr)
         found = search_along(trials, rule, proposal, first)
         if found.status.accepted:
@@ -514,16 +551,18 @@ class LevenbergMarquardt(FlatOptimizer):
             return StepStatus.NONFINITE_TRIALS
         return StepStatus.STALLED if trials.unresolved(proposal) else StepStatus.NO_DECREASE
 
-    def _unsearched(self, problem: _Problem, descent: Descent) -> StepStatus | None:
+    def _unsearched(self, problem: ResidualModel, descent: Descent) -> StepStatus | None:
         """The step as it is; the loss after it is evaluated if there is another iteration."""
         step = problem.solve(self._damping)
         self._report.factorization = problem.system.factorization
         self._tally.solver_iterations += step.iterations
         if not (isfinite(step.decrease) and isfinite(step.length)):
             return StepStatus.NONFINITE_PRODUCTS
-        lr = descent.lr
+        lr, most = descent.lr, self.param_groups[0].get("max_norm")
+        if most is not None and step.length > most:
+            lr *= most / step.length
         if descent.count + 1 < descent.max_iter:
-            proposal, trials = _proposal(step), self._trials(descent)
+            proposal, trials = proposal_of(step), self._trials(descent)
             trial = trials.trial(proposal, lr)
             if not trial.finite:
                 return StepStatus.NONFINITE_TRIALS
@@ -535,32 +574,32 @@ class LevenbergMarquardt(FlatOptimizer):
         descent.step_length = lr
         return StepStatus.MOVED
 
-    def _accelerated(
-        self, problem: _Problem, step: DampedStep, descent: Descent
-    ) -> Proposal | None:
-        """The step with a geodesic correction; None where the correction is too large."""
-        system = problem.system
+    def _accelerates(self, problem: ResidualModel) -> bool:
+        """True if the bend along the next step is to be looked at."""
+        if self.acceleration != "auto":
+            return self.acceleration is not None
+        if problem.room is not None or problem.system.name == "cg" or not problem.system.has_rows:
+            return False
+        straight = self._bend < _STRAIGHT
+        self._bend *= 2.0  # skipped a few times only
+        return not straight
+
+    def _accelerated(self, problem: ResidualModel, step: DampedStep, descent: Descent) -> Proposal:
+        """The step with a geodesic correction; without it where it is too large."""
+        system, metric = problem.system, problem.metric
         image = system.products_along(step.x)
-        bend = _bend(system.jacobian, step.x, image, descent)
+        bend = bend_along(system.jacobian, step.x, image, descent)
         if bend is None:
-            return _proposal(step)
-        half = system.accelerate(self._damping, problem.metric, bend).mul_(0.5)
-        x = step.x + half
-        moved = image + system.products_along(half)
-        grad = descent.point.grad
-        assert grad is not None
-        rest = system.jacobian.rest_diagonal
-        size, slope, square, of_rest = descent.space.to_host(
-            sums=(half @ half, grad @ x, moved @ moved, x @ (rest * x))
-        )
-        ratio = 2.0 * size**0.5 / step.length
-        self._report.bend = ratio
-        if not ratio <= _BEND:
-            return None
-        decrease = -(slope + 0.5 * (square + of_rest))
-        if not (slope < 0 and decrease > 0):
-            return _proposal(step)
-        return Proposal(x, slope, decrease, step.held, step.curvature)
+            return proposal_of(step)
+        half = system.accelerate(self._damping, metric, bend).mul_(0.5)
+        scaled = (half, step.x) if metric is None else (metric * half, metric * step.x)
+        size, length = descent.space.to_host(sums=(scaled[0] @ half, scaled[1] @ step.x))
+        ratio = 2.0 * sqrt(size / length) if length else inf
+        self._report.bend = self._bend = ratio
+        plain = proposal_of(step)
+        # The linear residuals say nothing about the correction, which cancels their bend: what they
+        # predict for the step is what both together are to achieve.
+        return plain._replace(direction=step.x + half) if ratio <= _BEND else plain
 
     # The end of an iteration.
 
@@ -588,6 +627,7 @@ class LevenbergMarquardt(FlatOptimizer):
 
     def _forget(self, reason: str) -> None:
         super()._forget(reason)
+        self._bend = inf
         self._damping = self._radius = self._start = 0.0
 
 
@@ -606,88 +646,3 @@ class _Report:
     rows: int = 0
     jacobian: str = ""
     reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """The linearized residuals at a point, with what a step is measured by.
-
-    Attributes:
-        system: The residuals.
-        metric: The metric of the damping; None for the identity.
-        center: What the step is drawn to; None for zero.
-        room: The smallest and largest step within bounds; None without any.
-    """
-
-    system: DampedLeastSquares
-    metric: Tensor | None
-    center: Tensor | None
-    room: tuple[Tensor, Tensor] | None
-
-    def solve(self, damping: float) -> DampedStep:
-        """The step with a damping."""
-        if self.room is None:
-            return self.system.solve(damping, self.metric, self.center)
-        return self.system.solve_in(damping, self.metric, *self.room)
-
-    def region(self, point: Point) -> Region:
-        """The quadratic for steps within a radius."""
-        jacobian, grad = self.system.jacobian, point.grad
-        assert grad is not None
-        if self.room is None:
-            return ResidualRegion(jacobian, grad, self.metric)
-        return BoxedRegion(jacobian, grad, self.metric, *self.room)
-
-
-def _resolve_damping(
-    damping: DampingName | DampingRule | float | None, adapts: bool
-) -> DampingRule | float | None:
-    """The rule of a damping, or a constant one; None for the default constant."""
-    if adapts:
-        if isinstance(damping, DampingRule):
-            return damping
-        if isinstance(damping, str):
-            check_choice("damping", damping, DampingName, "a DampingRule, a number, or None")
-            return MarquardtDamping() if damping == "marquardt" else NielsenDamping()
-        check_number("damping", damping, above=0.0, optional=True)
-        return NielsenDamping(None if damping is None else float(damping))
-    if isinstance(damping, (str, DampingRule)):
-        raise ValueError(
-            "without globalization='damping' the damping is constant: give a number, got "
-            f"{damping!r}"
-        )
-    check_number("damping", damping, above=0.0, optional=True)
-    return None if damping is None else float(damping)
-
-
-def _gain_ratio(trials: Trials, proposal: Proposal, trial: Trial) -> float:
-    """See `Trials.gain_ratio`; in the rounding errors of large residuals by the slopes alone.
-
-    Near a minimum where residuals are left, they cancel in the loss long before the gradient is
-    exact.
-    """
-    noise = _NOISE * trials.allowance
-    predicted = -trial.t * (proposal.slope - trial.t * (proposal.slope + proposal.decrease))
-    settled = 0.0 < predicted <= noise and abs(trials.point.loss - trial.loss) <= noise
-    if not (settled and trial.finite):
-        return trials.gain_ratio(proposal, trial)
-    return -0.5 * trial.t * (proposal.slope + trial.slope) / predicted
-
-
-def _proposal(step: DampedStep) -> Proposal:
-    return Proposal(step.x, step.slope, step.decrease, step.held, step.curvature)
-
-
-def _bend(jacobian: ResidualJacobian, x: Tensor, image: Tensor, descent: Descent) -> Tensor | None:
-    """The second derivative of the residuals along a step, by a difference; None if not finite.
-
-    Args:
-        jacobian: At the current point.
-        x: The step.
-        image: `J x`.
-        descent: The step.
-    """
-    probe = descent.objective.trial(x, _PROBE, curvature="jacobian")
-    moved = jacobian.change_to(probe)
-    bend = (moved / _PROBE - image) * (2.0 / _PROBE)
-    return bend if bool(bend.isfinite().all()) else None

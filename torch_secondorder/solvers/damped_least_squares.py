@@ -15,6 +15,7 @@ from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder._foundation.memory import TooLarge, check_fits
 from torch_secondorder._params.space import WHOLE
 from torch_secondorder.curvature import Diagonal, LinearOperator
+from torch_secondorder.curvature._normal_equations import NormalEquations
 from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
 from torch_secondorder.solvers._boxed_dense import BoxedQuadratic
 from torch_secondorder.solvers.cg import CG
@@ -75,19 +76,23 @@ class DampedLeastSquares(ABC):
     Attributes:
         name: The solver: `"primal"`, `"dual"` or `"cg"`.
         factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"`, or `"none"`.
+        has_rows: Whether there is more than `J'J`.
     """
 
     name: ClassVar[LeastSquaresSolverName]
     factorization: str = "none"
+    has_rows: ClassVar[bool] = True
 
     @staticmethod
     def of(
-        jacobian: ResidualJacobian, grad: Tensor, solver: LeastSquaresSolverName = "auto"
+        jacobian: ResidualJacobian | NormalEquations,
+        grad: Tensor,
+        solver: LeastSquaresSolverName = "auto",
     ) -> DampedLeastSquares:
         """The problem in the form that suits its size.
 
         Args:
-            jacobian: `J`.
+            jacobian: `J`; or `J'J` alone, which only `"primal"` can do with.
             grad: The gradient, shape `(n,)`.
             solver: `"primal"` for systems of `n` equations, `"dual"` for one equation for each
                 residual, `"cg"` for products alone, `"auto"` for what takes least.
@@ -96,11 +101,15 @@ class DampedLeastSquares(ABC):
             ValueError: The name is unknown; a subclass of it if a matrix does not fit in memory.
         """
         check_choice("solver", solver, LeastSquaresSolverName)
+        if isinstance(jacobian, NormalEquations):
+            return _OfSums(jacobian, grad)
         if solver == "auto":
             solver = suited_solver(jacobian.rows, jacobian.size, grad.dtype, grad.device)
         elif solver != "cg":
             _check_fits(solver, jacobian.rows, jacobian.size, grad.dtype, grad.device)
         return _KINDS[solver](jacobian, grad)
+
+    jacobian: ResidualJacobian
 
     def __init__(self, jacobian: ResidualJacobian, grad: Tensor) -> None:
         self.jacobian, self._grad = jacobian, grad
@@ -121,6 +130,18 @@ class DampedLeastSquares(ABC):
     def finite(self) -> bool:
         """True if the matrix of the systems is finite."""
 
+    def mean_curvature(self, metric: Tensor | None = None) -> float:
+        """The mean eigenvalue of `D^-1 J'J`; of those that rows or columns leave, if these are few.
+
+        Args:
+            metric: `D`, positive, shape `(n,)`; the identity by default.
+        """
+        (trace,) = WHOLE.to_host(sums=(self._trace(metric),))
+        return trace / max(1, min(self.jacobian.rows, self.jacobian.size))
+
+    def _trace(self, metric: Tensor | None) -> Tensor:
+        return (self.diagonal if metric is None else self.diagonal / metric).sum()
+
     def solve(
         self, damping: float, metric: Tensor | None = None, center: Tensor | None = None
     ) -> DampedStep:
@@ -134,7 +155,7 @@ class DampedLeastSquares(ABC):
         check_number("damping", damping, above=0.0)
         damping = self._resolved(damping, metric)
         weights = damping * (1.0 if metric is None else metric) + self._rest
-        moved, iterations = self._solve(damping, metric, weights, _Right.of(self, center))
+        moved, iterations = self._solve(damping, metric, weights, self._right_side(center))
         x = moved if center is None else moved + center
         measured = x if metric is None else metric * x
         slope, along, damped, square = WHOLE.to_host(
@@ -151,6 +172,10 @@ class DampedLeastSquares(ABC):
             damping * along > -0.5 * slope,
             iterations,
         )
+
+    def _right_side(self, center: Tensor | None) -> _Right:
+        """The right side of the system for the way from a center."""
+        return _Right.of(self, center)
 
     def solve_in(
         self, damping: float, metric: Tensor | None, low: Tensor, high: Tensor
@@ -327,6 +352,53 @@ class _Primal(DampedLeastSquares):
         return x.neg_()
 
 
+class _OfSums(DampedLeastSquares):
+    """Systems of `n` equations where `J'J` is all that is known of `J`."""
+
+    name = "primal"
+    has_rows = False
+
+    def __init__(self, sums: NormalEquations, grad: Tensor) -> None:
+        self._sums, self._grad = sums, grad
+        self._rest = sums.rest_diagonal
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """See `DampedLeastSquares.diagonal`."""
+        return self._sums.diagonal()
+
+    @cached_property
+    def _matrix(self) -> Tensor:
+        """See `DampedLeastSquares._matrix`."""
+        return self._sums.normal_matrix()
+
+    @property
+    def finite(self) -> bool:
+        """See `DampedLeastSquares.finite`."""
+        return self._sums.finite and _is_finite(self.diagonal)
+
+    def _right_side(self, center: Tensor | None) -> _Right:
+        grad, none = self._grad, self._grad.new_empty(0)
+        if center is not None:
+            grad = grad + self._matrix @ center + self._rest * center
+        return _Right(none, None, grad)
+
+    def _solve(
+        self, damping: float, metric: Tensor | None, weights: float | Tensor, right: _Right
+    ) -> tuple[Tensor, int]:
+        factor = _factor(self._matrix, weights)
+        if factor is not None:
+            self.factorization = "cholesky"
+            return _solved(factor, right.grad).neg_(), 0
+        self.factorization = "eigen"
+        matrix = self._matrix.clone()
+        matrix.diagonal().add_(weights)
+        values, vectors = torch.linalg.eigh(matrix)
+        # What rounding has made of small ones, down to below zero, says nothing.
+        least = len(values) * torch.finfo(values.dtype).eps * float(values[-1])
+        return (vectors @ ((vectors.T @ right.grad) / values.clamp(min=least))).neg_(), 0
+
+
 class _Dual(DampedLeastSquares):
     """Systems of as many equations as there are residuals."""
 
@@ -354,6 +426,9 @@ class _Dual(DampedLeastSquares):
     def _weighted(self, metric: Tensor | None) -> Tensor:
         """The kernel with the inverse of the metric, which all dampings have in common."""
         return self._kernel(None if metric is None else self._inverse(metric))
+
+    def _trace(self, metric: Tensor | None) -> Tensor:
+        return self._weighted(metric).diagonal().sum()
 
     def _resolved(self, damping: float, metric: Tensor | None) -> float:
         """See `DampedLeastSquares._resolved`."""
