@@ -39,14 +39,15 @@ from torch_secondorder._optim.residuals import check_batches, over_batches, resi
 from torch_secondorder._optim.state import Number, Vector, declare
 from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.globalization import (
+    DampingName,
     DampingRule,
     LineSearch,
     LineSearchName,
     SearchStatus,
     TrustRegion,
+    resolve_damping,
     resolve_line_search,
 )
-from torch_secondorder.globalization._resolve import DampingName, resolve_damping
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
