@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.dense_operators import Dense, symmetric, vector_of
 from torch_secondorder.curvature import Damped, Diagonal
-from torch_secondorder.globalization import MarquardtDamping, TrustRegion
+from torch_secondorder.globalization import MarquardtDamping, NielsenDamping, TrustRegion
 
 NAN, INF = math.nan, math.inf
 POSITIVE = st.floats(1e-20, 1e20)
@@ -141,6 +141,50 @@ def test_raised_many_times_is_largest_and_no_error(
     assert raised == pytest.approx(expected, rel=1e-9)
 
 
+# Nielsen's rule.
+
+
+@pytest.mark.parametrize(
+    ("gain_ratio", "factor"),
+    [(1.0, 1 / 3), (5.0, 1 / 3), (0.9, 1 - 0.8**3), (0.5, 1.0), (0.25, 1.125), (0.0, 2.0)],
+)
+def test_nielsens_damping(gain_ratio: float, factor: float) -> None:
+    assert NielsenDamping().updated(2.0, gain_ratio) == pytest.approx(2.0 * factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("gain_ratio", [-1.0, NAN, -INF])
+def test_nielsens_damping_grows_after_a_failure(gain_ratio: float) -> None:
+    assert NielsenDamping().updated(2.0, gain_ratio) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("gain_ratio", "gradient_ratio", "factor"),
+    [(1.0, 0.1, 0.1), (1.0, 0.9, 1 / 3), (0.9, 0.1, 0.488), (1.0, 0.0, 1e-3), (1.0, NAN, 1 / 3)],
+)
+def test_nielsens_damping_falls_with_the_gradient(
+    gain_ratio: float, gradient_ratio: float, factor: float
+) -> None:
+    found = NielsenDamping().updated(2.0, gain_ratio, gradient_ratio)
+    assert found == pytest.approx(2.0 * factor, rel=1e-12)
+
+
+def test_nielsens_damping_after_rejected_steps() -> None:
+    rule, damping = NielsenDamping(), 1.0
+    for failures, expected in enumerate((2.0, 8.0, 64.0, 1024.0), 1):
+        damping = rule.rejected(damping, failures)
+        assert damping == expected
+    assert rule.rejected(1.0, 10**6) == rule.largest
+    assert MarquardtDamping().rejected(1.0, 1) == pytest.approx(1.5**3)
+
+
+def test_nielsens_damping_stays_in_bounds() -> None:
+    rule = NielsenDamping(initial=2.0, smallest=0.5, largest=2.0)
+    assert rule.begun(7.0) == 2.0
+    assert rule.updated(0.6, 1.0) == 0.5
+    assert rule.updated(1.9, -1.0) == rule.rejected(1.9, 3) == 2.0
+    assert NielsenDamping().begun(7.0) == pytest.approx(7e-3)
+
+
 def test_raised_by_the_number_of_failures() -> None:
     rule = MarquardtDamping(increase=2.0)
     assert [rule.raised(3.0, times) for times in range(4)] == [3.0, 6.0, 12.0, 24.0]
@@ -172,8 +216,8 @@ def test_better_steps_are_never_trusted_less(
     assert worse <= better
 
 
-@pytest.mark.parametrize("rule", [MarquardtDamping(), TrustRegion()])
-def test_rules_are_values(rule: MarquardtDamping | TrustRegion) -> None:
+@pytest.mark.parametrize("rule", [MarquardtDamping(), NielsenDamping(), TrustRegion()])
+def test_rules_are_values(rule: MarquardtDamping | NielsenDamping | TrustRegion) -> None:
     assert rule == type(rule)() and hash(rule) == hash(type(rule)())
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.initial = 3.0  # type: ignore[misc]
@@ -253,6 +297,11 @@ SHAPES = r"this operator multiplies shapes \(2,\) and \(2, k\), got "
         (lambda: MarquardtDamping(smallest=0.0), BOUNDS),
         (lambda: MarquardtDamping(largest=0.5), BOUNDS + "1e-20 and 0.5"),
         (lambda: MarquardtDamping(largest=INF), BOUNDS),
+        (lambda: NielsenDamping(initial=0.0), DAMPING + "0.0"),
+        (lambda: NielsenDamping(smallest=2.0), BOUNDS + "2.0 and 1e[+]20"),
+        (lambda: NielsenDamping(share=0.0), "share must be a finite number above 0, got 0.0"),
+        (lambda: NielsenDamping(decrease=1.0), r"decrease must lie in \(0, 1\), got 1.0"),
+        (lambda: NielsenDamping(good=0.0), "good must be a finite number above 0, got 0.0"),
         (lambda: MarquardtDamping(increase=1.0), FACTORS + "0.66.* and 1.0"),
         (lambda: MarquardtDamping(increase=INF), FACTORS),
         (lambda: MarquardtDamping(decrease=1.0), FACTORS + "1.0 and 1.5"),

@@ -15,6 +15,8 @@ __all__ = ["DampingRule", "MarquardtDamping", "NielsenDamping"]
 
 # The first damping, as a share of the curvature along the gradient.
 _SHARE = 0.03
+# The largest reduction of a damping with the gradient.
+_FALL = 1e-3
 # The largest reduction of a damping that alone decides the length of steps.
 _RELIEF = 0.1
 
@@ -179,9 +181,10 @@ class MarquardtDamping(DampingRule):
 class NielsenDamping(DampingRule):
     """The rule of Nielsen: a smooth function of the gain ratio, with growing factors on failure.
 
-    After a good step with gain ratio `rho` the damping is multiplied by
-    `max(1/3, 1 - (2 rho - 1)^3)`. At a point where steps are rejected it is multiplied by 2, 4, 8,
-    and so on.
+    After a step with gain ratio `rho` the damping is multiplied by `max(1/3, 1 - (2 rho - 1)^3)`.
+    At a point where steps are rejected it is multiplied by 2, 4, 8, and so on. One thing is added:
+    where the model is all but exact and the gradient falls by more than a third, near a solution,
+    the damping falls with it, which convergence of second order needs (Fan and Yuan 2005).
 
     References: Nielsen 1999, "Damping parameter in Marquardt's method"; Madsen, Nielsen and
     Tingleff 2004, "Methods for non-linear least squares problems".
@@ -190,9 +193,10 @@ class NielsenDamping(DampingRule):
         initial: The first damping, in the units of the curvature; by default a share of the
             largest curvature along a coordinate.
         share: That share; use a smaller one where the start is close to a solution.
-        decrease: The largest reduction, below one.
+        decrease: The largest reduction by the gain ratio, below one.
         smallest: The smallest damping, relative to the first one.
         largest: The largest damping, relative to the first one.
+        good: Gain ratio above which the damping falls with the gradient.
 
     Raises:
         ValueError: A number is out of range.
@@ -209,9 +213,11 @@ class NielsenDamping(DampingRule):
     decrease: float = 1.0 / 3.0
     smallest: float = 1e-20
     largest: float = 1e20
+    good: float = 0.95
 
     def __post_init__(self) -> None:
         self._check_limits()
+        check_number("good", self.good, above=0)
         check_number("share", self.share, above=0)
         check_number("decrease", self.decrease, above=0, below=1)
 
@@ -227,10 +233,12 @@ class NielsenDamping(DampingRule):
         start: float = 1.0,
         curvature: float = inf,
     ) -> float:
-        """See `DampingRule.updated`; of the ratios only the gain counts."""
+        """See `DampingRule.updated`; the curvature does not count."""
         if not gain_ratio > 0.0:
             return self.raised(damping, 1, start)
         factor = max(self.decrease, 1.0 - (2.0 * min(gain_ratio, 1.0) - 1.0) ** 3)
+        if gain_ratio > self.good:
+            factor = min(factor, max(gradient_ratio, _FALL))
         return min(max(damping * factor, self.smallest * start), self.largest * start)
 
     def raised(self, damping: float, times: int = 1, start: float = 1.0) -> float:

@@ -74,6 +74,8 @@ _ACCEPT = 1e-4
 # The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012), and the one
 # below which the next steps are taken for straight.
 _BEND, _STRAIGHT = 0.75, 0.02
+# The smallest norm of residuals that a tolerance of the gradient shrinks with.
+_SMALL = 1e-5
 # The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
 # best radius changes little from step to step.
 _REGION = TrustRegion(shrink=0.5)
@@ -132,10 +134,11 @@ class LevenbergMarquardt(FlatOptimizer):
     Loss functions of torch show their residuals. If the closure squares residuals itself, mark
     them: `r = mark_outputs(model(x) - y)`.
 
-    For mini-batches, `LevenbergMarquardt(params, momentum=0.9, globalization=None, max_norm=0.3)`
-    makes steps of SPRING, with one evaluation each: let a scheduler lower `lr`, as with Adam, and
-    tune `max_norm`, the distance that parameters move in a step. A damping that adapts, or a line
-    search, would fit each batch at the expense of the others.
+    For mini-batches, use
+    `LevenbergMarquardt(params, 0.3, momentum=0.9, max_norm=0.3, globalization=None)`: these are
+    steps of SPRING, with one evaluation each. Let a scheduler lower `lr`, as with Adam. A damping
+    that adapts and line searches fit each batch at the expense of the others. With momentum, steps
+    diverge from `lr` of about `4 * (1 - momentum)` on, even on linear problems.
 
     References: Levenberg 1944; Marquardt 1963; Moré 1978, "The Levenberg-Marquardt algorithm:
     implementation and theory"; Madsen, Nielsen and Tingleff 2004, "Methods for non-linear least
@@ -146,12 +149,12 @@ class LevenbergMarquardt(FlatOptimizer):
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
         lr: The share of each step that is tried first. If groups differ, each group's part of the
             metric is scaled by its share of the largest.
-        damping: `"marquardt"`, which is the default, `"nielsen"`, or a `DampingRule` for a damping
+        damping: `"nielsen"`, which is the default, `"marquardt"`, or a `DampingRule` for a damping
             that follows the gain ratio; a number is the first one, in the units of `J'J` by the
-            scaling. With another
-            globalization than `"damping"` the damping is constant: a number, by default a
-            thousandth of the largest curvature along a coordinate at the first step. Without a
-            globalization the default is a hundredth of the mean eigenvalue, of each batch.
+            scaling. With another globalization than `"damping"` the damping is constant: a number,
+            by default a thousandth of the largest curvature along a coordinate at the first step.
+            Without a globalization the default is a hundredth of the mean eigenvalue, of each
+            batch.
         max_iter: Iterations per `step()`. More than one make sense on the full data only.
         solver: `"primal"` (a system of `n` equations, by QR or Cholesky), `"dual"` (one equation
             for each residual), `"cg"` (products alone), or `"auto"` by size and memory.
@@ -163,9 +166,8 @@ class LevenbergMarquardt(FlatOptimizer):
             decides about steps, unless the last ones were almost straight.
         momentum: The share of the last step that the next one is drawn to, in directions that the
             residuals say nothing about (SPRING); for mini-batches.
-        max_norm: The longest step; longer ones are shortened to it before they are multiplied with
-            `lr`. It needs `globalization=None`, and such steps need it where residuals are far
-            from linear.
+        max_norm: The longest move; a step that is longer, multiplied with `lr`, is shortened. It
+            needs `globalization=None`, and such steps need it where residuals are far from linear.
         globalization: `"damping"`; `"trust_region"` or a `TrustRegion` for the best step within a
             radius, measured by the scaling and as long as the parameters at first, which is the
             method of MINPACK; the name of a line search, or a `LineSearch`; or None to take each
@@ -174,7 +176,8 @@ class LevenbergMarquardt(FlatOptimizer):
             an evaluation, and a Jacobian is saved in exchange.
         max_eval: Most evaluations of the closure per `step()`; unlimited by default.
         tolerance_grad: The step ends once no entry of the gradient is larger. By default `1e-7`,
-            times the largest entry seen so far where that is below one.
+            times the largest entry seen so far where that is below one, and times the norm of the
+            residuals, down to `1e-5`, where that is: a product with small residuals is small.
         tolerance_change: The step ends once an iteration changes both the loss and the parameters
             by no more than this, relative to their size.
         weight_decay: Coefficient of `|theta|^2 / 2`, added to the loss.
@@ -354,7 +357,15 @@ class LevenbergMarquardt(FlatOptimizer):
         if descent.objective.box is not None:
             descent.lr = min(descent.lr, 1.0)  # a whole step ends in the box, a longer one may not
         self._tally, self._report = Tally(), _Report()
+        self._tolerance = descent.tolerance_grad
+        self._tighten(descent)
         self._way, self._reason, self._outlook = None, "", Outlook()
+
+    def _tighten(self, descent: Descent) -> None:
+        """Makes the default of the tolerance fit the residuals."""
+        if self.param_groups[0]["tolerance_grad"] is None:
+            size = sqrt(max(2.0 * descent.point.loss, 0.0))
+            descent.tolerance_grad = self._tolerance * min(max(size, _SMALL), 1.0)
 
     def _iterate(self, descent: Descent) -> StepStatus | None:
         """One iteration: a Jacobian, and the steps tried with it."""
@@ -559,8 +570,8 @@ class LevenbergMarquardt(FlatOptimizer):
         if not (isfinite(step.decrease) and isfinite(step.length)):
             return StepStatus.NONFINITE_PRODUCTS
         lr, most = descent.lr, self.param_groups[0].get("max_norm")
-        if most is not None and step.length > most:
-            lr *= most / step.length
+        if most is not None and lr * step.length > most:
+            lr = most / step.length
         if descent.count + 1 < descent.max_iter:
             proposal, trials = proposal_of(step), self._trials(descent)
             trial = trials.trial(proposal, lr)
@@ -622,6 +633,7 @@ class LevenbergMarquardt(FlatOptimizer):
         # A step below the rounding of the parameters counts as no move, however it was held.
         held = proposal.held and moved > objective.vector.precision * size
         descent.arrive(point, trial.t, moved, held=held)
+        self._tighten(descent)
         descent.search_status = move.search_status
         self._report.gain_ratio = move.gain_ratio
 
