@@ -27,11 +27,14 @@ class Contender:
         label: Its name in the table and the plot.
         make: Makes it for the parameters of a network.
         batch_size: Number of samples in a closure call, drawn anew for each step; None for all.
+        schedule: Takes the share of the time that is over, returns a factor of the learning rate;
+            None for a constant rate.
     """
 
     label: str
     make: Callable[[Iterable[nn.Parameter]], Optimizer]
     batch_size: int | None = None
+    schedule: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def train(
     optimizer = contender.make(run.model.parameters())
     losses = task.losses(contender.batch_size)
     fixed = contender.batch_size is None
+    rates = [group["lr"] for group in optimizer.param_groups]
     device = next(run.model.parameters()).device
     next_measurement = 0.0
     with progress_bar(contenders, contender.label, seconds) as bar:
@@ -126,6 +130,9 @@ def train(
         while run.seconds < seconds and not run.ending:
             before = copy_parameters(run.model) if fixed else None
             loss_of = next(losses)
+            if contender.schedule is not None:
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * contender.schedule(run.seconds / seconds)
             start = clock(device)
             run.evaluations += take_step(run.model, optimizer, loss_of)
             run.seconds += clock(device) - start

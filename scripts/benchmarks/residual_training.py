@@ -139,8 +139,8 @@ class _Rows(nn.Module):
     def once(self, sample: Tensor) -> Tensor:
         """The residual of one sample."""
         point, equation, value = sample[:2], sample[2:3], sample[3:4]
-        result: Tensor = equation * laplacian_once(self.model, point)
-        return result + value * self.model(point[None])[0]
+        boundary: Tensor = value * self.model(point[None])[0]
+        return equation * laplacian_once(self.model, point) + boundary
 
     def forward(self, samples: Tensor) -> Tensor:
         """Maps shape `(N, 4)` to `(N, 1)`."""

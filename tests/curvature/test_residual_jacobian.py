@@ -16,6 +16,7 @@ from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import (
     JacobianMethod,
     ResidualJacobian,
+    _jacobian_columns,
     _jacobian_kernel,
     _local_jacobian,
 )
@@ -380,8 +381,10 @@ def test_products_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = evaluated(GRAPH[name]())
     D = reference(evaluation)
     # As if it were large: nothing is made at once, or kept.
-    for limit, value in {"_SMALL": 0, "_KEPT": 0, "_PART": 50, "_COMPARED": 4}.items():
+    for limit, value in {"_SMALL": 0, "_KEPT": 0, "_PART": 50}.items():
         monkeypatch.setattr(_local_jacobian, limit, value)
+    for limit, value in {"_CACHED": 10, "_FEWEST": 2}.items():
+        monkeypatch.setattr(_jacobian_columns, limit, value)
     monkeypatch.setattr(_jacobian_kernel, "_LARGEST", 50)
     J = ResidualJacobian(evaluation, method="graph")
     u, v, w = inputs(J.rows), inputs(J.size, seed=1), inputs(J.size, seed=2)

@@ -21,6 +21,7 @@ from torch_secondorder.curvature import (
     GaussNewton,
     ResidualJacobian,
     UnknownOutputs,
+    _graph_jacobian,
     residual_jacobian,
 )
 from torch_secondorder.curvature._sample_layout import Probe, layouts
@@ -667,3 +668,88 @@ def test_probes_with_rounding_errors() -> None:
     assert probe.owners((exact + noise[0]).float(), weighted) is None
     weighted[0][7] *= 1.01
     assert probe.owners(deltas, weighted) is None
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.mse_loss])
+def test_on_every_device(loss: Callable[..., Tensor], device: torch.device) -> None:
+    net = network(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).float().to(device)
+    x, y = randn(20, 3).float().to(device), randn(20, 4, seed=1).float().to(device)
+    y = y.argmax(1) if loss is F.cross_entropy else y
+    evaluation = ClosureObjective(lambda: _backward(loss(net(x), y)), net.parameters()).evaluate(
+        curvature="jacobian"
+    )
+    J, by_rows = ResidualJacobian(evaluation), ResidualJacobian(evaluation, method="rows")
+    assert J.method == "graph", J.reason
+    D, close = by_rows.dense(), {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(J.kernel(), D @ D.T, **close)
+    torch.testing.assert_close(J.normal_matrix(), D.T @ D, **close)
+    torch.testing.assert_close(J.dense(), D, **close)
+    torch.testing.assert_close(J.pull(J.residuals), evaluation.grad, **close)
+
+
+def test_complex_numbers_on_the_way() -> None:
+    net = network(nn.Linear(4, 4), nn.Tanh())
+    w = randn(3, 2).requires_grad_()
+    x = randn(20, 4)
+
+    def closure() -> Tensor:
+        spectrum = torch.fft.rfft(net(x), dim=1) * torch.view_as_complex(w)
+        return half_square(torch.fft.irfft(spectrum, n=4, dim=1))
+
+    J, expected = jacobian_of(closure, [*net.parameters(), w])
+    assert J.method in ("rows", "columns")
+    assert J.reason == "gradients that are complex"
+    torch.testing.assert_close(J.dense(), expected, **CLOSE)
+
+
+def test_parts_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *_: Any) -> None:
+        raise TooLarge(name)
+
+    net = network(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
+    x = randn(5, 3)
+    monkeypatch.setattr(_graph_jacobian, "check_fits", refuse)
+    J, expected = jacobian_of(lambda: half_square(net(x)), net.parameters())
+    assert (J.method, J.reason) == ("rows", "a part that does not fit: a part of the Jacobian")
+    torch.testing.assert_close(J.dense(), expected, **CLOSE)
+
+
+def test_errors_on_the_way_lead_to_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such thing\nas this")
+
+    monkeypatch.setattr(_graph_jacobian, "surveyed", fail)
+    net, x = network(nn.Linear(3, 4)), randn(5, 3)
+    J, expected = jacobian_of(lambda: half_square(net(x)), net.parameters())
+    assert (J.method, J.reason) == ("rows", "no such thing")
+    torch.testing.assert_close(J.dense(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("curvature", [True, "jacobian"])
+def test_convolutions_with_classes(curvature: Any) -> None:
+    net = network(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.Flatten(), nn.Linear(8, 3))
+    x, y = randn(6, 1, 4, 4), torch.arange(6) % 3
+    evaluation = ClosureObjective(
+        lambda: _backward(F.cross_entropy(net(x), y)), net.parameters()
+    ).evaluate(curvature=curvature)
+    J, by_rows = ResidualJacobian(evaluation), ResidualJacobian(evaluation, method="rows")
+    assert J.method == "graph", J.reason
+    torch.testing.assert_close(J.dense(), by_rows.dense(), **CLOSE)
+    torch.testing.assert_close(J.kernel(), by_rows.kernel(), **CLOSE)
+
+
+def test_another_loss_of_the_same_outputs() -> None:
+    net, registry = network(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), ModuleRegistry()
+    x, y = randn(6, 3), torch.arange(6) % 3
+    losses: list[Callable[[Tensor], Tensor]] = [
+        lambda z: F.mse_loss(z, F.one_hot(y, 3).double()),
+        lambda z: F.cross_entropy(z, y),
+    ]
+    for loss in [*losses, *losses]:
+        objective = ClosureObjective.for_step(
+            lambda loss=loss: _backward(loss(net(x))), net.parameters(), registry=registry
+        )
+        evaluation = objective.evaluate(curvature="jacobian")
+        J, by_rows = ResidualJacobian(evaluation), ResidualJacobian(evaluation, method="rows")
+        assert J.method == "graph", J.reason
+        torch.testing.assert_close(J.dense(), by_rows.dense(), **CLOSE)

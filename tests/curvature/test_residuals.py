@@ -846,9 +846,28 @@ def test_losses_that_are_no_sum_over_samples(name: str, samples: int) -> None:
         assert remedy in str(error.value)
 
 
+@pytest.mark.parametrize("pair", [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], ids=str)
+def test_two_samples_that_are_coupled_are_found(pair: tuple[int, int]) -> None:
+    theta = theta_on(CPU)
+
+    def loss(t: Tensor) -> Tensor:
+        z = mark_outputs(outputs_of(t, 4, 2))
+        return z.square().sum() + z[pair[0]].sum() * z[pair[1]].sum()
+
+    with pytest.raises(InseparableLoss):
+        residuals_of(loss, theta)
+
+
+def test_a_coupling_is_found_before_blocks_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_secondorder._foundation.memory.free_memory", lambda _: 1e6)
+    theta = theta_on(CPU)
+    with pytest.raises(InseparableLoss):
+        residuals_of(lambda t: mark_outputs(outputs_of(t, 4, 2000)).square().sum().sqrt(), theta)
+
+
 def test_a_weak_coupling_of_many_samples_is_found() -> None:
     theta = nn.Parameter(torch.randn(6, dtype=DOUBLE))
-    weights = torch.randn(20_000, 6)
+    weights = torch.randn(500_000, 6)
 
     def loss(t: Tensor) -> Tensor:
         return mark_outputs(weights @ t.float()).square().mean().sqrt()

@@ -88,7 +88,7 @@ RULES = Rules(
         "penalties._encoder": "optim integrations",
         "solvers._box_quadratic": "_optim optim",
         "solvers._boxed_dense": "optim",
-        "solvers._residual_region": "optim",
+        "solvers._residual_region": "_optim",
         "solvers._units": "_optim linear",
     },
     reserved={

@@ -66,7 +66,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["residuals", "--part", "nist"], "residuals.nist", "MGH17, start 2"),
         (["residuals", "--part", "pinn"], "residuals.pinn.ours", "s to 0.001"),
         (["residuals", "--part", "poisson", "--only", "NewtonCG"], "residuals.poisson.", "1e-07"),
-        (["residuals", "--part", "burgers", "--only", "Levenberg"], "residuals.burgers.", "geodesic"),
+        (
+            ["residuals", "--part", "burgers", "--only", "Levenberg"],
+            "residuals.burgers.",
+            "geodesic",
+        ),
         (["residuals", "--part", "convection", "--only", "Adam"], "residuals.convection.", "0.01"),
         (["residuals", "--part", "iteration"], "residuals.iteration.curve", "One iteration"),
         (["linear"], "linear.consistent.", "matrix-free"),

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.graph import Overwritten
 from torch_secondorder._autograd.parameter_uses import Survey, Unsupported, surveyed
 from torch_secondorder._autograd.use_factors import Factors, factors_of
 from torch_secondorder._autograd.vectorized import in_turn, several
+from torch_secondorder._foundation.memory import TooLarge, check_fits
 from torch_secondorder._foundation.private_torch import plainly
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._jacobian_columns import (
@@ -39,6 +41,10 @@ from torch_secondorder.curvature._residuals import ResidualBlock
 from torch_secondorder.curvature._sample_layout import Layout
 
 __all__ = ["Rejected", "graph_columns"]
+
+
+# Elements of a tensor made of parameters, times rows, that are pulled back in one pass.
+_AT_ONCE = 2**22
 
 
 class Rejected(Exception):
@@ -77,7 +83,11 @@ def graph_columns(
     key: Any = None
     try:
         survey = surveyed(tensors, params)
-        key = survey.key, tuple((z.shape, z.dtype) for z in tensors)
+        key = (
+            survey.key,
+            tuple((z.shape, z.dtype) for z in tensors),
+            tuple((b.outputs, b.samples, b.channels, b.scale is None) for b in blocks),
+        )
         plan = None if again else plans.get(key)
         if isinstance(plan, str):
             raise Rejected(plan)
@@ -95,6 +105,11 @@ def graph_columns(
         if key is not None:
             plans[key] = str(error)
         raise Rejected(str(error)) from error
+    except (Overwritten, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        # Whatever an operation objects to: the other ways ask less of it.
+        raise Rejected(str(error).partition("\n")[0]) from error
 
 
 class _Assembly:
@@ -214,6 +229,7 @@ class _Assembly:
     ) -> None:
         """Adds a target's part of the Jacobian to the matrices of its parameters."""
         count = math.prod(target.use.shape)
+        self._check_fits(count)
         whole = next(iter(own.values()))[0].delta.new_zeros(self._total, count)
         for i, parts in own.items():
             rows = self.rows[i].of(whole)
@@ -229,6 +245,13 @@ class _Assembly:
         for param, made_of in zip(target.params, self._through(target, whole), strict=True):
             if made_of is not None:
                 self._matrix(dense, param).add_(self._moved(made_of))
+
+    def _check_fits(self, count: int) -> None:
+        dtype, device = self._vector.dtype, self._vector.device
+        try:
+            check_fits("a part of the Jacobian", (self._total, count), dtype, device, "")
+        except TooLarge as error:
+            raise Unsupported(f"a part that does not fit: {error}") from error
 
     def _matrix(self, dense: dict[int, Tensor], param: int) -> Tensor:
         if param not in dense:
@@ -262,9 +285,14 @@ class _Assembly:
                 )
 
         products = several if len(rows) > 1 else in_turn
-        found = products(pull, [rows.view(-1, *target.use.shape)])
-        flat = [None if f is None else f.reshape(len(rows), -1) for f in found]
-        return [f if f is None or not small else whole @ f for f in flat]
+        parts = rows.split(max(1, _AT_ONCE // rows.shape[1]))
+        found = [products(pull, [part.view(-1, *target.use.shape)]) for part in parts]
+        result: list[Tensor | None] = []
+        for each in zip(*found, strict=True):
+            made = [f.reshape(len(f), -1) for f in each if f is not None]
+            joined = torch.cat(made) if made else None
+            result.append(whole @ joined if joined is not None and small else joined)
+        return result
 
 
 @dataclass(frozen=True, slots=True)

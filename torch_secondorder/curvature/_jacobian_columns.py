@@ -12,7 +12,7 @@ from torch import Tensor
 # Elements of a temporary result, and the width of a narrow matrix.
 _CACHED, _NARROW = 2**16, 4
 # Rows of a matrix that a part of it has at least.
-_FEWEST = 8
+_FEWEST = 16
 
 __all__ = ["Columns", "DenseColumns", "FactoredColumns", "Pair", "Rows"]
 
@@ -83,8 +83,8 @@ class Columns(ABC):
     def squares(self) -> Tensor:
         """The sums of squares of each column, `(width,)`."""
 
-    def some(self, vector: Tensor, most: int) -> tuple[Columns, Tensor]:
-        """About so many of the columns, from all over the tensor, with their part of `(n,)`."""
+    def some(self, vector: Tensor) -> tuple[Columns, Tensor]:
+        """Some of the columns where there are many, with their part of `(n,)`."""
         return self, vector[self.start : self.stop]
 
     def pieces(self, widest: int) -> Iterator[Columns]:
@@ -283,15 +283,18 @@ class FactoredColumns(Columns):
                 found.append(matrix.square_().sum((0, 1)))
         return torch.stack(found).sum(0)
 
-    def some(self, vector: Tensor, most: int) -> tuple[Columns, Tensor]:
+    def some(self, vector: Tensor) -> tuple[Columns, Tensor]:
         """See `Columns.some`."""
-        whole, part = super().some(vector, most)
+        whole, part = super().some(vector)
         groups, p, q = next(iter(self.pairs.values())).shape
-        step = min(self.width // most, max(1, p // _FEWEST))
-        if step < 2 or groups > 1:
+        size = sum(pair.left.numel() for pair in self.pairs.values())
+        if size <= _CACHED or p <= _FEWEST or groups > 1:
             return whole, part
-        part = part.view(p, q)[::step].reshape(-1)
-        cut = {i: Pair(pair.left[..., ::step], pair.right) for i, pair in self.pairs.items()}
+        # Beside one another: what lies between them would be read as well.
+        begin = (p - _FEWEST) // 2
+        chosen = slice(begin, begin + _FEWEST)
+        part = part.view(p, q)[chosen].reshape(-1)
+        cut = {i: Pair(pair.left[..., chosen], pair.right) for i, pair in self.pairs.items()}
         return FactoredColumns(0, len(part), self.rows, cut), part
 
     def pieces(self, widest: int) -> Iterator[Columns]:

@@ -15,7 +15,7 @@ from torch_secondorder.curvature._jacobian_columns import Columns, FactoredColum
 __all__ = ["add_gram", "kernel", "mirror_"]
 
 # Rows of a symmetric matrix that are made at a time, from the diagonal on; the rest is copied.
-_TILE = 256
+_TILE, _SMALL_TILE = 256, 64
 # Elements of a dense part of the Jacobian.
 _LARGEST = 2**25
 # What an entrywise product of two matrices costs an entry, in columns of a matrix product.
@@ -36,12 +36,20 @@ def add_gram(matrix: Tensor, A: Tensor, B: Tensor | None = None) -> None:
         matrix[begin:end, :end] += matmul_transposed(A[begin:end], B[:end])
 
 
-def mirror_(matrix: Tensor) -> Tensor:
-    """Copies the lower half of a square matrix to the upper one."""
-    for begin in range(0, len(matrix), _TILE):
-        end = min(begin + _TILE, len(matrix))
-        tile = matrix[begin:end, begin:end]
-        tile.copy_(tile.tril() + tile.tril(-1).T)
+def mirror_(matrix: Tensor, tile: int = _TILE) -> Tensor:
+    """Copies the lower half of a square matrix to the upper one.
+
+    Args:
+        matrix: The matrix.
+        tile: How many rows are copied at a time.
+    """
+    for begin in range(0, len(matrix), tile):
+        end = min(begin + tile, len(matrix))
+        own = matrix[begin:end, begin:end]
+        if tile > _SMALL_TILE:
+            mirror_(own, _SMALL_TILE)
+        else:
+            own.copy_(own.tril() + own.tril(-1).T)
         matrix[:begin, begin:end] = matrix[begin:end, :begin].T
     return matrix
 
@@ -206,7 +214,7 @@ class _Product:
             self._rights.append(right)
             self._weighted.append(weighted)
 
-    def gram(self, s: int, t: int, begin: int, end: int, stop: int, keep: bool) -> Tensor:
+    def gram(self, s: int, t: int, begin: int, end: int, stop: int, repeats: int) -> Tensor:
         """Some rows of `G_st`, `(end - begin, stop)`.
 
         Args:
@@ -215,12 +223,14 @@ class _Product:
             begin: The first row.
             end: The row after the last one.
             stop: The column after the last one.
-            keep: Whether the same rows are wanted again.
+            repeats: How often each column comes, one after the other; 0 for once, where no rows
+                are wanted again.
         """
-        if not keep:
+        if not repeats:
             return matmul_transposed(self._weighted[s][begin:end], self._rights[t][:stop])
         if (s, t) not in self._kept:
-            self._kept[s, t] = matmul_transposed(self._weighted[s], self._rights[t])
+            made = matmul_transposed(self._weighted[s], self._rights[t])
+            self._kept[s, t] = made if repeats == 1 else made.repeat_interleave(repeats, dim=1)
         return self._kept[s, t][begin:end, :stop]
 
 
@@ -269,6 +279,7 @@ def _add_products(products: Sequence[_Product], rows: Sequence[Rows], like: Tens
     result = like.new_empty(total, total)
     channels = total // samples
     by_channels = rows[0].by_channels and channels > 1
+    repeats = 0 if channels == 1 else 1 if by_channels else channels
     if by_channels and samples > _TILE:
         # Parts of a channel.
         spans = [
@@ -288,7 +299,7 @@ def _add_products(products: Sequence[_Product], rows: Sequence[Rows], like: Tens
             stop, shape = last * samples, (count, -1, last, samples)
             chosen = slice(first, first + (end - begin) // count)
         else:
-            stop, shape = end, (-1, channels, end // channels, channels)
+            stop, shape = end, (-1, channels, 1, end)
             chosen = slice(begin // channels, end // channels)
         out = result[begin:end, :stop].unflatten(1, shape[2:]).unflatten(0, shape[:2])
         begun = False
@@ -296,9 +307,9 @@ def _add_products(products: Sequence[_Product], rows: Sequence[Rows], like: Tens
             for s, t in itertools.product(range(product.uses), repeat=2):
                 made = matmul_transposed(product.lefts[s][begin:end], product.lefts[t][:stop])
                 made = made.view(shape)
-                across = samples if by_channels else end // channels
-                G = product.gram(s, t, chosen.start, chosen.stop, across, channels > 1)
-                G = G[None, :, None, :] if by_channels else G[:, None, :, None]
+                across = samples if by_channels else end
+                G = product.gram(s, t, chosen.start, chosen.stop, across, repeats)
+                G = G[None, :, None, :] if by_channels else G[:, None, None, :]
                 if begun:
                     out.addcmul_(made, G)
                 else:

@@ -306,6 +306,9 @@ def _layouts(
         if not made:
             found.append({})
             continue
+        if made[0].is_complex():
+            mixed.append((use, "gradients that are complex"))
+            continue
         try:
             factors = factors_of(survey.nodes[use.node], use.slot, torch.cat(made), use.shape)
         except Unsupported as error:

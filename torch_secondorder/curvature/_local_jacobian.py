@@ -24,8 +24,6 @@ JacobianMethod: TypeAlias = Literal["graph", "rows", "columns"]
 # Elements of a Jacobian that is made at once, of one that is kept once it was made, and of a part
 # that is made at a time.
 _SMALL, _KEPT, _PART = 2**20, 2**24, 2**24
-# Columns of each tensor that are compared with the gradient.
-_COMPARED = 2**12
 
 
 class LocalJacobian:
@@ -79,7 +77,7 @@ class LocalJacobian:
         else:
             errors, squares, end = [], [gradient.new_zeros(())], 0
             for whole in self._columns:
-                part, own = whole.some(gradient, _COMPARED)
+                part, own = whole.some(gradient)
                 errors += [part.pull(r) - own, gradient[end : whole.start]]
                 squares.append(part.square())
                 end = whole.stop

@@ -2,7 +2,7 @@
 
 A loss that is a sum over samples has a curvature without entries between samples. Most are sums
 over all entries, and it is diagonal: one product with a vector of ones shows it, and one with
-random signs whether that is all of it. Else each sample has a block, which takes as many products
+random numbers whether that is all of it. Else each sample has a block, which takes as many products
 as a sample has entries, over the graph between outputs and loss.
 """
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch_secondorder._autograd.vectorized import several
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder.curvature._output_space import Tensors
-from torch_secondorder.curvature._random import rademacher
 from torch_secondorder.curvature._residual_roots import join_entries, samples_in, split_entries
 
 __all__ = ["InseparableLoss", "Unsettled", "diagonal_of", "structure_of"]
@@ -75,11 +74,11 @@ def diagonal_of(
     if not places:
         return Unsettled({}, [])
     ones = _multiplied(product, values, {i: _ones(values[i]) for i in places})
-    signs = {i: _signs(values[i], i) for i in places}
-    found = _multiplied(product, values, signs)
+    probes = {i: _probe(values[i], i) for i in places}
+    found = _multiplied(product, values, probes)
     flags = []
     for i in places:
-        expected = _real(ones[i]) * _real(signs[i])
+        expected = _real(ones[i]) * _real(probes[i])
         size = torch.maximum(_largest(expected), _largest(_real(found[i])))
         error = _largest(_real(found[i]) - expected)
         flags += [size.isfinite(), error <= _tolerance(precision) * size]
@@ -128,7 +127,7 @@ def _check_separate(
     for i in places:
         z = values[i]
         kept = half.to(z.device).view(samples, *[1] * (z.dim() - 1)) if z.dim() else half[0]
-        given[i] = _signs(z, i) * kept
+        given[i] = _probe(z, i) * kept
         beside[i] = ~kept
     found = _multiplied(product, values, given)
     size = torch.stack([_largest(f) for f in found.values()]).amax()
@@ -172,9 +171,9 @@ def _blocks(
         columns = [c for c in several(multiply, spread) if c is not None]
         blocks[:, :, start : start + count] = join_entries(columns, shapes).movedim(0, -1)
     blocks = (blocks + blocks.mT).div_(2)
-    signs = [_signs(values[i], i + 1) for i in places]
-    expected = torch.einsum("nij,nj->ni", blocks, join_entries(signs, shapes))
-    error = join_entries([m for m in multiply(signs, False) if m is not None], shapes) - expected
+    probes = [_probe(values[i], i + 1) for i in places]
+    expected = torch.einsum("nij,nj->ni", blocks, join_entries(probes, shapes))
+    error = join_entries([m for m in multiply(probes, False) if m is not None], shapes) - expected
     if bool(_largest(error) > _tolerance(precision) * _largest(expected)):
         raise InseparableLoss(_INSEPARABLE)
     return blocks
@@ -208,14 +207,18 @@ def _ones(like: Tensor) -> Tensor:
     return torch.view_as_complex(ones) if like.is_complex() else ones
 
 
-def _signs(like: Tensor, seed: int) -> Tensor:
-    """Random signs, the same each time, which leave torch's own random numbers alone."""
+def _probe(like: Tensor, seed: int) -> Tensor:
+    """Random numbers, the same each time, which leave torch's own generator alone.
+
+    They are of either sign, and between a half and one and a half: signs alone may cancel.
+    """
     real = _real(like)
     generator = torch.Generator(like.device).manual_seed(seed)
     dtype = torch.promote_types(real.dtype, torch.float32)
-    signs = rademacher(real.numel(), generator, dtype=dtype, device=like.device)
-    signs = signs.view(real.shape).to(real.dtype)
-    return torch.view_as_complex(signs) if like.is_complex() else signs
+    numbers = torch.rand(real.shape, generator=generator, dtype=dtype, device=like.device)
+    numbers = numbers.mul_(2).sub_(1)
+    numbers = numbers.add_(torch.copysign(torch.full_like(numbers, 0.5), numbers)).to(real.dtype)
+    return torch.view_as_complex(numbers) if like.is_complex() else numbers
 
 
 def _half(samples: int) -> Tensor:

@@ -140,7 +140,7 @@ class Problem:
 
 
 def takes_result(callback: Callable[..., Any]) -> bool:
-    """Whether a callback's only argument is called `intermediate_result`."""
+    """True for a callback whose only argument is called `intermediate_result`."""
     try:
         names = list(inspect.signature(callback).parameters)
     except (TypeError, ValueError):  # of some built-in functions there is none

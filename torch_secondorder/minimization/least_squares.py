@@ -69,8 +69,9 @@ def least_squares(
     `"linear"`, `z`; `"huber"`, `z` up to 1 and `2 sqrt(z) - 1` beyond; `"soft_l1"`,
     `2 (sqrt(1 + z) - 1)`; `"cauchy"`, `log(1 + z)`; `"arctan"`, `arctan(z)`.
 
-    References: Moré 1978, "The Levenberg-Marquardt algorithm: implementation and theory"; Holland
-    and Welsch 1977, "Robust regression using iteratively reweighted least-squares".
+    References: Moré 1978, "The Levenberg-Marquardt algorithm: implementation and theory"; Triggs,
+    McLauchlan, Hartley and Fitzgibbon 2000, "Bundle adjustment: a modern synthesis", for the
+    curvature of robust losses.
 
     Args:
         fun: Takes a tensor like `x0` and returns the residuals, a tensor of any shape, computed by

@@ -128,8 +128,8 @@ class LeastSquaresResult(OptimizeResult):
         cost: The cost there, half the sum of squares for the linear loss; a float.
         fun: The residuals there, of the shape that `fun` returns.
         jac: Their Jacobian there, of shape `(*fun.shape, *x.shape)`; a tree of these if `x0` is a
-            tree. With another loss than the linear one, rows are multiplied by the roots of the
-            weights, so that `J'J` still approximates the Hessian of the cost.
+            tree. With another loss than the linear one, rows are multiplied by the roots of its
+            curvatures, so that `J'J` still approximates the Hessian of the cost.
         grad: The gradient of the cost there, like `x`.
         optimality: The largest absolute entry of the gradient; within bounds of its projection.
         active_mask: For each entry of `x` -1 at its lower bound, 1 at its upper bound, else 0.

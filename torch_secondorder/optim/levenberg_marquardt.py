@@ -134,10 +134,11 @@ class LevenbergMarquardt(FlatOptimizer):
     Loss functions of torch show their residuals. If the closure squares residuals itself, mark
     them: `r = mark_outputs(model(x) - y)`.
 
-    For mini-batches, `LevenbergMarquardt(params, momentum=0.9, globalization=None, max_norm=0.3)`
-    makes steps of SPRING, with one evaluation each: let a scheduler lower `lr`, as with Adam, and
-    tune `max_norm`, the distance that parameters move in a step. A damping that adapts, or a line
-    search, would fit each batch at the expense of the others.
+    For mini-batches, use
+    `LevenbergMarquardt(params, 0.3, momentum=0.9, max_norm=0.3, globalization=None)`: these are
+    steps of SPRING, with one evaluation each. Let a scheduler lower `lr`, as with Adam. A damping
+    that adapts and line searches fit each batch at the expense of the others. With momentum, steps
+    diverge from `lr` of about `4 * (1 - momentum)` on, even on linear problems.
 
     References: Levenberg 1944; Marquardt 1963; Moré 1978, "The Levenberg-Marquardt algorithm:
     implementation and theory"; Madsen, Nielsen and Tingleff 2004, "Methods for non-linear least
@@ -166,9 +167,8 @@ class LevenbergMarquardt(FlatOptimizer):
             decides about steps of the primal solver, unless the residuals hardly bend.
         momentum: The share of the last step that the next one is drawn to, in directions that the
             residuals say nothing about (SPRING); for mini-batches.
-        max_norm: The longest step; longer ones are shortened to it before they are multiplied with
-            `lr`. It needs `globalization=None`, and such steps need it where residuals are far
-            from linear.
+        max_norm: The longest move; a step that is longer, multiplied with `lr`, is shortened. It
+            needs `globalization=None`, and such steps need it where residuals are far from linear.
         globalization: `"damping"`; `"trust_region"` or a `TrustRegion` for the best step within a
             radius, measured by the scaling and as long as the parameters at first, which is the
             method of MINPACK; the name of a line search, or a `LineSearch`; or None to take each
@@ -572,8 +572,8 @@ class LevenbergMarquardt(FlatOptimizer):
         if not (isfinite(step.decrease) and isfinite(step.length)):
             return StepStatus.NONFINITE_PRODUCTS
         lr, most = descent.lr, self.param_groups[0].get("max_norm")
-        if most is not None and step.length > most:
-            lr *= most / step.length
+        if most is not None and lr * step.length > most:
+            lr = most / step.length
         if descent.count + 1 < descent.max_iter:
             proposal, trials = proposal_of(step), self._trials(descent)
             trial = trials.trial(proposal, lr)
