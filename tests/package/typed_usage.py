@@ -297,7 +297,7 @@ def fitting_curves() -> None:
     assert_type(parameters, Tensor)
     assert_type(covariance, Tensor)
     *_, report = curve_fit(curve, x, x.square(), [1.0, 0.5], full_output=True)
-    assert_type(report, LeastSquaresResult | Tensor)
+    assert_type(report, LeastSquaresResult)
     with refusal():
         least_squares(residuals, [1.0, 0.5], loss="square")  # type: ignore[arg-type]
 
