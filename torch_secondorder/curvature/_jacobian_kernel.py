@@ -31,8 +31,9 @@ def add_gram(matrix: Tensor, A: Tensor, B: Tensor | None = None) -> None:
         B: Shape `(k, m)`, such that the product is symmetric.
     """
     B = A if B is None else B
-    for begin in range(0, len(A), _TILE):
-        end = min(begin + _TILE, len(A))
+    tile = min(_TILE, max(_SMALL_TILE, len(A) // 8))
+    for begin in range(0, len(A), tile):
+        end = min(begin + tile, len(A))
         matrix[begin:end, :end] += matmul_transposed(A[begin:end], B[:end])
 
 
