@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._objective.base import Linearization
 from torch_secondorder.curvature._batched_jacobian import JacobianProducts
@@ -161,8 +162,13 @@ class LocalJacobian:
             return self._kept @ v
         if not self._by_graph:
             self._linearization.check()
-            self._linearization.check_transposable()
-            return self._products.push(v[None])[0].contiguous()
+            try:
+                self._linearization.check_transposable()
+                return self._products.push(v[None])[0].contiguous()
+            except MissingSecondDerivative:
+                if self._method == "columns":
+                    raise
+                return self.dense() @ v  # by rows, which take one derivative
         result = self._zeros(self.count)
         for part in self._columns:
             part.add_push(v[part.start : part.stop], result)
