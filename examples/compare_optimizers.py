@@ -55,6 +55,14 @@ CONTENDERS = {
     "newton-cg": Contender(
         "NewtonCG (ours)", lambda p: torch_secondorder.NewtonCG(p, curvature="hessian")
     ),
+    # 9 residuals for each image: far fewer than there are parameters.
+    "levenberg-marquardt": Contender(
+        "LevenbergMarquardt (ours)",
+        lambda p: torch_secondorder.LevenbergMarquardt(
+            p, lr=0.1, momentum=0.9, max_norm=0.5, globalization=None
+        ),
+        batch_size=128,
+    ),
 }
 
 

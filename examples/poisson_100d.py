@@ -39,7 +39,7 @@ from _training import Contender, Loss, Run, Task, endings, train
 INSIDE = 100  # points for the equation in each step; half as many for the boundary
 TEST = 2000  # points for the error
 SHARES = (0.125, 0.25, 0.5)  # of the time, for the table
-QUICK = {"dimension": 10, "widths": [16, 16], "points": 20, "seconds": 1.0}
+QUICK = {"dimension": 5, "widths": [12, 12], "points": 20, "seconds": 1.0}
 
 
 def cosine(share: float) -> float:
@@ -52,7 +52,7 @@ CONTENDERS = {
     "levenberg-marquardt": Contender(
         "LevenbergMarquardt, momentum (ours)",
         lambda p: torch_secondorder.LevenbergMarquardt(
-            p, lr=0.4, momentum=0.9, max_norm=0.3, globalization=None
+            p, lr=0.4, momentum=0.9, max_norm=1.0, globalization=None
         ),
         INSIDE,
         cosine,

@@ -39,12 +39,14 @@ pytestmark = NOISE
 LOGGED = {
     "LBFGS": {"grad_norm", "evaluations", "step_length", "skipped_pairs"},
     "NewtonCG": {"damping", "gain_ratio", "step_length", "solver_iterations", "evaluations"},
+    "LevenbergMarquardt": {"damping", "step_length", "rows", "jacobians", "evaluations"},
     "AdaHessian": {"grad_norm", "products"},
     "Sophia": {"grad_norm", "products", "unclipped"},
 }
 SHOWN = {
     "LBFGS": {"evals", "step_length", "skipped"},
     "NewtonCG": {"evals", "step_length", "damping", "gain", "cg"},
+    "LevenbergMarquardt": {"evals", "step_length", "damping", "cg"},
 }
 
 

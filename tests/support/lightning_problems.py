@@ -30,6 +30,9 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "LBFGS": lambda p: torch_secondorder.LBFGS(p, max_iter=3),
     # The losses are float32, whose rounding systems amplify at the low damping of the start.
     "NewtonCG": lambda p: torch_secondorder.NewtonCG(p, max_cg_iter=10, damping=1.0),
+    "LevenbergMarquardt": lambda p: torch_secondorder.LevenbergMarquardt(
+        p, lr=0.3, momentum=0.9, max_norm=0.5, globalization=None
+    ),
     "AdaHessian": lambda p: torch_secondorder.AdaHessian(p, lr=0.05, update_period=2),
     "Sophia": lambda p: torch_secondorder.Sophia(p, lr=0.01, update_period=2),
 }

@@ -39,14 +39,15 @@ from torch_secondorder._optim.residuals import check_batches, over_batches, resi
 from torch_secondorder._optim.state import Number, Vector, declare
 from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.globalization import (
+    DampingName,
     DampingRule,
     LineSearch,
     LineSearchName,
     SearchStatus,
     TrustRegion,
+    resolve_damping,
     resolve_line_search,
 )
-from torch_secondorder.globalization._resolve import DampingName, resolve_damping
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
@@ -135,10 +136,11 @@ class LevenbergMarquardt(FlatOptimizer):
     them: `r = mark_outputs(model(x) - y)`.
 
     For mini-batches, use
-    `LevenbergMarquardt(params, 0.3, momentum=0.9, max_norm=0.3, globalization=None)`: these are
-    steps of SPRING, with one evaluation each. Let a scheduler lower `lr`, as with Adam. A damping
-    that adapts and line searches fit each batch at the expense of the others. With momentum, steps
-    diverge from `lr` of about `4 * (1 - momentum)` on, even on linear problems.
+    `LevenbergMarquardt(params, 0.3, momentum=0.9, max_norm=0.5, globalization=None)`: these are
+    steps of SPRING, with one evaluation each. Let a scheduler lower `lr`, as with Adam; good values
+    of `max_norm` are about a tenth of the parameters' norm. A damping that adapts and line searches
+    fit each batch at the expense of the others. With momentum, steps diverge from `lr` of about
+    `4 * (1 - momentum)` on, even on linear problems.
 
     References: Levenberg 1944; Marquardt 1963; Moré 1978, "The Levenberg-Marquardt algorithm:
     implementation and theory"; Madsen, Nielsen and Tingleff 2004, "Methods for non-linear least
