@@ -27,7 +27,11 @@ CONTENDERS = {
             p, scaling="more", acceleration="geodesic", tolerance_grad=0.0
         ),
     ),
-    "levenberg-marquardt-plain": Contender(
+    "levenberg-marquardt-identity": Contender(
+        "LevenbergMarquardt, identity (ours)",
+        lambda p: torch_secondorder.LevenbergMarquardt(p, scaling="identity", acceleration=None),
+    ),
+    "levenberg-marquardt-default": Contender(
         "LevenbergMarquardt (ours)", lambda p: torch_secondorder.LevenbergMarquardt(p)
     ),
     "ssbroyden": Contender(

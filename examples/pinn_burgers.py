@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.integrate import solve_ivp
 from scipy.interpolate import CubicSpline
 from torch import Tensor, nn
@@ -161,7 +162,8 @@ def residual_loss(net: nn.Module, problem: Problem) -> Tensor:
     (gradient,) = torch.autograd.grad(u.sum(), points, create_graph=True)
     u_x, u_t = gradient[:, :1], gradient[:, 1:]
     (second,) = torch.autograd.grad(u_x.sum(), points, create_graph=True)
-    return (u_t + u * u_x - VISCOSITY * second[:, :1]).square().mean()
+    residual = u_t + u * u_x - VISCOSITY * second[:, :1]
+    return F.mse_loss(residual, torch.zeros_like(residual))
 
 
 def make_task(problem: Problem, net: nn.Module) -> Task:

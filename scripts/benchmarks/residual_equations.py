@@ -39,7 +39,7 @@ class Equation:
     seconds: float
 
 
-_OURS = ("levenberg-marquardt", "levenberg-marquardt-plain")
+_OURS = tuple(f"levenberg-marquardt{kind}" for kind in ("", "-identity", "-default"))
 EQUATIONS = {
     "poisson": Equation(
         "pinn_poisson",

@@ -51,7 +51,7 @@ class ResidualProblem:
         return max(_digits(abs(value - low) / (low or first)) for low in self.minima)
 
     def reached(self, value: float) -> bool:
-        """Whether a sum of squares is that of a known minimum, to about six digits."""
+        """True if a sum of squares is that of a known minimum, to about six digits."""
         return any(
             value <= low * (1.0 + 1e-6) + 1e-12 and value >= low * (1.0 - 1e-4)
             for low in self.minima

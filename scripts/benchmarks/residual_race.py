@@ -46,7 +46,7 @@ class Row:
 
     @property
     def solved(self) -> bool:
-        """Whether the end is a known minimum."""
+        """True if the end is a known minimum."""
         return self.digits >= SOLVED
 
     def __str__(self) -> str:

@@ -155,7 +155,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 # Levenberg-Marquardt on them.
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "damping": {},
     "momentum": {"momentum": 0.5},
     "line search": {"globalization": "armijo"},
     "scaling": {"scaling": "more", "weight_decay": 0.01},
@@ -172,7 +172,8 @@ def test_steps_are_those_on_one_whole_batch(name: str) -> None:
         if over_batches:
             loader = DataLoader(TensorDataset(case.x, case.y), batch_size=4)
             closure = DatasetClosure(case.model, F.mse_loss, loader)
-        optimizer = LevenbergMarquardt(case.model.parameters(), max_iter=3, **SETTINGS[name])
+        arguments = {"acceleration": None, "max_iter": 3, **SETTINGS[name]}
+        optimizer = LevenbergMarquardt(case.model.parameters(), **arguments)
         before = case.loss(case.model(case.x), case.y)
         losses = [optimizer.step(closure) for _ in range(2)]
         assert losses[1] < before
@@ -182,6 +183,16 @@ def test_steps_are_those_on_one_whole_batch(name: str) -> None:
             assert optimizer.info.solver == "primal"
         found.append([*losses, *(p.detach() for p in case.model.parameters())])
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
+
+
+def test_untouched_arguments_leave_acceleration_out() -> None:
+    case = Case(F.mse_loss, torch.device("cpu"))
+    loader = DataLoader(TensorDataset(case.x, case.y), batch_size=4)
+    closure = DatasetClosure(case.model, F.mse_loss, loader)
+    optimizer = LevenbergMarquardt(case.model.parameters(), max_iter=20)
+    before = optimizer.step(closure)
+    assert optimizer.step(closure) < 0.2 * before
+    assert optimizer.info is not None and optimizer.info.bend is None
 
 
 REFUSED: dict[str, dict[str, Any]] = {

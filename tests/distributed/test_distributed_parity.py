@@ -14,8 +14,18 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.ranks import on_both, run_on_ranks
-from torch_secondorder import BFGS, LBFGS, AdaHessian, Newton, NewtonCG, NonlinearCG, Sophia
+from torch_secondorder import (
+    BFGS,
+    LBFGS,
+    AdaHessian,
+    LevenbergMarquardt,
+    Newton,
+    NewtonCG,
+    NonlinearCG,
+    Sophia,
+)
 from torch_secondorder.curvature import Hutchinson
+from torch_secondorder.globalization import NielsenDamping
 from torch_secondorder.solvers import KFAC
 
 pytestmark = [
@@ -61,6 +71,10 @@ lbfgs = partial(LBFGS, max_iter=1, max_eval=20, weight_decay=0.1)
 conjugate = partial(NonlinearCG, max_iter=5, weight_decay=0.1, tolerance_grad=1e-14)
 bfgs = partial(BFGS, max_iter=1, max_eval=20, weight_decay=0.1)
 exact_newton = partial(Newton, max_iter=1, weight_decay=0.1)
+# A damping that is not lowered further lets systems amplify no rounding of float32.
+levenberg = partial(
+    LevenbergMarquardt, damping=NielsenDamping(initial=1.0, smallest=1.0), weight_decay=0.1
+)
 Case = tuple[Callable[..., Any], Callable[[], nn.Module], str]
 CASES: dict[str, Case] = {
     "lbfgs": (lbfgs, convex, "categorical"),
@@ -144,6 +158,20 @@ CASES: dict[str, Case] = {
         network,
         "bernoulli",
     ),
+    "lm": (levenberg, network, "gaussian"),
+    "lm, categorical": (levenberg, network, "categorical"),
+    "lm, dual": (partial(levenberg, solver="dual"), network, "bernoulli"),
+    "lm, cg": (partial(levenberg, solver="cg"), network, "gaussian"),
+    "lm, radius": (
+        partial(LevenbergMarquardt, weight_decay=0.1, globalization="trust_region"),
+        convex,
+        "gaussian",
+    ),
+    "lm, momentum": (
+        partial(levenberg, lr=0.3, damping=1.0, momentum=0.9, globalization=None),
+        network,
+        "categorical",
+    ),
     "adahessian": (partial(AdaHessian, lr=0.01, eps=0.01), network, "categorical"),
     "adahessian, three": (
         partial(AdaHessian, lr=0.01, eps=0.01, n_samples=3, update_period=3),
@@ -203,6 +231,7 @@ def train(rank: int, ranks: int, name: str, dtype: torch.dtype) -> tuple[list[fl
 
 RUNS = [(name, dtype) for name in CASES for dtype in TOLERANCE]
 RUNS.remove(("lbfgs, network", torch.float32))
+RUNS.remove(("lm, radius", torch.float32))  # the multiplier of a radius amplifies rounding
 
 
 def train_all(rank: int, ranks: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.residual_problems import RESIDUAL_PROBLEMS
 from torch_secondorder import LevenbergMarquardt, mark_outputs
 from torch_secondorder.globalization import TrustRegion
 
@@ -37,19 +38,30 @@ def made(start: Tensor = START, **arguments: Any) -> tuple[Tensor, LevenbergMarq
 
 
 def test_corrections_save_jacobians() -> None:
+    problem = next(p for p in RESIDUAL_PROBLEMS if p.name == "wood")
     jacobians, ends = [], []
-    for corrections in (0, 1, 3):
-        x, optimizer, closure = made(max_iter=60, corrections=corrections)
+    for corrections in (0, 2):
+        x = problem.start.clone().requires_grad_()
+        optimizer = LevenbergMarquardt(
+            [x],
+            max_iter=200,
+            globalization="trust_region",
+            scaling="more",
+            corrections=corrections,
+        )
+
+        def closure(x: Tensor = x) -> Tensor:
+            return 0.5 * mark_outputs(problem.residuals(x)).square().sum()
+
         optimizer.step(closure)
         info = optimizer.info
-        assert info is not None
+        assert info is not None and info.status.name == "CONVERGED_GRADIENT"
         assert (info.corrections > 0) == (corrections > 0)
         assert info.trust_radius > 0 and info.damping == 0.0
         jacobians.append(info.jacobians)
         ends.append(x.detach())
-    assert jacobians[0] >= jacobians[1] >= jacobians[2] < jacobians[0]
-    assert torch.allclose(ends[0], ends[1], atol=1e-8)
-    assert torch.allclose(ends[0], ends[2], atol=1e-8)
+    assert jacobians[1] < 0.8 * jacobians[0]
+    assert torch.allclose(ends[0], ends[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("scaling", ["identity", "marquardt", "more"])
@@ -111,7 +123,7 @@ def test_a_checkpoint_continues_bit_for_bit() -> None:
 
 
 def test_bounds() -> None:
-    x, optimizer, closure = made(max_iter=60, bounds=(None, 1.2 + 4.0 * (START != 0.2)))
+    x, optimizer, closure = made(max_iter=60, bounds=(None, START.new_tensor([5.0, 1.2, 5.0])))
     optimizer.step(closure)
     assert x[1].item() == 1.2
     held = residuals(x.detach())

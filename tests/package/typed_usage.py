@@ -122,6 +122,7 @@ from torch_secondorder.globalization import (
     Trial,
     TrustRegion,
     falls_without_end,
+    resolve_damping,
     resolve_globalization,
     resolve_line_search,
 )
@@ -296,8 +297,8 @@ def fitting_curves() -> None:
     parameters, covariance = curve_fit(curve, x, x.square(), sigma=torch.ones(5))
     assert_type(parameters, Tensor)
     assert_type(covariance, Tensor)
-    *_, report = curve_fit(curve, x, x.square(), [1.0, 0.5], full_output=True)
-    assert_type(report, LeastSquaresResult | Tensor)
+    _, _, report = curve_fit(curve, x, x.square(), [1.0, 0.5], full_output=True)
+    assert_type(report, LeastSquaresResult)
     with refusal():
         least_squares(residuals, [1.0, 0.5], loss="square")  # type: ignore[arg-type]
 
@@ -635,6 +636,7 @@ def line_searches() -> None:
     chosen: Globalization = resolve_globalization(name, None, True)
     if isinstance(chosen, TrustRegion):
         assert_type(chosen.begun(1.0), float)
+    assert_type(resolve_damping("nielsen", True), DampingRule | float | None)
     rules: list[DampingRule] = [MarquardtDamping(initial=1.0), NielsenDamping(share=1e-6)]
     for rule in rules:
         assert_type(rule.begun(1.0), float)

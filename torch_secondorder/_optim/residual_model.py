@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
 from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.quadratic_model import Proposal, Trials
-from torch_secondorder._optim.residual_region import Region
 from torch_secondorder.curvature import ResidualJacobian
 from torch_secondorder.globalization import Trial
 from torch_secondorder.solvers import DampedLeastSquares, DampedStep
 from torch_secondorder.solvers._residual_region import BoxedRegion, ResidualRegion
+
+#: The quadratic for steps within a radius.
+Region: TypeAlias = ResidualRegion | BoxedRegion
 
 # The share of a step after which residuals are looked at for their bend.
 _PROBE = 0.1

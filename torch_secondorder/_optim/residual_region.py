@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,44 +12,15 @@ from torch_secondorder._objective.base import EvaluationsSpent
 from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.quadratic_model import Move, Proposal, Trials
+from torch_secondorder._optim.residual_model import Region, gain_ratio_of
 from torch_secondorder.globalization import TrustRegion
+from torch_secondorder.solvers._residual_region import RegionStep
 
 # Most steps that are tried with one Jacobian.
 _ATTEMPTS = 40
 # A correction follows a step of at least this gain ratio, is no longer than this share of it, and
 # lowers the loss by at least this share of what its slope promises.
 _GOOD, _REACH, _SUFFICIENT = 0.5, 0.5, 1e-4
-
-
-class _Step(Protocol):
-    """A minimizer within a radius, see `solvers._residual_region.RegionStep`."""
-
-    @property
-    def x(self) -> Tensor: ...
-    @property
-    def slope(self) -> float: ...
-    @property
-    def decrease(self) -> float: ...
-    @property
-    def length(self) -> float: ...
-    @property
-    def held(self) -> bool: ...
-
-
-class Region(Protocol):
-    """A quadratic that gives steps within a radius: `ResidualRegion` or `BoxedRegion`."""
-
-    def length_of(self, x: Tensor) -> float:
-        """The length of a vector in the metric."""
-
-    def along_gradient(self) -> float:
-        """The length of the step along the gradient that minimizes the quadratic."""
-
-    def within(self, radius: float) -> _Step:
-        """A minimizer within a radius."""
-
-    def further(self, grad: Tensor, moved: Tensor) -> Tensor:
-        """The step of the same system with the gradient somewhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +97,7 @@ def within_radius(
             return StepStatus.NO_DECREASE
         proposal = Proposal(step.x, step.slope, step.decrease, step.held)
         trial = trials.trial(proposal, descent.lr)
-        ratio = trials.gain_ratio(proposal, trial)
+        ratio = gain_ratio_of(trials, proposal, trial)
         memory.radius = rule.updated(memory.radius, ratio, step.length, memory.start)
         move = Move(proposal, trial, ratio)
         memory.outlook = _outlook(move, step, trials.point.loss, size, cosine)
@@ -160,7 +130,7 @@ def largest_cosine(diagonal: Tensor, residuals: Tensor, descent: Descent) -> flo
     return largest / norm if norm else 0.0
 
 
-def _outlook(move: Move, step: _Step, loss: float, size: float, cosine: float) -> Outlook:
+def _outlook(move: Move, step: RegionStep, loss: float, size: float, cosine: float) -> Outlook:
     """The numbers of a step that was tried at a point of some loss."""
     if not loss:
         return Outlook(0.0, 0.0, 0.0, size, cosine=0.0)
@@ -170,7 +140,7 @@ def _outlook(move: Move, step: _Step, loss: float, size: float, cosine: float) -
 
 
 def _corrected(
-    move: Move, region: Region, step: _Step, trials: Trials, memory: RadiusMemory, most: int
+    move: Move, region: Region, step: RegionStep, trials: Trials, memory: RadiusMemory, most: int
 ) -> Move:
     """A good step, and further ones with the same Jacobian while the loss falls.
 

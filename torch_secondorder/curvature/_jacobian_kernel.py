@@ -16,6 +16,8 @@ __all__ = ["add_gram", "kernel", "mirror_"]
 
 # Rows of a symmetric matrix that are made at a time, from the diagonal on; the rest is copied.
 _TILE, _SMALL_TILE = 256, 64
+# The narrowest tile of a matrix product.
+_NARROW = 48
 # Elements of a dense part of the Jacobian.
 _LARGEST = 2**25
 # What an entrywise product of two matrices costs an entry, in columns of a matrix product.
@@ -31,8 +33,10 @@ def add_gram(matrix: Tensor, A: Tensor, B: Tensor | None = None) -> None:
         B: Shape `(k, m)`, such that the product is symmetric.
     """
     B = A if B is None else B
-    for begin in range(0, len(A), _TILE):
-        end = min(begin + _TILE, len(A))
+    # Five tiles: fewer make too much of the upper half, more are slow as products.
+    tile = min(_TILE, max(_NARROW, len(A) // 5))
+    for begin in range(0, len(A), tile):
+        end = min(begin + tile, len(A))
         matrix[begin:end, :end] += matmul_transposed(A[begin:end], B[:end])
 
 

@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING
 
 from torch_secondorder._foundation.deprecation import renamed
 from torch_secondorder.globalization._resolve import (
+    DampingName,
     Globalization,
     GlobalizationName,
     LineSearchName,
+    resolve_damping,
     resolve_globalization,
     resolve_line_search,
 )
@@ -30,6 +32,7 @@ from torch_secondorder.globalization.trust_region import TrustRegion
 
 __all__ = [
     "Armijo",
+    "DampingName",
     "DampingRule",
     "FixedStep",
     "Globalization",
@@ -46,6 +49,7 @@ __all__ = [
     "Trial",
     "TrustRegion",
     "falls_without_end",
+    "resolve_damping",
     "resolve_globalization",
     "resolve_line_search",
 ]

@@ -39,14 +39,15 @@ from torch_secondorder._optim.residuals import check_batches, over_batches, resi
 from torch_secondorder._optim.state import Number, Vector, declare
 from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.globalization import (
+    DampingName,
     DampingRule,
     LineSearch,
     LineSearchName,
     SearchStatus,
     TrustRegion,
+    resolve_damping,
     resolve_line_search,
 )
-from torch_secondorder.globalization._resolve import DampingName, resolve_damping
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
     DampedStep,
@@ -71,9 +72,9 @@ _PATIENCE = 5
 _ATTEMPTS = 40
 # The gain ratio from which a step is taken.
 _ACCEPT = 1e-4
-# The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012), and the one
-# below which the next steps are taken for straight.
-_BEND, _STRAIGHT = 0.75, 0.02
+# The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012); and the change
+# of the residuals by their bend, as a share of them, below which the next steps are not corrected.
+_BEND, _STRAIGHT = 0.75, 0.1
 # The smallest norm of residuals that a tolerance of the gradient shrinks with.
 _SMALL = 1e-5
 # The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
@@ -161,10 +162,11 @@ class LevenbergMarquardt(FlatOptimizer):
             for each residual), `"cg"` (products alone), or `"auto"` by size and memory.
         scaling: `D`: `"identity"`; `"marquardt"` for the diagonal of `J'J`; `"more"` for its
             largest values so far, so that steps do not depend on the units of the parameters.
-            `"auto"` is `"more"` with a damping that adapts or a trust region.
+            `"auto"` is `"more"` with the primal solver and a damping that adapts or a trust region,
+            and else `"identity"`, for which the dual solver needs no Jacobian.
         acceleration: `"geodesic"` for steps that follow the bend of the residuals to second
             order, for one more evaluation each; None for none. `"auto"` does so where a damping
-            decides about steps, unless the last ones were almost straight.
+            decides about steps of the primal solver, unless the residuals hardly bend.
         momentum: The share of the last step that the next one is drawn to, in directions that the
             residuals say nothing about (SPRING); for mini-batches.
         max_norm: The longest move; a step that is longer, multiplied with `lr`, is shortened. It
@@ -267,10 +269,6 @@ class LevenbergMarquardt(FlatOptimizer):
                 "leave max_norm out"
             )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
-        if scaling == "auto":
-            adapts = globalization in ("damping", "trust_region")
-            adapts = adapts or isinstance(globalization, TrustRegion)
-            self.scaling = "more" if adapts else "identity"
         check_integer("corrections", corrections, low=0, whole_floats=True)
         self.globalization: LineSearch | TrustRegion | None = None
         if globalization == "trust_region":
@@ -452,11 +450,16 @@ class LevenbergMarquardt(FlatOptimizer):
     def _problem(self, system: DampedLeastSquares, descent: Descent) -> ResidualModel:
         """The system with metric, center and bounds; makes the first damping."""
         metric: Tensor | None = None
-        if self.scaling != "identity":
+        scaling = self.scaling
+        if scaling == "auto":
+            adapts = isinstance(self.damping, DampingRule)
+            adapts = adapts or isinstance(self.globalization, TrustRegion)
+            scaling = "more" if adapts and system.name == "primal" else "identity"
+        if scaling != "identity":
             metric = system.diagonal
-            if self.scaling == "more" and self._largest is not None:
+            if scaling == "more" and self._largest is not None:
                 metric = torch.maximum(metric, self._largest.to(metric))
-            if self.scaling == "more":
+            if scaling == "more":
                 self._largest = metric
             # A parameter that no residual depends on may have any metric.
             largest = metric.amax()
@@ -590,7 +593,8 @@ class LevenbergMarquardt(FlatOptimizer):
         """True if the bend along the next step is to be looked at."""
         if self.acceleration != "auto":
             return self.acceleration is not None
-        if problem.room is not None or problem.system.name == "cg" or not problem.system.has_rows:
+        system = problem.system
+        if problem.room is not None or system.name != "primal" or not system.has_rows:
             return False
         straight = self._bend < _STRAIGHT
         self._bend *= 2.0  # skipped a few times only
@@ -605,9 +609,13 @@ class LevenbergMarquardt(FlatOptimizer):
             return proposal_of(step)
         half = system.accelerate(self._damping, metric, bend).mul_(0.5)
         scaled = (half, step.x) if metric is None else (metric * half, metric * step.x)
-        size, length = descent.space.to_host(sums=(scaled[0] @ half, scaled[1] @ step.x))
+        residuals = system.jacobian.residuals
+        size, length, of_bend, of_residuals = descent.space.to_host(
+            sums=(scaled[0] @ half, scaled[1] @ step.x, bend @ bend, residuals @ residuals)
+        )
         ratio = 2.0 * sqrt(size / length) if length else inf
-        self._report.bend = self._bend = ratio
+        self._report.bend = ratio
+        self._bend = 0.5 * sqrt(of_bend / of_residuals) if of_residuals else inf
         plain = proposal_of(step)
         # The linear residuals say nothing about the correction, which cancels their bend: what they
         # predict for the step is what both together are to achieve.
