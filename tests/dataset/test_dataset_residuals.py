@@ -172,7 +172,13 @@ def test_steps_are_those_on_one_whole_batch(name: str) -> None:
         if over_batches:
             loader = DataLoader(TensorDataset(case.x, case.y), batch_size=4)
             closure = DatasetClosure(case.model, F.mse_loss, loader)
-        arguments = {"acceleration": None, "max_iter": 3, **SETTINGS[name]}
+        arguments = {
+            "acceleration": None,
+            "solver": "primal",
+            "scaling": "identity",
+            "max_iter": 3,
+            **SETTINGS[name],
+        }
         optimizer = LevenbergMarquardt(case.model.parameters(), **arguments)
         before = case.loss(case.model(case.x), case.y)
         losses = [optimizer.step(closure) for _ in range(2)]
