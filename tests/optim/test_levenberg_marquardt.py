@@ -240,6 +240,19 @@ def test_momentum_that_leads_uphill_is_left_out() -> None:
     assert fit.loss().item() < before
 
 
+def test_momentum_is_left_out_after_a_rejected_step() -> None:
+    """A large damping would lead back to it, whatever the loss there."""
+    x = start_at(0.0)
+    optimizer = LevenbergMarquardt([x], damping=1.0, momentum=0.9)
+    optimizer._damping = optimizer._start = 1.0
+    optimizer._direction = torch.ones(1).double()
+    optimizer.step(standard(optimizer, lambda: squares(x - 1.0 + 50.0 * x**3)))
+    info = info_of(optimizer)
+    assert info.rejected >= 1
+    assert info.iterations == 1
+    assert info.loss_after < info.loss
+
+
 # Problems.
 
 
