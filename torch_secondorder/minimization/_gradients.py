@@ -39,7 +39,7 @@ class Counts:
 
 
 def recorded(fun: Callable[[Any], Any], x: Any) -> Any:
-    """What a function returns where autograd records it.
+    """The value of a function whose operations autograd records.
 
     Raises:
         TypeError: It hands a tensor with a graph to NumPy.
