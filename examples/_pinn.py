@@ -22,17 +22,11 @@ DTYPE = torch.float64
 
 CONTENDERS = {
     "levenberg-marquardt": Contender(
-        "LevenbergMarquardt, geodesic (ours)",
-        lambda p: torch_secondorder.LevenbergMarquardt(
-            p, scaling="more", acceleration="geodesic", tolerance_grad=0.0
-        ),
+        "LevenbergMarquardt (ours)", lambda p: torch_secondorder.LevenbergMarquardt(p)
     ),
     "levenberg-marquardt-identity": Contender(
         "LevenbergMarquardt, identity (ours)",
         lambda p: torch_secondorder.LevenbergMarquardt(p, scaling="identity", acceleration=None),
-    ),
-    "levenberg-marquardt-default": Contender(
-        "LevenbergMarquardt (ours)", lambda p: torch_secondorder.LevenbergMarquardt(p)
     ),
     "ssbroyden": Contender(
         "BFGS, ssbroyden (ours)",
@@ -203,7 +197,6 @@ def add_pinn_arguments(
     parser: argparse.ArgumentParser,
     out: str,
     *,
-    chosen: Sequence[str] = ("levenberg-marquardt",),
     seconds: float = 60.0,
 ) -> None:
     """Adds the options that these examples have, except for the size of the network."""
@@ -219,4 +212,6 @@ def add_pinn_arguments(
         type=positive(float),
         help="stop at this relative L2 error; default: continue until the time limit",
     )
-    add_common_arguments(parser, contenders=CONTENDERS, chosen=chosen, out=out, dtype=DTYPE)
+    add_common_arguments(
+        parser, contenders=CONTENDERS, chosen=["levenberg-marquardt"], out=out, dtype=DTYPE
+    )

@@ -192,7 +192,9 @@ def plot(problems: Sequence[Problem], fits: Sequence[Fit], path: Path) -> None:
         ax.plot(problem.x, problem.y, ".", color="0.45", ms=4, label="data")
         ax.plot(x, curve, color=COLOURS[0], label="curve")
         band = {"color": COLOURS[1], "alpha": 0.35, "lw": 0}
-        ax.fill_between(x, curve - 2 * error, curve + 2 * error, label="two errors", **band)
+        ax.fill_between(
+            x, curve - 2 * error, curve + 2 * error, label="two standard errors", **band
+        )
         style_axes(ax, xlabel="x", ylabel="y")
         ax.set_title(f"{problem.name}: {len(problem.certified)} parameters", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()

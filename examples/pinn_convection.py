@@ -9,7 +9,7 @@ are the conditions built into the network.
 
     python examples/pinn_convection.py
     python examples/pinn_convection.py --target 1e-2
-    python examples/pinn_convection.py --optimizers levenberg-marquardt-identity,torch-lbfgs,adam
+    python examples/pinn_convection.py --optimizers levenberg-marquardt,torch-lbfgs,adam
 """
 
 from __future__ import annotations
@@ -149,9 +149,7 @@ def parse_arguments() -> argparse.Namespace:
         default=INSIDE,
         help=f"number of points inside; default: {INSIDE}",
     )
-    add_pinn_arguments(
-        parser, out="pinn_convection.png", chosen=["levenberg-marquardt-identity"], seconds=300.0
-    )
+    add_pinn_arguments(parser, out="pinn_convection.png", seconds=300.0)
     return parser.parse_args()
 
 

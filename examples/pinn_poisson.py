@@ -2,8 +2,9 @@
 
 The network `u` has to satisfy `u_xx + u_yy = f` inside and `u = 0` on the boundary, for an `f`
 whose solution is `sin(pi x) sin(pi y)`. The loss is so badly conditioned that first-order methods
-nearly stop far from the solution; second-order methods get much closer in the same time. With a few
-hundred parameters the whole inverse Hessian fits, and its self-scaled updates get closest.
+nearly stop far from the solution; second-order methods get much closer in the same time. The loss
+is a sum of squares, and steps of Levenberg and Marquardt that follow the bend of its residuals get
+closest.
 
     python examples/pinn_poisson.py
     python examples/pinn_poisson.py --target 1e-4

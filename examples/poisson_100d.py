@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import torch_secondorder
 from _command_line import add_common_arguments, positive
@@ -47,13 +48,20 @@ def cosine(share: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
 
 
+def make_spring(params: Iterable[nn.Parameter]) -> Optimizer:
+    """Levenberg-Marquardt for mini-batches; parameters move by at most a tenth in a step."""
+    params = list(params)
+    size = nn.utils.parameters_to_vector(params).norm().item()
+    return torch_secondorder.LevenbergMarquardt(
+        params, lr=0.4, momentum=0.9, max_norm=0.1 * size, globalization=None
+    )
+
+
 # To compare another optimizer, add a row.
 CONTENDERS = {
     "levenberg-marquardt": Contender(
         "LevenbergMarquardt, momentum (ours)",
-        lambda p: torch_secondorder.LevenbergMarquardt(
-            p, lr=0.4, momentum=0.9, max_norm=1.0, globalization=None
-        ),
+        make_spring,
         INSIDE,
         cosine,
     ),

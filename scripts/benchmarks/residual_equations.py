@@ -39,7 +39,7 @@ class Equation:
     seconds: float
 
 
-_OURS = tuple(f"levenberg-marquardt{kind}" for kind in ("", "-identity", "-default"))
+_OURS = ("levenberg-marquardt", "levenberg-marquardt-identity")
 EQUATIONS = {
     "poisson": Equation(
         "pinn_poisson",

@@ -155,13 +155,18 @@ def run_jacobian(options: Options, report: Report) -> None:
         if jacobian is not None:
             made = jacobian(evaluator(case.closure, case.params)())
             found |= {"method": made.method, "reason": made.reason}
-            bars[case.name] = (costs[OURS], costs[OURS] / costs[BASE], made.method, made.reason)
+            bars[case.name] = made.method, made.reason, costs
         report.record(f"residuals.jacobian.{case.name}", found)
     report.show(table)
     say(f"jacrev, is_grads_batched, backward passes: time of {ROWS} rows, times N / {ROWS}")
-    for name, (cost, share, method, reason) in bars.items():
+    for name, (method, reason, costs) in bars.items():
         why = f" ({reason})" if reason else ""
-        say(f"{name}: {cost:.3g} gradients, {share:.3g} of {BASE}, by {method}{why}")
+        shares = " and ".join(number(costs[way] / costs[BASE]) for way in (FROM_GRAPH, OURS))
+        parts = " and ".join(number(costs[way]) for way in (FROM_GRAPH, OURS))
+        say(
+            f"{name}: from the graph and with the evaluation {parts} gradients, "
+            f"{shares} of {BASE}, by {method}{why}"
+        )
 
 
 def _kernel_by_jacobian(case: Classifier, root: Tensor) -> Tensor:

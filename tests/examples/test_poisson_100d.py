@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.functional import hessian
 
 import poisson_100d
 from _training import Contender, take_step
@@ -30,14 +31,15 @@ def test_the_laplacian_is_the_trace_of_the_hessian() -> None:
     def value(x: Tensor) -> Tensor:
         return net(x).squeeze()
 
-    expected = torch.func.vmap(torch.func.hessian(value))(points).diagonal(dim1=1, dim2=2).sum(1)
+    expected = torch.stack([hessian(value, x).trace() for x in points])
     torch.testing.assert_close(poisson_100d.laplacian(net, points)[:, 0], expected)
 
 
 def test_the_right_side_is_the_laplacian_of_the_solution() -> None:
     points, _ = draws(4)
-    hessian = torch.func.hessian(lambda x: poisson_100d.solution(x[None]).squeeze())
-    traces = [hessian(x).trace() for x in points]
+    traces = [
+        hessian(lambda x: poisson_100d.solution(x[None]).squeeze(), x).trace() for x in points
+    ]
     torch.testing.assert_close(
         poisson_100d.laplacian_of_the_solution(points)[:, 0], torch.stack(traces)
     )
@@ -45,7 +47,7 @@ def test_the_right_side_is_the_laplacian_of_the_solution() -> None:
 
 def test_points_lie_inside_and_on_the_faces() -> None:
     inside, boundary = draws(7, count=200)
-    assert 0.0 < inside.min() and inside.max() < 1.0
+    assert inside.min() > 0.0 and inside.max() < 1.0
     on_a_face = (boundary == 0.0) | (boundary == 1.0)
     assert torch.equal(on_a_face.sum(1), torch.ones(200, dtype=torch.int64))
     assert on_a_face.any(0).all()

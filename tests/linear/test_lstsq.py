@@ -175,10 +175,11 @@ NAN = torch.tensor([1.0, torch.nan, 0.0])
 @pytest.mark.parametrize(
     ("A", "b", "rcond", "error", "message"),
     [
-        ([[1.0]], B32, None, TypeError, "A must be a tensor, got list; lsqr and lsmr take"),
-        (A32, [1.0], None, TypeError, "b must be a tensor, got list$"),
+        ([[1.0]], B32, None, TypeError, r"A must be a tensor, got list: pass torch.as_tensor\(A\)"),
+        (len, B32, None, TypeError, "A must be a tensor, got builtin.*: lsqr and lsmr take"),
+        (A32, [1.0], None, TypeError, r"b must be a tensor, got list: pass torch.as_tensor\(b\)"),
         (A32.to_sparse(), B32, None, TypeError, "A must be dense, got torch.sparse_coo; lsqr"),
-        (A32.int(), B32, None, TypeError, "A must be float32 or float64, got torch.int32"),
+        (A32.int(), B32, None, TypeError, "A must be float32 or float64, got torch.int32: pass A"),
         (A32, B32.bfloat16(), None, TypeError, "b must be float32 or float64, got torch.bfloat16"),
         (A32[None], B32, None, ValueError, r"A must be a matrix .*got shape \(1, 3, 2\)"),
         (A32, B32[:2], None, ValueError, r"b must have shape \(3,\) or \(3, k\).*got \(2,\)"),

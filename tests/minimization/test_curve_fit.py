@@ -111,6 +111,57 @@ def test_data_of_several_variables_and_dtypes(device: torch.device) -> None:
     assert torch.allclose(popt, torch.tensor([1.0, 2.0, -3.0], device=device), atol=1e-5)
 
 
+class Column:
+    """A column of a table with labels of its own, as those of pandas."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = np.asarray(values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, label: Any) -> Any:
+        raise KeyError(label)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._values
+
+
+@pytest.mark.parametrize("kind", [np.asarray, list, tuple, "column"])
+def test_data_that_are_no_tensors(kind: Any) -> None:
+    def line(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        assert isinstance(x, Tensor) and x.dtype is torch.float64
+        return a + b * x
+
+    kind = Column if kind == "column" else kind
+    x, y = np.arange(1, 6), np.array([2.0, 4.0, 6.5, 8.0, 9.5])
+    expected = curve_fit(line, torch.tensor(x).double(), torch.tensor(y))
+    found = curve_fit(line, kind(x), kind(y), p0=kind(np.ones(2)), sigma=kind(np.ones(5)))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    "xdata", [(X, X.square()), (X.numpy(), X.square().numpy()), X.numpy() ** [[1], [2]]]
+)
+def test_points_of_several_coordinates(xdata: Any) -> None:
+    popt, _ = curve_fit(lambda x, a, b: a * x[0] + b * x[1], xdata, 2 * X - 3 * X.square())
+    assert torch.allclose(popt, torch.tensor([2.0, -3.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("xdata", "jac"), [({"t": X}, None), (["a", "b"], None), (None, None), (X.numpy(), "2-point")]
+)
+def test_other_points_come_as_they_are(xdata: Any, jac: Any) -> None:
+    seen = []
+
+    def curve(x: Any, a: Tensor) -> Tensor:
+        seen.append(x)
+        return a * X
+
+    curve_fit(curve, xdata, X, jac=jac)
+    assert all(x is xdata for x in seen)
+
+
 def test_the_covariance_is_the_spread_of_fits() -> None:
     generator = torch.Generator().manual_seed(5)
     truth = torch.tensor([2.5, 1.3, 0.5], dtype=torch.float64)
@@ -170,6 +221,10 @@ def test_a_fit_that_does_not_converge() -> None:
         ({"sigma": -COVARIANCE}, ValueError, "not a positive definite covariance matrix"),
         ({"bounds": (2, 3), "p0": [1.0, 1.0, 1.0]}, ValueError, "x0 is outside of the bounds"),
         ({"loss": "square"}, ValueError, "loss must be"),
+        ({"maxfev": 9}, TypeError, "curve_fit has no argument 'maxfev': max_nfev is"),
+        ({"method": "lm"}, TypeError, "no argument 'method': leave it out, there is one"),
+        ({"nan_policy": "omit"}, TypeError, "no argument 'nan_policy': leave out what is not"),
+        ({"xdata": [math.nan] * 12}, ValueError, "xdata has entries .*check_finite=False"),
     ],
 )
 def test_arguments(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -190,6 +245,7 @@ def test_arguments(arguments: dict[str, Any], kind: type[Exception], message: st
             r"f returned 4 values, of shape \(4,\), for 12 entries",
         ),
         (lambda x, a: a / (x - x), ValueError, "residuals are not finite at x0"),
+        (lambda x, a: np.exp(a * x.numpy()), TypeError, "NumPy.*torch.exp for np.exp.*'2-point'"),
     ],
 )
 def test_what_a_curve_returns(f: Any, kind: type[Exception], message: str) -> None:

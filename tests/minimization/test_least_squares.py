@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.optimize
 import torch
@@ -494,6 +495,8 @@ def test_arguments(arguments: dict[str, Any], kind: type[Exception], message: st
             r"residuals are not finite at x0: 2 of 2, the first at \(0",
         ),
         (lambda x: torch.log(x - 1.0), ValueError, "2 of 2"),
+        (lambda x: np.array([x[0], x[1]]), TypeError, "hands x to NumPy.*torch.stack for np"),
+        (lambda x: x[7], IndexError, "out of bounds"),
     ],
 )
 def test_residuals(fun: Any, kind: type[Exception], message: str) -> None:

@@ -18,6 +18,7 @@ from tests.support.residual_problems import (
     ResidualProblem,
 )
 from torch_secondorder import (
+    DatasetClosure,
     FunctionalObjective,
     LevenbergMarquardt,
     LevenbergMarquardtInfo,
@@ -238,6 +239,19 @@ def test_momentum_that_leads_uphill_is_left_out() -> None:
     before = fit.loss().item()
     optimizer.step(standard(optimizer, fit.loss))
     assert fit.loss().item() < before
+
+
+def test_momentum_is_left_out_after_a_rejected_step() -> None:
+    """A large damping would lead back to it, whatever the loss there."""
+    x = start_at(0.0)
+    optimizer = LevenbergMarquardt([x], damping=1.0, momentum=0.9)
+    optimizer._damping = optimizer._start = 1.0
+    optimizer._direction = torch.ones(1).double()
+    optimizer.step(standard(optimizer, lambda: squares(x - 1.0 + 50.0 * x**3)))
+    info = info_of(optimizer)
+    assert info.rejected >= 1
+    assert info.iterations == 1
+    assert info.loss_after < info.loss
 
 
 # Problems.
@@ -626,3 +640,60 @@ def test_the_step_ends_where_only_rounding_is_left(name: str, damping: Any) -> N
     info = info_of(optimizer)
     assert info.status in (StepStatus.STALLED, StepStatus.NO_DECREASE)
     assert info.grad_norm < 1e-10
+
+
+def loss_of_two_terms(model: nn.Module, x: Tensor, *, mark: bool) -> Tensor:
+    r = model(x[:3])
+    beside = mark_outputs(r) if mark else r
+    return mark_outputs(model(x) - 1.0).square().mean() + beside.square().mean()
+
+
+def test_a_term_whose_residuals_are_not_marked_is_told_once() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = LevenbergMarquardt(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of_two_terms(model, x, mark=False)
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="a term of the loss is in none.*mark its residuals"):
+        optimizer.step(closure)
+    optimizer.step(closure)  # warnings are errors in these tests
+
+
+@pytest.mark.parametrize("penalty", ["marked", "squares", "absolute values"])
+def test_no_warning_where_nothing_is_left_out(penalty: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = LevenbergMarquardt(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        if penalty == "marked":
+            loss = loss_of_two_terms(model, x, mark=True)
+        else:
+            power = 2 if penalty == "squares" else 1
+            loss = F.mse_loss(model(x), torch.ones(9, 1))
+            loss = loss + 1e-2 * sum(p.abs().pow(power).sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    before = float(optimizer.step(closure))
+    assert float(closure().detach()) < before
+
+
+def test_terms_of_a_data_set_whose_residuals_are_not_marked_are_told() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    data = [(torch.randn(9, 3), torch.ones(9, 1)), (torch.randn(9, 3), torch.ones(9, 1))]
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(z, y) + model(torch.ones(2, 3)).square().mean()
+
+    with pytest.warns(UserWarning, match="a term of the loss is in none"):
+        LevenbergMarquardt(model.parameters()).step(DatasetClosure(model, loss, data))

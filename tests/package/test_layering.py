@@ -85,7 +85,6 @@ RULES = Rules(
         "dataset._objective": "diagnostics _optim",
         "dataset._operator": "diagnostics _optim",
         "dataset._residuals": "_optim",
-        "globalization._resolve": "optim",
         "penalties._encoder": "optim integrations",
         "solvers._box_quadratic": "_optim optim",
         "solvers._boxed_dense": "optim",

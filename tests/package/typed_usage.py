@@ -106,6 +106,7 @@ from torch_secondorder.func import (
 )
 from torch_secondorder.globalization import (
     Armijo,
+    DampingName,
     DampingRule,
     FixedStep,
     Globalization,
@@ -142,7 +143,7 @@ from torch_secondorder.linear import (
     norm_constrained,
     ridge,
 )
-from torch_secondorder.optim import AccelerationName, DampingName, ScalingName
+from torch_secondorder.optim import AccelerationName, ScalingName
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import (
     CG,
@@ -638,6 +639,7 @@ def line_searches() -> None:
         assert_type(chosen.begun(1.0), float)
     assert_type(resolve_damping("nielsen", True), DampingRule | float | None)
     rules: list[DampingRule] = [MarquardtDamping(initial=1.0), NielsenDamping(share=1e-6)]
+    assert_type(resolve_damping("nielsen", True), DampingRule | float | None)
     for rule in rules:
         assert_type(rule.begun(1.0), float)
         assert_type(rule.rejected(1.0, 1), float)

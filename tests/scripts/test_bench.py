@@ -69,7 +69,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (
             ["residuals", "--part", "burgers", "--only", "Levenberg"],
             "residuals.burgers.",
-            "geodesic",
+            "LevenbergMarquardt (ours)",
         ),
         (["residuals", "--part", "convection", "--only", "Adam"], "residuals.convection.", "0.01"),
         (["residuals", "--part", "iteration"], "residuals.iteration.curve", "One iteration"),

@@ -15,12 +15,14 @@ class NormalEquations(ABC):
         size: `n`.
         finite: Whether the residuals are finite.
         rest_diagonal: See `ResidualJacobian`.
+        rest_is_diagonal: Likewise.
     """
 
     rows: int
     size: int
     finite: bool
     rest_diagonal: float | Tensor
+    rest_is_diagonal: bool
 
     @abstractmethod
     def normal_matrix(self) -> Tensor:

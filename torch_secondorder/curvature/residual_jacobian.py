@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -210,12 +210,22 @@ class ResidualJacobian:
         return rest if decay is None else rest + decay
 
     @cached_property
+    def _rest_parts(self) -> Sequence[Tensor | None] | None:
+        return self._residuals.rest_diagonal()
+
+    @cached_property
+    def rest_is_diagonal(self) -> bool:
+        """True if `rest_diagonal` is all the curvature of the terms that bypass the outputs."""
+        more = self._residuals.bypassed and self._rest_parts is None
+        return not self._ranks.any(more, self._device)
+
+    @cached_property
     def rest_diagonal(self) -> Tensor | float:
         """The diagonal of the curvature of what is not in the residuals: `(n,)`, or zero.
 
         Weight decay, and terms of the loss that bypass the outputs such as a penalty on weights.
         """
-        parts = self._residuals.rest_diagonal()
+        parts = self._rest_parts
         result: Tensor | float = 0.0
         vector = self._linearization.vector
         if self._ranks.any(parts is not None, self._device):

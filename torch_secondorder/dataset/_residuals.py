@@ -35,6 +35,7 @@ class BatchResiduals(NormalEquations):
         reason: The reason why it was not `"graph"`.
         finite: Whether the residuals of all batches are finite.
         rest_diagonal: See `ResidualJacobian`.
+        rest_is_diagonal: Likewise, for all batches.
 
     Raises:
         UnknownOutputs: A batch's loss shows no residuals.
@@ -61,6 +62,7 @@ class BatchResiduals(NormalEquations):
         self.rows, self.reason, self.finite = 0, "", True
         self.method: JacobianMethod = "graph"
         self.rest_diagonal: float | Tensor = 0.0
+        self.rest_is_diagonal = True
         self._matrix = batches.retried(partial(self._sum, batches))
         self._complete()
 
@@ -77,6 +79,7 @@ class BatchResiduals(NormalEquations):
             self.method, self.reason = jacobian.method, jacobian.reason
             self.finite = self.finite and jacobian.finite
             self.rest_diagonal = self.rest_diagonal + weight * jacobian.rest_diagonal
+            self.rest_is_diagonal = self.rest_is_diagonal and jacobian.rest_is_diagonal
             matrix.add_(jacobian.normal_matrix(), alpha=weight)
 
         batches.for_each_operator(add, "normal equations")

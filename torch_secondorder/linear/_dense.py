@@ -18,14 +18,17 @@ def check_dense(A: Any, b: Any, rcond: float | None) -> None:
     """Raises unless `A` is a finite matrix and `b` one or several right-hand sides for it."""
     for name, tensor in (("A", A), ("b", b)):
         if not isinstance(tensor, Tensor):
-            hint = "; lsqr and lsmr take matrix-free operators" if name == "A" else ""
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{hint}")
+            hint = f"pass torch.as_tensor({name}), in float32 or float64"
+            if callable(tensor) or hasattr(tensor, "matvec"):
+                hint = "lsqr and lsmr take matrix-free operators"
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}: {hint}")
         if tensor.layout != torch.strided:
             raise TypeError(
                 f"{name} must be dense, got {tensor.layout}; lsqr and lsmr take sparse matrices"
             )
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}")
+            hint = "" if tensor.is_complex() else f": pass {name}.double()"
+            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}{hint}")
     if A.dim() != 2:
         raise ValueError(f"A must be a matrix of shape (m, n), got shape {tuple(A.shape)}")
     if b.dim() not in (1, 2) or len(b) != len(A):

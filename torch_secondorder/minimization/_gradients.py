@@ -38,11 +38,29 @@ class Counts:
     gradients: int = 0
 
 
+def recorded(fun: Callable[[Any], Any], x: Any) -> Any:
+    """The value of a function whose operations autograd records.
+
+    Raises:
+        TypeError: It hands a tensor with a graph to NumPy.
+    """
+    try:
+        return fun(x)
+    except (RuntimeError, TypeError) as error:
+        if "numpy() on Tensor that requires grad" not in str(error):
+            raise
+        raise TypeError(
+            "the function hands x to NumPy, which autograd cannot follow: use operations of torch "
+            "(torch.exp for np.exp, torch.stack for np.array) and tensors for the data, such as "
+            f"torch.as_tensor(t) for an array t, {_BY_DIFFERENCES}"
+        ) from error
+
+
 def exact(fun: Callable[[Any], Any]) -> Function:
     """The function itself, checked to have a value that autograd can differentiate."""
 
     def checked(x: Any) -> Tensor:
-        value = fun(x)
+        value = recorded(fun, x)
         if not isinstance(value, Tensor) or value.dim() or value.is_complex():
             return differentiable(value)
         return value if value.requires_grad else differentiable(value)

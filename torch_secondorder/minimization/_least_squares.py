@@ -16,7 +16,7 @@ from torch_secondorder._optim.flat import Descent, Iterate
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
 from torch_secondorder.minimization._bounds import Bound
-from torch_secondorder.minimization._gradients import Counts
+from torch_secondorder.minimization._gradients import Counts, recorded
 from torch_secondorder.minimization._robust import LossName, cost_of
 from torch_secondorder.minimization._runs import Problem
 from torch_secondorder.minimization.result import LeastSquaresResult
@@ -92,7 +92,7 @@ class ResidualCost:
 
     def residuals(self, x: Any) -> Tensor:
         """The residuals at a tree; a number becomes a vector of one entry."""
-        r = self._fun(x)
+        r = recorded(self._fun, x)
         if not isinstance(r, Tensor) or r.is_complex() or not r.is_floating_point():
             kind = f"a tensor of {r.dtype}" if isinstance(r, Tensor) else f"{type(r).__name__}"
             hint = ""

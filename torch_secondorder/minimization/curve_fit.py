@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_callable
-from torch_secondorder.minimization.least_squares import as_start, least_squares
+from torch_secondorder.minimization.least_squares import as_start, least_squares, plain_array
 from torch_secondorder.minimization.result import LeastSquaresResult
 
 __all__ = ["curve_fit"]
@@ -20,6 +20,13 @@ __all__ = ["curve_fit"]
 _NO_COVARIANCE = (
     "the covariance of the parameters could not be estimated: {}; all its entries are infinite"
 )
+
+# Arguments of `scipy.optimize.curve_fit` that are not here.
+_OF_SCIPY = {
+    "maxfev": "max_nfev is the most evaluations",
+    "method": "leave it out, there is one method, with bounds and without",
+    "nan_policy": "leave out what is not finite, of xdata, ydata and sigma",
+}
 
 
 @overload
@@ -76,15 +83,17 @@ def curve_fit(
     Args:
         f: The curve: `f(xdata, *params)`, with each parameter a tensor without dimensions, computed
             by operations of torch.
-        xdata: What `f` takes as its first argument: a tensor, or anything else.
+        xdata: What `f` takes as its first argument: a tensor, or anything else. Arrays and lists
+            of numbers become tensors, in float64, unless there is a `jac`, with which `f` need not
+            be in torch.
         ydata: The data, a tensor or an array with `N` entries.
         p0: The parameters to start from; ones by default, as many as `f` has arguments.
         sigma: The standard deviations of the data, a number or `N` of them, or their covariance
             matrix `(N, N)`; ones by default.
         absolute_sigma: Whether `sigma` are standard deviations. If not, they are weights, and the
             covariance is multiplied by the variance that the residuals show.
-        check_finite: Whether `ydata`, and `xdata` if it is a tensor, are refused if an entry is not
-            finite.
+        check_finite: Whether `ydata`, and `xdata` if it is or becomes a tensor, are refused if an
+            entry is not finite.
         bounds: See `least_squares`.
         full_output: Whether the result of `least_squares` is returned as well.
         **kwargs: Further arguments of `least_squares`, such as `loss` or `max_nfev`.
@@ -95,7 +104,7 @@ def curve_fit(
         parameters.
 
     Raises:
-        TypeError: See `least_squares`.
+        TypeError: An argument is one of SciPy's that has another name here, or see `least_squares`.
         ValueError: `p0` is missing and the number of parameters unknown; there are fewer data than
             parameters; data are not finite; `sigma` has a wrong shape, is not positive or not
             positive definite; or see `least_squares`.
@@ -112,7 +121,12 @@ def curve_fit(
     [0.05, 0.02]
     """
     check_callable("f", f)
+    for name, instead in _OF_SCIPY.items():
+        if name in kwargs:
+            raise TypeError(f"curve_fit has no argument {name!r}: {instead}")
     start = _start(f, p0, bounds)
+    if kwargs.get("jac") is None:
+        xdata = _points(xdata, start.device)
     y = _data(ydata, start)
     if check_finite:
         for name, data in (("xdata", xdata), ("ydata", y)):
@@ -178,9 +192,24 @@ def _start(f: Callable[..., Any], p0: Any, bounds: Any) -> Tensor:
     return torch.where(~low.isfinite() & high.isfinite(), high - 1.0, start)
 
 
+def _points(xdata: Any, device: torch.device) -> Any:
+    """Arrays and sequences of numbers as tensors; anything else as it is."""
+    if type(xdata) in (list, tuple):
+        if any(getattr(entry, "ndim", 0) for entry in xdata):  # several arrays or tensors
+            return type(xdata)(_points(entry, device) for entry in xdata)
+    elif isinstance(xdata, Tensor) or not hasattr(xdata, "__array__"):
+        return xdata
+    try:
+        return torch.as_tensor(plain_array(xdata), dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError):  # not of numbers
+        return xdata
+
+
 def _data(ydata: Any, start: Tensor) -> Tensor:
     """The data as a vector, on the device of the parameters."""
-    y = ydata if isinstance(ydata, Tensor) else torch.as_tensor(ydata, dtype=torch.float64)
+    y = ydata
+    if not isinstance(y, Tensor):
+        y = torch.as_tensor(plain_array(ydata), dtype=torch.float64)
     if y.is_complex():
         raise TypeError("ydata is complex: fit torch.view_as_real of it")
     y = y.detach().reshape(-1).to(start.device)
@@ -193,7 +222,7 @@ def _whitening(sigma: Any, y: Tensor) -> Callable[[Tensor], Tensor]:
     """The function that makes residuals of variance one."""
     if sigma is None:
         return lambda r: r
-    deviations = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).detach()
+    deviations = torch.as_tensor(plain_array(sigma), dtype=y.dtype, device=y.device).detach()
     n = len(y)
     if deviations.dim() == 2 and deviations.shape == (n, n):
         factor, failed = torch.linalg.cholesky_ex(deviations)

@@ -182,7 +182,7 @@ def as_start(x0: Any) -> Any:
     if isinstance(x0, Mapping) or any(isinstance(leaf, Tensor) for leaf in leaves):
         return x0
     try:
-        found = torch.as_tensor(x0)
+        found = torch.as_tensor(plain_array(x0))
         if isinstance(x0, (bool, str)) or found.dtype is torch.bool:
             raise TypeError("not numbers")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -195,8 +195,15 @@ def as_start(x0: Any) -> Any:
     return found if keeps or found.is_complex() else _doubled(x0)
 
 
+def plain_array(value: Any) -> Any:
+    """A column of a table as the array it holds: torch would look its labels up."""
+    if isinstance(value, Tensor) or not hasattr(value, "__array__"):
+        return value
+    return value.__array__()
+
+
 def _doubled(x0: Any) -> Tensor:
-    return torch.as_tensor(x0, dtype=torch.float64)
+    return torch.as_tensor(plain_array(x0), dtype=torch.float64)
 
 
 def _limits(

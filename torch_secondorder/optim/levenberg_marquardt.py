@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan, sqrt
 from typing import Any, Literal, TypeAlias
@@ -122,6 +123,14 @@ class LevenbergMarquardtInfo(BoundedInfo):
     reason: str = ""
 
 
+_UNMARKED = """\
+a term of the loss is in none of the residuals, and more than a penalty on single parameters: its \
+gradient is in the steps, its curvature is not, and they may become short. If it is a sum of \
+squares, mark its residuals as well:
+    r = torch_secondorder.mark_outputs(residual(model, x))
+    loss = loss + r.square().mean()"""
+
+
 class LevenbergMarquardt(FlatOptimizer):
     """The method of Levenberg and Marquardt for losses that are sums of squared residuals.
 
@@ -129,11 +138,11 @@ class LevenbergMarquardt(FlatOptimizer):
     `|r + J s|^2 / 2 + damping * s'D s / 2`. The Jacobian `J` comes from the graph of the standard
     closure. Losses with a convex curvature by the model's outputs, such as cross-entropy, have
     residuals as well: a root of that curvature makes them, and the steps are those of the
-    generalized Gauss-Newton method. Other terms of the loss, such as penalties on parameters, add
-    their gradient.
+    generalized Gauss-Newton method. Other terms of the loss add their gradient, and penalties on
+    single parameters their curvature as well; a warning tells of those whose curvature is left out.
 
     Loss functions of torch show their residuals. If the closure squares residuals itself, mark
-    them: `r = mark_outputs(model(x) - y)`.
+    them, those of each term: `r = mark_outputs(model(x) - y)`.
 
     For mini-batches, use
     `LevenbergMarquardt(params, 0.3, momentum=0.9, max_norm=0.5, globalization=None)`: these are
@@ -230,6 +239,7 @@ class LevenbergMarquardt(FlatOptimizer):
     _bend: float  # what to expect of the next step, to skip corrections of straight ones
     _largest: Tensor | None  # the largest values of the diagonal of J'J so far
     _way: JacobianMethod | None = None  # to the Jacobian, once the fastest one has failed in a step
+    _told: bool = False  # whether terms without residuals have been looked for
     _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
     _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
@@ -429,6 +439,10 @@ class LevenbergMarquardt(FlatOptimizer):
             point = descent.point = point_of(evaluation, objective)
         assert point.evaluation is not None and point.grad is not None
         jacobian = residuals_at(objective, point.evaluation, self._way)
+        if not self._told and jacobian.finite:
+            self._told = True
+            if not jacobian.rest_is_diagonal:
+                warnings.warn(_UNMARKED, stacklevel=2)
         if jacobian.reason:  # it will not do at the next point either
             self._way, self._reason = jacobian.method, jacobian.reason
         solver = self.solver
