@@ -5,28 +5,47 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.curvature.test_residual_jacobian_methods import (
-    CLOSE,
-    half_square,
-    network,
-    randn,
-    rows_of,
-)
 from torch_secondorder import ClosureObjective, mark_outputs
+from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import ResidualJacobian
+
+CLOSE: dict[str, float] = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def half_square(*outputs: Tensor) -> Tensor:
+    loss = torch.stack([mark_outputs(z).square().sum() / 2 for z in outputs]).sum()
+    loss.backward()
+    return loss
+
+
+def rows_of(evaluation: Evaluation) -> Tensor:
+    """The Jacobian of all outputs from a backward pass for each entry."""
+    assert evaluation.linearization is not None
+    graph, rows = evaluation.linearization.graph, []
+    for output in graph.outputs:
+        for entry in output.tensor.reshape(-1):
+            found = torch.autograd.grad(
+                entry, graph.params, retain_graph=True, materialize_grads=True
+            )
+            rows.append(torch.cat([part.reshape(-1) for part in found]))
+    return torch.stack(rows)
 
 
 def test_a_block_beside_a_much_larger_one() -> None:
-    net = network(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).float()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     x = randn(20, 3).float()
 
     def closure() -> Tensor:
         z = net(x)
-        loss = mark_outputs(1e-4 * z).square().sum() / 2 + mark_outputs(z.sin()).square().sum() / 2
-        loss.backward()
-        return loss
+        return half_square(1e-4 * z, z.sin())
 
     evaluation = ClosureObjective(closure, net.parameters()).evaluate(curvature="jacobian")
     J = ResidualJacobian(evaluation)
@@ -43,11 +62,8 @@ def test_rows_of_a_sample_that_were_zero() -> None:
     x[0, 0] = -1.0
 
     def closure() -> Tensor:
-        small = mark_outputs(torch.maximum(x, bound)[:2])
-        large = mark_outputs(1e4 * c * torch.tensor([1.0, 2.0, 3.0]))
-        loss = small.square().sum() / 2 + large.square().sum() / 2
-        loss.backward()
-        return loss
+        large = 1e4 * c * torch.tensor([1.0, 2.0, 3.0])
+        return half_square(torch.maximum(x, bound)[:2], large)
 
     objective = ClosureObjective(closure, [bound, c])
     assert ResidualJacobian(objective.evaluate(curvature="jacobian")).method == "graph"
@@ -64,10 +80,7 @@ def test_zeros_that_the_gradient_says_nothing_about() -> None:
 
     def closure() -> Tensor:
         z = torch.maximum(x, b)
-        # Where one is zero, the other has no derivative.
-        loss = mark_outputs(z * 1).square().sum() / 2 + mark_outputs(z * z - 1).square().sum() / 2
-        loss.backward()
-        return loss
+        return half_square(z * 1, z * z - 1)  # where one is zero, the other has no derivative
 
     objective = ClosureObjective(closure, [b])
     ResidualJacobian(objective.evaluate(curvature="jacobian"))
@@ -113,9 +126,10 @@ def test_one_unit_of_many_that_comes_to_mix_samples(unit: int) -> None:
     torch.testing.assert_close(J.pull(ones), rows_of(evaluation)[3], **CLOSE)
 
 
-def test_products_where_the_graph_has_one_derivative_only() -> None:
-    attention = torch.nn.MultiheadAttention(4, 2, batch_first=True).double()
-    x = randn(5, 6, 4)
+@pytest.mark.parametrize("samples", [5, 60])
+def test_products_where_the_graph_has_one_derivative_only(samples: int) -> None:
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    x = randn(samples, 6, 4)
 
     def closure() -> Tensor:
         z = attention(x, x, x, need_weights=False)[0]
@@ -124,5 +138,19 @@ def test_products_where_the_graph_has_one_derivative_only() -> None:
     evaluation = ClosureObjective(closure, attention.parameters()).evaluate(curvature="jacobian")
     J = ResidualJacobian(evaluation)
     v = randn(J.size)
-    assert J.method == "rows"
+    assert J.method == ("rows" if samples == 5 else "columns")
     torch.testing.assert_close(J.push(v), rows_of(evaluation) @ v, **CLOSE)
+    torch.testing.assert_close(J.dense(), rows_of(evaluation), **CLOSE)
+
+
+@pytest.mark.parametrize("width", [40, 50])
+def test_kernel_of_blocks_with_one_channel_and_with_several(width: int) -> None:
+    # Where there are several channels, the gradient is the factor that differs by them.
+    W, v = randn(50, width).requires_grad_(), randn(width, 2, seed=2)
+    x, y = randn(20, 50, seed=3), randn(30, 50, seed=4)
+    evaluation = ClosureObjective(
+        lambda: half_square((x @ W).tanh() @ v[:, 0], (y @ W).tanh() @ v), [W]
+    ).evaluate(curvature="jacobian")
+    J, expected = ResidualJacobian(evaluation), rows_of(evaluation)
+    assert J.method == "graph"
+    torch.testing.assert_close(J.kernel(), expected @ expected.T, rtol=1e-10, atol=1e-9)
