@@ -405,7 +405,8 @@ def test_bounds_that_are_not_met_change_nothing() -> None:
         ({"damping": NielsenDamping(), "globalization": "armijo"}, ValueError, "is constant"),
         ({"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\)"),
         ({"momentum": -0.1}, ValueError, "momentum must"),
-        ({"globalization": "newton"}, ValueError, "globalization must be one of"),
+        ({"globalization": "newton"}, ValueError, "one of 'damping', 'trust_region', 'strong_w"),
+        ({"globalization": NielsenDamping()}, TypeError, r"no damping rule.*pass damping=Nielsen"),
         ({"globalization": 3}, TypeError, "globalization must be one of"),
         (
             {"globalization": "armijo", "acceleration": "geodesic"},

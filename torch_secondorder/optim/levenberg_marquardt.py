@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan, sqrt
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -105,7 +105,8 @@ class LevenbergMarquardtInfo(BoundedInfo):
         solver_iterations: Iterations of conjugate gradients.
         rows: Residuals of the last Jacobian, those of all ranks.
         jacobian: The way to the last Jacobian, see `ResidualJacobian`.
-        reason: The reason why no faster way to it was taken; empty if there is none.
+        reason: The reason why no faster way to it was taken, such as autograd's name of an
+            operation; empty if there is none.
     """
 
     jacobians: int = 0
@@ -280,13 +281,7 @@ class LevenbergMarquardt(FlatOptimizer):
             )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
         check_integer("corrections", corrections, low=0, whole_floats=True)
-        self.globalization: LineSearch | TrustRegion | None = None
-        if globalization == "trust_region":
-            self.globalization = _REGION
-        elif isinstance(globalization, TrustRegion):
-            self.globalization = globalization
-        elif globalization is not None and globalization != "damping":
-            self.globalization = resolve_line_search(globalization, "globalization")
+        self.globalization = _resolved(globalization)
         if isinstance(self.globalization, TrustRegion):
             self._check_within_radius(damping, momentum)
         self.damping = resolve_damping(damping, globalization == "damping")
@@ -664,6 +659,20 @@ class LevenbergMarquardt(FlatOptimizer):
         super()._forget(reason)
         self._bend = inf
         self._damping = self._radius = self._start = 0.0
+
+
+def _resolved(spec: Any) -> LineSearch | TrustRegion | None:
+    """The globalization from its name; None where there is none, or a damping."""
+    if spec is None or isinstance(spec, TrustRegion):
+        return spec
+    if isinstance(spec, DampingRule):
+        raise TypeError(f"globalization is no damping rule here: pass damping={spec!r}")
+    if isinstance(spec, (str, type)) or not callable(spec):
+        known = ("damping", "trust_region", *get_args(LineSearchName))
+        check_choice("globalization", spec, known, "an instance such as StrongWolfe(), or None")
+    if isinstance(spec, str) and spec in ("damping", "trust_region"):
+        return _REGION if spec == "trust_region" else None
+    return resolve_line_search(spec, "globalization")
 
 
 @dataclass(slots=True)
