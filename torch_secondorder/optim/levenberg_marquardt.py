@@ -71,6 +71,9 @@ AccelerationName: TypeAlias = Literal["auto", "geodesic"]
 _PATIENCE = 5
 # Most systems that are solved with one Jacobian.
 _ATTEMPTS = 40
+# Curvatures below this power of the machine epsilon, relative to the largest, may be rounding errors
+# of zeros, as of biases before a normalization or of the keys of attention.
+_FLAT = 1.5
 # The gain ratio from which a step is taken.
 _ACCEPT = 1e-4
 # The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012); and the change
@@ -173,7 +176,8 @@ class LevenbergMarquardt(FlatOptimizer):
         scaling: `D`: `"identity"`; `"marquardt"` for the diagonal of `J'J`; `"more"` for its
             largest values so far, so that steps do not depend on the units of the parameters.
             `"auto"` is `"more"` with the primal solver and a damping that adapts or a trust region,
-            and else `"identity"`, for which the dual solver needs no Jacobian.
+            and else `"identity"`, for which the dual solver needs no Jacobian. It holds back
+            parameters that change the loss by rounding errors alone, which the others do not.
         acceleration: `"geodesic"` for steps that follow the bend of the residuals to second
             order, for one more evaluation each; None for none. `"auto"` does so where a damping
             decides about steps of the primal solver, unless the residuals hardly bend.
@@ -459,8 +463,9 @@ class LevenbergMarquardt(FlatOptimizer):
     def _problem(self, system: DampedLeastSquares, descent: Descent) -> ResidualModel:
         """The system with metric, center and bounds; makes the first damping."""
         metric: Tensor | None = None
-        scaling = self.scaling
+        scaling, floor = self.scaling, 0.0
         if scaling == "auto":
+            floor = descent.objective.vector.precision**_FLAT
             adapts = isinstance(self.damping, DampingRule)
             adapts = adapts or isinstance(self.globalization, TrustRegion)
             scaling = "more" if adapts and system.name == "primal" else "identity"
@@ -472,7 +477,8 @@ class LevenbergMarquardt(FlatOptimizer):
                 self._largest = metric
             # A parameter that no residual depends on may have any metric.
             largest = metric.amax()
-            metric = torch.where(metric > 0, metric, torch.where(largest > 0, largest, 1.0))
+            rest = torch.where(largest > 0, largest, 1.0)
+            metric = torch.where(metric > floor * largest, metric, rest)
         if self.globalization is None and self.damping is None:  # the batches may differ
             self._damping = self._start = _OF_MEAN * (system.mean_curvature(metric) or 1.0)
         elif not self._damping and not isinstance(self.globalization, TrustRegion):
