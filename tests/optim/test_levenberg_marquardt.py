@@ -405,7 +405,8 @@ def test_bounds_that_are_not_met_change_nothing() -> None:
         ({"damping": NielsenDamping(), "globalization": "armijo"}, ValueError, "is constant"),
         ({"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\)"),
         ({"momentum": -0.1}, ValueError, "momentum must"),
-        ({"globalization": "newton"}, ValueError, "globalization must be one of"),
+        ({"globalization": "newton"}, ValueError, "one of 'damping', 'trust_region', 'strong_w"),
+        ({"globalization": NielsenDamping()}, TypeError, r"no damping rule.*pass damping=Nielsen"),
         ({"globalization": 3}, TypeError, "globalization must be one of"),
         (
             {"globalization": "armijo", "acceleration": "geodesic"},
@@ -697,3 +698,37 @@ def test_terms_of_a_data_set_whose_residuals_are_not_marked_are_told() -> None:
 
     with pytest.warns(UserWarning, match="a term of the loss is in none"):
         LevenbergMarquardt(model.parameters()).step(DatasetClosure(model, loss, data))
+
+
+class WithoutEffect(nn.Module):
+    """The biases of keys change nothing, nor does one before a normalization, but by rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.before = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.before(self.attention(x, x, x, need_weights=False)[0].mean(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("globalization", ["damping", "trust_region"])
+def test_parameters_without_effect_do_not_run_away(globalization: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = WithoutEffect().to(dtype)
+    x, y = torch.randn(60, 5, 4, dtype=dtype), torch.randn(60, 3, dtype=dtype)
+    optimizer = LevenbergMarquardt(model.parameters(), globalization=globalization)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure).detach()) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert optimizer.info is not None and optimizer.info.solver == "primal"
+    keys = model.attention.in_proj_bias.detach()[4:8]
+    assert float(keys.abs().max()) < 1 and float(model.before.bias.detach().abs().max()) < 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan, sqrt
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -71,6 +71,9 @@ AccelerationName: TypeAlias = Literal["auto", "geodesic"]
 _PATIENCE = 5
 # Most systems that are solved with one Jacobian.
 _ATTEMPTS = 40
+# Curvatures below this power of the machine epsilon, relative to the largest, may be rounding errors
+# of zeros, as of biases before a normalization or of the keys of attention.
+_FLAT = 1.5
 # The gain ratio from which a step is taken.
 _ACCEPT = 1e-4
 # The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012); and the change
@@ -105,7 +108,8 @@ class LevenbergMarquardtInfo(BoundedInfo):
         solver_iterations: Iterations of conjugate gradients.
         rows: Residuals of the last Jacobian, those of all ranks.
         jacobian: The way to the last Jacobian, see `ResidualJacobian`.
-        reason: The reason why no faster way to it was taken; empty if there is none.
+        reason: The reason why no faster way to it was taken, such as autograd's name of an
+            operation; empty if there is none.
     """
 
     jacobians: int = 0
@@ -172,7 +176,8 @@ class LevenbergMarquardt(FlatOptimizer):
         scaling: `D`: `"identity"`; `"marquardt"` for the diagonal of `J'J`; `"more"` for its
             largest values so far, so that steps do not depend on the units of the parameters.
             `"auto"` is `"more"` with the primal solver and a damping that adapts or a trust region,
-            and else `"identity"`, for which the dual solver needs no Jacobian.
+            and else `"identity"`, for which the dual solver needs no Jacobian. It holds back
+            parameters that change the loss by rounding errors alone, which the others do not.
         acceleration: `"geodesic"` for steps that follow the bend of the residuals to second
             order, for one more evaluation each; None for none. `"auto"` does so where a damping
             decides about steps of the primal solver, unless the residuals hardly bend.
@@ -280,13 +285,7 @@ class LevenbergMarquardt(FlatOptimizer):
             )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
         check_integer("corrections", corrections, low=0, whole_floats=True)
-        self.globalization: LineSearch | TrustRegion | None = None
-        if globalization == "trust_region":
-            self.globalization = _REGION
-        elif isinstance(globalization, TrustRegion):
-            self.globalization = globalization
-        elif globalization is not None and globalization != "damping":
-            self.globalization = resolve_line_search(globalization, "globalization")
+        self.globalization = _resolved(globalization)
         if isinstance(self.globalization, TrustRegion):
             self._check_within_radius(damping, momentum)
         self.damping = resolve_damping(damping, globalization == "damping")
@@ -464,8 +463,9 @@ class LevenbergMarquardt(FlatOptimizer):
     def _problem(self, system: DampedLeastSquares, descent: Descent) -> ResidualModel:
         """The system with metric, center and bounds; makes the first damping."""
         metric: Tensor | None = None
-        scaling = self.scaling
+        scaling, floor = self.scaling, 0.0
         if scaling == "auto":
+            floor = descent.objective.vector.precision**_FLAT
             adapts = isinstance(self.damping, DampingRule)
             adapts = adapts or isinstance(self.globalization, TrustRegion)
             scaling = "more" if adapts and system.name == "primal" else "identity"
@@ -477,7 +477,8 @@ class LevenbergMarquardt(FlatOptimizer):
                 self._largest = metric
             # A parameter that no residual depends on may have any metric.
             largest = metric.amax()
-            metric = torch.where(metric > 0, metric, torch.where(largest > 0, largest, 1.0))
+            rest = torch.where(largest > 0, largest, 1.0)
+            metric = torch.where(metric > floor * largest, metric, rest)
         if self.globalization is None and self.damping is None:  # the batches may differ
             self._damping = self._start = _OF_MEAN * (system.mean_curvature(metric) or 1.0)
         elif not self._damping and not isinstance(self.globalization, TrustRegion):
@@ -664,6 +665,20 @@ class LevenbergMarquardt(FlatOptimizer):
         super()._forget(reason)
         self._bend = inf
         self._damping = self._radius = self._start = 0.0
+
+
+def _resolved(spec: Any) -> LineSearch | TrustRegion | None:
+    """The globalization from its name; None where there is none, or a damping."""
+    if spec is None or isinstance(spec, TrustRegion):
+        return spec
+    if isinstance(spec, DampingRule):
+        raise TypeError(f"globalization is no damping rule here: pass damping={spec!r}")
+    if isinstance(spec, (str, type)) or not callable(spec):
+        known = ("damping", "trust_region", *get_args(LineSearchName))
+        check_choice("globalization", spec, known, "an instance such as StrongWolfe(), or None")
+    if isinstance(spec, str) and spec in ("damping", "trust_region"):
+        return _REGION if spec == "trust_region" else None
+    return resolve_line_search(spec, "globalization")
 
 
 @dataclass(slots=True)
