@@ -203,6 +203,18 @@ def test_a_zero_jacobian_gives_no_step() -> None:
         assert step.x.abs().max() == 0.0
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_squares_of_gradients_that_are_out_of_range(solver: str, scale: float) -> None:
+    torch.manual_seed(0)
+    # Singular values near one, times the scale.
+    A = torch.linalg.qr(torch.randn(8, 4, dtype=torch.float64))[0]
+    r = torch.randn(8, dtype=torch.float64)
+    j = DenseJacobian((scale * A).float(), (scale * r).float())
+    step = DampedLeastSquares.of(j, j.grad, solver).solve(0.1 * scale**2)
+    torch.testing.assert_close(step.x, (-(A.T @ r) / 1.1).float(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("small", [True, False])
 def test_ill_conditioned_jacobians_keep_their_digits(
     small: bool, monkeypatch: pytest.MonkeyPatch

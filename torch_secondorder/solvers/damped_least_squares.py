@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, sqrt
+from math import frexp, inf, isfinite, sqrt
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
@@ -501,8 +501,11 @@ class _Iterative(DampedLeastSquares):
     ) -> tuple[Tensor, int]:
         inverse = Diagonal((self.diagonal + weights).reciprocal())
         solver = CG(self.most, tolerance=self.tolerance)
-        found = solver(_Normal(self.jacobian, weights), -right.grad, preconditioner=inverse)
-        return found.x, found.iterations
+        # In units in which no square of a norm is out of range; a power of two rounds nothing.
+        (largest,) = WHOLE.to_host(largest=(right.grad,))
+        unit = 2.0 ** (frexp(largest)[1] - 1) if isfinite(largest) else 1.0
+        found = solver(_Normal(self.jacobian, weights), right.grad / -unit, preconditioner=inverse)
+        return found.x * unit, found.iterations
 
 
 class _Normal(LinearOperator):
