@@ -71,8 +71,8 @@ AccelerationName: TypeAlias = Literal["auto", "geodesic"]
 _PATIENCE = 5
 # Most systems that are solved with one Jacobian.
 _ATTEMPTS = 40
-# Curvatures below this power of the machine epsilon, relative to the largest, may be rounding errors
-# of zeros, as of biases before a normalization or of the keys of attention.
+# Curvatures below this power of the machine epsilon, relative to the largest, may be zeros but for
+# rounding, as of biases before a normalization or of the keys of attention.
 _FLAT = 1.5
 # The gain ratio from which a step is taken.
 _ACCEPT = 1e-4
