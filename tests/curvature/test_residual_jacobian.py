@@ -383,7 +383,7 @@ def test_products_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if it were large: nothing is made at once, or kept.
     for limit, value in {"_SMALL": 0, "_KEPT": 0, "_PART": 50}.items():
         monkeypatch.setattr(_local_jacobian, limit, value)
-    for limit, value in {"_CACHED": 10, "_FEWEST": 2}.items():
+    for limit, value in {"_CACHED": 10}.items():
         monkeypatch.setattr(_jacobian_columns, limit, value)
     monkeypatch.setattr(_jacobian_kernel, "_LARGEST", 50)
     J = ResidualJacobian(evaluation, method="graph")

@@ -565,7 +565,7 @@ def test_layouts_collect_the_rows_of_each_sample(owners: list[int], seed: int) -
     rows = randn(len(owners), 2, seed=seed)
     rows[owner < 0] = 0
     counts = (2, 4)
-    found = layouts(owner, counts)
+    found, _ = layouts(owner, counts)
     begin = 0
     for i, samples in enumerate(counts):
         for sample in range(samples):
@@ -661,7 +661,7 @@ def test_probes_with_rounding_errors() -> None:
     assert owner is not None
     unknown = owner < 0
     assert torch.equal(owner[~unknown], torch.arange(samples)[~unknown])
-    assert layouts(owner, [samples])[0].of(deltas).shape == (samples, 1, 1)
+    assert layouts(owner, [samples])[0][0].of(deltas).shape == (samples, 1, 1)
     # Not where they are many, or large.
     exact[::20] *= 1e-5
     weighted = [(exact * w[:, None] + e).float() for w, e in zip(weights, noise[1:], strict=True)]

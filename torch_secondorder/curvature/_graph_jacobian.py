@@ -31,6 +31,7 @@ from torch_secondorder.curvature._jacobian_columns import (
     Rows,
 )
 from torch_secondorder.curvature._jacobian_plan import (
+    NOISE,
     Deltas,
     GraphPlan,
     NotFinite,
@@ -94,11 +95,11 @@ def graph_columns(
         with torch.no_grad():
             if plan is not None:
                 try:
-                    return _Assembly(tensors, blocks, params, vector, survey, plan).columns()
+                    return _Assembly(tensors, blocks, params, vector, survey, plan, False).columns()
                 except _Outdated:
                     pass
             plan = plans[key] = plan_of(tensors, blocks, params, survey)
-            return _Assembly(tensors, blocks, params, vector, survey, plan).columns()
+            return _Assembly(tensors, blocks, params, vector, survey, plan, True).columns()
     except NotFinite as error:
         raise Rejected("gradients that are not finite") from error
     except (Unsupported, _Outdated) as error:
@@ -127,10 +128,11 @@ class _Assembly:
         vector: ParameterVector,
         survey: Survey,
         plan: GraphPlan,
+        fresh: bool,
     ) -> None:
         self._tensors, self._blocks = tensors, blocks
         self._params, self._vector = params, vector
-        self._survey, self._plan = survey, plan
+        self._survey, self._plan, self._fresh = survey, plan, fresh
         self.rows: list[Rows] = []
         start = 0
         for block, entries in zip(blocks, plan.entries, strict=True):
@@ -171,17 +173,22 @@ class _Assembly:
         deltas = Deltas(self._tensors, self._blocks, self._survey, self._plan.uses)
         targets = {(t.use.source, t.use.output): t for t in self._plan.targets}
         pieces: dict[Target, dict[int, list[_Piece]]] = {}
-        for chosen, layouts_of in zip(self._plan.passes, self._plan.layouts, strict=True):
+        plan = self._plan
+        for chosen, by_uses, silent_rows in zip(
+            plan.passes, plan.layouts, plan.silent, strict=True
+        ):
             made = deltas.of(chosen, [self._roots(i) for i in chosen])
-            for use, found in zip(self._plan.uses, layouts_of, strict=True):
+            for use, found, silent in zip(plan.uses, by_uses, silent_rows, strict=True):
                 delta = made[use.node]
                 if delta is None:
                     continue
                 factors = factors_of(self._survey.nodes[use.node], use.slot, delta, use.shape)
                 if factors is None:
                     continue
+                if not self._fresh and self._speaks(factors, silent, made):
+                    raise _Outdated("rows of no known sample")
                 if not found:
-                    continue  # zeros when they were tried; the gradient shows if they are none now
+                    continue
                 own = pieces.setdefault(targets[use.source, use.output], {})
                 for i, layout in found.items():
                     if layout.total != factors.rows:
@@ -189,6 +196,19 @@ class _Assembly:
                     piece = _Piece.of(factors, layout, self.rows[i].channels)
                     own.setdefault(i, []).append(piece)
         return pieces
+
+    @staticmethod
+    def _speaks(factors: Factors, silent: Tensor | None, made: Mapping[int, Tensor | None]) -> bool:
+        """True if rows that were zero when the plan was made are none now."""
+        rows = factors.delta
+        if silent is not None:
+            if not len(silent) or int(silent[-1]) >= factors.rows:
+                return False
+            rows = rows[:, :, silent]
+        if not bool(rows.any()):  # the usual case
+            return False
+        largest = max(float(d.abs().amax()) for d in made.values() if d is not None and d.numel())
+        return float(rows.abs().amax()) > NOISE * torch.finfo(rows.dtype).eps * largest
 
     def _roots(self, i: int) -> Sequence[Tensor]:
         block = self._blocks[i]

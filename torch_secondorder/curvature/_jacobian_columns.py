@@ -11,8 +11,6 @@ from torch import Tensor
 
 # Elements of a temporary result, and the width of a narrow matrix.
 _CACHED, _NARROW = 2**16, 4
-# Rows of a matrix that a part of it has at least.
-_FEWEST = 16
 
 __all__ = ["Columns", "DenseColumns", "FactoredColumns", "Pair", "Rows"]
 
@@ -84,7 +82,7 @@ class Columns(ABC):
         """The sums of squares of each column, `(width,)`."""
 
     def some(self, vector: Tensor) -> tuple[Columns, Tensor]:
-        """Some of the columns where there are many, with their part of `(n,)`."""
+        """The columns or, where there are many, sums of some; with their part of `(n,)`."""
         return self, vector[self.start : self.stop]
 
     def pieces(self, widest: int) -> Iterator[Columns]:
@@ -288,13 +286,18 @@ class FactoredColumns(Columns):
         whole, part = super().some(vector)
         groups, p, q = next(iter(self.pairs.values())).shape
         size = sum(pair.left.numel() for pair in self.pairs.values())
-        if size <= _CACHED or p <= _FEWEST or groups > 1:
+        if size <= _CACHED or p == 1 or groups > 1:
             return whole, part
-        # Beside one another: what lies between them would be read as well.
-        begin = (p - _FEWEST) // 2
-        chosen = slice(begin, begin + _FEWEST)
-        part = part.view(p, q)[chosen].reshape(-1)
-        cut = {i: Pair(pair.left[..., chosen], pair.right) for i, pair in self.pairs.items()}
+        # One sum of all with weights, in which what is wrong about any of them shows.
+        numbers = torch.arange(p, device=vector.device, dtype=torch.float64)
+        weights = (0.5 + numbers * 0.6180339887498949 % 1).to(vector)
+        weights[1::2] *= -1
+        part = (weights @ part.view(p, q)).reshape(-1)
+        cut: dict[int, Pair] = {}
+        for i, pair in self.pairs.items():
+            # Gradients lie in memory channel by channel.
+            left = (pair.left.transpose(0, 1) @ weights).transpose(0, 1)
+            cut[i] = Pair(left[..., None], pair.right)
         return FactoredColumns(0, len(part), self.rows, cut), part
 
     def pieces(self, widest: int) -> Iterator[Columns]:

@@ -119,9 +119,11 @@ def _taken(
     """Takes columns into the products; False if a matrix is cheaper."""
     if not isinstance(part, FactoredColumns):
         return False
+    # The same factor comes first in all blocks.
+    swapped = any(_is_swapped(pair) for pair in part.pairs.values())
     known: dict[int, list[_Side]] = {}
     for i, pair in part.pairs.items():
-        sides = _sides(pair)
+        sides = _sides(pair, swapped)
         if sides is None:
             return False
         known[i] = sides
@@ -238,15 +240,20 @@ class _Product:
         return self._kept[s, t][begin:end, :stop]
 
 
-def _sides(pair: Pair) -> list[_Side] | None:
-    """The uses, with the factor that differs by channels first; None where both do."""
+def _is_swapped(pair: Pair) -> bool:
+    """True if the right factor differs by channels, and the left one does not."""
+    return pair.right is not None and pair.left.shape[1] == 1 < pair.right.shape[1]
+
+
+def _sides(pair: Pair, swapped: bool) -> list[_Side] | None:
+    """The uses, with the left factor first or the right one; None where the other has channels."""
     left, right = pair.left, pair.right
     if left.shape[2] > 1:
         return None
     if right is None:
         right = torch.ones_like(left[:, :1, :, :, :1])
-    if left.shape[1] == 1:
-        left, right = (left, right) if right.shape[1] == 1 else (right, left)
+    if swapped:
+        left, right = right, left
     if right.shape[1] > 1:
         return None
     return [_Side(left[:, :, 0, use], right[:, :, 0, use]) for use in range(left.shape[3])]

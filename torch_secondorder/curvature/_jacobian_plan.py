@@ -29,14 +29,14 @@ from torch_secondorder._foundation.private_torch import output_shape, plainly
 from torch_secondorder.curvature._residuals import ResidualBlock
 from torch_secondorder.curvature._sample_layout import Layout, Probe, layouts
 
-__all__ = ["Deltas", "GraphPlan", "NotFinite", "Target", "plan_of"]
+__all__ = ["NOISE", "Deltas", "GraphPlan", "NotFinite", "Target", "plan_of"]
 
 # Times that operations are counted to the parameters, see `Use.raises`.
 _ROUNDS = 8
 # A tensor made of parameters may have so many times their entries.
 _GROWTH = 4
 # Gradients so many times smaller than the largest, in units of rounding, may be rounding errors.
-_NOISE = 16
+NOISE = 16
 
 
 # A use, and the reason why its rows do not come apart by samples.
@@ -96,6 +96,8 @@ class GraphPlan:
         passes: The outputs that share a backward pass.
         entries: For each output whether all its entries are samples of their own.
         layouts: For each pass and use the layouts of the rows, by outputs.
+        silent: For each pass and use the rows whose sample is not known, as they were zero; None
+            for all of them. While they are zero nothing is missing.
     """
 
     uses: list[Use]
@@ -103,6 +105,7 @@ class GraphPlan:
     passes: list[list[int]]
     entries: list[bool]
     layouts: list[list[dict[int, Layout]]] = field(default_factory=list)
+    silent: list[list[Tensor | None]] = field(default_factory=list)
 
 
 class Deltas:
@@ -251,60 +254,87 @@ def _arranged(
     every = list(range(len(blocks)))
     # Of the least precise numbers on the way.
     dtype = max((t.dtype for t in (*tensors, *params)), key=lambda t: torch.finfo(t).eps)
-    divisible = [b.scale is not None and b.channels > 1 for b in blocks]
+    owners: list[list[Tensor | None]] = []
+    entries: list[bool] = []
     mixed: list[_Mixed] = []
-    # All in one pass, if need be with the entries of a sample apart; else block by block.
-    for entries in [divisible, [False] * len(blocks)] if any(divisible) else [divisible]:
-        found, mixed = _layouts(tensors, blocks, survey, deltas, uses, every, entries, dtype)
-        if not mixed:
-            return GraphPlan(uses, [], [every], entries, [found])
-    if len(blocks) == 1:
-        return mixed
-    plan = GraphPlan(uses, [], [], [False] * len(blocks), [])
-    for i in every:
-        for alone in (True, False) if divisible[i] else (False,):
-            entries = [alone and k == i for k in every]
-            found, mixed = _layouts(tensors, blocks, survey, deltas, uses, [i], entries, dtype)
+    for block in blocks:
+        # With the entries of a sample apart, if that goes.
+        divisible = block.scale is not None and block.channels > 1
+        for alone in (True, False) if divisible else (False,):
+            own, mixed = _owners(tensors, block, survey, deltas, uses, len(owners), alone, dtype)
             if not mixed:
                 break
         if mixed:
             return mixed
-        plan.entries[i] = alone
-        plan.passes.append([i])
-        plan.layouts.append(found)
+        owners.append(own)
+        entries.append(alone)
+    # All in one pass, where no row is of several blocks; else block by block.
+    passes = [every] if _are_apart(owners) else [[i] for i in every]
+    counts = [b.samples * (b.channels if e else 1) for b, e in zip(blocks, entries, strict=True)]
+    plan = GraphPlan(uses, [], passes, entries)
+    for chosen in passes:
+        found = [_layouts_in(chosen, [own[k] for own in owners], counts) for k in range(len(uses))]
+        plan.layouts.append([own for own, _ in found])
+        plan.silent.append([rows for _, rows in found])
     return plan
 
 
-def _layouts(
+def _are_apart(owners: Sequence[Sequence[Tensor | None]]) -> bool:
+    """True if no row of any use belongs to several blocks."""
+    for parts in zip(*owners, strict=True):
+        known = [own >= 0 for own in parts if own is not None]
+        if len(known) > 1 and bool((torch.stack(known).sum(0) > 1).any()):
+            return False
+    return True
+
+
+def _layouts_in(
+    chosen: Sequence[int], owners: Sequence[Tensor | None], counts: Sequence[int]
+) -> tuple[dict[int, Layout], Tensor | None]:
+    """The layouts of a use in a pass of some blocks, and its silent rows, see `GraphPlan`."""
+    joined: Tensor | None = None
+    begin = 0
+    for i in chosen:
+        own = owners[i]
+        if own is not None:
+            shifted = torch.where(own >= 0, own + begin, -1)
+            joined = shifted if joined is None else torch.maximum(joined, shifted)
+        begin += counts[i]
+    if joined is None:
+        return {}, None
+    found, silent = layouts(joined, [counts[i] for i in chosen])
+    return {chosen[k]: own for k, own in found.items()}, silent
+
+
+def _owners(
     tensors: Sequence[Tensor],
-    blocks: Sequence[ResidualBlock],
+    block: ResidualBlock,
     survey: Survey,
     deltas: Deltas,
     uses: Sequence[Use],
-    chosen: list[int],
-    entries: Sequence[bool],
+    place: int,
+    alone: bool,
     dtype: torch.dtype,
-) -> tuple[list[dict[int, Layout]], list[_Mixed]]:
-    """The layouts of each use in one backward pass, and the uses whose rows do not come apart."""
-    counts = [blocks[i].samples * (blocks[i].channels if entries[i] else 1) for i in chosen]
-    probe = Probe(sum(counts), dtype)
-    weights = probe.weights(tensors[0].device).split(counts, dim=1)
-    cotangents = [
-        [_varied(tensors[output], w) for output in blocks[i].outputs]
-        for i, w in zip(chosen, weights, strict=True)
-    ]
+) -> tuple[list[Tensor | None], list[_Mixed]]:
+    """The samples of a block that the rows of each use belong to; the uses where they do not.
+
+    Blocks are tried one by one: beside another one that is thousands of times larger, a block might
+    be taken for its rounding errors.
+    """
+    probe = Probe(block.samples * (block.channels if alone else 1), dtype)
+    weights = probe.weights(tensors[0].device)
+    cotangents = [_varied(tensors[output], weights) for output in block.outputs]
     each = [
-        deltas.of(chosen, [[c[k : k + 1] for c in parts] for parts in cotangents])
-        for k in range(1 + probe.count)
+        deltas.of([place], [[c[k : k + 1] for c in cotangents]]) for k in range(1 + probe.count)
     ]
     sizes = [d.abs().amax() for d in each[0].values() if d is not None and d.numel()]
-    noise = _NOISE * torch.finfo(dtype).eps * float(torch.stack(sizes).amax()) if sizes else 0.0
-    found: list[dict[int, Layout]] = []
+    noise = NOISE * torch.finfo(dtype).eps * float(torch.stack(sizes).amax()) if sizes else 0.0
+    found: list[Tensor | None] = []
     mixed: list[_Mixed] = []
     for use in uses:
         made = [d for d in (made[use.node] for made in each) if d is not None]
+        found.append(None)
         if not made:
-            found.append({})
             continue
         if made[0].is_complex():
             mixed.append((use, "gradients that are complex"))
@@ -315,18 +345,14 @@ def _layouts(
             mixed.append((use, str(error)))
             continue
         if factors is None:
-            found.append({})
             continue
         first, *others = factors.delta.transpose(1, 2).flatten(2)
         if not bool(factors.delta.isfinite().all()):
             raise NotFinite
-        owner = probe.owners(first, others, noise)
-        if owner is None:
+        found[-1] = probe.owners(first, others, noise)
+        if found[-1] is None:
             name = survey.nodes[use.node].name()
             mixed.append((use, f"{name}, whose rows depend on several samples"))
-        else:
-            own = layouts(owner, counts)
-            found.append({chosen[i]: layout for i, layout in own.items()})
     return found, mixed
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.graph import MissingSecondDerivative
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._objective.base import Linearization
 from torch_secondorder.curvature._batched_jacobian import JacobianProducts
@@ -91,9 +93,12 @@ class LocalJacobian:
             return self._kept
         check_size("the Jacobian", self.count, self.size, self._vector.dtype, self._vector.device)
         if not self._by_graph:
-            products = self._products
             self._linearization.check()
-            self._kept = products.by_columns() if self._method == "columns" else products.by_rows()
+            if self._method == "columns":
+                with suppress(MissingSecondDerivative):
+                    self._kept = self._products.by_columns()
+            if self._kept is None:
+                self._kept = self._products.by_rows()
             return self._kept
         J = self._empty(self.count, self.size)
         for i, rows in enumerate(self.rows):
@@ -161,8 +166,11 @@ class LocalJacobian:
             return self._kept @ v
         if not self._by_graph:
             self._linearization.check()
-            self._linearization.check_transposable()
-            return self._products.push(v[None])[0].contiguous()
+            try:
+                self._linearization.check_transposable()
+                return self._products.push(v[None])[0].contiguous()
+            except MissingSecondDerivative:
+                return self.dense() @ v  # by rows, which take one derivative
         result = self._zeros(self.count)
         for part in self._columns:
             part.add_push(v[part.start : part.stop], result)

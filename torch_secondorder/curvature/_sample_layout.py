@@ -123,7 +123,7 @@ class Probe:
         return torch.where(fits & (norms > 0), owner, -1)
 
 
-def layouts(owner: Tensor, counts: Sequence[int]) -> dict[int, Layout]:
+def layouts(owner: Tensor, counts: Sequence[int]) -> tuple[dict[int, Layout], Tensor]:
     """The layouts of several outputs, from the owners of all rows.
 
     Args:
@@ -131,10 +131,12 @@ def layouts(owner: Tensor, counts: Sequence[int]) -> dict[int, Layout]:
         counts: The number of samples of each output.
 
     Returns:
-        One for each output that owns a row.
+        One for each output that owns a row; and the rows of which nothing is known, without those
+        that a pattern of most of the samples says.
     """
     found: dict[int, Layout] = {}
     begin = 0
+    silent = owner < 0
     for i, samples in enumerate(counts):
         own = torch.where((owner >= begin) & (owner < begin + samples), owner - begin, -1)
         (rows,) = (own >= 0).nonzero(as_tuple=True)
@@ -142,9 +144,13 @@ def layouts(owner: Tensor, counts: Sequence[int]) -> dict[int, Layout]:
             alone = not bool(((owner >= 0) & (own < 0)).any())
             # Those of other outputs are in no pattern.
             known = torch.where((owner >= 0) & (own < 0), samples, own)
-            found[i] = _regular(known, rows, samples, alone) or _irregular(own, rows, samples)
+            layout = _regular(known, rows, samples, alone) or _irregular(own, rows, samples)
+            # A few rows fit into many patterns.
+            if layout.index is None and 2 * len(own[rows].unique()) > samples:
+                silent[layout.start : layout.start + samples * layout.each] = False
+            found[i] = layout
         begin += samples
-    return found
+    return found, silent.nonzero(as_tuple=True)[0]
 
 
 def _regular(own: Tensor, rows: Tensor, samples: int, alone: bool) -> Layout | None:

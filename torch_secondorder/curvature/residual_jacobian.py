@@ -170,10 +170,10 @@ class ResidualJacobian:
             own = found.pull(r)
             gradient = gradient - self._ranks.average(own) + own
         error, bound = found.error(r, gradient)
-        largest, least = r.abs().max(), r.abs().min()
-        read = torch.stack([error, bound, largest, least]).tolist()
+        alike = torch.stack([_alike(r[:, None]), *(_alike(rows.of(r)) for rows in found.rows)])
+        read = torch.stack([error, bound, alike.any().to(error)]).tolist()
         tolerance = _TOLERANCE[_narrowest([r, *self._residuals.space.values, *self._params])]
-        if read[0] <= tolerance * read[1] and read[2] - read[3] > _SPREAD * read[2]:
+        if read[0] <= tolerance * read[1] and not read[2]:
             return True
         # Weights that are all the same show nothing: sums of rows are right whatever they are. And
         # the closure may have changed its gradient, for instance clipped it.
@@ -349,6 +349,15 @@ class ResidualJacobian:
     def _check_fits(self, name: str, rows: int, columns: int) -> None:
         vector = self._linearization.vector
         check_size(name, rows, columns, vector.dtype, vector.device)
+
+
+def _alike(r: Tensor) -> Tensor:
+    """True if residuals `(samples, channels)` have the same size for all samples in a channel."""
+    sizes = r.abs()
+    largest = sizes.amax(0)
+    alike = largest - sizes.amin(0) <= _SPREAD * largest
+    # A channel of zeros may be one without a Jacobian, as of masked outputs.
+    return (alike & ((largest > 0) | (largest.sum() == 0))).any() & (len(r) > 1)
 
 
 def _narrowest(tensors: Iterable[Tensor]) -> torch.dtype:
