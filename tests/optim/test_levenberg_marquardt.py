@@ -752,3 +752,13 @@ def test_clipped_gradients_leave_the_jacobian_as_it_is(size: int) -> None:
     assert optimizer.info is not None
     assert (optimizer.info.jacobian, optimizer.info.reason) == ("graph", "")
     assert float(closure().detach()) < before
+
+
+def test_inputs_of_very_different_units_are_not_taken_for_parameters_without_effect() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(100, 3, dtype=torch.float64)
+    y, units = x.sum(1, keepdim=True), torch.tensor([1e-6, 1.0, 1e6], dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros(3, 1, dtype=torch.float64))
+    optimizer = LevenbergMarquardt([weight], max_iter=30)
+    optimizer.step(lambda: F.mse_loss((x * units) @ weight, y))
+    assert torch.allclose(weight.detach()[:, 0] * units, torch.ones_like(units), rtol=1e-3)
