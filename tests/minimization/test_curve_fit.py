@@ -136,7 +136,10 @@ def test_data_that_are_no_tensors(kind: Any) -> None:
     kind = Column if kind == "column" else kind
     x, y = np.arange(1, 6), np.array([2.0, 4.0, 6.5, 8.0, 9.5])
     expected = curve_fit(line, torch.tensor(x).double(), torch.tensor(y))
-    found = curve_fit(line, kind(x), kind(y), p0=kind(np.ones(2)), sigma=kind(np.ones(5)))
+    p0, sigma, bounds = kind(np.ones(2)), kind(np.ones(5)), (kind(np.zeros(2)), 9.0)
+    found = curve_fit(line, kind(x), kind(y), p0=p0, sigma=sigma)
+    within, _ = curve_fit(line, kind(x), kind(y), p0=p0, bounds=bounds)
+    assert torch.allclose(within, expected[0])
     assert all(map(torch.equal, found, expected))
 
 

@@ -732,3 +732,33 @@ def test_parameters_without_effect_do_not_run_away(globalization: Any, dtype: to
     assert optimizer.info is not None and optimizer.info.solver == "primal"
     keys = model.attention.in_proj_bias.detach()[4:8]
     assert float(keys.abs().max()) < 1 and float(model.before.bias.detach().abs().max()) < 2
+
+
+@pytest.mark.parametrize("size", [4, 200])
+def test_clipped_gradients_leave_the_jacobian_as_it_is(size: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, size), nn.Tanh(), nn.Linear(size, 2)).double()
+    x, y = torch.randn(50, 3).double(), torch.randn(50, 2).double()
+    optimizer = LevenbergMarquardt(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        return loss
+
+    before = float(optimizer.step(closure).detach())
+    assert optimizer.info is not None
+    assert (optimizer.info.jacobian, optimizer.info.reason) == ("graph", "")
+    assert float(closure().detach()) < before
+
+
+def test_inputs_of_very_different_units_are_not_taken_for_parameters_without_effect() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(100, 3, dtype=torch.float64)
+    y, units = x.sum(1, keepdim=True), torch.tensor([1e-6, 1.0, 1e6], dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros(3, 1, dtype=torch.float64))
+    optimizer = LevenbergMarquardt([weight], max_iter=30)
+    optimizer.step(lambda: F.mse_loss((x * units) @ weight, y))
+    assert torch.allclose(weight.detach()[:, 0] * units, torch.ones_like(units), rtol=1e-3)

@@ -99,7 +99,8 @@ def _scalar(value: Tensor) -> Tensor:
     if value.numel() != 1 or value.is_complex():
         raise ValueError(
             f"fun must return a real scalar, got shape {tuple(value.shape)} and dtype "
-            f"{value.dtype}; reduce it, for instance with .sum()"
+            f"{value.dtype}; reduce it, for instance with .sum(), or call least_squares if they "
+            "are residuals"
         )
     return value
 

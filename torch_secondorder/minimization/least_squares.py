@@ -236,7 +236,7 @@ def _bound(bound: Any, leaf: Tensor) -> Any:
     if bound is None or isinstance(bound, (int, float, Tensor)):
         return bound
     try:
-        return torch.as_tensor(bound, dtype=leaf.dtype, device=leaf.device)
+        return torch.as_tensor(plain_array(bound), dtype=leaf.dtype, device=leaf.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"a bound must be a number or numbers, got {bound!r:.60}") from error
 

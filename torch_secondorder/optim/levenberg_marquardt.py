@@ -71,9 +71,9 @@ AccelerationName: TypeAlias = Literal["auto", "geodesic"]
 _PATIENCE = 5
 # Most systems that are solved with one Jacobian.
 _ATTEMPTS = 40
-# Curvatures below this power of the machine epsilon, relative to the largest, may be rounding errors
-# of zeros, as of biases before a normalization or of the keys of attention.
-_FLAT = 1.5
+# Columns of J below so many roundings of the longest may be zeros but for rounding, as those of
+# biases before a normalization or of the keys of attention.
+_FLAT = 64
 # The gain ratio from which a step is taken.
 _ACCEPT = 1e-4
 # The largest ratio of a geodesic correction to the step (Transtrum and Sethna 2012); and the change
@@ -465,7 +465,8 @@ class LevenbergMarquardt(FlatOptimizer):
         metric: Tensor | None = None
         scaling, floor = self.scaling, 0.0
         if scaling == "auto":
-            floor = descent.objective.vector.precision**_FLAT
+            eps = descent.objective.vector.precision
+            floor = min(_FLAT * eps, eps**0.75) ** 2
             adapts = isinstance(self.damping, DampingRule)
             adapts = adapts or isinstance(self.globalization, TrustRegion)
             scaling = "more" if adapts and system.name == "primal" else "identity"
