@@ -45,6 +45,7 @@ def test_the_main_job_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:
         "LBFGS (ours)",
         "NonlinearCG (ours)",
         "NewtonCG (ours)",
+        "LevenbergMarquardt (ours)",
     ]
     assert all(float(row.split()[-5]) < 2.3 for row in rows)  # where all begin
     plot = tmp_path / "compare_optimizers.png"

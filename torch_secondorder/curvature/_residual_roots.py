@@ -87,7 +87,7 @@ class SoftmaxRoot(Root):
         logits: The output: `(C,)` for one sample, else `(samples, C, ...)`.
         weight: `w`, not negative, of that shape but with one entry for the classes.
 
-    >>> Q = SoftmaxRoot(torch.zeros(1, 2), torch.ones(1, 1)).spread(torch.ones(1, 1, 1))[0]
+    >>> (Q,) = SoftmaxRoot(torch.zeros(1, 2), torch.ones(1, 1)).spread(torch.ones(1, 1))
     >>> Q.T @ Q
     tensor([[ 0.2500, -0.2500],
             [-0.2500,  0.2500]])
