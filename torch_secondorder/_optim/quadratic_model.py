@@ -384,6 +384,23 @@ class Model(Trials):
         return self.point.length / (size or 1.0), size or 1.0
 
 
+def take(descent: Descent, move: Move) -> None:
+    """Moves the parameters, and records the iteration."""
+    proposal, trial = move.proposal, move.trial
+    point: Point = trial.payload
+    objective = descent.objective
+    objective.accept(proposal.direction, trial.t, point.evaluation)
+    norm_of = torch.linalg.vector_norm
+    norm, size = descent.space.to_host(
+        norms=(norm_of(proposal.direction), norm_of(objective.position))
+    )
+    moved = abs(trial.t) * norm
+    # A step below the rounding of the parameters counts as no move, however it was held.
+    held = proposal.held and moved > objective.vector.precision * size
+    descent.arrive(point, trial.t, moved, held=held)
+    descent.search_status = move.search_status
+
+
 # The three ways to turn the model into a step: damping, a trust radius, a line search.
 
 

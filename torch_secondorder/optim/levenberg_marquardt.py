@@ -23,6 +23,7 @@ from torch_secondorder._optim.quadratic_model import (
     Trials,
     point_of,
     search_along,
+    take,
 )
 from torch_secondorder._optim.residual_model import (
     ResidualModel,
@@ -645,21 +646,9 @@ class LevenbergMarquardt(FlatOptimizer):
 
     def _take(self, descent: Descent, move: Move) -> None:
         """Moves the parameters."""
-        proposal, trial = move.proposal, move.trial
-        point: Point = trial.payload
-        objective = descent.objective
-        objective.accept(proposal.direction, trial.t, point.evaluation)
-        self._keep(proposal.direction)
-        norm_of = torch.linalg.vector_norm
-        norm, size = descent.space.to_host(
-            norms=(norm_of(proposal.direction), norm_of(objective.position))
-        )
-        moved = abs(trial.t) * norm
-        # A step below the rounding of the parameters counts as no move, however it was held.
-        held = proposal.held and moved > objective.vector.precision * size
-        descent.arrive(point, trial.t, moved, held=held)
+        take(descent, move)
+        self._keep(move.proposal.direction)
         self._tighten(descent)
-        descent.search_status = move.search_status
         self._report.gain_ratio = move.gain_ratio
 
     def _forget(self, reason: str) -> None:

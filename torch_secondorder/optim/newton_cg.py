@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite, nan
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import MissingSecondDerivative
@@ -36,6 +35,7 @@ from torch_secondorder._optim.quadratic_model import (
     damped,
     point_of,
     searched,
+    take,
     within_radius,
 )
 from torch_secondorder._optim.state import Choice, Nested, Number, Random, Vector, declare
@@ -478,19 +478,7 @@ class NewtonCG(FlatOptimizer):
 
     def _take(self, descent: Descent, move: Move) -> None:
         """Moves the parameters."""
-        proposal, trial = move.proposal, move.trial
-        point: Point = trial.payload
-        objective = descent.objective
-        objective.accept(proposal.direction, trial.t, point.evaluation)
-        norm_of = torch.linalg.vector_norm
-        norm, size = descent.space.to_host(
-            norms=(norm_of(proposal.direction), norm_of(objective.position))
-        )
-        moved = abs(trial.t) * norm
-        # A step below the rounding of the parameters counts as no move, however it was held.
-        held = proposal.held and moved > objective.vector.precision * size
-        descent.arrive(point, trial.t, moved, held=held)
-        descent.search_status = move.search_status
+        take(descent, move)
         self._gain_ratio = move.gain_ratio
 
     def _suited(self, size: int) -> tuple[Globalization, Preconditioner | None]:
