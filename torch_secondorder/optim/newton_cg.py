@@ -174,6 +174,7 @@ class NewtonCG(FlatOptimizer):
             type.
         ValueError: A hyperparameter is out of range, or a name is unknown.
 
+    >>> import torch
     >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
     >>> optimizer = NewtonCG([x], max_iter=50)
     >>> def closure():
