@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.support.oracles import rows_of
 from torch_secondorder import ClosureObjective, FunctionalObjective, mark_outputs
 from torch_secondorder._closure.runner import ModuleRegistry
 from torch_secondorder._foundation.memory import TooLarge
@@ -46,19 +47,6 @@ def half_square(z: Tensor) -> Tensor:
     loss = mark_outputs(z).square().sum() / 2
     loss.backward()
     return loss
-
-
-def rows_of(evaluation: Evaluation) -> Tensor:
-    """The Jacobian of all outputs from a backward pass for each entry."""
-    assert evaluation.linearization is not None
-    graph, rows = evaluation.linearization.graph, []
-    for output in graph.outputs:
-        for entry in output.tensor.reshape(-1):
-            found = torch.autograd.grad(
-                entry, graph.params, retain_graph=True, materialize_grads=True
-            )
-            rows.append(torch.cat([part.reshape(-1) for part in found]))
-    return torch.stack(rows)
 
 
 def jacobian_of(closure: Callable[[], Tensor], params: Any) -> tuple[ResidualJacobian, Tensor]:

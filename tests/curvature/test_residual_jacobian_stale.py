@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.support.oracles import rows_of
 from torch_secondorder import ClosureObjective, mark_outputs
-from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import ResidualJacobian
 
 CLOSE: dict[str, float] = {"rtol": 1e-10, "atol": 1e-10}
@@ -23,19 +23,6 @@ def half_square(*outputs: Tensor) -> Tensor:
     loss = torch.stack([mark_outputs(z).square().sum() / 2 for z in outputs]).sum()
     loss.backward()
     return loss
-
-
-def rows_of(evaluation: Evaluation) -> Tensor:
-    """The Jacobian of all outputs from a backward pass for each entry."""
-    assert evaluation.linearization is not None
-    graph, rows = evaluation.linearization.graph, []
-    for output in graph.outputs:
-        for entry in output.tensor.reshape(-1):
-            found = torch.autograd.grad(
-                entry, graph.params, retain_graph=True, materialize_grads=True
-            )
-            rows.append(torch.cat([part.reshape(-1) for part in found]))
-    return torch.stack(rows)
 
 
 def test_a_block_beside_a_much_larger_one() -> None:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_secondorder import Evaluation
 from torch_secondorder.curvature import LinearOperator
 
 
@@ -49,6 +50,19 @@ def dense_jacobian(function: Callable[..., Tensor], params: Sequence[Tensor]) ->
     """The Jacobian of a vector over the flat real vector of all parameters."""
     with sdpa_kernel(SDPBackend.MATH):
         return torch.autograd.functional.jacobian(_of_vector(function, params), _reals(params))
+
+
+def rows_of(evaluation: Evaluation) -> Tensor:
+    """The Jacobian of all outputs from a backward pass for each entry."""
+    assert evaluation.linearization is not None
+    graph, rows = evaluation.linearization.graph, []
+    for output in graph.outputs:
+        for entry in output.tensor.reshape(-1):
+            found = torch.autograd.grad(
+                entry, graph.params, retain_graph=True, materialize_grads=True
+            )
+            rows.append(torch.cat([part.reshape(-1) for part in found]))
+    return torch.stack(rows)
 
 
 def _reals(params: Sequence[Tensor]) -> Tensor:
