@@ -1,6 +1,7 @@
 """Second-order optimization for PyTorch, driven by the standard closure."""
 
 from torch_secondorder import (
+    constraints,
     curvature,
     diagnostics,
     func,
@@ -29,6 +30,8 @@ from torch_secondorder.optim import (
     AdaHessian,
     AdaHessianInfo,
     BFGSInfo,
+    Constrained,
+    ConstrainedInfo,
     Contractive,
     ContractiveInfo,
     LBFGSInfo,
@@ -56,6 +59,8 @@ __all__ = [
     "AdaHessianInfo",
     "BFGSInfo",
     "ClosureObjective",
+    "Constrained",
+    "ConstrainedInfo",
     "Contractive",
     "ContractiveInfo",
     "DatasetClosure",
@@ -78,6 +83,7 @@ __all__ = [
     "SophiaInfo",
     "StepInfo",
     "StepStatus",
+    "constraints",
     "curvature",
     "curve_fit",
     "dataset",

@@ -24,7 +24,7 @@ import pytest
 
 PACKAGE = "torch_secondorder"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
-MOST_ROOMS = 19
+MOST_ROOMS = 20
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,26 @@ RULES = Rules(
         "diagnostics": (
             "_foundation _params _autograd _closure _objective curvature solvers dataset"
         ),
+        "constraints": "_objective",
         "_optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
-            "dataset"
+            "dataset constraints"
         ),
         "optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
-            "penalties _optim"
+            "penalties constraints _optim"
         ),
         "minimization": "_foundation _autograd _closure _objective curvature _optim optim",
         "__init__": (
             "_foundation _autograd func _closure _objective curvature solvers linear globalization "
-            "penalties dataset diagnostics optim minimization"
+            "penalties dataset diagnostics constraints optim minimization"
         ),
         "integrations": "_foundation penalties diagnostics _optim optim",
     },
     doors={
+        "constraints._functions": "optim",
+        "constraints._lagrangian": "optim",
+        "constraints._program": "_optim optim",
         "curvature._masked": "_optim",
         "curvature._normal_equations": "solvers dataset",
         "curvature._output_space": "_optim",

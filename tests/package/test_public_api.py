@@ -20,8 +20,8 @@ import torch_secondorder
 
 TOP = "torch_secondorder"
 PACKAGES = [
-    *("curvature", "dataset", "diagnostics", "func", "globalization", "linear", "minimization"),
-    *("optim", "penalties", "solvers"),
+    *("constraints", "curvature", "dataset", "diagnostics", "func", "globalization", "linear"),
+    *("minimization", "optim", "penalties", "solvers"),
 ]
 PUBLIC_PACKAGES = [f"{TOP}.{name}" for name in PACKAGES]
 INTEGRATIONS = [f"{TOP}.integrations.huggingface", f"{TOP}.integrations.lightning"]

@@ -23,6 +23,8 @@ from torch_secondorder import (
     AdaHessianInfo,
     BFGSInfo,
     ClosureObjective,
+    Constrained,
+    ConstrainedInfo,
     Contractive,
     ContractiveInfo,
     DatasetClosure,
@@ -417,6 +419,20 @@ def contractive() -> None:
     assert_type(optimizer.info.inner, StepInfo | None)
     with refusal():
         Contractive(optimizer, encoder, 0.1, method="all")  # type: ignore[arg-type]
+
+
+def constrained() -> None:
+    model, x, y = model_and_data()
+    weight = next(model.parameters())
+    optimizer = Constrained(
+        LBFGS(model.parameters()),
+        equalities=lambda: weight.sum(),
+        inequalities={"bound": lambda: weight - 1},
+        penalty=1.0,
+    )
+    optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(optimizer.info, ConstrainedInfo | None)
+    assert_type(optimizer.multipliers, dict[str, Tensor])
 
 
 def any_optimizer() -> None:

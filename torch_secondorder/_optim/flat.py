@@ -24,6 +24,7 @@ from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
 from torch_secondorder._params.vector import SHORT, ParameterVector
+from torch_secondorder.constraints._program import Program
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.dataset._objective import objective_of
 from torch_secondorder.globalization import SearchStatus, Trial
@@ -367,6 +368,9 @@ class FlatOptimizer(SecondOrderOptimizer):
     #: Whether groups may have bounds; the report is a `BoundedInfo` then.
     _takes_bounds = False
     _box_maker: BoxMaker | None = None
+    #: Whether a step takes constraints into account that `Constrained` gives it.
+    _takes_constraints = False
+    _program: Program | None = None
     #: Gets each step and its iteration before the first one; returns the iteration to run.
     _observe: Callable[[Descent, Iterate], Iterate] | None = None
 

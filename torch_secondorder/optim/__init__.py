@@ -4,6 +4,7 @@ from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
+from torch_secondorder.optim.constrained import Constrained, ConstrainedInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
 from torch_secondorder.optim.levenberg_marquardt import (
@@ -25,6 +26,8 @@ __all__ = [
     "AdaHessian",
     "AdaHessianInfo",
     "BFGSInfo",
+    "Constrained",
+    "ConstrainedInfo",
     "Contractive",
     "ContractiveInfo",
     "DampingName",
