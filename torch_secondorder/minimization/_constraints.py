@@ -155,7 +155,7 @@ def _limits(name: str, low: Any, high: Any) -> tuple[Tensor, Tensor]:
     found = []
     for side, bound in (("lb", low), ("ub", high)):
         try:
-            limit = torch.as_tensor(bound).detach().to("cpu", torch.float64)
+            limit = _as_tensor(bound).detach().to("cpu", torch.float64)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{side} of {name} must be a number or an array, got {type(bound).__name__}"
@@ -180,6 +180,12 @@ def _limits(name: str, low: Any, high: Any) -> tuple[Tensor, Tensor]:
     return lower, upper
 
 
+def _as_tensor(found: Any) -> Tensor:
+    """Numbers or an array as a tensor; a view of an array is copied, for it may be read-only."""
+    is_array = not isinstance(found, Tensor) and hasattr(found, "__array__")
+    return torch.as_tensor(found.copy() if is_array and hasattr(found, "copy") else found)
+
+
 def _at(place: tuple[int, ...]) -> str:
     return f" at {place[0] if len(place) == 1 else place}" if place else ""
 
@@ -194,7 +200,7 @@ class _Product:
                 "returns real numbers, with lb and ub"
             )
         try:
-            matrix = torch.as_tensor(A.toarray() if hasattr(A, "toarray") else A).detach()
+            matrix = _as_tensor(A.toarray() if hasattr(A, "toarray") else A).detach()
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"A of {name} must be a matrix, got {type(A).__name__}") from None
         if matrix.layout is not torch.strided:
@@ -481,7 +487,7 @@ class _Part:
         try:
             if isinstance(found, (list, tuple)) and any(isinstance(v, Tensor) for v in found):
                 found = torch.stack([torch.as_tensor(v).to(like.device) for v in found])
-            value = found if isinstance(found, Tensor) else torch.as_tensor(found)
+            value = found if isinstance(found, Tensor) else _as_tensor(found)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{source} of {self._given.name} must return numbers, got {type(found).__name__}"
