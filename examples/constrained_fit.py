@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from _command_line import output_file, positive
-from _prices import Price, check_price, print_prices
+from _constrained import Price, check_price, print_prices
 from _report import COLOURS, format_table, line_style, pyplot, style_axes
 from torch_secondorder import BFGS, LBFGS, Constrained, StepStatus
 

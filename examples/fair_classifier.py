@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from _command_line import output_file, positive
-from _prices import Price, check_price, print_prices
+from _constrained import Price, check_price, print_prices
 from _report import COLOURS, format_table, line_style, pyplot, style_axes
 from torch_secondorder import LBFGS, Constrained, StepStatus
 
@@ -51,6 +51,10 @@ STEPS = 50  # of L-BFGS, each up to 200 iterations
 FEASIBLE = 1e-8
 MULTIPLIER_RATE = 0.02
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
+RATES = {
+    "parity": "positive answers among all",
+    "opportunity": "positive answers among those above the median",
+}
 GROUPS = {"age": ("50 or older", "younger"), "sex": ("sex 2", "sex 1")}
 
 
@@ -377,6 +381,14 @@ def print_table(results: Sequence[Result]) -> None:
     print(format_table([*header, "evaluations", "seconds"], rows))
 
 
+def series(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results with bounds by optimizer, and those with penalties."""
+    kinds = {"LBFGS": "Constrained(LBFGS)", "Adam": "Constrained(Adam)", "penalty": "penalties"}
+    return {
+        label: [r for r in results if r.label.startswith(start)] for start, label in kinds.items()
+    }
+
+
 def check_prices(
     patients: Patients, settings: Settings, bounds: Sequence[float]
 ) -> list[Price]:
@@ -412,13 +424,130 @@ def tune_penalty(patients: Patients, settings: Settings, bound: float) -> tuple[
 
 
 def plot(
-    results: Sequence[Result], prices: Sequence[Price], names: tuple[str, str], path: Path
+    results: Sequence[Result], names: tuple[str, str], count: int, path: Path
 ) -> None:
     """Draws accuracy and rates over the gap, and the loss over the bound with its prices."""
     plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
-    draw_frontier(left, results)
+    draw_frontier(left, results, count)
     draw_rates(middle, results, names)
     draw_prices(right, results)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_frontier(axes: Any, results: Sequence[Result], count: int) -> None:
+    """Draws accuracy over the gap, both of held-out patients."""
+    free = results[0]
+    error = math.sqrt(free.accuracy * (1.0 - free.accuracy) / count)
+    axes.axhspan(
+        100 * (free.accuracy - error),
+        100 * (free.accuracy + error),
+        color="0.93",
+        label="no bound: one standard error",
+    )
+    axes.plot(free.gap, 100 * free.accuracy, "*", color="black", ms=14, label="no bound")
+    for i, (label, some) in enumerate(series(results).items()):
+        style = line_style(i) | {"marker": "os^"[i], "linewidth": 1.2}
+        axes.plot([r.gap for r in some], [100 * r.accuracy for r in some], label=label, **style)
+    for r in series(results)["Constrained(LBFGS)"]:
+        axes.annotate(f"{r.bound:g}", (r.gap, 100 * r.accuracy), (5, 5), textcoords="offset points")
+    style_axes(axes, xlabel="gap of the true rates", ylabel="accuracy, %")
+    axes.set(title="held-out patients; numbers are bounds", ylim=(65, 85))
+    axes.legend(frameon=False)
+
+
+def draw_rates(axes: Any, results: Sequence[Result], names: tuple[str, str]) -> None:
+    """Draws both groups' rates over the bound."""
+    some = series(results)["Constrained(LBFGS)"]
+    for k, name in enumerate(names):
+        style = line_style(k) | {"marker": "o"}
+        axes.plot([r.bound for r in some], [r.rates[k] for r in some], label=name, **style)
+        axes.axhline(results[0].rates[k], color=COLOURS[k], lw=1, ls=":", label=f"{name}, no bound")
+    style_axes(axes, xlabel="bound on the gap", ylabel="rate of positive answers")
+    axes.set(title="held-out patients, Constrained(LBFGS)")
+    axes.legend(frameon=False)
+
+
+def draw_prices(axes: Any, results: Sequence[Result]) -> None:
+    """Draws the loss over the bound, with the slopes that the multipliers tell."""
+    for i, label in enumerate(("Constrained(LBFGS)", "Constrained(Adam)")):
+        some = series(results)[label]
+        style = line_style(i) | {"marker": "os"[i], "linestyle": ""}
+        axes.plot([r.bound for r in some], [r.loss for r in some], label=label, **style)
+        for r in some:
+            ends = [r.bound - 0.012, r.bound + 0.012]
+            axes.plot(ends, [r.loss - r.price * (b - r.bound) for b in ends], color=COLOURS[i])
+    axes.axhline(results[0].loss, color="0.5", lw=1, label="no bound")
+    style_axes(axes, xlabel="bound on the gap", ylabel="training loss")
+    axes.set(title="price: the slope is minus the multiplier")
+    axes.legend(frameon=False)
+
+
+def main() -> None:
+    """Trains in all ways, prints the tables and saves the picture."""
+    arguments = parse_arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    patients = load_patients(arguments.group)
+    names = GROUPS[arguments.group]
+    settings = Settings(arguments.rate, arguments.hidden, arguments.epochs, arguments.seed)
+    outcomes = [patients.y[mask].mean().item() for mask in (patients.group, ~patients.group)]
+    print(
+        f"{len(patients.y)} patients, {patients.group.sum()} {names[0]}; above the median are "
+        f"{outcomes[0]:.1%} of them and {outcomes[1]:.1%} of those {names[1]}; "
+        f"rate: {RATES[arguments.rate]}"
+    )
+    results = compare(patients, settings, arguments.bounds, arguments.parts)
+    print_table(results)
+    print("prices with all patients trained on, by the multipliers and by training again:")
+    print_prices(check_prices(patients, settings, arguments.bounds))
+    print(statement(patients, settings, arguments.bounds[-1]))
+    plot(results, names, len(patients.y), arguments.out)
+    print(f"plot: {arguments.out}")
+
+
+def statement(patients: Patients, settings: Settings, bound: float) -> str:
+    """A sentence about the penalty that keeps a bound."""
+    price = train_full(patients, settings, bound).price
+    factor, trainings = tune_penalty(patients, settings, bound)
+    return (
+        f"a penalty keeps the gap to {bound:g} with the factor {factor:.2f}, found by {trainings} "
+        f"trainings; multiplier / (2 bound) = {price / (2 * bound):.2f} after one training"
+    )
+
+
+def bounds(text: str) -> list[float]:
+    """Parses comma-separated positive numbers."""
+    return sorted({positive(float)(part) for part in text.split(",")}, reverse=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses the command line; mistakes are reported before any work is done."""
+    parser = argparse.ArgumentParser(description="Train a classifier with a bound on a rate gap.")
+    add = parser.add_argument
+    add("--group", choices=GROUPS, default="age", help="what the groups differ in; default: age")
+    add("--rate", choices=RATES, default="parity", help="which rate is alike; default: parity")
+    add(
+        "--bounds",
+        type=bounds,
+        default=[0.15, 0.1, 0.05, 0.02],
+        metavar="B,B,...",
+        help="on the gap; default: 0.15,0.1,0.05,0.02",
+    )
+    add("--hidden", type=int, default=0, help="units of a hidden layer; default: 0, without one")
+    add("--epochs", type=positive(int), default=100, help="in mini-batches; default: 100")
+    add("--parts", type=int, default=5, help="parts of the data, one held out; default: 5")
+    add("--quick", action="store_true", help="a small comparison, to try the script")
+    add("--seed", type=int, default=0, help="random seed; default: 0")
+    add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
+    out = "fair_classifier.png"
+    add("--out", type=output_file, default=out, help=f"file of the picture; default: {out}")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(bounds=[0.1, 0.05], epochs=20, parts=2)
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
