@@ -1,6 +1,8 @@
 """Constraints: simple sets of tensors, and certificates of optimality under constraints."""
 
-__all__: list[str] = []
+from torch_secondorder.constraints.kkt import KKTReport, kkt_residuals
+
+__all__ = ["KKTReport", "kkt_residuals"]
 
 
 def __dir__() -> list[str]:
