@@ -162,6 +162,8 @@ def test_a_checkpoint_goes_on_bit_for_bit(name: str, dtype: torch.dtype) -> None
 @inside
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_goes_its_own_way(name: str, way: str) -> None:
+    if name == "torch.LBFGS":
+        pytest.skip("has no copies: its list of parameters stays behind")
     net = Net()
     optimizer = made(name, net)
     run(optimizer, net, 1)
