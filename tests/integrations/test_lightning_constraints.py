@@ -231,4 +231,4 @@ def test_the_constraints_of_a_module_hold_after_training(host: Any, tmp_path: Pa
     assert model.net.short().max() < 1e-6
     model.net(batches.x[0])
     assert model.net.balanced() < 1e-6
-    assert fitted.callback_metrics
+    assert fitted.callback_metrics["Constrained/violation"] < 1e-6
