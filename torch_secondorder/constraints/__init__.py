@@ -1,6 +1,12 @@
 """Constraints: simple sets of tensors, and certificates of optimality under constraints."""
 
-__all__: list[str] = []
+from torch_secondorder.constraints.box import Box
+from torch_secondorder.constraints.norm_ball import NormBall
+from torch_secondorder.constraints.orthogonal import Orthogonal
+from torch_secondorder.constraints.simplex import Simplex
+from torch_secondorder.constraints.unit_norm import UnitNorm
+
+__all__ = ["Box", "NormBall", "Orthogonal", "Simplex", "UnitNorm"]
 
 
 def __dir__() -> list[str]:
