@@ -43,10 +43,12 @@ INNER: dict[str, Callable[..., Any]] = {
     "NewtonCG": partial(NewtonCG, max_cg_iter=10),
     "LevenbergMarquardt": partial(LevenbergMarquardt, damping=1.0),
     "AdaHessian": partial(AdaHessian, lr=0.05),
-    "Sophia": partial(Sophia, lr=0.03),
+    "Sophia": partial(Sophia, lr=0.01),
 }
 #: Those that take gradients which are there already.
 WITHOUT_CLOSURE = ["SGD", "Adam", "AdaHessian", "Sophia"]
+#: Those that make several evaluations in a step.
+ITERATING = [name for name in INNER if name not in WITHOUT_CLOSURE]
 OURS = [name for name in INNER if name not in ("SGD", "Adam", "torch.LBFGS")]
 #: The penalty is no sum of residuals, and this one says so.
 pytestmark = pytest.mark.filterwarnings("ignore:a term of the loss is in none of the residuals")
@@ -131,7 +133,7 @@ def test_the_loss_goes_down_and_the_constraints_are_kept(name: str, device: torc
     optimizer = made(name, net)
     assert optimizer.info is None
     loss, violation = net.loss().item(), net.violation()
-    run(optimizer, net, 40)
+    run(optimizer, net, 40 if name in ITERATING else 120)
     assert net.loss().item() < loss
     assert net.violation() < 0.1 * violation
     assert set(optimizer.multipliers) == {"equalities", "short"}
@@ -252,8 +254,8 @@ def test_a_loop_without_a_closure(name: str) -> None:
     if name in ("SGD", "Adam"):  # the curvature of the constraints is not seen here
         found = [*other.values(), *multipliers(optimizer)]
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    run(optimizer, other, 30)
-    assert other.violation() < 0.15
+    run(optimizer, other, 150)
+    assert other.violation() < 0.04
 
 
 @ours
@@ -385,12 +387,14 @@ def test_a_step_under_autocast_is_one_with_autocast_in_the_closure(name: str) ->
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdaHessian", "Sophia"])
 def test_a_gradient_scaler(name: str) -> None:
     """Without a closure the scale is taken out before the constraints come in."""
-    net, other = Net(), Net()
-    optimizer, scaled = made(name, net), made(name, other)
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    net = Net()
+    optimizer = made(name, net)
     for _ in range(4):
         net.closure()()
         optimizer.step()
+    other = Net()
+    scaled, scaler = made(name, other), torch.amp.GradScaler("cpu", init_scale=256.0)
+    for _ in range(4):
         other.zero_grad()
         scaler.scale(other.loss()).backward()
         scaler.step(scaled)
