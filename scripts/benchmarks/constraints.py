@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from . import constraints_overhead, constraints_problems
+from . import (
+    constraints_large,
+    constraints_minibatch,
+    constraints_overhead,
+    constraints_pca,
+    constraints_problems,
+)
 from .registry import Options, command
 from .report import Report
 
 PARTS = {
     "problems": constraints_problems.run,
     "overhead": constraints_overhead.run,
+    "pca": constraints_pca.run,
+    "minibatch": constraints_minibatch.run,
+    "large": constraints_large.run,
 }
 
 

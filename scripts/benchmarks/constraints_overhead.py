@@ -33,9 +33,7 @@ def small_mlp(device: torch.device) -> Case:
     torch.manual_seed(0)
     inputs, targets = torch.randn(64, 64), torch.randint(10, (64,))
     model = chain([64, 64, 10], nn.ReLU).to(device)
-    return Case(
-        "MLP 64-64-10", model, nn.CrossEntropyLoss(), inputs.to(device), targets.to(device)
-    )
+    return Case("MLP 64-64-10", model, nn.CrossEntropyLoss(), inputs.to(device), targets.to(device))
 
 
 NETWORKS: tuple[Callable[[torch.device], Case], ...] = (
@@ -201,4 +199,6 @@ def run(options: Options, report: Report) -> None:
             {**{way: t.as_dict() for way, t in timings.items()}, "added": added.as_dict()},
         )
     report.show(table)
-    say(f"added: of medians [within a round]; the bar is {BAR:.0%}: {within} of {len(cases)} keep it")
+    say(
+        f"added: of medians [within a round]; the bar, {BAR:.0%}, holds in {within} of {len(cases)}"
+    )

@@ -26,9 +26,7 @@ Function = Callable[[Tensor], Tensor]
 OUTER = 100
 
 
-def ours(
-    make: Callable[..., Any], method: str | None, curvature: str, counted: Counted
-) -> Tensor:
+def ours(make: Callable[..., Any], method: str | None, curvature: str, counted: Counted) -> Tensor:
     """`Constrained` around an optimizer, with bounds among the inequalities.
 
     One step is all of a sequential quadratic program, or one minimization of an augmented
@@ -41,7 +39,7 @@ def ours(
     given = [
         part if len(part[0]()) else None for part in constraints
     ]  # a function without entries is no constraint
-    optimizer = Constrained(inner, *given, method)  # type: ignore[arg-type]
+    optimizer = Constrained(inner, *given, method=method)  # type: ignore[arg-type]
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -82,7 +80,10 @@ def by_hand(counted: Counted) -> Tensor:
     """An augmented Lagrangian around torch's L-BFGS, as one writes it: 17.4 of Nocedal-Wright."""
     problem = counted.problem
     x = problem.start.clone().requires_grad_()
-    y, u = torch.zeros_like(problem.all_equalities(x)), torch.zeros_like(problem.all_inequalities(x))
+    y, u = (
+        torch.zeros_like(problem.all_equalities(x)),
+        torch.zeros_like(problem.all_inequalities(x)),
+    )
     y, u = y.detach(), u.detach()
     rho, last = 10.0, math.inf
 
@@ -274,12 +275,18 @@ def with_nlopt(nlopt: Any, augmented: bool, counted: Counted) -> Tensor:
     for kind, function, sign in problem.kinds():
         value, jacobian, _ = problem.constraint(function, -sign if kind == "ineq" else sign)
 
-        def constraint(result: Any, x: Any, gradient: Any, value: Any = value, jac: Any = jacobian) -> None:
+        def constraint(
+            result: Any, x: Any, gradient: Any, value: Any = value, jac: Any = jacobian
+        ) -> None:
             result[:] = value(x)
             if gradient.size:
                 gradient[:] = jac(x)
 
-        add = optimizer.add_equality_mconstraint if kind == "eq" else optimizer.add_inequality_mconstraint
+        add = (
+            optimizer.add_equality_mconstraint
+            if kind == "eq"
+            else optimizer.add_inequality_mconstraint
+        )
         add(constraint, [1e-9] * len(value(problem.start)))
     bounds = problem.bounds()
     if bounds is not None:
@@ -288,10 +295,13 @@ def with_nlopt(nlopt: Any, augmented: bool, counted: Counted) -> Tensor:
     optimizer.set_ftol_rel(1e-12)
     optimizer.set_xtol_rel(1e-12)
     optimizer.set_maxeval(BUDGET)
+    start = counted.problem.start
+    if bounds is not None:
+        start = start.clamp(*torch.tensor(bounds, dtype=start.dtype).unbind(1))
     try:
-        point = optimizer.optimize(problem.start)
-    except nlopt.RoundoffLimited:  # the best point is not to be had
-        return counted.points[-1]
+        point = optimizer.optimize(start.numpy())
+    except (RuntimeError, nlopt.RoundoffLimited, nlopt.runtime_error):
+        return counted.points[-1]  # it does not give its own
     return torch.from_numpy(point)
 
 
