@@ -60,7 +60,7 @@ RULES = Rules(
         "diagnostics": (
             "_foundation _params _autograd _closure _objective curvature solvers dataset"
         ),
-        "constraints": "_objective",
+        "constraints": "_foundation _autograd _objective",
         "_optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
             "dataset constraints"

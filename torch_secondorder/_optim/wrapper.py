@@ -103,7 +103,8 @@ class PenalizedLoss:
         ):
             loss = scalar(closure())
         if values.taken:
-            return self._sum(loss, torch.stack(values.taken).sum())
+            taken = values.taken
+            return self._sum(loss, taken[0] if len(taken) == 1 else torch.stack(taken).sum())
         if before.shows_backward(self._params):
             raise self._term.missing() if values.take() is None else lost_graph()
         # The caller differentiates the loss that it gets.
@@ -130,7 +131,10 @@ class PenalizedLoss:
     def _sum(self, loss: Tensor, value: Tensor) -> Tensor:
         if self.first is None:
             self.first = loss.detach(), value.detach()
-        return loss + self._factor * value
+        return loss + self._scaled(value)
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value if self._factor == 1.0 else self._factor * value
 
     def _taken(self, values: Values) -> Tensor:
         value = values.take()
@@ -147,7 +151,7 @@ class PenalizedLoss:
         if value is not None:
             if gradient is not None:
                 loss, gradient = (loss * gradient).sum(), None
-            loss = loss + self._factor * value
+            loss = loss + self._scaled(value)
         loss.backward(gradient, *args, **more)
 
     def add_to_gradients(self, value: Tensor) -> None:
@@ -186,7 +190,7 @@ class WrapperOptimizer(Optimizer, ABC):
     #: The attributes in that entry, by their names there.
     _saved: ClassVar[dict[str, str]] = {"seed": "_seed", "steps": "_steps"}
     #: The attributes that pickling and `copy.deepcopy` carry along.
-    _carried: tuple[str, ...] = ("optimizer", "_penalized", "_seed", "_steps")
+    _carried: tuple[str, ...] = ("_inside", "_penalized", "_seed", "_steps")
     _step_supports_amp_scaling = True  # otherwise a `GradScaler` would stay unnoticed
 
     def __init__(self, optimizer: Optimizer, term: Term, seed: int = 0) -> None:
@@ -196,7 +200,7 @@ class WrapperOptimizer(Optimizer, ABC):
                 f"optimizer is what trains the model, got {type(optimizer).__name__}: make it "
                 f"first, as in {type(self).__name__}(torch.optim.Adam(model.parameters()), ...)"
             )
-        self.optimizer = optimizer
+        self._inside = optimizer
         self._penalized = PenalizedLoss(term)
         self._seed, self._steps = seed, 0
         self._set_up()
@@ -238,23 +242,29 @@ class WrapperOptimizer(Optimizer, ABC):
     # Delegated to the optimizer inside.
 
     @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer inside."""
+        # Nothing here reads it: Lightning makes subclasses in which `optimizer` is the wrapper.
+        return self._inside
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The groups of the optimizer inside."""
-        return self.optimizer.param_groups
+        return self._inside.param_groups
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
         """The state of the optimizer inside."""
-        return self.optimizer.state
+        return self._inside.state
 
     def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # while a copy or pickle is being put together
+        if name == "_inside":  # while a copy or pickle is being put together
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        return getattr(self._inside, name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the optimizer inside."""
-        self.optimizer.add_param_group(param_group)
+        self._inside.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients.
@@ -262,7 +272,7 @@ class WrapperOptimizer(Optimizer, ABC):
         Args:
             set_to_none: See `torch.optim.Optimizer.zero_grad`.
         """
-        self.optimizer.zero_grad(set_to_none)
+        self._inside.zero_grad(set_to_none)
 
     # The step.
 
@@ -285,10 +295,10 @@ class WrapperOptimizer(Optimizer, ABC):
         if closure is not None:
             Scaling(self).refuse_closure()
         elif not self._has_present_term() and makes_state_only(self.param_groups):
-            return self.optimizer.step(**more)
+            return self._inside.step(**more)
         params = [p for group in self.param_groups for p in group["params"]]
         if closure is None and self._has_present_term() and all(p.grad is None for p in params):
-            return self.optimizer.step(**more)  # no loss: an error, or nothing to be done
+            return self._inside.step(**more)  # no loss: an error, or nothing to be done
         sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
         penalized = self._penalized
         penalized.begin(params, sign * factor, self._seed + self._steps)
@@ -299,11 +309,11 @@ class WrapperOptimizer(Optimizer, ABC):
                     return None
                 with torch.enable_grad():
                     penalized.add_to_gradients(self._present_term())
-                result = self.optimizer.step(**more)
+                result = self._inside.step(**more)
             else:
                 if more.get("curvature_closure") is not None:
                     more["curvature_closure"] = penalized.closure(more["curvature_closure"])
-                result = self.optimizer.step(penalized.closure(closure), **more)
+                result = self._inside.step(penalized.closure(closure), **more)
         finally:
             self._end_step()
         self._steps += 1
@@ -333,7 +343,7 @@ class WrapperOptimizer(Optimizer, ABC):
         """The state of the optimizer inside, with an entry for the wrapper's own."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        entry, result = self._entry, dict(self.optimizer.state_dict())
+        entry, result = self._entry, dict(self._inside.state_dict())
         own: dict[str, Any] = {name: getattr(self, at) for name, at in self._saved.items()}
         if entry in result:
             own["inside"] = result[entry]
@@ -363,7 +373,7 @@ class WrapperOptimizer(Optimizer, ABC):
         inner["param_groups"] = [{k: v for k, v in g.items() if k != entry} for g in groups]
         if own is not None and "inside" in own:
             inner[entry] = own["inside"]
-        self.optimizer.load_state_dict(inner)
+        self._inside.load_state_dict(inner)
         if own is not None:
             for name, at in self._saved.items():
                 setattr(self, at, own[name])
@@ -375,5 +385,8 @@ class WrapperOptimizer(Optimizer, ABC):
         return {name: getattr(self, name) for name in self._carried}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "optimizer" in state:  # a pickle of the last release
+            state["_inside"] = state.pop("optimizer")
         self.__dict__.update(state)
         self._set_up()
