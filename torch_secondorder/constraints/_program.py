@@ -18,10 +18,10 @@ from torch_secondorder._autograd.vectorized import Parts
 from torch_secondorder._objective.base import Objective
 from torch_secondorder.constraints._functions import ConstraintFunctions
 from torch_secondorder.constraints._lagrangian import (
+    Signs,
     augmented,
-    floor_of,
+    inverses,
     is_slow,
-    lower_bounds,
     next_multipliers,
     shortfalls,
 )
@@ -52,9 +52,10 @@ class Program:
         self.before: Tensor | None = None
         self.slow: Tensor | None = None
         self._rows: Parts = []
-        # What a term is made of: least multipliers; half the penalties and the floor of values.
-        self._lower: Tensor | None = None
-        self._terms: tuple[Tensor, Tensor | None] | None = None
+        self._signs: Signs | None = None
+        # Half the penalties and minus their inverses; the floor of values; made when needed.
+        self._of_penalties: tuple[Tensor, Tensor] | None = None
+        self._floor: Tensor | None = None
 
     # For optimizers that take constraints themselves.
 
@@ -80,14 +81,15 @@ class Program:
         y = self.multipliers
         return (
             y is not None
-            and self._lower is not None
+            and self._signs is not None
             and y.dtype == like.dtype
             and y.device == like.device
         )
 
     def leave(self) -> None:
         """Makes the next evaluation set everything up anew, where its values are."""
-        self.values = self._lower = self._terms = None
+        self.values = self._signs = None
+        self.changed()
 
     def set_up(self, like: Tensor, penalty: float) -> None:
         """Makes multipliers and penalties where there are none; moves them to where values are.
@@ -107,40 +109,55 @@ class Program:
             self.before = self.before.to(device, dtype)
         if self.slow is not None:
             self.slow = self.slow.to(device)
-        self._lower = lower_bounds(self.functions.inequality, like)
+        self._signs = Signs(self.functions.inequality, like)
         self.changed()
 
     def changed(self) -> None:
         """Makes the next term anew: multipliers or penalties were changed."""
-        self._terms = None
-
-    @property
-    def lower(self) -> Tensor:
-        """The least multiplier of each constraint, see `lower_bounds`."""
-        assert self._lower is not None
-        return self._lower
+        self._of_penalties = self._floor = None
 
     def term(self, values: Tensor) -> Tensor:
         """The term of the augmented Lagrangian, 0-dim, with the graph of the values."""
-        assert self.multipliers is not None and self.penalties is not None
-        if self._terms is None:
-            floor = None
-            if self.functions.n_equalities < len(values):
-                floor = floor_of(self.multipliers, self.penalties, self.lower)
-            self._terms = 0.5 * self.penalties, floor
-        return augmented(values, self.multipliers, *self._terms)
+        assert self.multipliers is not None
+        half, _ = self._parts()
+        return augmented(values, self.multipliers, half, self._floor)
 
-    def ascend(self, rate: float | Tensor, most: float) -> None:
+    def seeds(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The term without a graph, and its derivative by the values: the next multipliers.
+
+        Args:
+            values: `(m,)`, without a graph.
+        """
+        y, rho = self.multipliers, self.penalties
+        assert y is not None and rho is not None
+        return self.term(values), next_multipliers(values, y, rho, self.signs)
+
+    @property
+    def signs(self) -> Signs:
+        """The signs of multipliers."""
+        assert self._signs is not None
+        return self._signs
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """What a term is made of, see `_of_penalties`; sees to the floor."""
+        assert self.multipliers is not None and self.penalties is not None
+        if self._of_penalties is None:
+            self._of_penalties = 0.5 * self.penalties, inverses(self.penalties)
+        if self._floor is None and not self.signs.free:
+            self._floor = self.signs.floor(self.multipliers, self._of_penalties[1])
+        return self._of_penalties
+
+    def ascend(self, rate: float | Tensor, most: float | None = None) -> None:
         """Moves the multipliers along the last values.
 
         Args:
             rate: The step: a number, or the penalties for the method of multipliers.
-            most: The largest multiplier.
+            most: The largest multiplier; None for no limit.
         """
         assert self.multipliers is not None and self.values is not None
-        following = next_multipliers(self.values, self.multipliers, rate, self.lower)
-        self.multipliers = following.clamp_(-most, most)
-        self.changed()
+        following = next_multipliers(self.values, self.multipliers, rate, self.signs)
+        self.multipliers = following if most is None else following.clamp_(-most, most)
+        self._floor = None
 
     def update(self, tolerance: float, most_penalty: float, most: float | None) -> None:
         """Makes an update of the method of multipliers, at the solution of a subproblem.
@@ -152,7 +169,8 @@ class Program:
         """
         y, rho, values = self.multipliers, self.penalties, self.values
         assert y is not None and rho is not None and values is not None
-        now = shortfalls(values, floor_of(y, rho, self.lower))
+        self._parts()
+        now = shortfalls(values, self._floor)
         before = torch.full_like(now, inf) if self.before is None else self.before
         self.slow = is_slow(now, before, tolerance)
         if most is not None:
