@@ -8,7 +8,7 @@ made here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 import torch
@@ -121,6 +121,21 @@ class Program:
         assert self.multipliers is not None
         half, _ = self._parts()
         return augmented(values, self.multipliers, half, self._floor)
+
+    def squares(self, values: Tensor, mark: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same term as a sum of squares, for optimizers that ask for residuals.
+
+        Args:
+            values: `(m,)`, with their graph.
+            mark: Tells the optimizer what the residuals are.
+        """
+        assert self.multipliers is not None and self.penalties is not None
+        half, inverse = self._parts()
+        if self._floor is not None:
+            values = torch.maximum(values, self._floor)
+        shift = self.multipliers * inverse
+        residuals = mark((values - shift) * half.sqrt())
+        return residuals.square().sum() - (shift.square() * half).sum()
 
     def seeds(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The term without a graph, and its derivative by the values: the next multipliers.

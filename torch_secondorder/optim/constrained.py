@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._closure.runner import ModuleRegistry
 from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder._foundation.private_torch import pytree
@@ -28,6 +29,7 @@ from torch_secondorder.constraints._functions import ConstraintFunctions, Constr
 from torch_secondorder.constraints._lagrangian import violations
 from torch_secondorder.constraints._program import Program
 from torch_secondorder.dataset import DatasetClosure
+from torch_secondorder.optim.levenberg_marquardt import LevenbergMarquardt
 
 __all__ = ["Constrained", "ConstrainedInfo"]
 
@@ -371,6 +373,8 @@ class Constrained(WrapperOptimizer):
         # Of a data set, ranks may have batches in different numbers.
         self._averages = several and not isinstance(closure, DatasetClosure)
         try:
+            if self._iterates and not isinstance(self._innermost, FlatOptimizer):
+                closure = self._noting(closure)
             with self._registry.watch({}) if self._averages else nullcontext():
                 result = self._stepped(closure, more)
             if self._evaluated and self.method != "sqp":
@@ -433,6 +437,7 @@ class Constrained(WrapperOptimizer):
             inner._observe = self._observe
         elif isinstance(inner, torch.optim.LBFGS):
             self._entry_point = [p.detach().clone() for p in self._trainable]
+            self._n_iter = _iterations_of(inner)
 
     def _end_step(self) -> None:
         inner: Any = self._innermost
@@ -470,12 +475,10 @@ class Constrained(WrapperOptimizer):
             self._note = self._not_finite(program.values)
             self._return_to_entry()
             return
-        verdict = Verdict.UPDATE
-        if isinstance(self._innermost, FlatOptimizer):
-            info, violated = self._innermost.info, self._violations
-            if info is None or info.status in _IDLE or violated is None:
-                return
-            verdict = self._subproblem.judge(info, violated.max().item())
+        info, violated = self._inner_report(), self._violations
+        if info is None or info.status in _IDLE or violated is None:
+            return
+        verdict = self._subproblem.judge(info, violated.max().item())
         most = self.max_multiplier
         if verdict is Verdict.UPDATE:
             program.update(self.tolerance, self.max_penalty, most if ascends else None)
@@ -486,6 +489,30 @@ class Constrained(WrapperOptimizer):
             self._go_back()
         if verdict is not Verdict.GO_ON:
             self._subproblem.end()
+
+    def _inner_report(self) -> StepInfo | None:
+        """The report of the optimizer inside; one is made for PyTorch's L-BFGS."""
+        inner = self._innermost
+        if isinstance(inner, FlatOptimizer):
+            return inner.info
+        done = _iterations_of(inner) - self._n_iter
+        # It may end for reasons of its own far from the solution: only the gradient tells.
+        largest = _largest_gradient(self._trainable)
+        return StepInfo(StepStatus.MAX_ITERATIONS, 0.0, 0.0, largest, done)
+
+    def _noting(self, closure: Any) -> Any:
+        """A closure that notes the start of a subproblem of PyTorch's L-BFGS."""
+
+        def noting() -> Any:
+            first = not self._evaluated
+            loss = closure()
+            violated = self._violations
+            if first and not self._subproblem.steps and violated is not None:
+                grad_norm, params = _largest_gradient(self._trainable), self._trainable
+                self._subproblem.begin(params, 0.0, grad_norm, violated.max().item())
+            return loss
+
+        return noting
 
     def _go_back(self) -> None:
         """Begins the subproblem again, with larger penalties."""
@@ -559,6 +586,8 @@ class Constrained(WrapperOptimizer):
             self._program.record(values, self._leaves_in(tree))
             return values.new_zeros(())
         self._program.values = values.detach()
+        if isinstance(self._innermost, LevenbergMarquardt) and self._penalty:
+            return self._program.squares(values, mark_outputs)
         return self._program.term(values)
 
     def _seeds(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -649,6 +678,18 @@ class Constrained(WrapperOptimizer):
 
 
 _PROGRAM_STATE = ("multipliers", "penalties", "before", "slow")
+
+
+def _largest_gradient(params: Sequence[Tensor]) -> float:
+    """The largest absolute entry of the gradients."""
+    found = [p.grad.abs().max() for p in params if p.grad is not None]
+    return torch.stack(found).max().item() if found else math.inf
+
+
+def _iterations_of(optimizer: Optimizer) -> int:
+    """All iterations that PyTorch's L-BFGS has made, which has no report."""
+    first = optimizer.param_groups[0]["params"][0]
+    return int(optimizer.state[first].get("n_iter", 0)) if first in optimizer.state else 0
 
 
 def _finite(values: Tensor) -> bool:
