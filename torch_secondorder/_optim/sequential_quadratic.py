@@ -36,6 +36,7 @@ _GROWTH = 100.0
 _HUGE = 1e6
 # A violation is stationary if a move as long as the parameters lessens it by no more than this.
 _STATIONARY = 1e-6
+_DEPENDENT = 1e-4  # the length of a combination of gradients that counts as zero
 _STILL = 1e-4  # a step this short, over the length of the parameters, is none
 # Multipliers are refined by least squares once the Lagrangian's gradient is this many times its
 # tolerance.
@@ -319,6 +320,8 @@ class SequentialQuadratic:
         # Multipliers that have grown beyond bounds prove a contradiction (Farkas).
         y = step.multipliers
         sizes = y.abs() * self.here.lengths
+        if self._slope_of(y, descent) > _DEPENDENT * sizes.sum().item():
+            return False
         assert descent.point.grad is not None
         (of_loss,) = to_cpu(torch.linalg.vector_norm(descent.point.grad))
         if not sizes.max().item() > _HUGE * max(of_loss.item(), 1e-300):
@@ -456,8 +459,8 @@ def _first_scale(descent: Descent, searches: bool) -> float:
 def _limits(curvatures: Tensor, of_grad: float, y: Tensor) -> Tensor:
     """The largest multipliers, `(m,)`."""
     most = curvatures.max().item()
-    natural = sqrt(max(of_grad, 0.0) / most) if most > 0 else 0.0
-    limit = _GROWTH * max(1.0, natural, y.abs().max().item())
+    natural = max(1.0, sqrt(max(of_grad, 0.0) / most) if most > 0 else 0.0)
+    limit = _GROWTH * min(max(natural, y.abs().max().item()), _HUGE * natural)
     return torch.full_like(y, limit)
 
 
