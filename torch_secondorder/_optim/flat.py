@@ -19,10 +19,10 @@ from torch_secondorder._objective.base import Evaluation, Objective, Regularizat
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
-from torch_secondorder._optim.bounds import BoxMaker, check_bounds, no_bounds
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
+from torch_secondorder._params.bounds import BoxMaker, check_bounds, no_bounds
 from torch_secondorder._params.manifold import Chart, Manifold
 from torch_secondorder._params.vector import SHORT, ParameterVector
 from torch_secondorder.constraints._program import Program
