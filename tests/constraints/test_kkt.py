@@ -977,6 +977,11 @@ def test_multipliers_come_in_several_forms() -> None:
             RuntimeError,
             "without a graph",
         ),
+        (
+            lambda x: kkt_residuals(lambda: x.sum(), [x], {"k": lambda: tensor(1.0)}),
+            RuntimeError,
+            "the constraint k depends on none of the parameters",
+        ),
     ],
 )  # fmt: skip
 def test_errors(call: Callable[[Tensor], Any], kind: type[Exception], words: str) -> None:
