@@ -855,7 +855,7 @@ def test_a_report_prints_and_converts() -> None:
     found = report.as_dict()
     json.dumps(found)
     assert found["largest"] == report.largest and len(found["multipliers"]["inequalities"]) == 7
-    assert "2 with slack and no multiplier" in text and "and 1" not in text
+    assert text.endswith("and 5 with slack and no multiplier")
     with pytest.raises(AttributeError):
         report.loss = 1.0  # type: ignore[misc]
 
