@@ -16,7 +16,7 @@ from torch_secondorder import OptimizeResult, minimize
 from torch_secondorder.minimization._methods import METHODS
 
 inf = float("inf")
-START = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+START = torch.tensor([0.5, 0.0], dtype=torch.float64)
 ABLE = [name for name, row in METHODS.items() if row.takes_constraints]
 
 

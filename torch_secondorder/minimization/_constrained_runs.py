@@ -179,10 +179,11 @@ class _ConstrainedRun:
 
     def _holds(self, here: Certificate) -> bool:
         gtol = self._gtol(here)
+        least = min(gtol, max(self._problem.gtol, self._settings.tolerance_grad or 0.0))
         return (
             here.violation <= self._feasibility
             and here.optimality <= gtol
-            and here.complementarity <= gtol * max(1.0, abs(here.value))
+            and here.complementarity <= least * max(1.0, abs(here.value))
         )
 
     def _certificate(self) -> Certificate:
