@@ -14,7 +14,8 @@ from torch_secondorder.minimization._runs import Problem
 
 # Constraints of which the gradients are looked at where the violation does not fall any more.
 _MOST_ROWS = 100
-# The gradient of the violation is zero if its terms cancel to this part of their sizes.
+# The gradient of the violation is zero if its terms cancel to this part of their sizes, or if moves
+# as large as x change the violation by no more than this part of it.
 _CANCELS = 1e-3
 
 
@@ -109,7 +110,8 @@ def violation_is_stationary(problem: Problem, constraints: ConstraintSet) -> boo
     taken = _taken_by_bounds(problem, total)
     if taken is not None:
         total = [t + v for t, v in zip(total, taken, strict=True)]
-    return _largest(total) <= _CANCELS * sizes
+    slope, reach = _largest(total), max(1.0, _largest([p.detach() for p in params]))
+    return slope <= _CANCELS * sizes or slope * reach <= _CANCELS * outside.square().sum().item()
 
 
 def _largest_violation(constraints: ConstraintSet, values: Sequence[Tensor]) -> tuple[float, str]:

@@ -95,7 +95,7 @@ def _read(name: str, one: Any, leaves: Sequence[Tensor]) -> Given:
             f"{name} has lb and ub, but neither fun nor A: pass bounds of x as bounds={name}"
         )
     low, high = _limits(name, one.lb, one.ub)
-    keep = torch.as_tensor(getattr(one, "keep_feasible", False))
+    keep = as_tensor(getattr(one, "keep_feasible", False))
     if bool(keep.any()):
         warnings.warn(
             f"keep_feasible of {name} is not kept: iterates may violate constraints on the way, "

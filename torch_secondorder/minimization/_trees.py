@@ -48,6 +48,9 @@ def leaves_of(x0: Any) -> tuple[list[Tensor], list[str], Any]:
 
 
 def as_tensor(found: Any) -> Tensor:
-    """Numbers or an array as a tensor; a view of an array is copied, for it may be read-only."""
-    is_array = not isinstance(found, Tensor) and hasattr(found, "__array__")
-    return torch.as_tensor(found.copy() if is_array and hasattr(found, "copy") else found)
+    """Numbers in float64, or an array, as a tensor; a copy of an array, which may be read-only."""
+    if isinstance(found, Tensor):
+        return found
+    if hasattr(found, "__array__"):
+        return torch.as_tensor(found.copy() if hasattr(found, "copy") else found)
+    return torch.as_tensor(found, dtype=torch.float64)
