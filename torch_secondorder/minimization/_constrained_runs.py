@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,6 +34,9 @@ _TIGHTER = 0.1
 _PATIENCE = 6
 # Steps with larger penalties after the function has fallen without end.
 _MOST_RAISED = 8
+# Fresh starts with penalties that are larger by this factor, after the constraints were lost.
+_MOST_RESTARTS, _FARTHER = 2, 100.0
+_PENALTY = inspect.signature(Constrained).parameters["penalty"].default
 _INFEASIBLE = 5
 
 
@@ -85,8 +89,9 @@ class _ConstrainedRun:
         self._report = None if callback is None else report_to(callback)
         self._constrained, self._optimizer = self._make(settings.constrained)
         self._nit = self._evaluations = self._certificates = self._products = 0
-        #: The value and the violation at the start.
-        self._start: tuple[Tensor, float] | None = None
+        self._start = [p.detach().clone() for p in problem.params]
+        self._value_at_start: Tensor | None = None
+        self._violation_at_start = constraints.violation_at_start
         self._inner: float | None = None  # the tolerance of the next subproblem
         self._recent: list[tuple[list[Tensor], Tensor]] = []
         feasibility, least = settings.feasibility, max(_FEASIBILITY, _EPSILONS * problem.eps)
@@ -111,7 +116,7 @@ class _ConstrainedRun:
 
     def run(self) -> OptimizeResult:
         """Minimizes, and makes the result."""
-        best, without, raised = (inf, inf), 0, 0
+        best, without, raised, restarts = (inf, inf), 0, 0, 0
         while True:
             before = [p.detach().clone() for p in self._problem.params]
             info = self._step()
@@ -130,17 +135,31 @@ class _ConstrainedRun:
             without = 0 if improved else without + 1
             best = min(found[0], best[0]), min(found[1], best[1])
             if status is None and without >= (_PATIENCE if self._lagrangian else 1):
-                if not self._lagrangian:
+                if not self._lagrangian:  # sequential quadratic programs have failed
                     self._go_on_by_multipliers()
                     best, without = (inf, inf), 0
                     continue
                 status = StepStatus.STALLED
+                if here.violation > max(self._violation_at_start, self._feasibility):
+                    # The function has led to where constraints cannot be satisfied.
+                    restarts += 1
+                    if restarts <= _MOST_RESTARTS:
+                        self._begin_again(_FARTHER**restarts)
+                        best, without = (inf, inf), 0
+                        continue
             if status is not None:
                 return self._result(status, here, info)
 
-    def _go_on_by_multipliers(self) -> None:
-        """Goes on with augmented Lagrangians where sequential quadratic programs have failed."""
-        arguments = {**self._settings.constrained, "method": "augmented_lagrangian"}
+    def _begin_again(self, factor: float) -> None:
+        """Begins again at the start, with larger penalties."""
+        self._move(self._start)
+        penalty = self._settings.constrained.get("penalty", _PENALTY)
+        self._go_on_by_multipliers(penalty=factor * penalty)
+
+    def _go_on_by_multipliers(self, **more: Any) -> None:
+        """Goes on from here with new augmented Lagrangians."""
+        arguments = {**self._settings.constrained, "method": "augmented_lagrangian", **more}
+        self._inner = None
         self._constrained, self._optimizer = self._make(arguments)
 
     @property
@@ -222,8 +241,8 @@ class _ConstrainedRun:
     def _recorded(self, tree: Any) -> Tensor:
         """The function, which keeps the values since the last iteration for the callback."""
         value = self._problem.function(tree)
-        if self._start is None:
-            self._start = value.detach(), self._constraints.violation_at_start
+        if self._value_at_start is None:
+            self._value_at_start = value.detach()
         if self._report is not None:
             leaves = self._problem.leaves(tree)
             self._recent.append(([leaf.detach().clone() for leaf in leaves], value.detach()))
@@ -292,8 +311,8 @@ class _ConstrainedRun:
 
     def _ended(self, status: StepStatus, here: Certificate) -> dict[str, Any]:
         """The fields that say how it ended."""
-        assert self._start is not None
-        value, violation = self._start[0].item(), self._start[1]
+        assert self._value_at_start is not None
+        value, violation = self._value_at_start.item(), self._violation_at_start
         tol = self._feasibility
         name = here.most_violated
         violated = f"{name} is violated by {here.violation:.3g}"
