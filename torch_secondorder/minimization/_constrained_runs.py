@@ -18,6 +18,7 @@ from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder.minimization._certificate import (
     Certificate,
     certificate,
+    largest,
     violation_is_stationary,
 )
 from torch_secondorder.minimization._constraints import ConstraintSet, Given
@@ -38,6 +39,8 @@ _MOST_RAISED = 8
 _MOST_RESTARTS, _FARTHER = 2, 100.0
 _PENALTY = inspect.signature(Constrained).parameters["penalty"].default
 _INFEASIBLE = 5
+# The conditions may be off by this multiple of their tolerances where nothing changes any more.
+_CLOSE = 100.0
 
 
 def descend_within(
@@ -116,7 +119,7 @@ class _ConstrainedRun:
 
     def run(self) -> OptimizeResult:
         """Minimizes, and makes the result."""
-        best, without, raised, restarts = (inf, inf), 0, 0, 0
+        best, last, without, raised, restarts = (inf, inf), inf, 0, 0, 0
         while True:
             before = [p.detach().clone() for p in self._problem.params]
             info = self._step()
@@ -130,6 +133,9 @@ class _ConstrainedRun:
                 continue
             here = self._certificate()
             status = self._ending(info, here)
+            if status is None and self._has_settled(before, last, here):
+                status = StepStatus.CONVERGED_CHANGE
+            last = here.value
             found = here.violation, self._error(here)
             improved = any(now < 0.9 * then for now, then in zip(found, best, strict=True))
             without = 0 if improved else without + 1
@@ -205,6 +211,23 @@ class _ConstrainedRun:
             StepStatus.NO_DECREASE,
         )
         return None if info.status in goes_on else info.status
+
+    def _has_settled(self, before: Sequence[Tensor], value: float, here: Certificate) -> bool:
+        """True if a step has changed nothing any more, close to where the conditions hold.
+
+        Args:
+            before: Where the step began.
+            value: The function there.
+            here: The conditions where it ended.
+        """
+        if here.violation > self._feasibility or self._error(here) > _CLOSE:
+            return False
+        ftol = self._settings.tolerance_change
+        ftol = self._problem.ftol if ftol is None else ftol
+        pairs = list(zip(before, self._problem.params, strict=True))
+        moved = max((largest([b - p.detach()]) for b, p in pairs), default=0.0)
+        size = largest(before)
+        return moved <= ftol * size and abs(value - here.value) <= ftol * abs(here.value)
 
     # The conditions.
 
@@ -327,6 +350,8 @@ class _ConstrainedRun:
             )
         else:
             number, message = ENDINGS.get(status, (2, status.value))
+            if number == 0 or status is StepStatus.STALLED:
+                message += f"; the gradient of the Lagrangian is {here.optimality:.3g} at most"
             if status is StepStatus.NONFINITE_START and isfinite(here.value):
                 message = f"{name} or its gradient is not finite at x0"
             elif here.violation > tol:

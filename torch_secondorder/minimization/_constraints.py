@@ -488,7 +488,7 @@ class _Part:
         return J
 
     def _tensor(self, found: Any, source: str = "fun") -> Tensor:
-        """What a function returned as a tensor of real numbers."""
+        """The tensor of real numbers that a function returned, or that what it returned becomes."""
         like = self._like
         try:
             if isinstance(found, (list, tuple)) and any(isinstance(v, Tensor) for v in found):
