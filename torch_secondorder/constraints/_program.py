@@ -24,6 +24,7 @@ from torch_secondorder.constraints._lagrangian import (
     raised,
     shortfalls,
 )
+from torch_secondorder.constraints._rows import jacobian_rows
 
 
 class Program:
@@ -38,6 +39,7 @@ class Program:
             constraints themselves it is float64 on the CPU, otherwise where the values are.
         penalties: `(m,)`, likewise.
         values: Those of the last evaluation, `(m,)`, likewise.
+        tolerance: Violations up to here count as none; None for the optimizer's choice.
         before: The shortfalls at the last update of the multipliers, see `shortfalls`.
     """
 
@@ -47,7 +49,9 @@ class Program:
         self.penalties: Tensor | None = None
         self.values: Tensor | None = None
         self.before: Tensor | None = None
-        self._rows: list[Sequence[Tensor | None]] = []
+        self.tolerance: float | None = None
+        self._rows: Sequence[Tensor | None] = ()
+        self._recorded: Tensor | None = None
         # What a term is made of: least multipliers; half the penalties and the floor of values.
         self._lower: Tensor | None = None
         self._terms: tuple[Tensor, Tensor | None] | None = None
@@ -61,17 +65,24 @@ class Program:
             values: `(m,)`, with their graph.
             params: What the Jacobian is by: the trainable parameters in the optimizer's order.
         """
-        self._rows = [
-            torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
-            for value in values.unbind()
-        ]
-        self.values = values.detach().to("cpu", torch.float64)
+        self._rows = jacobian_rows(values, params)
+        self._recorded = values.detach()
 
-    def jacobian(self, objective: Objective) -> Tensor:
-        """The Jacobian of the last evaluation in the work space, `(m, n)`."""
-        vector = objective.vector
-        rows = [vector.scaled(vector.gather(row)) for row in self._rows]
-        return torch.stack(rows) if rows else torch.zeros(0, vector.size, dtype=vector.dtype)
+    def linearized(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """Values `(m,)` and Jacobian `(m, n)` of the last evaluation, in the work space.
+
+        They are means over the ranks, and on the device of the parameters.
+
+        Args:
+            objective: What was evaluated.
+        """
+        vector, values = objective.vector, self._recorded
+        assert values is not None
+        jacobian = vector.scaled(vector.gather(self._rows, (len(values),)))
+        values = values.to(
+            vector.device, torch.promote_types(values.dtype, vector.dtype), copy=True
+        )
+        return objective.ranks.average_(values), objective.ranks.average_(jacobian.contiguous())
 
     # For all others.
 

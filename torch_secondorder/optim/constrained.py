@@ -114,6 +114,7 @@ class Constrained(WrapperOptimizer):
         self.multiplier_lr = multiplier_lr
         self.max_penalty, self.max_multiplier = max_penalty, max_multiplier
         self._program = Program(ConstraintFunctions(equalities, inequalities))
+        self._program.tolerance = tolerance
         # The largest gradient at the start of the present subproblem, and its steps so far.
         self._reference, self._waiting = math.inf, 0
         super().__init__(optimizer, _ConstraintTerm(self))
@@ -307,7 +308,8 @@ class Constrained(WrapperOptimizer):
         return program.term(values)
 
     def _begin(self, values: Tensor) -> None:
-        self._program.set_up(values, self._penalty)
+        # Sequential quadratic programming raises penalties as far as needed, from zero.
+        self._program.set_up(values, 0.0 if self.method == "sqp" else self._penalty)
 
     def _leaves_in(self, tree: tuple[Any, ...]) -> list[Tensor]:
         """The trainable parameters, or what stands for them in a tree."""
