@@ -103,7 +103,8 @@ class PenalizedLoss:
         ):
             loss = scalar(closure())
         if values.taken:
-            return self._sum(loss, torch.stack(values.taken).sum())
+            taken = values.taken
+            return self._sum(loss, taken[0] if len(taken) == 1 else torch.stack(taken).sum())
         if before.shows_backward(self._params):
             raise self._term.missing() if values.take() is None else lost_graph()
         # The caller differentiates the loss that it gets.
@@ -130,7 +131,10 @@ class PenalizedLoss:
     def _sum(self, loss: Tensor, value: Tensor) -> Tensor:
         if self.first is None:
             self.first = loss.detach(), value.detach()
-        return loss + self._factor * value
+        return loss + self._scaled(value)
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value if self._factor == 1.0 else self._factor * value
 
     def _taken(self, values: Values) -> Tensor:
         value = values.take()
@@ -147,18 +151,22 @@ class PenalizedLoss:
         if value is not None:
             if gradient is not None:
                 loss, gradient = (loss * gradient).sum(), None
-            loss = loss + self._factor * value
+            loss = loss + self._scaled(value)
         loss.backward(gradient, *args, **more)
 
-    def add_to_gradients(self, value: Tensor) -> None:
+    def add_to_gradients(self, value: Tensor, scale: Tensor | None = None) -> None:
         """Adds the gradient of the term to `p.grad`, for a step without a closure.
 
         Args:
             value: The term, with its graph.
+            scale: What the gradients are scaled by, of one entry; None for nothing.
         """
         grads = [p.grad for p in self._params if p.grad is not None]
         graph = any(g.grad_fn is not None for g in grads)
-        (self._factor * value).backward(create_graph=graph)
+        term = self._factor * value
+        if scale is not None:
+            term = term * scale.to(term.device).reshape(())
+        term.backward(create_graph=graph)
         self.first = value.new_tensor(torch.nan), value.detach()
 
 
@@ -186,7 +194,7 @@ class WrapperOptimizer(Optimizer, ABC):
     #: The attributes in that entry, by their names there.
     _saved: ClassVar[dict[str, str]] = {"seed": "_seed", "steps": "_steps"}
     #: The attributes that pickling and `copy.deepcopy` carry along.
-    _carried: tuple[str, ...] = ("optimizer", "_penalized", "_seed", "_steps")
+    _carried: tuple[str, ...] = ("_inside", "_penalized", "_seed", "_steps")
     _step_supports_amp_scaling = True  # otherwise a `GradScaler` would stay unnoticed
 
     def __init__(self, optimizer: Optimizer, term: Term, seed: int = 0) -> None:
@@ -196,7 +204,7 @@ class WrapperOptimizer(Optimizer, ABC):
                 f"optimizer is what trains the model, got {type(optimizer).__name__}: make it "
                 f"first, as in {type(self).__name__}(torch.optim.Adam(model.parameters()), ...)"
             )
-        self.optimizer = optimizer
+        self._inside = optimizer
         self._penalized = PenalizedLoss(term)
         self._seed, self._steps = seed, 0
         self._set_up()
@@ -238,23 +246,29 @@ class WrapperOptimizer(Optimizer, ABC):
     # Delegated to the optimizer inside.
 
     @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer inside."""
+        # Nothing here reads it: Lightning makes subclasses in which `optimizer` is the wrapper.
+        return self._inside
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The groups of the optimizer inside."""
-        return self.optimizer.param_groups
+        return self._inside.param_groups
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
         """The state of the optimizer inside."""
-        return self.optimizer.state
+        return self._inside.state
 
     def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # while a copy or pickle is being put together
+        if name == "_inside":  # while a copy or pickle is being put together
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        return getattr(self._inside, name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the optimizer inside."""
-        self.optimizer.add_param_group(param_group)
+        self._inside.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients.
@@ -262,7 +276,7 @@ class WrapperOptimizer(Optimizer, ABC):
         Args:
             set_to_none: See `torch.optim.Optimizer.zero_grad`.
         """
-        self.optimizer.zero_grad(set_to_none)
+        self._inside.zero_grad(set_to_none)
 
     # The step.
 
@@ -285,33 +299,55 @@ class WrapperOptimizer(Optimizer, ABC):
         if closure is not None:
             Scaling(self).refuse_closure()
         elif not self._has_present_term() and makes_state_only(self.param_groups):
-            return self.optimizer.step(**more)
+            return self._inside.step(**more)
         params = [p for group in self.param_groups for p in group["params"]]
         if closure is None and self._has_present_term() and all(p.grad is None for p in params):
-            return self.optimizer.step(**more)  # no loss: an error, or nothing to be done
+            return self._inside.step(**more)  # no loss: an error, or nothing to be done
         sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
         penalized = self._penalized
         penalized.begin(params, sign * factor, self._seed + self._steps)
         self._begin_step()
         try:
             if closure is None:
-                if not self._unscale(params):
+                scaling = Scaling(self)
+                if scaling.active and getattr(self._inside, "_step_supports_amp_scaling", False):
+                    return self._step_scaled(scaling, more)
+                if not self._unscale(scaling, params):
                     return None
                 with torch.enable_grad():
                     penalized.add_to_gradients(self._present_term())
-                result = self.optimizer.step(**more)
+                result = self._inside.step(**more)
             else:
                 if more.get("curvature_closure") is not None:
                     more["curvature_closure"] = penalized.closure(more["curvature_closure"])
-                result = self.optimizer.step(penalized.closure(closure), **more)
+                result = self._inside.step(penalized.closure(closure), **more)
         finally:
             self._end_step()
         self._steps += 1
         return result
 
-    def _unscale(self, params: Sequence[Tensor]) -> bool:
+    def _step_scaled(self, scaling: Scaling, more: dict[str, Any]) -> Any:
+        """A step without a closure, with an optimizer inside that takes the scale out itself.
+
+        It may have seen more than gradients: estimates of the curvature are scaled as well.
+        """
+        inner: Any = self._inside
+        found = scaling.inverse is not None and bool(scaling.inverse.isnan())
+        if not found:
+            with torch.enable_grad():
+                self._penalized.add_to_gradients(self._present_term(), scaling.scale)
+        inner.grad_scale, inner.found_inf = self.grad_scale, self.found_inf
+        try:
+            result = inner.step(**more)
+        finally:
+            # It may have taken them off itself, before an error.
+            for trace in ("grad_scale", "found_inf"):
+                vars(inner).pop(trace, None)
+        self._steps += not found
+        return result
+
+    def _unscale(self, scaling: Scaling, params: Sequence[Tensor]) -> bool:
         """Divides `p.grad` by the scale of a `GradScaler`; False if the step is to be skipped."""
-        scaling = Scaling(self)
         if scaling.inverse is None:
             return True
         gradients = [p.grad for p in params if p.grad is not None]
@@ -333,7 +369,7 @@ class WrapperOptimizer(Optimizer, ABC):
         """The state of the optimizer inside, with an entry for the wrapper's own."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        entry, result = self._entry, dict(self.optimizer.state_dict())
+        entry, result = self._entry, dict(self._inside.state_dict())
         own: dict[str, Any] = {name: getattr(self, at) for name, at in self._saved.items()}
         if entry in result:
             own["inside"] = result[entry]
@@ -363,7 +399,7 @@ class WrapperOptimizer(Optimizer, ABC):
         inner["param_groups"] = [{k: v for k, v in g.items() if k != entry} for g in groups]
         if own is not None and "inside" in own:
             inner[entry] = own["inside"]
-        self.optimizer.load_state_dict(inner)
+        self._inside.load_state_dict(inner)
         if own is not None:
             for name, at in self._saved.items():
                 setattr(self, at, own[name])
@@ -375,5 +411,8 @@ class WrapperOptimizer(Optimizer, ABC):
         return {name: getattr(self, name) for name in self._carried}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "optimizer" in state:  # a pickle of the last release
+            state["_inside"] = state.pop("optimizer")
         self.__dict__.update(state)
         self._set_up()

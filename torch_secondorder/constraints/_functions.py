@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.traversal import leaves_of, nodes_of
+from torch_secondorder._foundation.subclasses import plain
+
 #: Returns a tensor, of which every entry is a constraint: it takes no arguments beside a closure,
 #: and the tree of parameters beside a `FunctionalObjective`.
 Constraint: TypeAlias = Callable[..., Tensor]
@@ -23,11 +26,12 @@ class ConstraintFunctions:
         inequalities: Functions that return `g`.
 
     Attributes:
+        names: The names of the functions.
         shapes: The shape that each function returned; None before the first evaluation.
 
     Raises:
         TypeError: Something given is no function.
-        ValueError: There is no constraint.
+        ValueError: There is no constraint, or two have one name.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> functions = ConstraintFunctions(lambda: x.sum() - 1, {"bound": lambda: x - 3})
@@ -37,10 +41,17 @@ class ConstraintFunctions:
 
     def __init__(self, equalities: Constraints, inequalities: Constraints) -> None:
         named = _named(equalities, "equalities"), _named(inequalities, "inequalities")
+        twice = named[0].keys() & named[1].keys()
+        if twice:
+            raise ValueError(
+                f"an equality and an inequality are both called {min(twice)!r}: multipliers go by "
+                "name, so give each its own"
+            )
         self._functions = [*named[0].items(), *named[1].items()]
         self._n_first = len(named[0])
         if not self._functions:
             raise ValueError("there is no constraint: pass equalities, inequalities or both")
+        self.names = [name for name, _ in self._functions]
         self.shapes: list[torch.Size] | None = None
 
     @property
@@ -62,33 +73,61 @@ class ConstraintFunctions:
         mask[: self.n_equalities] = False
         return mask
 
-    def __call__(self, *tree: Any) -> Tensor:
+    def __call__(self, *tree: Any, params: Sequence[Tensor] | None = None) -> Tensor:
         """The values `(m,)`, with their graph.
 
         Args:
             *tree: The tree of parameters, beside a `FunctionalObjective`.
+            params: The leaves that are trained; where given, each value must depend on one.
 
         Raises:
             TypeError: A function returned no tensor of real numbers.
-            RuntimeError: A value has no graph, or its shape has changed.
+            ValueError: A function returned a tensor without entries.
+            RuntimeError: A value has no graph or no parameter in it, or its shape has changed.
         """
-        values = [self._checked(name, function(*tree)) for name, function in self._functions]
+        graph = torch.is_grad_enabled()
+        values = [_checked(name, function(*tree), graph) for name, function in self._functions]
         shapes = [value.shape for value in values]
-        if self.shapes is None:
-            self.shapes = shapes
-        elif self.shapes != shapes:
-            changed = next(i for i, s in enumerate(shapes) if s != self.shapes[i])
-            raise RuntimeError(
-                f"the constraint {self._functions[changed][0]} returned a tensor of shape "
-                f"{tuple(shapes[changed])} after one of shape {tuple(self.shapes[changed])}: every "
-                "entry has a multiplier, so the shape must stay"
-            )
-        return torch.cat([value.reshape(-1) for value in values])
+        if self.shapes != shapes:
+            self._check_shapes(shapes)
+        if params is not None:
+            self._check_dependence(values, params)
+        self.shapes = shapes
+        if len(values) == 1:
+            return values[0].reshape(-1)
+        device = values[0].device
+        return torch.cat([value.reshape(-1).to(device) for value in values])
+
+    def _check_shapes(self, shapes: Sequence[torch.Size]) -> None:
+        for name, shape in zip(self.names, shapes, strict=True):
+            if not shape.numel():
+                raise ValueError(
+                    f"the constraint {name} returned a tensor of shape {tuple(shape)}, which has "
+                    "no entry: there is nothing to keep"
+                )
+        for name, shape, before in zip(self.names, shapes, self.shapes or shapes, strict=True):
+            if shape != before:
+                raise RuntimeError(
+                    f"the constraint {name} returned a tensor of shape {tuple(shape)} after one of "
+                    f"shape {tuple(before)}: every entry has a multiplier, so the shape must stay; "
+                    "reduce what varies, for instance with .mean()"
+                )
+
+    def _check_dependence(self, values: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        known = {id(p) for p in params}
+        for name, value in zip(self.names, values, strict=True):
+            if not any(id(leaf) in known for leaf in leaves_of(nodes_of([value]))):
+                raise RuntimeError(
+                    f"the constraint {name} depends on none of the parameters that the optimizer "
+                    "trains: compute it from those (not from copies, nor from another model or "
+                    "frozen parameters), and beside a FunctionalObjective from the tree that it "
+                    "is given"
+                )
 
     def name(self, index: int) -> str:
         """The name of a constraint, such as `equalities[0]` or `volume[3]`."""
         assert self.shapes is not None
-        for (name, _), shape in zip(self._functions, self.shapes, strict=True):
+        for name, shape in zip(self.names, self.shapes, strict=True):
             if index < shape.numel():
                 where = [int(i) for i in torch.unravel_index(torch.tensor(index), shape)]
                 return f"{name}[{', '.join(map(str, where))}]" if where else name
@@ -101,21 +140,25 @@ class ConstraintFunctions:
         parts = vector.split([shape.numel() for shape in self.shapes])
         return {
             name: part.reshape(shape)
-            for (name, _), part, shape in zip(self._functions, parts, self.shapes, strict=True)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
-    def _checked(self, name: str, value: Any) -> Tensor:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(
-                f"the constraint {name} must return a tensor of real numbers, got {found}"
-            )
-        if not value.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"the constraint {name} returned a tensor without a graph: compute it from the "
-                "parameters, without detach(), item() or torch.no_grad()"
-            )
-        return value
+
+def _checked(name: str, value: Any, graph: bool) -> Tensor:
+    if type(value) is not Tensor:
+        value = plain(value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"the constraint {name} must return a tensor of real numbers, got {found}: return what "
+            "is to be zero, or zero or less, as a tensor that is computed from the parameters"
+        )
+    if graph and not value.requires_grad:
+        raise RuntimeError(
+            f"the constraint {name} returned a tensor without a graph: compute it from parameters "
+            "that are trained, without detach(), item() or torch.no_grad()"
+        )
+    return value
 
 
 def _named(given: Constraints, argument: str) -> dict[str, Constraint]:

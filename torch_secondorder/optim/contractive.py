@@ -142,7 +142,7 @@ class Contractive(WrapperOptimizer):
         if self._penalized.first is None:
             return None
         loss, penalty = (value.item() for value in self._penalized.first)
-        weight, inner = float(self.weight), getattr(self.optimizer, "info", None)
+        weight, inner = float(self.weight), getattr(self._inside, "info", None)
         return ContractiveInfo(loss, penalty, weight, inner)
 
     # See `WrapperOptimizer`.
@@ -182,7 +182,7 @@ class Contractive(WrapperOptimizer):
         return penalty
 
     def __repr__(self) -> str:
-        return f"Contractive({self.optimizer!r}, weight={self.weight})"
+        return f"Contractive({self._inside!r}, weight={self.weight})"
 
 
 class _EncoderTerm:

@@ -285,6 +285,8 @@ class Newton(FlatOptimizer):
         assert point.evaluation is not None and point.grad is not None
         operator = hessian_at(objective, point.evaluation)
         hessian = self._hessian(operator, point.grad, objective)
+        if hessian is not None and objective.manifold is not None:
+            hessian = objective.manifold.completed(objective.position, hessian)
         del operator
         # The graph has served: those of trials take its place.
         descent.point = point._replace(evaluation=None)
