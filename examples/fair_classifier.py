@@ -90,7 +90,7 @@ def load_patients(group: str) -> Patients:
 
 
 def split(patients: Patients, parts: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Indices for training and of held-out patients; all parts have the same shares of both groups."""
+    """The indices of those to learn from and of those held out, for parts of alike patients."""
     from sklearn.model_selection import StratifiedKFold
 
     kinds = (2 * patients.y + patients.group).numpy()
@@ -346,20 +346,18 @@ def compare(
     def run(label: str, train: Callable[[Patients], Trained], bound: float | None = None) -> Result:
         return evaluate(label, patients, folds, settings.rate, train, bound)
 
-    results = [run("no bound", lambda seen: train_full(seen, settings))]
-    for b in bounds:
-        results.append(
-            run(f"LBFGS, gap <= {b:g}", lambda seen, b=b: train_full(seen, settings, b), b)
-        )
-    for b in bounds:
-        results.append(
-            run(f"Adam, gap <= {b:g}", lambda seen, b=b: train_batches(seen, settings, b), b)
-        )
-    for w in PENALTIES:
-        results.append(
-            run(f"penalty {w:g}", lambda seen, w=w: train_full(seen, settings, penalty=w))
-        )
-    return results
+    def full(b: float | None = None, w: float = 0.0) -> Callable[[Patients], Trained]:
+        return lambda seen: train_full(seen, settings, b, w)
+
+    def batches(b: float) -> Callable[[Patients], Trained]:
+        return lambda seen: train_batches(seen, settings, b)
+
+    return [
+        run("no bound", full()),
+        *(run(f"LBFGS, gap <= {b:g}", full(b), b) for b in bounds),
+        *(run(f"Adam, gap <= {b:g}", batches(b), b) for b in bounds),
+        *(run(f"penalty {w:g}", full(w=w)) for w in PENALTIES),
+    ]
 
 
 def print_table(results: Sequence[Result]) -> None:

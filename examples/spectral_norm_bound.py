@@ -23,11 +23,11 @@ up and the next one down; so the product of bound and price has to be the same f
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def make_network(images: Images, units: int, seed: int) -> nn.Sequential:
     """A ReLU network with two hidden layers, the same for the same seed."""
     torch.manual_seed(seed)
     widths = images.pixels, units, units, images.classes
-    layers = [nn.Linear(a, b, dtype=DTYPE) for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(a, b, dtype=DTYPE) for a, b in pairwise(widths)]
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
