@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from torch.optim import Optimizer
 from _command_line import output_file, positive
 from _constrained import Price, check_price, finished, print_prices
 from _report import COLOURS, format_table, line_style, pyplot, style_axes
-from torch_secondorder import BFGS, LBFGS, Constrained
+from torch_secondorder import BFGS, LBFGS, Constrained, kkt_residuals
+from torch_secondorder.constraints import KKTReport
 
 DTYPE = torch.float64
 PENALTIES = (1e2, 1e4, 1e6, 1e8)
@@ -186,7 +187,8 @@ class Fit:
         evaluations: Closure calls.
         loss: The loss, without penalties.
         violation: The largest violation of what is known.
-        multipliers: Those of the constraints, by name; empty for penalties.
+        multipliers: Those of the constraints, by name; estimates without `Constrained`.
+        report: The residuals of the conditions of optimality.
     """
 
     label: str
@@ -194,7 +196,8 @@ class Fit:
     evaluations: int
     loss: float
     violation: float
-    multipliers: dict[str, Tensor] = field(default_factory=dict)
+    multipliers: dict[str, Tensor]
+    report: KKTReport
 
     @property
     def error(self) -> float:
@@ -236,17 +239,14 @@ def fit(
     optimizer = make(model.parameters(), equal, unequal)
     evaluations = 0
 
-    def violations() -> Tensor:
-        both = *(h() for h in equal.values()), *(g().clamp(min=0.0) for g in unequal.values())
-        return torch.cat([v.reshape(-1) for v in both])
-
-    def closure() -> Tensor:
+    def closure(penalty: float = penalty) -> Tensor:
         nonlocal evaluations
         evaluations += 1
         optimizer.zero_grad()
         loss = task.loss(model)
         if penalty:
-            loss = loss + 0.5 * penalty * violations().square().sum()
+            both = *(h() for h in equal.values()), *(g().clamp(min=0.0) for g in unequal.values())
+            loss = loss + 0.5 * penalty * sum(v.square().sum() for v in both)
         loss.backward()
         return loss
 
@@ -254,9 +254,13 @@ def fit(
         optimizer.step(closure)
         if finished(optimizer.info):
             break
-    loss, violation = task.loss(model).item(), violations().abs().max().item()
-    multipliers = getattr(optimizer, "multipliers", {})
-    return Fit(label, model, evaluations, loss, violation, multipliers)
+    used, multipliers = evaluations, getattr(optimizer, "multipliers", None)
+    report = kkt_residuals(
+        lambda: closure(0.0), model.parameters(), equal, unequal, multipliers
+    )  # with estimates where there are no multipliers
+    return Fit(
+        label, model, used, report.loss, report.feasibility, report.multipliers, report
+    )
 
 
 def compare(task: Task, known: Known) -> list[Fit]:
@@ -272,13 +276,14 @@ def compare(task: Task, known: Known) -> list[Fit]:
 
 def print_table(fits: Sequence[Fit]) -> None:
     """Prints one row for each fit."""
-    header = ["fit", "evaluations", "loss", "largest violation", "error"]
+    header = ["fit", "evaluations", "loss", "largest violation", "KKT residual", "error"]
     rows = [
         [
             f.label,
             f"{f.evaluations:,}",
             f"{f.loss:.6f}",
             f"{f.violation:.1e}",
+            f"{f.report.largest:.1e}",
             f"{f.error:.4f}",
         ]
         for f in fits
@@ -405,6 +410,7 @@ def main() -> None:
     )
     fits = compare(task, known)
     print_table(fits)
+    print(fits[-1].report)
     print("what the constraints cost, by the multipliers of the last fit and by solving again:")
     print_prices(prices(task, known, fits[-1]))
     plot(task, known, fits, arguments.out)
