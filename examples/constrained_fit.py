@@ -258,9 +258,7 @@ def fit(
     report = kkt_residuals(
         lambda: closure(0.0), model.parameters(), equal, unequal, multipliers
     )  # with estimates where there are no multipliers
-    return Fit(
-        label, model, used, report.loss, report.feasibility, report.multipliers, report
-    )
+    return Fit(label, model, used, report.loss, report.feasibility, report.multipliers, report)
 
 
 def compare(task: Task, known: Known) -> list[Fit]:

@@ -23,10 +23,12 @@ up and the next one down; so the product of bound and price has to be the same f
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from torch.nn.utils import parametrizations, parametrize
 from tqdm import tqdm
 
 from _command_line import output_file, positive
-from _constrained import Price, check_price, finished, print_prices
+from _constrained import Price, check_price, print_prices
 from _data import DATASETS, Images, load_images
 from _report import COLOURS, format_table, line_style, pyplot, style_axes
 from torch_secondorder import LBFGS, Constrained
@@ -52,7 +54,7 @@ PENALTY = 3.0
 DECAY = 0.01
 NOISE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # standard deviations, of brightness between -1 and 1
 SHOWN_NOISE = 0.6
-CHANGE = 1e-3  # of the bounds, relative, to check their prices
+CHANGE = 0.02  # of the bounds, relative, to check their prices
 ACTIVE = 1e-3  # share of the largest multiplier that shows a singular value at the bound
 TEST_IMAGES = 1000
 SHOWN_RADIUS = 0.5
@@ -133,6 +135,7 @@ class Trained:
         evaluations: Evaluations of loss and gradient.
         seconds: The time they took.
         multipliers: Those of the singular values by layer; empty without constraints.
+        state: The state of the optimizer, to go on with; empty without L-BFGS.
     """
 
     label: str
@@ -140,6 +143,7 @@ class Trained:
     evaluations: int
     seconds: float
     multipliers: dict[str, Tensor]
+    state: dict[str, Any] = field(default_factory=dict)
 
     @property
     def norms(self) -> list[float]:
@@ -200,7 +204,8 @@ def train_full(
     images: Images,
     settings: Settings,
     bounds: Sequence[float],
-    start: nn.Module | None = None,
+    evaluations: int,
+    start: Trained | None = None,
 ) -> Trained:
     """Trains on all images at once, by L-BFGS with constraints.
 
@@ -209,34 +214,39 @@ def train_full(
         images: The data.
         settings: See `Settings`.
         bounds: Those of the layers.
-        start: A network to go on with.
+        evaluations: How many at least.
+        start: A training to go on with, multipliers included.
     """
     model = make_network(images, settings.units, settings.seed)
-    if start is not None:
-        model.load_state_dict(start.state_dict())
+    # The multipliers move after each hundred iterations: singular values that meet at the bound
+    # make a minimum that is too slow to wait for.
     optimizer = Constrained(
-        LBFGS(model.parameters(), max_iter=50), inequalities=limits(model, bounds)
+        LBFGS(model.parameters(), max_iter=100),
+        inequalities=limits(model, bounds),
+        method="augmented_lagrangian",
+        penalty=1.0,
+        multiplier_lr=1.0,
     )
-    evaluations = 0
+    if start is not None:
+        model.load_state_dict(start.model.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(start.state))
+    used = 0
 
     def closure() -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
+        nonlocal used
+        used += 1
         optimizer.zero_grad()
         loss = training_loss(model, images.train_x, images.train_y)
         loss.backward()
         return loss
 
     begun = time.perf_counter()
-    with progress(total=settings.evaluations, desc=label) as bar:
-        while evaluations < settings.evaluations:
-            before = evaluations
+    with progress(total=evaluations, desc=label) as bar:
+        while used < evaluations:
             optimizer.step(closure)
-            bar.update(evaluations - before)
-            if finished(optimizer.info):
-                break
+            bar.update(min(used, evaluations) - bar.n)
     seconds = time.perf_counter() - begun
-    return Trained(label, model, evaluations, seconds, optimizer.multipliers)
+    return Trained(label, model, used, seconds, optimizer.multipliers, optimizer.state_dict())
 
 
 def progress(steps: Any = None, desc: str = "", **settings: Any) -> Any:
@@ -283,7 +293,7 @@ def measure(trained: Trained, images: Images) -> Robustness:
 
 
 def compare(images: Images, settings: Settings) -> list[Trained]:
-    """Trains in all ways; the last one is `Constrained(LBFGS)`, which goes on from Adam's."""
+    """Trains in all ways; the last one is `Constrained(LBFGS)`."""
     bounded = train_batches("Constrained(Adam)", images, settings, constrained=True)
     bounds = [settings.bound] * len(linear_layers(bounded.model))
     return [
@@ -291,7 +301,7 @@ def compare(images: Images, settings: Settings) -> list[Trained]:
         train_batches(f"Adam, weight decay {DECAY:g}", images, settings, decay=DECAY),
         train_batches("Adam, spectral_norm", images, settings, norm=True),
         bounded,
-        train_full("Constrained(LBFGS)", images, settings, bounds),
+        train_full("Constrained(LBFGS)", images, settings, bounds, settings.evaluations),
     ]
 
 
@@ -334,19 +344,31 @@ def print_multipliers(trained: Sequence[Trained], bound: float) -> None:
 
 def check_prices(images: Images, settings: Settings, found: Trained) -> list[Price]:
     """The prices of the layers' bounds, each the sum of the multipliers of its singular values."""
-    prices = []
-    for i, (name, y) in enumerate(found.multipliers.items()):
+    count = len(found.multipliers)
 
-        def lowest_loss(bound: float, i: int = i) -> float:
-            bounds = [settings.bound] * len(found.multipliers)
-            bounds[i] = bound
-            again = train_full("prices", images, settings, bounds, start=found.model)
-            with torch.no_grad():
-                return training_loss(again.model, images.train_x, images.train_y).item()
+    def again(bounds: Sequence[float]) -> Trained:
+        more = settings.evaluations // 4
+        return train_full("prices", images, settings, bounds, more, found)
 
-        change = CHANGE * settings.bound
-        prices.append(check_price(name, settings.bound, change, y.sum().item(), lowest_loss))
-    return prices
+    def lowest_loss(i: int, bound: float) -> float:
+        bounds = [settings.bound] * count
+        bounds[i] = bound
+        return lagrangian(again(bounds), images, bounds)
+
+    multipliers = again([settings.bound] * count).multipliers
+    change = CHANGE * settings.bound
+    return [
+        check_price(name, settings.bound, change, y.sum().item(), partial(lowest_loss, i))
+        for i, (name, y) in enumerate(multipliers.items())
+    ]
+
+
+def lagrangian(trained: Trained, images: Images, bounds: Sequence[float]) -> float:
+    """The training loss, corrected by the multipliers for small violations of the bounds."""
+    with torch.no_grad():
+        loss = training_loss(trained.model, images.train_x, images.train_y)
+        values = limits(trained.model, bounds)
+        return (loss + sum(y @ values[name]() for name, y in trained.multipliers.items())).item()
 
 
 def plot(trained: Sequence[Trained], measured: Sequence[Robustness], path: Path) -> None:
@@ -445,9 +467,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--data-dir", type=Path, help="directory of the Fashion-MNIST files")
     add("--images", type=positive(int), help="training images; default: all")
     add("--bound", type=positive(float), default=1.5, help="of each layer; default: 1.5")
-    add("--units", type=positive(int), default=48, help="width of the two layers; default: 48")
+    add("--units", type=positive(int), default=24, help="width of the two layers; default: 24")
     add("--epochs", type=positive(int), default=60, help="of Adam; default: 60")
-    add("--evaluations", type=positive(int), default=1500, help="of L-BFGS; default: 1,500")
+    add("--evaluations", type=positive(int), default=2000, help="of L-BFGS; default: 2,000")
     add("--quick", action="store_true", help="a small comparison, to try the script")
     add("--seed", type=int, default=0, help="random seed; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
