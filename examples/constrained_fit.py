@@ -37,11 +37,11 @@ from torch_secondorder import BFGS, LBFGS, Constrained, kkt_residuals
 from torch_secondorder.constraints import KKTReport
 
 DTYPE = torch.float64
-PENALTIES = (1e2, 1e4, 1e6, 1e8)
-STEPS = 100  # at most; each is up to 100 iterations
+PENALTIES = [1e2, 1e4, 1e6, 1e8]
+STEPS = 30  # at most; each is up to 100 iterations
 GRID = 40  # points where the slope is bounded
 CHANGE = 1e-4  # of the bounds, to check their prices
-DECAY = 1e-3  # of the network's weights
+DECAY = 0.1  # of the network's weights
 
 
 class Polynomial(nn.Module):
@@ -261,10 +261,10 @@ def fit(
     return Fit(label, model, used, report.loss, report.feasibility, report.multipliers, report)
 
 
-def compare(task: Task, known: Known) -> list[Fit]:
-    """Fits by all methods; the last one is the most exact."""
+def compare(task: Task, known: Known, penalties: Sequence[float]) -> list[Fit]:
+    """Fits by all methods."""
     fits = [fit(task, known, "without constraints", penalize)]
-    fits += [fit(task, known, f"penalty {rho:.0e}", penalize, rho) for rho in PENALTIES]
+    fits += [fit(task, known, f"penalty {rho:.0e}", penalize, rho) for rho in penalties]
     lagrangian = constrain(BFGS, "augmented_lagrangian")
     fits.append(fit(task, known, "augmented Lagrangian, BFGS", lagrangian))
     fits.append(fit(task, known, "Constrained, LBFGS", constrain(LBFGS)))
@@ -406,7 +406,7 @@ def main() -> None:
         f"{arguments.model} of {n} parameters, {arguments.samples} measurements with noise "
         f"{arguments.noise:g}; 3 equalities, {GRID} inequalities"
     )
-    fits = compare(task, known)
+    fits = compare(task, known, arguments.penalties)
     print_table(fits)
     print(fits[-1].report)
     print("what the constraints cost, by the multipliers of the last fit and by solving again:")
@@ -415,16 +415,28 @@ def main() -> None:
     print(f"plot: {arguments.out}")
 
 
+def numbers(text: str) -> list[float]:
+    """Parses comma-separated positive numbers."""
+    return [positive(float)(part) for part in text.split(",")]
+
+
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(description="Fit a curve subject to constraints.")
     add = parser.add_argument
     add("--model", choices=("polynomial", "network"), default="polynomial", help="of the curve")
     add("--degree", type=positive(int), default=11, help="of the polynomial; default: 11")
-    add("--units", type=positive(int), default=12, help="of the network; default: 12")
+    add("--units", type=positive(int), default=8, help="of the network; default: 8")
     add("--samples", type=positive(int), default=24, help="number of data; default: 24")
     add("--noise", type=positive(float), default=0.1, help="its standard deviation; default: 0.1")
     add("--flow", type=float, default=0.8, help="mean velocity; default: 0.8, the true one")
+    add(
+        "--penalties",
+        type=numbers,
+        default=PENALTIES,
+        metavar="P,P,...",
+        help="for comparison; default: 1e2,1e4,1e6,1e8",
+    )
     add("--seed", type=int, default=0, help="random seed; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
     out = "constrained_fit.png"

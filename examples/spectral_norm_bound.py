@@ -383,7 +383,7 @@ def plot(trained: Sequence[Trained], measured: Sequence[Robustness], path: Path)
     left.set(title="test images with noise")
     left.legend(frameon=False)
     style_axes(middle, xlabel="distance", ylabel="certified images, %")
-    middle.set(title="test images whose answer no change up to a distance can spoil")
+    middle.set(title="test images that are certainly right up to a distance")
     draw_singular_values(right, trained[0], trained[-1])
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -477,7 +477,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=output_file, default=out, help=f"file of the picture; default: {out}")
     arguments = parser.parse_args()
     if arguments.quick:
-        vars(arguments).update(units=16, epochs=10, evaluations=300, images=400)
+        vars(arguments).update(units=10, epochs=10, evaluations=400, images=300)
     return arguments
 
 
