@@ -232,3 +232,34 @@ def test_the_constraints_of_a_module_hold_after_training(host: Any, tmp_path: Pa
     model.net(batches.x[0])
     assert model.net.balanced() < 1e-6
     assert fitted.callback_metrics["Constrained/violation"] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "Adam", "AdaHessian"])
+def test_the_monitor_logs_wrappers_and_what_they_wrap(host: Any, name: str, tmp_path: Path) -> None:
+    logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self: Any, *_: Any) -> None:
+        logged.append({key: float(v) for key, v in self.trainer.callback_metrics.items()})
+
+    def configure_optimizers(self: Any) -> Any:
+        first = Constrained(INNER[name](self.net.parameters()), self.net.centred)
+        return Constrained(first, None, {"short": self.net.short}, method="penalty")
+
+    model = made(
+        host,
+        "Constrained",
+        name,
+        on_train_batch_end=on_train_batch_end,
+        configure_optimizers=configure_optimizers,
+    )
+    callbacks = [SecondOrderMonitor()]
+    fitted = trainer(host, tmp_path, callbacks=callbacks, log_every_n_steps=1)
+    fitted.fit(model, Batches())
+    (outer,) = fitted.optimizers
+    last = logged[-1]
+    assert last["Constrained/violation"] == pytest.approx(outer.info.violation, rel=1e-6)
+    inside = outer.optimizer.info
+    assert last["Constrained-1/violation"] == pytest.approx(inside.violation, rel=1e-6)
+    if name != "Adam":
+        assert last[f"{name}/loss"] == pytest.approx(inside.inner.loss, rel=1e-6)
+    assert "Constrained/inner" not in last
