@@ -6,6 +6,7 @@ To add one, write a module with a function under `@command(...)`, and import it 
 from . import (
     capture,
     compiled,
+    constraints,
     diagnostics,
     diagonal,
     distributed,
@@ -29,6 +30,7 @@ __all__ = [
     "capture",
     "command",
     "compiled",
+    "constraints",
     "diagnostics",
     "diagonal",
     "distributed",

@@ -6,12 +6,9 @@ number of evaluations until the projected gradient is small, and whether it ever
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from torch_secondorder import BFGS, LBFGS, Newton
 
-from .harness import geometric_mean, load_peer, progress, say, threads
+from .harness import geometric_mean, load_peer, load_support, progress, say, threads
 from .registry import Options
 from .report import Report, Table, number
 
@@ -64,14 +61,8 @@ Solver = Callable[["BoundedProblem"], tuple[Tensor, int]]
 
 
 def load_problems(device: torch.device) -> tuple[BoundedProblem, ...]:
-    """Loads the table of the tests by path, because other packages may install a module `tests`."""
-    path = Path(__file__).resolve().parents[2] / "tests" / "support" / "bounded_problems.py"
-    spec = importlib.util.spec_from_file_location("_bench_bounded_problems", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    """The problems of the tests."""
+    module = load_support("bounded_problems")
     table: tuple[BoundedProblem, ...] = module.make_bounded_problems(device)
     return table
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -177,6 +178,18 @@ def load_ours(module: str, name: str) -> Any | None:
         say(f"skipped: {module} has no {name}")
         return None
     return getattr(found, name, None)
+
+
+def load_support(name: str) -> ModuleType:
+    """Loads a module of tests/support by its path: other packages may install a module `tests`."""
+    path = Path(__file__).resolve().parents[2] / "tests" / "support" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"_bench_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def say(line: str, end: str = "\n") -> None:

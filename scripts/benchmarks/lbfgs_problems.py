@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .harness import Timing, alternate, geometric_mean, progress, say, threads
+from .harness import Timing, alternate, geometric_mean, load_support, progress, say, threads
 from .registry import Options
 from .report import Report, Table, number, seconds
 from .solvers import Outcome, Solver, solvers
@@ -55,15 +52,8 @@ def _evaluation(problem: Problem) -> None:
 
 
 def load_problems(device: torch.device) -> tuple[Problem, ...]:
-    """Loads the table of the tests by path, because other packages may install a module `tests`."""
-    path = Path(__file__).resolve().parents[2] / "tests" / "support" / "problems.py"
-    spec = importlib.util.spec_from_file_location("_bench_problems", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    table: tuple[Problem, ...] = module.make_problems(device)
+    """The problems of the tests."""
+    table: tuple[Problem, ...] = load_support("problems").make_problems(device)
     return table
 
 

@@ -61,7 +61,8 @@ RULES = Rules(
             "_foundation _params _autograd _closure _objective curvature solvers dataset"
         ),
         "constraints": (
-            "_foundation _params _autograd _closure _objective curvature dataset diagnostics"
+            "_foundation _params _autograd _closure _objective curvature solvers dataset "
+            "diagnostics"
         ),
         "_optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
@@ -82,6 +83,7 @@ RULES = Rules(
         "constraints._functions": "optim",
         "constraints._lagrangian": "optim",
         "constraints._program": "_optim optim",
+        "constraints._sets": "optim",
         "curvature._masked": "_optim",
         "curvature._normal_equations": "solvers dataset",
         "curvature._output_space": "_optim",
@@ -95,6 +97,7 @@ RULES = Rules(
         "penalties._encoder": "optim integrations",
         "solvers._box_quadratic": "_optim optim",
         "solvers._boxed_dense": "optim",
+        "solvers._multiplier_quadratic": "constraints",
         "solvers._residual_region": "_optim",
         "solvers._units": "_optim linear",
     },

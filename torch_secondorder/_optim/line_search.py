@@ -71,6 +71,7 @@ class LineSearchOptimizer(FlatOptimizer):
     """
 
     _recognized_by = "max_iter"
+    _takes_manifolds = True
     _info_type: type[DescentInfo] = LineSearchInfo
     _state_fields = declare(n_iter=Number(0), func_evals=Number(0))
     _n_iter: int
@@ -184,6 +185,9 @@ class LineSearchOptimizer(FlatOptimizer):
             return self._line_in_box(descent)
         grad, direction = descent.point.grad, self._direction(descent)
         assert grad is not None
+        manifold = descent.objective.manifold
+        if direction is not None and manifold is not None:
+            direction = manifold.tangent(descent.objective.position, direction)
         if direction is not None:
             slope, square = descent.space.to_host(
                 sums=(grad.dot(direction), direction.dot(direction))

@@ -7,15 +7,7 @@ from torch_secondorder.constraints.orthogonal import Orthogonal
 from torch_secondorder.constraints.simplex import Simplex
 from torch_secondorder.constraints.unit_norm import UnitNorm
 
-__all__ = [
-    "Box",
-    "KKTReport",
-    "NormBall",
-    "Orthogonal",
-    "Simplex",
-    "UnitNorm",
-    "kkt_residuals",
-]
+__all__ = ["Box", "KKTReport", "NormBall", "Orthogonal", "Simplex", "UnitNorm", "kkt_residuals"]
 
 
 def __dir__() -> list[str]:

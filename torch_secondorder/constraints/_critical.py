@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -88,9 +88,11 @@ def second_order(
         elif lowest.value < -lowest.zero:
             # Into the region that the weakly active constraints allow, on one of its two sides?
             rise = torch.cat([weak @ v, -(loose * v)[loose != 0]])
-            sides = 1e-9 + 1e-7 * rise.abs().max() if len(rise) else 0.0
-            if bool((rise <= sides).all()) or bool((rise >= -sides).all()):
+            slack = 1e-7 * float(rise.abs().max()) if len(rise) else 0.0
+            if bool((rise <= slack).all()):
                 verdict = "saddle"
+            elif bool((rise >= -slack).all()):
+                verdict, lowest = "saddle", replace(lowest, direction=-v)
             else:
                 tight = _lowest(A, torch.cat([strong, weak]), fixed | (loose != 0), precision)
                 if tight is not None and tight.value < -tight.zero:
@@ -123,7 +125,7 @@ class _Restricted(LinearOperator):
 
     def project(self, v: Tensor) -> Tensor:
         v = v * self._free
-        return v - self._basis @ (self._basis.T @ v)
+        return (v - self._basis @ (self._basis.T @ v)) * self._free
 
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_secondorder.solvers._multiplier_quadratic import solve
+
 
 def dependence(precision: float) -> float:
     """The relative singular value below which rows count as dependent.
@@ -83,15 +85,15 @@ def estimated_multipliers(
 def _fitted(
     jacobian: Tensor, grad: Tensor, slack: Tensor, inequality: Tensor, precision: float
 ) -> Tensor:
-    tolerance = dependence(precision) ** 2
     # Rows of length one: neither the estimates nor ranks depend on the units of a constraint.
     length = _lengths(jacobian)
     rows, s = jacobian / length[:, None], slack / length
     W = (rows @ rows.T + s.square().diag()).cpu()
-    z = nonnegative(W, -(rows @ grad).cpu(), inequality, tolerance)
+    inequality = inequality.cpu()
+    z = solve(W, -(rows @ grad).cpu(), inequality)
     on = ~inequality | (z > 0)
     # Products of rows lose half the digits; two corrections with true residuals bring them back.
-    inverse = torch.linalg.pinv(W[on][:, on], hermitian=True, rtol=tolerance)
+    inverse = torch.linalg.pinv(W[on][:, on], hermitian=True, rtol=dependence(precision) ** 2)
     for _ in range(2):
         y = z.to(rows)
         residual = (rows @ (grad + rows.T @ y) + s.square() * y).cpu()
@@ -101,51 +103,6 @@ def _fitted(
             break
         z = corrected
     return z.to(rows) / length
-
-
-def nonnegative(W: Tensor, b: Tensor, inequality: Tensor, tolerance: float = 1e-14) -> Tensor:
-    """The minimizer of `y'W y / 2 - b'y` where `y >= 0` for inequalities, by active sets.
-
-    Of several minimizers it is one with few entries (Lawson and Hanson 1974, chapter 23).
-
-    Args:
-        W: Positive semidefinite, `(m, m)`.
-        b: `(m,)`, in the range of `W`.
-        inequality: A mask, `(m,)`.
-        tolerance: Relative eigenvalues of `W` below this are zero.
-    """
-    m, on = len(b), ~inequality
-    y = _minimizer(W, b, on, tolerance)
-    noise = 1e-13 * float(b.abs().max()) if m else 0.0
-    for _ in range(3 * m + 10):
-        slope = torch.where(inequality & ~on, W @ y - b, torch.inf)
-        if not bool((slope < -noise).any()):
-            break
-        entering = int(slope.argmin())
-        on[entering] = True
-        first = True
-        while True:
-            there = _minimizer(W, b, on, tolerance)
-            bad = on & inequality & (there <= 0)
-            if first and bool(bad[entering]):  # rounding: it gains nothing
-                return y
-            first = False
-            if not bool(bad.any()):
-                y = there
-                break
-            steps = torch.where(bad, y / (y - there), torch.inf)
-            t = steps.min()
-            y = y + t * (there - y)
-            left = bad & (steps <= t)
-            on &= ~left
-            y[left] = 0.0
-    return y
-
-
-def _minimizer(W: Tensor, b: Tensor, on: Tensor, tolerance: float) -> Tensor:
-    y = torch.zeros_like(b)
-    y[on] = torch.linalg.pinv(W[on][:, on], hermitian=True, rtol=tolerance) @ b[on]
-    return y
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ class TensorSet(ABC):
         >>> from torch_secondorder.constraints import UnitNorm
         >>> layer = nn.Linear(3, 2)
         >>> layer = register_parametrization(layer, "weight", UnitNorm(dim=1).parametrization())
-        >>> layer.weight.norm(dim=1).detach()
-        tensor([1., 1.])
+        >>> UnitNorm(dim=1).contains(layer.weight)
+        True
         """
         return Projection(self)
 

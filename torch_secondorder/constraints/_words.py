@@ -59,7 +59,7 @@ def on_stationarity(condition: Condition, entry: Naming, estimated: bool, best: 
 
 
 def on_feasibility(
-    condition: Condition, conditions: Conditions, constraint: Naming, entry: Naming, stuck: bool
+    condition: Condition, conditions: Conditions, constraint: Naming, entry: Naming
 ) -> str:
     """A clause on feasibility.
 
@@ -68,26 +68,24 @@ def on_feasibility(
         conditions: The constraints' values.
         constraint: Names constraints.
         entry: Names entries of the parameters.
-        stuck: Whether no step lessens the violation.
     """
     m = len(conditions.violation)
     if condition.index >= m:
-        text = f"{entry(condition.index - m)} is out of its bounds by {condition.at:.3g}"
-    else:
-        value = float(conditions.point.values[condition.index])
-        kind, wanted = "equality", "zero"
-        if bool(conditions.inequality[condition.index]):
-            kind, wanted = "inequality", "zero or less"
-        text = (
-            f"the {kind} {constraint(condition.index)!r} is violated by {condition.at:.3g}: it is "
-            f"{value:.3g} and has to be {wanted}"
-        )
-    if stuck:
-        text += (
-            ". To the first order no step lessens the violation: the constraints contradict each "
-            "other here"
-        )
-    return text
+        return f"{entry(condition.index - m)} is out of its bounds by {condition.at:.3g}"
+    value = float(conditions.point.values[condition.index])
+    kind, wanted = "equality", "zero"
+    if bool(conditions.inequality[condition.index]):
+        kind, wanted = "inequality", "zero or less"
+    return (
+        f"the {kind} {constraint(condition.index)!r} is violated by {condition.at:.3g}: it is "
+        f"{value:.3g} and has to be {wanted}"
+    )
+
+
+#: The clause on a point that violates constraints and cannot improve.
+CONTRADICTION = (
+    "the constraints contradict each other here: to the first order no step lessens the violation"
+)
 
 
 def on_signs(condition: Condition, constraint: Naming) -> str:

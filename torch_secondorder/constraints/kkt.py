@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_number
-from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._foundation.report import Report
 from torch_secondorder._foundation.types import Closure, ParamsT
-from torch_secondorder._objective.base import Regularization
 from torch_secondorder._objective.functional import FunctionalObjective
-from torch_secondorder._params.bounds import Bounds, BoxMaker
-from torch_secondorder._params.box import Box
-from torch_secondorder._params.vector import ParameterVector
+from torch_secondorder._params.bounds import Bounds
 from torch_secondorder.constraints import _words as words
 from torch_secondorder.constraints._conditions import Condition, Conditions, Name
 from torch_secondorder.constraints._critical import SecondOrder, Verdict, second_order
 from torch_secondorder.constraints._estimates import estimated_multipliers, row_space
 from torch_secondorder.constraints._evaluation import ConstrainedLoss
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
+from torch_secondorder.constraints._setting import Multipliers, Setting, given_multipliers, set_up
 
 __all__ = ["KKTReport", "kkt_residuals"]
-
-#: Multipliers by the names of the constraints, or as one vector with the equalities first.
-Multipliers: TypeAlias = Mapping[str, Tensor | float] | Tensor | None
 
 _SHOWN = 12  # multipliers in a printed report
 
@@ -246,7 +240,7 @@ def residuals_of(
         tolerance: See `kkt_residuals`.
     """
     check_number("tolerance", tolerance, above=0.0, optional=True)
-    setting = _set_up(source, params, options or {})
+    setting = set_up(source, params, options or {})
     loss = ConstrainedLoss(source, setting.vector, functions, setting.regularization)
     point = loss.first_order()
     inequality = torch.zeros(0, dtype=torch.bool) if functions is None else functions.inequality
@@ -259,7 +253,7 @@ def residuals_of(
         conditions.at_bounds,
         point.precision,
     )
-    given = _given(multipliers, functions)
+    given = given_multipliers(multipliers, functions)
     y = best if given is None else given.to(best)
     if tolerance is None:
         tolerance = max(1e-6, 3.0 * point.precision**0.5)
@@ -267,120 +261,12 @@ def residuals_of(
     return certificate.report(loss if second_order else None)
 
 
-class _Setting(NamedTuple):
-    """The parameters with what belongs to them."""
-
-    vector: ParameterVector
-    names: list[str]
-    box: Box | None
-    regularization: Regularization
-
-
-def _set_up(source: Any, params: Any, options: Mapping[str, Any]) -> _Setting:
-    groups = _groups(source, params)
-    for group in groups:
-        group.update((name, value) for name, value in options.items() if value is not None)
-        if group.pop("decoupled_weight_decay", False) and options.get("weight_decay") is None:
-            group["weight_decay"] = 0.0
-        check_number("weight_decay", group.get("weight_decay", 0.0), low=0.0)
-    signs = {bool(group.get("maximize", False)) for group in groups}
-    if len(signs) > 1:
-        raise ValueError("maximize must be the same in all groups: there is one loss")
-    found = [
-        (p, name, float(group.get("weight_decay", 0.0)))
-        for group in groups
-        for p, name in zip(group["params"], group["param_names"], strict=True)
-        if not isinstance(p, Tensor) or (p.requires_grad and p.numel()) or source_is_tree(source)
-    ]
-    vector = ParameterVector([p for p, _, _ in found])
-    decays = tuple(decay for _, _, decay in found)
-    regularization = Regularization(signs.pop(), decays if any(decays) else 0.0)
-    box = BoxMaker()(groups, vector)
-    return _Setting(vector, [name for _, name, _ in found], box, regularization)
-
-
-def source_is_tree(source: Any) -> bool:
-    """True beside a `FunctionalObjective`, whose parameters need not require a gradient."""
-    return isinstance(source, FunctionalObjective)
-
-
-def _groups(source: Any, params: Any) -> list[dict[str, Any]]:
-    """Parameters as groups with names; copies of those that were given."""
-    names: dict[int, str] = {}
-    if isinstance(source, FunctionalObjective):
-        leaves, _ = pytree.tree_flatten_with_path(source._tree)
-        names = {id(leaf): pytree.keystr(path).strip("[]'\"") for path, leaf in leaves}
-        if params is None:
-            params = source.vector.params
-    elif params is None:
-        raise ValueError("params must be given beside a closure, for instance model.parameters()")
-    listed: list[Any] = [params] if isinstance(params, Tensor) else list(params)
-    groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
-    result: list[dict[str, Any]] = []
-    count = 0
-    for group in groups:
-        found = group["params"]
-        entries: Iterable[Any] = [found] if isinstance(found, Tensor) else found
-        pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in entries]
-        given = group.get("param_names") or [name for name, _ in pairs]
-        tensors = [p for _, p in pairs]
-        full = [
-            name or names.get(id(p)) or f"parameter {count + i}"
-            for i, (name, p) in enumerate(zip(given, tensors, strict=True))
-        ]
-        count += len(full)
-        result.append({**group, "params": tensors, "param_names": full})
-    return result
-
-
-def _given(multipliers: Multipliers, functions: ConstraintFunctions | None) -> Tensor | None:
-    """Multipliers as a vector `(m,)`, float64 on the CPU; None if there are none."""
-    if multipliers is None or (isinstance(multipliers, Mapping) and not multipliers):
-        return None
-    shapes = {} if functions is None else functions.split(torch.zeros(functions.size))
-    if isinstance(multipliers, Mapping):
-        if multipliers.keys() != shapes.keys():
-            raise ValueError(
-                f"multipliers must have one entry for each of {', '.join(shapes) or 'nothing'}, "
-                f"got {', '.join(map(str, multipliers))}"
-            )
-        parts = [_numbers(name, multipliers[name]) for name in shapes]
-        for (name, like), part in zip(shapes.items(), parts, strict=True):
-            if part.shape != like.shape:
-                raise ValueError(
-                    f"the multipliers of {name} must have its shape {tuple(like.shape)}, got "
-                    f"{tuple(part.shape)}"
-                )
-        vector = torch.cat([part.reshape(-1) for part in parts])
-    else:
-        vector = _numbers("all constraints", multipliers)
-        size = sum(like.numel() for like in shapes.values())
-        if vector.shape != (size,):
-            raise ValueError(
-                f"multipliers must be a vector with an entry for each of the {size} constraints, "
-                f"equalities first, got shape {tuple(vector.shape)}"
-            )
-    return vector
-
-
-def _numbers(name: str, given: Any) -> Tensor:
-    try:
-        found = torch.as_tensor(given).detach().to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"the multipliers of {name} must be numbers or a tensor, got {type(given).__name__}"
-        ) from error
-    if not bool(found.isfinite().all()):
-        raise ValueError(f"the multipliers of {name} must be finite, got {given}")
-    return found
-
-
 class _Certificate:
     """The verdict on a point with its multipliers."""
 
     def __init__(
         self,
-        setting: _Setting,
+        setting: Setting,
         functions: ConstraintFunctions | None,
         conditions: Conditions,
         y: Tensor,
@@ -473,13 +359,15 @@ class _Certificate:
                 worst, self._entry, self.estimated, self.with_estimates
             )
         elif self.worst == "feasibility":
-            stuck = conditions.cannot_improve(self.identifies)
-            sentence = words.on_feasibility(worst, conditions, self._constraint, self._entry, stuck)
+            sentence = words.on_feasibility(worst, conditions, self._constraint, self._entry)
         elif self.worst == "signs":
             sentence = words.on_signs(worst, self._constraint)
         else:
             sentence = words.on_complementarity(worst, conditions, self.y, self._constraint)
         clauses = [words.verdict(self.found, self.tolerance, sentence)]
+        violated = self.found["feasibility"].relative > self.tolerance
+        if violated and conditions.cannot_improve(self.identifies):
+            clauses.append(words.CONTRADICTION)
         if self.dependent:
             clauses.append(words.on_dependence(self.n_rows, self.rank))
         if second is not None:

@@ -243,7 +243,7 @@ class BFGS(LineSearchOptimizer):
             # The step went along the negative gradient, which is the direction for this H.
             initial = line.square / line.bend
             learned = inverse.push(pair.s, pair.y, expected=expected, initial=initial)
-        elif pair.damped or line.product is not None:
+        elif pair.damped or line.product is not None or descent.objective.manifold is not None:
             learned = inverse.push(pair.s, pair.y, expected=expected)
         else:
             # H y is the difference of H g, and the old one is the step: one product serves for y

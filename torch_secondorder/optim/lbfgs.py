@@ -284,7 +284,9 @@ class LBFGS(LineSearchOptimizer):
         if isinstance(history, InverseBFGS):
             history.push(pair.s, pair.y, pair.scale)
         else:
-            expected = t * t * line.bend
+            # On a manifold the step is the tangent part of a direction only.
+            along = descent.objective.manifold is None
+            expected = t * t * line.bend if along else None
             # The first step went along the negative gradient, the direction for this H.
             history.push(pair.s, pair.y, expected=expected, initial=line.square / -line.slope)
 

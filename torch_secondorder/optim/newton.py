@@ -165,6 +165,7 @@ class Newton(FlatOptimizer):
 
     info: NewtonInfo | None
     _info_type = NewtonInfo
+    _takes_manifolds = True
     _takes_bounds = True
     _recognized_by = "corrections"
     _state_fields = declare(damping=Number(0.0), radius=Number(0.0), start=Number(0.0))
@@ -285,6 +286,8 @@ class Newton(FlatOptimizer):
         assert point.evaluation is not None and point.grad is not None
         operator = hessian_at(objective, point.evaluation)
         hessian = self._hessian(operator, point.grad, objective)
+        if hessian is not None and objective.manifold is not None:
+            hessian = objective.manifold.completed(objective.position, hessian)
         del operator
         # The graph has served: those of trials take its place.
         descent.point = point._replace(evaluation=None)
