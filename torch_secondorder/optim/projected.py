@@ -145,14 +145,14 @@ class Projected(WrapperOptimizer):
                 gap = (found.project(p) - p).abs().amax()
                 violation = max(violation, gap.item())
         correction = 0.0 if self._correction is None else self._correction.item()
-        inner = getattr(self.optimizer, "info", None)
+        inner = getattr(self._inside, "info", None)
         return ProjectedInfo(violation, self._start_projected, correction, inner)
 
     @property
     def _innermost(self) -> Optimizer:
-        optimizer = self.optimizer
+        optimizer = self._inside
         while isinstance(optimizer, WrapperOptimizer):
-            optimizer = optimizer.optimizer
+            optimizer = optimizer._inside
         return optimizer
 
     def _members(self) -> list[_Member]:
@@ -185,7 +185,7 @@ class Projected(WrapperOptimizer):
         if closure is not None:
             Scaling(self).refuse_closure()
         elif makes_state_only(self.param_groups):
-            return self.optimizer.step(**more)
+            return self._inside.step(**more)
         members = self._members()
         if closure is None and not self._prepare_gradients():
             return None  # a GradScaler has found infinity
@@ -193,7 +193,7 @@ class Projected(WrapperOptimizer):
         inside = self._innermost
         if isinstance(inside, FlatOptimizer):
             with _handed_over(inside, members):
-                result = self.optimizer.step(closure, **more)
+                result = self._inside.step(closure, **more)
             self._correction = None
         else:
             result = self._projected_step(members, closure, more)
@@ -202,7 +202,10 @@ class Projected(WrapperOptimizer):
         return result
 
     def _prepare_gradients(self) -> bool:
-        return self._unscale([p for group in self.param_groups for p in group["params"]])
+        scaling = Scaling(self)
+        if self._hands_on(scaling):  # projections commute with a scale
+            return True
+        return self._unscale(scaling, [p for group in self.param_groups for p in group["params"]])
 
     def _enter(self, members: Sequence[_Member]) -> None:
         """Moves parameters that are outside of their sets to the nearest point."""
@@ -225,8 +228,9 @@ class Projected(WrapperOptimizer):
             if closure is None:
                 for member in members:
                     _turn_gradient(member)
-                return self.optimizer.step(**more)
-            return self.optimizer.step(self._wrapped(closure), **more)
+                with self._handed_on(Scaling(self)):
+                    return self._inside.step(**more)
+            return self._inside.step(self._wrapped(closure), **more)
         finally:
             self._correction = _projected(members)
 
@@ -277,7 +281,7 @@ class Projected(WrapperOptimizer):
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{tuple(p.shape)}: {found!r}" for p, found in self._sets)
-        return f"Projected({self.optimizer!r}, {{{kinds}}})"
+        return f"Projected({self._inside!r}, {{{kinds}}})"
 
 
 # Gradients along a set.
