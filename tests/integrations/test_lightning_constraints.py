@@ -23,7 +23,9 @@ from tests.support.lightning_problems import (
     trainer,
     weights,
 )
-from torch_secondorder import LBFGS, Constrained, LevenbergMarquardt
+from torch_secondorder import LBFGS, Constrained, LevenbergMarquardt, Projected
+from torch_secondorder._optim.flat import FlatOptimizer
+from torch_secondorder.constraints import NormBall, UnitNorm
 from torch_secondorder.integrations.lightning import SecondOrderMonitor
 
 # The constraints are no sum of squared residuals, and Levenberg-Marquardt says so.
@@ -68,9 +70,20 @@ def constrained(optimizer: Any, net: Classifier) -> Constrained:
     return Constrained(optimizer, net.centred, inequalities)
 
 
+def projected(optimizer: Any, net: Classifier) -> Projected:
+    sets: list[Any] = [(net.layers[0].weight, UnitNorm(dim=1))]
+    if not isinstance(optimizer, FlatOptimizer):
+        sets.append((net.layers[-1].weight, NormBall(0.5, dim=1)))
+    return Projected(optimizer, sets)
+
+
 #: Each wraps an optimizer of the network.
-WRAPPERS: dict[str, Callable[[Any, Classifier], Any]] = {"Constrained": constrained}
+WRAPPERS: dict[str, Callable[[Any, Classifier], Any]] = {
+    "Constrained": constrained,
+    "Projected": projected,
+}
 CASES = [(wrapper, name) for wrapper in WRAPPERS for name in INNER]
+CASES.remove(("Projected", "LevenbergMarquardt"))  # it takes boxes only, and none with momentum
 cases = pytest.mark.parametrize(("wrapper", "name"), CASES)
 
 
@@ -92,7 +105,8 @@ def made(host: Any, wrapper: str, name: str, *layers: nn.Module, **methods: Any)
 
 def state_of(net: Classifier, optimizer: Any) -> list[Tensor]:
     """Everything that training has changed: weights, buffers and multipliers."""
-    return [*weights(net), *getattr(optimizer, "multipliers", {}).values()]
+    multipliers = optimizer.multipliers.values() if isinstance(optimizer, Constrained) else []
+    return [*weights(net), *multipliers]
 
 
 def by_hand(
