@@ -669,6 +669,11 @@ class FlatOptimizer(SecondOrderOptimizer):
             )
         objective.box = box
         if self._charts:
+            if self._program is not None:
+                raise ValueError(
+                    'method="sqp" of Constrained takes no manifolds: use '
+                    'method="augmented_lagrangian" within Projected'
+                )
             objective.manifold = Manifold(vector, self._charts)
         return objective
 

@@ -17,7 +17,7 @@ from torch_secondorder.constraints._sets import (
     inner,
     shown,
 )
-from torch_secondorder.constraints._threshold import threshold
+from torch_secondorder.constraints._threshold import reduced, threshold
 from torch_secondorder.constraints.unit_norm import scaled_norm
 
 __all__ = ["NormBall"]
@@ -64,8 +64,9 @@ class NormBall(ConvexSet):
             return x.clamp(-self.radius, self.radius)
         if self.p == 1:
             size = x.abs()
-            theta = threshold(size, self.radius, None, self.dim).clamp(min=0)
-            return torch.where(theta > 0, x.sgn() * (size - theta).clamp(min=0), x)
+            outside = size.sum(self.dim, keepdim=True) > self.radius
+            shrunk = x.sgn() * reduced(size, self.radius, self.dim).clamp(min=0)
+            return torch.where(outside, shrunk, x)
         unit, norm = scaled_norm(x, self.dim)
         outside = norm > self.radius / unit
         shrunk = x / unit * (self.radius / torch.where(outside, norm, 1))

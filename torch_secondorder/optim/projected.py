@@ -186,26 +186,24 @@ class Projected(WrapperOptimizer):
             Scaling(self).refuse_closure()
         elif makes_state_only(self.param_groups):
             return self._inside.step(**more)
-        members = self._members()
-        if closure is None and not self._prepare_gradients():
-            return None  # a GradScaler has found infinity
+        members, scaling, inside = self._members(), Scaling(self), self._inside
+        passes_on = scaling.active and getattr(inside, "_step_supports_amp_scaling", False)
+        if not passes_on:
+            params = [p for group in self.param_groups for p in group["params"]]
+            if not self._unscale(scaling, params):
+                return None  # a GradScaler has found infinity
         self._enter(members)
-        inside = self._innermost
-        if isinstance(inside, FlatOptimizer):
-            with _handed_over(inside, members):
-                result = self._inside.step(closure, **more)
-            self._correction = None
-        else:
-            result = self._projected_step(members, closure, more)
+        flat = self._innermost
+        with _scaling_passed_on(self, inside) if passes_on else nullcontext():
+            if isinstance(flat, FlatOptimizer):
+                with _handed_over(flat, members):
+                    result = inside.step(closure, **more)
+                self._correction = None
+            else:
+                result = self._projected_step(members, closure, more)
         self._left = [p._version for p, _, _ in members]
         self._steps += 1
         return result
-
-    def _prepare_gradients(self) -> bool:
-        scaling = Scaling(self)
-        if self._hands_on(scaling):  # projections commute with a scale
-            return True
-        return self._unscale(scaling, [p for group in self.param_groups for p in group["params"]])
 
     def _enter(self, members: Sequence[_Member]) -> None:
         """Moves parameters that are outside of their sets to the nearest point."""
@@ -228,8 +226,7 @@ class Projected(WrapperOptimizer):
             if closure is None:
                 for member in members:
                     _turn_gradient(member)
-                with self._handed_on(Scaling(self)):
-                    return self._inside.step(**more)
+                return self._inside.step(**more)
             return self._inside.step(self._wrapped(closure), **more)
         finally:
             self._correction = _projected(members)
@@ -363,6 +360,20 @@ def _projected(members: Sequence[_Member]) -> Tensor | None:
             total = moved if total is None else torch.hypot(total, moved.to(total))
             p.copy_(nearest)
     return total
+
+
+@contextmanager
+def _scaling_passed_on(optimizer: Any, inside: Any) -> Iterator[None]:
+    """Gives the traces of a GradScaler to the optimizer inside, which takes its scale out itself.
+
+    Projections of gradients do not depend on the scale.
+    """
+    inside.grad_scale, inside.found_inf = optimizer.grad_scale, optimizer.found_inf
+    try:
+        yield
+    finally:
+        for trace in ("grad_scale", "found_inf"):  # it may have taken them off itself
+            vars(inside).pop(trace, None)
 
 
 # Optimizers that stay in the sets themselves.
