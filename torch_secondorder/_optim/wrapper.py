@@ -237,6 +237,9 @@ class WrapperOptimizer(Optimizer, ABC):
         """True if a step without a closure has a term to add."""
         return True
 
+    def _check_saved(self, own: dict[str, Any]) -> None:
+        """Raises a ValueError if the wrapper's entry in a checkpoint does not fit it."""
+
     def _begin_step(self) -> None:
         """Prepares a step."""
 
@@ -411,6 +414,8 @@ class WrapperOptimizer(Optimizer, ABC):
         inner["param_groups"] = [{k: v for k, v in g.items() if k != entry} for g in groups]
         if own is not None and "inside" in own:
             inner[entry] = own["inside"]
+        if own is not None:
+            self._check_saved(own)
         self._inside.load_state_dict(inner)
         if own is not None:
             for name, at in self._saved.items():

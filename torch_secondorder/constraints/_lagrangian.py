@@ -87,15 +87,12 @@ def shortfalls(values: Tensor, floor: Tensor) -> Tensor:
     return torch.maximum(values, floor).abs()
 
 
-def raised(rho: Tensor, now: Tensor, before: Tensor, tolerance: float, most: Tensor) -> Tensor:
-    """The next penalties: ten times as large for constraints that did not improve by a factor 4.
+def is_slow(now: Tensor, before: Tensor, tolerance: float) -> Tensor:
+    """A mask of the constraints that did not improve by a factor of four, `(m,)`.
 
     Args:
-        rho: The penalties, `(m,)`.
         now: See `shortfalls`; at the solution of the present subproblem.
         before: The same of the last one.
         tolerance: Shortfalls up to here need no improvement.
-        most: The largest penalties.
     """
-    slow = (now > _REQUIRED_FALL * before) & (now > tolerance)
-    return torch.where(slow, torch.minimum(10 * rho, torch.maximum(most, rho)), rho)
+    return (now > _REQUIRED_FALL * before) & (now > tolerance)

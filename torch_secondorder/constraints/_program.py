@@ -14,16 +14,18 @@ from math import inf
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.vectorized import Parts
 from torch_secondorder._objective.base import Objective
 from torch_secondorder.constraints._functions import ConstraintFunctions
 from torch_secondorder.constraints._lagrangian import (
     augmented,
     floor_of,
+    is_slow,
     lower_bounds,
     next_multipliers,
-    raised,
     shortfalls,
 )
+from torch_secondorder.constraints._rows import jacobian_rows
 
 
 class Program:
@@ -39,6 +41,7 @@ class Program:
         penalties: `(m,)`, likewise.
         values: Those of the last evaluation, `(m,)`, likewise.
         before: The shortfalls at the last update of the multipliers, see `shortfalls`.
+        slow: A mask of the constraints whose violation had not fallen enough there, `(m,)`.
     """
 
     def __init__(self, functions: ConstraintFunctions) -> None:
@@ -47,7 +50,8 @@ class Program:
         self.penalties: Tensor | None = None
         self.values: Tensor | None = None
         self.before: Tensor | None = None
-        self._rows: list[Sequence[Tensor | None]] = []
+        self.slow: Tensor | None = None
+        self._rows: Parts = []
         # What a term is made of: least multipliers; half the penalties and the floor of values.
         self._lower: Tensor | None = None
         self._terms: tuple[Tensor, Tensor | None] | None = None
@@ -61,19 +65,29 @@ class Program:
             values: `(m,)`, with their graph.
             params: What the Jacobian is by: the trainable parameters in the optimizer's order.
         """
-        self._rows = [
-            torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
-            for value in values.unbind()
-        ]
+        self._rows = jacobian_rows(values, params)
         self.values = values.detach().to("cpu", torch.float64)
 
     def jacobian(self, objective: Objective) -> Tensor:
         """The Jacobian of the last evaluation in the work space, `(m, n)`."""
-        vector = objective.vector
-        rows = [vector.scaled(vector.gather(row)) for row in self._rows]
-        return torch.stack(rows) if rows else torch.zeros(0, vector.size, dtype=vector.dtype)
+        rows = objective.vector.gather(self._rows, batch=(self.functions.size,))
+        return objective.vector.scaled(objective.ranks.average_(rows))
 
     # For all others.
+
+    def fits(self, like: Tensor) -> bool:
+        """True if multipliers are there, of the dtype of some values and on their device."""
+        y = self.multipliers
+        return (
+            y is not None
+            and self._lower is not None
+            and y.dtype == like.dtype
+            and y.device == like.device
+        )
+
+    def leave(self) -> None:
+        """Makes the next evaluation set everything up anew, where its values are."""
+        self.values = self._lower = self._terms = None
 
     def set_up(self, like: Tensor, penalty: float) -> None:
         """Makes multipliers and penalties where there are none; moves them to where values are.
@@ -91,6 +105,8 @@ class Program:
         self.penalties = self.penalties.to(device, dtype)
         if self.before is not None:
             self.before = self.before.to(device, dtype)
+        if self.slow is not None:
+            self.slow = self.slow.to(device)
         self._lower = lower_bounds(self.functions.inequality, like)
         self.changed()
 
@@ -114,38 +130,45 @@ class Program:
             self._terms = 0.5 * self.penalties, floor
         return augmented(values, self.multipliers, *self._terms)
 
-    def ascend(self, rate: float | Tensor) -> None:
+    def ascend(self, rate: float | Tensor, most: float) -> None:
         """Moves the multipliers along the last values.
 
         Args:
-            rate: The step.
+            rate: The step: a number, or the penalties for the method of multipliers.
+            most: The largest multiplier.
         """
         assert self.multipliers is not None and self.values is not None
-        self.multipliers = next_multipliers(self.values, self.multipliers, rate, self.lower)
+        following = next_multipliers(self.values, self.multipliers, rate, self.lower)
+        self.multipliers = following.clamp_(-most, most)
         self.changed()
 
-    def update(
-        self, tolerance: float, most_penalty: Tensor, most: float, *, multipliers: bool
-    ) -> bool:
+    def update(self, tolerance: float, most_penalty: float, most: float | None) -> None:
         """Makes an update of the method of multipliers, at the solution of a subproblem.
 
         Args:
             tolerance: Violations up to here are not to raise penalties.
-            most_penalty: The largest penalties, `(m,)`.
-            most: The largest multiplier.
-            multipliers: Whether multipliers are updated, or penalties alone.
-
-        Returns:
-            Whether a penalty was raised.
+            most_penalty: The largest penalty.
+            most: The largest multiplier; None to leave the multipliers alone.
         """
         y, rho, values = self.multipliers, self.penalties, self.values
         assert y is not None and rho is not None and values is not None
         now = shortfalls(values, floor_of(y, rho, self.lower))
         before = torch.full_like(now, inf) if self.before is None else self.before
-        self.penalties = raised(rho, now, before, tolerance, most_penalty)
-        if multipliers:
-            following = next_multipliers(values, y, rho, self.lower)
-            self.multipliers = following.clamp(-most, most)
+        self.slow = is_slow(now, before, tolerance)
+        if most is not None:
+            self.ascend(rho, most)
         self.before = now
+        self.stiffen(self.slow, most_penalty)
+
+    def stiffen(self, which: Tensor, most_penalty: float) -> None:
+        """Makes some penalties ten times as large.
+
+        Args:
+            which: A mask, `(m,)`.
+            most_penalty: The largest penalty; one that is larger already stays.
+        """
+        rho = self.penalties
+        assert rho is not None
+        larger = torch.maximum(rho, (10 * rho).clamp(max=most_penalty))
+        self.penalties = torch.where(which, larger, rho)
         self.changed()
-        return not torch.equal(self.penalties, rho)
