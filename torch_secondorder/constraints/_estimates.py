@@ -90,7 +90,9 @@ def _fitted(
     rows, s = jacobian / length[:, None], slack / length
     W = (rows @ rows.T + s.square().diag()).cpu()
     inequality = inequality.cpu()
-    z = solve(W, -(rows @ grad).cpu(), inequality)
+    b = -(rows @ grad).cpu()
+    z = solve(W, b, inequality)
+    z[inequality & (z <= 1e-14 * b.abs().max())] = 0.0  # rounding
     on = ~inequality | (z > 0)
     # Products of rows lose half the digits; two corrections with true residuals bring them back.
     inverse = torch.linalg.pinv(W[on][:, on], hermitian=True, rtol=dependence(precision) ** 2)
