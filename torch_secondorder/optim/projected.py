@@ -21,8 +21,9 @@ from torch_secondorder._optim.info import Report
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.wrapper import Values, WrapperOptimizer
 from torch_secondorder._params.space import is_distributed
-from torch_secondorder.constraints._sets import Manifold, TensorSet, widened
+from torch_secondorder.constraints._sets import ConvexSet, Manifold, TensorSet, widened
 from torch_secondorder.constraints.box import Box
+from torch_secondorder.optim.constrained import Constrained
 
 __all__ = ["Projected", "ProjectedInfo"]
 
@@ -54,11 +55,16 @@ class ProjectedInfo(Report):
 
 
 class _Member(NamedTuple):
-    """A parameter, its set, and the sign that makes the optimizer minimize."""
+    """A parameter, its set, and the sign that makes the optimizer minimize.
+
+    Attributes:
+        pressed: Where the last gradient leads out of a curved boundary; a list of at most one mask.
+    """
 
     parameter: Tensor
     set: TensorSet
     sign: float
+    pressed: list[Tensor]
 
 
 class Projected(WrapperOptimizer):
@@ -67,20 +73,25 @@ class Projected(WrapperOptimizer):
     The sets are those of `torch_secondorder.constraints`: manifolds (`UnitNorm`, `Orthogonal`) and
     convex sets (`NormBall`, `Box`, `Simplex`). What is done depends on the optimizer inside:
 
-    - **Optimizers of one flat vector** (`LBFGS`, `BFGS`, `NonlinearCG`, `NewtonCG`, `Newton`)
-      minimize along manifolds: steps are tangent and bent back by a retraction, gradients and
-      products with the curvature are those along the manifold. They converge as fast as without
-      constraints, Newton's method quadratically. A `Box` becomes their bounds. They take no other
-      convex set, because a projection after the step may raise the loss.
+    - **Optimizers of one flat vector** (`LBFGS`, `BFGS`, `NonlinearCG`, `NewtonCG`, `Newton`,
+      `LevenbergMarquardt`) minimize along manifolds: steps are tangent and bent back by a
+      retraction, gradients and products with the curvature are those along the manifold. They
+      converge as fast as without constraints, Newton's method quadratically. A `Box` becomes the
+      bounds of those that take bounds. They take no other convex set, because a projection after
+      the step may raise the loss.
     - **All others** (`Adam`, `SGD`, `AdaHessian`, ...) get gradients projected onto the tangent
       space, or at the boundary of a convex set onto its tangent cone, and the projection of the
       parameters follows the step. A step that does nothing then is one at a minimum within the
-      sets, whatever the optimizer multiplies gradients by. If the optimizer evaluates the closure
+      sets, whatever the optimizer multiplies gradients by. A parameter at the boundary of a ball
+      stays there as long as the loss falls outwards. If the optimizer evaluates the closure
       more than once in a step, as `torch.optim.LBFGS` does, the closure sees the projection of
       where it stands, and the gradient is that of the loss of the projection: the projection at the
       end of the step leaves the loss as it was last seen.
 
     Parameters that begin outside of their set are moved to the nearest point of it first.
+
+    `AdaHessian` and `Sophia` estimate the curvature of the loss itself; with a
+    `FunctionalObjective`, that of the loss along the sets.
 
     Weight decay as part of the loss has no effect on manifolds, where the norm is constant. The
     decay that optimizers such as `AdamW` do themselves shrinks parameters, which the projection
@@ -116,6 +127,7 @@ class Projected(WrapperOptimizer):
     """
 
     _entry = "projected"
+    _keeps_sets = True
     _carried = (*WrapperOptimizer._carried, "_sets")
     _saved: ClassVar[dict[str, str]] = {"steps": "_steps"}
 
@@ -125,6 +137,12 @@ class Projected(WrapperOptimizer):
         inside = self._innermost
         if isinstance(inside, FlatOptimizer):
             _check_flat(inside, [found for _, found in self._sets])
+        elif inside is not optimizer and any(isinstance(w, Constrained) for w in _wrappers(self)):
+            raise ValueError(
+                "Constrained measures the constraints at the end of its step, before the "
+                "projection: wrap the other way round, as in Constrained(Projected(optimizer, "
+                "sets), ...)"
+            )
 
     def _set_up(self) -> None:
         super()._set_up()
@@ -133,6 +151,7 @@ class Projected(WrapperOptimizer):
         self._start_projected: bool | None = None
         self._correction: Tensor | None = None
         self._evaluations = 0
+        self._present: Sequence[_Member] = ()  # during a step
 
     @property
     def info(self) -> ProjectedInfo | None:
@@ -141,7 +160,7 @@ class Projected(WrapperOptimizer):
             return None
         violation = 0.0
         with torch.no_grad():
-            for p, found, _ in self._members():
+            for p, found, *_ in self._members():
                 gap = (found.project(p) - p).abs().amax()
                 violation = max(violation, gap.item())
         correction = 0.0 if self._correction is None else self._correction.item()
@@ -163,7 +182,9 @@ class Projected(WrapperOptimizer):
             for p in group["params"]
         }
         return [
-            _Member(p, found, signs.get(id(p), 1.0)) for p, found in self._sets if p.requires_grad
+            _Member(p, found, signs.get(id(p), 1.0), [])
+            for p, found in self._sets
+            if p.requires_grad
         ]
 
     # The step.
@@ -201,17 +222,17 @@ class Projected(WrapperOptimizer):
                 self._correction = None
             else:
                 result = self._projected_step(members, closure, more)
-        self._left = [p._version for p, _, _ in members]
+        self._left = [p._version for p, *_ in members]
         self._steps += 1
         return result
 
     def _enter(self, members: Sequence[_Member]) -> None:
         """Moves parameters that are outside of their sets to the nearest point."""
         self._start_projected = False
-        if self._left == [p._version for p, _, _ in members]:
+        if self._left == [p._version for p, *_ in members]:
             return
         with torch.no_grad():
-            for p, found, _ in members:
+            for p, found, *_ in members:
                 nearest = found.project(p)
                 size = p.abs().amax().item()
                 rounding = _ROUNDING * torch.finfo(p.dtype).eps * max(size, 1.0)
@@ -221,7 +242,7 @@ class Projected(WrapperOptimizer):
 
     def _projected_step(self, members: Sequence[_Member], closure: Any, more: Any) -> Any:
         """A step of an optimizer that knows nothing of the sets."""
-        self._evaluations = 0
+        self._evaluations, self._present = 0, members
         try:
             if closure is None:
                 for member in members:
@@ -230,6 +251,7 @@ class Projected(WrapperOptimizer):
             return self._inside.step(self._wrapped(closure), **more)
         finally:
             self._correction = _projected(members)
+            self._present = ()
 
     def _wrapped(self, closure: Any) -> Any:
         """A closure or `FunctionalObjective` whose gradients are projected."""
@@ -240,28 +262,28 @@ class Projected(WrapperOptimizer):
         return partial(self._evaluate, closure)
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        members = self._members()
+        members = self._present
         first, self._evaluations = self._evaluations == 0, self._evaluations + 1
         if first:  # the parameters are in their sets
             loss = closure()
             for member in members:
                 _turn_gradient(member)
             return loss
-        places = [p.detach().clone() for p, _, _ in members]
+        places = [p.detach().clone() for p, *_ in members]
         with torch.no_grad():
-            for p, found, _ in members:
+            for p, found, *_ in members:
                 p.data.copy_(found.project(p))
         try:
             loss = closure()
         finally:
-            for (p, _, _), place in zip(members, places, strict=True):
+            for (p, *_), place in zip(members, places, strict=True):
                 p.data.copy_(place)
         for member, place in zip(members, places, strict=True):
             _pull_back_gradient(member, place)
         return loss
 
     def _evaluate_function(self, closure: FunctionalObjective, tree: Any) -> Tensor:
-        sets = {id(p): member for member in self._members() for p in (member.parameter,)}
+        sets = {id(member.parameter): member for member in self._present}
         leaves, structure = pytree.tree_flatten(tree)
         for i, known in enumerate(closure.leaves):
             if id(known) in sets:
@@ -281,12 +303,22 @@ class Projected(WrapperOptimizer):
         return f"Projected({self._inside!r}, {{{kinds}}})"
 
 
+def _wrappers(optimizer: Optimizer) -> Iterator[WrapperOptimizer]:
+    """A wrapper and those inside of it."""
+    while isinstance(optimizer, WrapperOptimizer):
+        yield optimizer
+        optimizer = optimizer._inside
+
+
 # Gradients along a set.
 
 
 def _along(member: _Member, point: Tensor, gradient: Tensor) -> Tensor:
     """The gradient that leads along the set: minus the tangent part of the step downhill."""
     down = -member.sign * gradient
+    if isinstance(member.set, ConvexSet):
+        pressed = member.set.pressed(point, down.detach())
+        member.pressed[:] = [] if pressed is None else [pressed]
     return -member.sign * member.set.tangent(point, down)
 
 
@@ -330,6 +362,7 @@ def _pull_back_gradient(member: _Member, place: Tensor) -> None:
         rounding = _ROUNDING * torch.finfo(p.dtype).eps * variable.abs().amax().clamp(min=1)
         along = _along(member, nearest, dense.detach())
         _put_gradient(p, gradient, torch.where(apart > rounding, back, along))
+    member.pressed.clear()  # the loss was seen where the parameters end
 
 
 class _Tangential(torch.autograd.Function):
@@ -354,8 +387,12 @@ def _projected(members: Sequence[_Member]) -> Tensor | None:
     """Moves the parameters into their sets; the distance of the move, without a wait."""
     total: Tensor | None = None
     with torch.no_grad():
-        for p, found, _ in members:
+        for p, found, _, pressed in members:
             nearest = found.project(p)
+            if pressed and isinstance(found, ConvexSet):
+                # Multiples of gradients by coordinate may lead inwards, where the next step would
+                # come back from: without end, and with a part along the boundary each time.
+                nearest = found.on_boundary(p, pressed[0])
             moved = torch.linalg.vector_norm(widened(nearest) - widened(p))
             total = moved if total is None else torch.hypot(total, moved.to(total))
             p.copy_(nearest)
@@ -382,8 +419,8 @@ def _scaling_passed_on(optimizer: Any, inside: Any) -> Iterator[None]:
 @contextmanager
 def _handed_over(optimizer: FlatOptimizer, members: Sequence[_Member]) -> Iterator[None]:
     """Gives a flat optimizer the sets for a step: manifolds as they are, boxes as bounds."""
-    boxes = {id(p): found for p, found, _ in members if isinstance(found, Box)}
-    optimizer._charts = {id(p): found for p, found, _ in members if isinstance(found, Manifold)}
+    boxes = {id(p): found for p, found, *_ in members if isinstance(found, Box)}
+    optimizer._charts = {id(p): found for p, found, *_ in members if isinstance(found, Manifold)}
     before = [group.get("bounds") for group in optimizer.param_groups]
     try:
         if boxes:
@@ -429,7 +466,8 @@ def _check_flat(optimizer: FlatOptimizer, sets: Sequence[TensorSet]) -> None:
         )
     if len(boxes) < len(sets) and not optimizer._takes_manifolds:
         raise ValueError(
-            f"{name} takes no manifolds: use LBFGS, BFGS, NonlinearCG, NewtonCG or Newton"
+            f"{name} takes no manifolds: use LBFGS, BFGS, NonlinearCG, NewtonCG, Newton or "
+            "LevenbergMarquardt"
         )
 
 
