@@ -16,6 +16,7 @@ from torch_secondorder._foundation.deprecation import MOVED_MODULES, OldModules
 from torch_secondorder._objective.base import Evaluation
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
+from torch_secondorder.constraints import KKTReport, kkt_residuals
 from torch_secondorder.dataset import DatasetClosure
 from torch_secondorder.minimization import (
     LeastSquaresResult,
@@ -66,6 +67,7 @@ __all__ = [
     "DatasetClosure",
     "Evaluation",
     "FunctionalObjective",
+    "KKTReport",
     "LBFGSInfo",
     "LeastSquaresResult",
     "LevenbergMarquardt",
@@ -90,6 +92,7 @@ __all__ = [
     "diagnostics",
     "func",
     "globalization",
+    "kkt_residuals",
     "least_squares",
     "linear",
     "mark_outputs",

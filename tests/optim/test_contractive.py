@@ -502,6 +502,32 @@ def test_a_gradient_scaler() -> None:
     assert_same(wrapped, plain, 1e-9)
 
 
+@pytest.mark.parametrize("name", ["adahessian", "sophia"])
+def test_a_gradient_scaler_around_estimates_of_the_curvature(name: str) -> None:
+    """The optimizer inside sees scaled products too."""
+    trained = []
+    for enabled in (True, False):
+        net = Autoencoder()
+        optimizer = Contractive(INNER[name](net.parameters()), net.encoder, WEIGHT)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=enabled)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(net.loss()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        if enabled:  # a step that is skipped
+            before = [p.detach().clone() for p in net.parameters()]
+            optimizer.zero_grad()
+            scaler.scale(net.loss() * math.inf).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == 128.0
+            assert all(torch.equal(p, v) for p, v in zip(net.parameters(), before, strict=True))
+            assert not hasattr(optimizer.optimizer, "found_inf")
+        trained.append(net)
+    assert_same(*trained, 1e-9)
+
+
 # What is refused.
 
 

@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 
+from tests.support.documented import run_page
 from torch_secondorder import LBFGSInfo
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "torch_secondorder"
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+# The pages whose code runs from top to bottom; what it prints is on the page.
+RUNNABLE = ["constraints.md", "mathematics/constraints.md"]
 # The places that a path in a document may be relative to.
 BASES = (ROOT, PACKAGE)
 
@@ -35,7 +38,9 @@ _ROW = re.compile(r"^\| `(\w+)/` \|", re.MULTILINE)
 _IMPORT = re.compile(r"^ *from torch_secondorder\.(\w+)", re.MULTILINE)
 
 
-documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+documents = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT).with_suffix(""))
+)
 
 
 def prose(text: str) -> str:
@@ -207,3 +212,28 @@ def test_report_in_the_readme_has_the_fields_of_today() -> None:
     # An empty reason and, without bounds, what is about bounds are not shown.
     hidden = {"history_reset", "projected_grad_norm", "active_bounds", "start_projected"}
     assert names == [name for name in fields if name not in hidden]
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_code_of_a_page_runs_and_prints_what_is_shown(page: str) -> None:
+    printed = run_page(ROOT / "docs" / page)
+    assert len(printed) > 5
+    for each in printed:
+        assert each.found == each.shown, f"line {each.line} of docs/{page}"
+
+
+def test_what_a_page_prints_is_compared(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nx = 1\nprint(x)  # 2\nprint(x + 1)\nprint(\n    x + 2\n)  # 3\n```\n\n"
+        "```text\n1\n```\n\n```python\nassert x == 1  # from above\n```\n",
+        encoding="utf-8",
+    )
+    names: dict[str, Any] = {}
+    found = [(each.line, each.found, each.shown) for each in run_page(page, names)]
+    assert found == [(3, "1", "2"), (5, "3", "3"), (10, "2", "1")]
+    assert names["x"] == 1
+    page.write_text("text\n\n```python\nx = 1\n\n1 / 0\n```\n", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError) as raised:
+        run_page(page)
+    assert raised.traceback[-1].lineno == 5  # counted from zero

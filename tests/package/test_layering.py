@@ -60,7 +60,10 @@ RULES = Rules(
         "diagnostics": (
             "_foundation _params _autograd _closure _objective curvature solvers dataset"
         ),
-        "constraints": "_foundation _autograd _objective",
+        "constraints": (
+            "_foundation _params _autograd _closure _objective curvature solvers dataset "
+            "diagnostics"
+        ),
         "_optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
             "dataset constraints"
@@ -69,7 +72,7 @@ RULES = Rules(
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
             "penalties constraints _optim"
         ),
-        "minimization": "_foundation _autograd _closure _objective curvature _optim optim",
+        "minimization": "_foundation _params _autograd _closure _objective curvature _optim optim",
         "__init__": (
             "_foundation _autograd func _closure _objective curvature solvers linear globalization "
             "penalties dataset diagnostics constraints optim minimization"
@@ -86,12 +89,14 @@ RULES = Rules(
         "curvature._random": "diagnostics",
         "curvature._samples": "_optim",
         "dataset._loader": "diagnostics",
-        "dataset._objective": "diagnostics _optim",
+        "dataset._objective": "diagnostics constraints _optim",
         "dataset._operator": "diagnostics _optim",
         "dataset._residuals": "_optim",
+        "diagnostics._point": "constraints",
         "penalties._encoder": "optim integrations",
         "solvers._box_quadratic": "_optim optim",
         "solvers._boxed_dense": "optim",
+        "solvers._multiplier_quadratic": "constraints",
         "solvers._residual_region": "_optim",
         "solvers._units": "_optim linear",
     },

@@ -30,6 +30,7 @@ from torch_secondorder import (
     DatasetClosure,
     Evaluation,
     FunctionalObjective,
+    KKTReport,
     LBFGSInfo,
     LeastSquaresResult,
     LevenbergMarquardt,
@@ -48,6 +49,7 @@ from torch_secondorder import (
     StepInfo,
     StepStatus,
     curve_fit,
+    kkt_residuals,
     least_squares,
     mark_outputs,
     minimize,
@@ -433,6 +435,34 @@ def constrained() -> None:
     optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
     assert_type(optimizer.info, ConstrainedInfo | None)
     assert_type(optimizer.multipliers, dict[str, Tensor])
+
+
+def certified() -> None:
+    model, x, y = model_and_data()
+    weight = next(model.parameters())
+    report = kkt_residuals(
+        closure_for(model, x, y, model.zero_grad),
+        model.parameters(),
+        equalities=lambda: weight.sum(),
+        inequalities={"bound": lambda: weight - 1},
+        bounds=(-10.0, None),
+        second_order=True,
+        tolerance=1e-3,
+    )
+    assert_type(report, KKTReport)
+    assert_type(report.largest, float)
+    assert_type(report.worst, str)
+    assert_type(report.satisfied(1e-3), bool)
+    assert_type(report.multipliers, dict[str, Tensor])
+    again = kkt_residuals(
+        closure_for(model, x, y, model.zero_grad),
+        model.named_parameters(),
+        lambda: weight.sum(),
+        multipliers={"equalities": 1.0},
+        weight_decay=0.1,
+        maximize=True,
+    )
+    assert_type(again.curvature, float | None)
 
 
 def any_optimizer() -> None:

@@ -26,6 +26,7 @@ from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._foundation.memory import free_memory
 from torch_secondorder._foundation.private_torch import set_grad_mode
 from torch_secondorder._params.box import Box
+from torch_secondorder._params.manifold import Manifold, Tried
 from torch_secondorder._params.vector import ParameterVector
 
 #: What an evaluation keeps for products: nothing; the graphs of the loss and of its gradient; or
@@ -69,6 +70,7 @@ class Evaluation:
             precision.
         closure_loss: The loss as the closure returned it (averaged over ranks), detached.
         linearization: The retained graph, present only where curvature was asked for.
+        ambient: On a manifold, the gradient by the parameters, in the work space; else None.
 
     >>> import torch
     >>> from torch_secondorder import ClosureObjective
@@ -91,6 +93,7 @@ class Evaluation:
         self.loss = loss
         self.closure_loss = closure_loss
         self.linearization = linearization
+        self.ambient: Tensor | None = None
         self._flatten: Callable[[], Tensor] | None = flatten
         self._grad: Tensor | None = None
 
@@ -107,6 +110,14 @@ class Evaluation:
             assert flatten is not None
             grad = self._grad = flatten()
         return grad
+
+    def put_on(self, manifold: Manifold, position: Tensor, tried: Tried | None) -> None:
+        """Makes the gradient one by a step along a manifold, see `Manifold.along`."""
+        if self.ambient is None:
+            self.ambient = self.grad
+            if self.linearization is not None:
+                self.linearization.ambient = self.ambient
+        self._grad = manifold.along(position, tried, self.ambient)
 
 
 class Slot(NamedTuple):
@@ -155,6 +166,8 @@ class Linearization:
         self.ranks = objective.ranks
         self.size = objective.vector.size
         self._copies, self._place = copies, place
+        #: On a manifold, the gradient by the parameters, in the work space.
+        self.ambient: Tensor | None = None
         self._objective = objective
         self._generation = objective.generation
 
@@ -176,15 +189,16 @@ class Linearization:
             RuntimeError: The parameters have moved since the evaluation, or an operation of the
                 model has no second derivative.
         """
-        return self.product(v, self.graph.hessian_product)
+        return self.product(v, self.graph.hessian_product, bends=True)
 
-    def product(self, v: Tensor, multiply: Multiply) -> Tensor:
+    def product(self, v: Tensor, multiply: Multiply, *, bends: bool = False) -> Tensor:
         """The product of a curvature of the objective with `v`, from one of the loss.
 
         Args:
             v: Shape `(n,)`, or `(k, n)` for `k` products in one vectorized pass.
             multiply: Takes tensors shaped like the parameters and whether they are batched, and
                 returns the product, None for zeros.
+            bends: Whether the curvature of a manifold is part of it, as of a Hessian.
 
         Raises:
             RuntimeError: The parameters have moved since the evaluation.
@@ -194,9 +208,16 @@ class Linearization:
             self.check()
         objective.settle(self._place)
         vector = objective.vector
+        manifold = objective.manifold
+        if manifold is not None:
+            v = manifold.tangent(objective.position, v)
         direction = v if vector.scale is None else v * vector.scale
         products = multiply(vector.split(direction), v.dim() == 2)
-        return objective.product(direction, products)
+        product = objective.product(direction, products)
+        if manifold is not None:
+            gradient = self.ambient if bends else None
+            product = manifold.product(objective.position, direction, product, gradient)
+        return product
 
     def diagonal(self, roots: Sequence[Tensor | None], count: int) -> Tensor:
         """The diagonal of a curvature of the loss, from random roots of it.
@@ -292,6 +313,7 @@ class Objective(ABC):
             depends on have moved on with an accepted step.
         generation: Counts the moves; an evaluation's linearization is valid for one.
         box: The bounds that every position is kept in; None for none.
+        manifold: The manifold that positions, gradients and products are along; None for none.
         registry: The record of modules, ranks and closures.
         ranks: The ranks that the loss is averaged over.
         autocast: The autocast regions in which closures run, those around the place where this was
@@ -314,11 +336,12 @@ class Objective(ABC):
         self.renewed = False
         self.generation = 0
         self.box: Box | None = None
+        self.manifold: Manifold | None = None
         self._entry = self.position
         # The position that the parameters hold now; None if it is that of a trial and not kept.
         self._placed: Tensor | None = self.position
         # The last trial: step and factor, and its position if that is short.
-        self._tried: tuple[Tensor, float, Tensor | None] | None = None
+        self._tried: Tried | None = None
         self._abandoned = False
         self._unseen = False  # whether the parameters moved without a trace
         self._last_evaluation: ref[Evaluation] | None = None
@@ -396,7 +419,8 @@ class Objective(ABC):
         there = again and self._placed is not self.position
         graph = None if trial is None else trial.linearization
         if not again or position is None:
-            if self.position is self._entry or self.vector.is_short or self.box is not None:
+            bounded = self.box is not None or self.manifold is not None
+            if self.position is self._entry or self.vector.is_short or bounded:
                 position = self._moved(step, t)
             else:
                 self._complete_last()
@@ -410,8 +434,9 @@ class Objective(ABC):
 
     def _moved(self, step: Tensor, t: float) -> Tensor:
         """The position at `t` times `step` from the current one, within the box."""
-        if self.box is not None:
-            return self.box.moved(self.position, step, t)
+        within = self.box or self.manifold
+        if within is not None:
+            return within.moved(self.position, step, t)
         scale = self.vector.scale
         return torch.add(self.position, step if scale is None else step * scale, alpha=t)
 
@@ -599,6 +624,9 @@ class Objective(ABC):
         if found.graph is not None:
             linearization = Linearization(self, found.graph, copies=found.copies, place=found.place)
         evaluation = Evaluation(loss, closure_loss, flatten, linearization)
+        if self.manifold is not None:
+            tried = None if position is self.position else self._tried
+            evaluation.put_on(self.manifold, self.position, tried)
         self._last_evaluation = ref(evaluation)
         return evaluation
 

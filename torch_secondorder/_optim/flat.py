@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
@@ -19,10 +19,11 @@ from torch_secondorder._objective.base import Evaluation, Objective, Regularizat
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
-from torch_secondorder._optim.bounds import BoxMaker, check_bounds, no_bounds
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
+from torch_secondorder._params.bounds import BoxMaker, check_bounds, no_bounds
+from torch_secondorder._params.manifold import Chart, Manifold
 from torch_secondorder._params.vector import SHORT, ParameterVector
 from torch_secondorder.constraints._program import Program
 from torch_secondorder.dataset import DatasetClosure
@@ -71,6 +72,8 @@ class Point(NamedTuple):
         grad: The gradient. A trial may come without it, for it takes the memory of a vector.
         evaluation: The evaluation, where its graph is needed.
         length: The Euclidean norm of the gradient, for optimizers that need it.
+        ambient: That of a trial on a manifold, where `grad` is by the step: the gradient by the
+            parameters.
     """
 
     loss: float
@@ -78,6 +81,7 @@ class Point(NamedTuple):
     grad: Tensor | None
     evaluation: Evaluation | None = None
     length: float = 0.0
+    ambient: Tensor | None = None
 
 
 class Descent:
@@ -170,6 +174,8 @@ class Descent:
             held: Whether a damping or a trust radius has kept the step short. A small change says
                 nothing then.
         """
+        if point.ambient is not None:
+            point = self._landed(point)
         loss, grad_norm, before = point.loss, point.grad_norm, self.point.loss
         if held:
             self._change = inf
@@ -183,6 +189,18 @@ class Descent:
         self.point = point
         self.step_length = t
         self.count += 1
+
+    def _landed(self, point: Point) -> Point:
+        """A trial on a manifold as the base of the next steps."""
+        objective, evaluation = self.objective, point.evaluation
+        assert objective.manifold is not None and point.ambient is not None
+        grad = objective.manifold.tangent(objective.position, point.ambient)
+        if evaluation is not None:
+            evaluation.put_on(objective.manifold, objective.position, None)
+        norm = torch.linalg.vector_norm(grad)
+        grad_norm, length = self.space.to_host(largest=(grad,), norms=(norm,))
+        length = self.space.true_norm(grad, grad_norm, length)
+        return Point(point.loss, grad_norm, grad, evaluation, length)
 
 
 #: One iteration of a step; returns the reason to end the step, or None.
@@ -230,7 +248,9 @@ class Line:
         point = descent.point
         assert point.grad is not None
         self.direction, self.slope, self.square = direction, slope, square
-        self.start = Trial(0.0, point.loss, slope)
+        manifold, position = descent.objective.manifold, descent.objective.position
+        longest = inf if manifold is None else manifold.longest(position, direction)
+        self.start = Trial(0.0, point.loss, slope, longest=longest)
         self.bottomless = False
         self._descent, self._before = descent, point.grad
         self._short = descent.objective.vector.is_short
@@ -262,7 +282,8 @@ class Line:
         )
         if loss == -inf:
             self.bottomless = True
-        candidate = self._newest = Candidate(Point(loss, grad_norm, grad), y, y_y_, y_d_)
+        point = Point(loss, grad_norm, grad, ambient=evaluation.ambient)
+        candidate = self._newest = Candidate(point, y, y_y_, y_d_)
         if not isfinite(grad_norm):
             slope = inf
         elif loss < self._lowest_loss and isfinite(loss) and isfinite(slope):
@@ -371,6 +392,8 @@ class FlatOptimizer(SecondOrderOptimizer):
     #: Whether a step takes constraints into account that `Constrained` gives it.
     _takes_constraints = False
     _program: Program | None = None
+    #: The manifolds that `Projected` keeps parameters on, by the `id` of these; for a step.
+    _charts: Mapping[int, Chart] | None = None
     #: Gets each step and its iteration before the first one; returns the iteration to run.
     _observe: Callable[[Descent, Iterate], Iterate] | None = None
 
@@ -644,6 +667,8 @@ class FlatOptimizer(SecondOrderOptimizer):
                 closure, vector, regularization, master, self._registry, curvature_closure
             )
         objective.box = box
+        if self._charts:
+            objective.manifold = Manifold(vector, self._charts)
         return objective
 
     def _current_vector(self, params: Sequence[Tensor], rates: Sequence[float]) -> ParameterVector:

@@ -184,6 +184,9 @@ class LineSearchOptimizer(FlatOptimizer):
             return self._line_in_box(descent)
         grad, direction = descent.point.grad, self._direction(descent)
         assert grad is not None
+        manifold = descent.objective.manifold
+        if direction is not None and manifold is not None:
+            direction = manifold.tangent(descent.objective.position, direction)
         if direction is not None:
             slope, square = descent.space.to_host(
                 sums=(grad.dot(direction), direction.dot(direction))

@@ -208,6 +208,7 @@ class Trials:
             grad if kept or self._keeps_gradients else None,
             evaluation if kept else None,
             length,
+            evaluation.ambient if kept or self._keeps_gradients else None,
         )
         if not (isfinite(loss) and isfinite(grad_norm) and isfinite(length)):
             self._descent.nonfinite_trials += 1

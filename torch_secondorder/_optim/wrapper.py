@@ -154,15 +154,19 @@ class PenalizedLoss:
             loss = loss + self._scaled(value)
         loss.backward(gradient, *args, **more)
 
-    def add_to_gradients(self, value: Tensor) -> None:
+    def add_to_gradients(self, value: Tensor, scale: Tensor | None = None) -> None:
         """Adds the gradient of the term to `p.grad`, for a step without a closure.
 
         Args:
             value: The term, with its graph.
+            scale: What the gradients are scaled by, of one entry; None for nothing.
         """
         grads = [p.grad for p in self._params if p.grad is not None]
         graph = any(g.grad_fn is not None for g in grads)
-        (self._factor * value).backward(create_graph=graph)
+        term = self._factor * value
+        if scale is not None:
+            term = term * scale.to(term.device).reshape(())
+        term.backward(create_graph=graph)
         self.first = value.new_tensor(torch.nan), value.detach()
 
 
@@ -305,7 +309,10 @@ class WrapperOptimizer(Optimizer, ABC):
         self._begin_step()
         try:
             if closure is None:
-                if not self._unscale(params):
+                scaling = Scaling(self)
+                if scaling.active and getattr(self._inside, "_step_supports_amp_scaling", False):
+                    return self._step_scaled(scaling, more)
+                if not self._unscale(scaling, params):
                     return None
                 with torch.enable_grad():
                     penalized.add_to_gradients(self._present_term())
@@ -319,9 +326,28 @@ class WrapperOptimizer(Optimizer, ABC):
         self._steps += 1
         return result
 
-    def _unscale(self, params: Sequence[Tensor]) -> bool:
+    def _step_scaled(self, scaling: Scaling, more: dict[str, Any]) -> Any:
+        """A step without a closure, with an optimizer inside that takes the scale out itself.
+
+        It may have seen more than gradients: estimates of the curvature are scaled as well.
+        """
+        inner: Any = self._inside
+        found = scaling.inverse is not None and bool(scaling.inverse.isnan())
+        if not found:
+            with torch.enable_grad():
+                self._penalized.add_to_gradients(self._present_term(), scaling.scale)
+        inner.grad_scale, inner.found_inf = self.grad_scale, self.found_inf
+        try:
+            result = inner.step(**more)
+        finally:
+            # It may have taken them off itself, before an error.
+            for trace in ("grad_scale", "found_inf"):
+                vars(inner).pop(trace, None)
+        self._steps += not found
+        return result
+
+    def _unscale(self, scaling: Scaling, params: Sequence[Tensor]) -> bool:
         """Divides `p.grad` by the scale of a `GradScaler`; False if the step is to be skipped."""
-        scaling = Scaling(self)
         if scaling.inverse is None:
             return True
         gradients = [p.grad for p in params if p.grad is not None]

@@ -169,6 +169,8 @@ class Linearized(LinearOperator):
 
     #: Whether it is made from the gradient's graph, and not from Jacobians alone.
     _twice = True
+    #: Whether it is a Hessian, which the curvature of a manifold of parameters is a part of.
+    _bends = False
 
     def __init__(self, evaluation: Evaluation) -> None:
         linearization = evaluation.linearization
@@ -191,11 +193,11 @@ class Linearized(LinearOperator):
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
         try:
-            return self._linearization.product(v, self._multiply)
+            return self._linearization.product(v, self._multiply, bends=self._bends)
         except Overwritten:
             if not self._renewed():
                 raise
-            return self._linearization.product(v, self._multiply)
+            return self._linearization.product(v, self._multiply, bends=self._bends)
 
     def matmat(self, V: Tensor) -> Tensor:
         """See `LinearOperator.matmat`; vectorized, some at once, where operations allow."""
@@ -224,7 +226,8 @@ class Linearized(LinearOperator):
         return symmetrized_(matrix)
 
     def _product_with_rows(self, rows: Tensor) -> Tensor:
-        return self._retried(lambda: self._linearization.product(rows, self._multiply_rows))
+        multiply, bends = self._multiply_rows, self._bends
+        return self._retried(lambda: self._linearization.product(rows, multiply, bends=bends))
 
     def _retried(self, use: Callable[[], _T]) -> _T:
         """Uses the graph; once more with a graph of copies if the closure has written into it."""

@@ -32,5 +32,7 @@ class Hessian(Linearized):
             [ 6.,  0.]])
     """
 
+    _bends = True
+
     def _multiply(self, tangents: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
         return self._linearization.graph.hessian_product(tangents, batched)

@@ -163,6 +163,8 @@ class DatasetObjective(ClosureObjective):
         if self._decays:
             scaled = self.vector.scaled
             total.add_(scaled(self._decay * scaled(direction)))
+        if self.manifold is not None:
+            total = self.manifold.tangent(self.position, total)
         return total
 
     def _run(self, position: Tensor, curvature: Curvature) -> Run:
@@ -193,6 +195,8 @@ class DatasetObjective(ClosureObjective):
         flatten = partial(self._share, gradients)
         place = self._place_of(capture)
         linearization = _OfBatch(self, capture.graph, copies=copies, place=place)
+        if self.manifold is not None:
+            linearization.ambient = self._share(gradients)
         return Evaluation(self._sign * value, value, flatten, linearization)
 
     def copy_saved(self) -> bool:
@@ -219,12 +223,18 @@ class _OfBatch(Linearization):
         super().__init__(*args, **kwargs)
         self.ranks = Ranks()
 
-    def product(self, v: Tensor, multiply: Multiply) -> Tensor:
+    def product(self, v: Tensor, multiply: Multiply, *, bends: bool = False) -> Tensor:
         self.check()
-        vector = self._objective.vector
+        objective, manifold = self._objective, self._objective.manifold
+        vector, place = objective.vector, objective.position
+        if manifold is not None:
+            v = manifold.tangent(place, v)
         direction = vector.scaled(v)
         parts = multiply(vector.split(direction), v.dim() == 2)
-        return self._objective._share(parts, direction.shape[:-1])
+        product = objective._share(parts, direction.shape[:-1])
+        if manifold is not None and bends:
+            product = manifold.product(place, direction, product, self.ambient)
+        return product
 
     def slots(self) -> list[Slot]:
         return [slot._replace(decay=0.0) for slot in super().slots()]

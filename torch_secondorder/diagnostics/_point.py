@@ -88,18 +88,19 @@ def opened(source: Any, progress: bool | None, total: int | None, label: str) ->
     with ExitStack() as stack:
         operator, value, grad = source, None, None
         if isinstance(source, LinearOperator):
-            _keep_random_state(stack, [source.device])
+            keep_random_state(stack, [source.device])
         else:
             problem = as_problem(source)
-            _keep_random_state(stack, problem.vector.devices)
-            _keep_model(stack, problem)
+            keep_random_state(stack, problem.vector.devices)
+            keep_model(stack, problem)
             evaluation, operator = problem.evaluate(stack)
             value, grad = evaluation.loss.item(), evaluation.grad
         advance = stack.enter_context(bar(progress, total, label))
         yield Point(Counted(operator, advance), value, grad)
 
 
-def _keep_random_state(stack: ExitStack, devices: Sequence[torch.device]) -> None:
+def keep_random_state(stack: ExitStack, devices: Sequence[torch.device]) -> None:
+    """Puts the random state of PyTorch's generators back when the stack ends."""
     stack.enter_context(torch.random.fork_rng(devices=[]))
     by_type: dict[str, list[torch.device]] = defaultdict(list)
     for device in devices:
@@ -109,7 +110,8 @@ def _keep_random_state(stack: ExitStack, devices: Sequence[torch.device]) -> Non
         stack.enter_context(torch.random.fork_rng(devices=some, device_type=kind))
 
 
-def _keep_model(stack: ExitStack, problem: Problem) -> None:
+def keep_model(stack: ExitStack, problem: Problem) -> None:
+    """Puts gradients, and the modes of a source's own modules, back when the stack ends."""
     for module in problem.modules:
         stack.callback(setattr, module, "training", module.training)
     params = {

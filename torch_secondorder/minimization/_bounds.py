@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import pytree
-from torch_secondorder._optim.bounds import fitted_pair
+from torch_secondorder._params.bounds import fitted_pair
 
 #: A bound of one leaf: a number, a tensor that broadcasts to the leaf's shape, or None.
 Bound: TypeAlias = "float | Tensor | None"

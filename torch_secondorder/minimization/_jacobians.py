@@ -85,14 +85,19 @@ class Differences(WithJacobian):
         fun: See `WithJacobian`.
         scheme: `"2-point"` or `"3-point"`.
         limits: The bounds of each leaf; None for none.
+        rel_step: The step relative to `|x|`, in place of that power; None for the rule above.
     """
 
     def __init__(
-        self, fun: Function, scheme: str, limits: Sequence[tuple[Bound, Bound]] | None
+        self,
+        fun: Function,
+        scheme: str,
+        limits: Sequence[tuple[Bound, Bound]] | None,
+        rel_step: float | None = None,
     ) -> None:
         super().__init__(fun, fun)
         self._central, self._power = scheme == "3-point", _SCHEMES[scheme]
-        self._limits = limits
+        self._limits, self._rel_step = limits, rel_step
 
     def _jacobian(self, x: Any, r: Tensor) -> Any:
         self.jacobians += 1
@@ -130,7 +135,8 @@ class Differences(WithJacobian):
             r: The residuals where it is not.
         """
         low, high = room
-        h = (abs(x) or 1.0) * torch.finfo(r.dtype).eps ** self._power
+        relative = self._rel_step or torch.finfo(r.dtype).eps ** self._power
+        h = (abs(x) or 1.0) * relative
         h = (x + h) - x  # a difference of two numbers that there are
         slope: Tensor
         if self._central and -low >= h and high >= h:

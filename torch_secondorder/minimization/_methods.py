@@ -16,6 +16,7 @@ from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.optim.adahessian import AdaHessian
 from torch_secondorder.optim.bfgs import BFGS
+from torch_secondorder.optim.constrained import Constrained
 from torch_secondorder.optim.lbfgs import LBFGS
 from torch_secondorder.optim.levenberg_marquardt import LevenbergMarquardt
 from torch_secondorder.optim.newton import Newton
@@ -42,6 +43,11 @@ class Method:
     def takes_bounds(self) -> bool:
         """True if the optimizer can keep parameters within bounds."""
         return bool(getattr(self.optimizer, "_takes_bounds", False))
+
+    @property
+    def takes_constraints(self) -> bool:
+        """True if the method minimizes augmented Lagrangians: any function, in one step."""
+        return self.iterates and not issubclass(self.optimizer, LevenbergMarquardt)
 
     def make(self, params: Any, *arguments: Mapping[str, Any]) -> Any:
         """The optimizer.
@@ -94,14 +100,22 @@ ALIASES = {
     "trust-exact": "newton",
 }
 
+#: SciPy's names for sequential quadratic programs and the like: the default method's work here.
+CONSTRAINED_NAMES = ("slsqp", "trust-constr")
+
 # The largest number of unknowns for which a dense matrix is the default. An update of the matrix
 # costs some hundred microseconds there.
 _DENSE = 1000
 
 
-def default_method(size: int, *, bounded: bool) -> str:
+def default_method(size: int, *, bounded: bool, constrained: bool = False) -> str:
     """The name of the method that is used if none is given, for so many unknowns."""
-    return "lbfgs" if bounded or size > _DENSE else "bfgs"
+    return "lbfgs" if (bounded and not constrained) or size > _DENSE else "bfgs"
+
+
+def stands_for_default(method: Any) -> bool:
+    """True for SciPy's names of methods for constraints, which the default does the work of."""
+    return isinstance(method, str) and method.lower().replace("_", "-") in CONSTRAINED_NAMES
 
 
 #: Options by the names that SciPy has for them.
@@ -114,6 +128,15 @@ _SCIPY_NAMES = {
     "maxfev": "max_eval",
     "maxcor": "history_size",
 }
+#: Likewise with constraints. The first is COBYQA's, the others are COBYLA's and Ipopt's.
+_CONSTRAINED_NAMES = {
+    "feasibility_tol": "feasibility",
+    "catol": "feasibility",
+    "constr_viol_tol": "feasibility",
+    "constraint_method": "method",
+}
+#: Arguments of `Constrained` that are no options.
+_NO_CONSTRAINED = ("optimizer", "equalities", "inequalities", "method")
 #: Arguments of constructors that are no options here, with the reason.
 _NO_OPTIONS = {
     "params": "x0 is the parameter",
@@ -156,6 +179,16 @@ def resolve_method(method: Any) -> tuple[str, Method]:
     )
 
 
+def check_takes_constraints(name: str, method: Method) -> None:
+    """Raises a ValueError if a method cannot take constraints."""
+    if not method.takes_constraints:
+        able = [repr(other) for other, row in METHODS.items() if row.takes_constraints]
+        raise ValueError(
+            f"method {name!r} cannot take constraints here; those that can: {', '.join(able)}, or "
+            "make a torch_secondorder.Constrained of the optimizer, for a loop of your own"
+        )
+
+
 def check_bounds_fit(name: str, method: Method) -> None:
     """Raises a ValueError if a method cannot take bounds."""
     if not method.takes_bounds:
@@ -190,6 +223,8 @@ class Settings:
         rel_step: The relative step of finite differences; None for SciPy's rule.
         at_once: Whether `torch.func.vmap` evaluates the points of a difference in one call.
         arguments: Further arguments of the optimizer's constructor.
+        feasibility: The largest violation of a constraint at a solution; None for the default.
+        constrained: Further arguments of `Constrained`.
     """
 
     max_iter: int | None = None
@@ -200,6 +235,8 @@ class Settings:
     rel_step: float | None = None
     at_once: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
+    feasibility: float | None = None
+    constrained: dict[str, Any] = field(default_factory=dict)
 
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
@@ -208,11 +245,17 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "tolerance_grad": lambda name, value: check_number(name, value, low=0.0, optional=True),
     "tolerance_change": lambda name, value: check_number(name, value, low=0.0, optional=True),
     "rel_step": lambda name, value: check_number(name, value, above=0.0, optional=True),
+    "feasibility": lambda name, value: check_number(name, value, low=0.0, optional=True),
 }
 
 
 def read_options(
-    options: Mapping[str, Any] | None, tol: float | None, name: str, method: Method
+    options: Mapping[str, Any] | None,
+    tol: float | None,
+    name: str,
+    method: Method,
+    *,
+    constrained: bool = False,
 ) -> Settings:
     """The settings that options stand for.
 
@@ -221,6 +264,7 @@ def read_options(
         tol: Likewise.
         name: Of the method, for errors.
         method: The method.
+        constrained: Whether there are constraints, and so the options for them.
 
     Raises:
         TypeError: The options are no mapping.
@@ -231,9 +275,14 @@ def read_options(
     check_number("tol", tol, low=0.0, optional=True)
     settings = Settings(tolerance_grad=tol)
     taken = arguments_of(method.optimizer)
+    names = _SCIPY_NAMES
+    further: tuple[str, ...] = ()
+    if constrained:
+        names = names | _CONSTRAINED_NAMES
+        further = tuple(n for n in arguments_of(Constrained) if n not in _NO_CONSTRAINED)
     spelled: dict[str, str] = {} if tol is None else {"tolerance_grad": "tol"}
     for option, value in (options or {}).items():
-        own = "rel_step" if option == "finite_diff_rel_step" else _SCIPY_NAMES.get(option, option)
+        own = "rel_step" if option == "finite_diff_rel_step" else names.get(option, option)
         if {option, spelled.get(own)} == {"ftol", "xtol"}:
             # Both must hold, so the smaller one is the tolerance of both.
             value = min(value, settings.tolerance_change or 0.0)
@@ -249,18 +298,22 @@ def read_options(
             settings.disp = bool(value)
         elif own == "finite_diff_vmap":
             settings.at_once = bool(value)
+        elif own in further or (constrained and option == "constraint_method"):
+            settings.constrained[own] = value
         elif own in taken or ("**" in taken and option not in _SCIPY_NAMES):
             settings.arguments[own] = value
         else:
             raise ValueError(
                 f"unknown option {option!r} of method {name!r}; it has "
-                f"{', '.join(_known_options(taken))}"
+                f"{', '.join(_known_options(taken, further))}"
             )
     return settings
 
 
-def _known_options(taken: tuple[str, ...]) -> list[str]:
+def _known_options(taken: tuple[str, ...], further: tuple[str, ...]) -> list[str]:
     common = ["gtol", "ftol", "xtol", "maxiter", "maxfun", "disp"]
     common += ["finite_diff_rel_step", "finite_diff_vmap"]
+    if further:
+        common += ["feasibility_tol", "constraint_method", *further]
     own = [n for n in taken if n not in _NO_OPTIONS and n not in _CHECKS and n != "**"]
     return common + own

@@ -82,6 +82,10 @@ class Problem:
         structure = self._structure
         return leaves[0] if structure is None else pytree.tree_unflatten(list(leaves), structure)
 
+    def leaves(self, tree: Any) -> list[Tensor]:
+        """The leaves of a tree like `x0`."""
+        return [tree] if self._structure is None else pytree.tree_leaves(tree)
+
     def groups(self) -> list[Any]:
         """The parameters, in groups with their bounds if there are any."""
         if self.limits is None:
@@ -148,7 +152,7 @@ def takes_result(callback: Callable[..., Any]) -> bool:
     return names == ["intermediate_result"]
 
 
-def _report_to(callback: Callable[..., Any]) -> Report:
+def report_to(callback: Callable[..., Any]) -> Report:
     """A function of `x` and the value that calls a callback in the way that its signature asks."""
     if takes_result(callback):
         return lambda x, fun: callback(intermediate_result=OptimizeResult(x=x, fun=fun))
@@ -169,7 +173,7 @@ class _Course:
         callback: Callable[..., Any] | None,
     ) -> None:
         self._problem, self._optimizer, self._settings = problem, optimizer, settings
-        self._report = None if callback is None else _report_to(callback)
+        self._report = None if callback is None else report_to(callback)
         self.descent: Descent | None = None
 
     def observe(self, descent: Descent, iterate: Iterate) -> Iterate:
@@ -291,7 +295,7 @@ def update_repeatedly(
     """Minimizes by steps of an optimizer, one for each iteration."""
     optimizer = method.make(problem.groups(), settings.arguments)
     updates = _Updates(problem, optimizer)
-    report = None if callback is None else _report_to(callback)
+    report = None if callback is None else report_to(callback)
     gtol, most = settings.tolerance_grad, settings.max_eval or sys.maxsize
     assert settings.max_iter is not None
     status, nit = None, 0

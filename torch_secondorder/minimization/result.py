@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from torch_secondorder._optim.info import StepInfo, StepStatus
 
 #: The status integer and the message for each way to end. The integers below 100 that SciPy's BFGS
@@ -49,6 +51,8 @@ ENDINGS: dict[StepStatus, tuple[int, str]] = {
 class OptimizeResult(dict[str, Any]):
     """Result of `minimize`, with the fields of SciPy's; `result.x` and `result["x"]` are the same.
 
+    From `constr` on, fields are there with constraints only.
+
     Args:
         **fields: What it holds, see below.
 
@@ -58,14 +62,30 @@ class OptimizeResult(dict[str, Any]):
         jac: The gradient there, a tree like `x0`.
         success: Whether the minimization has converged.
         status: 0 for success; 1 if `maxiter` or `maxfun` ended it; 2 if rounding errors did; 3 for
-            values that are not finite; 4 if the function falls without end; 99 if the callback
-            stopped it.
+            values that are not finite; 4 if the function falls without end; 5 if the constraints
+            could not be satisfied; 99 if the callback stopped it.
         message: A sentence about the end.
         nit: Iterations.
         nfev: Evaluations of the function, including those of finite differences.
         njev: Gradients. An exact gradient comes with each evaluation.
         nhev: Hessians, or products with one for methods that never form it.
-        info: The report of the optimizer, a `StepInfo` of its own class.
+        info: The report of the optimizer, a `StepInfo` of its own class; with constraints of its
+            last step, but with all iterations and evaluations.
+        constr: The values of each constraint, in the shapes of its function. With bounds, `x` is
+            the last one.
+        constr_violation: The largest violation of a constraint.
+        v: The multipliers of each constraint, shaped like `constr`, with SciPy's signs: the
+            gradient of the Lagrangian is `jac` plus the sum of each constraint's `J'v`. An entry is
+            positive if its upper bound keeps the function from falling, and negative if its lower
+            bound does. To first order, the lowest value changes by `-v` for each unit that the
+            bound of an entry is raised.
+        multipliers: The multipliers by the constraints' names, without those of the bounds: the
+            keys of the dict that they were given in, else `constraints[0]` and so on.
+        optimality: The largest entry of the gradient of the Lagrangian, zero at a solution.
+        complementarity: The largest product of a multiplier and the distance to its bound.
+        lagrangian_grad: The gradient of the Lagrangian, a tree like `x0`.
+        constr_nfev: Evaluations of each constraint.
+        constr_njev: Jacobians of each constraint.
 
     >>> result = OptimizeResult(fun=0.5, success=True)
     >>> result.fun, result["success"]
@@ -86,6 +106,15 @@ class OptimizeResult(dict[str, Any]):
     njev: int
     nhev: int
     info: StepInfo
+    constr: list[Any]
+    constr_violation: float
+    v: list[Any]
+    multipliers: dict[str, Tensor]
+    optimality: float
+    complementarity: float
+    lagrangian_grad: Any
+    constr_nfev: list[int]
+    constr_njev: list[int]
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(fields)

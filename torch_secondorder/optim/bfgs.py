@@ -12,10 +12,10 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.bounds import Bounds
 from torch_secondorder._optim.flat import BoundedInfo, Candidate, Descent, Line, Point
 from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_pair
 from torch_secondorder._optim.state import Matrix, ModelField, Pieces, check_size, declare
+from torch_secondorder._params.bounds import Bounds
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBroyden
 from torch_secondorder.curvature.inverse_broyden import SELF_SCALED, BroydenUpdate
@@ -243,7 +243,7 @@ class BFGS(LineSearchOptimizer):
             # The step went along the negative gradient, which is the direction for this H.
             initial = line.square / line.bend
             learned = inverse.push(pair.s, pair.y, expected=expected, initial=initial)
-        elif pair.damped or line.product is not None:
+        elif pair.damped or line.product is not None or descent.objective.manifold is not None:
             learned = inverse.push(pair.s, pair.y, expected=expected)
         else:
             # H y is the difference of H g, and the old one is the step: one product serves for y

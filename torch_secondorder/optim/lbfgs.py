@@ -13,10 +13,10 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_choice, check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Objective
-from torch_secondorder._optim.bounds import Bounds
 from torch_secondorder._optim.flat import BoundedInfo, Candidate, Descent, Line, Point
 from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_pair
 from torch_secondorder._optim.state import ModelField, Pieces, check_size, copied, declare
+from torch_secondorder._params.bounds import Bounds
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import InverseBFGS, ReducedBroyden
 from torch_secondorder.globalization import LineSearch, LineSearchName
@@ -284,7 +284,9 @@ class LBFGS(LineSearchOptimizer):
         if isinstance(history, InverseBFGS):
             history.push(pair.s, pair.y, pair.scale)
         else:
-            expected = t * t * line.bend
+            # On a manifold the step is the tangent part of a direction only.
+            along = descent.objective.manifold is None
+            expected = t * t * line.bend if along else None
             # The first step went along the negative gradient, the direction for this H.
             history.push(pair.s, pair.y, expected=expected, initial=line.square / -line.slope)
 

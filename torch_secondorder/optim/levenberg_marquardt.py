@@ -13,7 +13,6 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Evaluation, EvaluationsSpent, Objective
-from torch_secondorder._optim.bounds import Bounds
 from torch_secondorder._optim.flat import BoundedInfo, Descent, FlatOptimizer, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.quadratic_model import (
@@ -39,6 +38,7 @@ from torch_secondorder._optim.residual_region import (
 )
 from torch_secondorder._optim.residuals import check_batches, over_batches, residuals_at
 from torch_secondorder._optim.state import Number, Vector, declare
+from torch_secondorder._params.bounds import Bounds
 from torch_secondorder.curvature.residual_jacobian import JacobianMethod
 from torch_secondorder.globalization import (
     DampingName,

@@ -13,7 +13,6 @@ from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Evaluation, EvaluationsSpent, Objective
-from torch_secondorder._optim.bounds import Bounds
 from torch_secondorder._optim.curvature_choice import hessian_at
 from torch_secondorder._optim.flat import BoundedInfo, Descent, FlatOptimizer, Point
 from torch_secondorder._optim.info import StepStatus
@@ -28,6 +27,7 @@ from torch_secondorder._optim.quadratic_model import (
     take,
 )
 from torch_secondorder._optim.state import Number, declare
+from torch_secondorder._params.bounds import Bounds
 from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.globalization import (
     DampingRule,
@@ -285,6 +285,8 @@ class Newton(FlatOptimizer):
         assert point.evaluation is not None and point.grad is not None
         operator = hessian_at(objective, point.evaluation)
         hessian = self._hessian(operator, point.grad, objective)
+        if hessian is not None and objective.manifold is not None:
+            hessian = objective.manifold.completed(objective.position, hessian)
         del operator
         # The graph has served: those of trials take its place.
         descent.point = point._replace(evaluation=None)

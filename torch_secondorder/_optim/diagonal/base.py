@@ -35,7 +35,6 @@ from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
-from torch_secondorder._optim.bounds import no_bounds
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
 from torch_secondorder._optim.diagonal.closureless import WATCHERS
 from torch_secondorder._optim.diagonal.fsdp import (
@@ -64,6 +63,7 @@ from torch_secondorder._optim.state import (
     declare,
     prepare,
 )
+from torch_secondorder._params.bounds import no_bounds
 from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed, max_norm
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature.diagonal import (

@@ -1,0 +1,950 @@
+"""The certificate of a constrained minimum: each condition, estimates, curvature, words."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.support.constrained_problems import CONSTRAINED_BY_NAME
+from torch_secondorder import LBFGS, DatasetClosure, FunctionalObjective, kkt_residuals
+from torch_secondorder.constraints import KKTReport
+from torch_secondorder.constraints._estimates import estimated_multipliers
+from torch_secondorder.constraints._rows import jacobian_rows
+
+ROOT2, ROOT3 = math.sqrt(2.0), math.sqrt(3.0)
+
+#: Minima of problems in the table, exact.
+MINIMA: dict[str, tuple[float, ...]] = {
+    "hs6": (1, 1),
+    "hs7": (0, ROOT3),
+    "hs9": (-3, -4),
+    "hs10": (0, 1),
+    "hs12": (2, 3),
+    "hs14": ((math.sqrt(7) - 1) / 2, (math.sqrt(7) + 1) / 4),
+    "hs15": (0.5, 2),
+    "hs18": (math.sqrt(250), math.sqrt(2.5)),
+    "hs22": (1, 1),
+    "hs23": (1, 1),
+    "hs24": (3, ROOT3),
+    "hs27": (-1, 1, 0),
+    "hs28": (0.5, -0.5, 0.5),
+    "hs29": (4, 2 * ROOT2, 2),
+    "hs31": (1 / ROOT3, ROOT3, 0),
+    "hs34": (math.log(math.log(10)), math.log(10), 10),
+    "hs35": (4 / 3, 7 / 9, 4 / 9),
+    "hs36": (20, 11, 15),
+    "hs37": (24, 12, 12),
+    "hs39": (1, 1, 0, 0),
+    "hs42": (2, 2, 0.6 * ROOT2, 0.8 * ROOT2),
+    "hs43": (0, 1, 2, -1),
+    "hs48": (1, 1, 1, 1, 1),
+    "hs50": (1, 1, 1, 1, 1),
+    "hs51": (1, 1, 1, 1, 1),
+    "hs52": tuple(v / 349 for v in (-33, 11, 180, -158, 11)),
+    "hs53": tuple(v / 43 for v in (-33, 11, 27, -5, 11)),
+    "hs76": (3 / 11, 23 / 11, 0, 6 / 11),
+}
+#: Multipliers by hand: equalities, then inequalities without bounds.
+MULTIPLIERS: dict[str, tuple[float, ...]] = {
+    "hs6": (0,),
+    "hs12": (0.5,),
+    "hs15": (700, 0),
+    "hs22": (2 / 3, 2 / 3),
+    "hs35": (2 / 9,),
+    "hs42": (-2, 5 / ROOT2 - 1),
+    "hs43": (1, 0, 2),
+}
+
+
+def tensor(*values: float, device: torch.device | str = "cpu", dtype: Any = None) -> Tensor:
+    return torch.tensor(values, dtype=dtype or torch.float64, device=device, requires_grad=True)
+
+
+def certified(name: str, x: Tensor, bounds: str = "rows", **more: Any) -> KKTReport:
+    """The report on a problem of the table, with its bounds as rows or as bounds."""
+    problem = CONSTRAINED_BY_NAME[name]
+    inequalities = problem.inequalities
+    if bounds == "rows":
+        if len(problem.all_inequalities(x)):
+            inequalities = problem.all_inequalities
+    elif problem.low is not None or problem.high is not None:
+        more["bounds"] = (problem.low, problem.high)
+    return kkt_residuals(
+        lambda: problem.function(x),
+        [x],
+        None if problem.equalities is None else (lambda: problem.equalities(x)),
+        None if inequalities is None else (lambda: inequalities(x)),
+        **more,
+    )
+
+
+def ball(x: Tensor, target: Tensor, **more: Any) -> KKTReport:
+    """The report on the point of a unit ball that is nearest to a target."""
+    return kkt_residuals(
+        lambda: (x - target.detach()).square().sum() / 2,
+        [x],
+        inequalities={"ball": lambda: (x.square().sum() - 1) / 2},
+        **more,
+    )
+
+
+# At minima.
+
+
+@pytest.mark.parametrize("name", MINIMA)
+@pytest.mark.parametrize("bounds", ["rows", "bounds"])
+def test_residuals_vanish_at_known_minima(name: str, bounds: str) -> None:
+    report = certified(name, tensor(*MINIMA[name]), bounds, second_order=True)
+    assert report.largest < 1e-11, report
+    assert report.summary.startswith("all conditions hold")
+    assert report.verdict == "minimum", report.summary
+    assert report.estimated and report.satisfied(1e-11)
+    assert report.loss == pytest.approx(CONSTRAINED_BY_NAME[name].minimum, abs=1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", MULTIPLIERS)
+def test_estimates_are_the_multipliers(name: str) -> None:
+    report = certified(name, tensor(*MINIMA[name]), "bounds")
+    found = torch.cat([y.reshape(-1) for y in report.multipliers.values()])
+    torch.testing.assert_close(found, torch.tensor(MULTIPLIERS[name], dtype=torch.float64))
+
+
+def test_multipliers_of_bounds_are_the_slopes_there() -> None:
+    problem = CONSTRAINED_BY_NAME["hs36"]
+    x = tensor(*MINIMA["hs36"])
+    rows, held = certified("hs36", x, "rows"), certified("hs36", x, "bounds")
+    ((slopes,),) = [held.bound_multipliers.values()]
+    assert problem.high is not None
+    # The rows: the constraint, three lower bounds, three upper ones.
+    torch.testing.assert_close(-slopes, rows.multipliers["inequalities"][4:])
+    assert slopes.lt(0).tolist() == [True, True, False]
+    assert rows.bound_multipliers == {}
+
+
+def test_the_pages_example(device: torch.device) -> None:
+    A = torch.tensor([[2.0, 0], [1, 1], [0, 1]], dtype=torch.float64, device=device)
+    b = torch.tensor([2.0, 1, 2.8], dtype=torch.float64, device=device)
+    x = tensor(0.6, 0.8, device=device)
+    report = kkt_residuals(
+        lambda: (A @ x - b).square().sum() / 2, [x], None, lambda: x.square().sum() - 1
+    )
+    assert report.largest < 1e-14
+    assert report.multipliers["inequalities"].item() == pytest.approx(1.0, abs=1e-13)
+    assert report.active == ("inequalities",) and report.rank == 1 and not report.dependent
+
+
+def test_float32_has_its_own_tolerance(device: torch.device) -> None:
+    x = tensor(0.6, 0.8, device=device, dtype=torch.float32)
+    report = ball(x, 2 * x, second_order=True)
+    assert report.tolerance == pytest.approx(1e-3, rel=0.1)
+    assert report.largest < 1e-6 and report.satisfied() and report.verdict == "minimum"
+    x = tensor(0.6, 0.8 + 1e-4, device=device, dtype=torch.float32)
+    assert ball(x, tensor(1.2, 1.6, device=device, dtype=torch.float32)).satisfied()
+
+
+def test_a_problem_without_constraints_is_a_gradient() -> None:
+    x = tensor(1.0, -2.0)
+    report = kkt_residuals(lambda: (x**2).sum(), [x])
+    assert (report.stationarity, report.worst) == (4.0, "stationarity")
+    assert report.multipliers == {} and report.where["stationarity"] == "parameter 0[1]"
+    assert report.relative["stationarity"] == 1.0
+    x = tensor(0.0, 0.0)
+    report = kkt_residuals(lambda: (x**2).sum(), [x], second_order=True)
+    assert report.largest == 0.0 and report.curvature == 2.0
+    assert report.summary.startswith("all conditions hold; a strict local minimum")
+
+
+# Away from minima: each condition by itself.
+
+
+def test_a_point_that_is_not_stationary() -> None:
+    report = ball(tensor(0.8, 0.6), tensor(1.2, 1.6))
+    assert report.worst == "stationarity" and report.feasibility < 1e-15
+    assert report.signs == report.complementarity == 0.0
+    # The slope that is left is tangential: (-.4, -1) less its part along (.8, .6).
+    y = 0.4 * 0.8 + 1.0 * 0.6
+    assert report.multipliers["ball"].item() == pytest.approx(y)
+    assert report.stationarity == pytest.approx(1.0 - 0.6 * y)
+    assert "the Lagrangian is not stationary: its slope is 0.448 at parameter 0[1]" in (
+        report.summary
+    )
+    assert "the loss can still be lowered along the constraints" in report.summary
+    assert not report.satisfied()
+
+
+def test_a_point_that_is_not_feasible() -> None:
+    x = tensor(0.66, 0.88)
+    report = ball(x, tensor(1.2, 1.6))
+    assert report.worst == "feasibility" and report.stationarity < 1e-14
+    assert report.complementarity == report.signs == 0.0
+    assert report.feasibility == pytest.approx(0.105)
+    assert "the inequality 'ball' is violated by 0.105: it is 0.105 and has to be zero or less" in (
+        report.summary
+    )
+    assert "contradict" not in report.summary
+    equal = kkt_residuals(
+        lambda: (x**2).sum(), [x], {"sums": lambda: torch.stack([x[0], x.sum() - 2])}
+    )
+    assert "the equality 'sums[0]' is violated by 0.66: it is 0.66 and has to be zero" in (
+        equal.summary
+    )
+    assert "also violated" not in report.summary
+
+
+def test_a_multiplier_of_the_wrong_sign() -> None:
+    # At the maximum over the circle the slope is along the constraint's gradient.
+    report = ball(tensor(0.6, 0.8), tensor(0.3, 0.4), multipliers={"ball": -0.5})
+    assert report.worst == "signs" and report.signs == 0.5 and report.stationarity < 1e-15
+    assert report.where["signs"] == "ball" and not report.estimated
+    assert "the multiplier of the inequality 'ball' is -0.5 and must not be negative" in (
+        report.summary
+    )
+    # An estimate has the right sign, so that the slope is what stays.
+    estimate = ball(tensor(0.6, 0.8), tensor(0.3, 0.4))
+    assert estimate.worst == "stationarity" and estimate.signs == 0.0
+    # An equality may have any sign.
+    x = tensor(0.6, 0.8)
+    equal = kkt_residuals(
+        lambda: (x - x.detach() / 2).square().sum() / 2,
+        [x],
+        {"circle": lambda: (x.square().sum() - 1) / 2},
+        multipliers={"circle": -0.5},
+    )
+    assert equal.largest < 1e-15
+
+
+def test_a_multiplier_of_a_constraint_with_slack() -> None:
+    x = tensor(0.3, 0.4)
+    report = ball(x, 2 * x, multipliers=torch.ones(1))
+    assert report.worst == "complementarity" and report.stationarity < 1e-15
+    assert report.complementarity == 0.375 and report.feasibility == 0.0
+    assert (
+        "the inequality 'ball' has a slack of 0.375 and a multiplier of 1, whose product 0.375 has "
+        "to be zero"
+    ) in report.summary
+    assert ball(x, x, multipliers=torch.zeros(1)).largest == 0.0
+
+
+def test_words_tell_a_bad_multiplier_from_a_bad_point() -> None:
+    report = ball(tensor(0.6, 0.8), tensor(1.2, 1.6), multipliers={"ball": 1.5})
+    assert "that is due to the multipliers, not to the point: estimated ones leave" in (
+        report.summary
+    )
+    report = ball(tensor(0.8, 0.6), tensor(1.2, 1.6), multipliers={"ball": 0.92})
+    assert "due to the multipliers" not in report.summary
+
+
+def test_words_list_everything_that_is_violated() -> None:
+    report = ball(tensor(1.0, 1.0), tensor(3.0, 1.0), multipliers={"ball": -1.0})
+    assert "; also violated: " in report.summary and "signs" in report.summary
+    assert "feasibility 0.5, signs 0.5 (relative)" in report.summary
+
+
+def test_bounds_hold_slopes_and_can_be_violated() -> None:
+    x = tensor(0.0, 2.0, 0.5)
+    target = torch.tensor([-1.0, 3.0, 0.5], dtype=torch.float64)
+
+    def report(**more: Any) -> KKTReport:
+        return kkt_residuals(lambda: (x - target).square().sum() / 2, [("w", x)], **more)
+
+    found = report(bounds=(0.0, 2.0))
+    assert found.largest == 0.0 and found.bound_multipliers["w"].tolist() == [1.0, -1.0, 0.0]
+    # A slope that leads inside counts, and one towards a bound as far as that is.
+    assert report(bounds=(-0.25, 2.5)).stationarity == 0.5
+    assert report(bounds=(None, 2.0)).where["stationarity"] == "w[0]"
+    outside = report(bounds=(0.5, 2.0))
+    assert outside.worst == "feasibility" and outside.feasibility == 0.5
+    assert outside.summary.startswith("w[0] is out of its bounds by 0.5")
+
+
+def test_infeasible_constraints_are_called_that() -> None:
+    x = tensor(0.0)
+    report = kkt_residuals(
+        lambda: x.square().sum(), [x], None, {"low": lambda: 1 - x, "high": lambda: x + 1}
+    )
+    assert "the constraints contradict each other here: to the first order no step" in (
+        report.summary
+    )
+    report = kkt_residuals(lambda: x.sum(), [x], {"circle": lambda: x.square() + 1})
+    assert "contradict" in report.summary
+    x = tensor(0.5)
+    report = kkt_residuals(
+        lambda: x.square().sum(), [x], None, {"low": lambda: 1 - x, "high": lambda: x + 1}
+    )
+    assert "contradict" not in report.summary
+
+
+# Scales.
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.01, 100.0))
+def test_the_units_of_a_steep_constraint_do_not_matter(seed: int, unit: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_()
+    rows = 300 * torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    slope = torch.randn(4, dtype=torch.float64, generator=generator)
+
+    def report(factor: float) -> KKTReport:
+        return kkt_residuals(lambda: slope @ x, [x], None, lambda: factor * (rows @ x))
+
+    first, scaled = report(1.0), report(unit)
+    if unit > 0.2:
+        assert scaled.relative == pytest.approx(first.relative, rel=1e-6, abs=1e-11)
+    torch.testing.assert_close(
+        unit * scaled.multipliers["inequalities"], first.multipliers["inequalities"],
+        rtol=1e-6, atol=1e-10,
+    )  # fmt: skip
+    assert scaled.stationarity == pytest.approx(first.stationarity, rel=1e-6, abs=1e-10)
+
+
+def test_relative_numbers_by_hand() -> None:
+    x = tensor(2.0)
+    report = kkt_residuals(
+        lambda: (100 * x).sum(),
+        [x],
+        {"h": lambda: 50 * (x - 1)},
+        {"g": lambda: 3 - 4 * x},
+        multipliers={"h": torch.tensor([-10.0]), "g": torch.tensor([-2.0])},
+    )
+    assert (report.stationarity, report.feasibility) == (100 - 500 + 8, 50) or (
+        report.stationarity == 392.0
+    )
+    assert report.signs == 2.0 and report.complementarity == 10.0
+    assert report.relative == pytest.approx(
+        {
+            "stationarity": 392 / 500,
+            "feasibility": 50 / 50,
+            "signs": 8 / 500,
+            "complementarity": 10 / 200,
+        }
+    )
+    assert report.largest == 1.0 and report.worst == "feasibility"
+
+
+# Estimates.
+
+
+def by_enumeration(J: Tensor, g: Tensor, slack: Tensor, inequality: Tensor) -> float:
+    """The least sum of squares over all sets of multipliers that are zero."""
+    m = len(J)
+    least = math.inf
+    for chosen in itertools.product([False, True], repeat=m):
+        on = torch.tensor(chosen) | ~inequality
+        stacked = torch.cat([J.T, slack.diag()])[:, on]
+        right = torch.cat([-g, torch.zeros_like(slack)])
+        y = torch.linalg.lstsq(stacked, right[:, None], driver="gelsd").solution[:, 0]
+        if bool((y < -1e-12)[inequality[on]].any()):
+            continue
+        least = min(least, float((stacked @ y - right).square().sum()))
+    return least
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 6), st.booleans())
+def test_estimates_are_least_squares(seed: int, m: int, n: int, twice: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    J = torch.randn(m, n, dtype=torch.float64, generator=generator)
+    if twice:  # dependent
+        J[-1] = J[0]
+    g = torch.randn(n, dtype=torch.float64, generator=generator)
+    inequality = torch.rand(m, generator=generator) < 0.6
+    slack = torch.rand(m, dtype=torch.float64, generator=generator).mul(2).sub(1).clamp(min=0)
+    slack = torch.where(inequality, slack, 0.0)
+    y = estimated_multipliers(J, g, slack, inequality, None, 2e-16)
+    assert bool((y[inequality] >= 0).all())
+    found = float((g + J.T @ y).square().sum() + (slack * y).square().sum())
+    assert found == pytest.approx(by_enumeration(J, g, slack, inequality), rel=1e-8, abs=1e-12)
+
+
+def test_estimates_are_accurate_for_badly_scaled_rows() -> None:
+    generator = torch.Generator().manual_seed(1)
+    J = torch.randn(6, 40, dtype=torch.float64, generator=generator)
+    J[1] = J[0] + 1e-5 * J[1]
+    J *= torch.logspace(-6, 6, 6, dtype=torch.float64)[:, None]
+    wanted = torch.rand(6, dtype=torch.float64, generator=generator) / J.norm(dim=1)
+    inequality = torch.tensor([False, False, True, True, True, True])
+    y = estimated_multipliers(J, -J.T @ wanted, torch.zeros(6).double(), inequality, None, 2e-16)
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=0)
+
+
+def test_estimates_do_not_blame_what_bounds_hold() -> None:
+    # The slope at the bound is 5 and is the bound's; the multiplier is that of the free entry.
+    x = tensor(0.0, 1.0)
+    report = kkt_residuals(
+        lambda: 8 * x[0] - 3 * x[1], [x], None, {"sum": lambda: x.sum() - 1}, bounds=(0.0, None)
+    )
+    assert report.multipliers["sum"].item() == pytest.approx(3.0)
+    assert report.largest < 1e-12 and report.bound_multipliers["parameter 0"][0] == 11.0
+    # With the free entry at its bound too, some multiplier lets all slopes lead outside.
+    x = tensor(0.0, 0.0)
+    report = kkt_residuals(lambda: x[0] - x[1], [x], {"sum": lambda: x.sum()}, bounds=(0.0, None))
+    assert report.largest < 1e-12 and report.multipliers["sum"].item() >= 1.0 - 1e-12
+
+
+def test_an_inactive_constraint_gets_no_multiplier() -> None:
+    x = tensor(0.6, 0.8)
+    report = kkt_residuals(
+        lambda: (x - 2 * x.detach()).square().sum() / 2,
+        [x],
+        None,
+        {"ball": lambda: (x.square().sum() - 1) / 2, "larger": lambda: (x.square().sum() - 2) / 2},
+    )
+    assert report.multipliers["larger"].item() == pytest.approx(0.0, abs=1e-14)
+    assert report.active == ("ball",)
+
+
+# Degenerate constraints.
+
+
+def test_dependent_constraints_are_reported() -> None:
+    x = tensor(0.6, 0.8)
+    report = kkt_residuals(
+        lambda: (x - 2 * x.detach()).square().sum() / 2,
+        [x],
+        {"circle": lambda: (x.square().sum() - 1) / 2},
+        {"again": lambda: x.square().sum() - 1},
+        second_order=True,
+    )
+    assert report.largest < 1e-12 and report.rank == 1 and report.dependent
+    assert "the gradients of the 2 active constraints have rank 1" in report.summary
+    assert report.verdict == "minimum"
+    y = report.multipliers
+    assert (y["circle"] + 2 * y["again"]).item() == pytest.approx(1.0)
+
+
+def test_a_weakly_active_constraint() -> None:
+    x = tensor(0.0, 0.0)
+
+    def report(sign: float, second: float) -> KKTReport:
+        return kkt_residuals(
+            lambda: x[0] ** 2 + second * x[1] ** 2 + x[0] * x[1] * 0,
+            [x],
+            None,
+            {"half": lambda: sign * x[0]},
+            second_order=True,
+        )
+
+    found = report(1.0, 1.0)
+    assert found.verdict == "minimum" and found.active == ("half",)
+    assert found.multipliers["half"].item() == 0.0
+    # Negative curvature along the constraint, and off it on the side that it allows.
+    assert report(1.0, -1.0).verdict == "saddle"
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_negative_curvature_on_the_side_that_a_weak_constraint_allows(sign: float) -> None:
+    x = tensor(0.0, 0.0)
+    report = kkt_residuals(
+        lambda: x[1] ** 2 - x[0] ** 2, [x], None, {"half": lambda: sign * x[0]}, second_order=True
+    )
+    assert report.verdict == "saddle" and report.curvature == -2.0
+    assert report.direction["parameter 0"].tolist() == [-sign, 0.0]
+    # A bound does the same.
+    bounds = (None, 0.0) if sign > 0 else (0.0, None)
+    report = kkt_residuals(lambda: x[1] ** 2 - x[0] ** 2, [x], bounds=bounds, second_order=True)
+    assert report.verdict == "saddle"
+    assert report.direction["parameter 0"].tolist() == [-sign, 0.0]
+
+
+def test_weak_constraints_on_both_sides_leave_it_undecided() -> None:
+    x = tensor(0.0, 0.0)
+    report = kkt_residuals(
+        lambda: x[0] * x[1] + x[1] ** 2, [x], None, {"cone": lambda: -x}, second_order=True
+    )
+    assert report.verdict == "undecided" and report.curvature is not None and report.curvature < 0
+    assert "undecided to the second order" in report.summary
+
+
+# Second order.
+
+
+def test_a_saddle_is_told_from_a_minimum() -> None:
+    # The nearest and the farthest point of a circle, both stationary.
+    x = tensor(-0.6, -0.8)
+    target = torch.tensor([0.3, 0.4], dtype=torch.float64)
+
+    def report() -> KKTReport:
+        return kkt_residuals(
+            lambda: (x - target).square().sum() / 2,
+            [("point", x)],
+            {"circle": lambda: (x.square().sum() - 1) / 2},
+            second_order=True,
+        )
+
+    found = report()
+    assert found.satisfied(1e-12) and found.verdict == "saddle"
+    # Hessian 1 + y, with y = -1.5.
+    assert found.curvature == pytest.approx(-0.5)
+    assert abs(found.direction["point"] @ x.detach()) < 1e-12
+    assert "no minimum: the Lagrangian has curvature -0.5 along the constraints" in found.summary
+    assert "point[0]" in found.summary
+    x.data.neg_()
+    found = report()
+    assert found.verdict == "minimum" and found.curvature == pytest.approx(0.5)
+    x.data.mul_(1.1)
+    found = report()
+    assert found.verdict is None and "the lowest curvature of the Lagrangian" in found.summary
+
+
+def test_a_vertex_needs_no_curvature() -> None:
+    x = tensor(0.0, 0.0)
+    report = kkt_residuals(
+        lambda: x.sum() - x.square().sum(), [x], bounds=(0.0, None), second_order=True
+    )
+    assert report.verdict == "minimum" and report.curvature is None and report.direction == {}
+    assert "leave no direction" in report.summary
+    x.data.fill_(0.1)
+    report = kkt_residuals(
+        lambda: x.sum(), [x], {"both": lambda: x * 1.0}, second_order=True, multipliers=None
+    )
+    assert "leave no direction to measure curvature in" in report.summary
+
+
+@pytest.mark.parametrize("shift", [2.0, -0.5])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_many_parameters_agree_with_a_dense_oracle(shift: float, bounded: bool) -> None:
+    n, m = 320, 4
+    generator = torch.Generator().manual_seed(3)
+    J = torch.randn(m, n, dtype=torch.float64, generator=generator)
+    H = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    H = H @ H.T / n + shift * torch.eye(n, dtype=torch.float64)
+    x = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+    slope = J.T @ torch.ones(m, dtype=torch.float64)
+    free = torch.ones(n, dtype=torch.bool)
+    options: dict[str, Any] = {}
+    if bounded:
+        free[:5] = False
+        slope[:5] -= 3.0
+        high = torch.full((n,), math.inf, dtype=torch.float64)
+        high[:5] = 0.0
+        options["bounds"] = (None, high)
+    report = kkt_residuals(
+        lambda: slope @ x + x @ H @ x / 2, [x], lambda: J @ x, second_order=True, **options
+    )
+    Z = torch.linalg.qr(J[:, free].T, mode="complete")[0][:, m:]
+    lowest = torch.linalg.eigvalsh(Z.T @ H[free][:, free] @ Z)[0].item()
+    assert report.largest < 1e-11
+    assert report.curvature == pytest.approx(lowest, rel=1e-2)
+    assert report.verdict == ("minimum" if lowest > 0 else "saddle")
+    v = report.direction["parameter 0"]
+    assert (J @ v).abs().max() < 1e-10 and v.norm().item() == pytest.approx(1.0)
+    assert bool((v[~free] == 0).all())
+
+
+def test_curvature_of_the_constraints_counts() -> None:
+    # The loss alone curves downwards along the circle.
+    x = tensor(1.0, 0.0)
+    report = kkt_residuals(
+        lambda: -3 * x[0] - x[1] ** 2,
+        [x],
+        None,
+        {"circle": lambda: x.square().sum() - 1},
+        second_order=True,
+    )
+    assert report.multipliers["circle"].item() == pytest.approx(1.5)
+    assert report.curvature == pytest.approx(-2 + 2 * 1.5) and report.verdict == "minimum"
+
+
+# Prices.
+
+
+def test_a_multiplier_is_a_price() -> None:
+    """The least loss under `c = t`, solved again for several `t`, has the slope `-y`."""
+    generator = torch.Generator().manual_seed(0)
+    H = torch.randn(5, 5, dtype=torch.float64, generator=generator)
+    H = H @ H.T + torch.eye(5, dtype=torch.float64)
+    b = torch.randn(5, dtype=torch.float64, generator=generator)
+    A = torch.randn(2, 5, dtype=torch.float64, generator=generator)
+
+    def solved(t: Tensor) -> Tensor:
+        system = torch.cat([torch.cat([H, A.T], 1), torch.cat([A, torch.zeros(2, 2).double()], 1)])
+        return torch.linalg.solve(system, torch.cat([b, t]))[:5]
+
+    def least(t: Tensor) -> float:
+        x = solved(t)
+        return float(x @ H @ x / 2 - b @ x)
+
+    x = solved(torch.zeros(2).double()).requires_grad_()
+    report = kkt_residuals(lambda: x @ H @ x / 2 - b @ x, [x], lambda: A @ x)
+    for i, y in enumerate(report.multipliers["equalities"].tolist()):
+        t = torch.zeros(2).double()
+        t[i] = 1e-4
+        assert (least(t) - least(-t)) / 2e-4 == pytest.approx(-y, rel=1e-6)
+
+
+# Ways in.
+
+
+def model_problem(device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double().to(device)
+    x = torch.randn(8, 3, dtype=torch.float64, device=device)
+    return model, x, torch.randn(8, 1, dtype=torch.float64, device=device)
+
+
+def test_all_sources_give_the_same_report(device: torch.device) -> None:
+    model, x, y = model_problem(device)
+    named = dict(model.named_parameters())
+    weight = named["0.weight"]
+
+    def plain() -> Tensor:
+        return F.mse_loss(model(x), y)
+
+    def standard() -> Tensor:
+        model.zero_grad()
+        loss = plain()
+        loss.backward()
+        return loss
+
+    def in_parts() -> float:
+        model.zero_grad()
+        total = 0.0
+        for part in (slice(0, 4), slice(4, 8)):
+            loss = F.mse_loss(model(x[part]), y[part]) / 2
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def function(p: dict[str, Tensor]) -> Tensor:
+        return F.mse_loss(torch.func.functional_call(model, p, (x,)), y)
+
+    data = DatasetClosure(
+        model, F.mse_loss, DataLoader(TensorDataset(x, y), batch_size=3), progress=False
+    )
+    constraints: Callable[[], Tensor] = lambda: weight.square().sum(1) - 1  # noqa: E731
+    reports = [
+        kkt_residuals(source, model.named_parameters(), None, constraints, second_order=True)
+        for source in (plain, standard, in_parts, data)
+    ]
+    reports.append(
+        kkt_residuals(
+            FunctionalObjective(function, named),
+            None,
+            None,
+            lambda p: p["0.weight"].square().sum(1) - 1,
+            second_order=True,
+        )
+    )
+    first = reports[0].as_dict()
+    assert set(reports[0].direction) == set(named)
+    for report in reports[1:]:
+        found = report.as_dict()
+        for name in ("loss", "stationarity", "feasibility", "complementarity", "curvature"):
+            assert found[name] == pytest.approx(first[name], rel=1e-6, abs=1e-12), name
+        assert found["where"] == first["where"]
+        assert found["multipliers"]["inequalities"] == pytest.approx(
+            first["multipliers"]["inequalities"], rel=1e-6, abs=1e-12
+        )
+
+
+def test_a_constraint_may_depend_on_what_the_closure_computed() -> None:
+    x = tensor(0.5, 1.0)
+    seen: dict[str, Tensor] = {}
+
+    def closure() -> Tensor:
+        x.grad = None
+        seen["output"] = x * x
+        loss = seen["output"].sum()
+        loss.backward()
+        return loss
+
+    report = kkt_residuals(closure, [x], None, lambda: 1 - seen["output"].sum(), second_order=True)
+    assert report.values["inequalities"].item() == -0.25
+    # Without a tie to the closure the graph would be gone.
+    assert report.multipliers["inequalities"].item() > 0
+
+
+def test_a_constraint_on_batches_is_a_mean_over_the_data() -> None:
+    model, x, y = model_problem(torch.device("cpu"))
+    seen: list[Tensor] = []
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        seen[:] = [model(batch[0])]
+        return seen[0], batch[1]
+
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    data = DatasetClosure(model, F.mse_loss, loader, forward=forward, progress=False)
+    report = kkt_residuals(data, model.parameters(), lambda: seen[0].mean(), second_order=True)
+    assert report.values["equalities"].item() == pytest.approx(model(x).mean().item())
+    whole = kkt_residuals(
+        lambda: F.mse_loss(model(x), y), model.parameters(), lambda: model(x).mean(),
+        second_order=True,
+    )  # fmt: skip
+    assert report.multipliers["equalities"].item() == pytest.approx(
+        whole.multipliers["equalities"].item()
+    )
+    assert report.curvature == pytest.approx(whole.curvature, rel=1e-8)
+
+
+def test_groups_bring_their_options() -> None:
+    x, w = tensor(1.0, 2.0), tensor(3.0)
+    optimizer = LBFGS(
+        [{"params": [x], "bounds": (None, 2.0)}, {"params": [w], "weight_decay": 0.5}],
+        maximize=True,
+    )
+    report = kkt_residuals(lambda: x.sum() + w.sum() * 1.5, optimizer.param_groups)
+    # Minimized is -loss + w^2 / 4: at w = 3 it is stationary, and x[1] is at its bound.
+    assert report.loss == -3 - 4.5 + 9 / 4
+    assert report.stationarity == 1.0 and report.where["stationarity"] == "parameter 0[0]"
+    assert report.bound_multipliers["parameter 0"].tolist() == [0.0, -1.0]
+    plain = kkt_residuals(
+        lambda: x.sum() + w.sum() * 1.5, optimizer.param_groups, weight_decay=0.0, maximize=False
+    )
+    assert plain.loss == 7.5 and plain.stationarity == 1.5
+
+
+def test_decoupled_weight_decay_is_no_part_of_the_loss() -> None:
+    x = tensor(1.0)
+    optimizer = torch.optim.AdamW([x], weight_decay=10.0)
+    assert kkt_residuals(lambda: x.sum(), optimizer.param_groups).stationarity == 1.0
+    coupled = torch.optim.SGD([x], lr=0.1, weight_decay=10.0)
+    assert kkt_residuals(lambda: x.sum(), coupled.param_groups).stationarity == 11.0
+
+
+def test_maximizing_keeps_the_signs_of_multipliers() -> None:
+    # The largest sum on a ball.
+    x = tensor(1 / ROOT2, 1 / ROOT2)
+    report = kkt_residuals(
+        lambda: x.sum(), [x], None, lambda: x.square().sum() - 1, maximize=True, second_order=True
+    )
+    assert report.multipliers["inequalities"].item() == pytest.approx(1 / ROOT2)
+    assert report.verdict == "minimum" and report.curvature == pytest.approx(ROOT2)
+
+
+def test_names_of_trees() -> None:
+    tree = {"layers": [{"w": torch.zeros(2).double()}, {"w": torch.ones(()).double()}]}
+    report = kkt_residuals(
+        FunctionalObjective(lambda p: p["layers"][0]["w"].sum() + p["layers"][1]["w"] ** 4, tree)
+    )
+    assert report.where["stationarity"] == "layers.1.w"
+    alone = torch.ones(2)
+    report = kkt_residuals(FunctionalObjective(lambda p: (p**2).sum(), alone), alone)
+    assert report.where["stationarity"] == "parameter 0[0]"
+
+
+def test_parameters_outside_the_tree_or_frozen_are_left_alone() -> None:
+    x, other = tensor(1.0), tensor(5.0)
+    report = kkt_residuals(
+        FunctionalObjective(lambda p: p["x"].sum(), {"x": x}),
+        [x, other],
+        lambda p: p["x"] - 1,
+    )
+    assert report.largest < 1e-15
+    frozen = torch.ones(2)
+    assert kkt_residuals(lambda: (x * frozen.sum()).sum(), [x, frozen]).stationarity == 2.0
+
+
+def test_complex_parameters() -> None:
+    z = torch.tensor([0.6 + 0.8j], dtype=torch.complex128, requires_grad=True)
+    report = kkt_residuals(
+        lambda: (z - (1.2 + 1.6j)).abs().square().sum(), [z], lambda: z.abs().square().sum() - 1
+    )
+    assert report.largest < 1e-14
+    assert report.multipliers["equalities"].item() == pytest.approx(1.0)
+
+
+# Nothing changes.
+
+
+def test_nothing_changes(device: torch.device) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    model = model.double().to(device)
+    x = torch.randn(8, 3, dtype=torch.float64, device=device)
+    model(x).sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    versions = [p._version for p in model.parameters()]
+    random = torch.get_rng_state()
+
+    def closure() -> Tensor:
+        model.zero_grad(set_to_none=False)
+        loss = model(x).square().mean() + torch.rand(()).item()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():  # as in a validation loop
+        reports = [
+            kkt_residuals(
+                closure, model.parameters(), lambda: model[0].weight.sum(), second_order=True
+            )
+            for _ in range(2)
+        ]
+    assert str(reports[0]) == str(reports[1])
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+    for p, value in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.grad, value, rtol=0, atol=0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert [p._version for p in model.parameters()] == versions
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+
+
+def test_nothing_changes_after_an_error() -> None:
+    model = nn.BatchNorm1d(2)
+    x = torch.randn(4, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="the value of the constraint h is not finite here"):
+        kkt_residuals(
+            lambda: model(x).sum(), model.parameters(), {"h": lambda: model.weight.sum() / 0}
+        )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.weight.grad is None
+
+
+# Reports.
+
+
+def test_a_report_prints_and_converts() -> None:
+    report = certified("hs76", tensor(*MINIMA["hs76"]), second_order=True)
+    text = str(report)
+    assert text.startswith("KKTReport: all conditions hold")
+    for word in ("stationarity", "complementarity", "estimated by least squares", "active"):
+        assert word in text
+    found = report.as_dict()
+    json.dumps(found)
+    assert found["largest"] == report.largest and len(found["multipliers"]["inequalities"]) == 7
+    many = kkt_residuals(
+        lambda: (x**2).sum(), [x := torch.ones(20, requires_grad=True)], None, lambda: x - 2,
+        multipliers=torch.zeros(20),
+    )  # fmt: skip
+    assert "and 8 more" in str(many) and "multipliers, given" in str(many)
+    assert "inequalities[11]" in str(many) and "inequalities[12]" not in str(many)
+    with pytest.raises(AttributeError):
+        report.loss = 1.0  # type: ignore[misc]
+
+
+# Rows.
+
+
+class NoRule(torch.autograd.Function):
+    """A square whose backward pass cannot be vectorized."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        assert float(grad.abs().sum()) >= 0  # no batching rule: data-dependent
+        return 2 * x * grad
+
+
+@pytest.mark.parametrize("square", [torch.square, NoRule.apply], ids=["batched", "in turn"])
+def test_rows_of_a_jacobian(square: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    a, b = tensor(1.0, 2.0, 3.0, device=device), tensor(0.5, device=device)
+    other = tensor(1.0, device=device)
+    A = torch.randn(11, 3, dtype=torch.float64, device=device)
+    values = A @ square(a) + b
+    rows = jacobian_rows(values, [a, other, b])
+    assert rows[0] is not None and rows[1] is None and rows[2] is not None
+    torch.testing.assert_close(rows[0], 2 * A * a.detach())
+    torch.testing.assert_close(rows[2], torch.ones(11, 1, dtype=torch.float64, device=device))
+    values.sum().backward()  # the graph is still there
+
+
+# Errors.
+
+
+def line() -> tuple[Tensor, dict[str, Any]]:
+    x = tensor(1.0, 2.0)
+    return x, {"equalities": {"h": lambda: x.sum()}, "inequalities": {"g": lambda: x - 1}}
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "kind", "words"),
+    [
+        ({"h": 1.0}, ValueError, "one entry for each of h, g, got h"),
+        ({"h": 1.0, "g": torch.ones(2), "k": 1.0}, ValueError, "got h, g, k"),
+        ({"h": 1.0, "g": torch.ones(3)}, ValueError, r"multipliers of g .* shape \(2,\), got \(3"),
+        (torch.ones(2), ValueError, r"each of the 3 constraints, equalities first, got .*\(2,\)"),
+        (torch.tensor([1.0, math.nan, 1.0]), ValueError, "all constraints must be finite"),
+        ({"h": "one", "g": torch.ones(2)}, TypeError, "the multipliers of h must be numbers"),
+    ],
+)
+def test_multipliers_that_do_not_fit(multipliers: Any, kind: type[Exception], words: str) -> None:
+    x, constraints = line()
+    with pytest.raises(kind, match=words):
+        kkt_residuals(lambda: (x**2).sum(), [x], **constraints, multipliers=multipliers)
+
+
+def test_multipliers_come_in_several_forms() -> None:
+    x, constraints = line()
+    forms: list[Any] = [
+        {"h": 1.0, "g": torch.tensor([2.0, 3.0])},
+        {"h": torch.tensor(1.0), "g": [2.0, 3.0]},
+        torch.tensor([1.0, 2.0, 3.0]),
+    ]
+    reports = [
+        kkt_residuals(lambda: (x**2).sum(), [x], **constraints, multipliers=form) for form in forms
+    ]
+    assert len({str(report) for report in reports}) == 1 and not reports[0].estimated
+    # What an optimizer has before its first step.
+    assert kkt_residuals(lambda: (x**2).sum(), [x], **constraints, multipliers={}).estimated
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda x: kkt_residuals(3, [x]), TypeError, "closure must be callable"),  # type: ignore[arg-type]
+        (lambda x: kkt_residuals(lambda: x.sum()), ValueError, "params must be given beside a cl"),
+        (lambda x: kkt_residuals(lambda: x.sum(), []), ValueError, "no parameter"),
+        (lambda x: kkt_residuals(lambda: x.sum(), [3]), TypeError, "not a tensor"),  # type: ignore[list-item]
+        (lambda x: kkt_residuals(lambda: x.sum(), [x], {}), ValueError, "there is no constraint"),
+        (lambda x: kkt_residuals(lambda: x.sum(), [x], 3), TypeError, "must be a function"),  # type: ignore[arg-type]
+        (lambda x: kkt_residuals(lambda: x.sum(), [x], tolerance=0.0), ValueError, "tolerance"),
+        (lambda x: kkt_residuals(lambda: x.sum(), [x], weight_decay=-1), ValueError, "weight_dec"),
+        (lambda x: kkt_residuals(lambda: x.sum(), [x], bounds=(2, 1)), ValueError, "leave no numb"),
+        (
+            lambda x: kkt_residuals(
+                lambda: x.sum(),
+                [{"params": [x], "maximize": True}, {"params": [x.detach().requires_grad_()]}],
+            ),
+            ValueError,
+            "maximize must be the same",
+        ),
+        (lambda x: kkt_residuals(lambda: x.sum() / 0, [x]), RuntimeError, "the loss is inf here"),
+        (
+            lambda x: kkt_residuals(lambda: (x - 1).sqrt().sum(), [x]),
+            RuntimeError,
+            "gradient of the loss is not finite",
+        ),
+        (
+            lambda x: kkt_residuals(lambda: x.sum(), [x], lambda: torch.stack([x[0], x[0] / 0])),
+            RuntimeError,
+            r"the value of the constraint equalities\[1\] is not finite",
+        ),
+        (
+            lambda x: kkt_residuals(lambda: x.sum(), [x], {"r": lambda: (x[0] - 1).sqrt()}),
+            RuntimeError,
+            "the gradient of the constraint r is not finite",
+        ),
+        (
+            lambda x: kkt_residuals(lambda: x.sum(), [x], lambda: x.detach()),
+            RuntimeError,
+            "without a graph",
+        ),
+    ],
+)  # fmt: skip
+def test_errors(call: Callable[[Tensor], Any], kind: type[Exception], words: str) -> None:
+    x = tensor(1.0, 2.0)
+    with pytest.raises(kind, match=words):
+        call(x)
+    assert x.grad is None and x.tolist() == [1.0, 2.0]

@@ -1,0 +1,185 @@
+"""Constraints in the Hugging Face Trainer and under Accelerate, offline, on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.diagonal_references import assert_same, values
+from torch_secondorder import LBFGS, AdaHessian, Constrained
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from torch_secondorder.integrations.huggingface import SecondOrderCallback, unwrapped  # noqa: E402
+
+#: The optimizers inside; the Trainer calls no closure.
+INNER: dict[str, Callable[[Any], Any]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "AdaHessian": lambda p: AdaHessian(p, lr=0.02),
+}
+
+
+@pytest.fixture(autouse=True)
+def _singletons_are_made_anew() -> Iterator[None]:
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def bert() -> nn.Module:
+    """A classifier, in float64 from end to end."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    return transformers.BertForSequenceClassification(config).double()
+
+
+def data(count: int = 64) -> list[dict[str, Tensor]]:
+    tokens = torch.randint(16, (count, 8), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row.sum() % 3} for row in tokens]
+
+
+def constrained(optimizer: Any, model: Any) -> Constrained:
+    """The embeddings are short, and the biases of the classifier have the mean 0.1."""
+    return Constrained(
+        optimizer,
+        equalities=lambda: model.classifier.bias.mean() - 0.1,
+        inequalities={
+            "short": lambda: model.bert.embeddings.word_embeddings.weight.square().mean() - 1e-4
+        },
+    )
+
+
+def trainer_of(folder: Path, model: nn.Module, name: str, **options: Any) -> Any:
+    optimizer = constrained(INNER[name](model.parameters()), model)
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "warmup_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+    }
+    args = TrainingArguments(str(folder), **{**arguments, **options})
+    return Trainer(model, args, train_dataset=data(), optimizers=(optimizer, None))
+
+
+def state_of(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    return [*values(model), *unwrapped(optimizer).multipliers.values()]
+
+
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_training_is_that_of_a_loop_by_hand(name: str, parts: int, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, bert(), name, gradient_accumulation_steps=parts)
+    trainer.loss_is_scaled_for_ga = False  # the model's loss is a mean whatever it is told
+    trainer.train()
+    model = bert()
+    optimizer = constrained(INNER[name](model.parameters()), model)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 2, 6)
+    model.train()
+    rows = data()
+    for step in range(6):
+        optimizer.zero_grad()
+        for i in range(parts):
+            pair = rows[2 * (parts * step + i) :][:2]
+            batch = {k: torch.stack([row[k] for row in pair]) for k in pair[0]}
+            (model(**batch).loss / parts).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the loss's, without the constraints'
+        optimizer.step()
+        schedule.step()
+    found = state_of(trainer.model, trainer.optimizer)
+    assert_same(found, state_of(model, optimizer), 1e-9)
+    assert any(y.abs().max() > 0 for y in optimizer.multipliers.values())
+    plain = bert()
+    assert not torch.equal(plain.classifier.bias, trainer.model.classifier.bias)
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_training_from_a_checkpoint_is_bit_for_bit_the_same(name: str, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+    whole = trainer_of(tmp_path / "a", bert(), name, **saving)
+    whole.train()
+    saved = tmp_path / "a" / "checkpoint-3"
+    assert "multipliers" in torch.load(saved / "optimizer.pt", weights_only=True)["constrained"]
+    other = trainer_of(tmp_path / "b", bert(), name, max_steps=7)
+    for p in other.model.parameters():
+        nn.init.zeros_(p)
+    other.train(resume_from_checkpoint=str(saved))
+    assert other.state.global_step == 7
+    expected = state_of(whole.model, whole.optimizer)
+    assert_same(state_of(other.model, other.optimizer), expected, 0)
+
+
+def test_the_constraints_hold_after_training(tmp_path: Path) -> None:
+    options = {"max_steps": 150, "warmup_steps": 0, "num_train_epochs": 5}
+    trainer = trainer_of(tmp_path, bert(), "AdamW", **options)
+    trainer.train()
+    assert trainer.model.classifier.bias.mean().item() == pytest.approx(0.1, abs=3e-3)
+    embeddings = trainer.model.bert.embeddings.word_embeddings.weight
+    assert embeddings.square().mean() < 1.2e-4
+    assert bert().bert.embeddings.word_embeddings.weight.square().mean() > 3e-4
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "AdamW"])
+def test_closures_under_accelerate(name: str) -> None:
+    rows = data(16)
+    x, y = (torch.stack([row[k] for row in rows]) for k in ("input_ids", "labels"))
+    make = {**INNER, "LBFGS": lambda p: LBFGS(p, max_iter=4)}[name]
+
+    def run(accelerates: bool) -> list[Tensor]:
+        model = bert()
+        inner = optimizer = constrained(make(model.parameters()), model)
+        backward: Any = lambda loss: loss.backward()  # noqa: E731
+        if accelerates:
+            accelerator = accelerate.Accelerator(cpu=True)
+            model, optimizer = accelerator.prepare(model, inner)
+            assert unwrapped(optimizer) is inner
+            backward = accelerator.backward
+        model.train()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(input_ids=x, labels=y).loss
+            backward(loss)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return state_of(model, inner)
+
+    assert_same(run(True), run(False), 0)
+
+
+def test_the_callback_leaves_a_wrapper_alone(tmp_path: Path) -> None:
+    """It serves optimizers that watch backward passes; constraints need nothing of it."""
+    found = []
+    for watches in (True, False):
+        trainer = trainer_of(tmp_path, bert(), "AdamW")
+        if watches:
+            trainer.add_callback(SecondOrderCallback(trainer))
+        trainer.train()
+        found.append(state_of(trainer.model, trainer.optimizer))
+    assert_same(found[0], found[1], 0)
