@@ -73,6 +73,7 @@ class LineSearchOptimizer(FlatOptimizer):
     """
 
     _recognized_by = "max_iter"
+    _takes_manifolds = True
     _info_type: type[DescentInfo] = LineSearchInfo
     _state_fields = declare(n_iter=Number(0), func_evals=Number(0))
     _n_iter: int
