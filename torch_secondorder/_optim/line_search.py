@@ -153,7 +153,7 @@ class LineSearchOptimizer(FlatOptimizer):
         line = self._line(descent)
         if line is None:
             return StepStatus.NO_DECREASE
-        precision = descent.objective.vector.precision
+        precision = descent.objective.noise
         first = min(self._first_step(descent, line), line.start.longest)
         result = self.line_search(line, line.start, first, precision=precision)
         descent.search_status = result.status
