@@ -282,10 +282,26 @@ def test_infeasible_constraints_are_called_that() -> None:
     x = tensor(0.0)
     report = kkt_residuals(lambda: x.sum(), [x], {"one": lambda: x - 1}, {"high": lambda: x + 1})
     assert "contradict" in report.summary
+    # Between two that exclude each other either one can be lessened, but not both.
     x = tensor(0.5)
     report = kkt_residuals(
         lambda: x.square().sum(), [x], None, {"low": lambda: 1 - x, "high": lambda: x + 1}
     )
+    assert "contradict" in report.summary
+    report = kkt_residuals(lambda: x.square().sum(), [x], None, {"low": lambda: 1 - x})
+    assert report.feasibility == 0.5 and "contradict" not in report.summary
+    # A constraint that holds, or a bound, may be in the way.
+    x = tensor(0.6, 0.8)
+    line = {"circle": lambda: x.square().sum() - 1, "plane": lambda: 0.6 * x[0] + 0.8 * x[1] - 2}
+    report = kkt_residuals(lambda: x.sum(), [x], line)
+    assert report.feasibility == 1.0 and "contradict" in report.summary
+    x.data.copy_(torch.tensor([0.8, 0.6]))
+    assert "contradict" not in kkt_residuals(lambda: x.sum(), [x], line).summary
+    x = tensor(1.0, 0.0)
+    sums: dict[str, Any] = {"sum": lambda: x.sum() - 3}
+    report = kkt_residuals(lambda: x.sum(), [x], sums, bounds=(None, torch.tensor([1.0, 0.0])))
+    assert "contradict" in report.summary
+    report = kkt_residuals(lambda: x.sum(), [x], sums, bounds=(None, torch.tensor([1.0, 9.0])))
     assert "contradict" not in report.summary
     # Rounding contradicts nothing.
     x = tensor(0.0)

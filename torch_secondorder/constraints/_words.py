@@ -84,7 +84,8 @@ def on_feasibility(
 
 #: The clause on a point that violates constraints and cannot improve.
 CONTRADICTION = (
-    "the constraints contradict each other here: to the first order no step lessens the violation"
+    "the constraints contradict each other here: to the first order no step lessens all violations "
+    "and keeps the rest"
 )
 
 

@@ -376,8 +376,7 @@ class _Certificate:
         else:
             sentence = words.on_complementarity(worst, conditions, self.y, self._constraint)
         clauses = [words.verdict(self.found, self.tolerance, sentence)]
-        violated = self.found["feasibility"].relative > self.tolerance
-        if violated and conditions.cannot_improve(self.identifies):
+        if conditions.contradict(self.tolerance):
             clauses.append(words.CONTRADICTION)
         if self.dependent:
             clauses.append(words.on_dependence(self.n_rows, self.rank))
