@@ -295,6 +295,12 @@ def test_infeasible_constraints_are_called_that() -> None:
     line = {"circle": lambda: x.square().sum() - 1, "plane": lambda: 0.6 * x[0] + 0.8 * x[1] - 2}
     report = kkt_residuals(lambda: x.sum(), [x], line)
     assert report.feasibility == 1.0 and "contradict" in report.summary
+    # That comes first, even where another number is larger.
+    less: dict[str, Any] = line | {"plane": lambda: 0.06 * x[0] + 0.08 * x[1] - 0.2}
+    report = kkt_residuals(lambda: 1e3 * x[0], [x], less)
+    assert report.worst == "stationarity"
+    assert report.summary.startswith("the equality 'plane' is violated by 0.1: it is -0.1 and has")
+    assert "also violated: stationarity" in report.summary
     x.data.copy_(torch.tensor([0.8, 0.6]))
     assert "contradict" not in kkt_residuals(lambda: x.sum(), [x], line).summary
     x = tensor(1.0, 0.0)
