@@ -168,8 +168,9 @@ class _ConstrainedRun:
                 self._move(self._start)
             self._attempt_multipliers()
             return None
-        if lost and here.violation > self._violation_at_start and self._restarts < _MOST_RESTARTS:
-            # The function has led to where the constraints cannot be satisfied.
+        # Perhaps the function has led to where the constraints cannot be satisfied.
+        most = _MOST_RESTARTS if here.violation > self._violation_at_start else 1
+        if lost and self._restarts < most:
             self._restarts += 1
             self._move(self._start)
             penalty = self._settings.constrained.get("penalty", _PENALTY)
@@ -269,7 +270,7 @@ class _ConstrainedRun:
     # The conditions.
 
     def _gtol(self, scale: float) -> float:
-        """The tolerance of the Lagrangian's gradient, for one of the function as large as `scale`."""
+        """The tolerance of the Lagrangian's gradient, beside the function's of size `scale`."""
         gtol = self._settings.tolerance_grad
         if gtol is not None:
             return gtol
