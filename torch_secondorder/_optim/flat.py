@@ -402,7 +402,8 @@ class FlatOptimizer(SecondOrderOptimizer):
     #: Whether a step takes constraints into account that `Constrained` gives it.
     _takes_constraints = False
     _program: Program | None = None
-    #: The manifolds that `Projected` keeps parameters on, by the `id` of these; for a step.
+    #: Whether a step stays on manifolds; `Projected` gives them, by the `id` of the parameters.
+    _takes_manifolds = False
     _charts: Mapping[int, Chart] | None = None
     #: Gets each step and its iteration before the first one; returns the iteration to run.
     _observe: Callable[[Descent, Iterate], Iterate] | None = None
@@ -678,6 +679,11 @@ class FlatOptimizer(SecondOrderOptimizer):
             )
         objective.box = box
         if self._charts:
+            if self._program is not None:
+                raise ValueError(
+                    'method="sqp" of Constrained takes no manifolds: use '
+                    'method="augmented_lagrangian" within Projected'
+                )
             objective.manifold = Manifold(vector, self._charts)
         return objective
 

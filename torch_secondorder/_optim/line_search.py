@@ -73,18 +73,19 @@ class LineSearchOptimizer(FlatOptimizer):
     """
 
     _recognized_by = "max_iter"
+    _takes_manifolds = True
     _info_type: type[DescentInfo] = LineSearchInfo
     _state_fields = declare(n_iter=Number(0), func_evals=Number(0))
     _n_iter: int
     _func_evals: int
     _carried: ClassVar[tuple[str, ...]] = ("line_search", "_reset_reason")
+    _sequential: SequentialQuadratic | None = None  # of a step with constraints
 
     def __init__(
         self, params: ParamsT, line_search_fn: str | LineSearch | None, defaults: dict[str, Any]
     ) -> None:
         self.line_search = resolve_line_search(line_search_fn, "line_search_fn")
         self._reset_reason = ""
-        self._sequential: SequentialQuadratic | None = None  # of a step with constraints
         super().__init__(params, defaults)
 
     # For subclasses.
