@@ -855,7 +855,7 @@ def test_a_report_prints_and_converts() -> None:
     found = report.as_dict()
     json.dumps(found)
     assert found["largest"] == report.largest and len(found["multipliers"]["inequalities"]) == 7
-    assert "2 with slack and no multiplier" in text and "and 1" not in text
+    assert text.endswith("and 5 with slack and no multiplier")
     with pytest.raises(AttributeError):
         report.loss = 1.0  # type: ignore[misc]
 
@@ -880,7 +880,7 @@ def test_a_report_shows_the_constraints_that_matter_first() -> None:
     many = kkt_residuals(lambda: x.sum(), [x], lambda: x, multipliers=torch.arange(40.0))
     assert str(many).endswith("and 28 more")
     assert str(many).count("equality") == 12
-    idle = kkt_residuals(lambda: x.square().sum(), [x], None, lambda: x - 2)
+    idle = kkt_residuals(lambda: (x - x.detach()).square().sum(), [x], None, lambda: x - 2)
     assert "constraint " not in str(idle)
     assert str(idle).endswith("and 40 with slack and no multiplier")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_secondorder._autograd.backward_hook import patched_backward
+from torch_secondorder._autograd.backward_hook import is_outermost, patched_backward
 from torch_secondorder._closure.runner import GradientTrace
 from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
 from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
@@ -35,6 +35,15 @@ class Values(Protocol):
 
     def take(self) -> Tensor | None:  # pragma: no cover - a protocol
         """The value since the last call, with its graph; None if there is none."""
+
+    def seeds(self) -> tuple[Tensor, Tensor] | None:  # pragma: no cover - a protocol
+        """Takes the value without a graph of its own, if one suffices.
+
+        Returns:
+            Tensors that the value is a function of, as one vector with its graph, and the value's
+            derivative by them; None if the value has to be taken with its graph, or if there is
+            none.
+        """
 
 
 class Term(Protocol):
@@ -146,6 +155,12 @@ class PenalizedLoss:
         self, values: Values, loss: Tensor, gradient: Tensor | None = None, *args: Any, **more: Any
     ) -> None:
         """Stands in for `loss.backward()` inside a closure."""
+        plainly = not (args or more) and gradient is None and type(loss) is Tensor
+        if plainly and self._factor == 1.0 and is_outermost():
+            seeds = values.seeds()
+            if seeds is not None:
+                torch.autograd.backward((loss, seeds[0]), (None, seeds[1]))
+                return
         value = values.take()
         loss, gradient = plain(loss), plain(gradient)
         if value is not None:
@@ -300,7 +315,8 @@ class WrapperOptimizer(Optimizer, ABC):
         """
         factor = self._factor()
         if closure is not None:
-            Scaling(self).refuse_closure()
+            if "found_inf" in vars(self):  # a GradScaler calls
+                Scaling(self).refuse_closure()
         elif not self._has_present_term() and makes_state_only(self.param_groups):
             return self._inside.step(**more)
         params = [p for group in self.param_groups for p in group["params"]]

@@ -85,6 +85,8 @@ def estimated_multipliers(
 def _fitted(
     jacobian: Tensor, grad: Tensor, slack: Tensor, inequality: Tensor, precision: float
 ) -> Tensor:
+    if not len(jacobian):
+        return jacobian.new_zeros(0)
     # Rows of length one: neither the estimates nor ranks depend on the units of a constraint.
     length = _lengths(jacobian)
     rows, s = jacobian / length[:, None], slack / length

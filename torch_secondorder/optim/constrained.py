@@ -115,7 +115,7 @@ class Constrained(WrapperOptimizer):
         tolerance: Violations up to here count as none: they raise no penalties. By default the root
             of the machine epsilon, 1.5e-8 in float64 and 3.5e-4 in float32.
         max_penalty: Penalties do not grow beyond.
-        max_multiplier: Multipliers do not grow beyond.
+        max_multiplier: Multipliers of the method of multipliers do not grow beyond.
 
     Attributes:
         optimizer: The optimizer inside.
@@ -178,6 +178,7 @@ class Constrained(WrapperOptimizer):
         self.multiplier_lr = multiplier_lr
         self.max_penalty, self.max_multiplier = float(max_penalty), float(max_multiplier)
         self._program = Program(ConstraintFunctions(equalities, inequalities))
+        self._program.tolerance = tolerance
         self._subproblem, self._note = Subproblem(), ""
         # Multipliers and penalties that were set before the first evaluation.
         self._pending: dict[str, Mapping[str, Any]] = {}
@@ -204,6 +205,8 @@ class Constrained(WrapperOptimizer):
         while isinstance(inner, WrapperOptimizer):
             inner = inner._inside
         self._innermost = inner
+        # Whether it looks at losses and gradients that are not finite itself.
+        self._looks = isinstance(inner, SecondOrderOptimizer)
         self._registry = ModuleRegistry()
         self._closure: Any = None
         self._evaluated = self._averages = self._dependence_known = False
@@ -456,10 +459,10 @@ class Constrained(WrapperOptimizer):
         program, ascends = self._program, self.method == "augmented_lagrangian"
         assert program.values is not None
         if not self._iterates:
-            if not isinstance(self._innermost, SecondOrderOptimizer) or _finite(program.values):
+            if not self._looks or _finite(program.values):
                 if ascends:
                     rate = self.multiplier_lr
-                    program.ascend(_MULTIPLIER_LR if rate is None else rate, self.max_multiplier)
+                    program.ascend(_MULTIPLIER_LR if rate is None else rate)
             else:
                 self._note = self._not_finite(program.values)
             return
@@ -552,7 +555,25 @@ class Constrained(WrapperOptimizer):
 
     def _term_of(self, tree: tuple[Any, ...]) -> Tensor:
         """The term of an evaluation, with its graph."""
-        program, functions, sqp = self._program, self._program.functions, self.method == "sqp"
+        values = self._evaluate(tree)
+        if self.method == "sqp":
+            self._program.record(values, self._leaves_in(tree))
+            return values.new_zeros(())
+        self._program.values = values.detach()
+        return self._program.term(values)
+
+    def _seeds(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Values, the term and its derivative by them, for a plain `backward()`."""
+        if self._looks:  # it may need the graph
+            return None
+        values = self._evaluate(())
+        with torch.no_grad():
+            now = self._program.values = values.detach()
+            return values, *self._program.seeds(now)
+
+    def _evaluate(self, tree: tuple[Any, ...]) -> Tensor:
+        """The values of an evaluation, with their graph."""
+        functions = self._program.functions
         if self._dependence_known:
             values = functions(*tree)
         else:
@@ -562,27 +583,25 @@ class Constrained(WrapperOptimizer):
             values = values.float()
         if self._averages:
             values = self._averaged(values)
-        trusting = not self._evaluated and not isinstance(self._innermost, SecondOrderOptimizer)
-        if trusting and not _finite(values.detach()):  # it would move the parameters to NaN
+        own = values.detach()
+        trusting = not self._evaluated and not self._looks
+        if trusting and not _finite(own):  # it would move the parameters to NaN
             raise RuntimeError(
-                f"{self._not_finite(values.detach())} at the start of a step; nothing was changed: "
-                "begin where all constraints are finite, and keep them so, for instance with a "
-                "clamp() inside a logarithm"
+                f"{self._not_finite(own)} at the start of a step; nothing was changed: begin where "
+                "all constraints are finite, and keep them so, for instance with a clamp() inside "
+                "a logarithm"
             )
-        self._prepare(values.detach().to("cpu", torch.float64) if sqp else values.detach())
+        self._prepare(own.to("cpu", torch.float64) if self.method == "sqp" else own)
         self._evaluated = True
-        if sqp:
-            program.record(values, self._leaves_in(tree))
-            return values.new_zeros(())
-        program.values = values.detach()
-        return program.term(values)
+        return values
 
     def _prepare(self, like: Tensor) -> None:
         """Makes multipliers and penalties where values are."""
         program = self._program
         if program.fits(like):
             return
-        program.set_up(like, self._penalty)
+        # Sequential quadratic programming raises penalties as far as needed, from zero.
+        program.set_up(like, 0.0 if self.method == "sqp" else self._penalty)
         pending, self._pending = self._pending, {}
         for kind, given in pending.items():
             setattr(program, kind, self._vector_of(kind, given))
@@ -636,7 +655,7 @@ _PROGRAM_STATE = ("multipliers", "penalties", "before", "slow")
 
 def _finite(values: Tensor) -> bool:
     """True if all values are finite; waits for a device once."""
-    return math.isfinite(values.sum().item())
+    return math.isfinite((values if len(values) == 1 else values.sum()).item())
 
 
 class _Values:
@@ -645,6 +664,14 @@ class _Values:
     def __init__(self, owner: Constrained, tree: tuple[Any, ...]) -> None:
         self.taken: list[Tensor] = []
         self._owner, self._tree = owner, tree
+
+    def seeds(self) -> tuple[Tensor, Tensor] | None:
+        found = None if self.taken else self._owner._seeds()
+        if found is None:
+            return None
+        values, term, derivative = found
+        self.taken.append(term)
+        return values, derivative
 
     def take(self) -> Tensor | None:
         if self.taken:  # the constraints count once in an evaluation
