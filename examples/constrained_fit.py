@@ -57,10 +57,7 @@ class Polynomial(nn.Module):
 
         super().__init__()
         self.coefficients = nn.Parameter(torch.zeros(degree + 1, dtype=DTYPE))
-        rows = [
-            torch.from_numpy(cheb2poly([0.0] * k + [1.0]))
-            for k in range(degree + 1)
-        ]
+        rows = [torch.from_numpy(cheb2poly([0.0] * k + [1.0])) for k in range(degree + 1)]
         self.powers = torch.stack([F.pad(row, (0, degree + 1 - len(row))) for row in rows])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -370,7 +367,9 @@ def draw_penalties(axes: Any, penalized: Sequence[Fit], others: Sequence[Fit]) -
     x = [f.evaluations for f in penalized]
     axes.plot(x, [f.violation for f in penalized], "o-", color=COLOURS[1], label="penalties")
     for f, rho in zip(penalized, PENALTIES, strict=True):
-        axes.annotate(f"{rho:.0e}", (f.evaluations, f.violation), (6, 4), textcoords="offset points")
+        axes.annotate(
+            f"{rho:.0e}", (f.evaluations, f.violation), (6, 4), textcoords="offset points"
+        )
     for i, f in enumerate(others):
         style = line_style(i + 2) | {"linestyle": "", "marker": "s"}
         axes.plot([f.evaluations], [max(f.violation, 1e-17)], label=f.label, **style)

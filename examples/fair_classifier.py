@@ -248,7 +248,9 @@ def train_batches(patients: Patients, settings: Settings, bound: float) -> Train
     model = settings.model(patients)
     gap = Gap(model, settings, bound)
     adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    optimizer = Constrained(adam, inequalities={"gap": gap}, multiplier_lr=MULTIPLIER_RATE, penalty=0.0)
+    optimizer = Constrained(
+        adam, inequalities={"gap": gap}, multiplier_lr=MULTIPLIER_RATE, penalty=0.0
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.epochs)
     order = torch.Generator().manual_seed(settings.seed)
     for _ in range(settings.epochs):
@@ -354,11 +356,17 @@ def compare(
 
     results = [run("no bound", lambda seen: train_full(seen, settings))]
     for b in bounds:
-        results.append(run(f"LBFGS, gap <= {b:g}", lambda seen, b=b: train_full(seen, settings, b), b))
+        results.append(
+            run(f"LBFGS, gap <= {b:g}", lambda seen, b=b: train_full(seen, settings, b), b)
+        )
     for b in bounds:
-        results.append(run(f"Adam, gap <= {b:g}", lambda seen, b=b: train_batches(seen, settings, b), b))
+        results.append(
+            run(f"Adam, gap <= {b:g}", lambda seen, b=b: train_batches(seen, settings, b), b)
+        )
     for w in PENALTIES:
-        results.append(run(f"penalty {w:g}", lambda seen, w=w: train_full(seen, settings, penalty=w)))
+        results.append(
+            run(f"penalty {w:g}", lambda seen, w=w: train_full(seen, settings, penalty=w))
+        )
     return results
 
 
@@ -389,9 +397,7 @@ def series(results: Sequence[Result]) -> dict[str, list[Result]]:
     }
 
 
-def check_prices(
-    patients: Patients, settings: Settings, bounds: Sequence[float]
-) -> list[Price]:
+def check_prices(patients: Patients, settings: Settings, bounds: Sequence[float]) -> list[Price]:
     """The prices of bounds, with all patients trained on."""
     prices = []
     for b in bounds:
@@ -423,9 +429,7 @@ def tune_penalty(patients: Patients, settings: Settings, bound: float) -> tuple[
         low, high = (low, factor) if gap < bound else (factor, high)
 
 
-def plot(
-    results: Sequence[Result], names: tuple[str, str], count: int, path: Path
-) -> None:
+def plot(results: Sequence[Result], names: tuple[str, str], count: int, path: Path) -> None:
     """Draws accuracy and rates over the gap, and the loss over the bound with its prices."""
     plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
