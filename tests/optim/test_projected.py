@@ -29,7 +29,9 @@ from torch_secondorder import (
     Projected,
     Sophia,
 )
+from torch_secondorder._optim.residuals import residuals_at
 from torch_secondorder._params.manifold import Manifold
+from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.constraints import Box, NormBall, Orthogonal, Simplex, UnitNorm
 from torch_secondorder.curvature import FiniteDifference, Hessian
 
@@ -118,8 +120,6 @@ def test_gradients_and_products_are_those_along_the_manifold(
         value = loss(x, free)
         value.backward()
         return value
-
-    from torch_secondorder._params.vector import ParameterVector
 
     vector = ParameterVector([x, free], scale)
     objective = ClosureObjective.for_step(closure, vector)
@@ -280,6 +280,77 @@ def test_procrustes_is_solved_by_the_polar_factor(make: Any) -> None:
     steps = 400 if make is adam else 20
     run(optimizer, lambda: (data @ W - target).square().sum(), steps)
     torch.testing.assert_close(W.detach(), expected, rtol=0, atol=2e-5)
+
+
+RESIDUALS: list[dict[str, Any]] = [
+    {},
+    {"globalization": "trust_region"},
+    {"globalization": "armijo"},
+    {"solver": "dual"},
+    {"solver": "cg"},
+    {"acceleration": "geodesic"},
+    {"scaling": "identity"},
+]
+
+
+@pytest.mark.parametrize("more", RESIDUALS, ids=str)
+def test_levenberg_marquardt_fits_along_the_manifold(more: dict[str, Any]) -> None:
+    data, truth = random(30, 6), UnitNorm(dim=1).project(random(2, 6, seed=1))
+    target = torch.tanh(data @ truth.T) + 0.1
+    W = nn.Parameter(UnitNorm(dim=1).project(truth + 0.5 * random(2, 6, seed=2)))
+    free = parameter(0.0)
+    optimizer = Projected(LevenbergMarquardt([W, free], **more), {W: UnitNorm(dim=1)})
+    for step in range(14):
+        run(optimizer, lambda: nn.functional.mse_loss(torch.tanh(data @ W.T) + free, target), 1)
+        if not step:
+            assert optimizer.optimizer.info.jacobian == "graph"
+    torch.testing.assert_close(W.detach(), truth, rtol=0, atol=1e-5)
+    assert free.item() == pytest.approx(0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["graph", "rows", "columns"])
+def test_jacobians_of_residuals_are_those_along_the_manifold(method: Any) -> None:
+    found = Orthogonal()
+    data, x = random(5, 4), nn.Parameter(found.project(random(4, 2)))
+    base = x.detach().clone()
+
+    def residuals(x: Tensor) -> Tensor:
+        return torch.tanh(data @ x) - 0.3
+
+    def closure() -> Tensor:
+        loss = nn.functional.mse_loss(torch.tanh(data @ x), torch.full((5, 2), 0.3).double())
+        loss.backward()
+        return loss
+
+    objective = ClosureObjective(closure, [x])
+    objective.manifold = Manifold(objective.vector, {id(x): found})
+    with objective:
+        J = residuals_at(objective, objective.evaluate(curvature="jacobian"), method)
+
+        def chart(v: Tensor) -> Tensor:
+            moved = found.project(base + found.tangent(base, v.view(4, 2)))
+            return residuals(moved).flatten() * (2 / 10) ** 0.5
+
+        zero = torch.zeros(8, dtype=torch.float64)
+        dense = torch.autograd.functional.jacobian(chart, zero)
+        square = dense.T @ dense
+        torch.testing.assert_close(J.normal_matrix(), square)
+        torch.testing.assert_close(J.diagonal(), square.diagonal())
+        v, weights = random(8, seed=3), random(8, seed=4)
+        torch.testing.assert_close(J.pull(J.push(v)), square @ v)
+        rows = J.dense()
+        torch.testing.assert_close(rows.T @ rows, square)
+        torch.testing.assert_close(J.kernel(), rows @ rows.T)
+        torch.testing.assert_close(J.kernel(weights), (rows * weights) @ rows.T)
+        torch.testing.assert_close(J.pull(J.residuals), dense.T @ chart(zero))
+
+
+def test_residuals_of_whole_data_sets_go_with_no_manifold() -> None:
+    model = nn.Linear(3, 1, bias=False).double()
+    optimizer = Projected(LevenbergMarquardt(model.parameters()), {model.weight: UnitNorm()})
+    batches = [(random(4, 3), random(4, 1))]
+    with pytest.raises(ValueError, match="come batch by batch, which does not go with a manifold"):
+        optimizer.step(DatasetClosure(model, nn.functional.mse_loss, batches))
 
 
 # Loops.
@@ -729,6 +800,12 @@ def test_wrong_sets_are_refused(sets: Any, kind: type[Exception], message: str) 
         Projected(adam([x]), sets(x, y))
 
 
+class Straight(LBFGS):
+    """An optimizer that cannot stay on a manifold."""
+
+    _takes_manifolds = False
+
+
 def flat_with_bounds(x: Tensor, y: Tensor) -> torch.optim.Optimizer:
     return LBFGS([{"params": [x]}, {"params": [y], "bounds": (0.0, None)}])
 
@@ -742,7 +819,7 @@ def flat_with_bounds(x: Tensor, y: Tensor) -> torch.optim.Optimizer:
         (LBFGS, lambda x, y: {x: Box(0.0), y: UnitNorm()}, "bounds or manifolds, not both"),
         (flat_with_bounds, lambda x, y: {x: Box(0.0)}, "has bounds already, which a Box would"),
         (flat_with_bounds, lambda x, y: {x: UnitNorm()}, "bounds or manifolds, not both"),
-        (LevenbergMarquardt, lambda x, y: {x: UnitNorm()}, "LevenbergMarquardt takes no manifo"),
+        (Straight, lambda x, y: {x: UnitNorm()}, "Straight takes no manifolds: use LBFGS, BFGS"),
     ],
 )
 def test_flat_optimizers_refuse_sets_that_they_cannot_stay_in(

@@ -60,6 +60,11 @@ class patched_backward:
         _handlings.reset(self._token)
 
 
+def is_outermost() -> bool:
+    """True inside a handler if nobody else waits for its call of `backward()`."""
+    return not _handlings.get() and number_of_function_modes() == 0
+
+
 class Patch:
     """A replacement for an attribute, in place as long as somebody needs it.
 

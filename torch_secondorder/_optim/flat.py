@@ -105,6 +105,7 @@ class Descent:
         step_length: The last accepted step, as a multiple of its direction.
         search_status: The outcome of the last line search.
         nonfinite_trials: Trials that were not finite.
+        feasible: Whether constraints hold; where they do not, a step has not converged.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Descent:
         self.step_length = 0.0
         self.search_status: SearchStatus | None = None
         self.nonfinite_trials = 0
+        self.feasible = True
         #: The Euclidean norm of the parameters at the start.
         (self.size,) = self.space.to_host(norms=(torch.linalg.vector_norm(objective.position),))
         # The larger of the relative changes of loss and parameters in the last iteration.
@@ -149,11 +151,11 @@ class Descent:
 
     def _ending(self) -> StepStatus | None:
         """The reason to end the step at the current point, if there is one."""
-        if self.point.grad_norm <= self.tolerance_grad:
+        if self.feasible and self.point.grad_norm <= self.tolerance_grad:
             return StepStatus.CONVERGED_GRADIENT
         if not self.lr:
             return StepStatus.ZERO_LEARNING_RATE
-        if self._change <= self.tolerance_change:
+        if self.feasible and self._change <= self.tolerance_change:
             return StepStatus.CONVERGED_CHANGE
         if self._stalled >= self.patience:
             return StepStatus.STALLED
@@ -244,6 +246,9 @@ class Line:
         bottomless: Whether a trial had a loss of minus infinity.
     """
 
+    #: Powell's constant: the smallest share of the expected curvature that a corrected pair has.
+    least_curvature = 0.2
+
     def __init__(self, descent: Descent, direction: Tensor, slope: float, square: float) -> None:
         point = descent.point
         assert point.grad is not None
@@ -261,6 +266,11 @@ class Line:
         # `-g` and `-g'd`.
         self.product: Tensor | None = None
         self.bend = -slope
+
+    @property
+    def precision(self) -> float:
+        """The rounding error of the losses, relative to them."""
+        return self._descent.objective.vector.precision
 
     def __call__(self, t: float) -> Trial:
         """Evaluates the objective at `t d` from the current point."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_secondorder._autograd.backward_hook import patched_backward
+from torch_secondorder._autograd.backward_hook import is_outermost, patched_backward
 from torch_secondorder._closure.runner import GradientTrace
 from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
 from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
@@ -35,6 +35,15 @@ class Values(Protocol):
 
     def take(self) -> Tensor | None:  # pragma: no cover - a protocol
         """The value since the last call, with its graph; None if there is none."""
+
+    def seeds(self) -> tuple[Tensor, Tensor] | None:  # pragma: no cover - a protocol
+        """Takes the value without a graph of its own, if one suffices.
+
+        Returns:
+            Tensors that the value is a function of, as one vector with its graph, and the value's
+            derivative by them; None if the value has to be taken with its graph, or if there is
+            none.
+        """
 
 
 class Term(Protocol):
@@ -146,6 +155,12 @@ class PenalizedLoss:
         self, values: Values, loss: Tensor, gradient: Tensor | None = None, *args: Any, **more: Any
     ) -> None:
         """Stands in for `loss.backward()` inside a closure."""
+        plainly = not (args or more) and gradient is None and type(loss) is Tensor
+        if plainly and self._factor == 1.0 and is_outermost():
+            seeds = values.seeds()
+            if seeds is not None:
+                torch.autograd.backward((loss, seeds[0]), (None, seeds[1]))
+                return
         value = values.take()
         loss, gradient = plain(loss), plain(gradient)
         if value is not None:
@@ -237,6 +252,9 @@ class WrapperOptimizer(Optimizer, ABC):
         """True if a step without a closure has a term to add."""
         return True
 
+    def _check_saved(self, own: dict[str, Any]) -> None:
+        """Raises a ValueError if the wrapper's entry in a checkpoint does not fit it."""
+
     def _begin_step(self) -> None:
         """Prepares a step."""
 
@@ -297,7 +315,8 @@ class WrapperOptimizer(Optimizer, ABC):
         """
         factor = self._factor()
         if closure is not None:
-            Scaling(self).refuse_closure()
+            if "found_inf" in vars(self):  # a GradScaler calls
+                Scaling(self).refuse_closure()
         elif not self._has_present_term() and makes_state_only(self.param_groups):
             return self._inside.step(**more)
         params = [p for group in self.param_groups for p in group["params"]]
@@ -310,7 +329,7 @@ class WrapperOptimizer(Optimizer, ABC):
         try:
             if closure is None:
                 scaling = Scaling(self)
-                if scaling.active and getattr(self._inside, "_step_supports_amp_scaling", False):
+                if self._hands_on(scaling):
                     return self._step_scaled(scaling, more)
                 if not self._unscale(scaling, params):
                     return None
@@ -327,24 +346,36 @@ class WrapperOptimizer(Optimizer, ABC):
         return result
 
     def _step_scaled(self, scaling: Scaling, more: dict[str, Any]) -> Any:
-        """A step without a closure, with an optimizer inside that takes the scale out itself.
-
-        It may have seen more than gradients: estimates of the curvature are scaled as well.
-        """
-        inner: Any = self._inside
+        """A step without a closure, with an optimizer inside that takes the scale out itself."""
         found = scaling.inverse is not None and bool(scaling.inverse.isnan())
         if not found:
             with torch.enable_grad():
                 self._penalized.add_to_gradients(self._present_term(), scaling.scale)
-        inner.grad_scale, inner.found_inf = self.grad_scale, self.found_inf
-        try:
-            result = inner.step(**more)
-        finally:
-            # It may have taken them off itself, before an error.
-            for trace in ("grad_scale", "found_inf"):
-                vars(inner).pop(trace, None)
+        with self._handed_on(scaling):
+            result = self._inside.step(**more)
         self._steps += not found
         return result
+
+    def _hands_on(self, scaling: Scaling) -> bool:
+        """True if the optimizer inside is to take out the scale of a `GradScaler`.
+
+        It may have seen more than gradients: estimates of the curvature are scaled as well.
+        """
+        return scaling.active and getattr(self._inside, "_step_supports_amp_scaling", False)
+
+    @contextmanager
+    def _handed_on(self, scaling: Scaling) -> Iterator[None]:
+        """Gives the optimizer inside what a `GradScaler` has left on this one, for a step."""
+        inner: Any = self._inside
+        if not self._hands_on(scaling):
+            yield
+            return
+        inner.grad_scale, inner.found_inf = self.grad_scale, self.found_inf
+        try:
+            yield
+        finally:
+            for trace in ("grad_scale", "found_inf"):  # after an error they may be gone
+                vars(inner).pop(trace, None)
 
     def _unscale(self, scaling: Scaling, params: Sequence[Tensor]) -> bool:
         """Divides `p.grad` by the scale of a `GradScaler`; False if the step is to be skipped."""
@@ -399,6 +430,8 @@ class WrapperOptimizer(Optimizer, ABC):
         inner["param_groups"] = [{k: v for k, v in g.items() if k != entry} for g in groups]
         if own is not None and "inside" in own:
             inner[entry] = own["inside"]
+        if own is not None:
+            self._check_saved(own)
         self._inside.load_state_dict(inner)
         if own is not None:
             for name, at in self._saved.items():

@@ -16,16 +16,41 @@ from torch import Tensor
 _REQUIRED_FALL = 0.25
 
 
-def floor_of(y: Tensor, rho: Tensor, lower: Tensor) -> Tensor:
-    """The value of each constraint below which it adds a constant, `(m,)`; see `augmented`.
+class Signs:
+    """The signs that multipliers may have: those of inequalities are not negative.
 
     Args:
-        y: The multipliers, `(m,)`.
-        rho: The penalties, `(m,)`.
-        lower: The least multiplier of each constraint, see `lower_bounds`.
+        inequality: A mask of the inequalities, `(m,)`.
+        like: A tensor of the dtype and device of the multipliers.
     """
-    # Without a penalty there is none, and a multiplier of zero adds nothing.
-    return torch.where(lower == 0, (-y / rho).nan_to_num(nan=-torch.inf, neginf=-torch.inf), lower)
+
+    def __init__(self, inequality: Tensor, like: Tensor) -> None:
+        self.free = not bool(inequality.any())
+        self._none_free = bool(inequality.all())
+        self._mask = inequality.to(like.device)
+        # -inf and 0; such a vector is needed only where there are both kinds.
+        self._lower = torch.where(self._mask, 0.0, -torch.inf).to(like.dtype)
+
+    def clipped(self, y: Tensor) -> Tensor:
+        """The nearest multipliers with these signs; a new tensor may be overwritten."""
+        if self.free:
+            return y
+        return y.clamp_(min=0.0) if self._none_free else torch.maximum(y, self._lower)
+
+    def floor(self, y: Tensor, inverse: Tensor) -> Tensor:
+        """The value of each constraint below which it adds a constant, `(m,)`; see `augmented`.
+
+        Args:
+            y: The multipliers, `(m,)`.
+            inverse: See `inverses`.
+        """
+        floor = y * inverse
+        return floor if self._none_free else torch.where(self._mask, floor, -torch.inf)
+
+
+def inverses(rho: Tensor) -> Tensor:
+    """`-1 / rho`, finite also for a penalty of zero."""
+    return (-1 / rho).clamp_(min=-1e30)
 
 
 def augmented(values: Tensor, y: Tensor, half: Tensor, floor: Tensor | None) -> Tensor:
@@ -39,34 +64,25 @@ def augmented(values: Tensor, y: Tensor, half: Tensor, floor: Tensor | None) -> 
         values: `(m,)`.
         y: The multipliers, `(m,)`; those of inequalities are not negative.
         half: Half the penalties, `(m,)`.
-        floor: See `floor_of`; None without inequalities.
+        floor: See `Signs.floor`; None without inequalities.
     """
     if floor is not None:
         values = torch.maximum(values, floor)
     return torch.addcmul(y, values, half).dot(values)
 
 
-def lower_bounds(inequality: Tensor, like: Tensor) -> Tensor:
-    """The least multiplier of each constraint: zero for inequalities, minus infinity for others.
-
-    Args:
-        inequality: A mask, `(m,)`.
-        like: A tensor of the wanted dtype and device.
-    """
-    bounds = torch.full(inequality.shape, -torch.inf, dtype=like.dtype, device=like.device)
-    return bounds.masked_fill_(inequality.to(like.device), 0.0)
-
-
-def next_multipliers(values: Tensor, y: Tensor, rate: Tensor | float, lower: Tensor) -> Tensor:
+def next_multipliers(values: Tensor, y: Tensor, rate: Tensor | float, signs: Signs) -> Tensor:
     """The multipliers after a step of ascent, `(m,)`.
 
     Args:
         values: The values of the constraints.
         y: The multipliers.
-        rate: The step: the penalties for the method of multipliers.
-        lower: See `lower_bounds`.
+        rate: The step: a number, or the penalties for the method of multipliers.
+        signs: The signs of multipliers.
     """
-    return torch.maximum(y + rate * values, lower)
+    if isinstance(rate, Tensor):
+        return signs.clipped(torch.addcmul(y, values, rate))
+    return signs.clipped(torch.add(y, values, alpha=rate))
 
 
 def violations(values: Tensor, inequality: Tensor) -> Tensor:
@@ -74,7 +90,7 @@ def violations(values: Tensor, inequality: Tensor) -> Tensor:
     return torch.where(inequality.to(values.device), values.clamp(min=0), values.abs())
 
 
-def shortfalls(values: Tensor, floor: Tensor) -> Tensor:
+def shortfalls(values: Tensor, floor: Tensor | None) -> Tensor:
     """The distances of the constraints from feasible and complementary, `(m,)`.
 
     `|h|` for an equality and `|max(g, -y / rho)|` for an inequality: what an inequality lacks whose
@@ -82,20 +98,17 @@ def shortfalls(values: Tensor, floor: Tensor) -> Tensor:
 
     Args:
         values: The values of the constraints.
-        floor: See `floor_of`.
+        floor: See `Signs.floor`; None without inequalities.
     """
-    return torch.maximum(values, floor).abs()
+    return (values if floor is None else torch.maximum(values, floor)).abs()
 
 
-def raised(rho: Tensor, now: Tensor, before: Tensor, tolerance: float, most: Tensor) -> Tensor:
-    """The next penalties: ten times as large for constraints that did not improve by a factor 4.
+def is_slow(now: Tensor, before: Tensor, tolerance: float) -> Tensor:
+    """A mask of the constraints that did not improve by a factor of four, `(m,)`.
 
     Args:
-        rho: The penalties, `(m,)`.
         now: See `shortfalls`; at the solution of the present subproblem.
         before: The same of the last one.
         tolerance: Shortfalls up to here need no improvement.
-        most: The largest penalties.
     """
-    slow = (now > _REQUIRED_FALL * before) & (now > tolerance)
-    return torch.where(slow, torch.minimum(10 * rho, torch.maximum(most, rho)), rho)
+    return (now > _REQUIRED_FALL * before) & (now > tolerance)

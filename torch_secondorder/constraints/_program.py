@@ -14,16 +14,18 @@ from math import inf
 import torch
 from torch import Tensor
 
+from torch_secondorder._autograd.vectorized import Parts
 from torch_secondorder._objective.base import Objective
 from torch_secondorder.constraints._functions import ConstraintFunctions
 from torch_secondorder.constraints._lagrangian import (
+    Signs,
     augmented,
-    floor_of,
-    lower_bounds,
+    inverses,
+    is_slow,
     next_multipliers,
-    raised,
     shortfalls,
 )
+from torch_secondorder.constraints._rows import jacobian_rows
 
 
 class Program:
@@ -38,7 +40,9 @@ class Program:
             constraints themselves it is float64 on the CPU, otherwise where the values are.
         penalties: `(m,)`, likewise.
         values: Those of the last evaluation, `(m,)`, likewise.
+        tolerance: Violations up to here count as none; None for the optimizer's choice.
         before: The shortfalls at the last update of the multipliers, see `shortfalls`.
+        slow: A mask of the constraints whose violation had not fallen enough there, `(m,)`.
     """
 
     def __init__(self, functions: ConstraintFunctions) -> None:
@@ -47,10 +51,14 @@ class Program:
         self.penalties: Tensor | None = None
         self.values: Tensor | None = None
         self.before: Tensor | None = None
-        self._rows: list[Sequence[Tensor | None]] = []
-        # What a term is made of: least multipliers; half the penalties and the floor of values.
-        self._lower: Tensor | None = None
-        self._terms: tuple[Tensor, Tensor | None] | None = None
+        self.slow: Tensor | None = None
+        self.tolerance: float | None = None
+        self._rows: Parts = []
+        self._recorded: Tensor | None = None
+        self._signs: Signs | None = None
+        # Half the penalties and minus their inverses; the floor of values; made when needed.
+        self._of_penalties: tuple[Tensor, Tensor] | None = None
+        self._floor: Tensor | None = None
 
     # For optimizers that take constraints themselves.
 
@@ -61,19 +69,41 @@ class Program:
             values: `(m,)`, with their graph.
             params: What the Jacobian is by: the trainable parameters in the optimizer's order.
         """
-        self._rows = [
-            torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
-            for value in values.unbind()
-        ]
-        self.values = values.detach().to("cpu", torch.float64)
+        self._rows = jacobian_rows(values, params)
+        self._recorded = values.detach()
 
-    def jacobian(self, objective: Objective) -> Tensor:
-        """The Jacobian of the last evaluation in the work space, `(m, n)`."""
-        vector = objective.vector
-        rows = [vector.scaled(vector.gather(row)) for row in self._rows]
-        return torch.stack(rows) if rows else torch.zeros(0, vector.size, dtype=vector.dtype)
+    def linearized(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """Values `(m,)` and Jacobian `(m, n)` of the last evaluation, in the work space.
+
+        They are means over the ranks, and on the device of the parameters.
+
+        Args:
+            objective: What was evaluated.
+        """
+        vector, values = objective.vector, self._recorded
+        assert values is not None
+        jacobian = vector.scaled(vector.gather(self._rows, (len(values),)))
+        values = values.to(
+            vector.device, torch.promote_types(values.dtype, vector.dtype), copy=True
+        )
+        return objective.ranks.average_(values), objective.ranks.average_(jacobian.contiguous())
 
     # For all others.
+
+    def fits(self, like: Tensor) -> bool:
+        """True if multipliers are there, of the dtype of some values and on their device."""
+        y = self.multipliers
+        return (
+            y is not None
+            and self._signs is not None
+            and y.dtype == like.dtype
+            and y.device == like.device
+        )
+
+    def leave(self) -> None:
+        """Makes the next evaluation set everything up anew, where its values are."""
+        self.values = self._signs = None
+        self.changed()
 
     def set_up(self, like: Tensor, penalty: float) -> None:
         """Makes multipliers and penalties where there are none; moves them to where values are.
@@ -91,61 +121,86 @@ class Program:
         self.penalties = self.penalties.to(device, dtype)
         if self.before is not None:
             self.before = self.before.to(device, dtype)
-        self._lower = lower_bounds(self.functions.inequality, like)
+        if self.slow is not None:
+            self.slow = self.slow.to(device)
+        self._signs = Signs(self.functions.inequality, like)
         self.changed()
 
     def changed(self) -> None:
         """Makes the next term anew: multipliers or penalties were changed."""
-        self._terms = None
-
-    @property
-    def lower(self) -> Tensor:
-        """The least multiplier of each constraint, see `lower_bounds`."""
-        assert self._lower is not None
-        return self._lower
+        self._of_penalties = self._floor = None
 
     def term(self, values: Tensor) -> Tensor:
         """The term of the augmented Lagrangian, 0-dim, with the graph of the values."""
-        assert self.multipliers is not None and self.penalties is not None
-        if self._terms is None:
-            floor = None
-            if self.functions.n_equalities < len(values):
-                floor = floor_of(self.multipliers, self.penalties, self.lower)
-            self._terms = 0.5 * self.penalties, floor
-        return augmented(values, self.multipliers, *self._terms)
+        assert self.multipliers is not None
+        half, _ = self._parts()
+        return augmented(values, self.multipliers, half, self._floor)
 
-    def ascend(self, rate: float | Tensor) -> None:
+    def seeds(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The term without a graph, and its derivative by the values: the next multipliers.
+
+        Args:
+            values: `(m,)`, without a graph.
+        """
+        y, rho = self.multipliers, self.penalties
+        assert y is not None and rho is not None
+        return self.term(values), next_multipliers(values, y, rho, self.signs)
+
+    @property
+    def signs(self) -> Signs:
+        """The signs of multipliers."""
+        assert self._signs is not None
+        return self._signs
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """What a term is made of, see `_of_penalties`; sees to the floor."""
+        assert self.multipliers is not None and self.penalties is not None
+        if self._of_penalties is None:
+            self._of_penalties = 0.5 * self.penalties, inverses(self.penalties)
+        if self._floor is None and not self.signs.free:
+            self._floor = self.signs.floor(self.multipliers, self._of_penalties[1])
+        return self._of_penalties
+
+    def ascend(self, rate: float | Tensor, most: float | None = None) -> None:
         """Moves the multipliers along the last values.
 
         Args:
-            rate: The step.
+            rate: The step: a number, or the penalties for the method of multipliers.
+            most: The largest multiplier; None for no limit.
         """
         assert self.multipliers is not None and self.values is not None
-        self.multipliers = next_multipliers(self.values, self.multipliers, rate, self.lower)
-        self.changed()
+        following = next_multipliers(self.values, self.multipliers, rate, self.signs)
+        self.multipliers = following if most is None else following.clamp_(-most, most)
+        self._floor = None
 
-    def update(
-        self, tolerance: float, most_penalty: Tensor, most: float, *, multipliers: bool
-    ) -> bool:
+    def update(self, tolerance: float, most_penalty: float, most: float | None) -> None:
         """Makes an update of the method of multipliers, at the solution of a subproblem.
 
         Args:
             tolerance: Violations up to here are not to raise penalties.
-            most_penalty: The largest penalties, `(m,)`.
-            most: The largest multiplier.
-            multipliers: Whether multipliers are updated, or penalties alone.
-
-        Returns:
-            Whether a penalty was raised.
+            most_penalty: The largest penalty.
+            most: The largest multiplier; None to leave the multipliers alone.
         """
         y, rho, values = self.multipliers, self.penalties, self.values
         assert y is not None and rho is not None and values is not None
-        now = shortfalls(values, floor_of(y, rho, self.lower))
+        self._parts()
+        now = shortfalls(values, self._floor)
         before = torch.full_like(now, inf) if self.before is None else self.before
-        self.penalties = raised(rho, now, before, tolerance, most_penalty)
-        if multipliers:
-            following = next_multipliers(values, y, rho, self.lower)
-            self.multipliers = following.clamp(-most, most)
+        self.slow = is_slow(now, before, tolerance)
+        if most is not None:
+            self.ascend(rho, most)
         self.before = now
+        self.stiffen(self.slow, most_penalty)
+
+    def stiffen(self, which: Tensor, most_penalty: float) -> None:
+        """Makes some penalties ten times as large.
+
+        Args:
+            which: A mask, `(m,)`.
+            most_penalty: The largest penalty; one that is larger already stays.
+        """
+        rho = self.penalties
+        assert rho is not None
+        larger = torch.maximum(rho, (10 * rho).clamp(max=most_penalty))
+        self.penalties = torch.where(which, larger, rho)
         self.changed()
-        return not torch.equal(self.penalties, rho)

@@ -14,7 +14,8 @@ from torch_secondorder.minimization._runs import Problem
 
 # Constraints of which the gradients are looked at where the violation does not fall any more.
 _MOST_ROWS = 100
-# The gradient of the violation is zero if its terms cancel to this part of their sizes.
+# The gradient of the violation is zero if its terms cancel to this part of their sizes, or if moves
+# as large as x change the violation by no more than this part of it.
 _CANCELS = 1e-3
 
 
@@ -85,11 +86,11 @@ def certificate(problem: Problem, constraints: ConstraintSet, y: Tensor | None) 
         y=y,
         bounds_v=taken,
         lagrangian=lagrangian,
-        optimality=_largest(_projected(problem, lagrangian)),
-        scale=_largest(gradients),
+        optimality=largest(_projected(problem, lagrangian)),
+        scale=largest(gradients),
         violation=violation,
         most_violated=most_violated,
-        complementarity=_largest([products]),
+        complementarity=largest([products]),
     )
 
 
@@ -100,29 +101,30 @@ def violation_is_stationary(problem: Problem, constraints: ConstraintSet) -> boo
         rows = torch.cat(constraints.rows(constraints.values(problem.tree())))
         outside = rows.detach().clone()
         outside[constraints.n_equalities :].clamp_(min=0)
-        largest = outside.abs().argsort(descending=True)[:_MOST_ROWS]
+        most = outside.abs().argsort(descending=True)[:_MOST_ROWS]
         sizes, total = 0.0, [torch.zeros_like(p) for p in params]
-        for i in largest.tolist():
+        for i in most.tolist():
             terms = _gradients(outside[i] * rows[i], params, retain=True)
-            sizes = max(sizes, _largest(terms))
+            sizes = max(sizes, largest(terms))
             total = [t + term for t, term in zip(total, terms, strict=True)]
     taken = _taken_by_bounds(problem, total)
     if taken is not None:
         total = [t + v for t, v in zip(total, taken, strict=True)]
-    return _largest(total) <= _CANCELS * sizes
+    slope, reach = largest(total), max(1.0, largest([p.detach() for p in params]))
+    return slope <= _CANCELS * sizes or slope * reach <= _CANCELS * outside.square().sum().item()
 
 
 def _largest_violation(constraints: ConstraintSet, values: Sequence[Tensor]) -> tuple[float, str]:
-    largest, name = -1.0, ""
+    most, name = -1.0, ""
     for i, outside in enumerate(constraints.violations(values)):
         if outside.numel():
             found, place = outside.reshape(-1).max(0)
             size = found.item()
-            if (inf if isnan(size) else size) > largest:
-                largest, name = size, constraints.entry(i, int(place))
+            if (inf if isnan(size) else size) > most:
+                most, name = size, constraints.entry(i, int(place))
             if isnan(size):
                 break
-    return max(largest, 0.0) if largest == largest else largest, name
+    return most if isnan(most) else max(most, 0.0), name
 
 
 def _taken_by_bounds(problem: Problem, gradients: Sequence[Tensor]) -> list[Tensor] | None:
@@ -162,5 +164,6 @@ def _gradients(value: Tensor, params: Sequence[Tensor], *, retain: bool = False)
     ]
 
 
-def _largest(tensors: Sequence[Tensor]) -> float:
+def largest(tensors: Sequence[Tensor]) -> float:
+    """The largest absolute entry; zero if there is none."""
     return max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder.minimization._certificate import (
     Certificate,
     certificate,
+    largest,
     violation_is_stationary,
 )
 from torch_secondorder.minimization._constraints import ConstraintSet, Given
@@ -33,7 +35,12 @@ _TIGHTER = 0.1
 _PATIENCE = 6
 # Steps with larger penalties after the function has fallen without end.
 _MOST_RAISED = 8
+# Fresh starts with penalties that are larger by this factor, after the constraints were lost.
+_MOST_RESTARTS, _FARTHER = 2, 100.0
+_PENALTY = inspect.signature(Constrained).parameters["penalty"].default
 _INFEASIBLE = 5
+# The conditions may be off by this multiple of their tolerances where nothing changes any more.
+_CLOSE = 100.0
 
 
 def descend_within(
@@ -55,6 +62,7 @@ def descend_within(
     projected = _project(problem)
     tree = problem.tree([p.detach() for p in problem.params])
     constraints = ConstraintSet(given, tree, problem.limits)
+    problem.gtol = max([problem.gtol, *map(problem.default_gtol, constraints.schemes)])
     if constraints.n_equalities + constraints.n_inequalities:
         result = _ConstrainedRun(problem, constraints, method, settings, callback).run()
     else:
@@ -80,53 +88,85 @@ class _ConstrainedRun:
         callback: Callable[..., Any] | None,
     ) -> None:
         self._problem, self._constraints, self._settings = problem, constraints, settings
+        self._method = method
         self._report = None if callback is None else report_to(callback)
-        change = settings.tolerance_change
-        numbers = {"tolerance_change": problem.ftol if change is None else change}
-        optimizer = method.make(problem.groups(), numbers, settings.arguments)
-        assert isinstance(optimizer, FlatOptimizer)
-        optimizer._observe = self._observe
-        self._optimizer = optimizer
-        equalities = {"equalities": constraints.equalities} if constraints.n_equalities else None
-        inequalities = (
-            {"inequalities": constraints.inequalities} if constraints.n_inequalities else None
-        )
-        self._constrained = Constrained(optimizer, equalities, inequalities, **settings.constrained)
+        self._constrained, self._optimizer = self._make(settings.constrained)
         self._nit = self._evaluations = self._certificates = self._products = 0
-        #: The value and the violation at the start.
-        self._start: tuple[Tensor, float] | None = None
+        self._start = [p.detach().clone() for p in problem.params]
+        self._value_at_start: Tensor | None = None
+        self._violation_at_start = constraints.violation_at_start
         self._inner: float | None = None  # the tolerance of the next subproblem
         self._recent: list[tuple[list[Tensor], Tensor]] = []
-        eps = max(torch.finfo(p.dtype).eps for p in problem.params)
-        feasibility = settings.feasibility
-        self._feasibility = (
-            max(_FEASIBILITY, _EPSILONS * eps) if feasibility is None else feasibility
+        feasibility, least = settings.feasibility, max(_FEASIBILITY, _EPSILONS * problem.eps)
+        self._feasibility = least if feasibility is None else feasibility
+
+    def _make(self, arguments: dict[str, Any]) -> tuple[Constrained, FlatOptimizer]:
+        """The optimizer, and the one inside."""
+        problem, constraints, settings = self._problem, self._constraints, self._settings
+        change = settings.tolerance_change
+        numbers = {"tolerance_change": problem.ftol if change is None else change}
+        optimizer = self._method.make(problem.groups(), numbers, settings.arguments)
+        assert isinstance(optimizer, FlatOptimizer)
+        optimizer.param_groups[0].update(numbers)
+        optimizer._observe = self._observe
+        functions = (
+            {"equalities": constraints.equalities} if constraints.n_equalities else None,
+            {"inequalities": constraints.inequalities} if constraints.n_inequalities else None,
         )
+        return Constrained(optimizer, *functions, **arguments), optimizer
 
     # The loop.
 
     def run(self) -> OptimizeResult:
         """Minimizes, and makes the result."""
-        program = self._constrained._program
-        best, without, raised = inf, 0, 0
-        status: StepStatus | None = None
+        best, last, without, raised, restarts = (inf, inf), inf, 0, 0, 0
         while True:
             before = [p.detach().clone() for p in self._problem.params]
             info = self._step()
             if info.status is StepStatus.UNBOUNDED and raised < _MOST_RAISED and self._lagrangian:
+                # The penalties were too small; if they are not, the function falls without end.
                 raised += 1
                 self._move(before)
-                assert program.penalties is not None
-                program.penalties.mul_(10.0)
+                penalties = self._constrained._penalties
+                assert penalties is not None
+                self._constrained._penalties = 10.0 * penalties
                 continue
             here = self._certificate()
             status = self._ending(info, here)
-            if here.violation < 0.9 * best:
-                best, without = here.violation, 0
-            elif here.violation > self._feasibility:
-                without += 1
-            if status is not None or without >= _PATIENCE:
+            if status is None and self._has_settled(before, last, here):
+                status = StepStatus.CONVERGED_CHANGE
+            last = here.value
+            found = here.violation, self._error(here)
+            improved = any(now < 0.9 * then for now, then in zip(found, best, strict=True))
+            without = 0 if improved else without + 1
+            best = min(found[0], best[0]), min(found[1], best[1])
+            if status is None and without >= (_PATIENCE if self._lagrangian else 1):
+                if not self._lagrangian:  # sequential quadratic programs have failed
+                    self._go_on_by_multipliers()
+                    best, without = (inf, inf), 0
+                    continue
+                status = StepStatus.STALLED
+                if here.violation > max(self._violation_at_start, self._feasibility):
+                    # The function has led to where constraints cannot be satisfied.
+                    restarts += 1
+                    if restarts <= _MOST_RESTARTS:
+                        self._begin_again(_FARTHER**restarts)
+                        best, without = (inf, inf), 0
+                        continue
+            if status is not None:
                 return self._result(status, here, info)
+
+    def _begin_again(self, factor: float) -> None:
+        """Begins again at the start, with larger penalties."""
+        self._move(self._start)
+        penalty = self._settings.constrained.get("penalty", _PENALTY)
+        self._go_on_by_multipliers(penalty=factor * penalty)
+
+    def _go_on_by_multipliers(self, **more: Any) -> None:
+        """Goes on from here with new augmented Lagrangians."""
+        arguments = {**self._settings.constrained, "method": "augmented_lagrangian", **more}
+        self._inner = None
+        self._constrained, self._optimizer = self._make(arguments)
 
     @property
     def _lagrangian(self) -> bool:
@@ -151,7 +191,8 @@ class _ConstrainedRun:
 
     def _ending(self, info: StepInfo, here: Certificate) -> StepStatus | None:
         """The reason to end after a step; None to make another one."""
-        if info.status is StepStatus.STOPPED:
+        at_start = info.status is StepStatus.NONFINITE_START and not self._nit
+        if at_start or info.status is StepStatus.STOPPED:
             return info.status
         if not here.finite:
             return StepStatus.NONFINITE_TRIALS
@@ -171,6 +212,23 @@ class _ConstrainedRun:
         )
         return None if info.status in goes_on else info.status
 
+    def _has_settled(self, before: Sequence[Tensor], value: float, here: Certificate) -> bool:
+        """True if a step has changed nothing any more, close to where the conditions hold.
+
+        Args:
+            before: Where the step began.
+            value: The function there.
+            here: The conditions where it ended.
+        """
+        if here.violation > self._feasibility or self._error(here) > _CLOSE:
+            return False
+        ftol = self._settings.tolerance_change
+        ftol = self._problem.ftol if ftol is None else ftol
+        pairs = list(zip(before, self._problem.params, strict=True))
+        moved = max((largest([b - p.detach()]) for b, p in pairs), default=0.0)
+        size = largest(before)
+        return moved <= ftol * size and abs(value - here.value) <= ftol * abs(here.value)
+
     # The conditions.
 
     def _gtol(self, here: Certificate) -> float:
@@ -178,12 +236,18 @@ class _ConstrainedRun:
         return self._problem.gtol * max(1.0, here.scale) if gtol is None else gtol
 
     def _holds(self, here: Certificate) -> bool:
-        gtol = self._gtol(here)
-        return (
-            here.violation <= self._feasibility
-            and here.optimality <= gtol
-            and here.complementarity <= gtol * max(1.0, abs(here.value))
+        return self._error(here) <= 1.0
+
+    def _error(self, here: Certificate) -> float:
+        """The largest of what violates the conditions, over its tolerance."""
+        gtol, given = self._gtol(here), self._settings.tolerance_grad
+        least = self._problem.gtol if given is None else given
+        pairs = (
+            (here.violation, self._feasibility),
+            (here.optimality, gtol),
+            (here.complementarity, least * max(1.0, abs(here.value))),
         )
+        return max(inf if e != e else e / t if t else inf if e else 0.0 for e, t in pairs)
 
     def _certificate(self) -> Certificate:
         """The conditions where the parameters stand, by one evaluation."""
@@ -200,8 +264,8 @@ class _ConstrainedRun:
     def _recorded(self, tree: Any) -> Tensor:
         """The function, which keeps the values since the last iteration for the callback."""
         value = self._problem.function(tree)
-        if self._start is None:
-            self._start = value.detach(), self._constraints.violation_at_start
+        if self._value_at_start is None:
+            self._value_at_start = value.detach()
         if self._report is not None:
             leaves = self._problem.leaves(tree)
             self._recent.append(([leaf.detach().clone() for leaf in leaves], value.detach()))
@@ -254,30 +318,28 @@ class _ConstrainedRun:
 
     def _result(
         self,
-        status: StepStatus | None,
+        status: StepStatus,
         here: Certificate,
         info: StepInfo,
     ) -> OptimizeResult:
-        """The result; without a status the constraints have been given up."""
+        """The result."""
         problem, constraints = self._problem, self._constraints
         info = replace(info, iterations=self._nit, evaluations=self._evaluations)
         leaves = [p.detach() for p in problem.params]
         done = (self._nit, self._evaluations + self._certificates, self._products)
-        result = problem.result(
-            status or StepStatus.NO_DECREASE, leaves, here.value, here.gradients, done, info
-        )
+        result = problem.result(status, leaves, here.value, here.gradients, done, info)
         result.update(self._ended(status, here))
         result.update(constrained_fields(problem, constraints, here))
         return result
 
-    def _ended(self, status: StepStatus | None, here: Certificate) -> dict[str, Any]:
+    def _ended(self, status: StepStatus, here: Certificate) -> dict[str, Any]:
         """The fields that say how it ended."""
-        assert self._start is not None
-        value, violation = self._start[0].item(), self._start[1]
+        assert self._value_at_start is not None
+        value, violation = self._value_at_start.item(), self._violation_at_start
         tol = self._feasibility
         name = here.most_violated
         violated = f"{name} is violated by {here.violation:.3g}"
-        if status is None:
+        if status is StepStatus.STALLED and here.violation > tol:
             number, message = _INFEASIBLE, f"the constraints could not be satisfied: {violated}"
             message += self._why_infeasible(here)
         elif status is StepStatus.CONVERGED_GRADIENT:
@@ -288,6 +350,8 @@ class _ConstrainedRun:
             )
         else:
             number, message = ENDINGS.get(status, (2, status.value))
+            if number == 0 or status is StepStatus.STALLED:
+                message += f"; the gradient of the Lagrangian is {here.optimality:.3g} at most"
             if status is StepStatus.NONFINITE_START and isfinite(here.value):
                 message = f"{name} or its gradient is not finite at x0"
             elif here.violation > tol:

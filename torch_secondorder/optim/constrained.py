@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_secondorder._closure.runner import ModuleRegistry
 from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder._foundation.private_torch import pytree
+from torch_secondorder._foundation.random_state import random_state, set_random_state
 from torch_secondorder._objective.functional import FunctionalObjective
+from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
 from torch_secondorder._optim.flat import Descent, FlatOptimizer, Iterate
 from torch_secondorder._optim.info import Report, StepInfo, StepStatus
+from torch_secondorder._optim.subproblem import Subproblem, Verdict
 from torch_secondorder._optim.wrapper import WrapperOptimizer
+from torch_secondorder._params.space import is_distributed
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
 from torch_secondorder.constraints._lagrangian import violations
 from torch_secondorder.constraints._program import Program
+from torch_secondorder.dataset import DatasetClosure
 
 __all__ = ["Constrained", "ConstrainedInfo"]
 
 Method: TypeAlias = Literal["augmented_lagrangian", "penalty", "sqp"]
 
-# A subproblem counts as solved once its gradient has fallen to this share, or after so many steps.
-_ACCURACY = 0.01
-_PATIENCE = 30
-_UNSOLVED = (StepStatus.MAX_ITERATIONS, StepStatus.MAX_EVALUATIONS)
+_MULTIPLIER_LR = 0.1
+# A penalty that has been raised so far, in vain, is worth a note.
+_MUCH = 1e4
 _IDLE = (StepStatus.NONFINITE_START, StepStatus.NOTHING_TO_TRAIN, StepStatus.ZERO_LEARNING_RATE)
 
 
@@ -41,11 +47,14 @@ class ConstrainedInfo(Report):
         loss: The closure's loss in the first evaluation, without multipliers and penalties; NaN
             without a closure.
         violation: The largest violation of a constraint: at the end of the step beside an optimizer
-            that iterates inside a step, at its evaluation beside others.
+            that iterates inside a step, at its evaluation beside others. NaN if a constraint is
+            not finite there.
         most_violated: The name of that constraint; empty if none is violated.
         feasible: Whether no constraint is violated by more than the tolerance.
-        multiplier: The largest multiplier.
+        multiplier: The largest absolute value of a multiplier.
         penalty: The largest penalty.
+        note: A sentence where something has gone wrong, such as constraints that seem to contradict
+            each other; otherwise empty.
         inner: The report of the optimizer inside, if it has one.
     """
 
@@ -55,39 +64,94 @@ class ConstrainedInfo(Report):
     feasible: bool
     multiplier: float
     penalty: float
+    note: str
     inner: StepInfo | None
 
 
 class Constrained(WrapperOptimizer):
-    """Keeps equality and inequality constraints, by wrapping an optimizer.
+    """Keeps equality and inequality constraints with any optimizer, by wrapping it.
+
+    The closure stays as it is. The constraints are evaluated whenever it calls `backward()`, before
+    the graph is freed, and join its loss: line searches see their value, steps their gradient,
+    products their curvature, and gradient clipping in the closure applies to the sum. A constraint
+    is a function without arguments that returns a tensor, of which every entry is to be zero
+    (equalities) or zero or less (inequalities): a method of the model, or a function of what the
+    closure has computed, such as the model's outputs for a batch. Beside a `FunctionalObjective` it
+    takes the tree of parameters. A closure that calls `backward()` several times gets the
+    constraints with the first call. Beside a `DatasetClosure`, and in loops without a closure,
+    constraints have to be functions of the parameters alone.
+
+    The methods:
+
+    - `"sqp"`, the default around `LBFGS` and `BFGS`: sequential quadratic programming. The
+      constraints are linearized at each iterate, and the optimizer inside learns the curvature of
+      the Lagrangian.
+    - `"augmented_lagrangian"`, the default around all others: the loss gets `y c + penalty c^2 / 2`
+      for a constraint with value `c` and multiplier `y` (for an inequality, this with
+      `max(c, -y / penalty)` as `c`).
+    - `"penalty"`: the same with multipliers of zero. What violation stays depends on the penalty.
+
+    Multipliers and penalties change between steps, each constraint's by itself. Around optimizers
+    that iterate inside a step (`LBFGS`, `NewtonCG`, ..., `torch.optim.LBFGS`) it is the method of
+    multipliers: once the gradient has fallen to a hundredth of what it was after the last update,
+    `y` grows by `penalty c`, and a penalty becomes ten times as large if its constraint's violation
+    did not fall by a factor of four. Call `step()` until `info` says that the constraints are kept
+    and the optimizer inside has converged. Around optimizers with one evaluation a step (Adam, SGD,
+    `AdaHessian`, ...) each step moves `y` by `multiplier_lr c`, and penalties stay.
+
+    A multiplier is a price: if `c` may be larger by a small amount, the optimal loss falls by `y`
+    times that amount.
 
     Args:
         optimizer: Any optimizer, of this package or another.
         equalities: What is to be zero: a function that returns a tensor, a list of functions, or a
             dict of them by name.
         inequalities: What is to be zero or less, likewise.
-        method: `"sqp"` for sequential quadratic programming (`LBFGS` and `BFGS`),
-            `"augmented_lagrangian"`, or `"penalty"`; by default the first that the optimizer can.
-        penalty: The penalties at the start.
-        multiplier_lr: The rate of the multipliers, for optimizers with one evaluation a step.
-        tolerance: Violations up to here count as none.
-        max_penalty: The largest penalty.
-        max_multiplier: The largest multiplier.
+        method: `"sqp"`, `"augmented_lagrangian"` or `"penalty"`.
+        penalty: The penalties at the start; zero for a Lagrangian without them.
+        multiplier_lr: The rate of the multipliers, per unit of constraint and step. Given to an
+            optimizer that iterates inside a step, it takes the place of the method of multipliers,
+            for mini-batches. By default 0.1 where it is needed.
+        tolerance: Violations up to here count as none: they raise no penalties. By default the root
+            of the machine epsilon, 1.5e-8 in float64 and 3.5e-4 in float32.
+        max_penalty: Penalties do not grow beyond.
+        max_multiplier: Multipliers of the method of multipliers do not grow beyond.
+
+    Attributes:
+        optimizer: The optimizer inside.
+        method: The method.
+        multiplier_lr: See above; you may change it between steps.
+
+    Raises:
+        TypeError: The optimizer is no `torch.optim.Optimizer`, or a constraint no function.
+        ValueError: Another argument is out of range, there is no constraint, or parameters are
+            sharded.
+
+    The point of the unit disk that is nearest to (2, 1), by Newton's method:
+
+    >>> import torch
+    >>> from torch_secondorder import NewtonCG
+    >>> x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    >>> optimizer = Constrained(NewtonCG([x]), inequalities={"disk": lambda: x @ x - 1})
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (x - torch.tensor([2.0, 1.0])).square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(30):
+    ...     loss = optimizer.step(closure)
+    >>> [round(value, 6) for value in x.tolist()], round(optimizer.multipliers["disk"].item(), 6)
+    ([0.894427, 0.447214], 1.236068)
+    >>> optimizer.info.feasible
+    True
     """
 
     _entry = "constrained"
-    _saved: ClassVar[dict[str, str]] = {
-        "multipliers": "_multipliers",
-        "penalties": "_penalties",
-        "before": "_before",
-        "reference": "_reference",
-        "waiting": "_waiting",
-        **WrapperOptimizer._saved,
-    }
+    _saved: ClassVar[dict[str, str]] = {"program": "_state", **WrapperOptimizer._saved}
     _carried = (
         *WrapperOptimizer._carried,
-        *("_program", "method", "_penalty", "multiplier_lr", "_tolerance", "max_penalty"),
-        *("max_multiplier", "_reference", "_waiting"),
+        *("_program", "_subproblem", "_note", "_pending", "method", "multiplier_lr"),
+        *("_penalty", "_tolerance", "max_penalty", "max_multiplier"),
     )
 
     def __init__(
@@ -110,20 +174,28 @@ class Constrained(WrapperOptimizer):
         check_number("tolerance", tolerance, low=0.0, optional=True)
         check_number("max_penalty", max_penalty, low=penalty)
         check_number("max_multiplier", max_multiplier, above=0.0)
-        self._penalty, self._tolerance = penalty, tolerance
+        self._penalty, self._tolerance = float(penalty), tolerance
         self.multiplier_lr = multiplier_lr
-        self.max_penalty, self.max_multiplier = max_penalty, max_multiplier
+        self.max_penalty, self.max_multiplier = float(max_penalty), float(max_multiplier)
         self._program = Program(ConstraintFunctions(equalities, inequalities))
-        # The largest gradient at the start of the present subproblem, and its steps so far.
-        self._reference, self._waiting = math.inf, 0
+        self._program.tolerance = tolerance
+        self._subproblem, self._note = Subproblem(), ""
+        # Multipliers and penalties that were set before the first evaluation.
+        self._pending: dict[str, Mapping[str, Any]] = {}
         super().__init__(optimizer, _ConstraintTerm(self))
-        able = getattr(type(self._innermost), "_takes_constraints", False)
+        self._refuse_shards()
+        able = self._takes_programs()
         if method is None:
-            method = "sqp" if able else "augmented_lagrangian"
+            method = "sqp" if able and not self._is_sqp_inside() else "augmented_lagrangian"
         elif method == "sqp" and not able:
             raise ValueError(
-                f"{type(self._innermost).__name__} does not do sequential quadratic programming: "
-                "wrap LBFGS or BFGS, or leave method at its default"
+                f"{type(self._inside).__name__} does no sequential quadratic programming: wrap "
+                "LBFGS or BFGS, or leave method out"
+            )
+        elif method == "sqp" and self._is_sqp_inside():
+            raise ValueError(
+                "the optimizer inside does sequential quadratic programming already: give all "
+                "constraints to one Constrained, or leave method out"
             )
         self.method: Method = method
 
@@ -133,53 +205,70 @@ class Constrained(WrapperOptimizer):
         while isinstance(inner, WrapperOptimizer):
             inner = inner._inside
         self._innermost = inner
-        self._iterates = isinstance(inner, (FlatOptimizer, torch.optim.LBFGS))
-        self._evaluated = False
-        self._places: list[int] | None = None
+        # Whether it looks at losses and gradients that are not finite itself.
+        self._looks = isinstance(inner, SecondOrderOptimizer)
+        self._registry = ModuleRegistry()
+        self._closure: Any = None
+        self._evaluated = self._averages = self._dependence_known = False
+        self._entry_point: list[Tensor] = []
+
+    def _takes_programs(self) -> bool:
+        """True if the optimizer inside can do sequential quadratic programming."""
+        inner = self._inside
+        while isinstance(inner, WrapperOptimizer):
+            if getattr(inner, "_keeps_sets", False):  # its steps follow sets already
+                return False
+            inner = inner._inside
+        return bool(getattr(type(inner), "_takes_constraints", False))
+
+    def _is_sqp_inside(self) -> bool:
+        inner = self._inside
+        while isinstance(inner, WrapperOptimizer):
+            if isinstance(inner, Constrained) and inner.method == "sqp":
+                return True
+            inner = inner._inside
+        return False
+
+    def _refuse_shards(self) -> None:
+        if any(is_distributed(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "Constrained takes no parameters that fully_shard has distributed: a constraint "
+                "would see its part of them alone. Leave fully_shard out "
+                "(DistributedDataParallel is fine)"
+            )
 
     # What may be read and set.
 
     @property
     def multipliers(self) -> dict[str, Tensor]:
-        """The multipliers, by the names of the functions."""
-        y = self._program.multipliers
-        return {} if y is None else self._program.functions.split(y.clone())
+        """The multipliers, by the names of the functions; empty before the first evaluation.
+
+        Set them, all or some, to start from those of a similar problem: tensors of the constraints'
+        shapes, or numbers.
+
+        Raises:
+            TypeError: What is set is no dict.
+            ValueError: There is no constraint of a name, or a multiplier does not fit.
+        """
+        return self._by_name(self._program.multipliers)
+
+    @multipliers.setter
+    def multipliers(self, given: Mapping[str, Tensor | float]) -> None:
+        self._give("multipliers", given)
 
     @property
     def penalties(self) -> dict[str, Tensor]:
-        """The penalties, by the names of the functions."""
-        rho = self._program.penalties
-        return {} if rho is None else self._program.functions.split(rho.clone())
+        """The penalties, by the names of the functions; see `multipliers`."""
+        return self._by_name(self._program.penalties)
+
+    @penalties.setter
+    def penalties(self, given: Mapping[str, Tensor | float]) -> None:
+        self._give("penalties", given)
 
     @property
     def violations(self) -> dict[str, Tensor]:
-        """The violations of the constraints, by the names of the functions."""
-        program = self._program
-        if program.values is None:
-            return {}
-        functions = program.functions
-        return functions.split(violations(program.values, functions.inequality))
-
-    @property
-    def info(self) -> ConstrainedInfo | None:
-        """The report of the last step, None before the first."""
-        program, first = self._program, self._penalized.first
-        if first is None or program.values is None or program.multipliers is None:
-            return None
-        assert program.penalties is not None
-        functions = program.functions
-        most, at = violations(program.values, functions.inequality).max(0)
-        name = functions.name(int(at)) if most > 0 else ""
-        violation = most.item()
-        return ConstrainedInfo(
-            first[0].item(),
-            violation,
-            name,
-            violation <= self.tolerance,
-            program.multipliers.abs().max().item(),
-            program.penalties.max().item(),
-            getattr(self._inside, "info", None),
-        )
+        """The violations of the constraints after the last step, by the names of the functions."""
+        return self._by_name(self._violations)
 
     @property
     def tolerance(self) -> float:
@@ -189,29 +278,149 @@ class Constrained(WrapperOptimizer):
         values = self._program.values
         return math.sqrt(torch.finfo(values.dtype if values is not None else torch.float64).eps)
 
+    @property
+    def info(self) -> ConstrainedInfo | None:
+        """The report of the last step, None before the first."""
+        program, first, violated = self._program, self._penalized.first, self._violations
+        if first is None or violated is None:
+            return None
+        assert program.multipliers is not None and program.penalties is not None
+        most, at = violated.max(0)  # NaN counts as the largest
+        violation = most.item()
+        return ConstrainedInfo(
+            first[0].item(),
+            violation,
+            "" if violation == 0 else program.functions.name(int(at)),
+            violation <= self.tolerance,
+            program.multipliers.abs().max().item(),
+            program.penalties.max().item(),
+            self._note or self._suspicion(violated),
+            getattr(self._inside, "info", None),
+        )
+
+    @property
+    def _violations(self) -> Tensor | None:
+        program = self._program
+        if program.values is None:
+            return None
+        return violations(program.values, program.functions.inequality)
+
+    def _suspicion(self, violated: Tensor) -> str:
+        """A sentence on constraints that cannot be kept, it seems; otherwise nothing."""
+        program = self._program
+        rho, y, slow = program.penalties, program.multipliers, program.slow
+        if rho is None or y is None or slow is None:
+            return ""
+        rose = slow & (rho >= _MUCH * self._penalty) & (violated.to(slow.device) > self.tolerance)
+        if not rose.any():
+            return ""
+        at = int(torch.where(rose, violated.to(slow.device), -1.0).argmax())
+        return (
+            f"the violation {violated[at]:.3g} of {program.functions.name(at)} stays, although its "
+            f"penalty has risen to {rho[at]:.3g} and its multiplier to {y[at]:.3g}: the "
+            "constraints may contradict each other, or the parameters are at a local minimum of "
+            "the violation"
+        )
+
+    def _by_name(self, vector: Tensor | None) -> dict[str, Tensor]:
+        return {} if vector is None else self._program.functions.split(vector.clone())
+
+    def _give(self, kind: str, given: Any) -> None:
+        """Sets multipliers or penalties, at the first evaluation if shapes are not known yet."""
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{kind} must be a dict by name, got {type(given).__name__}")
+        program = self._program
+        names = program.functions.names
+        for name in given:
+            if name not in names:
+                raise ValueError(f"there is no constraint {name!r}: the names are {names}")
+        if program.functions.shapes is None or program.multipliers is None:
+            self._pending[kind] = dict(given)
+            return
+        setattr(program, kind, self._vector_of(kind, given))
+        program.changed()
+
+    def _vector_of(self, kind: str, given: Mapping[str, Any]) -> Tensor:
+        """The vector of all multipliers or penalties, with those that are given."""
+        program = self._program
+        now = getattr(program, kind)
+        parts = program.functions.split(now.clone())
+        signs = program.functions.split(program.functions.inequality)
+        for name, value in given.items():
+            new = torch.as_tensor(value, dtype=now.dtype, device=now.device).detach()
+            part = parts[name]
+            if new.dim() and new.shape != part.shape:
+                raise ValueError(
+                    f"the {kind} of {name} must be a number or of shape {tuple(part.shape)}, got "
+                    f"shape {tuple(new.shape)}"
+                )
+            if not new.isfinite().all():
+                raise ValueError(f"the {kind} of {name} must be finite, got {value!r}")
+            if (kind == "penalties" or bool(signs[name].any())) and (new < 0).any():
+                raise ValueError(f"the {kind} of {name} must not be negative, got {value!r}")
+            part.copy_(new.expand(part.shape))
+        return torch.cat([part.reshape(-1) for part in parts.values()])
+
     # The step.
 
     def step(self, closure: Any = None, **more: Any) -> Any:
         """See `WrapperOptimizer.step`."""
-        self._places = self._places_in(closure)
-        self._evaluated = False
-        result = super().step(closure, **more)
-        if self._evaluated and self.method != "sqp":
-            with torch.no_grad():
-                self._update(closure)
+        if closure is None and isinstance(self._innermost, (FlatOptimizer, torch.optim.LBFGS)):
+            return self._inside.step(None, **more)  # an error that asks for a closure
+        self._closure, self._evaluated, self._note = closure, False, ""
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # Of a data set, ranks may have batches in different numbers.
+        self._averages = several and not isinstance(closure, DatasetClosure)
+        try:
+            with self._registry.watch({}) if self._averages else nullcontext():
+                result = self._stepped(closure, more)
+            if self._evaluated and self.method != "sqp":
+                with torch.no_grad():
+                    self._update()
+        finally:
+            self._closure, self._entry_point = None, []
         return result
 
-    def _places_in(self, closure: Any) -> list[int] | None:
-        """The places of the trainable parameters in a `FunctionalObjective`'s tree."""
-        if not isinstance(closure, FunctionalObjective):
-            return None
-        places = {id(leaf): i for i, leaf in enumerate(closure._leaves)}
-        return [places[id(p)] for p in self._trainable if id(p) in places]
+    def _stepped(self, closure: Any, more: dict[str, Any]) -> Any:
+        try:
+            return super().step(closure, **more)
+        except RuntimeError as error:
+            if closure is not None or "through the graph a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "a constraint uses what the forward pass has computed, and backward() has freed "
+                "that: without a closure, constraints have to be functions of the parameters "
+                "alone. Pass the closure to step()"
+            ) from error
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the optimizer inside."""
+        super().add_param_group(param_group)
+        try:
+            self._refuse_shards()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def _iterates(self) -> bool:
+        """True if multipliers are those of the method of multipliers."""
+        inner = self._innermost
+        return self.multiplier_lr is None and isinstance(inner, (FlatOptimizer, torch.optim.LBFGS))
 
     @property
     def _trainable(self) -> list[Tensor]:
         params = [p for group in self.param_groups for p in group["params"]]
         return [p for p in params if p.requires_grad and p.numel()]
+
+    def _leaves_in(self, tree: tuple[Any, ...]) -> list[Tensor]:
+        """The trainable parameters, or what stands for them in the tree of a function."""
+        params, closure = self._trainable, self._closure
+        if not tree or not isinstance(closure, FunctionalObjective):
+            return params
+        places = {id(leaf): i for i, leaf in enumerate(closure._leaves)}
+        leaves = pytree.tree_leaves(tree[0])
+        return [leaves[places[id(p)]] for p in params if id(p) in places]
 
     def _factor(self) -> float:
         return 1.0
@@ -223,6 +432,8 @@ class Constrained(WrapperOptimizer):
         elif isinstance(inner, FlatOptimizer):
             self._others_observer = inner._observe
             inner._observe = self._observe
+        elif isinstance(inner, torch.optim.LBFGS):
+            self._entry_point = [p.detach().clone() for p in self._trainable]
 
     def _end_step(self) -> None:
         inner: Any = self._innermost
@@ -232,120 +443,219 @@ class Constrained(WrapperOptimizer):
             inner._observe = self._others_observer
 
     def _observe(self, descent: Descent, iterate: Iterate) -> Iterate:
-        """Notes the gradient at the start of a subproblem; see `FlatOptimizer._observe`."""
-        if not self._waiting:
-            self._reference = descent.point.grad_norm
+        """Notes the start of a subproblem; see `FlatOptimizer._observe`."""
+        violated = self._violations
+        if not self._subproblem.steps and self._iterates and violated is not None:
+            point = descent.point
+            self._subproblem.begin(
+                self._trainable, point.loss, point.grad_norm, violated.max().item()
+            )
         return iterate if self._others_observer is None else self._others_observer(descent, iterate)
 
-    def _update(self, closure: Any) -> None:
+    # Multipliers and penalties.
+
+    def _update(self) -> None:
         """Updates multipliers and penalties after a step."""
-        program = self._program
-        if self.multiplier_lr is not None or not self._iterates:
-            if self.method == "augmented_lagrangian":
-                rate = self.multiplier_lr
-                program.ascend(0.1 if rate is None else rate)
+        program, ascends = self._program, self.method == "augmented_lagrangian"
+        assert program.values is not None
+        if not self._iterates:
+            if not self._looks or _finite(program.values):
+                if ascends:
+                    rate = self.multiplier_lr
+                    program.ascend(_MULTIPLIER_LR if rate is None else rate)
+            else:
+                self._note = self._not_finite(program.values)
             return
-        values = self._values_now(closure)
-        program.values = values
-        if not bool(values.isfinite().all()):
+        program.values = self._values_now()
+        if not _finite(program.values):
+            self._note = self._not_finite(program.values)
+            self._return_to_entry()
             return
-        self._waiting += 1
-        status = getattr(getattr(self._innermost, "info", None), "status", None)
-        if status in _IDLE:
-            return
-        penalties = status not in _UNSOLVED or self._solved()
-        if not penalties and self._waiting < _PATIENCE:
-            return
-        multipliers = self.method == "augmented_lagrangian"
-        if penalties:
-            most = torch.full_like(values, self.max_penalty)
-            program.update(self.tolerance, most, self.max_multiplier, multipliers=multipliers)
-        elif multipliers:
+        verdict = Verdict.UPDATE
+        if isinstance(self._innermost, FlatOptimizer):
+            info, violated = self._innermost.info, self._violations
+            if info is None or info.status in _IDLE or violated is None:
+                return
+            verdict = self._subproblem.judge(info, violated.max().item())
+        most = self.max_multiplier
+        if verdict is Verdict.UPDATE:
+            program.update(self.tolerance, self.max_penalty, most if ascends else None)
+        elif verdict is Verdict.ASCEND and ascends:
             assert program.penalties is not None
-            program.ascend(program.penalties)
-        self._waiting = 0
+            program.ascend(program.penalties, most)
+        elif verdict is Verdict.GO_BACK:
+            self._go_back()
+        if verdict is not Verdict.GO_ON:
+            self._subproblem.end()
 
-    def _solved(self) -> bool:
-        """True if the present subproblem is solved accurately enough."""
-        return bool(self._innermost.info.grad_norm <= _ACCURACY * self._reference)
+    def _go_back(self) -> None:
+        """Begins the subproblem again, with larger penalties."""
+        program, inner = self._program, self._innermost
+        assert isinstance(inner, FlatOptimizer) and program.values is not None
+        self._subproblem.go_back(self._trainable)
+        inner._forget("the augmented Lagrangian fell without end")
+        inner._master = None
+        # All of them: it would fall past the next constraint otherwise.
+        program.stiffen(torch.ones_like(program.values, dtype=torch.bool), self.max_penalty)
+        program.values = self._values_now()
+        self._note = (
+            "the augmented Lagrangian fell without end while constraints were violated more and "
+            "more: the parameters were moved back, and penalties raised"
+        )
 
-    def _values_now(self, closure: Any) -> Tensor:
-        """The values of the constraints where the parameters stand."""
-        functions = self._program.functions
+    def _return_to_entry(self) -> None:
+        """Undoes a step of an optimizer that does not look at what is not finite itself."""
+        for p, before in zip(self._trainable, self._entry_point, strict=False):
+            p.copy_(before)
+        if self._entry_point:
+            self._innermost.state.clear()
+            self._note += "; the parameters were moved back"
+
+    def _not_finite(self, values: Tensor) -> str:
+        at = int((~values.isfinite()).to(torch.uint8).argmax())
+        return f"the constraint {self._program.functions.name(at)} is {values[at].item()}"
+
+    def _values_now(self) -> Tensor:
+        """The values of the constraints where the parameters stand.
+
+        Buffers and random numbers are as before afterwards: the steps of training count.
+        """
+        functions, closure = self._program.functions, self._closure
+        before: dict[Any, Tensor] = {}
+        devices = {torch.device("cpu"), *(p.device for p in self._trainable)}
+        states = [(device, random_state(device)) for device in devices]
         values: Tensor
-        if isinstance(closure, FunctionalObjective):
-            values = closure.with_function(functions).source()
-        else:
-            values = functions()
+        with torch.enable_grad(), ModuleRegistry().watch(before):
+            if isinstance(closure, FunctionalObjective):
+                values = closure.with_function(functions).source()
+            else:
+                values = functions()
+        for slot, value in before.items():
+            slot.restore(value)
+        for device, state in states:
+            set_random_state(device, state)
         assert self._program.multipliers is not None
-        return values.to(self._program.multipliers)
+        return self._averaged(values.detach()).to(self._program.multipliers)
+
+    def _averaged(self, values: Tensor) -> Tensor:
+        """The mean over the ranks that share a batch, with the graph of this rank's part."""
+        ranks = self._registry.ranks
+        if not self._averages or not ranks.met:
+            return values
+        own = values.detach()
+        return values + (ranks.average(own) - own)
 
     # See `WrapperOptimizer`.
+
+    def _has_present_term(self) -> bool:
+        return not makes_state_only(self.param_groups)
 
     def _present_term(self) -> Tensor:
         return self._term_of(())
 
     def _term_of(self, tree: tuple[Any, ...]) -> Tensor:
         """The term of an evaluation, with its graph."""
-        program, functions = self._program, self._program.functions
-        if functions.shapes is None:
-            values = functions(*tree, params=self._leaves_in(tree))
-        else:
-            values = functions(*tree)
-        self._evaluated = True
+        values = self._evaluate(tree)
         if self.method == "sqp":
-            if program.multipliers is None:
-                self._begin(values.to("cpu", torch.float64))
-            program.record(values, self._leaves_in(tree))
+            self._program.record(values, self._leaves_in(tree))
             return values.new_zeros(())
+        self._program.values = values.detach()
+        return self._program.term(values)
+
+    def _seeds(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Values, the term and its derivative by them, for a plain `backward()`."""
+        if self._looks:  # it may need the graph
+            return None
+        values = self._evaluate(())
+        with torch.no_grad():
+            now = self._program.values = values.detach()
+            return values, *self._program.seeds(now)
+
+    def _evaluate(self, tree: tuple[Any, ...]) -> Tensor:
+        """The values of an evaluation, with their graph."""
+        functions = self._program.functions
+        if self._dependence_known:
+            values = functions(*tree)
+        else:
+            values = functions(*tree, params=self._leaves_in(tree))
+            self._dependence_known = True
         if values.dtype in (torch.float16, torch.bfloat16):
             values = values.float()
-        y = program.multipliers
-        if y is None or y.dtype != values.dtype or y.device != values.device:
-            self._begin(values)
-        program.values = values.detach()
-        return program.term(values)
+        if self._averages:
+            values = self._averaged(values)
+        own = values.detach()
+        trusting = not self._evaluated and not self._looks
+        if trusting and not _finite(own):  # it would move the parameters to NaN
+            raise RuntimeError(
+                f"{self._not_finite(own)} at the start of a step; nothing was changed: begin where "
+                "all constraints are finite, and keep them so, for instance with a clamp() inside "
+                "a logarithm"
+            )
+        self._prepare(own.to("cpu", torch.float64) if self.method == "sqp" else own)
+        self._evaluated = True
+        return values
 
-    def _begin(self, values: Tensor) -> None:
-        self._program.set_up(values, self._penalty)
-
-    def _leaves_in(self, tree: tuple[Any, ...]) -> list[Tensor]:
-        """The trainable parameters, or what stands for them in a tree."""
-        if not tree or self._places is None:
-            return self._trainable
-        leaves = pytree.tree_leaves(tree[0])
-        return [leaves[place] for place in self._places]
+    def _prepare(self, like: Tensor) -> None:
+        """Makes multipliers and penalties where values are."""
+        program = self._program
+        if program.fits(like):
+            return
+        # Sequential quadratic programming raises penalties as far as needed, from zero.
+        program.set_up(like, 0.0 if self.method == "sqp" else self._penalty)
+        pending, self._pending = self._pending, {}
+        for kind, given in pending.items():
+            setattr(program, kind, self._vector_of(kind, given))
+            program.changed()
 
     # Checkpoints.
 
     @property
-    def _multipliers(self) -> Tensor | None:
-        return self._program.multipliers
+    def _state(self) -> dict[str, Any]:
+        program = self._program
+        shapes = program.functions.shapes
+        return {
+            "names": list(program.functions.names),
+            "shapes": None if shapes is None else [tuple(shape) for shape in shapes],
+            **{name: getattr(program, name) for name in _PROGRAM_STATE},
+            "subproblem": self._subproblem.state(),
+        }
 
-    @_multipliers.setter
-    def _multipliers(self, value: Tensor | None) -> None:
-        self._program.multipliers = value
-        self._program.changed()
+    @_state.setter
+    def _state(self, state: dict[str, Any]) -> None:
+        program = self._program
+        if state["shapes"] is not None:
+            program.functions.shapes = [torch.Size(shape) for shape in state["shapes"]]
+        for name in _PROGRAM_STATE:
+            setattr(program, name, state[name])
+        program.leave()
+        self._subproblem.load(state["subproblem"])
 
-    @property
-    def _penalties(self) -> Tensor | None:
-        return self._program.penalties
-
-    @_penalties.setter
-    def _penalties(self, value: Tensor | None) -> None:
-        self._program.penalties = value
-        self._program.changed()
-
-    @property
-    def _before(self) -> Tensor | None:
-        return self._program.before
-
-    @_before.setter
-    def _before(self, value: Tensor | None) -> None:
-        self._program.before = value
+    def _check_saved(self, own: dict[str, Any]) -> None:
+        """See `WrapperOptimizer`."""
+        state, functions = own["program"], self._program.functions
+        if state["names"] != functions.names:
+            raise ValueError(
+                f"the state is of constraints {state['names']}, and these are {functions.names}: "
+                "load it into a Constrained with the same constraints, or load only that of the "
+                "optimizer inside (without its entry 'constrained'); nothing has changed"
+            )
+        shapes = None if functions.shapes is None else [tuple(shape) for shape in functions.shapes]
+        if None not in (shapes, state["shapes"]) and shapes != list(map(tuple, state["shapes"])):
+            raise ValueError(
+                f"the state is of constraints of shapes {state['shapes']}, and these have {shapes}"
+                ": every entry has a multiplier; nothing has changed"
+            )
 
     def __repr__(self) -> str:
         return f"Constrained({self._inside!r}, method={self.method!r})"
+
+
+_PROGRAM_STATE = ("multipliers", "penalties", "before", "slow")
+
+
+def _finite(values: Tensor) -> bool:
+    """True if all values are finite; waits for a device once."""
+    return math.isfinite((values if len(values) == 1 else values.sum()).item())
 
 
 class _Values:
@@ -354,6 +664,14 @@ class _Values:
     def __init__(self, owner: Constrained, tree: tuple[Any, ...]) -> None:
         self.taken: list[Tensor] = []
         self._owner, self._tree = owner, tree
+
+    def seeds(self) -> tuple[Tensor, Tensor] | None:
+        found = None if self.taken else self._owner._seeds()
+        if found is None:
+            return None
+        values, term, derivative = found
+        self.taken.append(term)
+        return values, derivative
 
     def take(self) -> Tensor | None:
         if self.taken:  # the constraints count once in an evaluation
@@ -369,9 +687,8 @@ class _ConstraintTerm:
     def __init__(self, owner: Constrained) -> None:
         self._owner = owner
 
-    @contextmanager
-    def watching(self, seed: int, tree: Any = None) -> Iterator[_Values]:
-        yield _Values(self._owner, () if tree is None else (tree,))
+    def watching(self, seed: int, tree: Any = None) -> AbstractContextManager[_Values]:
+        return nullcontext(_Values(self._owner, () if tree is None else (tree,)))
 
-    def missing(self) -> RuntimeError:
+    def missing(self) -> RuntimeError:  # pragma: no cover - constraints always have a value
         return RuntimeError("the constraints have no value")

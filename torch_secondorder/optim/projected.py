@@ -73,11 +73,12 @@ class Projected(WrapperOptimizer):
     The sets are those of `torch_secondorder.constraints`: manifolds (`UnitNorm`, `Orthogonal`) and
     convex sets (`NormBall`, `Box`, `Simplex`). What is done depends on the optimizer inside:
 
-    - **Optimizers of one flat vector** (`LBFGS`, `BFGS`, `NonlinearCG`, `NewtonCG`, `Newton`)
-      minimize along manifolds: steps are tangent and bent back by a retraction, gradients and
-      products with the curvature are those along the manifold. They converge as fast as without
-      constraints, Newton's method quadratically. A `Box` becomes their bounds. They take no other
-      convex set, because a projection after the step may raise the loss.
+    - **Optimizers of one flat vector** (`LBFGS`, `BFGS`, `NonlinearCG`, `NewtonCG`, `Newton`,
+      `LevenbergMarquardt`) minimize along manifolds: steps are tangent and bent back by a
+      retraction, gradients and products with the curvature are those along the manifold. They
+      converge as fast as without constraints, Newton's method quadratically. A `Box` becomes the
+      bounds of those that take bounds. They take no other convex set, because a projection after
+      the step may raise the loss.
     - **All others** (`Adam`, `SGD`, `AdaHessian`, ...) get gradients projected onto the tangent
       space, or at the boundary of a convex set onto its tangent cone, and the projection of the
       parameters follows the step. A step that does nothing then is one at a minimum within the
@@ -88,6 +89,9 @@ class Projected(WrapperOptimizer):
       end of the step leaves the loss as it was last seen.
 
     Parameters that begin outside of their set are moved to the nearest point of it first.
+
+    `AdaHessian` and `Sophia` estimate the curvature of the loss itself; with a
+    `FunctionalObjective`, that of the loss along the sets.
 
     Weight decay as part of the loss has no effect on manifolds, where the norm is constant. The
     decay that optimizers such as `AdamW` do themselves shrinks parameters, which the projection
@@ -462,7 +466,8 @@ def _check_flat(optimizer: FlatOptimizer, sets: Sequence[TensorSet]) -> None:
         )
     if len(boxes) < len(sets) and not optimizer._takes_manifolds:
         raise ValueError(
-            f"{name} takes no manifolds: use LBFGS, BFGS, NonlinearCG, NewtonCG or Newton"
+            f"{name} takes no manifolds: use LBFGS, BFGS, NonlinearCG, NewtonCG, Newton or "
+            "LevenbergMarquardt"
         )
 
 

@@ -42,6 +42,9 @@ class Calls:
         self.taken.append(value.detach())
         return value
 
+    def seeds(self) -> None:
+        """See `torch_secondorder._optim.wrapper.Values`."""
+
 
 class EncoderPenalty:
     """The `contractive_penalty` of an encoder at the inputs it gets.
