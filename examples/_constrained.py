@@ -1,4 +1,4 @@
-"""Shadow prices: multipliers of constraints, checked by solutions with other bounds.
+"""Helpers of the examples with constraints: the end of a solution, and shadow prices.
 
 At a solution of `min f(x)` subject to `g(x) - b <= 0` or `g(x) - b = 0` with the multiplier `y`,
 the lowest loss falls by `y` per unit that `b` is raised: `y` is the price of the bound.
@@ -8,8 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from _report import format_table
+from torch_secondorder import StepStatus
+
+FEASIBLE = 1e-10
+UNFINISHED = (StepStatus.MAX_ITERATIONS, StepStatus.MAX_EVALUATIONS)
+
+
+def finished(info: Any) -> bool:
+    """Whether another step of an optimizer, constrained or not, is of no use.
+
+    Args:
+        info: Its report.
+    """
+    inner = getattr(info, "inner", info)
+    return inner.status not in UNFINISHED and getattr(info, "violation", 0.0) < FEASIBLE
 
 
 @dataclass(frozen=True)

@@ -21,28 +21,27 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from _command_line import output_file, positive
-from _constrained import Price, check_price, print_prices
+from _constrained import Price, check_price, finished, print_prices
 from _report import COLOURS, format_table, line_style, pyplot, style_axes
-from torch_secondorder import BFGS, LBFGS, Constrained, StepStatus
+from torch_secondorder import BFGS, LBFGS, Constrained, kkt_residuals
+from torch_secondorder.constraints import KKTReport
 
 DTYPE = torch.float64
-PENALTIES = (1e2, 1e4, 1e6, 1e8)
-STEPS = 100  # at most; each is up to 100 iterations
-FEASIBLE = 1e-10
+PENALTIES = [1e2, 1e4, 1e6, 1e8]
+STEPS = 30  # at most; each is up to 100 iterations
 GRID = 40  # points where the slope is bounded
 CHANGE = 1e-4  # of the bounds, to check their prices
-DECAY = 1e-3  # of the network's weights
+DECAY = 0.1  # of the network's weights
 
 
 class Polynomial(nn.Module):
@@ -53,20 +52,27 @@ class Polynomial(nn.Module):
     """
 
     def __init__(self, degree: int) -> None:
-        from numpy.polynomial.chebyshev import cheb2poly
-
         super().__init__()
         self.coefficients = nn.Parameter(torch.zeros(degree + 1, dtype=DTYPE))
-        rows = [
-            torch.from_numpy(cheb2poly([0.0] * k + [1.0]))
-            for k in range(degree + 1)
-        ]
-        self.powers = torch.stack([F.pad(row, (0, degree + 1 - len(row))) for row in rows])
 
     def forward(self, x: Tensor) -> Tensor:
         """The values at some points `(n,)`."""
-        powers = (2.0 * x - 1.0)[:, None] ** torch.arange(len(self.powers))
-        return powers @ (self.coefficients @ self.powers)
+        return chebyshev(x, len(self.coefficients)) @ self.coefficients
+
+    def slope(self, x: Tensor) -> Tensor:
+        """The derivative at some points `(n,)`."""
+        from numpy.polynomial.chebyshev import chebder
+
+        count = len(self.coefficients)
+        derivatives = torch.from_numpy(chebder(torch.eye(count, dtype=DTYPE).numpy(), scl=2.0))
+        return chebyshev(x, count - 1) @ (derivatives @ self.coefficients)
+
+
+def chebyshev(x: Tensor, count: int) -> Tensor:
+    """The first Chebyshev polynomials on [0, 1] at some points `(n,)`, shape `(n, count)`."""
+    from numpy.polynomial.chebyshev import chebvander
+
+    return torch.from_numpy(chebvander(2.0 * x.numpy() - 1.0, count - 1))
 
 
 class Network(nn.Module):
@@ -88,12 +94,13 @@ class Network(nn.Module):
         """The values at some points `(n,)`."""
         return self.layers(x[:, None])[:, 0]
 
-
-def slope(model: nn.Module, x: Tensor) -> Tensor:
-    """The derivative at some points `(n,)`, with its graph."""
-    with torch.enable_grad():
+    def slope(self, x: Tensor) -> Tensor:
+        """The derivative at some points `(n,)`, with its graph."""
         x = x.clone().requires_grad_()
-        return torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(self(x).sum(), x, create_graph=True)[0]
+
+
+Curve = Polynomial | Network
 
 
 def truth(x: Tensor) -> Tensor:
@@ -122,19 +129,19 @@ class Known:
         """The points where the slope is bounded, `(n,)`; not the middle, where it is zero."""
         return torch.linspace(0.0, 1.0, len(self.fall) + 1, dtype=DTYPE)[:-1]
 
-    def equalities(self, model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    def equalities(self, model: Curve) -> dict[str, Callable[[], Tensor]]:
         """Functions that are to be zero."""
         nodes, weights = quadrature()
         ends = torch.tensor([[0.0], [1.0]], dtype=DTYPE)
         return {
             "wall": lambda: model(ends[0])[0] - self.wall,
-            "middle": lambda: slope(model, ends[1])[0] - self.middle,
+            "middle": lambda: model.slope(ends[1])[0] - self.middle,
             "flow": lambda: weights @ model(nodes) - self.flow,
         }
 
-    def inequalities(self, model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    def inequalities(self, model: Curve) -> dict[str, Callable[[], Tensor]]:
         """A function that is to be zero or less."""
-        return {"fall": lambda: -slope(model, self.grid) - self.fall}
+        return {"fall": lambda: -model.slope(self.grid) - self.fall}
 
 
 @cache
@@ -161,10 +168,10 @@ class Task:
     x: Tensor
     y: Tensor
     noise: float
-    start: nn.Module
+    start: Curve
     decay: float
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss(self, model: Curve) -> Tensor:
         """Half the sum of squared distances in units of the noise, 0-dim."""
         squares = ((model(self.x) - self.y) / self.noise).square().sum()
         return 0.5 * squares + self.decay * sum(p.square().sum() for p in model.parameters())
@@ -180,15 +187,17 @@ class Fit:
         evaluations: Closure calls.
         loss: The loss, without penalties.
         violation: The largest violation of what is known.
-        multipliers: Those of the constraints, by name; empty for penalties.
+        multipliers: Those of the constraints, by name; estimates without `Constrained`.
+        report: The residuals of the conditions of optimality.
     """
 
     label: str
-    model: nn.Module
+    model: Curve
     evaluations: int
     loss: float
     violation: float
-    multipliers: dict[str, Tensor] = field(default_factory=dict)
+    multipliers: dict[str, Tensor]
+    report: KKTReport
 
     @property
     def error(self) -> float:
@@ -230,17 +239,14 @@ def fit(
     optimizer = make(model.parameters(), equal, unequal)
     evaluations = 0
 
-    def violations() -> Tensor:
-        both = *(h() for h in equal.values()), *(g().clamp(min=0.0) for g in unequal.values())
-        return torch.cat([v.reshape(-1) for v in both])
-
-    def closure() -> Tensor:
+    def closure(penalty: float = penalty) -> Tensor:
         nonlocal evaluations
         evaluations += 1
         optimizer.zero_grad()
         loss = task.loss(model)
         if penalty:
-            loss = loss + 0.5 * penalty * violations().square().sum()
+            both = *(h() for h in equal.values()), *(g().clamp(min=0.0) for g in unequal.values())
+            loss = loss + 0.5 * penalty * sum(v.square().sum() for v in both)
         loss.backward()
         return loss
 
@@ -248,23 +254,17 @@ def fit(
         optimizer.step(closure)
         if finished(optimizer.info):
             break
-    with torch.no_grad():
-        loss, violation = task.loss(model).item(), violations().abs().max().item()
-    multipliers = getattr(optimizer, "multipliers", {})
-    return Fit(label, model, evaluations, loss, violation, multipliers)
+    used, multipliers = evaluations, getattr(optimizer, "multipliers", None)
+    report = kkt_residuals(
+        lambda: closure(0.0), model.parameters(), equal, unequal, multipliers
+    )  # with estimates where there are no multipliers
+    return Fit(label, model, used, report.loss, report.feasibility, report.multipliers, report)
 
 
-def finished(info: Any) -> bool:
-    """Whether another step is of no use."""
-    inner = getattr(info, "inner", info)
-    settled = inner.status not in (StepStatus.MAX_ITERATIONS, StepStatus.MAX_EVALUATIONS)
-    return settled and getattr(info, "violation", 0.0) < FEASIBLE
-
-
-def compare(task: Task, known: Known) -> list[Fit]:
-    """Fits by all methods; the last one is the most exact."""
+def compare(task: Task, known: Known, penalties: Sequence[float]) -> list[Fit]:
+    """Fits by all methods."""
     fits = [fit(task, known, "without constraints", penalize)]
-    fits += [fit(task, known, f"penalty {rho:.0e}", penalize, rho) for rho in PENALTIES]
+    fits += [fit(task, known, f"penalty {rho:.0e}", penalize, rho) for rho in penalties]
     lagrangian = constrain(BFGS, "augmented_lagrangian")
     fits.append(fit(task, known, "augmented Lagrangian, BFGS", lagrangian))
     fits.append(fit(task, known, "Constrained, LBFGS", constrain(LBFGS)))
@@ -274,13 +274,14 @@ def compare(task: Task, known: Known) -> list[Fit]:
 
 def print_table(fits: Sequence[Fit]) -> None:
     """Prints one row for each fit."""
-    header = ["fit", "evaluations", "loss", "largest violation", "error"]
+    header = ["fit", "evaluations", "loss", "largest violation", "KKT residual", "error"]
     rows = [
         [
             f.label,
             f"{f.evaluations:,}",
             f"{f.loss:.6f}",
             f"{f.violation:.1e}",
+            f"{f.report.largest:.1e}",
             f"{f.error:.4f}",
         ]
         for f in fits
@@ -333,7 +334,7 @@ def plot(task: Task, known: Known, fits: Sequence[Fit], path: Path) -> None:
     left.plot(task.x, task.y, "o", color="0.6", ms=4, label="measurements")
     left.plot(grid, truth(grid), color="black", lw=1, label="true profile")
     for i, f in enumerate((free, penalized, best)):
-        u, rise = f.model(grid).detach(), slope(f.model, grid).detach()
+        u, rise = f.model(grid).detach(), f.model.slope(grid).detach()
         left.plot(grid, u, label=f.label, **line_style(i))
         middle.plot(grid, rise, label=f.label, **line_style(i))
     low, high = task.y.min().item(), task.y.max().item()
@@ -370,7 +371,9 @@ def draw_penalties(axes: Any, penalized: Sequence[Fit], others: Sequence[Fit]) -
     x = [f.evaluations for f in penalized]
     axes.plot(x, [f.violation for f in penalized], "o-", color=COLOURS[1], label="penalties")
     for f, rho in zip(penalized, PENALTIES, strict=True):
-        axes.annotate(f"{rho:.0e}", (f.evaluations, f.violation), (6, 4), textcoords="offset points")
+        axes.annotate(
+            f"{rho:.0e}", (f.evaluations, f.violation), (6, 4), textcoords="offset points"
+        )
     for i, f in enumerate(others):
         style = line_style(i + 2) | {"linestyle": "", "marker": "s"}
         axes.plot([f.evaluations], [max(f.violation, 1e-17)], label=f.label, **style)
@@ -379,7 +382,7 @@ def draw_penalties(axes: Any, penalized: Sequence[Fit], others: Sequence[Fit]) -
     axes.legend(frameon=False)
 
 
-def make_task(model: nn.Module, samples: int, noise: float, decay: float, seed: int) -> Task:
+def make_task(model: Curve, samples: int, noise: float, decay: float, seed: int) -> Task:
     """Evenly spaced measurements with random noise."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.linspace(0.04, 1.0, samples, dtype=DTYPE)
@@ -403,12 +406,18 @@ def main() -> None:
         f"{arguments.model} of {n} parameters, {arguments.samples} measurements with noise "
         f"{arguments.noise:g}; 3 equalities, {GRID} inequalities"
     )
-    fits = compare(task, known)
+    fits = compare(task, known, arguments.penalties)
     print_table(fits)
+    print(fits[-1].report)
     print("what the constraints cost, by the multipliers of the last fit and by solving again:")
     print_prices(prices(task, known, fits[-1]))
     plot(task, known, fits, arguments.out)
     print(f"plot: {arguments.out}")
+
+
+def numbers(text: str) -> list[float]:
+    """Parses comma-separated positive numbers."""
+    return [positive(float)(part) for part in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -417,10 +426,17 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=("polynomial", "network"), default="polynomial", help="of the curve")
     add("--degree", type=positive(int), default=11, help="of the polynomial; default: 11")
-    add("--units", type=positive(int), default=12, help="of the network; default: 12")
+    add("--units", type=positive(int), default=8, help="of the network; default: 8")
     add("--samples", type=positive(int), default=24, help="number of data; default: 24")
     add("--noise", type=positive(float), default=0.1, help="its standard deviation; default: 0.1")
     add("--flow", type=float, default=0.8, help="mean velocity; default: 0.8, the true one")
+    add(
+        "--penalties",
+        type=numbers,
+        default=PENALTIES,
+        metavar="P,P,...",
+        help="for comparison; default: 1e2,1e4,1e6,1e8",
+    )
     add("--seed", type=int, default=0, help="random seed; default: 0")
     add("--threads", type=positive(int), help="CPU threads; default: torch's choice")
     out = "constrained_fit.png"

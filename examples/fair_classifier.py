@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from _command_line import output_file, positive
-from _constrained import Price, check_price, print_prices
+from _constrained import Price, check_price, finished, print_prices
 from _report import COLOURS, format_table, line_style, pyplot, style_axes
-from torch_secondorder import LBFGS, Constrained, StepStatus
+from torch_secondorder import LBFGS, Constrained
 
 DTYPE = torch.float64
 STEEPNESS = 4.0  # of the sigmoid in the smooth rate
@@ -48,7 +48,6 @@ BATCH = 64
 LEARNING_RATE = 0.02
 CHANGE = 1e-3  # of the bound, to check its price
 STEPS = 50  # of L-BFGS, each up to 200 iterations
-FEASIBLE = 1e-8
 MULTIPLIER_RATE = 0.02
 PENALTIES = (0.1, 0.3, 1.0, 3.0)
 RATES = {
@@ -91,7 +90,7 @@ def load_patients(group: str) -> Patients:
 
 
 def split(patients: Patients, parts: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Indices for training and of held-out patients; all parts have the same shares of both groups."""
+    """The indices of those to learn from and of those held out, for parts of alike patients."""
     from sklearn.model_selection import StratifiedKFold
 
     kinds = (2 * patients.y + patients.group).numpy()
@@ -248,7 +247,9 @@ def train_batches(patients: Patients, settings: Settings, bound: float) -> Train
     model = settings.model(patients)
     gap = Gap(model, settings, bound)
     adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    optimizer = Constrained(adam, inequalities={"gap": gap}, multiplier_lr=MULTIPLIER_RATE, penalty=0.0)
+    optimizer = Constrained(
+        adam, inequalities={"gap": gap}, multiplier_lr=MULTIPLIER_RATE, penalty=0.0
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, settings.epochs)
     order = torch.Generator().manual_seed(settings.seed)
     for _ in range(settings.epochs):
@@ -261,13 +262,6 @@ def train_batches(patients: Patients, settings: Settings, bound: float) -> Train
         schedule.step()
     steps = settings.epochs * -(-len(patients.y) // BATCH)
     return Trained(model, steps, price_of(optimizer))
-
-
-def finished(info: Any) -> bool:
-    """Whether another step is of no use."""
-    inner = getattr(info, "inner", info)
-    settled = inner.status not in (StepStatus.MAX_ITERATIONS, StepStatus.MAX_EVALUATIONS)
-    return settled and getattr(info, "violation", 0.0) < FEASIBLE
 
 
 def price_of(optimizer: Optimizer) -> float:
@@ -352,14 +346,18 @@ def compare(
     def run(label: str, train: Callable[[Patients], Trained], bound: float | None = None) -> Result:
         return evaluate(label, patients, folds, settings.rate, train, bound)
 
-    results = [run("no bound", lambda seen: train_full(seen, settings))]
-    for b in bounds:
-        results.append(run(f"LBFGS, gap <= {b:g}", lambda seen, b=b: train_full(seen, settings, b), b))
-    for b in bounds:
-        results.append(run(f"Adam, gap <= {b:g}", lambda seen, b=b: train_batches(seen, settings, b), b))
-    for w in PENALTIES:
-        results.append(run(f"penalty {w:g}", lambda seen, w=w: train_full(seen, settings, penalty=w)))
-    return results
+    def full(b: float | None = None, w: float = 0.0) -> Callable[[Patients], Trained]:
+        return lambda seen: train_full(seen, settings, b, w)
+
+    def batches(b: float) -> Callable[[Patients], Trained]:
+        return lambda seen: train_batches(seen, settings, b)
+
+    return [
+        run("no bound", full()),
+        *(run(f"LBFGS, gap <= {b:g}", full(b), b) for b in bounds),
+        *(run(f"Adam, gap <= {b:g}", batches(b), b) for b in bounds),
+        *(run(f"penalty {w:g}", full(w=w)) for w in PENALTIES),
+    ]
 
 
 def print_table(results: Sequence[Result]) -> None:
@@ -389,9 +387,7 @@ def series(results: Sequence[Result]) -> dict[str, list[Result]]:
     }
 
 
-def check_prices(
-    patients: Patients, settings: Settings, bounds: Sequence[float]
-) -> list[Price]:
+def check_prices(patients: Patients, settings: Settings, bounds: Sequence[float]) -> list[Price]:
     """The prices of bounds, with all patients trained on."""
     prices = []
     for b in bounds:
@@ -423,9 +419,7 @@ def tune_penalty(patients: Patients, settings: Settings, bound: float) -> tuple[
         low, high = (low, factor) if gap < bound else (factor, high)
 
 
-def plot(
-    results: Sequence[Result], names: tuple[str, str], count: int, path: Path
-) -> None:
+def plot(results: Sequence[Result], names: tuple[str, str], count: int, path: Path) -> None:
     """Draws accuracy and rates over the gap, and the loss over the bound with its prices."""
     plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")

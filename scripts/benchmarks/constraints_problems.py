@@ -7,6 +7,7 @@ counts do not depend on when a solver stops by itself.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .harness import geometric_mean, load_peer, load_support, progress, say, threads
 from .registry import Options
-from .report import Report, Table, number
+from .report import Report, Table, number, seconds
 
 if TYPE_CHECKING:
     from tests.support.constrained_problems import ConstrainedProblem
@@ -145,6 +146,7 @@ class Run:
         hessians: Hessians of the objective, or products with it.
         reached: Evaluations until the first optimum, None if there was none.
         end: The verdict on the point where the solver stopped.
+        time: Seconds of the CPU.
     """
 
     evaluations: int
@@ -152,6 +154,7 @@ class Run:
     hessians: int
     reached: int | None
     end: Verdict
+    time: float
 
     def as_dict(self) -> dict[str, Any]:
         """The content of the JSON file."""
@@ -161,6 +164,7 @@ class Run:
 def measure(problem: ConstrainedProblem, solver: Solver) -> Run:
     """Runs a solver on a problem."""
     counted = Counted(problem)
+    start = time.process_time()
     try:
         point = solver(counted).detach().to("cpu", torch.float64)
     except Exhausted:
@@ -168,11 +172,12 @@ def measure(problem: ConstrainedProblem, solver: Solver) -> Run:
     except Exception as error:  # peers have exceptions of their own
         say(f"{problem.name}: {type(error).__name__}: {error!s:.100}")
         point = torch.full_like(problem.start, math.nan)
+    spent = time.process_time() - start
     reached = next(
         (i for i, x in enumerate(counted.points, start=1) if judge(problem, x).solved), None
     )
     end = judge(problem, point)
-    return Run(len(counted.points), counted.gradients, counted.hessians, reached, end)
+    return Run(len(counted.points), counted.gradients, counted.hessians, reached, end, spent)
 
 
 def load_problems() -> tuple[ConstrainedProblem, ...]:
@@ -285,11 +290,15 @@ def _show_means(results: Results, names: list[str], report: Report) -> None:
             }
         report.show(table)
     say("mean: geometric; sums: of all evaluations; both: problems that both solve")
-    costs = Table("Derivatives per evaluation", ["solver", "evaluations", "gradients", "Hessians"])
+    costs = Table(
+        "Derivatives and time per evaluation",
+        ["solver", "evaluations", "gradients", "Hessians", "time", "time in all"],
+    )
     for name in names:
         runs = [rows[name] for rows in results.values()]
         n = sum(found.evaluations for found in runs)
         per = [sum(getattr(f, kind) for f in runs) / n for kind in ("gradients", "hessians")]
-        costs.add(name, n, *(number(value) for value in per))
+        total = sum(found.time for found in runs)
+        costs.add(name, n, *(number(value) for value in per), seconds(total / n), seconds(total))
     report.show(costs)
     report.record("constraints.problems.ratios", summary)

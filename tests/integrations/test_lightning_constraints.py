@@ -23,7 +23,9 @@ from tests.support.lightning_problems import (
     trainer,
     weights,
 )
-from torch_secondorder import LBFGS, Constrained, LevenbergMarquardt
+from torch_secondorder import LBFGS, Constrained, LevenbergMarquardt, Projected
+from torch_secondorder._optim.flat import FlatOptimizer
+from torch_secondorder.constraints import NormBall, UnitNorm
 from torch_secondorder.integrations.lightning import SecondOrderMonitor
 
 # The constraints are no sum of squared residuals, and Levenberg-Marquardt says so.
@@ -68,9 +70,20 @@ def constrained(optimizer: Any, net: Classifier) -> Constrained:
     return Constrained(optimizer, net.centred, inequalities)
 
 
+def projected(optimizer: Any, net: Classifier) -> Projected:
+    sets: list[Any] = [(net.layers[0].weight, UnitNorm(dim=1))]
+    if not isinstance(optimizer, FlatOptimizer):
+        sets.append((net.layers[-1].weight, NormBall(0.5, dim=1)))
+    return Projected(optimizer, sets)
+
+
 #: Each wraps an optimizer of the network.
-WRAPPERS: dict[str, Callable[[Any, Classifier], Any]] = {"Constrained": constrained}
+WRAPPERS: dict[str, Callable[[Any, Classifier], Any]] = {
+    "Constrained": constrained,
+    "Projected": projected,
+}
 CASES = [(wrapper, name) for wrapper in WRAPPERS for name in INNER]
+CASES.remove(("Projected", "LevenbergMarquardt"))  # it takes boxes only, and none with momentum
 cases = pytest.mark.parametrize(("wrapper", "name"), CASES)
 
 
@@ -92,7 +105,8 @@ def made(host: Any, wrapper: str, name: str, *layers: nn.Module, **methods: Any)
 
 def state_of(net: Classifier, optimizer: Any) -> list[Tensor]:
     """Everything that training has changed: weights, buffers and multipliers."""
-    return [*weights(net), *getattr(optimizer, "multipliers", {}).values()]
+    multipliers = optimizer.multipliers.values() if isinstance(optimizer, Constrained) else []
+    return [*weights(net), *multipliers]
 
 
 def by_hand(
@@ -232,3 +246,34 @@ def test_the_constraints_of_a_module_hold_after_training(host: Any, tmp_path: Pa
     model.net(batches.x[0])
     assert model.net.balanced() < 1e-6
     assert fitted.callback_metrics["Constrained/violation"] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "Adam", "AdaHessian"])
+def test_the_monitor_logs_wrappers_and_what_they_wrap(host: Any, name: str, tmp_path: Path) -> None:
+    logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self: Any, *_: Any) -> None:
+        logged.append({key: float(v) for key, v in self.trainer.callback_metrics.items()})
+
+    def configure_optimizers(self: Any) -> Any:
+        first = Constrained(INNER[name](self.net.parameters()), self.net.centred)
+        return Constrained(first, None, {"short": self.net.short}, method="penalty")
+
+    model = made(
+        host,
+        "Constrained",
+        name,
+        on_train_batch_end=on_train_batch_end,
+        configure_optimizers=configure_optimizers,
+    )
+    callbacks = [SecondOrderMonitor()]
+    fitted = trainer(host, tmp_path, callbacks=callbacks, log_every_n_steps=1)
+    fitted.fit(model, Batches())
+    (outer,) = fitted.optimizers
+    last = logged[-1]
+    assert last["Constrained/violation"] == pytest.approx(outer.info.violation, rel=1e-6)
+    inside = outer.optimizer.info
+    assert last["Constrained-1/violation"] == pytest.approx(inside.violation, rel=1e-6)
+    if name != "Adam":
+        assert last[f"{name}/loss"] == pytest.approx(inside.inner.loss, rel=1e-6)
+    assert "Constrained/inner" not in last

@@ -83,6 +83,7 @@ RULES = Rules(
         "constraints._functions": "optim",
         "constraints._lagrangian": "optim",
         "constraints._program": "_optim optim",
+        "constraints._sets": "optim",
         "curvature._masked": "_optim",
         "curvature._normal_equations": "solvers dataset",
         "curvature._output_space": "_optim",

@@ -43,6 +43,8 @@ from torch_secondorder import (
     NonlinearCG,
     NonlinearCGInfo,
     OptimizeResult,
+    Projected,
+    ProjectedInfo,
     SecondOrderOptimizer,
     Sophia,
     SophiaInfo,
@@ -54,6 +56,7 @@ from torch_secondorder import (
     mark_outputs,
     minimize,
 )
+from torch_secondorder.constraints import Box, NormBall, Orthogonal, Simplex, UnitNorm
 from torch_secondorder.curvature import (
     Damped,
     Diagonal,
@@ -282,6 +285,10 @@ def minimizing_a_function() -> None:
     assert_type(result.nfev, int)
     assert_type(result.info, StepInfo)
     minimize(cost, start, method=LBFGS, jac="2-point", tol=1e-2)
+    within = minimize(cost, start, constraints={"type": "eq", "fun": lambda p: p["w"].sum() - 1})
+    assert_type(within.v, list[Any])
+    assert_type(within.multipliers, dict[str, Tensor])
+    assert_type(within.constr_violation, float)
     with refusal():
         minimize(cost, start, jac="4-point")  # type: ignore[arg-type]
 
@@ -435,6 +442,21 @@ def constrained() -> None:
     optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
     assert_type(optimizer.info, ConstrainedInfo | None)
     assert_type(optimizer.multipliers, dict[str, Tensor])
+
+
+def projected() -> None:
+    model, x, y = model_and_data()
+    weight, bias, *_ = model.parameters()
+    adam = torch.optim.Adam(model.parameters())
+    optimizer = Projected(adam, [(weight, Orthogonal()), (bias, Box(-1.0, None))])
+    optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(optimizer.info, ProjectedInfo | None)
+    Projected(LBFGS(model.parameters()), {weight: UnitNorm(dim=1)})
+    Projected(torch.optim.SGD(model.parameters(), 0.1), [([weight, bias], NormBall(2.0, p=1))])
+    assert_type(Simplex(total=1.0, dim=(0, 1)).project(weight), Tensor)
+    assert_type(UnitNorm().retract(weight, weight), Tensor)
+    assert_type(NormBall().contains(weight), bool)
+    assert_type(Box(high=torch.ones(3)).parametrization(), nn.Module)
 
 
 def certified() -> None:

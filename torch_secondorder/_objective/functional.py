@@ -93,6 +93,11 @@ class FunctionalObjective(Objective):
         """The function of the tree that is evaluated."""
         return self._function
 
+    @property
+    def leaves(self) -> list[Any]:
+        """The leaves of the tree."""
+        return list(self._leaves)
+
     def with_function(self, function: Callable[[Any], Tensor]) -> FunctionalObjective:
         """Another function of the same tree."""
         return FunctionalObjective(function, self._tree)

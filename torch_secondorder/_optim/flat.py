@@ -20,10 +20,10 @@ from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.info import StepInfo, StepStatus
+from torch_secondorder._optim.manifolds import manifold_of
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
 from torch_secondorder._params.bounds import BoxMaker, check_bounds, no_bounds
-from torch_secondorder._params.manifold import Chart, Manifold
 from torch_secondorder._params.vector import SHORT, ParameterVector
 from torch_secondorder.constraints._program import Program
 from torch_secondorder.dataset import DatasetClosure
@@ -105,6 +105,7 @@ class Descent:
         step_length: The last accepted step, as a multiple of its direction.
         search_status: The outcome of the last line search.
         nonfinite_trials: Trials that were not finite.
+        feasible: Whether constraints hold; where they do not, a step has not converged.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Descent:
         self.step_length = 0.0
         self.search_status: SearchStatus | None = None
         self.nonfinite_trials = 0
+        self.feasible = True
         #: The Euclidean norm of the parameters at the start.
         (self.size,) = self.space.to_host(norms=(torch.linalg.vector_norm(objective.position),))
         # The larger of the relative changes of loss and parameters in the last iteration.
@@ -149,11 +151,11 @@ class Descent:
 
     def _ending(self) -> StepStatus | None:
         """The reason to end the step at the current point, if there is one."""
-        if self.point.grad_norm <= self.tolerance_grad:
+        if self.feasible and self.point.grad_norm <= self.tolerance_grad:
             return StepStatus.CONVERGED_GRADIENT
         if not self.lr:
             return StepStatus.ZERO_LEARNING_RATE
-        if self._change <= self.tolerance_change:
+        if self.feasible and self._change <= self.tolerance_change:
             return StepStatus.CONVERGED_CHANGE
         if self._stalled >= self.patience:
             return StepStatus.STALLED
@@ -244,6 +246,9 @@ class Line:
         bottomless: Whether a trial had a loss of minus infinity.
     """
 
+    #: Powell's constant: the smallest share of the expected curvature that a corrected pair has.
+    least_curvature = 0.2
+
     def __init__(self, descent: Descent, direction: Tensor, slope: float, square: float) -> None:
         point = descent.point
         assert point.grad is not None
@@ -261,6 +266,11 @@ class Line:
         # `-g` and `-g'd`.
         self.product: Tensor | None = None
         self.bend = -slope
+
+    @property
+    def precision(self) -> float:
+        """The rounding error of the losses, relative to them."""
+        return self._descent.objective.noise
 
     def __call__(self, t: float) -> Trial:
         """Evaluates the objective at `t d` from the current point."""
@@ -392,8 +402,9 @@ class FlatOptimizer(SecondOrderOptimizer):
     #: Whether a step takes constraints into account that `Constrained` gives it.
     _takes_constraints = False
     _program: Program | None = None
-    #: The manifolds that `Projected` keeps parameters on, by the `id` of these; for a step.
-    _charts: Mapping[int, Chart] | None = None
+    #: Whether a step stays on manifolds; `Projected` gives them, by the `id` of the parameters.
+    _takes_manifolds = False
+    _charts: Mapping[int, Any] | None = None
     #: Gets each step and its iteration before the first one; returns the iteration to run.
     _observe: Callable[[Descent, Iterate], Iterate] | None = None
 
@@ -668,7 +679,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             )
         objective.box = box
         if self._charts:
-            objective.manifold = Manifold(vector, self._charts)
+            objective.manifold = manifold_of(vector, self._charts, self._program)
         return objective
 
     def _current_vector(self, params: Sequence[Tensor], rates: Sequence[float]) -> ParameterVector:

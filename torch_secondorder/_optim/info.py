@@ -28,7 +28,8 @@ class StepStatus(Enum):
     ZERO_LEARNING_RATE = "lr is zero: the loss was evaluated and nothing was moved"
     MAX_ITERATIONS = "all max_iter iterations were done; call step() again to go on"
     MAX_EVALUATIONS = "max_eval closure evaluations were used; call step() again to go on"
-    #: If there are bounds, the gradient is the projected one.
+    #: If there are bounds, the gradient is the projected one. With constraints in `LBFGS` and
+    #: `BFGS` it is that of the Lagrangian, and the constraints hold.
     CONVERGED_GRADIENT = "no entry of the gradient is larger than tolerance_grad"
     CONVERGED_CHANGE = (
         "the last iteration changed neither the parameters nor the loss by more than "
@@ -46,6 +47,11 @@ class StepStatus(Enum):
     NO_DECREASE = (
         "no lower loss was found, not even along the negative gradient with the history dropped; "
         "the parameters are at the best point found"
+    )
+    INFEASIBLE = (
+        "the constraints contradict each other, at least near these parameters: no small move "
+        "lessens the violation that is left, and the multipliers grow without end; start "
+        "elsewhere, or relax a constraint"
     )
     NONFINITE_START = (
         "loss or gradient at the start of the step is not finite; the parameters were left alone, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.types import ParamsT
-from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.base import Evaluation, Objective
 from torch_secondorder._optim.bounded_line import (
     first_length,
     line_in_box,
@@ -26,20 +26,22 @@ from torch_secondorder._optim.flat import (
     Point,
 )
 from torch_secondorder._optim.info import StepStatus
+from torch_secondorder._optim.sequential_quadratic import SequentialQuadratic
 from torch_secondorder._optim.state import Number, declare
 from torch_secondorder._params.vector import ParameterVector
+from torch_secondorder.curvature import LinearOperator
 from torch_secondorder.globalization import (
+    Armijo,
     FixedStep,
+    HagerZhang,
     LineSearch,
     SearchResult,
     SearchStatus,
+    StrongWolfe,
     falls_without_end,
     resolve_line_search,
 )
 from torch_secondorder.solvers._box_quadratic import FaceModel
-
-# Powell's constant: the smallest share of the expected curvature that a corrected pair has.
-_LEAST_CURVATURE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,13 @@ class LineSearchOptimizer(FlatOptimizer):
     """
 
     _recognized_by = "max_iter"
+    _takes_manifolds = True
     _info_type: type[DescentInfo] = LineSearchInfo
     _state_fields = declare(n_iter=Number(0), func_evals=Number(0))
     _n_iter: int
     _func_evals: int
     _carried: ClassVar[tuple[str, ...]] = ("line_search", "_reset_reason")
+    _sequential: SequentialQuadratic | None = None  # of a step with constraints
 
     def __init__(
         self, params: ParamsT, line_search_fn: str | LineSearch | None, defaults: dict[str, Any]
@@ -109,6 +113,13 @@ class LineSearchOptimizer(FlatOptimizer):
     def _restart(self) -> bool:
         """Drops what was learned; says whether there was anything."""
 
+    def _inverse_hessian(self) -> LinearOperator | None:
+        """The inverse Hessian that was learned; None if nothing was learned yet.
+
+        For subclasses that take constraints.
+        """
+        raise NotImplementedError
+
     def _first_step(self, descent: Descent, line: Line) -> float:
         """The first step to try, as a multiple of the direction."""
         return descent.lr
@@ -124,11 +135,26 @@ class LineSearchOptimizer(FlatOptimizer):
         self._reset_reason = ""  # that of a step which an exception has ended
         return super()._current_vector(params, rates)
 
+    def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
+        if self._program is None:
+            return super()._evaluate(objective)
+        if self._sharded:
+            raise ValueError(
+                f"{type(self).__name__} takes no constraints for sharded parameters: pass "
+                "method='augmented_lagrangian' to Constrained"
+            )
+        evaluation = objective.evaluate()
+        self._sequential = SequentialQuadratic(self._program, objective)
+        return evaluation, self._sequential.evaluated(evaluation, objective)
+
     def _begin(self, descent: Descent) -> None:
         group = self.param_groups[0]
         descent.max_eval = group["max_eval"] or group["max_iter"] * 5 // 4
         if not self._searches:
             descent.patience = inf  # without a search the loss may climb for a while
+        if self._sequential is not None:
+            descent.patience = inf  # towards feasible points it climbs as well
+            self._judge(descent)
 
     def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
         self._func_evals += objective.evaluations
@@ -136,6 +162,9 @@ class LineSearchOptimizer(FlatOptimizer):
             super()._finish(objective, descent)
         else:
             self._n_iter += descent.count
+        if self._sequential is not None:
+            self._sequential.finish(descent)
+            self._sequential = None
         reason, self._reset_reason = self._reset_reason, ""
         return {"history_reset": reason}
 
@@ -147,14 +176,21 @@ class LineSearchOptimizer(FlatOptimizer):
         if descent.objective.renewed:
             # Trials and pairs must belong to one function, and it has changed.
             _, descent.point = self._evaluate(descent.objective)
-            if descent.point.grad_norm <= descent.tolerance_grad:
+            self._judge(descent)
+            if descent.feasible and descent.point.grad_norm <= descent.tolerance_grad:
                 return StepStatus.CONVERGED_GRADIENT
+        if self._sequential is not None:
+            if self._sequential.contradiction:
+                return StepStatus.INFEASIBLE
+            if self._sequential.unbounded:
+                return StepStatus.UNBOUNDED
         line = self._line(descent)
         if line is None:
-            return StepStatus.NO_DECREASE
-        precision = descent.objective.vector.precision
+            stuck = self._sequential is not None and self._sequential.violated
+            return StepStatus.INFEASIBLE if stuck else StepStatus.NO_DECREASE
+        precision = line.precision
         first = min(self._first_step(descent, line), line.start.longest)
-        result = self.line_search(line, line.start, first, precision=precision)
+        result = self._search(line, line.start, first, precision=precision)
         descent.search_status = result.status
         descent.nonfinite_trials += result.nonfinite
         unbounded = line.bottomless or (
@@ -164,6 +200,7 @@ class LineSearchOptimizer(FlatOptimizer):
             before = descent.point
             candidate = line.accept(result.trial)
             self._learn(descent, line, result.trial.t, before, candidate)
+            self._judge(descent)
         if unbounded:
             return StepStatus.UNBOUNDED
         return None if result.status.accepted else self._failed(result)
@@ -171,6 +208,8 @@ class LineSearchOptimizer(FlatOptimizer):
     def _failed(self, result: SearchResult) -> StepStatus | None:
         """Drops what was learned after a search in vain; if there is nothing the step is over."""
         if self._restart():
+            if self._sequential is not None:
+                self._sequential.restart()
             self._reset_reason = f"the line search ended with {result.status.name}"
             return None
         if result.status is SearchStatus.NONFINITE:
@@ -180,6 +219,8 @@ class LineSearchOptimizer(FlatOptimizer):
 
     def _line(self, descent: Descent) -> Line | None:
         """The line of the next search, None if there is none; one synchronization."""
+        if self._sequential is not None:
+            return self._line_of_program(descent)
         if descent.objective.box is not None:
             return self._line_in_box(descent)
         grad, direction = descent.point.grad, self._direction(descent)
@@ -201,6 +242,39 @@ class LineSearchOptimizer(FlatOptimizer):
         square, total = descent.space.to_host(sums=(unit @ unit, unit.abs().sum()))
         length = first_length(descent, largest, square, total, searches=self._searches)
         return Line(descent, unit * length, -largest * square * length, square * length**2)
+
+    # Constraints.
+
+    @property
+    def _search(self) -> LineSearch:
+        """The line search of this step."""
+        if self._sequential is not None and isinstance(self.line_search, (StrongWolfe, HagerZhang)):
+            # Pairs are corrected where they lack curvature, so a step need not look for it: over 53
+            # problems that takes 9% of the evaluations.
+            return Armijo()
+        return self.line_search
+
+    def _judge(self, descent: Descent) -> None:
+        """Judges a new point by its quadratic program, if there are constraints."""
+        if self._sequential is not None:
+            inverse = self._inverse_hessian()
+            self._sequential.solve(descent, inverse, searches=self._searches)
+
+    def _line_of_program(self, descent: Descent) -> Line | None:
+        """The line of the next search with constraints; None if there is none."""
+        sequential = self._sequential
+        assert sequential is not None
+        if sequential.step is None:  # what was learned was dropped
+            self._judge(descent)
+        line = sequential.line(descent)
+        if line is None and self._restart():
+            self._reset_reason = "the history gave no descent of the merit function"
+            sequential.restart()
+            self._judge(descent)
+            line = sequential.line(descent)
+        return line
+
+    # Bounds.
 
     def _line_in_box(self, descent: Descent) -> Line | None:
         """The line of the next search within bounds; None if there is none."""
@@ -264,8 +338,9 @@ def curvature_pair(
     # H g = -d and so B s = -t g: the curvature that B expects is known without B.
     expected = t * t * line.bend
     step = line.direction if t == 1.0 else line.direction.mul_(t)
-    if damping and s_y < _LEAST_CURVATURE * expected:
-        keep = (1 - _LEAST_CURVATURE) * expected / (expected - s_y)
+    least = line.least_curvature
+    if damping and s_y < least * expected:
+        keep = (1 - least) * expected / (expected - s_y)
         of_direction = before.grad.neg() if line.product is None else line.product
         return Pair(step, y.mul_(keep).add_(of_direction, alpha=(1 - keep) * t), None, damped=True)
     if s_y > 10 * precision.eps * sqrt(s_s) * sqrt(y_y) and y_y > 0:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -329,7 +329,7 @@ class WrapperOptimizer(Optimizer, ABC):
         try:
             if closure is None:
                 scaling = Scaling(self)
-                if scaling.active and getattr(self._inside, "_step_supports_amp_scaling", False):
+                if self._hands_on(scaling):
                     return self._step_scaled(scaling, more)
                 if not self._unscale(scaling, params):
                     return None
@@ -346,24 +346,36 @@ class WrapperOptimizer(Optimizer, ABC):
         return result
 
     def _step_scaled(self, scaling: Scaling, more: dict[str, Any]) -> Any:
-        """A step without a closure, with an optimizer inside that takes the scale out itself.
-
-        It may have seen more than gradients: estimates of the curvature are scaled as well.
-        """
-        inner: Any = self._inside
+        """A step without a closure, with an optimizer inside that takes the scale out itself."""
         found = scaling.inverse is not None and bool(scaling.inverse.isnan())
         if not found:
             with torch.enable_grad():
                 self._penalized.add_to_gradients(self._present_term(), scaling.scale)
-        inner.grad_scale, inner.found_inf = self.grad_scale, self.found_inf
-        try:
-            result = inner.step(**more)
-        finally:
-            # It may have taken them off itself, before an error.
-            for trace in ("grad_scale", "found_inf"):
-                vars(inner).pop(trace, None)
+        with self._handed_on(scaling):
+            result = self._inside.step(**more)
         self._steps += not found
         return result
+
+    def _hands_on(self, scaling: Scaling) -> bool:
+        """True if the optimizer inside is to take out the scale of a `GradScaler`.
+
+        It may have seen more than gradients: estimates of the curvature are scaled as well.
+        """
+        return scaling.active and getattr(self._inside, "_step_supports_amp_scaling", False)
+
+    @contextmanager
+    def _handed_on(self, scaling: Scaling) -> Iterator[None]:
+        """Gives the optimizer inside what a `GradScaler` has left on this one, for a step."""
+        inner: Any = self._inside
+        if not self._hands_on(scaling):
+            yield
+            return
+        inner.grad_scale, inner.found_inf = self.grad_scale, self.found_inf
+        try:
+            yield
+        finally:
+            for trace in ("grad_scale", "found_inf"):  # after an error they may be gone
+                vars(inner).pop(trace, None)
 
     def _unscale(self, scaling: Scaling, params: Sequence[Tensor]) -> bool:
         """Divides `p.grad` by the scale of a `GradScaler`; False if the step is to be skipped."""

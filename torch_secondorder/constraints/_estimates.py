@@ -85,12 +85,16 @@ def estimated_multipliers(
 def _fitted(
     jacobian: Tensor, grad: Tensor, slack: Tensor, inequality: Tensor, precision: float
 ) -> Tensor:
+    if not len(jacobian):
+        return jacobian.new_zeros(0)
     # Rows of length one: neither the estimates nor ranks depend on the units of a constraint.
     length = _lengths(jacobian)
     rows, s = jacobian / length[:, None], slack / length
     W = (rows @ rows.T + s.square().diag()).cpu()
     inequality = inequality.cpu()
-    z = solve(W, -(rows @ grad).cpu(), inequality)
+    b = -(rows @ grad).cpu()
+    z = solve(W, b, inequality)
+    z[inequality & (z <= 1e-14 * b.abs().max())] = 0.0  # rounding
     on = ~inequality | (z > 0)
     # Products of rows lose half the digits; two corrections with true residuals bring them back.
     inverse = torch.linalg.pinv(W[on][:, on], hermitian=True, rtol=dependence(precision) ** 2)

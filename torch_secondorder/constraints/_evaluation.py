@@ -193,11 +193,12 @@ class ConstrainedLoss:
         """The term that joins the loss; None if the constraints were recorded instead."""
         if self._functions is None:
             return None
+        used = [p for p in params if p is not None]
         with torch.enable_grad():
-            values = self._functions(*tree)
+            values = self._functions(*tree, params=used)
         if self._multipliers is not None:
             return self._sign * (self._multipliers.to(values) @ values)
-        found = iter(jacobian_rows(values, [p for p in params if p is not None]))
+        found = iter(jacobian_rows(values, used))
         parts = [None if p is None else next(found) for p in params]
         rows = self.vector.gather(parts, (len(values),)) * share
         values = values.detach() * share

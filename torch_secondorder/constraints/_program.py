@@ -40,6 +40,7 @@ class Program:
             constraints themselves it is float64 on the CPU, otherwise where the values are.
         penalties: `(m,)`, likewise.
         values: Those of the last evaluation, `(m,)`, likewise.
+        tolerance: Violations up to here count as none; None for the optimizer's choice.
         before: The shortfalls at the last update of the multipliers, see `shortfalls`.
         slow: A mask of the constraints whose violation had not fallen enough there, `(m,)`.
     """
@@ -51,7 +52,9 @@ class Program:
         self.values: Tensor | None = None
         self.before: Tensor | None = None
         self.slow: Tensor | None = None
+        self.tolerance: float | None = None
         self._rows: Parts = []
+        self._recorded: Tensor | None = None
         self._signs: Signs | None = None
         # Half the penalties and minus their inverses; the floor of values; made when needed.
         self._of_penalties: tuple[Tensor, Tensor] | None = None
@@ -67,12 +70,23 @@ class Program:
             params: What the Jacobian is by: the trainable parameters in the optimizer's order.
         """
         self._rows = jacobian_rows(values, params)
-        self.values = values.detach().to("cpu", torch.float64)
+        self._recorded = values.detach()
 
-    def jacobian(self, objective: Objective) -> Tensor:
-        """The Jacobian of the last evaluation in the work space, `(m, n)`."""
-        rows = objective.vector.gather(self._rows, batch=(self.functions.size,))
-        return objective.vector.scaled(objective.ranks.average_(rows))
+    def linearized(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """Values `(m,)` and Jacobian `(m, n)` of the last evaluation, in the work space.
+
+        They are means over the ranks, and on the device of the parameters.
+
+        Args:
+            objective: What was evaluated.
+        """
+        vector, values = objective.vector, self._recorded
+        assert values is not None
+        jacobian = vector.scaled(vector.gather(self._rows, (len(values),)))
+        values = values.to(
+            vector.device, torch.promote_types(values.dtype, vector.dtype), copy=True
+        )
+        return objective.ranks.average_(values), objective.ranks.average_(jacobian.contiguous())
 
     # For all others.
 

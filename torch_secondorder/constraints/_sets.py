@@ -15,6 +15,8 @@ Dims: TypeAlias = int | Sequence[int] | None
 # How far a tensor may be from a set that it is said to be in, in units of the relative precision
 # and of its size.
 _ROUNDING = 32.0
+# How far the nearest point may be from a tensor that stays as it is, likewise.
+_SAME = 8.0
 
 
 class TensorSet(ABC):
@@ -45,13 +47,23 @@ class TensorSet(ABC):
         """See `tangent`, in work precision."""
 
     def project(self, tensor: Tensor) -> Tensor:
-        """The point of the set next to a tensor.
+        """The point of the set next to a tensor; the tensor itself if it is one up to rounding.
 
         Args:
             tensor: Any tensor that `check` accepts.
         """
         self.check(tensor)
-        return self._project(widened(tensor)).to(tensor.dtype)
+        x = widened(tensor)
+        nearest = self._project(x)
+        with torch.no_grad():  # so that projecting once more changes no bit
+            rounding = _SAME * torch.finfo(x.dtype).eps
+            if tensor.dtype != x.dtype:
+                rounding += 0.5 * torch.finfo(tensor.dtype).eps
+            near = (nearest - x).abs().amax() <= rounding * x.abs().amax()
+            point = torch.where(near, x, nearest)
+        if nearest.requires_grad:  # with the derivative of the projection in any case
+            point = point + (nearest - nearest.detach())
+        return point.to(tensor.dtype)
 
     def tangent(self, point: Tensor, v: Tensor) -> Tensor:
         """The direction next to `v` in which the set goes on at a point of it.
@@ -98,14 +110,34 @@ class TensorSet(ABC):
         >>> from torch_secondorder.constraints import UnitNorm
         >>> layer = nn.Linear(3, 2)
         >>> layer = register_parametrization(layer, "weight", UnitNorm(dim=1).parametrization())
-        >>> layer.weight.norm(dim=1).detach()
-        tensor([1., 1.])
+        >>> UnitNorm(dim=1).contains(layer.weight)
+        True
         """
         return Projection(self)
 
 
 class ConvexSet(TensorSet):
     """A convex set; at a point inside, every direction is tangent, at its boundary a cone is."""
+
+    def pressed(self, point: Tensor, v: Tensor) -> Tensor | None:
+        """A mask of where a point is at a curved boundary that `v` leads out of.
+
+        None for sets without such a boundary.
+
+        Args:
+            point: A point of the set.
+            v: A direction.
+        """
+        return None
+
+    def on_boundary(self, tensor: Tensor, where: Tensor) -> Tensor:
+        """A point that is on the curved boundary where a mask says so, else in the set.
+
+        Args:
+            tensor: Any tensor that `check` accepts.
+            where: A mask as `pressed` gives it.
+        """
+        return self.project(tensor)
 
 
 class Manifold(TensorSet):

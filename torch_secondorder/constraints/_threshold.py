@@ -26,9 +26,6 @@ def threshold(a: Tensor, total: float, free: Tensor | None, dims: tuple[int, ...
         `theta`, with these dimensions kept.
     """
     flat, shape = flattened(a, dims)
-    # The result moves with the numbers: small ones round less.
-    shift = flat.detach().amax(-1, keepdim=True)
-    flat = flat - shift
     size = flat.shape[-1]
     order = flat
     if free is None:
@@ -45,7 +42,7 @@ def threshold(a: Tensor, total: float, free: Tensor | None, dims: tuple[int, ...
     taken = (order > candidates).sum(-1, keepdim=True)
     none = (at_first - total) / count_first.clamp(min=1)
     theta = torch.where(taken > 0, candidates.gather(-1, (taken - 1).clamp(min=0)), none)
-    return (theta + shift).reshape(shape)
+    return theta.reshape(shape)
 
 
 def flattened(a: Tensor, dims: tuple[int, ...] | None) -> tuple[Tensor, list[int]]:
@@ -55,3 +52,11 @@ def flattened(a: Tensor, dims: tuple[int, ...] | None) -> tuple[Tensor, list[int
     shape = [1 if d in along else a.shape[d] for d in range(a.dim())]
     moved = a.permute(*others, *along)
     return moved.reshape(*moved.shape[: len(others)], prod(a.shape[d] for d in along)), shape
+
+
+def reduced(a: Tensor, total: float, dims: tuple[int, ...] | None) -> Tensor:
+    """The numbers less their `threshold`: those above zero add up to the total."""
+    # The largest becomes zero, exactly: what is left does not cancel, however large they are.
+    along = all_dims(a, dims)
+    shifted = a - a.detach().amax(along, keepdim=True) if along else a - a.detach()
+    return shifted - threshold(shifted, total, None, dims)

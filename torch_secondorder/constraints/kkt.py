@@ -52,6 +52,7 @@ class KKTReport(Report):
         multipliers: By the names of the functions, in the shapes that these return.
         estimated: Whether these are least-squares estimates.
         values: The values of the constraints, likewise.
+        equalities: The names of the functions that are equalities.
         active: The names of the inequalities that hold as equalities. What slack counts as none
             follows from the residuals.
         rank: The rank of the gradients of equalities and active inequalities, on the parameters
@@ -78,6 +79,7 @@ class KKTReport(Report):
     multipliers: dict[str, Tensor]
     estimated: bool
     values: dict[str, Tensor]
+    equalities: tuple[str, ...]
     active: tuple[str, ...]
     rank: int
     dependent: bool
@@ -125,16 +127,24 @@ class KKTReport(Report):
         parts = [type(self).__name__ + ": " + self.summary, _table(rows)]
         if self.multipliers:
             how = "estimated by least squares" if self.estimated else "given"
-            rows = [("constraint", "multiplier", "value", "")]
-            for name, value in _entries(self.values):
-                y = dict(_entries(self.multipliers))[name]
-                rows.append(
-                    (name, f"{y:.6g}", f"{value:.6g}", "active" if name in self.active else "")
-                )
-            more = len(rows) - 1 - _SHOWN
-            parts += [f"  multipliers, {how}", _table(rows[: _SHOWN + 1])]
-            parts += [f"    and {more} more"] if more > 0 else []
+            parts += [f"  multipliers, {how}", *self._constraint_rows()]
         return "\n".join(parts)
+
+    def _constraint_rows(self) -> list[str]:
+        """The constraints that matter, the largest multipliers first, and a count of the rest."""
+        y = dict(_entries(self.multipliers))
+        kinds = dict.fromkeys(y, "") | dict.fromkeys(self.active, "active")
+        for name in self.equalities:
+            kinds.update((entry, "equality") for entry, _ in _entries({name: self.values[name]}))
+        found = [entry for entry in _entries(self.values) if kinds[entry[0]] or y[entry[0]]]
+        found.sort(key=lambda entry: -abs(y[entry[0]]))
+        rows = [("constraint", "multiplier", "value", "")]
+        rows += [(n, f"{y[n]:.6g}", f"{value:.6g}", kinds[n]) for n, value in found[:_SHOWN]]
+        more, idle = len(found) - _SHOWN, len(y) - len(found)
+        counts = [f"{more} more"] if more > 0 else []
+        counts += [f"{idle} with slack and no multiplier"] if idle else []
+        rest = [f"    and {', '.join(counts)}"] if counts else []
+        return [*([_table(rows)] if found else []), *rest]
 
 
 def kkt_residuals(
@@ -320,6 +330,7 @@ class _Certificate:
             multipliers=self._split(self.y),
             estimated=self.estimated,
             values=self._split(self.conditions.point.values),
+            equalities=self._equalities(),
             active=tuple(self._constraint(i) for i in self.active.nonzero().flatten().tolist()),
             rank=self.rank,
             dependent=self.dependent,
@@ -350,29 +361,31 @@ class _Certificate:
         )
 
     def _summary(self, second: SecondOrder | None, holds: bool) -> str:
-        conditions, worst = self.conditions, self.found[self.worst]
-        sentence = ""
-        if holds:
-            pass
-        elif self.worst == "stationarity":
-            sentence = words.on_stationarity(
-                worst, self._entry, self.estimated, self.with_estimates
-            )
-        elif self.worst == "feasibility":
-            sentence = words.on_feasibility(worst, conditions, self._constraint, self._entry)
-        elif self.worst == "signs":
-            sentence = words.on_signs(worst, self._constraint)
-        else:
-            sentence = words.on_complementarity(worst, conditions, self.y, self._constraint)
-        clauses = [words.verdict(self.found, self.tolerance, sentence)]
-        violated = self.found["feasibility"].relative > self.tolerance
-        if violated and conditions.cannot_improve(self.identifies):
+        told = self.worst
+        if contradicts := self.conditions.contradict(self.tolerance):
+            told = "feasibility"  # until that is solved, the others say little
+        sentence = "" if holds else self._sentence(told)
+        clauses = [words.verdict(self.found, self.tolerance, told, sentence)]
+        if contradicts:
             clauses.append(words.CONTRADICTION)
         if self.dependent:
             clauses.append(words.on_dependence(self.n_rows, self.rank))
         if second is not None:
             clauses.append(words.on_second_order(second, holds, self.dependent, self._entry))
         return "; ".join(clauses)
+
+    def _sentence(self, name: Name) -> str:
+        """A clause on a condition that is violated."""
+        condition = self.found[name]
+        if name == "stationarity":
+            return words.on_stationarity(
+                condition, self._entry, self.estimated, self.with_estimates
+            )
+        if name == "feasibility":
+            return words.on_feasibility(condition, self.conditions, self._constraint, self._entry)
+        if name == "signs":
+            return words.on_signs(condition, self._constraint)
+        return words.on_complementarity(condition, self.conditions, self.y, self._constraint)
 
     def _where(self, name: Name, condition: Condition) -> str:
         m = len(self.y)
@@ -397,6 +410,10 @@ class _Certificate:
             if index < stop:
                 return _indexed(name, torch.Size(piece.shape), index - start)
         raise IndexError(index)
+
+    def _equalities(self) -> tuple[str, ...]:
+        inequality = self._split(self.conditions.inequality.double())
+        return tuple(name for name, mask in inequality.items() if not bool(mask.any()))
 
     def _split(self, vector: Tensor) -> dict[str, Tensor]:
         return {} if self.functions is None else self.functions.split(vector.cpu())

@@ -16,8 +16,9 @@ from torch_secondorder.constraints._sets import (
     checked_dims,
     inner,
     shown,
+    widened,
 )
-from torch_secondorder.constraints._threshold import threshold
+from torch_secondorder.constraints._threshold import reduced, threshold
 from torch_secondorder.constraints.unit_norm import scaled_norm
 
 __all__ = ["NormBall"]
@@ -64,8 +65,9 @@ class NormBall(ConvexSet):
             return x.clamp(-self.radius, self.radius)
         if self.p == 1:
             size = x.abs()
-            theta = threshold(size, self.radius, None, self.dim).clamp(min=0)
-            return torch.where(theta > 0, x.sgn() * (size - theta).clamp(min=0), x)
+            outside = size.sum(self.dim, keepdim=True) > self.radius
+            shrunk = x.sgn() * reduced(size, self.radius, self.dim).clamp(min=0)
+            return torch.where(outside, shrunk, x)
         unit, norm = scaled_norm(x, self.dim)
         outside = norm > self.radius / unit
         shrunk = x / unit * (self.radius / torch.where(outside, norm, 1))
@@ -90,6 +92,27 @@ class NormBall(ConvexSet):
         n = x / unit / torch.where(norm == 0, 1, norm)
         outward = inner(n, v, self.dim).clamp(min=0)
         return torch.where(norm >= edge / unit, v - n * outward, v)
+
+    def pressed(self, point: Tensor, v: Tensor) -> Tensor | None:
+        """See `ConvexSet.pressed`."""
+        if self.p == inf:
+            return None
+        x, v = widened(point), widened(v)
+        edge = self.radius * (1 - _ON_BOUNDARY * torch.finfo(point.dtype).eps)
+        return (self._norm(x) >= edge) & (inner(x, v - self._tangent(x, v), self.dim) > 0)
+
+    def on_boundary(self, tensor: Tensor, where: Tensor) -> Tensor:
+        """See `ConvexSet.on_boundary`."""
+        x = widened(tensor)
+        norm = self._norm(x)
+        raised = x * (self.radius / torch.where(norm == 0, 1, norm))
+        return torch.where(where & (norm > 0), raised, self._project(x)).to(tensor.dtype)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        if self.p == 1:
+            return x.abs().sum(self.dim, keepdim=True)
+        unit, norm = scaled_norm(x, self.dim)
+        return unit * norm
 
     def __repr__(self) -> str:
         return f"NormBall(radius={self.radius:g}, p={self.p:g}, dim={shown(self.dim)})"

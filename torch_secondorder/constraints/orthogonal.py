@@ -83,10 +83,15 @@ class _Polar(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        finite = _finite(x)
+        # The decomposition raises an error on a NaN.
+        u, _, vh = torch.linalg.svd(torch.where(finite, x, 0), full_matrices=False)
         ctx.save_for_backward(x)
-        result: Tensor = u @ vh
-        return result
+        q = u @ vh
+        # A Newton-Schulz step takes most of the rounding out, which shows as noise in the loss.
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        q = q - 0.5 * q @ (q.mH @ q - eye)
+        return torch.where(finite, q, torch.nan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ class _Lyapunov(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, a: Tensor) -> Tensor:
-        values, q = torch.linalg.eigh(p)
+        values, q = _eigh(p)
         sums = values.unsqueeze(-1) + values.unsqueeze(-2)
         largest = values.abs().amax(-1, keepdim=True).unsqueeze(-1)
         fine = sums > _cutoff(p) * largest
@@ -138,7 +143,7 @@ class _Divide(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, p: Tensor) -> Tensor:
-        values, q = torch.linalg.eigh(p)
+        values, q = _eigh(p)
         largest = values.abs().amax(-1, keepdim=True)
         fine = values > _cutoff(p) * largest
         inverse = torch.where(fine, 1 / torch.where(fine, values, 1), 0)
@@ -151,6 +156,18 @@ class _Divide(torch.autograd.Function):
         y, p = ctx.saved_tensors
         of_z: Tensor = _Divide.apply(grads[0], p)  # type: ignore[no-untyped-call]
         return of_z, -(y.mH @ of_z)
+
+
+def _finite(a: Tensor) -> Tensor:
+    """A mask of the matrices that are finite, `(..., 1, 1)`."""
+    return a.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+
+
+def _eigh(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; NaN for a matrix that is not finite."""
+    finite = _finite(p)
+    values, vectors = torch.linalg.eigh(torch.where(finite, p, 0))
+    return torch.where(finite[..., 0], values, torch.nan), vectors
 
 
 def _cutoff(p: Tensor) -> float:

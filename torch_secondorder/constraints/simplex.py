@@ -14,7 +14,7 @@ from torch_secondorder.constraints._sets import (
     checked_dims,
     shown,
 )
-from torch_secondorder.constraints._threshold import threshold
+from torch_secondorder.constraints._threshold import reduced, threshold
 
 __all__ = ["Simplex"]
 
@@ -48,7 +48,7 @@ class Simplex(ConvexSet):
         check_dims(tensor, self.dim, "Simplex")
 
     def _project(self, x: Tensor) -> Tensor:
-        return (x - threshold(x, self.total, None, self.dim)).clamp(min=0)
+        return reduced(x, self.total, self.dim).clamp(min=0)
 
     def _tangent(self, x: Tensor, v: Tensor) -> Tensor:
         inside = x > 0

@@ -161,7 +161,8 @@ class ResidualJacobian:
 
     def _agrees(self, found: LocalJacobian) -> bool:
         """True if the Jacobian, times the residuals, is the gradient."""
-        r, gradient = found.ordered(), self._evaluation.grad
+        r, gradient = found.ordered(), self._evaluation.ambient
+        gradient = self._evaluation.grad if gradient is None else gradient
         rest = self.rest_gradient
         if rest is not None:
             gradient = gradient - rest

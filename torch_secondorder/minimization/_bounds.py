@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._params.bounds import fitted_pair
+from torch_secondorder.minimization._trees import as_tensor
 
 #: A bound of one leaf: a number, a tensor that broadcasts to the leaf's shape, or None.
 Bound: TypeAlias = "float | Tensor | None"
@@ -117,7 +118,7 @@ def _fitted(bound: Any, leaf: Tensor, name: str, side: str) -> Bound:
     if bound is None or isinstance(bound, (int, float)):
         return bound
     try:
-        found = torch.as_tensor(bound)
+        found = as_tensor(bound)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{_FORMS}; the {side} bound of {name} is {type(bound).__name__}"

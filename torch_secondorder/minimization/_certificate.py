@@ -14,7 +14,8 @@ from torch_secondorder.minimization._runs import Problem
 
 # Constraints of which the gradients are looked at where the violation does not fall any more.
 _MOST_ROWS = 100
-# The gradient of the violation is zero if its terms cancel to this part of their sizes.
+# The gradient of the violation is zero if its terms cancel to this part of their sizes, or if moves
+# as large as x change the violation by no more than this part of it.
 _CANCELS = 1e-3
 
 
@@ -28,7 +29,8 @@ class Certificate:
         values: Those of each constraint.
         y: The multipliers of the rows, `(m,)`; see `ConstraintSet`.
         bounds_v: The multipliers of the bounds, by leaves; None without bounds.
-        lagrangian: The gradient of the Lagrangian, by leaves; zero at a solution.
+        lagrangian: The gradient of the Lagrangian, by leaves; zero at a solution. Within bounds it
+            is as long as the way to them at most, and the rest is in `bounds_v`.
         optimality: Its largest entry.
         scale: The largest entry of the function's gradient.
         violation: The largest violation of a constraint.
@@ -70,13 +72,14 @@ def certificate(problem: Problem, constraints: ConstraintSet, y: Tensor | None) 
         rows = torch.cat(constraints.rows(values))
         if y is None:
             y = torch.zeros(len(rows), dtype=torch.float64)
+        y = y.detach().to("cpu", torch.float64)
         pull = _gradients((rows * y.to(rows)).sum(), params)
     lagrangian = [g + p for g, p in zip(gradients, pull, strict=True)]
     values = [v.detach() for v in values]
     violation, most_violated = _largest_violation(constraints, values)
-    taken = _taken_by_bounds(problem, lagrangian)
-    if taken is not None:
-        lagrangian = [g + v for g, v in zip(lagrangian, taken, strict=True)]
+    projected, taken = _projected(problem, lagrangian), None
+    if problem.limits is not None:
+        taken = [p - g for p, g in zip(projected, lagrangian, strict=True)]
     products = (rows.detach() * y.to(rows))[constraints.n_equalities :]
     return Certificate(
         value=value.item(),
@@ -84,12 +87,12 @@ def certificate(problem: Problem, constraints: ConstraintSet, y: Tensor | None) 
         values=values,
         y=y,
         bounds_v=taken,
-        lagrangian=lagrangian,
-        optimality=_largest(_projected(problem, lagrangian)),
-        scale=_largest(gradients),
+        lagrangian=projected,
+        optimality=largest(projected),
+        scale=largest(gradients),
         violation=violation,
         most_violated=most_violated,
-        complementarity=_largest([products]),
+        complementarity=largest([products]),
     )
 
 
@@ -100,44 +103,30 @@ def violation_is_stationary(problem: Problem, constraints: ConstraintSet) -> boo
         rows = torch.cat(constraints.rows(constraints.values(problem.tree())))
         outside = rows.detach().clone()
         outside[constraints.n_equalities :].clamp_(min=0)
-        largest = outside.abs().argsort(descending=True)[:_MOST_ROWS]
+        most = outside.abs().argsort(descending=True)[:_MOST_ROWS]
         sizes, total = 0.0, [torch.zeros_like(p) for p in params]
-        for i in largest.tolist():
+        for i in most.tolist():
             terms = _gradients(outside[i] * rows[i], params, retain=True)
-            sizes = max(sizes, _largest(terms))
+            sizes = max(sizes, largest(terms))
             total = [t + term for t, term in zip(total, terms, strict=True)]
-    taken = _taken_by_bounds(problem, total)
-    if taken is not None:
-        total = [t + v for t, v in zip(total, taken, strict=True)]
-    return _largest(total) <= _CANCELS * sizes
+    slope, reach = (
+        largest(_projected(problem, total)),
+        max(1.0, largest([p.detach() for p in params])),
+    )
+    return slope <= _CANCELS * sizes or slope * reach <= _CANCELS * outside.square().sum().item()
 
 
 def _largest_violation(constraints: ConstraintSet, values: Sequence[Tensor]) -> tuple[float, str]:
-    largest, name = -1.0, ""
+    most, name = -1.0, ""
     for i, outside in enumerate(constraints.violations(values)):
         if outside.numel():
             found, place = outside.reshape(-1).max(0)
             size = found.item()
-            if (inf if isnan(size) else size) > largest:
-                largest, name = size, constraints.entry(i, int(place))
+            if (inf if isnan(size) else size) > most:
+                most, name = size, constraints.entry(i, int(place))
             if isnan(size):
                 break
-    return max(largest, 0.0) if largest == largest else largest, name
-
-
-def _taken_by_bounds(problem: Problem, gradients: Sequence[Tensor]) -> list[Tensor] | None:
-    """The multipliers of the bounds, which take what of a gradient points out of them."""
-    if problem.limits is None:
-        return None
-    taken = []
-    for p, g, (low, high) in zip(problem.params, gradients, problem.limits, strict=True):
-        x, v = p.detach(), torch.zeros_like(g)
-        if low is not None:
-            v = torch.where((x <= low) & (g > 0), -g, v)
-        if high is not None:
-            v = torch.where((x >= high) & (g < 0), -g, v)
-        taken.append(v)
-    return taken
+    return most if isnan(most) else max(most, 0.0), name
 
 
 def _projected(problem: Problem, gradients: list[Tensor]) -> list[Tensor]:
@@ -162,5 +151,6 @@ def _gradients(value: Tensor, params: Sequence[Tensor], *, retain: bool = False)
     ]
 
 
-def _largest(tensors: Sequence[Tensor]) -> float:
+def largest(tensors: Sequence[Tensor]) -> float:
+    """The largest absolute entry; zero if there is none."""
     return max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)

@@ -15,6 +15,7 @@ from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder.minimization._bounds import Bound
 from torch_secondorder.minimization._gradients import recorded
 from torch_secondorder.minimization._jacobians import Differences, WithJacobian
+from torch_secondorder.minimization._trees import as_tensor
 
 _FORMS = (
     "a dict {'type': 'eq' or 'ineq', 'fun': function}, or an object with fun, lb and ub, such as "
@@ -94,7 +95,7 @@ def _read(name: str, one: Any, leaves: Sequence[Tensor]) -> Given:
             f"{name} has lb and ub, but neither fun nor A: pass bounds of x as bounds={name}"
         )
     low, high = _limits(name, one.lb, one.ub)
-    keep = torch.as_tensor(getattr(one, "keep_feasible", False))
+    keep = as_tensor(getattr(one, "keep_feasible", False))
     if bool(keep.any()):
         warnings.warn(
             f"keep_feasible of {name} is not kept: iterates may violate constraints on the way, "
@@ -155,7 +156,7 @@ def _limits(name: str, low: Any, high: Any) -> tuple[Tensor, Tensor]:
     found = []
     for side, bound in (("lb", low), ("ub", high)):
         try:
-            limit = _as_tensor(bound).detach().to("cpu", torch.float64)
+            limit = as_tensor(bound).detach().to("cpu", torch.float64)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{side} of {name} must be a number or an array, got {type(bound).__name__}"
@@ -180,12 +181,6 @@ def _limits(name: str, low: Any, high: Any) -> tuple[Tensor, Tensor]:
     return lower, upper
 
 
-def _as_tensor(found: Any) -> Tensor:
-    """Numbers or an array as a tensor; a view of an array is copied, for it may be read-only."""
-    is_array = not isinstance(found, Tensor) and hasattr(found, "__array__")
-    return torch.as_tensor(found.copy() if is_array and hasattr(found, "copy") else found)
-
-
 def _at(place: tuple[int, ...]) -> str:
     return f" at {place[0] if len(place) == 1 else place}" if place else ""
 
@@ -200,7 +195,7 @@ class _Product:
                 "returns real numbers, with lb and ub"
             )
         try:
-            matrix = _as_tensor(A.toarray() if hasattr(A, "toarray") else A).detach()
+            matrix = as_tensor(A.toarray() if hasattr(A, "toarray") else A).detach()
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"A of {name} must be a matrix, got {type(A).__name__}") from None
         if matrix.layout is not torch.strided:
@@ -273,6 +268,11 @@ class ConstraintSet:
     @property
     def njev(self) -> list[int]:
         return [part.njev for part in self._parts]
+
+    @property
+    def schemes(self) -> set[str]:
+        """The schemes of differences that derivatives come from."""
+        return {part.scheme for part in self._parts if part.scheme is not None}
 
     def values(self, tree: Any) -> list[Tensor]:
         """The values of each constraint in the shape of its function, with their graph."""
@@ -375,6 +375,12 @@ class _Part:
         )
         if self._numeric is not None:  # a Jacobian of a wrong shape is an error now
             self(tree)
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme of differences that derivatives come from, if they do."""
+        jac = self._given.jac
+        return jac if isinstance(jac, str) and self._numeric is not None else None
 
     @property
     def nfev(self) -> int:
@@ -482,12 +488,12 @@ class _Part:
         return J
 
     def _tensor(self, found: Any, source: str = "fun") -> Tensor:
-        """What a function returned as a tensor of real numbers."""
+        """The tensor of real numbers that a function returned, or that what it returned becomes."""
         like = self._like
         try:
             if isinstance(found, (list, tuple)) and any(isinstance(v, Tensor) for v in found):
                 found = torch.stack([torch.as_tensor(v).to(like.device) for v in found])
-            value = found if isinstance(found, Tensor) else _as_tensor(found)
+            value = found if isinstance(found, Tensor) else as_tensor(found)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{source} of {self._given.name} must return numbers, got {type(found).__name__}"

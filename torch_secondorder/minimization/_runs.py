@@ -65,16 +65,21 @@ class Problem:
         self._structure = structure
         self._counts = counts
         self._counts_itself = jac is not None
-        eps = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
-        accuracy = eps ** _POWERS.get(jac, 1.0) if isinstance(jac, str) else eps
+        #: The largest machine epsilon of the leaves.
+        self.eps = max(torch.finfo(leaf.dtype).eps for leaf in leaves)
         #: The default of `gtol`, and of `ftol`.
-        self.gtol = min(max(_LEAST_GTOL, _GTOL * accuracy), _LARGEST_GTOL)
-        self.ftol = max(_LEAST_FTOL, _FTOL * eps)
+        self.gtol = self.default_gtol(jac)
+        self.ftol = max(_LEAST_FTOL, _FTOL * self.eps)
         #: Evaluations of the function for one gradient.
         self.cost = 1
         if isinstance(jac, str):
             size = sum(leaf.numel() * (1 + leaf.is_complex()) for leaf in leaves)
             self.cost += size * (1 + (jac == "3-point"))
+
+    def default_gtol(self, jac: Any) -> float:
+        """The default of `gtol` for gradients that come from `jac`."""
+        accuracy = self.eps ** _POWERS.get(jac, 1.0) if isinstance(jac, str) else self.eps
+        return min(max(_LEAST_GTOL, _GTOL * accuracy), _LARGEST_GTOL)
 
     def tree(self, leaves: Sequence[Any] | None = None) -> Any:
         """A tree like `x0`, by default of the parameters."""

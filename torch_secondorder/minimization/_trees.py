@@ -1,4 +1,4 @@
-"""Starts: a tensor, or a tree of tensors."""
+"""Starts: a tensor, or a tree of tensors; and numbers or arrays as tensors."""
 
 from __future__ import annotations
 
@@ -45,3 +45,12 @@ def leaves_of(x0: Any) -> tuple[list[Tensor], list[str], Any]:
     if not leaves:
         raise ValueError("x0 holds no tensor: there is nothing to minimize over")
     return leaves, names, structure
+
+
+def as_tensor(found: Any) -> Tensor:
+    """Numbers in float64, or an array, as a tensor; a copy of an array, which may be read-only."""
+    if isinstance(found, Tensor):
+        return found
+    if hasattr(found, "__array__"):
+        return torch.as_tensor(found.copy() if hasattr(found, "copy") else found)
+    return torch.as_tensor(found, dtype=torch.float64)

@@ -200,6 +200,7 @@ def minimize(
         print(  # noqa: T201
             f"{result.message} (status {result.status}): fun = {result.fun:.6g}, "
             f"{result.nit} iterations, {result.nfev} evaluations, {result.njev} gradients"
+            + (f", largest violation {result.constr_violation:.3g}" if constrained else "")
         )
     return result
 

@@ -17,6 +17,7 @@ from torch_secondorder.optim.levenberg_marquardt import (
 from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
 from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
+from torch_secondorder.optim.projected import Projected, ProjectedInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "NewtonInfo",
     "NonlinearCG",
     "NonlinearCGInfo",
+    "Projected",
+    "ProjectedInfo",
     "ScalingName",
     "SecondOrderOptimizer",
     "Sophia",

@@ -17,7 +17,7 @@ from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_
 from torch_secondorder._optim.state import Matrix, ModelField, Pieces, check_size, declare
 from torch_secondorder._params.bounds import Bounds
 from torch_secondorder._params.vector import ParameterVector
-from torch_secondorder.curvature import InverseBroyden
+from torch_secondorder.curvature import InverseBroyden, LinearOperator
 from torch_secondorder.curvature.inverse_broyden import SELF_SCALED, BroydenUpdate
 from torch_secondorder.globalization import LineSearch, LineSearchName
 from torch_secondorder.solvers._box_quadratic import FaceModel, InverseOnFaces
@@ -146,6 +146,7 @@ class BFGS(LineSearchOptimizer):
     info: BFGSInfo | None
     _info_type = BFGSInfo
     _takes_bounds = True
+    _takes_constraints = True
     _state_fields = declare(inverse_hessian=_InverseHessian("_inverse"))
     _carried: ClassVar[tuple[str, ...]] = ("update",)
     _inverse: InverseBroyden | None
@@ -233,7 +234,8 @@ class BFGS(LineSearchOptimizer):
             vector = descent.objective.vector
             inverse = self._inverse = InverseBroyden(vector.size, vector.dtype, vector.device)
         inverse.update = self.update
-        damping = self.param_groups[0]["powell_damping"]
+        # The Lagrangian need not be convex where the constraints are kept.
+        damping = self.param_groups[0]["powell_damping"] or self._sequential is not None
         pair = curvature_pair(descent, line, t, before, to, damping=damping)
         if pair is None:
             self._skipped += 1
@@ -258,6 +260,9 @@ class BFGS(LineSearchOptimizer):
         self._damped += pair.damped
         if known is not None:
             self._known = grad, inverse.advance(known, grad).neg_()
+
+    def _inverse_hessian(self) -> LinearOperator | None:
+        return self._inverse if self._inverse is not None and self._inverse.count else None
 
     def _face_model(self, descent: Descent) -> FaceModel | None:
         inverse = self._inverse

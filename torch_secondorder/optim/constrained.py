@@ -180,6 +180,7 @@ class Constrained(WrapperOptimizer):
         self.multiplier_lr = multiplier_lr
         self.max_penalty, self.max_multiplier = float(max_penalty), float(max_multiplier)
         self._program = Program(ConstraintFunctions(equalities, inequalities))
+        self._program.tolerance = tolerance
         self._subproblem, self._note = Subproblem(), ""
         # Multipliers and penalties that were set before the first evaluation.
         self._pending: dict[str, Mapping[str, Any]] = {}
@@ -628,7 +629,8 @@ class Constrained(WrapperOptimizer):
         program = self._program
         if program.fits(like):
             return
-        program.set_up(like, self._penalty)
+        # Sequential quadratic programming raises penalties as far as needed, from zero.
+        program.set_up(like, 0.0 if self.method == "sqp" else self._penalty)
         pending, self._pending = self._pending, {}
         for kind, given in pending.items():
             setattr(program, kind, self._vector_of(kind, given))

@@ -18,7 +18,7 @@ from torch_secondorder._optim.line_search import LineSearchOptimizer, curvature_
 from torch_secondorder._optim.state import ModelField, Pieces, check_size, copied, declare
 from torch_secondorder._params.bounds import Bounds
 from torch_secondorder._params.vector import ParameterVector
-from torch_secondorder.curvature import InverseBFGS, ReducedBroyden
+from torch_secondorder.curvature import InverseBFGS, LinearOperator, ReducedBroyden
 from torch_secondorder.globalization import LineSearch, LineSearchName
 from torch_secondorder.solvers._box_quadratic import CompactBFGS, FaceModel, ReducedModel
 
@@ -33,6 +33,10 @@ _HISTORY_BYTES = 256 * 2**20
 # How many times the newest scale the largest of the history may count. A step that is too long in
 # some entries ends at their bounds: over 25 bounded problems 2 takes 6% fewer evaluations than 5.
 _BOLDEST, _BOLDEST_IN_BOX = 5.0, 2.0
+# On a manifold, pairs are of different tangent spaces and an old scale says less: for principal
+# components, 1.5 takes half to three quarters of the evaluations of 5; elsewhere it makes little
+# difference.
+_BOLDEST_ALONG = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,7 @@ class LBFGS(LineSearchOptimizer):
     info: LBFGSInfo | None
     _info_type = LBFGSInfo
     _takes_bounds = True
+    _takes_constraints = True
     _faces: CompactBFGS | None = None  # the history on faces of the box
     _renamed: ClassVar = {"damping": "powell_damping"}
     _state_fields = declare(history=_History("_inverse"))
@@ -234,7 +239,10 @@ class LBFGS(LineSearchOptimizer):
         history = self._inverse or self._start_history(vector)
         self._set_up(history)
         if isinstance(history, InverseBFGS):
-            history.boldness = _BOLDEST if descent.objective.box is None else _BOLDEST_IN_BOX
+            objective = descent.objective
+            history.boldness = _BOLDEST if objective.box is None else _BOLDEST_IN_BOX
+            if objective.manifold is not None:
+                history.boldness = _BOLDEST_ALONG
         self._skipped = self._damped = 0
         self._faces = None
 
@@ -258,6 +266,10 @@ class LBFGS(LineSearchOptimizer):
         # As `BFGS` does: H is too large in general, and the last line knows by how much.
         return descent.lr * min(1.0, inverse.ratio)
 
+    def _inverse_hessian(self) -> LinearOperator | None:
+        history = self._inverse
+        return history if history is not None and history.count else None
+
     def _face_model(self, descent: Descent) -> FaceModel | None:
         history = self._inverse
         if history is None:
@@ -275,7 +287,8 @@ class LBFGS(LineSearchOptimizer):
         history = self._inverse
         if history is None:  # the closure has loaded a state
             return
-        damping = self.param_groups[0]["powell_damping"]
+        # The Lagrangian need not be convex where the constraints are kept.
+        damping = self.param_groups[0]["powell_damping"] or self._sequential is not None
         pair = curvature_pair(descent, line, t, before, to, damping=damping)
         if pair is None:
             self._skipped += 1
@@ -288,7 +301,8 @@ class LBFGS(LineSearchOptimizer):
             along = descent.objective.manifold is None
             expected = t * t * line.bend if along else None
             # The first step went along the negative gradient, the direction for this H.
-            history.push(pair.s, pair.y, expected=expected, initial=line.square / -line.slope)
+            slope = line.slope if self._sequential is None else -line.bend
+            history.push(pair.s, pair.y, expected=expected, initial=line.square / -slope)
 
     def _restart(self) -> bool:
         if self._inverse is None or not self._inverse.count:

@@ -230,6 +230,7 @@ class LevenbergMarquardt(FlatOptimizer):
     info: LevenbergMarquardtInfo | None
     _info_type = LevenbergMarquardtInfo
     _takes_bounds = True
+    _takes_manifolds = True
     _recognized_by = "momentum"
     _state_fields = declare(
         damping=Number(0.0),

@@ -165,6 +165,7 @@ class Newton(FlatOptimizer):
 
     info: NewtonInfo | None
     _info_type = NewtonInfo
+    _takes_manifolds = True
     _takes_bounds = True
     _recognized_by = "corrections"
     _state_fields = declare(damping=Number(0.0), radius=Number(0.0), start=Number(0.0))

@@ -192,6 +192,7 @@ class NewtonCG(FlatOptimizer):
 
     info: NewtonCGInfo | None
     _info_type = NewtonCGInfo
+    _takes_manifolds = True
     _recognized_by = "max_cg_iter"
     _state_fields = declare(
         damping=Number(0.0, "_memory.damping"),

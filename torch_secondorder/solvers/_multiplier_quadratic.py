@@ -27,7 +27,12 @@ _PRECISE = 1e-13  # the slopes that are left, over those that cancel in them
 
 
 def solve(
-    W: Tensor, b: Tensor, inequality: Tensor, *, limit: float = inf, start: Tensor | None = None
+    W: Tensor,
+    b: Tensor,
+    inequality: Tensor,
+    *,
+    limit: float | Tensor = inf,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Minimizes `y'W y / 2 - b'y` over multipliers `y`, those of inequalities not negative.
 
@@ -40,9 +45,9 @@ def solve(
         W: Symmetric and positive semidefinite up to rounding, `(m, m)`, float64, on the CPU.
         b: `(m,)`.
         inequality: A mask of the multipliers that must not be negative, `(m,)`.
-        limit: The largest multiplier. Constraints that contradict each other have a dual problem
-            that is unbounded: with a limit, the sum of their violations is minimized, with the
-            limit as its weight.
+        limit: The largest multiplier, or one for each. Constraints that contradict each other have
+            a dual problem that is unbounded: with a limit, the sum of their violations is
+            minimized, with the limit as its weight.
         start: Multipliers to start from, `(m,)`; zero by default.
 
     Returns:

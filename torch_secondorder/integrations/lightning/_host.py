@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from torch_secondorder._optim.wrapper import WrapperOptimizer
 from torch_secondorder.optim import SecondOrderOptimizer
 
 #: The same code under two names; neither accepts objects of the other.
@@ -63,18 +64,44 @@ else:
 
 
 def our_optimizers(trainer: Any) -> dict[str, SecondOrderOptimizer]:
-    """The trainer's optimizers that belong to this package, by unique names.
+    """The trainer's optimizers that belong to this package, by unique names, without wrappers.
 
     Args:
         trainer: A trainer from either package, with its optimizers set up.
     """
-    found: dict[str, SecondOrderOptimizer] = {}
+    found = [layers[-1] for layers in _layers(trainer)]
+    return _named([each for each in found if isinstance(each, SecondOrderOptimizer)])
+
+
+def our_wrappers(trainer: Any) -> dict[str, WrapperOptimizer]:
+    """The wrappers of this package around the trainer's optimizers, likewise; see `innermost`."""
+    found = [layer for layers in _layers(trainer) for layer in layers[:-1]]
+    return _named([each for each in found if isinstance(each, WrapperOptimizer)])
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside all wrappers, this package's and Lightning's."""
+    while (inside := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inside
+    return optimizer
+
+
+def _layers(trainer: Any) -> Iterator[list[Any]]:
+    """Each optimizer of the trainer: its wrappers from outside in, and what they wrap."""
     for optimizer in trainer.optimizers:
-        # `configure_optimizers` may return them in Lightning's wrapper.
-        bare = getattr(optimizer, "optimizer", optimizer)
-        if not isinstance(bare, SecondOrderOptimizer):
-            continue
-        name = type(bare).__name__
-        same = sum(type(other) is type(bare) for other in found.values())
-        found[f"{name}-{same}" if same else name] = bare
-    return found
+        # `configure_optimizers` may return them in Lightning's wrapper, which takes on the class.
+        layers = [optimizer]
+        while (inside := getattr(layers[-1], "optimizer", None)) is not None:
+            layers.append(inside)
+        own = layers[1:] if hasattr(optimizer, "_strategy") else layers
+        yield own
+
+
+def _named(found: list[Any]) -> dict[str, Any]:
+    """Objects by the names of their classes, numbered where there are several of one class."""
+    named: dict[str, Any] = {}
+    for each in found:
+        name = type(each).__name__
+        same = sum(type(other) is type(each) for other in named.values())
+        named[f"{name}-{same}" if same else name] = each
+    return named

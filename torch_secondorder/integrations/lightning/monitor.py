@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch_secondorder._foundation.report import Report
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
+from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.integrations.lightning._checks import check_settings
-from torch_secondorder.integrations.lightning._host import Callback, our_optimizers
-from torch_secondorder.optim import StepInfo
+from torch_secondorder.integrations.lightning._host import (
+    Callback,
+    innermost,
+    our_optimizers,
+    our_wrappers,
+)
 
 __all__ = ["SecondOrderMonitor"]
 
@@ -29,7 +35,8 @@ class SecondOrderMonitor(Callback):
     `log_every_n_steps` says so, all others with every step. Other callbacks can monitor the logged
     values, for instance `EarlyStopping(monitor="LBFGS/grad_norm")`. Several optimizers of one class
     are called `"LBFGS"`, `"LBFGS-1"` and so on. Optimizers of other packages are ignored, unless
-    they derive from `SecondOrderOptimizer`.
+    they derive from `SecondOrderOptimizer`. Wrappers have their own report, as in
+    `"Constrained/violation"`, whatever they wrap.
 
     When fitting begins it checks `accumulate_grad_batches`, `gradient_clip_val`, `precision`, the
     strategy and the signature of `training_step`. If gradients of several batches are accumulated,
@@ -92,9 +99,16 @@ class SecondOrderMonitor(Callback):
                 continue
             if optimizer.info is not None:
                 self._log(pl_module, name, optimizer.info, shown=self.progress_bar and not lazy)
+        for name, wrapper in our_wrappers(trainer).items():
+            lazy = not isinstance(innermost(wrapper), FlatOptimizer)
+            if lazy and (interval == 0 or step % interval):
+                continue
+            info: Any = wrapper.info
+            if info is not None:
+                self._log(pl_module, name, info, shown=False)
 
     @staticmethod
-    def _log(pl_module: Any, name: str, info: StepInfo, *, shown: bool) -> None:
+    def _log(pl_module: Any, name: str, info: Report, *, shown: bool) -> None:
         numbers = {
             field: float(value)
             for field, value in info.as_dict().items()
