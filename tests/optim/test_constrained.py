@@ -21,7 +21,6 @@ from torch_secondorder import (
     Newton,
     NewtonCG,
     NonlinearCG,
-    Sophia,
 )
 from torch_secondorder.constraints._lagrangian import (
     Signs,
@@ -46,7 +45,6 @@ SINGLE: dict[str, Callable[..., Any]] = {
     "sgd": partial(torch.optim.SGD, lr=0.03),
     "adam": partial(torch.optim.Adam, lr=0.03),
     "adahessian": partial(AdaHessian, lr=0.1),
-    "sophia": partial(Sophia, lr=0.03, weight_decay=0.0),
 }
 #: The point of the unit disk on the line x0 = 2 x1 that is nearest to (2, 2), and its multipliers.
 NEAREST = (2 / math.sqrt(5), 1 / math.sqrt(5))

@@ -297,7 +297,7 @@ class Constrained(WrapperOptimizer):
             violation <= self.tolerance,
             program.multipliers.abs().max().item(),
             program.penalties.max().item(),
-            self._note or self._suspicion(violated),
+            self._note or program.suspicion(violated, self.tolerance, _MUCH * self._penalty),
             getattr(self._inside, "info", None),
         )
 
@@ -311,23 +311,6 @@ class Constrained(WrapperOptimizer):
         if program.values is None:
             return None
         return violations(program.values, program.functions.inequality)
-
-    def _suspicion(self, violated: Tensor) -> str:
-        """A sentence on constraints that cannot be kept, it seems; otherwise nothing."""
-        program = self._program
-        rho, y, slow = program.penalties, program.multipliers, program.slow
-        if rho is None or y is None or slow is None:
-            return ""
-        rose = slow & (rho >= _MUCH * self._penalty) & (violated.to(slow.device) > self.tolerance)
-        if not rose.any():
-            return ""
-        at = int(torch.where(rose, violated.to(slow.device), -1.0).argmax())
-        return (
-            f"the violation {violated[at]:.3g} of {program.functions.name(at)} stays, although its "
-            f"penalty has risen to {rho[at]:.3g} and its multiplier to {y[at]:.3g}: the "
-            "constraints may contradict each other, or the parameters are at a local minimum of "
-            "the violation"
-        )
 
     def _by_name(self, vector: Tensor | None) -> dict[str, Tensor]:
         return {} if vector is None else self._program.functions.split(vector.clone())
@@ -344,29 +327,7 @@ class Constrained(WrapperOptimizer):
         if program.functions.shapes is None or program.multipliers is None:
             self._pending[kind] = dict(given)
             return
-        setattr(program, kind, self._vector_of(kind, given))
-        program.changed()
-
-    def _vector_of(self, kind: str, given: Mapping[str, Any]) -> Tensor:
-        """The vector of all multipliers or penalties, with those that are given."""
-        program = self._program
-        now = getattr(program, kind)
-        parts = program.functions.split(now.clone())
-        signs = program.functions.split(program.functions.inequality)
-        for name, value in given.items():
-            new = torch.as_tensor(value, dtype=now.dtype, device=now.device).detach()
-            part = parts[name]
-            if new.dim() and new.shape != part.shape:
-                raise ValueError(
-                    f"the {kind} of {name} must be a number or of shape {tuple(part.shape)}, got "
-                    f"shape {tuple(new.shape)}"
-                )
-            if not new.isfinite().all():
-                raise ValueError(f"the {kind} of {name} must be finite, got {value!r}")
-            if (kind == "penalties" or bool(signs[name].any())) and (new < 0).any():
-                raise ValueError(f"the {kind} of {name} must not be negative, got {value!r}")
-            part.copy_(new.expand(part.shape))
-        return torch.cat([part.reshape(-1) for part in parts.values()])
+        program.set(kind, given)
 
     # The step.
 
@@ -638,53 +599,34 @@ class Constrained(WrapperOptimizer):
         program.set_up(like, 0.0 if self.method == "sqp" else self._penalty)
         pending, self._pending = self._pending, {}
         for kind, given in pending.items():
-            setattr(program, kind, self._vector_of(kind, given))
-            program.changed()
+            program.set(kind, given)
 
     # Checkpoints.
 
     @property
     def _state(self) -> dict[str, Any]:
-        program = self._program
-        shapes = program.functions.shapes
-        return {
-            "names": list(program.functions.names),
-            "shapes": None if shapes is None else [tuple(shape) for shape in shapes],
-            **{name: getattr(program, name) for name in _PROGRAM_STATE},
-            "subproblem": self._subproblem.state(),
-        }
+        return {**self._program.state(), "subproblem": self._subproblem.state()}
 
     @_state.setter
     def _state(self, state: dict[str, Any]) -> None:
-        program = self._program
-        if state["shapes"] is not None:
-            program.functions.shapes = [torch.Size(shape) for shape in state["shapes"]]
-        for name in _PROGRAM_STATE:
-            setattr(program, name, state[name])
-        program.leave()
+        self._program.load(state)
         self._subproblem.load(state["subproblem"])
+
+    @property
+    def _penalties(self) -> Tensor | None:
+        return self._program.penalties
+
+    @_penalties.setter
+    def _penalties(self, value: Tensor | None) -> None:
+        self._program.penalties = value
+        self._program.changed()
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         """See `WrapperOptimizer`."""
-        state, functions = own["program"], self._program.functions
-        if state["names"] != functions.names:
-            raise ValueError(
-                f"the state is of constraints {state['names']}, and these are {functions.names}: "
-                "load it into a Constrained with the same constraints, or load only that of the "
-                "optimizer inside (without its entry 'constrained'); nothing has changed"
-            )
-        shapes = None if functions.shapes is None else [tuple(shape) for shape in functions.shapes]
-        if None not in (shapes, state["shapes"]) and shapes != list(map(tuple, state["shapes"])):
-            raise ValueError(
-                f"the state is of constraints of shapes {state['shapes']}, and these have {shapes}"
-                ": every entry has a multiplier; nothing has changed"
-            )
+        self._program.check(own["program"])
 
     def __repr__(self) -> str:
         return f"Constrained({self._inside!r}, method={self.method!r})"
-
-
-_PROGRAM_STATE = ("multipliers", "penalties", "before", "slow")
 
 
 def _largest_gradient(params: Sequence[Tensor]) -> float:
