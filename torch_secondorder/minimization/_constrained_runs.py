@@ -189,12 +189,14 @@ class _ConstrainedRun:
         Args:
             before: Where the step began in which the function fell without end.
         """
-        penalties = self._constrained._penalties
-        if not self._lagrangian or self._raised >= _MOST_RAISED or penalties is None:
+        if not self._lagrangian or self._raised >= _MOST_RAISED:
             return False
         self._raised += 1
-        self._move(before)
-        self._constrained._penalties = 10.0 * penalties
+        pairs = zip(self._problem.params, before, strict=True)
+        if not all(torch.equal(p.detach(), b) for p, b in pairs):  # else it has gone back itself
+            self._move(before)
+            raised = {name: 10.0 * rho for name, rho in self._constrained.penalties.items()}
+            self._constrained.penalties = raised
         return True
 
     def _best_end(self, here: Certificate) -> Certificate:
@@ -293,7 +295,7 @@ class _ConstrainedRun:
     def _certificate(self) -> Certificate:
         """The conditions where the parameters stand, by one evaluation."""
         self._certificates += 1
-        return certificate(self._problem, self._constraints, self._constrained._multipliers)
+        return certificate(self._problem, self._constraints, self._constrained._program.multipliers)
 
     # Points.
 
