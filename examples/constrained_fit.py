@@ -370,10 +370,9 @@ def draw_penalties(axes: Any, penalized: Sequence[Fit], others: Sequence[Fit]) -
     """Draws violations against evaluations."""
     x = [f.evaluations for f in penalized]
     axes.plot(x, [f.violation for f in penalized], "o-", color=COLOURS[1], label="penalties")
-    for f, rho in zip(penalized, PENALTIES, strict=True):
-        axes.annotate(
-            f"{rho:.0e}", (f.evaluations, f.violation), (6, 4), textcoords="offset points"
-        )
+    for f in penalized:
+        at = f.evaluations, f.violation
+        axes.annotate(f.label.split()[1], at, (6, 4), textcoords="offset points")
     for i, f in enumerate(others):
         style = line_style(i + 2) | {"linestyle": "", "marker": "s"}
         axes.plot([f.evaluations], [max(f.violation, 1e-17)], label=f.label, **style)
