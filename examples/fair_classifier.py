@@ -144,7 +144,7 @@ def difference(answers: Tensor, patients: Patients, rate: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trainings have in common.
+    """Settings of all trainings.
 
     Attributes:
         rate: `parity` or `opportunity`.

@@ -108,7 +108,7 @@ def parametrized(model: nn.Module, bound: float) -> nn.Module:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trainings have in common.
+    """Settings of all trainings.
 
     Attributes:
         bound: That of each layer.
