@@ -27,6 +27,7 @@ from torch_secondorder._params.space import is_distributed
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
 from torch_secondorder.constraints._lagrangian import violations
 from torch_secondorder.constraints._program import Program
+from torch_secondorder.constraints.kkt import KKTReport, kkt_residuals
 from torch_secondorder.dataset import DatasetClosure
 
 __all__ = ["Constrained", "ConstrainedInfo"]
@@ -297,6 +298,10 @@ class Constrained(WrapperOptimizer):
             self._note or self._suspicion(violated),
             getattr(self._inside, "info", None),
         )
+
+    def kkt_residuals(self, closure: Any, **options: Any) -> KKTReport:
+        """The certificate of a minimum; see `torch_secondorder.kkt_residuals` for the options."""
+        return kkt_residuals(closure, self, **options)
 
     @property
     def _violations(self) -> Tensor | None:
