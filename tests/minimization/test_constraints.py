@@ -16,7 +16,7 @@ from scipy.optimize import LinearConstraint, NonlinearConstraint
 from torch import Tensor
 
 from tests.support.constrained_problems import CONSTRAINED_PROBLEMS, ConstrainedProblem
-from torch_secondorder import OptimizeResult, minimize
+from torch_secondorder import FunctionalObjective, OptimizeResult, kkt_residuals, minimize
 from torch_secondorder.minimization._constraints import ConstraintSet, read_constraints
 from torch_secondorder.minimization._methods import METHODS
 
@@ -150,6 +150,19 @@ def test_problems_of_hock_and_schittkowski(problem: ConstrainedProblem) -> None:
     assert result.success, result
     assert problem.is_minimum(result.fun), (result.fun, problem.minimum)
     assert result.constr_violation <= 1e-8 and problem.violation(result.x) <= 1e-8
+    # The multipliers of the result pass another certificate.
+    x = result.x.clone()
+    names = ("equalities", "inequalities")
+    kinds = [name for name in names if getattr(problem, name) is not None]
+    report = kkt_residuals(
+        FunctionalObjective(problem.function, x),
+        [x],
+        problem.equalities,
+        problem.inequalities,
+        dict(zip(kinds, result.v, strict=False)),
+        bounds=None if problem.low is problem.high is None else (problem.low, problem.high),
+    )
+    assert report.satisfied(1e-6), report
 
 
 # Entries with bounds of all kinds.

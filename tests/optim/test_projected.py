@@ -248,7 +248,7 @@ def test_newton_without_second_derivatives_takes_differences() -> None:
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_principal_components_of_digits_take_at_most_sixty_evaluations(k: int, seed: int) -> None:
     datasets = pytest.importorskip("sklearn.datasets")

@@ -285,6 +285,10 @@ def minimizing_a_function() -> None:
     assert_type(result.nfev, int)
     assert_type(result.info, StepInfo)
     minimize(cost, start, method=LBFGS, jac="2-point", tol=1e-2)
+    within = minimize(cost, start, constraints={"type": "eq", "fun": lambda p: p["w"].sum() - 1})
+    assert_type(within.v, list[Any])
+    assert_type(within.multipliers, dict[str, Tensor])
+    assert_type(within.constr_violation, float)
     with refusal():
         minimize(cost, start, jac="4-point")  # type: ignore[arg-type]
 

@@ -26,7 +26,7 @@ from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._foundation.memory import free_memory
 from torch_secondorder._foundation.private_torch import set_grad_mode
 from torch_secondorder._params.box import Box
-from torch_secondorder._params.manifold import Manifold, Tried
+from torch_secondorder._params.manifold import NOISE, Manifold, Tried
 from torch_secondorder._params.vector import ParameterVector
 
 #: What an evaluation keeps for products: nothing; the graphs of the loss and of its gradient; or
@@ -367,6 +367,11 @@ class Objective(ABC):
     def precision(self) -> float:
         """The machine epsilon that gradients are computed with, as far as that is known."""
         return max(self.vector.precision, self._replay.precision)
+
+    @property
+    def noise(self) -> float:
+        """The relative precision of the loss, as far as the parameters' precision tells it."""
+        return self.vector.precision * (1.0 if self.manifold is None else NOISE)
 
     def evaluate(self, *, curvature: Curvature = False) -> Evaluation:
         """Loss and gradient where the parameters stand.

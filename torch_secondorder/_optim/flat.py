@@ -20,10 +20,10 @@ from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.info import StepInfo, StepStatus
+from torch_secondorder._optim.manifolds import manifold_of
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder._optim.state import Number, Pieces, Vector, declare
 from torch_secondorder._params.bounds import BoxMaker, check_bounds, no_bounds
-from torch_secondorder._params.manifold import Chart, Manifold
 from torch_secondorder._params.vector import SHORT, ParameterVector
 from torch_secondorder.constraints._program import Program
 from torch_secondorder.dataset import DatasetClosure
@@ -270,7 +270,7 @@ class Line:
     @property
     def precision(self) -> float:
         """The rounding error of the losses, relative to them."""
-        return self._descent.objective.vector.precision
+        return self._descent.objective.noise
 
     def __call__(self, t: float) -> Trial:
         """Evaluates the objective at `t d` from the current point."""
@@ -404,7 +404,7 @@ class FlatOptimizer(SecondOrderOptimizer):
     _program: Program | None = None
     #: Whether a step stays on manifolds; `Projected` gives them, by the `id` of the parameters.
     _takes_manifolds = False
-    _charts: Mapping[int, Chart] | None = None
+    _charts: Mapping[int, Any] | None = None
     #: Gets each step and its iteration before the first one; returns the iteration to run.
     _observe: Callable[[Descent, Iterate], Iterate] | None = None
 
@@ -679,12 +679,7 @@ class FlatOptimizer(SecondOrderOptimizer):
             )
         objective.box = box
         if self._charts:
-            if self._program is not None:
-                raise ValueError(
-                    'method="sqp" of Constrained takes no manifolds: use '
-                    'method="augmented_lagrangian" within Projected'
-                )
-            objective.manifold = Manifold(vector, self._charts)
+            objective.manifold = manifold_of(vector, self._charts, self._program)
         return objective
 
     def _current_vector(self, params: Sequence[Tensor], rates: Sequence[float]) -> ParameterVector:

@@ -179,11 +179,15 @@ class LineSearchOptimizer(FlatOptimizer):
             self._judge(descent)
             if descent.feasible and descent.point.grad_norm <= descent.tolerance_grad:
                 return StepStatus.CONVERGED_GRADIENT
-        if self._sequential is not None and self._sequential.contradiction:
-            return StepStatus.INFEASIBLE
+        if self._sequential is not None:
+            if self._sequential.contradiction:
+                return StepStatus.INFEASIBLE
+            if self._sequential.unbounded:
+                return StepStatus.UNBOUNDED
         line = self._line(descent)
         if line is None:
-            return StepStatus.NO_DECREASE
+            stuck = self._sequential is not None and self._sequential.violated
+            return StepStatus.INFEASIBLE if stuck else StepStatus.NO_DECREASE
         precision = line.precision
         first = min(self._first_step(descent, line), line.start.longest)
         result = self._search(line, line.start, first, precision=precision)

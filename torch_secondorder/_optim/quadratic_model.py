@@ -166,7 +166,7 @@ class Trials:
         self._keeps_graphs, self._keeps_gradients = keeps_graphs, keeps_gradients
         self.point = point
         self.tally = tally
-        self.precision = objective.vector.precision
+        self.precision = objective.noise
         self._descent = descent
         self._objective = objective
         self.space = descent.space

@@ -13,6 +13,9 @@ from torch_secondorder._params.vector import ParameterVector
 
 # The longest step of a line search, as a share of the size of the point.
 _REACH = 0.5
+#: Units of relative precision of a loss on a manifold for each one elsewhere. Projections round as
+#: well, and the gradient across the manifold, which need not be small, turns that into loss.
+NOISE = 4.0
 
 #: A step, a factor of it, and perhaps the position that both lead to.
 Tried: TypeAlias = tuple[Tensor, float, Tensor | None]

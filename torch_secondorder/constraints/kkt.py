@@ -361,29 +361,31 @@ class _Certificate:
         )
 
     def _summary(self, second: SecondOrder | None, holds: bool) -> str:
-        conditions, worst = self.conditions, self.found[self.worst]
-        sentence = ""
-        if holds:
-            pass
-        elif self.worst == "stationarity":
-            sentence = words.on_stationarity(
-                worst, self._entry, self.estimated, self.with_estimates
-            )
-        elif self.worst == "feasibility":
-            sentence = words.on_feasibility(worst, conditions, self._constraint, self._entry)
-        elif self.worst == "signs":
-            sentence = words.on_signs(worst, self._constraint)
-        else:
-            sentence = words.on_complementarity(worst, conditions, self.y, self._constraint)
-        clauses = [words.verdict(self.found, self.tolerance, sentence)]
-        violated = self.found["feasibility"].relative > self.tolerance
-        if violated and conditions.cannot_improve(self.identifies):
+        told = self.worst
+        if contradicts := self.conditions.contradict(self.tolerance):
+            told = "feasibility"  # until that is solved, the others say little
+        sentence = "" if holds else self._sentence(told)
+        clauses = [words.verdict(self.found, self.tolerance, told, sentence)]
+        if contradicts:
             clauses.append(words.CONTRADICTION)
         if self.dependent:
             clauses.append(words.on_dependence(self.n_rows, self.rank))
         if second is not None:
             clauses.append(words.on_second_order(second, holds, self.dependent, self._entry))
         return "; ".join(clauses)
+
+    def _sentence(self, name: Name) -> str:
+        """A clause on a condition that is violated."""
+        condition = self.found[name]
+        if name == "stationarity":
+            return words.on_stationarity(
+                condition, self._entry, self.estimated, self.with_estimates
+            )
+        if name == "feasibility":
+            return words.on_feasibility(condition, self.conditions, self._constraint, self._entry)
+        if name == "signs":
+            return words.on_signs(condition, self._constraint)
+        return words.on_complementarity(condition, self.conditions, self.y, self._constraint)
 
     def _where(self, name: Name, condition: Condition) -> str:
         m = len(self.y)

@@ -87,7 +87,11 @@ class _Polar(torch.autograd.Function):
         # The decomposition raises an error on a NaN.
         u, _, vh = torch.linalg.svd(torch.where(finite, x, 0), full_matrices=False)
         ctx.save_for_backward(x)
-        return torch.where(finite, u @ vh, torch.nan)
+        q = u @ vh
+        # A Newton-Schulz step takes most of the rounding out, which shows as noise in the loss.
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        q = q - 0.5 * q @ (q.mH @ q - eye)
+        return torch.where(finite, q, torch.nan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

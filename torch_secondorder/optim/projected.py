@@ -208,14 +208,13 @@ class Projected(WrapperOptimizer):
         elif makes_state_only(self.param_groups):
             return self._inside.step(**more)
         members, scaling, inside = self._members(), Scaling(self), self._inside
-        passes_on = scaling.active and getattr(inside, "_step_supports_amp_scaling", False)
-        if not passes_on:
+        if not self._hands_on(scaling):  # projections of gradients do not depend on their scale
             params = [p for group in self.param_groups for p in group["params"]]
             if not self._unscale(scaling, params):
                 return None  # a GradScaler has found infinity
         self._enter(members)
         flat = self._innermost
-        with _scaling_passed_on(self, inside) if passes_on else nullcontext():
+        with self._handed_on(scaling):
             if isinstance(flat, FlatOptimizer):
                 with _handed_over(flat, members):
                     result = inside.step(closure, **more)
@@ -397,20 +396,6 @@ def _projected(members: Sequence[_Member]) -> Tensor | None:
             total = moved if total is None else torch.hypot(total, moved.to(total))
             p.copy_(nearest)
     return total
-
-
-@contextmanager
-def _scaling_passed_on(optimizer: Any, inside: Any) -> Iterator[None]:
-    """Gives the traces of a GradScaler to the optimizer inside, which takes its scale out itself.
-
-    Projections of gradients do not depend on the scale.
-    """
-    inside.grad_scale, inside.found_inf = optimizer.grad_scale, optimizer.found_inf
-    try:
-        yield
-    finally:
-        for trace in ("grad_scale", "found_inf"):  # it may have taken them off itself
-            vars(inside).pop(trace, None)
 
 
 # Optimizers that stay in the sets themselves.
