@@ -446,6 +446,8 @@ class Constrained(WrapperOptimizer):
         if info is None or info.status in _IDLE or violated is None:
             return
         verdict = self._subproblem.judge(info, violated.max().item())
+        if verdict is Verdict.GO_ON and self._entry_point and self._stands_still():
+            verdict = Verdict.ASCEND
         most = self.max_multiplier
         if verdict is Verdict.UPDATE:
             program.update(self.tolerance, self.max_penalty, most if ascends else None)
@@ -456,6 +458,8 @@ class Constrained(WrapperOptimizer):
             self._go_back()
         if verdict is not Verdict.GO_ON:
             self._subproblem.end()
+            if isinstance(self._innermost, torch.optim.LBFGS):
+                _restart(self._innermost)
 
     def _inner_report(self) -> StepInfo | None:
         """The report of the optimizer inside; one is made for PyTorch's L-BFGS."""
@@ -466,6 +470,10 @@ class Constrained(WrapperOptimizer):
         # It may end for reasons of its own far from the solution: only the gradient tells.
         largest = _largest_gradient(self._trainable)
         return StepInfo(StepStatus.MAX_ITERATIONS, 0.0, 0.0, largest, done)
+
+    def _stands_still(self) -> bool:
+        """True if PyTorch's L-BFGS has not moved, and so never will."""
+        return all(map(torch.equal, self._trainable, self._entry_point))
 
     def _noting(self, closure: Any) -> Any:
         """A closure that notes the start of a subproblem of PyTorch's L-BFGS."""
@@ -639,6 +647,16 @@ def _iterations_of(optimizer: Optimizer) -> int:
     """All iterations that PyTorch's L-BFGS has made, which has no report."""
     first = optimizer.param_groups[0]["params"][0]
     return int(optimizer.state[first].get("n_iter", 0)) if first in optimizer.state else 0
+
+
+def _restart(optimizer: Optimizer) -> None:
+    """Makes PyTorch's L-BFGS begin anew.
+
+    It would compare the next gradient with its last one, which has the multipliers from before.
+    """
+    first = optimizer.param_groups[0]["params"][0]
+    if first in optimizer.state:
+        optimizer.state[first]["n_iter"] = 0
 
 
 def _finite(values: Tensor) -> bool:
