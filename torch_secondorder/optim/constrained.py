@@ -436,12 +436,15 @@ class Constrained(WrapperOptimizer):
         program, ascends = self._program, self.method == "augmented_lagrangian"
         assert program.values is not None
         if not self._iterates:
-            if not self._looks or _finite(program.values):
-                if ascends:
-                    rate = self.multiplier_lr
-                    program.ascend(_MULTIPLIER_LR if rate is None else rate)
-            else:
-                self._note = self._not_finite(program.values)
+            refused = False
+            if self._looks:  # it may have left a step out that was not finite
+                report = getattr(self._innermost, "info", None)
+                refused = report is not None and report.status in _IDLE
+                if not _finite(program.values):
+                    self._note, refused = self._not_finite(program.values), True
+            if ascends and not refused:
+                rate = self.multiplier_lr
+                program.ascend(_MULTIPLIER_LR if rate is None else rate)
             return
         program.values = self._values_now()
         if not _finite(program.values):
@@ -450,6 +453,10 @@ class Constrained(WrapperOptimizer):
             return
         info, violated = self._inner_report(), self._violations
         if info is None or info.status in _IDLE or violated is None:
+            return
+        if info.loss_after is None or info.grad_norm is None:  # one update without a look at it
+            if ascends and program.penalties is not None:
+                program.ascend(program.penalties, self.max_multiplier)
             return
         verdict = self._subproblem.judge(info, violated.max().item())
         most = self.max_multiplier
