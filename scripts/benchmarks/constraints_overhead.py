@@ -1,7 +1,8 @@
-"""Training steps with `Constrained`, beside the same steps with the constraints written by hand.
+"""Training steps with `Constrained` and `Projected`, beside the same steps written by hand.
 
 By hand means: the terms of the augmented Lagrangian in the closure, and the multipliers' update
-after the step. Both take the same steps.
+after the step; or tangent gradients before the optimizer's step and a projection after it. Both
+take the same steps.
 """
 
 from __future__ import annotations
@@ -108,6 +109,43 @@ class ByHand:
             self.y = (self.y + PENALTY * self.last.detach()).clamp(min=0.0)
 
 
+class ProjectedByHand:
+    """A step whose weights keep rows of norm one, written by hand.
+
+    Args:
+        optimizer: The optimizer.
+        weights: The weights, whose rows have norm one.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:
+        self.optimizer, self.weights = optimizer, weights
+        self.project()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Goes to the nearest unit rows."""
+        for w in self.weights:
+            w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def tangent(self) -> None:
+        """Takes out of the gradients what is normal to the rows."""
+        for w in self.weights:
+            assert w.grad is not None
+            w.grad.sub_(w * (w * w.grad).sum(1, keepdim=True))
+
+    def step(self, closure: Callable[[], Tensor]) -> None:
+        """A step along the tangents, and the projection."""
+
+        def tangential() -> Tensor:
+            loss = closure()
+            self.tangent()
+            return loss
+
+        self.optimizer.step(tangential)
+        self.project()
+
+
 Make = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, tuple[Make, bool]] = {
     "Adam": (partial(torch.optim.Adam, lr=RATE), False),
@@ -169,6 +207,30 @@ def steps(case: Case, make: Make, kind: Constraints, way: str, fresh: bool) -> C
     return call
 
 
+def projected_steps(case: Case, make: Make, way: str) -> Callable[[], None]:
+    """A step with weights of unit rows: without, by hand, by the wrapper."""
+    model = copy.deepcopy(case.model)
+    params = list(model.parameters())
+    weights = [p for p in params if p.dim() == 2]
+    made: Any = make(params)
+    if way == "by hand":
+        made = ProjectedByHand(made, weights)
+    elif way == "wrapper":
+        from torch_secondorder import Projected
+        from torch_secondorder.constraints import UnitNorm
+
+        made = Projected(made, [(weights, UnitNorm(dim=1))])
+
+    def closure() -> Tensor:
+        for p in params:
+            p.grad = None
+        loss: Tensor = case.loss(model(case.inputs), case.targets)
+        loss.backward()
+        return loss
+
+    return lambda: made.step(closure)
+
+
 def _percent(found: Ratio) -> str:
     low, high = (f"{100.0 * (value - 1.0):.1f}" for value in (found.minimum, found.maximum))
     return f"{100.0 * (found.of_medians - 1.0):.1f}% [{low} {high}]"
@@ -184,21 +246,31 @@ def run(options: Options, report: Report) -> None:
         ["network", "optimizer", "constraints", *ways, "added"],
     )
     chosen = options.chosen(OPTIMIZERS)
-    cases = [(make, name, kind) for make in networks for name in chosen for kind in kinds]
+    cases: list[tuple[Callable[[torch.device], Case], str, Constraints | None]] = [
+        (make, name, kind) for make in networks for name in chosen for kind in kinds
+    ]
+    # L-BFGS has no such step by hand: its line search would leave the set.
+    cases += [(m, name, None) for m in networks for name in chosen if not OPTIMIZERS[name][1]]
     within = 0
     for make_case, name, kind in progress(cases, "constrained steps"):
         case = make_case(options.device)
         make, fresh = OPTIMIZERS[name]
-        calls = {way: steps(case, make, kind, way, fresh) for way in ways}
+        calls = {
+            way: projected_steps(case, make, way)
+            if kind is None
+            else steps(case, make, kind, way, fresh)
+            for way in ways
+        }
+        title = "unit rows" if kind is None else kind.name
         # On a CPU its own time: small differences do not survive other processes.
         clock = time.process_time if options.device.type == "cpu" else time.perf_counter
         timings = alternate(calls, 4 * options.repeat, options.device, 0.03, clock)
         added = ratio(timings["wrapper"], timings["by hand"])
         within += added.of_medians - 1.0 <= BAR
         times = (seconds(timings[way].median) for way in ways)
-        table.add(case.name, name, kind.name, *times, _percent(added))
+        table.add(case.name, name, title, *times, _percent(added))
         report.record(
-            f"constraints.overhead.{case.name}.{name}.{kind.name}",
+            f"constraints.overhead.{case.name}.{name}.{title}",
             {**{way: t.as_dict() for way, t in timings.items()}, "added": added.as_dict()},
         )
     report.show(table)

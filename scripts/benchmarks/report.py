@@ -28,6 +28,12 @@ _PEERS = (
     "torch-levenberg-marquardt",
     "torch-optimizer",
     "hessianfree",
+    "cooper-optim",
+    "cyipopt-wheels",
+    "nlopt",
+    "geotorch",
+    "geoopt",
+    "pymanopt",
 )
 
 

@@ -285,6 +285,10 @@ def minimizing_a_function() -> None:
     assert_type(result.nfev, int)
     assert_type(result.info, StepInfo)
     minimize(cost, start, method=LBFGS, jac="2-point", tol=1e-2)
+    within = minimize(cost, start, constraints={"type": "eq", "fun": lambda p: p["w"].sum() - 1})
+    assert_type(within.v, list[Any])
+    assert_type(within.multipliers, dict[str, Tensor])
+    assert_type(within.constr_violation, float)
     with refusal():
         minimize(cost, start, jac="4-point")  # type: ignore[arg-type]
 
@@ -438,6 +442,9 @@ def constrained() -> None:
     optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
     assert_type(optimizer.info, ConstrainedInfo | None)
     assert_type(optimizer.multipliers, dict[str, Tensor])
+    closure = closure_for(model, x, y, optimizer.zero_grad)
+    assert_type(optimizer.kkt_residuals(closure, second_order=True), KKTReport)
+    assert_type(kkt_residuals(closure, optimizer), KKTReport)
 
 
 def projected() -> None:

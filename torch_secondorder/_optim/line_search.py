@@ -132,7 +132,8 @@ class LineSearchOptimizer(FlatOptimizer):
         return not isinstance(self.line_search, FixedStep)
 
     def _current_vector(self, params: Any, rates: Any) -> ParameterVector:
-        self._reset_reason = ""  # that of a step which an exception has ended
+        # Those of a step which an exception has ended.
+        self._reset_reason, self._sequential = "", None
         return super()._current_vector(params, rates)
 
     def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
@@ -179,11 +180,15 @@ class LineSearchOptimizer(FlatOptimizer):
             self._judge(descent)
             if descent.feasible and descent.point.grad_norm <= descent.tolerance_grad:
                 return StepStatus.CONVERGED_GRADIENT
-        if self._sequential is not None and self._sequential.contradiction:
-            return StepStatus.INFEASIBLE
+        if self._sequential is not None:
+            if self._sequential.contradiction:
+                return StepStatus.INFEASIBLE
+            if self._sequential.unbounded:
+                return StepStatus.UNBOUNDED
         line = self._line(descent)
         if line is None:
-            return StepStatus.NO_DECREASE
+            stuck = self._sequential is not None and self._sequential.violated
+            return StepStatus.INFEASIBLE if stuck else StepStatus.NO_DECREASE
         precision = line.precision
         first = min(self._first_step(descent, line), line.start.longest)
         result = self._search(line, line.start, first, precision=precision)

@@ -36,6 +36,7 @@ _GROWTH = 100.0
 _HUGE = 1e6
 # A violation is stationary if a move as long as the parameters lessens it by no more than this.
 _STATIONARY = 1e-6
+_DEPENDENT = 1e-4  # the length of a combination of gradients that counts as zero
 _STILL = 1e-4  # a step this short, over the length of the parameters, is none
 # Multipliers are refined by least squares once the Lagrangian's gradient is this many times its
 # tolerance.
@@ -43,6 +44,8 @@ _NEAR = 1e4
 # The tolerance of violations in float64 and in less, and in units of their rounding.
 _TOLERANCE, _SHORT_TOLERANCE, _ROUNDING = 1e-9, 1e-5, 16.0
 _BOUND_ROUNDS = 30
+# A step that ends this many times farther out than it began follows a loss without a minimum.
+_FAR = 1e8
 
 
 @dataclass(slots=True)
@@ -112,7 +115,9 @@ class SequentialQuadratic:
         estimates: The best multipliers there: those of the quadratic program, or at the end those
             of least squares.
         feasible: Whether the constraints hold there, and multipliers belong to active ones.
+        violated: Whether constraints do not hold there.
         contradiction: Whether the violation there is stationary.
+        unbounded: Whether the step has gone so far that the loss must fall without end.
     """
 
     def __init__(self, program: Program, objective: Objective) -> None:
@@ -121,7 +126,7 @@ class SequentialQuadratic:
         self.here = self.linearized(objective)
         self.step: Step | None = None
         self.estimates: Tensor | None = None
-        self.feasible = self.contradiction = False
+        self.feasible = self.violated = self.contradiction = self.unbounded = False
 
     def linearized(self, objective: Objective) -> Linearization:
         """The constraints around the last evaluation, with one synchronization."""
@@ -173,7 +178,8 @@ class SequentialQuadratic:
         complementary = not len(products) or products.max().item() <= (
             descent.tolerance_grad * max(1.0, abs(point.loss))
         )
-        self.feasible = small and complementary
+        self.feasible, self.violated = small and complementary, not small
+        self.unbounded = size > _FAR * max(1.0, descent.size)
         self.contradiction = not small and self._is_stationary(
             descent, step, violated, tolerance, max(1.0, size)
         )
@@ -187,11 +193,14 @@ class SequentialQuadratic:
         assert step is not None and y is not None and penalties is not None
         if not (0 < step.bend < inf and isfinite(step.square)):
             return None
-        merit = Merit(self.inequality, y, step.multipliers - y, penalties)
-        values = self.here.values
-        if not merit.raise_penalties(values, step.along, step.slope, step.bend, step.curvatures):
-            return None
-        return ConstrainedLine(descent, self, step, merit)
+        # Where constraints contradict each other, no penalty may make up for growing multipliers.
+        for change in (step.multipliers - y, torch.zeros_like(y)):
+            merit = Merit(self.inequality, y, change, penalties)
+            if merit.raise_penalties(
+                self.here.values, step.along, step.slope, step.bend, step.curvatures
+            ):
+                return ConstrainedLine(descent, self, step, merit)
+        return None
 
     def restart(self) -> None:
         """Begins anew, without penalties."""
@@ -244,6 +253,9 @@ class SequentialQuadratic:
         residual = torch.addmv(grad, rows[: len(weights)].T, weights)
         gradient = residual
         if room is not None:
+            # Exactly to the bounds that hold it.
+            held = rows[m : len(weights)].T @ (weights[m:] > 0).to(rows)
+            direction = torch.where(held < 0, room[0], torch.where(held > 0, room[1], direction))
             direction = direction.clamp(*room)
             gradient = torch.addmv(grad, rows[:m].T, weights[:m])
         along, numbers = to_cpu(
@@ -308,6 +320,8 @@ class SequentialQuadratic:
         # Multipliers that have grown beyond bounds prove a contradiction (Farkas).
         y = step.multipliers
         sizes = y.abs() * self.here.lengths
+        if self._slope_of(y, descent) > _DEPENDENT * sizes.sum().item():
+            return False
         assert descent.point.grad is not None
         (of_loss,) = to_cpu(torch.linalg.vector_norm(descent.point.grad))
         if not sizes.max().item() > _HUGE * max(of_loss.item(), 1e-300):
@@ -367,7 +381,8 @@ class ConstrainedLine(Line):
         counted = ~owner.inequality | (y > 0)
         size = torch.linalg.vector_norm(objective.position).item()
         terms = size * (weights * owner.here.lengths)[counted].sum().item()
-        return precision * (1.0 + terms / loss)
+        relative: float = precision * (1.0 + terms / loss)
+        return relative
 
     def __call__(self, t: float) -> Trial:
         """Evaluates the merit function at `t`, at most one."""
@@ -444,8 +459,8 @@ def _first_scale(descent: Descent, searches: bool) -> float:
 def _limits(curvatures: Tensor, of_grad: float, y: Tensor) -> Tensor:
     """The largest multipliers, `(m,)`."""
     most = curvatures.max().item()
-    natural = sqrt(max(of_grad, 0.0) / most) if most > 0 else 0.0
-    limit = _GROWTH * max(1.0, natural, y.abs().max().item())
+    natural = max(1.0, sqrt(max(of_grad, 0.0) / most) if most > 0 else 0.0)
+    limit = _GROWTH * min(max(natural, y.abs().max().item()), _HUGE * natural)
     return torch.full_like(y, limit)
 
 

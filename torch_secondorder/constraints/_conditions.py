@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._params.box import Box
-from torch_secondorder.constraints._estimates import AtBounds
+from torch_secondorder.constraints._estimates import AtBounds, estimated_multipliers
 from torch_secondorder.constraints._evaluation import FirstOrder
 
 Name: TypeAlias = Literal["stationarity", "feasibility", "signs", "complementarity"]
 
+# Gradients cancel if this share of them is left.
+_PARALLEL = 1e-3
 # Entries this close to a bound are at it, relative to the larger of 1 and the entry.
 _AT_BOUND = 1e-8
 
@@ -155,12 +157,42 @@ class Conditions:
         """
         return self.inequality & (self.slack <= tolerance * self.steepness.clamp(min=1.0))
 
-    def cannot_improve(self, tolerance: float) -> bool:
-        """True if a point violates constraints and no step lessens that, to the first order."""
-        sign = torch.where(self.inequality, 1.0, self.point.values.sign())
-        downhill = self._moving(self.point.jacobian.T @ (sign * self.violation))
-        scale = (self.violation * self.steepness).max() if len(self.violation) else 0.0
-        return bool(self.violation.any()) and bool(downhill.abs().max() <= tolerance * scale)
+    def contradict(self, tolerance: float) -> bool:
+        """True if no step lessens all violations and keeps the other constraints.
+
+        That is so to the first order if weights of the violated constraints, none negative and not
+        all zero, and multipliers of the other active ones make a sum of gradients that vanishes
+        (Motzkin's theorem of the alternative).
+
+        Args:
+            tolerance: The relative violation, or slack, that counts as none.
+        """
+        violated = self.violation > tolerance * self.steepness.clamp(min=1.0)
+        kept = (~self.inequality | self.active(tolerance)) & ~violated
+        if not bool(violated.any()):
+            return False
+        sign = torch.where(self.inequality | (self.point.values >= 0), 1.0, -1.0)
+        rows = self.point.jacobian * sign[:, None] / self.steepness.clamp(min=1e-300)[:, None]
+        chosen = violated | kept
+        # The sum of the weights is an entry of its own, which is to be one.
+        rows = torch.cat([rows, violated.to(rows)[:, None]], 1)[chosen]
+        wanted = torch.zeros_like(rows[0])
+        wanted[-1] = -1.0
+        at = self.at_bounds
+        if at is not None:
+            no = torch.zeros_like(at.low[:1])
+            at = AtBounds(torch.cat([at.low, no]), torch.cat([at.high, no]))
+        weights = estimated_multipliers(
+            rows,
+            wanted,
+            torch.zeros_like(rows[:, 0]),
+            (self.inequality | violated)[chosen],
+            at,
+            self.point.precision,
+        )
+        total = rows.T @ weights
+        left = total[:-1] if at is None else (total * at.free(total))[:-1]
+        return bool(left.abs().max() <= _PARALLEL * total[-1])
 
 
 def _largest(rows: Tensor) -> Tensor:

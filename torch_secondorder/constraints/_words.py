@@ -13,22 +13,24 @@ from torch_secondorder.constraints._critical import SecondOrder
 Naming = Callable[[int], str]
 
 
-def verdict(conditions: Mapping[Name, Condition], tolerance: float, sentence: str) -> str:
-    """The first clause: that all conditions hold, or which one is violated most.
+def verdict(
+    conditions: Mapping[Name, Condition], tolerance: float, told: Name, sentence: str
+) -> str:
+    """The first clauses: that all conditions hold, or which ones do not.
 
     Args:
         conditions: All four.
         tolerance: The relative residual below which a condition holds.
-        sentence: The clause on the worst one.
+        told: The condition that has a clause of its own.
+        sentence: That clause.
     """
-    worst = worst_of(conditions)
-    largest = conditions[worst].relative
+    largest = conditions[worst_of(conditions)].relative
     if largest <= tolerance:
         return f"all conditions hold to {largest:.1g}" if largest else "all conditions hold"
     others = [
         f"{name} {condition.relative:.1g}"
         for name, condition in conditions.items()
-        if name != worst and condition.relative > tolerance
+        if name != told and condition.relative > tolerance
     ]
     return sentence + (f"; also violated: {', '.join(others)} (relative)" if others else "")
 
@@ -84,7 +86,8 @@ def on_feasibility(
 
 #: The clause on a point that violates constraints and cannot improve.
 CONTRADICTION = (
-    "the constraints contradict each other here: to the first order no step lessens the violation"
+    "the constraints contradict each other here: to the first order no step lessens all violations "
+    "and keeps the rest"
 )
 
 

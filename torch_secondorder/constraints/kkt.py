@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.report import Report
@@ -20,7 +21,13 @@ from torch_secondorder.constraints._critical import SecondOrder, Verdict, second
 from torch_secondorder.constraints._estimates import estimated_multipliers, row_space
 from torch_secondorder.constraints._evaluation import ConstrainedLoss
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
-from torch_secondorder.constraints._setting import Multipliers, Setting, given_multipliers, set_up
+from torch_secondorder.constraints._setting import (
+    Multipliers,
+    Setting,
+    constraints_of,
+    given_multipliers,
+    set_up,
+)
 
 __all__ = ["KKTReport", "kkt_residuals"]
 
@@ -149,7 +156,7 @@ class KKTReport(Report):
 
 def kkt_residuals(
     closure: Closure | FunctionalObjective,
-    params: ParamsT | Tensor | None = None,
+    params: ParamsT | Tensor | Optimizer | None = None,
     equalities: Constraints = None,
     inequalities: Constraints = None,
     multipliers: Multipliers = None,
@@ -176,9 +183,10 @@ def kkt_residuals(
 
     Args:
         closure: The standard closure, a `DatasetClosure`, or a `FunctionalObjective`.
-        params: Parameters or groups, as an optimizer takes them; `optimizer.param_groups` is fine.
-            From groups come `bounds`, `maximize` and `weight_decay` (unless it is marked as
-            decoupled). May be left out beside a `FunctionalObjective`.
+        params: Parameters or groups, as an optimizer takes them, or an optimizer. From its groups
+            come `bounds`, `maximize` and `weight_decay`, unless that is decoupled; from a
+            `Constrained` optimizer the constraints and multipliers too, where none are given here.
+            May be left out beside a `FunctionalObjective`.
         equalities: Functions of what is to be zero, as `Constrained` takes them.
         inequalities: Functions of what is to be zero or less.
         multipliers: Multipliers by the names of the functions, as `Constrained.multipliers` gives
@@ -217,6 +225,9 @@ def kkt_residuals(
     functions = None
     if equalities is not None or inequalities is not None:
         functions = ConstraintFunctions(equalities, inequalities)
+    elif isinstance(params, Optimizer):
+        functions, kept = constraints_of(params)
+        multipliers = kept if multipliers is None else multipliers
     return residuals_of(
         closure,
         params,
@@ -361,29 +372,31 @@ class _Certificate:
         )
 
     def _summary(self, second: SecondOrder | None, holds: bool) -> str:
-        conditions, worst = self.conditions, self.found[self.worst]
-        sentence = ""
-        if holds:
-            pass
-        elif self.worst == "stationarity":
-            sentence = words.on_stationarity(
-                worst, self._entry, self.estimated, self.with_estimates
-            )
-        elif self.worst == "feasibility":
-            sentence = words.on_feasibility(worst, conditions, self._constraint, self._entry)
-        elif self.worst == "signs":
-            sentence = words.on_signs(worst, self._constraint)
-        else:
-            sentence = words.on_complementarity(worst, conditions, self.y, self._constraint)
-        clauses = [words.verdict(self.found, self.tolerance, sentence)]
-        violated = self.found["feasibility"].relative > self.tolerance
-        if violated and conditions.cannot_improve(self.identifies):
+        told = self.worst
+        if contradicts := self.conditions.contradict(self.tolerance):
+            told = "feasibility"  # until that is solved, the others say little
+        sentence = "" if holds else self._sentence(told)
+        clauses = [words.verdict(self.found, self.tolerance, told, sentence)]
+        if contradicts:
             clauses.append(words.CONTRADICTION)
         if self.dependent:
             clauses.append(words.on_dependence(self.n_rows, self.rank))
         if second is not None:
             clauses.append(words.on_second_order(second, holds, self.dependent, self._entry))
         return "; ".join(clauses)
+
+    def _sentence(self, name: Name) -> str:
+        """A clause on a condition that is violated."""
+        condition = self.found[name]
+        if name == "stationarity":
+            return words.on_stationarity(
+                condition, self._entry, self.estimated, self.with_estimates
+            )
+        if name == "feasibility":
+            return words.on_feasibility(condition, self.conditions, self._constraint, self._entry)
+        if name == "signs":
+            return words.on_signs(condition, self._constraint)
+        return words.on_complementarity(condition, self.conditions, self.y, self._constraint)
 
     def _where(self, name: Name, condition: Condition) -> str:
         m = len(self.y)

@@ -14,6 +14,8 @@ from torch_secondorder.minimization._runs import Problem
 
 # Constraints of which the gradients are looked at where the violation does not fall any more.
 _MOST_ROWS = 100
+# Rounding errors of a constraint, as a multiple of the machine epsilon.
+_ROUNDING = 10.0
 # The gradient of the violation is zero if its terms cancel to this part of their sizes, or if moves
 # as large as x change the violation by no more than this part of it.
 _CANCELS = 1e-3
@@ -29,7 +31,8 @@ class Certificate:
         values: Those of each constraint.
         y: The multipliers of the rows, `(m,)`; see `ConstraintSet`.
         bounds_v: The multipliers of the bounds, by leaves; None without bounds.
-        lagrangian: The gradient of the Lagrangian, by leaves; zero at a solution.
+        lagrangian: The gradient of the Lagrangian, by leaves; zero at a solution. Within bounds it
+            is as long as the way to them at most, and the rest is in `bounds_v`.
         optimality: Its largest entry.
         scale: The largest entry of the function's gradient.
         violation: The largest violation of a constraint.
@@ -71,13 +74,14 @@ def certificate(problem: Problem, constraints: ConstraintSet, y: Tensor | None) 
         rows = torch.cat(constraints.rows(values))
         if y is None:
             y = torch.zeros(len(rows), dtype=torch.float64)
+        y = y.detach().to("cpu", torch.float64)
         pull = _gradients((rows * y.to(rows)).sum(), params)
     lagrangian = [g + p for g, p in zip(gradients, pull, strict=True)]
     values = [v.detach() for v in values]
     violation, most_violated = _largest_violation(constraints, values)
-    taken = _taken_by_bounds(problem, lagrangian)
-    if taken is not None:
-        lagrangian = [g + v for g, v in zip(lagrangian, taken, strict=True)]
+    projected, taken = _projected(problem, lagrangian), None
+    if problem.limits is not None:
+        taken = [p - g for p, g in zip(projected, lagrangian, strict=True)]
     products = (rows.detach() * y.to(rows))[constraints.n_equalities :]
     return Certificate(
         value=value.item(),
@@ -85,8 +89,8 @@ def certificate(problem: Problem, constraints: ConstraintSet, y: Tensor | None) 
         values=values,
         y=y,
         bounds_v=taken,
-        lagrangian=lagrangian,
-        optimality=largest(_projected(problem, lagrangian)),
+        lagrangian=projected,
+        optimality=largest(projected),
         scale=largest(gradients),
         violation=violation,
         most_violated=most_violated,
@@ -107,11 +111,27 @@ def violation_is_stationary(problem: Problem, constraints: ConstraintSet) -> boo
             terms = _gradients(outside[i] * rows[i], params, retain=True)
             sizes = max(sizes, largest(terms))
             total = [t + term for t, term in zip(total, terms, strict=True)]
-    taken = _taken_by_bounds(problem, total)
-    if taken is not None:
-        total = [t + v for t, v in zip(total, taken, strict=True)]
-    slope, reach = largest(total), max(1.0, largest([p.detach() for p in params]))
+    slope, reach = (
+        largest(_projected(problem, total)),
+        max(1.0, largest([p.detach() for p in params])),
+    )
     return slope <= _CANCELS * sizes or slope * reach <= _CANCELS * outside.square().sum().item()
+
+
+def violation_is_rounding(problem: Problem, constraints: ConstraintSet) -> bool:
+    """True if each violation is as small as rounding errors of `x` make it."""
+    params = problem.params
+    with torch.enable_grad():
+        rows = torch.cat(constraints.rows(constraints.values(problem.tree())))
+        outside = rows.detach().clone()
+        outside[constraints.n_equalities :].clamp_(min=0)
+        for i in outside.abs().argsort(descending=True)[:_MOST_ROWS].tolist():
+            gradients = _gradients(rows[i], params, retain=True)
+            pairs = zip(gradients, params, strict=True)
+            size = sum((g.abs() * p.detach().abs()).sum().item() for g, p in pairs)
+            if outside[i].abs().item() > _ROUNDING * problem.eps * size:
+                return False
+    return True
 
 
 def _largest_violation(constraints: ConstraintSet, values: Sequence[Tensor]) -> tuple[float, str]:
@@ -125,21 +145,6 @@ def _largest_violation(constraints: ConstraintSet, values: Sequence[Tensor]) -> 
             if isnan(size):
                 break
     return most if isnan(most) else max(most, 0.0), name
-
-
-def _taken_by_bounds(problem: Problem, gradients: Sequence[Tensor]) -> list[Tensor] | None:
-    """The multipliers of the bounds, which take what of a gradient points out of them."""
-    if problem.limits is None:
-        return None
-    taken = []
-    for p, g, (low, high) in zip(problem.params, gradients, problem.limits, strict=True):
-        x, v = p.detach(), torch.zeros_like(g)
-        if low is not None:
-            v = torch.where((x <= low) & (g > 0), -g, v)
-        if high is not None:
-            v = torch.where((x >= high) & (g < 0), -g, v)
-        taken.append(v)
-    return taken
 
 
 def _projected(problem: Problem, gradients: list[Tensor]) -> list[Tensor]:

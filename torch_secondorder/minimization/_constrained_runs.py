@@ -19,6 +19,7 @@ from torch_secondorder.minimization._certificate import (
     Certificate,
     certificate,
     largest,
+    violation_is_rounding,
     violation_is_stationary,
 )
 from torch_secondorder.minimization._constraints import ConstraintSet, Given
@@ -39,6 +40,8 @@ _MOST_RAISED = 8
 _MOST_RESTARTS, _FARTHER = 2, 100.0
 _PENALTY = inspect.signature(Constrained).parameters["penalty"].default
 _INFEASIBLE = 5
+# The function counts as unbounded below this, relative to the start.
+_BOTTOM = -1e20
 # The conditions may be off by this multiple of their tolerances where nothing changes any more.
 _CLOSE = 100.0
 
@@ -90,18 +93,21 @@ class _ConstrainedRun:
         self._problem, self._constraints, self._settings = problem, constraints, settings
         self._method = method
         self._report = None if callback is None else report_to(callback)
-        self._constrained, self._optimizer = self._make(settings.constrained)
+        feasibility, least = settings.feasibility, max(_FEASIBILITY, _EPSILONS * problem.eps)
+        self._feasibility = least if feasibility is None else feasibility
         self._nit = self._evaluations = self._certificates = self._products = 0
         self._start = [p.detach().clone() for p in problem.params]
         self._value_at_start: Tensor | None = None
+        self._scale_at_start: float | None = None  # the largest entry of the gradient, up to one
         self._violation_at_start = constraints.violation_at_start
-        self._inner: float | None = None  # the tolerance of the next subproblem
         self._recent: list[tuple[list[Tensor], Tensor]] = []
-        feasibility, least = settings.feasibility, max(_FEASIBILITY, _EPSILONS * problem.eps)
-        self._feasibility = least if feasibility is None else feasibility
+        #: The best ends of steps so far: how good, the conditions, and the point.
+        self._best: tuple[tuple[float, float], Certificate, list[Tensor]] | None = None
+        self._restarts = 0
+        self._attempt(settings.constrained)
 
-    def _make(self, arguments: dict[str, Any]) -> tuple[Constrained, FlatOptimizer]:
-        """The optimizer, and the one inside."""
+    def _attempt(self, arguments: dict[str, Any]) -> None:
+        """Makes a new optimizer, for the parameters as they stand."""
         problem, constraints, settings = self._problem, self._constraints, self._settings
         change = settings.tolerance_change
         numbers = {"tolerance_change": problem.ftol if change is None else change}
@@ -113,60 +119,101 @@ class _ConstrainedRun:
             {"equalities": constraints.equalities} if constraints.n_equalities else None,
             {"inequalities": constraints.inequalities} if constraints.n_inequalities else None,
         )
-        return Constrained(optimizer, *functions, **arguments), optimizer
+        arguments = {"tolerance": 0.5 * self._feasibility, **arguments}
+        self._optimizer = optimizer
+        self._constrained = Constrained(optimizer, *functions, **arguments)
+        self._inner: float | None = None  # the tolerance of the next subproblem
+        self._raised = 0  # penalties, after the function has fallen without end
+        self._without = 0  # steps without progress
+        self._lowest = (inf, inf)  # the violation, and what violates the conditions
+        self._last = inf  # the function after the last step
 
     # The loop.
 
     def run(self) -> OptimizeResult:
         """Minimizes, and makes the result."""
-        best, last, without, raised, restarts = (inf, inf), inf, 0, 0, 0
         while True:
             before = [p.detach().clone() for p in self._problem.params]
             info = self._step()
-            if info.status is StepStatus.UNBOUNDED and raised < _MOST_RAISED and self._lagrangian:
-                # The penalties were too small; if they are not, the function falls without end.
-                raised += 1
-                self._move(before)
-                penalties = self._constrained._penalties
-                assert penalties is not None
-                self._constrained._penalties = 10.0 * penalties
+            if info.status is StepStatus.UNBOUNDED and self._raises_penalties(before):
                 continue
             here = self._certificate()
             status = self._ending(info, here)
-            if status is None and self._has_settled(before, last, here):
+            if status is None and self._has_settled(before, here):
                 status = StepStatus.CONVERGED_CHANGE
-            last = here.value
-            found = here.violation, self._error(here)
-            improved = any(now < 0.9 * then for now, then in zip(found, best, strict=True))
-            without = 0 if improved else without + 1
-            best = min(found[0], best[0]), min(found[1], best[1])
-            if status is None and without >= (_PATIENCE if self._lagrangian else 1):
-                if not self._lagrangian:  # sequential quadratic programs have failed
-                    self._go_on_by_multipliers()
-                    best, without = (inf, inf), 0
-                    continue
-                status = StepStatus.STALLED
-                if here.violation > max(self._violation_at_start, self._feasibility):
-                    # The function has led to where constraints cannot be satisfied.
-                    restarts += 1
-                    if restarts <= _MOST_RESTARTS:
-                        self._begin_again(_FARTHER**restarts)
-                        best, without = (inf, inf), 0
-                        continue
+            if status is None and not self._progresses(here):
+                status = self._next_attempt(here)
+            if status is StepStatus.STALLED:
+                here = self._best_end(here)
             if status is not None:
                 return self._result(status, here, info)
 
-    def _begin_again(self, factor: float) -> None:
-        """Begins again at the start, with larger penalties."""
-        self._move(self._start)
-        penalty = self._settings.constrained.get("penalty", _PENALTY)
-        self._go_on_by_multipliers(penalty=factor * penalty)
+    def _progresses(self, here: Certificate) -> bool:
+        """True if steps have lessened the violation or the error in the conditions recently."""
+        found = here.violation, self._error(here)
+        rank = (here.violation if here.violation > self._feasibility else 0.0), found[1]
+        if self._best is None or rank < self._best[0]:
+            self._best = rank, here, [p.detach().clone() for p in self._problem.params]
+        improved = any(now < 0.9 * then for now, then in zip(found, self._lowest, strict=True))
+        self._without = 0 if improved else self._without + 1
+        self._lowest = min(found[0], self._lowest[0]), min(found[1], self._lowest[1])
+        self._last = here.value
+        return self._without < (_PATIENCE if self._lagrangian else 1)
 
-    def _go_on_by_multipliers(self, **more: Any) -> None:
-        """Goes on from here with new augmented Lagrangians."""
-        arguments = {**self._settings.constrained, "method": "augmented_lagrangian", **more}
-        self._inner = None
-        self._constrained, self._optimizer = self._make(arguments)
+    def _next_attempt(self, here: Certificate) -> StepStatus | None:
+        """Begins another attempt after one that has failed; the status if there is none left."""
+        lost = here.violation > self._feasibility
+        if lost and self._settings.feasibility is None and self._rounds(here):
+            return StepStatus.CONVERGED_CHANGE
+        if not self._lagrangian:
+            # Sequential quadratic programs have failed.
+            if lost:
+                self._move(self._start)
+            self._attempt_multipliers()
+            return None
+        # Perhaps the function has led to where the constraints cannot be satisfied.
+        most = _MOST_RESTARTS if here.violation > self._violation_at_start else 1
+        if lost and self._restarts < most:
+            self._restarts += 1
+            self._move(self._start)
+            penalty = self._settings.constrained.get("penalty", _PENALTY)
+            self._attempt_multipliers(penalty=penalty * _FARTHER**self._restarts)
+            return None
+        return StepStatus.STALLED
+
+    def _rounds(self, here: Certificate) -> bool:
+        """True if the conditions hold but for rounding errors of the constraints."""
+        conditions = self._error(replace(here, violation=0.0)) <= _CLOSE
+        return conditions and violation_is_rounding(self._problem, self._constraints)
+
+    def _attempt_multipliers(self, **more: Any) -> None:
+        """Goes on from here with augmented Lagrangians."""
+        method = {"method": "augmented_lagrangian"}
+        self._attempt({**self._settings.constrained, **method, **more})
+
+    def _raises_penalties(self, before: Sequence[Tensor]) -> bool:
+        """Goes back and raises penalties, for they were too small; False if they were not.
+
+        Args:
+            before: Where the step began in which the function fell without end.
+        """
+        if not self._lagrangian or self._raised >= _MOST_RAISED:
+            return False
+        self._raised += 1
+        pairs = zip(self._problem.params, before, strict=True)
+        if not all(torch.equal(p.detach(), b) for p, b in pairs):  # else it has gone back itself
+            self._move(before)
+            raised = {name: 10.0 * rho for name, rho in self._constrained.penalties.items()}
+            self._constrained.penalties = raised
+        return True
+
+    def _best_end(self, here: Certificate) -> Certificate:
+        """The best end of a step, to which the parameters go."""
+        assert self._best is not None
+        _, best, leaves = self._best
+        if best is not here:
+            self._move(leaves)
+        return best
 
     @property
     def _lagrangian(self) -> bool:
@@ -179,7 +226,7 @@ class _ConstrainedRun:
         assert settings.max_iter is not None
         group["max_iter"] = max(settings.max_iter - self._nit, 1)
         most = (settings.max_eval or sys.maxsize) // self._problem.cost
-        group["max_eval"] = max(most - self._evaluations, 1)
+        group["max_eval"] = max(most - self._evaluations - self._certificates, 1)
         self._constrained.step(FunctionalObjective(self._recorded, self._problem.tree()))
         info = self._optimizer.info
         assert isinstance(info, StepInfo)
@@ -202,22 +249,23 @@ class _ConstrainedRun:
         assert settings.max_iter is not None
         if self._nit >= settings.max_iter:
             return StepStatus.MAX_ITERATIONS
-        if self._evaluations * self._problem.cost >= (settings.max_eval or inf):
+        done = self._evaluations + self._certificates
+        if done * self._problem.cost >= (settings.max_eval or inf):
             return StepStatus.MAX_EVALUATIONS
         goes_on = (
             StepStatus.CONVERGED_GRADIENT,
             StepStatus.CONVERGED_CHANGE,
             StepStatus.STALLED,
             StepStatus.NO_DECREASE,
+            StepStatus.INFEASIBLE,
         )
         return None if info.status in goes_on else info.status
 
-    def _has_settled(self, before: Sequence[Tensor], value: float, here: Certificate) -> bool:
+    def _has_settled(self, before: Sequence[Tensor], here: Certificate) -> bool:
         """True if a step has changed nothing any more, close to where the conditions hold.
 
         Args:
             before: Where the step began.
-            value: The function there.
             here: The conditions where it ended.
         """
         if here.violation > self._feasibility or self._error(here) > _CLOSE:
@@ -227,20 +275,23 @@ class _ConstrainedRun:
         pairs = list(zip(before, self._problem.params, strict=True))
         moved = max((largest([b - p.detach()]) for b, p in pairs), default=0.0)
         size = largest(before)
-        return moved <= ftol * size and abs(value - here.value) <= ftol * abs(here.value)
+        return moved <= ftol * size and abs(self._last - here.value) <= ftol * abs(here.value)
 
     # The conditions.
 
-    def _gtol(self, here: Certificate) -> float:
+    def _gtol(self, scale: float) -> float:
+        """The tolerance of the Lagrangian's gradient, beside the function's of size `scale`."""
         gtol = self._settings.tolerance_grad
-        return self._problem.gtol * max(1.0, here.scale) if gtol is None else gtol
+        if gtol is not None:
+            return gtol
+        return self._problem.gtol * max(scale, self._scale_at_start or 0.0)
 
     def _holds(self, here: Certificate) -> bool:
         return self._error(here) <= 1.0
 
     def _error(self, here: Certificate) -> float:
         """The largest of what violates the conditions, over its tolerance."""
-        gtol, given = self._gtol(here), self._settings.tolerance_grad
+        gtol, given = self._gtol(here.scale), self._settings.tolerance_grad
         least = self._problem.gtol if given is None else given
         pairs = (
             (here.violation, self._feasibility),
@@ -273,31 +324,47 @@ class _ConstrainedRun:
 
     def _observe(self, descent: Descent, iterate: Iterate) -> Iterate:
         """See `FlatOptimizer._observe`."""
-        largest = descent.point.grad_norm
-        gtol = self._settings.tolerance_grad
-        least = self._problem.gtol * max(1.0, largest) if gtol is None else gtol
+        first = descent.point
+        if self._scale_at_start is None:
+            self._scale_at_start = min(1.0, self._scale(descent))
+        descent.tolerance_grad = self._gtol(self._scale(descent))
         if self._lagrangian:
-            inner = _TIGHTER * (max(largest, 1e-3) if self._inner is None else self._inner)
-            self._inner = max(inner, 0.5 * least)
-        descent.tolerance_grad = self._inner or least
-        if self._report is None:
-            return iterate
-        report = self._report
+            inner = _TIGHTER * (first.grad_norm if self._inner is None else self._inner)
+            self._inner = descent.tolerance_grad = max(inner, 0.5 * descent.tolerance_grad)
+        bottom = _BOTTOM * max(1.0, abs(first.loss))
 
-        def reported(descent: Descent) -> StepStatus | None:
+        def observed(descent: Descent) -> StepStatus | None:
             before = descent.count
             status = iterate(descent)
             if descent.count > before:
-                leaves = self._leaves_at(descent)
-                value = self._value_at(leaves)
-                try:
-                    with torch.enable_grad():
-                        report(self._problem.tree(leaves), value)
-                except StopIteration:
+                if not self._lagrangian:
+                    descent.tolerance_grad = self._gtol(self._scale(descent))
+                if self._report is not None and self._stops(descent):
                     return StepStatus.STOPPED
+                if descent.point.loss < bottom:
+                    return StepStatus.UNBOUNDED
             return status
 
-        return reported
+        return observed
+
+    def _scale(self, descent: Descent) -> float:
+        """The largest entry of the gradient, with sequential quadratic programs the function's."""
+        grad = descent.point.grad
+        if self._lagrangian or grad is None:
+            return descent.point.grad_norm
+        return largest([grad])
+
+    def _stops(self, descent: Descent) -> bool:
+        """Reports an iteration to the callback; says whether that ends the minimization."""
+        leaves = self._leaves_at(descent)
+        value = self._value_at(leaves)
+        assert self._report is not None
+        try:
+            with torch.enable_grad():
+                self._report(self._problem.tree(leaves), value)
+        except StopIteration:
+            return True
+        return False
 
     def _leaves_at(self, descent: Descent) -> list[Tensor]:
         objective = descent.objective
@@ -354,6 +421,8 @@ class _ConstrainedRun:
                 message += f"; the gradient of the Lagrangian is {here.optimality:.3g} at most"
             if status is StepStatus.NONFINITE_START and isfinite(here.value):
                 message = f"{name} or its gradient is not finite at x0"
+            elif here.violation > tol and number == 0:
+                message += f"; {violated}, which is rounding error"
             elif here.violation > tol:
                 message += f"; {violated}"
                 if here.violation > max(violation, tol):
@@ -386,7 +455,8 @@ def constrained_fields(
         constraints: The constraints.
         here: The conditions at the end.
     """
-    constr, v = list(here.values), constraints.spread(here.y)
+    pairs = zip(constraints.spread(here.y), here.values, strict=True)
+    constr, v = list(here.values), [each.to(like) for each, like in pairs]
     fields = {
         "constr_violation": here.violation,
         "multipliers": dict(zip(constraints.names, v, strict=True)),

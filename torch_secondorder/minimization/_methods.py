@@ -133,10 +133,11 @@ _CONSTRAINED_NAMES = {
     "feasibility_tol": "feasibility",
     "catol": "feasibility",
     "constr_viol_tol": "feasibility",
+    "tolerance": "feasibility",
     "constraint_method": "method",
 }
 #: Arguments of `Constrained` that are no options.
-_NO_CONSTRAINED = ("optimizer", "equalities", "inequalities", "method")
+_NO_CONSTRAINED = ("optimizer", "equalities", "inequalities", "method", "tolerance")
 #: Arguments of constructors that are no options here, with the reason.
 _NO_OPTIONS = {
     "params": "x0 is the parameter",
