@@ -409,7 +409,7 @@ def test_other_optimizers_end_on_the_circle_at_the_minimum(name: str) -> None:
     assert optimizer.info.violation < 1e-14
 
 
-@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("name", ["sgd", "adam", "adahessian", "torch lbfgs"])
 @pytest.mark.parametrize(
     ("found", "expected"),
     [(NormBall(), (0.6, 0.8)), (Simplex(), (0.44, 0.56)), (Box(-1.0, 0.7), (0.7, 0.7))],
