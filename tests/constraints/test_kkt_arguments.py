@@ -263,7 +263,7 @@ class NoRule(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        assert grad.nonzero().dim() == 2  # its shape depends on the data: no batching rule
+        assert len(grad.tolist()) == 3  # batched tensors have no numbers to be read
         return 2 * x * grad
 
 
