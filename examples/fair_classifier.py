@@ -144,7 +144,7 @@ def difference(answers: Tensor, patients: Patients, rate: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trainings have in common.
+    """Settings of all trainings.
 
     Attributes:
         rate: `parity` or `opportunity`.
@@ -539,7 +539,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=output_file, default=out, help=f"file of the picture; default: {out}")
     arguments = parser.parse_args()
     if arguments.quick:
-        vars(arguments).update(bounds=[0.1, 0.05], epochs=20, parts=2)
+        vars(arguments).update(bounds=[0.1, 0.05], epochs=10, parts=2)
     return arguments
 
 

@@ -108,7 +108,7 @@ def parametrized(model: nn.Module, bound: float) -> nn.Module:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trainings have in common.
+    """Settings of all trainings.
 
     Attributes:
         bound: That of each layer.
@@ -477,7 +477,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=output_file, default=out, help=f"file of the picture; default: {out}")
     arguments = parser.parse_args()
     if arguments.quick:
-        vars(arguments).update(units=10, epochs=10, evaluations=400, images=300)
+        vars(arguments).update(bound=1.0, units=10, epochs=60, evaluations=400, images=300)
     return arguments
 
 

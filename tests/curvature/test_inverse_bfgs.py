@@ -169,6 +169,20 @@ def test_products_in_blocks(size: int, m: int, device: torch.device) -> None:
     assert_near(plain, in_blocks, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_several_vectors_at_once(dtype: torch.dtype, device: torch.device) -> None:
+    vectors = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    vectors = vectors.to(device, dtype)
+    h = InverseBFGS(30, 5, dtype, device)
+    assert torch.equal(h @ vectors, vectors)
+    for s, y in make_pairs(8, 30, device, dtype):  # more than it holds
+        h.push(s, y)
+        together = h @ vectors
+        one_by_one = torch.stack([h @ v for v in vectors.T.contiguous()]).T
+        tolerance = 100 * torch.finfo(dtype).eps * one_by_one.abs().max().item()
+        torch.testing.assert_close(together, one_by_one, rtol=0.0, atol=tolerance)
+
+
 def test_reset_forgets_everything(device: torch.device) -> None:
     pairs = make_pairs(9, 10, device)
     inverse = filled(pairs, 4)

@@ -140,9 +140,9 @@ def by_hand(
 
 
 @cases
-def test_the_weights_are_those_of_a_loop_by_hand(
-    host: Any, wrapper: str, name: str, tmp_path: Path
-) -> None:
+def test_the_weights_are_those_of_a_loop_by_hand(wrapper: str, name: str, tmp_path: Path) -> None:
+    host = HOSTS[0]
+
     def layers() -> tuple[nn.Module, ...]:
         return nn.Tanh(), nn.BatchNorm1d(6), nn.Dropout(0.2)
 
@@ -209,7 +209,8 @@ def test_clipping_is_that_of_a_loop_by_hand(wrapper: str, name: str, tmp_path: P
     assert not identical(expected, by_hand(wrapper, name))
 
 
-@cases
+@pytest.mark.parametrize("name", ["LBFGS", "NewtonCG", "AdaHessian", "Adam"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_manual_optimization(host: Any, wrapper: str, name: str, tmp_path: Path) -> None:
     def training_step(self: Any, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers()

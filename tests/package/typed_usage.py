@@ -442,6 +442,9 @@ def constrained() -> None:
     optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
     assert_type(optimizer.info, ConstrainedInfo | None)
     assert_type(optimizer.multipliers, dict[str, Tensor])
+    closure = closure_for(model, x, y, optimizer.zero_grad)
+    assert_type(optimizer.kkt_residuals(closure, second_order=True), KKTReport)
+    assert_type(kkt_residuals(closure, optimizer), KKTReport)
 
 
 def projected() -> None:

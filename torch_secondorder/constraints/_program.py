@@ -8,8 +8,9 @@ made here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,11 +101,6 @@ class Program:
             and y.device == like.device
         )
 
-    def leave(self) -> None:
-        """Makes the next evaluation set everything up anew, where its values are."""
-        self.values = self._signs = None
-        self.changed()
-
     def set_up(self, like: Tensor, penalty: float) -> None:
         """Makes multipliers and penalties where there are none; moves them to where values are.
 
@@ -130,11 +126,55 @@ class Program:
         """Makes the next term anew: multipliers or penalties were changed."""
         self._of_penalties = self._floor = None
 
+    def set(self, kind: str, given: Mapping[str, Any]) -> None:
+        """Sets some multipliers or penalties.
+
+        Args:
+            kind: `"multipliers"` or `"penalties"`.
+            given: Tensors or numbers, by the names of the functions.
+
+        Raises:
+            ValueError: One does not fit; nothing has changed.
+        """
+        now = getattr(self, kind)
+        parts = self.functions.split(now.clone())
+        signs = self.functions.split(self.functions.inequality)
+        for name, value in given.items():
+            new = torch.as_tensor(value, dtype=now.dtype, device=now.device).detach()
+            part = parts[name]
+            if new.dim() and new.shape != part.shape:
+                raise ValueError(
+                    f"the {kind} of {name} must be a number or of shape {tuple(part.shape)}, got "
+                    f"shape {tuple(new.shape)}"
+                )
+            if not new.isfinite().all():
+                raise ValueError(f"the {kind} of {name} must be finite, got {value!r}")
+            if (kind == "penalties" or bool(signs[name].any())) and (new < 0).any():
+                raise ValueError(f"the {kind} of {name} must not be negative, got {value!r}")
+            part.copy_(new.expand(part.shape))
+        setattr(self, kind, torch.cat([part.reshape(-1) for part in parts.values()]))
+        self.changed()
+
     def term(self, values: Tensor) -> Tensor:
         """The term of the augmented Lagrangian, 0-dim, with the graph of the values."""
         assert self.multipliers is not None
         half, _ = self._parts()
         return augmented(values, self.multipliers, half, self._floor)
+
+    def squares(self, values: Tensor, mark: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same term as a sum of squares, for optimizers that ask for residuals.
+
+        Args:
+            values: `(m,)`, with their graph.
+            mark: Tells the optimizer what the residuals are.
+        """
+        assert self.multipliers is not None and self.penalties is not None
+        half, inverse = self._parts()
+        if self._floor is not None:
+            values = torch.maximum(values, self._floor)
+        shift = self.multipliers * inverse
+        residuals = mark((values - shift) * half.sqrt())
+        return residuals.square().sum() - (shift.square() * half).sum()
 
     def seeds(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The term without a graph, and its derivative by the values: the next multipliers.
@@ -153,7 +193,7 @@ class Program:
         return self._signs
 
     def _parts(self) -> tuple[Tensor, Tensor]:
-        """What a term is made of, see `_of_penalties`; sees to the floor."""
+        """The parts of a term, see `_of_penalties`; makes the floor as well."""
         assert self.multipliers is not None and self.penalties is not None
         if self._of_penalties is None:
             self._of_penalties = 0.5 * self.penalties, inverses(self.penalties)
@@ -204,3 +244,64 @@ class Program:
         larger = torch.maximum(rho, (10 * rho).clamp(max=most_penalty))
         self.penalties = torch.where(which, larger, rho)
         self.changed()
+
+    def suspicion(self, violated: Tensor, tolerance: float, much: float) -> str:
+        """A sentence on constraints that cannot be kept, it seems; otherwise nothing.
+
+        Args:
+            violated: The violations now, `(m,)`.
+            tolerance: Violations up to here count as none.
+            much: A penalty that is worth a note if it was raised so far in vain.
+        """
+        rho, y, slow = self.penalties, self.multipliers, self.slow
+        if rho is None or y is None or slow is None:
+            return ""
+        violated = violated.to(slow.device)
+        rose = slow & (rho >= much) & (violated > tolerance)
+        if not rose.any():
+            return ""
+        at = int(torch.where(rose, violated, -1.0).argmax())
+        return (
+            f"the violation {violated[at]:.3g} of {self.functions.name(at)} stays, although its "
+            f"penalty has risen to {rho[at]:.3g} and its multiplier to {y[at]:.3g}: the "
+            "constraints may contradict each other, or the parameters are at a local minimum of "
+            "the violation"
+        )
+
+    # Checkpoints.
+
+    def state(self) -> dict[str, Any]:
+        """Names and shapes of the constraints, with all that training goes on from."""
+        functions = self.functions
+        shapes = None if functions.shapes is None else [tuple(s) for s in functions.shapes]
+        kept = {name: getattr(self, name) for name in _STATE}
+        return {"names": list(functions.names), "shapes": shapes, **kept}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state, see `state`."""
+        if state["shapes"] is not None:
+            self.functions.shapes = [torch.Size(shape) for shape in state["shapes"]]
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.values = self._signs = None
+        self.changed()
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises a ValueError if a state is of other constraints."""
+        names, found = self.functions.names, state["shapes"]
+        if state["names"] != names:
+            raise ValueError(
+                f"the state is of constraints {state['names']}, and these are {names}: load it "
+                "into a Constrained with the same constraints, or load only that of the optimizer "
+                "inside (without its entry 'constrained'); nothing has changed"
+            )
+        known = self.functions.shapes
+        if known is not None and found is not None and known != list(map(torch.Size, found)):
+            raise ValueError(
+                f"the state is of constraints of shapes {found}, and these have "
+                f"{[tuple(shape) for shape in known]}: every entry has a multiplier; nothing has "
+                "changed"
+            )
+
+
+_STATE = ("multipliers", "penalties", "before", "slow")

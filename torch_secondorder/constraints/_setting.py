@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.private_torch import pytree
@@ -43,18 +44,22 @@ def set_up(source: Any, params: Any, options: Mapping[str, Any]) -> Setting:
 
     Args:
         source: A closure or a `FunctionalObjective`.
-        params: Parameters or groups; None for those of the latter.
+        params: Parameters, groups or an optimizer; None for those of the latter.
         options: What takes the place of options of the groups; None in it for nothing.
 
     Raises:
         TypeError: Something given is no parameter, or parameters are sharded.
         ValueError: There is no parameter, or an option is out of range.
     """
+    decoupled = False
+    if isinstance(params, Optimizer):
+        decoupled = getattr(_layers(params)[-1], "_decouples_weight_decay", False)
+        params = params.param_groups
     groups = _groups(source, params)
     for group in groups:
-        group.update((name, value) for name, value in options.items() if value is not None)
-        if group.pop("decoupled_weight_decay", False) and options.get("weight_decay") is None:
+        if decoupled or group.get("decoupled_weight_decay"):
             group["weight_decay"] = 0.0
+        group.update((name, value) for name, value in options.items() if value is not None)
         check_number("weight_decay", group.get("weight_decay", 0.0), low=0.0)
     signs = {bool(group.get("maximize", False)) for group in groups}
     if len(signs) > 1:
@@ -110,6 +115,42 @@ def _groups(source: Any, params: Any) -> list[dict[str, Any]]:
 def _dotted(path: str) -> str:
     """The name of a leaf, such as `layers.0.weight` for `['layers'][0]['weight']`."""
     return ".".join(part for part in re.split(r"[\[\]'\".]+", path) if part)
+
+
+def constraints_of(optimizer: Optimizer) -> tuple[ConstraintFunctions | None, Multipliers]:
+    """The constraints and multipliers that an optimizer keeps; None for none.
+
+    Multipliers of penalties alone stay zero, and count as none.
+
+    Raises:
+        ValueError: It keeps the parameters in sets, or constraints in two places.
+    """
+    # `Constrained` has a program; it is in a package above.
+    layers = _layers(optimizer)
+    keepers = [layer for layer in layers if vars(layer).get("_program") is not None]
+    if any(getattr(layer, "_keeps_sets", False) for layer in layers):
+        raise ValueError(
+            "the optimizer keeps parameters in sets, which have multipliers that nobody knows: "
+            "pass the parameters, and the sets as constraint functions"
+        )
+    if len(keepers) > 1:
+        raise ValueError(
+            "the optimizer has a Constrained inside another one: pass the parameters, and the "
+            "constraints of both"
+        )
+    if not keepers:
+        return None, None
+    keeper: Any = keepers[0]
+    program = keeper._program
+    return program.functions, None if keeper.method == "penalty" else program.multipliers
+
+
+def _layers(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those inside it, the innermost last."""
+    layers = [optimizer]
+    while isinstance(inside := vars(layers[-1]).get("_inside"), Optimizer):
+        layers.append(inside)
+    return layers
 
 
 def given_multipliers(

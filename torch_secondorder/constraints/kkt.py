@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torch_secondorder._foundation.checks import check_number
 from torch_secondorder._foundation.report import Report
@@ -20,7 +21,13 @@ from torch_secondorder.constraints._critical import SecondOrder, Verdict, second
 from torch_secondorder.constraints._estimates import estimated_multipliers, row_space
 from torch_secondorder.constraints._evaluation import ConstrainedLoss
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
-from torch_secondorder.constraints._setting import Multipliers, Setting, given_multipliers, set_up
+from torch_secondorder.constraints._setting import (
+    Multipliers,
+    Setting,
+    constraints_of,
+    given_multipliers,
+    set_up,
+)
 
 __all__ = ["KKTReport", "kkt_residuals"]
 
@@ -149,7 +156,7 @@ class KKTReport(Report):
 
 def kkt_residuals(
     closure: Closure | FunctionalObjective,
-    params: ParamsT | Tensor | None = None,
+    params: ParamsT | Tensor | Optimizer | None = None,
     equalities: Constraints = None,
     inequalities: Constraints = None,
     multipliers: Multipliers = None,
@@ -176,9 +183,10 @@ def kkt_residuals(
 
     Args:
         closure: The standard closure, a `DatasetClosure`, or a `FunctionalObjective`.
-        params: Parameters or groups, as an optimizer takes them; `optimizer.param_groups` is fine.
-            From groups come `bounds`, `maximize` and `weight_decay` (unless it is marked as
-            decoupled). May be left out beside a `FunctionalObjective`.
+        params: Parameters or groups, as an optimizer takes them, or an optimizer. From its groups
+            come `bounds`, `maximize` and `weight_decay`, unless that is decoupled; from a
+            `Constrained` optimizer the constraints and multipliers too, where none are given here.
+            May be left out beside a `FunctionalObjective`.
         equalities: Functions of what is to be zero, as `Constrained` takes them.
         inequalities: Functions of what is to be zero or less.
         multipliers: Multipliers by the names of the functions, as `Constrained.multipliers` gives
@@ -217,6 +225,9 @@ def kkt_residuals(
     functions = None
     if equalities is not None or inequalities is not None:
         functions = ConstraintFunctions(equalities, inequalities)
+    elif isinstance(params, Optimizer):
+        functions, kept = constraints_of(params)
+        multipliers = kept if multipliers is None else multipliers
     return residuals_of(
         closure,
         params,

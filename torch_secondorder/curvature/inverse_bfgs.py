@@ -183,6 +183,21 @@ class InverseBFGS(LinearOperator):
         """See `LinearOperator.matvec`."""
         return self._multiply(v, 1.0)
 
+    def matmat(self, V: Tensor) -> Tensor:
+        """See `LinearOperator.matmat`; two passes over the pairs serve all columns."""
+        if not self.count or V.shape[1] < 2 or self.space is not WHOLE:
+            return super().matmat(V)
+        if self._pending:
+            self.matvec(V[:, 0])  # gives R^-1 the column of the newest pair
+        assert self._buffers is not None and self._views is not None
+        steps, differences, inverse, diagonal = self._buffers
+        views, work = self._views, self.dtype
+        rows = V.t()
+        p2 = torch.mm(torch.mm(rows, views.of_steps).to(inverse.dtype), views.of_inverse)
+        scaled = torch.addmm(rows, p2.to(work), differences, alpha=-1).mul_(self.gamma)
+        p1 = torch.mm(diagonal * p2 - torch.mm(scaled, views.of_differences), inverse)
+        return torch.addmm(scaled, p1.to(work), steps).t()
+
     def direction(self, grad: Tensor) -> Tensor:
         """The quasi-Newton direction `-H grad`, shape `(n,)`."""
         return self._multiply(grad, -1.0)

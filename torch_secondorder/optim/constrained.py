@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._closure.runner import ModuleRegistry
 from torch_secondorder._foundation.checks import check_choice, check_number
 from torch_secondorder._foundation.private_torch import pytree
@@ -27,7 +28,9 @@ from torch_secondorder._params.space import is_distributed
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
 from torch_secondorder.constraints._lagrangian import violations
 from torch_secondorder.constraints._program import Program
+from torch_secondorder.constraints.kkt import KKTReport, kkt_residuals
 from torch_secondorder.dataset import DatasetClosure
+from torch_secondorder.optim.levenberg_marquardt import LevenbergMarquardt
 
 __all__ = ["Constrained", "ConstrainedInfo"]
 
@@ -294,9 +297,13 @@ class Constrained(WrapperOptimizer):
             violation <= self.tolerance,
             program.multipliers.abs().max().item(),
             program.penalties.max().item(),
-            self._note or self._suspicion(violated),
+            self._note or program.suspicion(violated, self.tolerance, _MUCH * self._penalty),
             getattr(self._inside, "info", None),
         )
+
+    def kkt_residuals(self, closure: Any, **options: Any) -> KKTReport:
+        """The certificate of a minimum; see `torch_secondorder.kkt_residuals` for the options."""
+        return kkt_residuals(closure, self, **options)
 
     @property
     def _violations(self) -> Tensor | None:
@@ -304,23 +311,6 @@ class Constrained(WrapperOptimizer):
         if program.values is None:
             return None
         return violations(program.values, program.functions.inequality)
-
-    def _suspicion(self, violated: Tensor) -> str:
-        """A sentence on constraints that cannot be kept, it seems; otherwise nothing."""
-        program = self._program
-        rho, y, slow = program.penalties, program.multipliers, program.slow
-        if rho is None or y is None or slow is None:
-            return ""
-        rose = slow & (rho >= _MUCH * self._penalty) & (violated.to(slow.device) > self.tolerance)
-        if not rose.any():
-            return ""
-        at = int(torch.where(rose, violated.to(slow.device), -1.0).argmax())
-        return (
-            f"the violation {violated[at]:.3g} of {program.functions.name(at)} stays, although its "
-            f"penalty has risen to {rho[at]:.3g} and its multiplier to {y[at]:.3g}: the "
-            "constraints may contradict each other, or the parameters are at a local minimum of "
-            "the violation"
-        )
 
     def _by_name(self, vector: Tensor | None) -> dict[str, Tensor]:
         return {} if vector is None else self._program.functions.split(vector.clone())
@@ -337,29 +327,7 @@ class Constrained(WrapperOptimizer):
         if program.functions.shapes is None or program.multipliers is None:
             self._pending[kind] = dict(given)
             return
-        setattr(program, kind, self._vector_of(kind, given))
-        program.changed()
-
-    def _vector_of(self, kind: str, given: Mapping[str, Any]) -> Tensor:
-        """The vector of all multipliers or penalties, with those that are given."""
-        program = self._program
-        now = getattr(program, kind)
-        parts = program.functions.split(now.clone())
-        signs = program.functions.split(program.functions.inequality)
-        for name, value in given.items():
-            new = torch.as_tensor(value, dtype=now.dtype, device=now.device).detach()
-            part = parts[name]
-            if new.dim() and new.shape != part.shape:
-                raise ValueError(
-                    f"the {kind} of {name} must be a number or of shape {tuple(part.shape)}, got "
-                    f"shape {tuple(new.shape)}"
-                )
-            if not new.isfinite().all():
-                raise ValueError(f"the {kind} of {name} must be finite, got {value!r}")
-            if (kind == "penalties" or bool(signs[name].any())) and (new < 0).any():
-                raise ValueError(f"the {kind} of {name} must not be negative, got {value!r}")
-            part.copy_(new.expand(part.shape))
-        return torch.cat([part.reshape(-1) for part in parts.values()])
+        program.set(kind, given)
 
     # The step.
 
@@ -372,6 +340,8 @@ class Constrained(WrapperOptimizer):
         # Of a data set, ranks may have batches in different numbers.
         self._averages = several and not isinstance(closure, DatasetClosure)
         try:
+            if self._iterates and not isinstance(self._innermost, FlatOptimizer):
+                closure = self._noting(closure)
             with self._registry.watch({}) if self._averages else nullcontext():
                 result = self._stepped(closure, more)
             if self._evaluated and self.method != "sqp":
@@ -434,6 +404,7 @@ class Constrained(WrapperOptimizer):
             inner._observe = self._observe
         elif isinstance(inner, torch.optim.LBFGS):
             self._entry_point = [p.detach().clone() for p in self._trainable]
+            self._n_iter = _iterations_of(inner)
 
     def _end_step(self) -> None:
         inner: Any = self._innermost
@@ -471,12 +442,10 @@ class Constrained(WrapperOptimizer):
             self._note = self._not_finite(program.values)
             self._return_to_entry()
             return
-        verdict = Verdict.UPDATE
-        if isinstance(self._innermost, FlatOptimizer):
-            info, violated = self._innermost.info, self._violations
-            if info is None or info.status in _IDLE or violated is None:
-                return
-            verdict = self._subproblem.judge(info, violated.max().item())
+        info, violated = self._inner_report(), self._violations
+        if info is None or info.status in _IDLE or violated is None:
+            return
+        verdict = self._subproblem.judge(info, violated.max().item())
         most = self.max_multiplier
         if verdict is Verdict.UPDATE:
             program.update(self.tolerance, self.max_penalty, most if ascends else None)
@@ -487,6 +456,30 @@ class Constrained(WrapperOptimizer):
             self._go_back()
         if verdict is not Verdict.GO_ON:
             self._subproblem.end()
+
+    def _inner_report(self) -> StepInfo | None:
+        """The report of the optimizer inside; one is made for PyTorch's L-BFGS."""
+        inner = self._innermost
+        if isinstance(inner, FlatOptimizer):
+            return inner.info
+        done = _iterations_of(inner) - self._n_iter
+        # It may end for reasons of its own far from the solution: only the gradient tells.
+        largest = _largest_gradient(self._trainable)
+        return StepInfo(StepStatus.MAX_ITERATIONS, 0.0, 0.0, largest, done)
+
+    def _noting(self, closure: Any) -> Any:
+        """A closure that notes the start of a subproblem of PyTorch's L-BFGS."""
+
+        def noting() -> Any:
+            first = not self._evaluated
+            loss = closure()
+            violated = self._violations
+            if first and not self._subproblem.steps and violated is not None:
+                grad_norm, params = _largest_gradient(self._trainable), self._trainable
+                self._subproblem.begin(params, 0.0, grad_norm, violated.max().item())
+            return loss
+
+        return noting
 
     def _go_back(self) -> None:
         """Begins the subproblem again, with larger penalties."""
@@ -560,6 +553,8 @@ class Constrained(WrapperOptimizer):
             self._program.record(values, self._leaves_in(tree))
             return values.new_zeros(())
         self._program.values = values.detach()
+        if isinstance(self._innermost, LevenbergMarquardt) and self._penalty:
+            return self._program.squares(values, mark_outputs)
         return self._program.term(values)
 
     def _seeds(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -604,53 +599,46 @@ class Constrained(WrapperOptimizer):
         program.set_up(like, 0.0 if self.method == "sqp" else self._penalty)
         pending, self._pending = self._pending, {}
         for kind, given in pending.items():
-            setattr(program, kind, self._vector_of(kind, given))
-            program.changed()
+            program.set(kind, given)
 
     # Checkpoints.
 
     @property
     def _state(self) -> dict[str, Any]:
-        program = self._program
-        shapes = program.functions.shapes
-        return {
-            "names": list(program.functions.names),
-            "shapes": None if shapes is None else [tuple(shape) for shape in shapes],
-            **{name: getattr(program, name) for name in _PROGRAM_STATE},
-            "subproblem": self._subproblem.state(),
-        }
+        return {**self._program.state(), "subproblem": self._subproblem.state()}
 
     @_state.setter
     def _state(self, state: dict[str, Any]) -> None:
-        program = self._program
-        if state["shapes"] is not None:
-            program.functions.shapes = [torch.Size(shape) for shape in state["shapes"]]
-        for name in _PROGRAM_STATE:
-            setattr(program, name, state[name])
-        program.leave()
+        self._program.load(state)
         self._subproblem.load(state["subproblem"])
+
+    @property
+    def _penalties(self) -> Tensor | None:
+        return self._program.penalties
+
+    @_penalties.setter
+    def _penalties(self, value: Tensor | None) -> None:
+        self._program.penalties = value
+        self._program.changed()
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         """See `WrapperOptimizer`."""
-        state, functions = own["program"], self._program.functions
-        if state["names"] != functions.names:
-            raise ValueError(
-                f"the state is of constraints {state['names']}, and these are {functions.names}: "
-                "load it into a Constrained with the same constraints, or load only that of the "
-                "optimizer inside (without its entry 'constrained'); nothing has changed"
-            )
-        shapes = None if functions.shapes is None else [tuple(shape) for shape in functions.shapes]
-        if None not in (shapes, state["shapes"]) and shapes != list(map(tuple, state["shapes"])):
-            raise ValueError(
-                f"the state is of constraints of shapes {state['shapes']}, and these have {shapes}"
-                ": every entry has a multiplier; nothing has changed"
-            )
+        self._program.check(own["program"])
 
     def __repr__(self) -> str:
         return f"Constrained({self._inside!r}, method={self.method!r})"
 
 
-_PROGRAM_STATE = ("multipliers", "penalties", "before", "slow")
+def _largest_gradient(params: Sequence[Tensor]) -> float:
+    """The largest absolute entry of the gradients."""
+    found = [p.grad.abs().max() for p in params if p.grad is not None]
+    return torch.stack(found).max().item() if found else math.inf
+
+
+def _iterations_of(optimizer: Optimizer) -> int:
+    """All iterations that PyTorch's L-BFGS has made, which has no report."""
+    first = optimizer.param_groups[0]["params"][0]
+    return int(optimizer.state[first].get("n_iter", 0)) if first in optimizer.state else 0
 
 
 def _finite(values: Tensor) -> bool:
