@@ -108,7 +108,8 @@ class Net(nn.Module):
 
 
 def constrained(inner: Any, net: Net) -> Constrained:
-    return Constrained(inner, equalities=net.centred, inequalities={"short": net.short})
+    short = {"short": net.short}
+    return Constrained(inner, equalities=net.centred, inequalities=short, penalty=10.0)
 
 
 def sets_of(inner: Any, net: Net) -> list[tuple[Tensor, Any]]:
