@@ -436,15 +436,7 @@ class Constrained(WrapperOptimizer):
         program, ascends = self._program, self.method == "augmented_lagrangian"
         assert program.values is not None
         if not self._iterates:
-            refused = False
-            if self._looks:  # it may have left a step out that was not finite
-                report = getattr(self._innermost, "info", None)
-                refused = report is not None and report.status in _IDLE
-                if not _finite(program.values):
-                    self._note, refused = self._not_finite(program.values), True
-            if ascends and not refused:
-                rate = self.multiplier_lr
-                program.ascend(_MULTIPLIER_LR if rate is None else rate)
+            self._ascend(program.values)
             return
         program.values = self._values_now()
         if not _finite(program.values):
@@ -454,9 +446,8 @@ class Constrained(WrapperOptimizer):
         info, violated = self._inner_report(), self._violations
         if info is None or info.status in _IDLE or violated is None:
             return
-        if info.loss_after is None or info.grad_norm is None:  # one update without a look at it
-            if ascends and program.penalties is not None:
-                program.ascend(program.penalties, self.max_multiplier)
+        if info.loss_after is None or info.grad_norm is None:  # one update, which nobody checked
+            self._ascend(program.values)
             return
         verdict = self._subproblem.judge(info, violated.max().item())
         most = self.max_multiplier
@@ -469,6 +460,16 @@ class Constrained(WrapperOptimizer):
             self._go_back()
         if verdict is not Verdict.GO_ON:
             self._subproblem.end()
+
+    def _ascend(self, values: Tensor) -> None:
+        """Moves the multipliers by their rate, unless the optimizer inside has refused the step."""
+        if self._looks and not _finite(values):
+            self._note = self._not_finite(values)
+            return
+        info: Any = self._innermost.info if self._looks else None  # type: ignore[attr-defined]
+        if self.method == "augmented_lagrangian" and (info is None or info.status not in _IDLE):
+            rate = self.multiplier_lr
+            self._program.ascend(_MULTIPLIER_LR if rate is None else rate)
 
     def _inner_report(self) -> StepInfo | None:
         """The report of the optimizer inside; one is made for PyTorch's L-BFGS."""
