@@ -18,7 +18,7 @@ UNFINISHED = (StepStatus.MAX_ITERATIONS, StepStatus.MAX_EVALUATIONS)
 
 
 def finished(info: Any) -> bool:
-    """Whether another step of an optimizer, constrained or not, is of no use.
+    """True if another step of an optimizer, constrained or not, is of no use.
 
     Args:
         info: Its report.

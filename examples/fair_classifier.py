@@ -144,7 +144,7 @@ def difference(answers: Tensor, patients: Patients, rate: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trainings have in common.
+    """Settings of all trainings.
 
     Attributes:
         rate: `parity` or `opportunity`.
@@ -447,7 +447,10 @@ def draw_frontier(axes: Any, results: Sequence[Result], count: int) -> None:
     for r in series(results)["Constrained(LBFGS)"]:
         axes.annotate(f"{r.bound:g}", (r.gap, 100 * r.accuracy), (5, 5), textcoords="offset points")
     style_axes(axes, xlabel="gap of the true rates", ylabel="accuracy, %")
-    axes.set(title="held-out patients; numbers are bounds", ylim=(65, 85))
+    axes.set(
+        title="held-out patients; numbers are bounds",
+        ylim=(100 * free.accuracy - 10, 100 * free.accuracy + 10),
+    )
     axes.legend(frameon=False)
 
 
@@ -539,7 +542,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=output_file, default=out, help=f"file of the picture; default: {out}")
     arguments = parser.parse_args()
     if arguments.quick:
-        vars(arguments).update(bounds=[0.1, 0.05], epochs=20, parts=2)
+        vars(arguments).update(bounds=[0.1, 0.05], epochs=10, parts=2)
     return arguments
 
 

@@ -66,6 +66,7 @@ def constrained(optimizer: Any, model: Any) -> Constrained:
         inequalities={
             "short": lambda: model.bert.embeddings.word_embeddings.weight.square().sum() - 0.5
         },
+        penalty=10.0,
     )
 
 

@@ -435,6 +435,21 @@ def test_bounds_that_leave_nothing() -> None:
     assert "no small move" in result.message
 
 
+def test_a_start_outside_of_the_bounds() -> None:
+    """Constraints are evaluated within them only."""
+
+    def root(x: Tensor) -> Tensor:
+        assert bool((x >= 0).all())
+        return (x + 0.1).sqrt().sum() - 1.5
+
+    result = minimize(
+        rosenbrock, -START - 1.0, constraints={"type": "eq", "fun": root}, bounds=(0.0, 2.0)
+    )
+    assert result.success and result.info.as_dict()["start_projected"] is True
+    inside = minimize(rosenbrock, START, constraints=DISK, bounds=(-2.0, 2.0))
+    assert inside.info.as_dict()["start_projected"] is False
+
+
 def test_dependent_constraints() -> None:
     """Multipliers are not unique, the minimum is."""
     result = minimize(
@@ -461,19 +476,116 @@ def test_constraints_that_are_not_finite_at_trials() -> None:
     assert close(result, [np.exp(-3.0), 1.0])
 
 
-def test_unbounded() -> None:
-    result = minimize(lambda x: x[0], START, constraints={"type": "eq", "fun": lambda x: x[1]})
-    assert result.status == 4 and not result.success
+def test_violations_that_are_rounding_errors() -> None:
+    """At 3e18, numbers are 512 apart."""
+    goal = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    x = goal * (3e18 / goal.square().sum()).sqrt()
+    messages = []
+    for third in (1.0, 1e7, 1e8, 5e8, 1e9, 2e9):
+        result = minimize(
+            lambda x: (x / 1e9 - goal).square().sum(),
+            torch.tensor([1e9, 1e9, third], dtype=torch.float64),
+            constraints={"type": "eq", "fun": lambda x: x.square().sum() - 3e18},
+        )
+        assert result.success, result
+        assert torch.allclose(result.x, x, rtol=1e-4) and result.constr_violation <= 8 * 512
+        messages.append(result.message)
+    assert any("constraints is violated by" in m and "rounding error" in m for m in messages)
+
+
+def test_scales_of_the_function() -> None:
+    goal = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    for scale in (1e-8, 1.0, 1e8):
+        result = minimize(
+            lambda x, scale=scale: scale * (x - goal).square().sum(),
+            torch.zeros(3, dtype=torch.float64),
+            constraints={"type": "eq", "fun": lambda x: x.sum() - 3},
+        )
+        assert result.success and close(result, [0.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("method", [None, "lbfgs", "newton", "cg"])
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_unbounded(method: str | None, power: int) -> None:
+    constraint = {"type": "eq", "fun": lambda x: x[1]}
+    result = minimize(lambda x: -(x[0] ** power), START, method, constraints=constraint)
+    assert result.status == 4 and not result.success, result
+    assert bool(result.x.isfinite().all()) and "falls without end" in result.message
 
 
 def test_worse_than_the_start_is_said() -> None:
+    """With too small a penalty, the first iterations leave the disk in which they began."""
     result = minimize(
-        lambda x: -x.square().sum(), START,
-        constraints=NonlinearConstraint(lambda x: x.square().sum(), -inf, 1.0),
-        options={"maxiter": 1, "constraint_method": "augmented_lagrangian"},
+        lambda x: -20.0 * x.sum(),
+        START,
+        constraints=DISK,
+        options={"maxiter": 2, "constraint_method": "augmented_lagrangian", "penalty": 1.0},
+    )
+    assert result.status == 1 and result.constr_violation > 1e-2
+    assert "constraints is violated by" in result.message
+    assert "more than any was at x0 (0)" in result.message
+
+
+def test_higher_than_the_start_is_said() -> None:
+    """A step from a feasible start may lead to another minimum, which is higher."""
+    start = torch.tensor([-1.05, 0.0], dtype=torch.float64)
+    result = minimize(
+        lambda x: (x[0] ** 2 - 1.0).square() + 0.3 * x[0] + x[1].square(),
+        start,
+        constraints={"type": "ineq", "fun": lambda x: x[0] + 1.05},
+    )
+    assert result.success
+    higher = result.fun > float((start[0] ** 2 - 1.0).square() + 0.3 * start[0])
+    assert ("fun is higher than at x0" in result.message) == higher
+
+
+def test_evaluations_beside_slsqp() -> None:
+    """All evaluations of the function, with that of the result, where both find the minimum."""
+    ours = theirs = both = 0
+    for problem in CONSTRAINED_PROBLEMS:
+        if problem.size > 4:  # these are enough
+            continue
+        calls, x = slsqp(problem)
+        value = float(problem.function(x))
+        if problem.is_minimum(value, 1e-5) and problem.violation(x) < 1e-6:
+            both += 1
+            ours += minimized(problem).nfev
+            theirs += calls
+    assert both > 30
+    assert ours <= 2.0 * theirs
+
+
+def slsqp(problem: ConstrainedProblem) -> tuple[int, Tensor]:
+    """SciPy's evaluations of the function, and where they led."""
+    calls = 0
+
+    def function(x: Any) -> tuple[float, Any]:
+        nonlocal calls
+        calls += 1
+        at = torch.tensor(x, requires_grad=True)
+        value = problem.function(at)
+        value.backward()
+        return value.item(), at.grad.numpy()
+
+    def made(fun: Callable[[Tensor], Tensor], kind: str, sign: float) -> dict[str, Any]:
+        return {
+            "type": kind,
+            "fun": lambda x: sign * fun(torch.tensor(x)).numpy(),
+            "jac": lambda x: sign * torch.func.jacrev(fun)(torch.tensor(x)).numpy(),
+        }
+
+    constraints = []
+    if problem.equalities is not None:
+        constraints.append(made(problem.equalities, "eq", 1.0))
+    if problem.inequalities is not None:
+        constraints.append(made(problem.inequalities, "ineq", -1.0))
+    low = np.full(problem.size, -inf) if problem.low is None else problem.low.numpy()
+    high = np.full(problem.size, inf) if problem.high is None else problem.high.numpy()
+    found = scipy.optimize.minimize(
+        function, problem.start.numpy(), jac=True, method="SLSQP", constraints=constraints,
+        bounds=scipy.optimize.Bounds(low, high), options={"maxiter": 500},
     )  # fmt: skip
-    if result.constr_violation > 1e-8:
-        assert "is violated by" in result.message and "more than any was at x0" in result.message
+    return calls, torch.tensor(found.x)
 
 
 def test_keep_feasible_is_a_warning() -> None:

@@ -14,7 +14,7 @@ from tests.support.constrained_problems import (
     CONSTRAINED_PROBLEMS,
     ConstrainedProblem,
 )
-from torch_secondorder import BFGS, LBFGS, Constrained, FunctionalObjective
+from torch_secondorder import BFGS, LBFGS, Constrained, DatasetClosure, FunctionalObjective
 from torch_secondorder.optim import bfgs, lbfgs
 
 F64 = torch.float64
@@ -219,6 +219,10 @@ def test_direction_solves_the_quadratic_program(kind, name) -> None:
             torch.testing.assert_close(step.direction / scale, d / scale, atol=1e-5, rtol=0)
             bound = 1e-5 * (1.0 + y.abs().sum().item())
             torch.testing.assert_close(step.multipliers[active], y, atol=bound, rtol=0)
+            line, size = owner.line(descent), step.residual.abs().max() + 1e-6
+            torch.testing.assert_close(
+                line.product / size, B @ line.direction / size, atol=1e-4, rtol=0
+            )
             left_out = here.values[~active] + here.jacobian[~active] @ step.direction
             assert (left_out <= 1e-7).all()
             checked += 1
@@ -462,6 +466,53 @@ def test_sharded_parameters_are_refused(kind, monkeypatch) -> None:
         run.inner._program = run.constrained._program
         run.inner._evaluate(None)
     assert not run.seen
+
+
+@each_kind
+def test_an_exception_leaves_no_constraints_behind(kind) -> None:
+    run = Run(kind, torch.tensor([3.0, 1.0], dtype=F64), squares, circle, max_iter=2)
+    run.constrained.step(run.closure)
+    before = run.x.detach().clone()
+
+    def failing():
+        if len(run.seen) > seen:  # in the middle of a step
+            raise RuntimeError("no data")
+        return run.closure()
+
+    seen = len(run.seen)
+    with pytest.raises(RuntimeError, match="no data"):
+        run.constrained.step(failing)
+    assert torch.equal(run.x.detach(), before)
+    for _ in range(20):  # alone, it minimizes the loss
+        run.inner.step(run.closure)
+    torch.testing.assert_close(run.x.detach(), torch.full((2,), 2.0, dtype=F64))
+
+
+def test_a_data_set() -> None:
+    """Constraints of the parameters are evaluated with each batch."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 5, generator=generator, dtype=F64)
+    outputs = inputs @ torch.randn(5, 1, generator=generator, dtype=F64)
+    model = torch.nn.Linear(5, 1, bias=False, dtype=F64)
+    twin = torch.nn.Linear(5, 1, bias=False, dtype=F64)
+    twin.load_state_dict(model.state_dict())
+    loss = torch.nn.functional.mse_loss
+    batches = list(zip(inputs.split(10), outputs.split(10), strict=True))
+    by_batches = Constrained(LBFGS([model.weight]), lambda: circle(model.weight))
+    at_once = Constrained(LBFGS([twin.weight]), lambda: circle(twin.weight))
+
+    def closure():
+        at_once.zero_grad()
+        value = loss(twin(inputs), outputs)
+        value.backward()
+        return value
+
+    for _ in range(3):
+        by_batches.step(DatasetClosure(model, loss, batches))
+        at_once.step(closure)
+    assert at_once.info.inner.status.name.startswith("CONVERGED")
+    assert abs(circle(model.weight).item()) < 1e-9
+    torch.testing.assert_close(model.weight, twin.weight, atol=1e-6, rtol=0)
 
 
 def test_only_these_optimizers_take_constraints() -> None:

@@ -132,7 +132,8 @@ class LineSearchOptimizer(FlatOptimizer):
         return not isinstance(self.line_search, FixedStep)
 
     def _current_vector(self, params: Any, rates: Any) -> ParameterVector:
-        self._reset_reason = ""  # that of a step which an exception has ended
+        # Those of a step which an exception has ended.
+        self._reset_reason, self._sequential = "", None
         return super()._current_vector(params, rates)
 
     def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:

@@ -14,6 +14,8 @@ from torch_secondorder.minimization._runs import Problem
 
 # Constraints of which the gradients are looked at where the violation does not fall any more.
 _MOST_ROWS = 100
+# Rounding errors of a constraint, as a multiple of the machine epsilon.
+_ROUNDING = 10.0
 # The gradient of the violation is zero if its terms cancel to this part of their sizes, or if moves
 # as large as x change the violation by no more than this part of it.
 _CANCELS = 1e-3
@@ -114,6 +116,22 @@ def violation_is_stationary(problem: Problem, constraints: ConstraintSet) -> boo
         max(1.0, largest([p.detach() for p in params])),
     )
     return slope <= _CANCELS * sizes or slope * reach <= _CANCELS * outside.square().sum().item()
+
+
+def violation_is_rounding(problem: Problem, constraints: ConstraintSet) -> bool:
+    """True if each violation is as small as rounding errors of `x` make it."""
+    params = problem.params
+    with torch.enable_grad():
+        rows = torch.cat(constraints.rows(constraints.values(problem.tree())))
+        outside = rows.detach().clone()
+        outside[constraints.n_equalities :].clamp_(min=0)
+        for i in outside.abs().argsort(descending=True)[:_MOST_ROWS].tolist():
+            gradients = _gradients(rows[i], params, retain=True)
+            pairs = zip(gradients, params, strict=True)
+            size = sum((g.abs() * p.detach().abs()).sum().item() for g, p in pairs)
+            if outside[i].abs().item() > _ROUNDING * problem.eps * size:
+                return False
+    return True
 
 
 def _largest_violation(constraints: ConstraintSet, values: Sequence[Tensor]) -> tuple[float, str]:

@@ -19,6 +19,7 @@ from torch_secondorder.minimization._certificate import (
     Certificate,
     certificate,
     largest,
+    violation_is_rounding,
     violation_is_stationary,
 )
 from torch_secondorder.minimization._constraints import ConstraintSet, Given
@@ -162,6 +163,8 @@ class _ConstrainedRun:
     def _next_attempt(self, here: Certificate) -> StepStatus | None:
         """Begins another attempt after one that has failed; the status if there is none left."""
         lost = here.violation > self._feasibility
+        if lost and self._settings.feasibility is None and self._rounds(here):
+            return StepStatus.CONVERGED_CHANGE
         if not self._lagrangian:
             # Sequential quadratic programs have failed.
             if lost:
@@ -178,6 +181,11 @@ class _ConstrainedRun:
             return None
         return StepStatus.STALLED
 
+    def _rounds(self, here: Certificate) -> bool:
+        """True if the conditions hold but for rounding errors of the constraints."""
+        conditions = self._error(replace(here, violation=0.0)) <= _CLOSE
+        return conditions and violation_is_rounding(self._problem, self._constraints)
+
     def _attempt_multipliers(self, **more: Any) -> None:
         """Goes on from here with augmented Lagrangians."""
         method = {"method": "augmented_lagrangian"}
@@ -189,12 +197,14 @@ class _ConstrainedRun:
         Args:
             before: Where the step began in which the function fell without end.
         """
-        penalties = self._constrained._penalties
-        if not self._lagrangian or self._raised >= _MOST_RAISED or penalties is None:
+        if not self._lagrangian or self._raised >= _MOST_RAISED:
             return False
         self._raised += 1
-        self._move(before)
-        self._constrained._penalties = 10.0 * penalties
+        pairs = zip(self._problem.params, before, strict=True)
+        if not all(torch.equal(p.detach(), b) for p, b in pairs):  # else it has gone back itself
+            self._move(before)
+            raised = {name: 10.0 * rho for name, rho in self._constrained.penalties.items()}
+            self._constrained.penalties = raised
         return True
 
     def _best_end(self, here: Certificate) -> Certificate:
@@ -235,6 +245,8 @@ class _ConstrainedRun:
             return StepStatus.NONFINITE_TRIALS
         if self._holds(here):
             return StepStatus.CONVERGED_GRADIENT
+        if info.status is StepStatus.UNBOUNDED:
+            return info.status
         settings = self._settings
         assert settings.max_iter is not None
         if self._nit >= settings.max_iter:
@@ -293,7 +305,7 @@ class _ConstrainedRun:
     def _certificate(self) -> Certificate:
         """The conditions where the parameters stand, by one evaluation."""
         self._certificates += 1
-        return certificate(self._problem, self._constraints, self._constrained._multipliers)
+        return certificate(self._problem, self._constraints, self._constrained._program.multipliers)
 
     # Points.
 
@@ -411,6 +423,8 @@ class _ConstrainedRun:
                 message += f"; the gradient of the Lagrangian is {here.optimality:.3g} at most"
             if status is StepStatus.NONFINITE_START and isfinite(here.value):
                 message = f"{name} or its gradient is not finite at x0"
+            elif here.violation > tol and number == 0:
+                message += f"; {violated}, which is rounding error"
             elif here.violation > tol:
                 message += f"; {violated}"
                 if here.violation > max(violation, tol):

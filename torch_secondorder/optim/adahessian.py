@@ -101,6 +101,7 @@ class AdaHessian(DiagonalOptimizer):
     _magnitudes = True
     _warm_up = 10
     _first_labels = 10  # one label leaves the estimate close to zero in some coordinates, by chance
+    _decouples_weight_decay = True  # it is no part of the loss
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ __all__ = ["Constrained", "ConstrainedInfo"]
 
 Method: TypeAlias = Literal["augmented_lagrangian", "penalty", "sqp"]
 
+_PENALTY, _PENALTY_OF_UPDATES = 10.0, 1.0
 _MULTIPLIER_LR = 0.1
 # A penalty that has been raised so far, in vain, is worth a note.
 _MUCH = 1e4
@@ -111,7 +112,8 @@ class Constrained(WrapperOptimizer):
             dict of them by name.
         inequalities: What is to be zero or less, likewise.
         method: `"sqp"`, `"augmented_lagrangian"` or `"penalty"`.
-        penalty: The penalties at the start; zero for a Lagrangian without them.
+        penalty: The penalties at the start; zero for a Lagrangian without them. By default 10, and
+            1 for optimizers with one evaluation a step.
         multiplier_lr: The rate of the multipliers, per unit of constraint and step. Given to an
             optimizer that iterates inside a step, it takes the place of the method of multipliers,
             for mini-batches. By default 0.1 where it is needed.
@@ -164,7 +166,7 @@ class Constrained(WrapperOptimizer):
         inequalities: Constraints = None,
         method: Method | None = None,
         *,
-        penalty: float = 10.0,
+        penalty: float | None = None,
         multiplier_lr: float | None = None,
         tolerance: float | None = None,
         max_penalty: float = 1e8,
@@ -172,12 +174,12 @@ class Constrained(WrapperOptimizer):
     ) -> None:
         if method is not None:
             check_choice("method", method, Method)
-        check_number("penalty", penalty, low=0.0)
+        check_number("penalty", penalty, low=0.0, optional=True)
         check_number("multiplier_lr", multiplier_lr, low=0.0, optional=True)
         check_number("tolerance", tolerance, low=0.0, optional=True)
-        check_number("max_penalty", max_penalty, low=penalty)
+        check_number("max_penalty", max_penalty, low=penalty or 0.0)
         check_number("max_multiplier", max_multiplier, above=0.0)
-        self._penalty, self._tolerance = float(penalty), tolerance
+        self._tolerance = tolerance
         self.multiplier_lr = multiplier_lr
         self.max_penalty, self.max_multiplier = float(max_penalty), float(max_multiplier)
         self._program = Program(ConstraintFunctions(equalities, inequalities))
@@ -186,6 +188,10 @@ class Constrained(WrapperOptimizer):
         # Multipliers and penalties that were set before the first evaluation.
         self._pending: dict[str, Mapping[str, Any]] = {}
         super().__init__(optimizer, _ConstraintTerm(self))
+        if penalty is None:
+            # One step on a noisy gradient would be thrown off by penalties as large.
+            penalty = min(_PENALTY if self._iterates else _PENALTY_OF_UPDATES, self.max_penalty)
+        self._penalty = float(penalty)
         self._refuse_shards()
         able = self._takes_programs()
         if method is None:
@@ -430,12 +436,7 @@ class Constrained(WrapperOptimizer):
         program, ascends = self._program, self.method == "augmented_lagrangian"
         assert program.values is not None
         if not self._iterates:
-            if not self._looks or _finite(program.values):
-                if ascends:
-                    rate = self.multiplier_lr
-                    program.ascend(_MULTIPLIER_LR if rate is None else rate)
-            else:
-                self._note = self._not_finite(program.values)
+            self._ascend(program.values)
             return
         program.values = self._values_now()
         if not _finite(program.values):
@@ -444,6 +445,9 @@ class Constrained(WrapperOptimizer):
             return
         info, violated = self._inner_report(), self._violations
         if info is None or info.status in _IDLE or violated is None:
+            return
+        if info.loss_after is None or info.grad_norm is None:  # one update, which nobody checked
+            self._ascend(program.values)
             return
         verdict = self._subproblem.judge(info, violated.max().item())
         most = self.max_multiplier
@@ -456,6 +460,16 @@ class Constrained(WrapperOptimizer):
             self._go_back()
         if verdict is not Verdict.GO_ON:
             self._subproblem.end()
+
+    def _ascend(self, values: Tensor) -> None:
+        """Moves the multipliers by their rate, unless the optimizer inside has refused the step."""
+        if self._looks and not _finite(values):
+            self._note = self._not_finite(values)
+            return
+        info: Any = self._innermost.info if self._looks else None  # type: ignore[attr-defined]
+        if self.method == "augmented_lagrangian" and (info is None or info.status not in _IDLE):
+            rate = self.multiplier_lr
+            self._program.ascend(_MULTIPLIER_LR if rate is None else rate)
 
     def _inner_report(self) -> StepInfo | None:
         """The report of the optimizer inside; one is made for PyTorch's L-BFGS."""

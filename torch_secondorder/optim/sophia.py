@@ -98,6 +98,7 @@ class Sophia(DiagonalOptimizer):
     info: SophiaInfo | None
     _info_type = SophiaInfo
     _recognized_by = "gamma"
+    _decouples_weight_decay = True  # it is no part of the loss
 
     def __init__(
         self,

@@ -138,8 +138,6 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     )
     #: Whether it estimates the curvature. If not, there is no `exp_hessian` and nothing waits.
     _estimates = True
-    #: Whether weight decay shrinks the parameters, rather than being a part of the loss.
-    _decouples_weight_decay = True
     #: The number of first steps that all estimate the curvature, at most a period.
     _warm_up = 1
     #: The least number of labels that `GaussNewtonBartlett` draws for the first estimate.
