@@ -50,7 +50,7 @@ BATCH = 64
 LEARNING_RATE = 2e-3
 MULTIPLIER_RATE = 0.03
 PENALTY = 3.0
-# The strongest of 0.001, 0.003, 0.01, 0.03 that does not cost accuracy.
+# With 0.03 the accuracy was two points lower, with 48 units.
 DECAY = 0.01
 NOISE = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # standard deviations, of brightness between -1 and 1
 SHOWN_NOISE = 0.6

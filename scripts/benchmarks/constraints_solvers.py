@@ -125,7 +125,6 @@ class Numpy:
 
     Args:
         counted: The problem.
-        sign: The sign of the inequalities: SciPy's convention is `-g >= 0`.
     """
 
     def __init__(self, counted: Counted) -> None:

@@ -263,7 +263,7 @@ class NoRule(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        assert float(grad.abs().sum()) >= 0  # no batching rule: data-dependent
+        assert len(grad.tolist()) == 3  # batched tensors have no numbers to be read
         return 2 * x * grad
 
 

@@ -23,7 +23,7 @@ from tests.support.lightning_problems import (
     trainer,
     weights,
 )
-from torch_secondorder import LBFGS, Constrained, LevenbergMarquardt, Projected
+from torch_secondorder import LBFGS, Constrained, Projected
 from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.constraints import NormBall, UnitNorm
 from torch_secondorder.integrations.lightning import SecondOrderMonitor
@@ -64,10 +64,7 @@ class Classifier(nn.Module):
 
 
 def constrained(optimizer: Any, net: Classifier) -> Constrained:
-    inequalities = {"short": net.short, "balanced": net.balanced}
-    if isinstance(optimizer, LevenbergMarquardt):  # a mean over the batch couples its residuals
-        del inequalities["balanced"]
-    return Constrained(optimizer, net.centred, inequalities)
+    return Constrained(optimizer, net.centred, {"short": net.short, "balanced": net.balanced})
 
 
 def projected(optimizer: Any, net: Classifier) -> Projected:

@@ -435,6 +435,21 @@ def test_bounds_that_leave_nothing() -> None:
     assert "no small move" in result.message
 
 
+def test_a_start_outside_of_the_bounds() -> None:
+    """Constraints are evaluated within them only."""
+
+    def root(x: Tensor) -> Tensor:
+        assert bool((x >= 0).all())
+        return (x + 0.1).sqrt().sum() - 1.5
+
+    result = minimize(
+        rosenbrock, -START - 1.0, constraints={"type": "eq", "fun": root}, bounds=(0.0, 2.0)
+    )
+    assert result.success and result.info.as_dict()["start_projected"] is True
+    inside = minimize(rosenbrock, START, constraints=DISK, bounds=(-2.0, 2.0))
+    assert inside.info.as_dict()["start_projected"] is False
+
+
 def test_dependent_constraints() -> None:
     """Multipliers are not unique, the minimum is."""
     result = minimize(
@@ -464,16 +479,18 @@ def test_constraints_that_are_not_finite_at_trials() -> None:
 def test_violations_that_are_rounding_errors() -> None:
     """At 3e18, numbers are 512 apart."""
     goal = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    result = minimize(
-        lambda x: (x / 1e9 - goal).square().sum(),
-        torch.tensor([1e9, 1e9, 1e8], dtype=torch.float64),
-        constraints={"type": "eq", "fun": lambda x: x.square().sum() - 3e18},
-    )
-    assert result.success, result
     x = goal * (3e18 / goal.square().sum()).sqrt()
-    assert torch.allclose(result.x, x, rtol=1e-4)
-    assert result.constr_violation <= 8 * 512
-    assert result.constr_violation == 0 or "which is rounding error" in result.message
+    messages = []
+    for third in (1.0, 1e7, 1e8, 5e8, 1e9, 2e9):
+        result = minimize(
+            lambda x: (x / 1e9 - goal).square().sum(),
+            torch.tensor([1e9, 1e9, third], dtype=torch.float64),
+            constraints={"type": "eq", "fun": lambda x: x.square().sum() - 3e18},
+        )
+        assert result.success, result
+        assert torch.allclose(result.x, x, rtol=1e-4) and result.constr_violation <= 8 * 512
+        messages.append(result.message)
+    assert any("constraints is violated by" in m and "rounding error" in m for m in messages)
 
 
 def test_scales_of_the_function() -> None:
@@ -487,9 +504,13 @@ def test_scales_of_the_function() -> None:
         assert result.success and close(result, [0.0, 1.0, 2.0])
 
 
-def test_unbounded() -> None:
-    result = minimize(lambda x: x[0], START, constraints={"type": "eq", "fun": lambda x: x[1]})
-    assert result.status == 4 and not result.success
+@pytest.mark.parametrize("method", [None, "lbfgs", "newton", "cg"])
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_unbounded(method: str | None, power: int) -> None:
+    constraint = {"type": "eq", "fun": lambda x: x[1]}
+    result = minimize(lambda x: -(x[0] ** power), START, method, constraints=constraint)
+    assert result.status == 4 and not result.success, result
+    assert bool(result.x.isfinite().all()) and "falls without end" in result.message
 
 
 def test_worse_than_the_start_is_said() -> None:

@@ -157,6 +157,7 @@ def test_multipliers_and_penalties_can_be_set(known: bool) -> None:
         expected = expected + 3 * g + 3.5 * g * g if 3 + 7 * g > 0 else expected - 9 / 14
     assert loss == pytest.approx(expected.item(), rel=1e-12)
     assert optimizer.penalties["sums"].tolist() == [10.0, 10.0]
+    assert Net().optimizer("adam")._penalty == 1.0
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,11 @@ def test_multipliers_that_do_not_fit(kind: str, given: Any, message: str) -> Non
         ({"equalities": lambda: 0, "penalty": -1.0}, ValueError, "penalty must be a finite number"),
         ({"equalities": lambda: 0, "multiplier_lr": -1.0}, ValueError, "multiplier_lr must"),
         ({"equalities": lambda: 0, "tolerance": -1.0}, ValueError, "tolerance must"),
-        ({"equalities": lambda: 0, "max_penalty": 1.0}, ValueError, "max_penalty must"),
+        (
+            {"equalities": lambda: 0, "penalty": 2.0, "max_penalty": 1.0},
+            ValueError,
+            "max_penalty must",
+        ),
         ({"equalities": lambda: 0, "max_multiplier": 0.0}, ValueError, "max_multiplier must"),
         ({"equalities": lambda: 0, "method": "sqp"}, ValueError, "Adam does no sequential"),
     ],

@@ -239,6 +239,27 @@ def test_every_globalization_stays_on_the_manifold(make: Any, rule: Any) -> None
     torch.testing.assert_close(cosines, torch.ones_like(cosines), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("make", [LBFGS, BFGS, NonlinearCG], ids=lambda make: make.__name__)
+def test_lines_are_tangent_and_not_longer_than_half_of_the_point(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, loss = brockett(7, 3)
+    W = nn.Parameter(Orthogonal().project(random(7, 3, seed=5)))
+    trial, seen = ClosureObjective.trial, []
+
+    def watched(objective: Any, step: Tensor, t: float = 1.0, **more: Any) -> Any:
+        tangent = objective.manifold.tangent(objective.position, step)
+        torch.testing.assert_close(step, tangent, rtol=0, atol=1e-12 * float(step.norm()))
+        seen.append(t * float(step.norm()))
+        return trial(objective, step, t, **more)
+
+    monkeypatch.setattr(ClosureObjective, "trial", watched)
+    run(Projected(make([W]), {W: Orthogonal()}), lambda: 100 * loss(W), 2)
+    assert len(seen) > 20
+    assert max(seen) <= 0.5 * 3**0.5 * (1 + 1e-12)
+    assert max(seen) > 0.49 * 3**0.5
+
+
 def test_newton_without_second_derivatives_takes_differences() -> None:
     vectors, loss = brockett(6, 2)
     W = nn.Parameter(Orthogonal().project(random(6, 2, seed=4)))
@@ -388,7 +409,7 @@ def test_other_optimizers_end_on_the_circle_at_the_minimum(name: str) -> None:
     assert optimizer.info.violation < 1e-14
 
 
-@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("name", ["sgd", "adam", "adahessian", "torch lbfgs"])
 @pytest.mark.parametrize(
     ("found", "expected"),
     [(NormBall(), (0.6, 0.8)), (Simplex(), (0.44, 0.56)), (Box(-1.0, 0.7), (0.7, 0.7))],
@@ -405,6 +426,32 @@ def test_other_optimizers_end_at_the_minimum_within_a_convex_set(
             group["lr"] *= 0.1 if name != "torch lbfgs" else 1.0
     assert found.contains(x.detach())
     torch.testing.assert_close(x.detach(), torch.tensor(expected).double(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("found", [UnitNorm(), NormBall(), NormBall(p=1), Simplex()], ids=repr)
+def test_later_evaluations_see_the_loss_of_the_projection(found: Any) -> None:
+    seen: list[Tensor] = []
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            with torch.no_grad():
+                x.add_(torch.tensor([0.7, -0.2]))
+            seen.append(x.detach().clone())
+            closure()
+            seen.append(x.detach().clone())
+            assert x.grad is not None
+            seen.append(x.grad.clone())
+
+    x = nn.Parameter(found.project(torch.tensor([0.9, 1.1]).double()))
+    optimizer = Projected(Twice([x], lr=0.1), {x: found})
+    run(optimizer, lambda: least_squares(x), 1)
+    before, after, gradient = seen
+    assert torch.equal(after, before)
+    variable = before.requires_grad_()
+    (expected,) = torch.autograd.grad(least_squares(found.project(variable)), variable)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(x.detach(), found.project(before.detach()))
 
 
 @pytest.mark.parametrize("make", [adam, sgd, ada], ids=lambda make: make.__name__)
@@ -829,6 +876,13 @@ def test_flat_optimizers_refuse_sets_that_they_cannot_stay_in(
     optimizer = make(x, y) if make is flat_with_bounds else make([x, y])
     with pytest.raises(ValueError, match=message):
         Projected(optimizer, sets(x, y))
+
+
+def test_sharded_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = parameter(0.6, -0.8)
+    monkeypatch.setattr("torch_secondorder.optim.projected.is_distributed", lambda p: p is x)
+    with pytest.raises(ValueError, match="a set is one of whole tensors, and the parameters are"):
+        Projected(adam([x]), {x: UnitNorm()})
 
 
 def test_it_wraps_optimizers_only() -> None:

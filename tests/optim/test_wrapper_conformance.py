@@ -108,7 +108,9 @@ class Net(nn.Module):
 
 
 def constrained(inner: Any, net: Net) -> Constrained:
-    return Constrained(inner, equalities=net.centred, inequalities={"short": net.short})
+    return Constrained(
+        inner, equalities=net.centred, inequalities={"short": net.short}, penalty=10.0
+    )
 
 
 def sets_of(inner: Any, net: Net) -> list[tuple[Tensor, Any]]:
@@ -327,6 +329,7 @@ def test_a_function_in_place_of_the_closure(make: Any, name: str) -> None:
             INNER[name](other.parameters()),
             equalities=called(lambda n: n.model[-1].bias.sum() - 0.3),
             inequalities={"short": called(lambda n: n.model[0].weight.square().sum(1) - 0.25)},
+            penalty=10.0,
         )
     objective = FunctionalObjective(called(lambda n: n.loss()), prefixed)
     for _ in range(3):

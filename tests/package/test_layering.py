@@ -70,7 +70,7 @@ RULES = Rules(
         ),
         "optim": (
             "_foundation _params _autograd _closure _objective curvature solvers globalization "
-            "penalties constraints _optim"
+            "penalties dataset constraints _optim"
         ),
         "minimization": "_foundation _params _autograd _closure _objective curvature _optim optim",
         "__init__": (
@@ -81,7 +81,7 @@ RULES = Rules(
     },
     doors={
         "constraints._functions": "optim",
-        "constraints._lagrangian": "optim",
+        "constraints._lagrangian": "_optim optim",
         "constraints._program": "_optim optim",
         "constraints._sets": "optim",
         "curvature._masked": "_optim",
@@ -97,7 +97,7 @@ RULES = Rules(
         "penalties._encoder": "optim integrations",
         "solvers._box_quadratic": "_optim optim",
         "solvers._boxed_dense": "optim",
-        "solvers._multiplier_quadratic": "constraints",
+        "solvers._multiplier_quadratic": "_optim constraints",
         "solvers._residual_region": "_optim",
         "solvers._units": "_optim linear",
     },

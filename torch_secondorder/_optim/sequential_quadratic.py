@@ -45,6 +45,10 @@ _NEAR = 1e4
 # The tolerance of violations in float64 and in less, and in units of their rounding.
 _TOLERANCE, _SHORT_TOLERANCE, _ROUNDING = 1e-9, 1e-5, 16.0
 _BOUND_ROUNDS = 30
+_COARSE = 0.5
+# So many equalities or more are samples of a smooth function, it seems, if the squared singular
+# values of their scaled gradients are mostly below this share of the largest.
+_SAMPLES, _SMALL = 8, 1e-3
 # A step that ends this many times farther out than it began follows a loss without a minimum.
 _FAR = 1e8
 
@@ -105,6 +109,10 @@ class ConstrainedCandidate(Candidate):
     around: Linearization
 
 
+class SampledConstraints(Exception):
+    """The equalities are too many for what they say, see `SequentialQuadratic`."""
+
+
 class SequentialQuadratic:
     """The quadratic programs of one step of an optimizer.
 
@@ -122,12 +130,19 @@ class SequentialQuadratic:
             and the step does not help.
         contradiction: Whether the violation there is stationary.
         unbounded: Whether the step has gone so far that the loss must fall without end.
+
+    Raises:
+        SampledConstraints: The program allows it, and most equalities nearly depend on the others,
+            as the values of a network along a boundary do. The step that satisfies their
+            linearizations is then far too long, and their multipliers are noise.
     """
 
     def __init__(self, program: Program, objective: Objective) -> None:
         self.program = program
         self.inequality = program.functions.inequality
         self.here = self.linearized(objective)
+        if program.may_refuse and _are_samples(self.here, ~self.inequality):
+            raise SampledConstraints
         self.step: Step | None = None
         self.estimates: Tensor | None = None
         self.feasible = self.stuck = self.contradiction = self.unbounded = False
@@ -395,7 +410,8 @@ class ConstrainedLine(Line):
         counted = ~owner.inequality | (y > 0)
         size = torch.linalg.vector_norm(objective.position).item()
         terms = size * (weights * owner.here.lengths)[counted].sum().item()
-        relative: float = precision * (1.0 + terms / loss)
+        # A merit function that is rounding alone is as coarse as a line search takes it.
+        relative: float = min(precision * (1.0 + terms / loss), _COARSE)
         return relative
 
     def __call__(self, t: float) -> Trial:
@@ -468,6 +484,17 @@ def _first_scale(descent: Descent, searches: bool) -> float:
     length = first_length(descent, largest, square, total, searches=searches)
     scale: float = length / largest
     return scale
+
+
+def _are_samples(around: Linearization, which: Tensor) -> bool:
+    """True if most of some constraints nearly depend on the others."""
+    if which.count_nonzero() < _SAMPLES or not around.finite:
+        return False
+    rows, lengths = around.jacobian[which.to(around.jacobian.device)], around.lengths[which]
+    (squared,) = to_cpu(rows @ rows.T)
+    unit = torch.where(lengths > 0, 1 / lengths, 0)
+    sizes = torch.linalg.eigvalsh(squared * unit * unit[:, None])
+    return bool((sizes < _SMALL * sizes[-1]).double().mean() > 0.5)
 
 
 def _limits(curvatures: Tensor, of_grad: float, y: Tensor) -> Tensor:

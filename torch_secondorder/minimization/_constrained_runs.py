@@ -245,6 +245,8 @@ class _ConstrainedRun:
             return StepStatus.NONFINITE_TRIALS
         if self._holds(here):
             return StepStatus.CONVERGED_GRADIENT
+        if info.status is StepStatus.UNBOUNDED:
+            return info.status
         settings = self._settings
         assert settings.max_iter is not None
         if self._nit >= settings.max_iter:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -20,9 +20,17 @@ from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
+from torch_secondorder._optim.constraint_term import ConstraintTerm
 from torch_secondorder._optim.flat import Descent, FlatOptimizer, Iterate
 from torch_secondorder._optim.info import Report, StepInfo, StepStatus
-from torch_secondorder._optim.subproblem import Subproblem, Verdict
+from torch_secondorder._optim.sequential_quadratic import SampledConstraints
+from torch_secondorder._optim.subproblem import (
+    Subproblem,
+    Verdict,
+    iterations_of,
+    largest_gradient,
+    restart,
+)
 from torch_secondorder._optim.wrapper import WrapperOptimizer
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
@@ -36,6 +44,7 @@ __all__ = ["Constrained", "ConstrainedInfo"]
 
 Method: TypeAlias = Literal["augmented_lagrangian", "penalty", "sqp"]
 
+_PENALTY, _PENALTY_OF_UPDATES = 10.0, 1.0
 _MULTIPLIER_LR = 0.1
 # A penalty that has been raised so far, in vain, is worth a note.
 _MUCH = 1e4
@@ -88,7 +97,8 @@ class Constrained(WrapperOptimizer):
 
     - `"sqp"`, the default around `LBFGS` and `BFGS`: sequential quadratic programming. The
       constraints are linearized at each iterate, and the optimizer inside learns the curvature of
-      the Lagrangian.
+      the Lagrangian. Eight or more equalities that mostly depend on each other at the start, such
+      as a network's values along a boundary, get the next method by default.
     - `"augmented_lagrangian"`, the default around all others: the loss gets `y c + penalty c^2 / 2`
       for a constraint with value `c` and multiplier `y` (for an inequality, this with
       `max(c, -y / penalty)` as `c`).
@@ -111,7 +121,8 @@ class Constrained(WrapperOptimizer):
             dict of them by name.
         inequalities: What is to be zero or less, likewise.
         method: `"sqp"`, `"augmented_lagrangian"` or `"penalty"`.
-        penalty: The penalties at the start; zero for a Lagrangian without them.
+        penalty: The penalties at the start; zero for a Lagrangian without them. By default 10, and
+            1 for optimizers with one evaluation a step.
         multiplier_lr: The rate of the multipliers, per unit of constraint and step. Given to an
             optimizer that iterates inside a step, it takes the place of the method of multipliers,
             for mini-batches. By default 0.1 where it is needed.
@@ -122,7 +133,7 @@ class Constrained(WrapperOptimizer):
 
     Attributes:
         optimizer: The optimizer inside.
-        method: The method.
+        method: The method; after the first step, the one in use.
         multiplier_lr: See above; you may change it between steps.
 
     Raises:
@@ -153,7 +164,7 @@ class Constrained(WrapperOptimizer):
     _saved: ClassVar[dict[str, str]] = {"program": "_state", **WrapperOptimizer._saved}
     _carried = (
         *WrapperOptimizer._carried,
-        *("_program", "_subproblem", "_note", "_pending", "method", "multiplier_lr"),
+        *("_program", "_subproblem", "_note", "_pending", "method", "_defaulted", "multiplier_lr"),
         *("_penalty", "_tolerance", "max_penalty", "max_multiplier"),
     )
 
@@ -164,7 +175,7 @@ class Constrained(WrapperOptimizer):
         inequalities: Constraints = None,
         method: Method | None = None,
         *,
-        penalty: float = 10.0,
+        penalty: float | None = None,
         multiplier_lr: float | None = None,
         tolerance: float | None = None,
         max_penalty: float = 1e8,
@@ -172,12 +183,12 @@ class Constrained(WrapperOptimizer):
     ) -> None:
         if method is not None:
             check_choice("method", method, Method)
-        check_number("penalty", penalty, low=0.0)
+        check_number("penalty", penalty, low=0.0, optional=True)
         check_number("multiplier_lr", multiplier_lr, low=0.0, optional=True)
         check_number("tolerance", tolerance, low=0.0, optional=True)
-        check_number("max_penalty", max_penalty, low=penalty)
+        check_number("max_penalty", max_penalty, low=penalty or 0.0)
         check_number("max_multiplier", max_multiplier, above=0.0)
-        self._penalty, self._tolerance = float(penalty), tolerance
+        self._tolerance = tolerance
         self.multiplier_lr = multiplier_lr
         self.max_penalty, self.max_multiplier = float(max_penalty), float(max_multiplier)
         self._program = Program(ConstraintFunctions(equalities, inequalities))
@@ -185,9 +196,14 @@ class Constrained(WrapperOptimizer):
         self._subproblem, self._note = Subproblem(), ""
         # Multipliers and penalties that were set before the first evaluation.
         self._pending: dict[str, Mapping[str, Any]] = {}
-        super().__init__(optimizer, _ConstraintTerm(self))
+        super().__init__(optimizer, ConstraintTerm(self))
+        if penalty is None:
+            # One step on a noisy gradient would be thrown off by penalties as large.
+            penalty = min(_PENALTY if self._iterates else _PENALTY_OF_UPDATES, self.max_penalty)
+        self._penalty = float(penalty)
         self._refuse_shards()
         able = self._takes_programs()
+        self._defaulted = method is None
         if method is None:
             method = "sqp" if able and not self._is_sqp_inside() else "augmented_lagrangian"
         elif method == "sqp" and not able:
@@ -201,6 +217,7 @@ class Constrained(WrapperOptimizer):
                 "constraints to one Constrained, or leave method out"
             )
         self.method: Method = method
+        self._program.may_refuse = self._defaulted and method == "sqp"
 
     def _set_up(self) -> None:
         super()._set_up()
@@ -352,8 +369,16 @@ class Constrained(WrapperOptimizer):
         return result
 
     def _stepped(self, closure: Any, more: dict[str, Any]) -> Any:
+        program = self._program
+        kept = program.multipliers, program.penalties, self._pending
         try:
-            return super().step(closure, **more)
+            result = super().step(closure, **more)
+            program.may_refuse = False
+            return result
+        except SampledConstraints:  # in the first evaluation: nothing has changed
+            program.multipliers, program.penalties, self._pending = kept
+            self.method, program.may_refuse = "augmented_lagrangian", False
+            return self._stepped(closure, more)
         except RuntimeError as error:
             if closure is not None or "through the graph a second time" not in str(error):
                 raise
@@ -404,7 +429,7 @@ class Constrained(WrapperOptimizer):
             inner._observe = self._observe
         elif isinstance(inner, torch.optim.LBFGS):
             self._entry_point = [p.detach().clone() for p in self._trainable]
-            self._n_iter = _iterations_of(inner)
+            self._n_iter = iterations_of(inner)
 
     def _end_step(self) -> None:
         inner: Any = self._innermost
@@ -430,12 +455,7 @@ class Constrained(WrapperOptimizer):
         program, ascends = self._program, self.method == "augmented_lagrangian"
         assert program.values is not None
         if not self._iterates:
-            if not self._looks or _finite(program.values):
-                if ascends:
-                    rate = self.multiplier_lr
-                    program.ascend(_MULTIPLIER_LR if rate is None else rate)
-            else:
-                self._note = self._not_finite(program.values)
+            self._ascend(program.values)
             return
         program.values = self._values_now()
         if not _finite(program.values):
@@ -444,6 +464,9 @@ class Constrained(WrapperOptimizer):
             return
         info, violated = self._inner_report(), self._violations
         if info is None or info.status in _IDLE or violated is None:
+            return
+        if info.loss_after is None or info.grad_norm is None:  # one update, which nobody checked
+            self._ascend(program.values)
             return
         verdict = self._subproblem.judge(info, violated.max().item())
         if verdict is Verdict.GO_ON and self._entry_point and self._stands_still():
@@ -459,16 +482,26 @@ class Constrained(WrapperOptimizer):
         if verdict is not Verdict.GO_ON:
             self._subproblem.end()
             if isinstance(self._innermost, torch.optim.LBFGS):
-                _restart(self._innermost)
+                restart(self._innermost)
+
+    def _ascend(self, values: Tensor) -> None:
+        """Moves the multipliers by their rate, unless the optimizer inside has refused the step."""
+        if self._looks and not _finite(values):
+            self._note = self._not_finite(values)
+            return
+        info: Any = self._innermost.info if self._looks else None  # type: ignore[attr-defined]
+        if self.method == "augmented_lagrangian" and (info is None or info.status not in _IDLE):
+            rate = self.multiplier_lr
+            self._program.ascend(_MULTIPLIER_LR if rate is None else rate)
 
     def _inner_report(self) -> StepInfo | None:
         """The report of the optimizer inside; one is made for PyTorch's L-BFGS."""
         inner = self._innermost
         if isinstance(inner, FlatOptimizer):
             return inner.info
-        done = _iterations_of(inner) - self._n_iter
+        done = iterations_of(inner) - self._n_iter
         # It may end for reasons of its own far from the solution: only the gradient tells.
-        largest = _largest_gradient(self._trainable)
+        largest = largest_gradient(self._trainable)
         return StepInfo(StepStatus.MAX_ITERATIONS, 0.0, 0.0, largest, done)
 
     def _stands_still(self) -> bool:
@@ -483,7 +516,7 @@ class Constrained(WrapperOptimizer):
             loss = closure()
             violated = self._violations
             if first and not self._subproblem.steps and violated is not None:
-                grad_norm, params = _largest_gradient(self._trainable), self._trainable
+                grad_norm, params = largest_gradient(self._trainable), self._trainable
                 self._subproblem.begin(params, 0.0, grad_norm, violated.max().item())
             return loss
 
@@ -613,12 +646,17 @@ class Constrained(WrapperOptimizer):
 
     @property
     def _state(self) -> dict[str, Any]:
-        return {**self._program.state(), "subproblem": self._subproblem.state()}
+        kept = {"subproblem": self._subproblem.state(), "method": self.method}
+        return {**self._program.state(), **kept}
 
     @_state.setter
     def _state(self, state: dict[str, Any]) -> None:
         self._program.load(state)
         self._subproblem.load(state["subproblem"])
+        if self._defaulted and state["method"] == "augmented_lagrangian":
+            self.method = state["method"]
+        if state["multipliers"] is not None:
+            self._program.may_refuse = False
 
     @property
     def _penalties(self) -> Tensor | None:
@@ -637,64 +675,6 @@ class Constrained(WrapperOptimizer):
         return f"Constrained({self._inside!r}, method={self.method!r})"
 
 
-def _largest_gradient(params: Sequence[Tensor]) -> float:
-    """The largest absolute entry of the gradients."""
-    found = [p.grad.abs().max() for p in params if p.grad is not None]
-    return torch.stack(found).max().item() if found else math.inf
-
-
-def _iterations_of(optimizer: Optimizer) -> int:
-    """All iterations that PyTorch's L-BFGS has made, which has no report."""
-    first = optimizer.param_groups[0]["params"][0]
-    return int(optimizer.state[first].get("n_iter", 0)) if first in optimizer.state else 0
-
-
-def _restart(optimizer: Optimizer) -> None:
-    """Makes PyTorch's L-BFGS begin anew.
-
-    It would compare the next gradient with its last one, which has the multipliers from before.
-    """
-    first = optimizer.param_groups[0]["params"][0]
-    if first in optimizer.state:
-        optimizer.state[first]["n_iter"] = 0
-
-
 def _finite(values: Tensor) -> bool:
     """True if all values are finite; waits for a device once."""
     return math.isfinite((values if len(values) == 1 else values.sum()).item())
-
-
-class _Values:
-    """See `torch_secondorder._optim.wrapper.Values`."""
-
-    def __init__(self, owner: Constrained, tree: tuple[Any, ...]) -> None:
-        self.taken: list[Tensor] = []
-        self._owner, self._tree = owner, tree
-
-    def seeds(self) -> tuple[Tensor, Tensor] | None:
-        found = None if self.taken else self._owner._seeds()
-        if found is None:
-            return None
-        values, term, derivative = found
-        self.taken.append(term)
-        return values, derivative
-
-    def take(self) -> Tensor | None:
-        if self.taken:  # the constraints count once in an evaluation
-            return None
-        term = self._owner._term_of(self._tree)
-        self.taken.append(term.detach())
-        return term
-
-
-class _ConstraintTerm:
-    """See `torch_secondorder._optim.wrapper.Term`."""
-
-    def __init__(self, owner: Constrained) -> None:
-        self._owner = owner
-
-    def watching(self, seed: int, tree: Any = None) -> AbstractContextManager[_Values]:
-        return nullcontext(_Values(self._owner, () if tree is None else (tree,)))
-
-    def missing(self) -> RuntimeError:  # pragma: no cover - constraints always have a value
-        return RuntimeError("the constraints have no value")
