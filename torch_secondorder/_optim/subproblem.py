@@ -128,3 +128,13 @@ def iterations_of(optimizer: Optimizer) -> int:
     """All iterations that PyTorch's L-BFGS has made, which has no report."""
     first = optimizer.param_groups[0]["params"][0]
     return int(optimizer.state[first].get("n_iter", 0)) if first in optimizer.state else 0
+
+
+def restart(optimizer: Optimizer) -> None:
+    """Makes PyTorch's L-BFGS begin anew.
+
+    It would compare the next gradient with its last one, which has the multipliers from before.
+    """
+    first = optimizer.param_groups[0]["params"][0]
+    if first in optimizer.state:
+        optimizer.state[first]["n_iter"] = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -20,10 +20,17 @@ from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
+from torch_secondorder._optim.constraint_term import ConstraintTerm
 from torch_secondorder._optim.flat import Descent, FlatOptimizer, Iterate
 from torch_secondorder._optim.info import Report, StepInfo, StepStatus
 from torch_secondorder._optim.sequential_quadratic import SampledConstraints
-from torch_secondorder._optim.subproblem import Subproblem, Verdict, iterations_of, largest_gradient
+from torch_secondorder._optim.subproblem import (
+    Subproblem,
+    Verdict,
+    iterations_of,
+    largest_gradient,
+    restart,
+)
 from torch_secondorder._optim.wrapper import WrapperOptimizer
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
@@ -189,7 +196,7 @@ class Constrained(WrapperOptimizer):
         self._subproblem, self._note = Subproblem(), ""
         # Multipliers and penalties that were set before the first evaluation.
         self._pending: dict[str, Mapping[str, Any]] = {}
-        super().__init__(optimizer, _ConstraintTerm(self))
+        super().__init__(optimizer, ConstraintTerm(self))
         if penalty is None:
             # One step on a noisy gradient would be thrown off by penalties as large.
             penalty = min(_PENALTY if self._iterates else _PENALTY_OF_UPDATES, self.max_penalty)
@@ -462,6 +469,8 @@ class Constrained(WrapperOptimizer):
             self._ascend(program.values)
             return
         verdict = self._subproblem.judge(info, violated.max().item())
+        if verdict is Verdict.GO_ON and self._entry_point and self._stands_still():
+            verdict = Verdict.ASCEND
         most = self.max_multiplier
         if verdict is Verdict.UPDATE:
             program.update(self.tolerance, self.max_penalty, most if ascends else None)
@@ -472,6 +481,8 @@ class Constrained(WrapperOptimizer):
             self._go_back()
         if verdict is not Verdict.GO_ON:
             self._subproblem.end()
+            if isinstance(self._innermost, torch.optim.LBFGS):
+                restart(self._innermost)
 
     def _ascend(self, values: Tensor) -> None:
         """Moves the multipliers by their rate, unless the optimizer inside has refused the step."""
@@ -492,6 +503,10 @@ class Constrained(WrapperOptimizer):
         # It may end for reasons of its own far from the solution: only the gradient tells.
         largest = largest_gradient(self._trainable)
         return StepInfo(StepStatus.MAX_ITERATIONS, 0.0, 0.0, largest, done)
+
+    def _stands_still(self) -> bool:
+        """True if PyTorch's L-BFGS has not moved, and so never will."""
+        return all(map(torch.equal, self._trainable, self._entry_point))
 
     def _noting(self, closure: Any) -> Any:
         """A closure that notes the start of a subproblem of PyTorch's L-BFGS."""
@@ -640,7 +655,8 @@ class Constrained(WrapperOptimizer):
         self._subproblem.load(state["subproblem"])
         if self._defaulted and state["method"] == "augmented_lagrangian":
             self.method = state["method"]
-        self._program.may_refuse = False
+        if state["multipliers"] is not None:
+            self._program.may_refuse = False
 
     @property
     def _penalties(self) -> Tensor | None:
@@ -662,39 +678,3 @@ class Constrained(WrapperOptimizer):
 def _finite(values: Tensor) -> bool:
     """True if all values are finite; waits for a device once."""
     return math.isfinite((values if len(values) == 1 else values.sum()).item())
-
-
-class _Values:
-    """See `torch_secondorder._optim.wrapper.Values`."""
-
-    def __init__(self, owner: Constrained, tree: tuple[Any, ...]) -> None:
-        self.taken: list[Tensor] = []
-        self._owner, self._tree = owner, tree
-
-    def seeds(self) -> tuple[Tensor, Tensor] | None:
-        found = None if self.taken else self._owner._seeds()
-        if found is None:
-            return None
-        values, term, derivative = found
-        self.taken.append(term)
-        return values, derivative
-
-    def take(self) -> Tensor | None:
-        if self.taken:  # the constraints count once in an evaluation
-            return None
-        term = self._owner._term_of(self._tree)
-        self.taken.append(term.detach())
-        return term
-
-
-class _ConstraintTerm:
-    """See `torch_secondorder._optim.wrapper.Term`."""
-
-    def __init__(self, owner: Constrained) -> None:
-        self._owner = owner
-
-    def watching(self, seed: int, tree: Any = None) -> AbstractContextManager[_Values]:
-        return nullcontext(_Values(self._owner, () if tree is None else (tree,)))
-
-    def missing(self) -> RuntimeError:  # pragma: no cover - constraints always have a value
-        return RuntimeError("the constraints have no value")
