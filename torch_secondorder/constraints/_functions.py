@@ -181,6 +181,7 @@ def _checked(name: str, value: Any, graph: bool) -> Tensor:
 def _named(given: Constraints, argument: str) -> dict[str, Constraint]:
     if given is None:
         return {}
+    named: dict[str, Any]
     if isinstance(given, Mapping):
         named = {str(name): function for name, function in given.items()}
     elif isinstance(given, Sequence):
