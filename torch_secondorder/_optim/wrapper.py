@@ -15,7 +15,12 @@ from torch.optim import Optimizer
 
 from torch_secondorder._autograd.backward_hook import is_outermost, patched_backward
 from torch_secondorder._closure.runner import GradientTrace
-from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
+from torch_secondorder._closure.validation import (
+    STANDARD_CLOSURE,
+    check_is_closure,
+    lost_graph,
+    scalar,
+)
 from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
 from torch_secondorder._foundation.subclasses import plain
 from torch_secondorder._objective.functional import FunctionalObjective
@@ -76,6 +81,8 @@ class PenalizedLoss:
 
     def __init__(self, term: Term) -> None:
         self.first: tuple[Tensor, Tensor] | None = None
+        #: The name of an optimizer that leaves `backward()` to the closure; empty for others.
+        self.leaves_backward = ""
         self._term = term
         self._params: Sequence[Tensor] = ()
         self._factor, self._seed = 0.0, 0
@@ -116,6 +123,11 @@ class PenalizedLoss:
             return self._sum(loss, taken[0] if len(taken) == 1 else torch.stack(taken).sum())
         if before.shows_backward(self._params):
             raise self._term.missing() if values.take() is None else lost_graph()
+        if self.leaves_backward:
+            raise RuntimeError(
+                f"the closure did not call backward(), and {self.leaves_backward} does not either: "
+                f"the loss would have no gradient. Pass a closure like\n{STANDARD_CLOSURE}"
+            )
         # The caller differentiates the loss that it gets.
         return self._sum(loss, self._taken(values))
 
@@ -229,6 +241,12 @@ class WrapperOptimizer(Optimizer, ABC):
         for name in OPTIMIZER_HOOKS:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
+        inner = self._inside
+        while isinstance(inner, WrapperOptimizer):
+            inner = inner._inside
+        kind = type(inner)
+        if kind.__module__.startswith("torch.optim"):
+            self._penalized.leaves_backward = f"torch.optim.{kind.__name__}"
 
     # For subclasses.
 
@@ -314,6 +332,11 @@ class WrapperOptimizer(Optimizer, ABC):
             ValueError: The factor of the term is out of range.
         """
         factor = self._factor()
+        if closure is None and isinstance(self._inside, torch.optim.LBFGS):
+            raise RuntimeError(
+                f"torch.optim.LBFGS evaluates the loss several times and needs a closure:\n"
+                f"{STANDARD_CLOSURE}"
+            )
         if closure is not None:
             if "found_inf" in vars(self):  # a GradScaler calls
                 Scaling(self).refuse_closure()

@@ -136,13 +136,20 @@ class Program:
             given: Tensors or numbers, by the names of the functions.
 
         Raises:
+            TypeError: One is no number; nothing has changed.
             ValueError: One does not fit; nothing has changed.
         """
         now = getattr(self, kind)
         parts = self.functions.split(now.clone())
         signs = self.functions.split(self.functions.inequality)
         for name, value in given.items():
-            new = torch.as_tensor(value, dtype=now.dtype, device=now.device).detach()
+            try:
+                new = torch.as_tensor(value, dtype=now.dtype, device=now.device).detach()
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(
+                    f"the {kind} of {name} must be a number or a tensor of shape "
+                    f"{tuple(parts[name].shape)}, got {value!r}"
+                ) from None
             part = parts[name]
             if new.dim() and new.shape != part.shape:
                 raise ValueError(

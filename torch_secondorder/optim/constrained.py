@@ -263,8 +263,8 @@ class Constrained(WrapperOptimizer):
     def multipliers(self) -> dict[str, Tensor]:
         """The multipliers, by the names of the functions; empty before the first evaluation.
 
-        Set them, all or some, to start from those of a similar problem: tensors of the constraints'
-        shapes, or numbers.
+        A copy: assign a dict, of all or some, to start from those of a similar problem. Its values
+        are tensors of the constraints' shapes, or numbers.
 
         Raises:
             TypeError: What is set is no dict.
@@ -350,7 +350,7 @@ class Constrained(WrapperOptimizer):
 
     def step(self, closure: Any = None, **more: Any) -> Any:
         """See `WrapperOptimizer.step`."""
-        if closure is None and isinstance(self._innermost, (FlatOptimizer, torch.optim.LBFGS)):
+        if closure is None and isinstance(self._innermost, FlatOptimizer):
             return self._inside.step(None, **more)  # an error that asks for a closure
         self._closure, self._evaluated, self._note = closure, False, ""
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -358,7 +358,7 @@ class Constrained(WrapperOptimizer):
         self._averages = several and not isinstance(closure, DatasetClosure)
         try:
             if self._iterates and not isinstance(self._innermost, FlatOptimizer):
-                closure = self._noting(closure)
+                closure = closure and self._noting(closure)
             with self._registry.watch({}) if self._averages else nullcontext():
                 result = self._stepped(closure, more)
             if self._evaluated and self.method != "sqp":
