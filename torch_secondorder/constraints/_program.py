@@ -44,6 +44,8 @@ class Program:
         tolerance: Violations up to here count as none; None for the optimizer's choice.
         before: The shortfalls at the last update of the multipliers, see `shortfalls`.
         slow: A mask of the constraints whose violation had not fallen enough there, `(m,)`.
+        restoration: The progress of the violation, `(3,)`, for optimizers that take constraints
+            themselves; None if there is none to report.
     """
 
     def __init__(self, functions: ConstraintFunctions) -> None:
@@ -53,6 +55,7 @@ class Program:
         self.values: Tensor | None = None
         self.before: Tensor | None = None
         self.slow: Tensor | None = None
+        self.restoration: Tensor | None = None
         self.tolerance: float | None = None
         self._rows: Parts = []
         self._recorded: Tensor | None = None
@@ -153,6 +156,7 @@ class Program:
                 raise ValueError(f"the {kind} of {name} must not be negative, got {value!r}")
             part.copy_(new.expand(part.shape))
         setattr(self, kind, torch.cat([part.reshape(-1) for part in parts.values()]))
+        self.restoration = None
         self.changed()
 
     def term(self, values: Tensor) -> Tensor:
@@ -304,4 +308,4 @@ class Program:
             )
 
 
-_STATE = ("multipliers", "penalties", "before", "slow")
+_STATE = ("multipliers", "penalties", "before", "slow", "restoration")
