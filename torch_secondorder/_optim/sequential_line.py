@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch_secondorder._optim.sequential_quadratic import SequentialQuadratic
 
 
+#: The largest relative rounding error that a line search takes.
+COARSE = 0.5
+
+
 @dataclass(slots=True)
 class Linearization:
     """The constraints around a point.
@@ -111,7 +115,8 @@ class ConstrainedLine(Line):
         counted = ~owner.inequality | (y > 0)
         size = torch.linalg.vector_norm(objective.position).item()
         terms = size * (weights * owner.here.lengths)[counted].sum().item()
-        relative: float = precision * (1.0 + terms / loss)
+        # A merit function that is rounding alone is as coarse as a line search takes it.
+        relative: float = min(precision * (1.0 + terms / loss), COARSE)
         return relative
 
     def __call__(self, t: float) -> Trial:

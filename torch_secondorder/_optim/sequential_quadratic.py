@@ -47,8 +47,15 @@ _NEAR = 1e4
 # The tolerance of violations in float64 and in less, and in units of their rounding.
 _TOLERANCE, _SHORT_TOLERANCE, _ROUNDING = 1e-9, 1e-5, 16.0
 _BOUND_ROUNDS = 30
+# So many equalities or more are samples of a smooth function, it seems, if the squared singular
+# values of their scaled gradients are mostly below this share of the largest.
+_SAMPLES, _SMALL = 8, 1e-3
 # A step that ends this many times farther out than it began follows a loss without a minimum.
 _FAR = 1e8
+
+
+class SampledConstraints(Exception):
+    """The equalities are too many for what they say, see `SequentialQuadratic`."""
 
 
 class SequentialQuadratic:
@@ -70,12 +77,19 @@ class SequentialQuadratic:
         turns: Whether restoration begins or ends there. What was learned is to be dropped then, and
             the program to be solved once more.
         unbounded: Whether the step has gone so far that the loss must fall without end.
+
+    Raises:
+        SampledConstraints: The program allows it, and most equalities nearly depend on the others,
+            as the values of a network along a boundary do. The step that satisfies their
+            linearizations is then far too long, and their multipliers are noise.
     """
 
     def __init__(self, program: Program, objective: Objective) -> None:
         self.program = program
         self.inequality = program.functions.inequality
         self.here = self.linearized(objective)
+        if program.may_refuse and _are_samples(self.here, ~self.inequality):
+            raise SampledConstraints
         self.step: Step | None = None
         self.estimates: Tensor | None = None
         self.feasible = self.violated = self.contradiction = self.unbounded = False
@@ -258,12 +272,12 @@ class SequentialQuadratic:
             rows[:m] @ direction,
             torch.stack((grad @ direction, -(residual @ direction), direction @ direction)),
         )
-        slope, bend, square = numbers.tolist()
         least = curvatures[curvatures > 0]
         curvatures = torch.where(
             curvatures > 0, curvatures, least.max() if len(least) else torch.ones_like(curvatures)
         )
         y = solution[:m]
+        slope, bend, square = numbers.tolist()
         return Step(direction, y, residual, gradient, along, slope, bend, square, curvatures)
 
     def _lagrangian_gradient(self, grad: Tensor, y: Tensor) -> Tensor:
@@ -383,6 +397,17 @@ def _first_scale(descent: Descent, searches: bool) -> float:
     length = first_length(descent, largest, square, total, searches=searches)
     scale: float = length / largest
     return scale
+
+
+def _are_samples(around: Linearization, which: Tensor) -> bool:
+    """True if most of some constraints nearly depend on the others."""
+    if which.count_nonzero() < _SAMPLES or not around.finite:
+        return False
+    rows, lengths = around.jacobian[which.to(around.jacobian.device)], around.lengths[which]
+    (squared,) = to_cpu(rows @ rows.T)
+    unit = torch.where(lengths > 0, 1 / lengths, 0)
+    sizes = torch.linalg.eigvalsh(squared * unit * unit[:, None])
+    return bool((sizes < _SMALL * sizes[-1]).double().mean() > 0.5)
 
 
 def _limits(curvatures: Tensor, of_grad: float, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._optim.sequential_line import (
+    COARSE,
     ConstrainedLine,
     Linearization,
     to_cpu,
@@ -122,7 +123,7 @@ class RestorationLine(ConstrainedLine):
         size = torch.linalg.vector_norm(objective.position).item()
         terms = size * (unmet.abs() @ here.lengths).item()
         relative: float = objective.vector.precision * (1.0 + terms / self.start.loss)
-        return relative
+        return min(relative, COARSE)
 
 
 def unmet_values(values: Tensor, inequality: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Program:
         slow: A mask of the constraints whose violation had not fallen enough there, `(m,)`.
         restoration: The progress of the violation, `(3,)`, for optimizers that take constraints
             themselves; None if there is none to report.
+        may_refuse: Whether an optimizer that takes constraints itself may refuse these.
     """
 
     def __init__(self, functions: ConstraintFunctions) -> None:
@@ -57,6 +58,7 @@ class Program:
         self.slow: Tensor | None = None
         self.restoration: Tensor | None = None
         self.tolerance: float | None = None
+        self.may_refuse = False
         self._rows: Parts = []
         self._recorded: Tensor | None = None
         self._signs: Signs | None = None
