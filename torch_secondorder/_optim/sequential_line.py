@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf, isfinite, nan
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._objective.base import Objective
 from torch_secondorder._optim.flat import Candidate, Descent, Line, Point
 from torch_secondorder._optim.sequential_merit import Merit
+from torch_secondorder.constraints._program import Program
 from torch_secondorder.globalization import Trial
-
-if TYPE_CHECKING:
-    from torch_secondorder._optim.sequential_quadratic import SequentialQuadratic
-
 
 #: The largest relative rounding error that a line search takes.
 COARSE = 0.5
@@ -75,6 +73,21 @@ class ConstrainedCandidate(Candidate):
     around: Linearization
 
 
+class Owner(Protocol):
+    """The quadratic programs of a step as their lines see them, see `SequentialQuadratic`."""
+
+    program: Program
+    inequality: Tensor
+    here: Linearization
+    step: Step | None
+
+    def linearized(self, objective: Objective) -> Linearization:  # pragma: no cover - a protocol
+        """The constraints around the last evaluation."""
+
+    def arrived(self) -> None:  # pragma: no cover - a protocol
+        """Takes note of an accepted step."""
+
+
 class ConstrainedLine(Line):
     """The merit function along the solution of a quadratic program, up to its end.
 
@@ -90,9 +103,7 @@ class ConstrainedLine(Line):
 
     least_curvature = 0.3
 
-    def __init__(
-        self, descent: Descent, owner: SequentialQuadratic, step: Step, merit: Merit
-    ) -> None:
+    def __init__(self, descent: Descent, owner: Owner, step: Step, merit: Merit) -> None:
         super().__init__(descent, step.direction, step.slope, step.square)
         self.product, self.bend = step.residual.neg(), step.bend
         self._before = step.gradient
@@ -171,7 +182,7 @@ class ConstrainedLine(Line):
         program, merit = self._owner.program, self._merit
         program.multipliers = merit.multipliers + t * merit.change
         program.penalties = merit.penalties
-        self._owner.restoration.arrived(self._owner.here.values)
+        self._owner.arrived()
 
 
 def to_cpu(*tensors: Tensor) -> list[Tensor]:

@@ -188,6 +188,10 @@ class SequentialQuadratic:
                 return ConstrainedLine(descent, self, step, merit)
         return None
 
+    def arrived(self) -> None:
+        """Takes note of an accepted step of a quadratic program."""
+        self.restoration.arrived(self.here.values)
+
     def restart(self) -> None:
         """Begins anew, without penalties."""
         assert self.program.penalties is not None and self.step is not None
