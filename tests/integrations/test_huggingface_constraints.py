@@ -164,6 +164,7 @@ def test_training_from_a_checkpoint_is_bit_for_bit_the_same(
     assert_same(state_of(other.model, other.optimizer), expected, 0)
 
 
+@pytest.mark.slow
 def test_the_constraints_hold_after_training(tmp_path: Path) -> None:
     options = {"max_steps": 150, "warmup_steps": 0, "num_train_epochs": 5}
     trainer = trainer_of(tmp_path, bert(), "AdamW", **options)

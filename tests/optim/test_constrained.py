@@ -309,3 +309,33 @@ def test_the_default_method() -> None:
         assert (method == "sqp") is takes
     able = getattr(LBFGS, "_takes_constraints", False)
     assert (Constrained(LBFGS([x]), lambda: x.sum()).method == "sqp") is able
+
+
+def test_pairs_of_torch_lbfgs_belong_to_one_augmented_lagrangian() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(5, 5, dtype=torch.float64, generator=generator)
+    hessian = root @ root.T + torch.eye(5, dtype=torch.float64)
+    rows = torch.randn(2, 5, dtype=torch.float64, generator=generator)
+    x = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    inner = torch.optim.LBFGS([x], line_search_fn="strong_wolfe", max_iter=10)
+    optimizer = Constrained(inner, lambda: rows @ x - 1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = x @ hessian @ x / 2 - x.sum()
+        loss.backward()
+        return loss
+
+    updates = 0
+    for _ in range(8):
+        before = optimizer.multipliers, optimizer.penalties
+        optimizer.step(closure)
+        updates += bool(before[0]) and not torch.equal(
+            before[0]["equalities"], optimizer.multipliers["equalities"]
+        )
+        penalties = before[1]["equalities"] if before[1] else torch.full((2,), 10.0)
+        whole = hessian + rows.T @ (penalties.double()[:, None] * rows)
+        state = inner.state[x]
+        for difference, step in zip(state["old_dirs"], state["old_stps"], strict=True):
+            torch.testing.assert_close(difference, whole @ step, rtol=1e-6, atol=1e-9)
+    assert updates > 2

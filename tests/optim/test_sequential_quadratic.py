@@ -518,3 +518,19 @@ def test_a_data_set() -> None:
 def test_only_these_optimizers_take_constraints() -> None:
     assert lbfgs.LBFGS._takes_constraints
     assert bfgs.BFGS._takes_constraints
+
+
+@each_kind
+def test_linearizations_that_contradict_are_left_behind(kind) -> None:
+    # At the start no step keeps all three to first order, but one lessens what is violated much.
+    def parabolas(x):
+        second = torch.tensor([-1.72, -0.65, 1.04], dtype=F64)
+        first = torch.tensor([1.26, -1.47, -0.10], dtype=F64)
+        return 1e4 * (second * x**2 / 2 + first * x - torch.tensor([1.3, 0.3, 1.0], dtype=F64))
+
+    def function(x):
+        return (0.3 * x**4 - x**2 - 0.37 * x).sum()
+
+    run = Run(kind, torch.tensor([13.6], dtype=F64), function, None, parabolas).converge()
+    assert run.status == "CONVERGED_GRADIENT"
+    assert run.constrained.info.violation == 0

@@ -187,7 +187,7 @@ class LineSearchOptimizer(FlatOptimizer):
                 return StepStatus.UNBOUNDED
         line = self._line(descent)
         if line is None:
-            stuck = self._sequential is not None and self._sequential.violated
+            stuck = self._sequential is not None and self._sequential.stuck
             return StepStatus.INFEASIBLE if stuck else StepStatus.NO_DECREASE
         precision = line.precision
         first = min(self._first_step(descent, line), line.start.longest)

@@ -37,6 +37,7 @@ _HUGE = 1e6
 # A violation is stationary if a move as long as the parameters lessens it by no more than this.
 _STATIONARY = 1e-6
 _DEPENDENT = 1e-4  # the length of a combination of gradients that counts as zero
+_LESSENED = 0.5  # the share of the violations that is left of a step that lessens them
 _STILL = 1e-4  # a step this short, over the length of the parameters, is none
 # Multipliers are refined by least squares once the Lagrangian's gradient is this many times its
 # tolerance.
@@ -44,6 +45,10 @@ _NEAR = 1e4
 # The tolerance of violations in float64 and in less, and in units of their rounding.
 _TOLERANCE, _SHORT_TOLERANCE, _ROUNDING = 1e-9, 1e-5, 16.0
 _BOUND_ROUNDS = 30
+_COARSE = 0.5
+# So many equalities or more are samples of a smooth function, it seems, if the squared singular
+# values of their scaled gradients are mostly below this share of the largest.
+_SAMPLES, _SMALL = 8, 1e-3
 # A step that ends this many times farther out than it began follows a loss without a minimum.
 _FAR = 1e8
 
@@ -82,6 +87,7 @@ class Step:
         bend: `d'B d`.
         square: `d'd`.
         curvatures: `a'H a` for the gradients `a` of the constraints, `(m,)`, all above zero.
+        limited: Whether a multiplier is as large as it may be: the linearizations contradict.
     """
 
     direction: Tensor
@@ -93,6 +99,7 @@ class Step:
     bend: float
     square: float
     curvatures: Tensor
+    limited: bool
 
 
 @dataclass(slots=True)
@@ -100,6 +107,10 @@ class ConstrainedCandidate(Candidate):
     """A trial with the constraints around it."""
 
     around: Linearization
+
+
+class SampledConstraints(Exception):
+    """The equalities are too many for what they say, see `SequentialQuadratic`."""
 
 
 class SequentialQuadratic:
@@ -115,18 +126,26 @@ class SequentialQuadratic:
         estimates: The best multipliers there: those of the quadratic program, or at the end those
             of least squares.
         feasible: Whether the constraints hold there, and multipliers belong to active ones.
-        violated: Whether constraints do not hold there.
+        stuck: Whether constraints do not hold there, their linearizations contradict each other,
+            and the step does not help.
         contradiction: Whether the violation there is stationary.
         unbounded: Whether the step has gone so far that the loss must fall without end.
+
+    Raises:
+        SampledConstraints: The program allows it, and most equalities nearly depend on the others,
+            as the values of a network along a boundary do. The step that satisfies their
+            linearizations is then far too long, and their multipliers are noise.
     """
 
     def __init__(self, program: Program, objective: Objective) -> None:
         self.program = program
         self.inequality = program.functions.inequality
         self.here = self.linearized(objective)
+        if program.may_refuse and _are_samples(self.here, ~self.inequality):
+            raise SampledConstraints
         self.step: Step | None = None
         self.estimates: Tensor | None = None
-        self.feasible = self.violated = self.contradiction = self.unbounded = False
+        self.feasible = self.stuck = self.contradiction = self.unbounded = False
 
     def linearized(self, objective: Objective) -> Linearization:
         """The constraints around the last evaluation, with one synchronization."""
@@ -178,7 +197,8 @@ class SequentialQuadratic:
         complementary = not len(products) or products.max().item() <= (
             descent.tolerance_grad * max(1.0, abs(point.loss))
         )
-        self.feasible, self.violated = small and complementary, not small
+        self.feasible = small and complementary
+        self.stuck = not small and step.limited and not self._lessens(step)
         self.unbounded = size > _FAR * max(1.0, descent.size)
         self.contradiction = not small and self._is_stationary(
             descent, step, violated, tolerance, max(1.0, size)
@@ -262,13 +282,15 @@ class SequentialQuadratic:
             rows[:m] @ direction,
             torch.stack((grad @ direction, -(residual @ direction), direction @ direction)),
         )
-        slope, bend, square = numbers.tolist()
         least = curvatures[curvatures > 0]
         curvatures = torch.where(
             curvatures > 0, curvatures, least.max() if len(least) else torch.ones_like(curvatures)
         )
         y = solution[:m]
-        return Step(direction, y, residual, gradient, along, slope, bend, square, curvatures)
+        limited = bool((y.abs() >= (1 - 1e-6) * limit[:m]).any())
+        slope, bend, square = numbers.tolist()
+        found = direction, y, residual, gradient, along
+        return Step(*found, slope, bend, square, curvatures, limited)
 
     def _lagrangian_gradient(self, grad: Tensor, y: Tensor) -> Tensor:
         rows = self.here.jacobian
@@ -317,6 +339,8 @@ class SequentialQuadratic:
         stationary = self._slope_of(unmet, descent) * size <= _STATIONARY * (unmet @ unmet).item()
         if stationary and step.square <= (_STILL * size) ** 2:
             return True
+        if self._lessens(step):
+            return False
         # Multipliers that have grown beyond bounds prove a contradiction (Farkas).
         y = step.multipliers
         sizes = y.abs() * self.here.lengths
@@ -328,6 +352,11 @@ class SequentialQuadratic:
             return False
         gained = -(y @ step.along).item()
         return gained <= 1e-3 * (y @ values).item() and bool((y * unmet).sum() > 0)
+
+    def _lessens(self, step: Step) -> bool:
+        """True if the step lessens the sum of the violations much, to first order."""
+        after = violations(self.here.values + step.along, self.inequality).sum().item()
+        return after < _LESSENED * violations(self.here.values, self.inequality).sum().item()
 
     def _slope_of(self, weights: Tensor, descent: Descent) -> float:
         """The length of `J'w`, within the bounds."""
@@ -381,7 +410,8 @@ class ConstrainedLine(Line):
         counted = ~owner.inequality | (y > 0)
         size = torch.linalg.vector_norm(objective.position).item()
         terms = size * (weights * owner.here.lengths)[counted].sum().item()
-        relative: float = precision * (1.0 + terms / loss)
+        # A merit function that is rounding alone is as coarse as a line search takes it.
+        relative: float = min(precision * (1.0 + terms / loss), _COARSE)
         return relative
 
     def __call__(self, t: float) -> Trial:
@@ -454,6 +484,17 @@ def _first_scale(descent: Descent, searches: bool) -> float:
     length = first_length(descent, largest, square, total, searches=searches)
     scale: float = length / largest
     return scale
+
+
+def _are_samples(around: Linearization, which: Tensor) -> bool:
+    """True if most of some constraints nearly depend on the others."""
+    if which.count_nonzero() < _SAMPLES or not around.finite:
+        return False
+    rows, lengths = around.jacobian[which.to(around.jacobian.device)], around.lengths[which]
+    (squared,) = to_cpu(rows @ rows.T)
+    unit = torch.where(lengths > 0, 1 / lengths, 0)
+    sizes = torch.linalg.eigvalsh(squared * unit * unit[:, None])
+    return bool((sizes < _SMALL * sizes[-1]).double().mean() > 0.5)
 
 
 def _limits(curvatures: Tensor, of_grad: float, y: Tensor) -> Tensor:

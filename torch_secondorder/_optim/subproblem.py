@@ -7,7 +7,9 @@ from enum import Enum
 from math import inf
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from torch_secondorder._optim.info import StepInfo, StepStatus
 
@@ -114,3 +116,25 @@ class Subproblem:
         """
         for name in vars(self):
             setattr(self, name, state[name.lstrip("_")])
+
+
+def largest_gradient(params: Sequence[Tensor]) -> float:
+    """The largest absolute entry of the gradients."""
+    found = [p.grad.abs().max() for p in params if p.grad is not None]
+    return torch.stack(found).max().item() if found else inf
+
+
+def iterations_of(optimizer: Optimizer) -> int:
+    """All iterations that PyTorch's L-BFGS has made, which has no report."""
+    first = optimizer.param_groups[0]["params"][0]
+    return int(optimizer.state[first].get("n_iter", 0)) if first in optimizer.state else 0
+
+
+def restart(optimizer: Optimizer) -> None:
+    """Makes PyTorch's L-BFGS begin anew.
+
+    It would compare the next gradient with its last one, which has the multipliers from before.
+    """
+    first = optimizer.param_groups[0]["params"][0]
+    if first in optimizer.state:
+        optimizer.state[first]["n_iter"] = 0

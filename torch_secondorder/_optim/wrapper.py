@@ -387,9 +387,7 @@ class WrapperOptimizer(Optimizer, ABC):
         """A step without a closure, with an optimizer inside that takes the scale out itself."""
         found = scaling.inverse is not None and bool(scaling.inverse.isnan())
         if not found:
-            self._penalized.add_to_gradients(
-                self._present_term, self._present_seeds, scaling.scale
-            )
+            self._penalized.add_to_gradients(self._present_term, self._present_seeds, scaling.scale)
         with self._handed_on(scaling):
             result = self._inside.step(**more)
         self._steps += not found

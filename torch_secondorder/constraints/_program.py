@@ -44,6 +44,7 @@ class Program:
         tolerance: Violations up to here count as none; None for the optimizer's choice.
         before: The shortfalls at the last update of the multipliers, see `shortfalls`.
         slow: A mask of the constraints whose violation had not fallen enough there, `(m,)`.
+        may_refuse: Whether an optimizer that takes constraints itself may refuse these.
     """
 
     def __init__(self, functions: ConstraintFunctions) -> None:
@@ -54,6 +55,7 @@ class Program:
         self.before: Tensor | None = None
         self.slow: Tensor | None = None
         self.tolerance: float | None = None
+        self.may_refuse = False
         self._rows: Parts = []
         self._recorded: Tensor | None = None
         self._signs: Signs | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,7 +37,7 @@ _PATIENCE = 6
 _MOST_RAISED = 8
 # Fresh starts with penalties that are larger by this factor, after the constraints were lost.
 _MOST_RESTARTS, _FARTHER = 2, 100.0
-_PENALTY = inspect.signature(Constrained).parameters["penalty"].default
+_PENALTY = 10.0  # that of `Constrained`, for optimizers that iterate inside a step
 _INFEASIBLE = 5
 # The function counts as unbounded below this, relative to the start.
 _BOTTOM = -1e20
@@ -176,7 +175,8 @@ class _ConstrainedRun:
         if lost and self._restarts < most:
             self._restarts += 1
             self._move(self._start)
-            penalty = self._settings.constrained.get("penalty", _PENALTY)
+            given = self._settings.constrained.get("penalty")
+            penalty = _PENALTY if given is None else given
             self._attempt_multipliers(penalty=penalty * _FARTHER**self._restarts)
             return None
         return StepStatus.STALLED

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -20,9 +20,17 @@ from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import SecondOrderOptimizer, makes_state_only
+from torch_secondorder._optim.constraint_term import ConstraintTerm
 from torch_secondorder._optim.flat import Descent, FlatOptimizer, Iterate
 from torch_secondorder._optim.info import Report, StepInfo, StepStatus
-from torch_secondorder._optim.subproblem import Subproblem, Verdict
+from torch_secondorder._optim.sequential_quadratic import SampledConstraints
+from torch_secondorder._optim.subproblem import (
+    Subproblem,
+    Verdict,
+    iterations_of,
+    largest_gradient,
+    restart,
+)
 from torch_secondorder._optim.wrapper import WrapperOptimizer
 from torch_secondorder._params.space import is_distributed
 from torch_secondorder.constraints._functions import ConstraintFunctions, Constraints
@@ -89,7 +97,8 @@ class Constrained(WrapperOptimizer):
 
     - `"sqp"`, the default around `LBFGS` and `BFGS`: sequential quadratic programming. The
       constraints are linearized at each iterate, and the optimizer inside learns the curvature of
-      the Lagrangian.
+      the Lagrangian. Eight or more equalities that mostly depend on each other at the start, such
+      as a network's values along a boundary, get the next method by default.
     - `"augmented_lagrangian"`, the default around all others: the loss gets `y c + penalty c^2 / 2`
       for a constraint with value `c` and multiplier `y` (for an inequality, this with
       `max(c, -y / penalty)` as `c`).
@@ -124,7 +133,7 @@ class Constrained(WrapperOptimizer):
 
     Attributes:
         optimizer: The optimizer inside.
-        method: The method.
+        method: The method; after the first step, the one in use.
         multiplier_lr: See above; you may change it between steps.
 
     Raises:
@@ -155,7 +164,7 @@ class Constrained(WrapperOptimizer):
     _saved: ClassVar[dict[str, str]] = {"program": "_state", **WrapperOptimizer._saved}
     _carried = (
         *WrapperOptimizer._carried,
-        *("_program", "_subproblem", "_note", "_pending", "method", "multiplier_lr"),
+        *("_program", "_subproblem", "_note", "_pending", "method", "_defaulted", "multiplier_lr"),
         *("_penalty", "_tolerance", "max_penalty", "max_multiplier"),
     )
 
@@ -187,13 +196,14 @@ class Constrained(WrapperOptimizer):
         self._subproblem, self._note = Subproblem(), ""
         # Multipliers and penalties that were set before the first evaluation.
         self._pending: dict[str, Mapping[str, Any]] = {}
-        super().__init__(optimizer, _ConstraintTerm(self))
+        super().__init__(optimizer, ConstraintTerm(self))
         if penalty is None:
             # One step on a noisy gradient would be thrown off by penalties as large.
             penalty = min(_PENALTY if self._iterates else _PENALTY_OF_UPDATES, self.max_penalty)
         self._penalty = float(penalty)
         self._refuse_shards()
         able = self._takes_programs()
+        self._defaulted = method is None
         if method is None:
             method = "sqp" if able and not self._is_sqp_inside() else "augmented_lagrangian"
         elif method == "sqp" and not able:
@@ -207,6 +217,7 @@ class Constrained(WrapperOptimizer):
                 "constraints to one Constrained, or leave method out"
             )
         self.method: Method = method
+        self._program.may_refuse = self._defaulted and method == "sqp"
 
     def _set_up(self) -> None:
         super()._set_up()
@@ -364,8 +375,16 @@ class Constrained(WrapperOptimizer):
         return result
 
     def _stepped(self, closure: Any, more: dict[str, Any]) -> Any:
+        program = self._program
+        kept = program.multipliers, program.penalties, self._pending
         try:
-            return super().step(closure, **more)
+            result = super().step(closure, **more)
+            program.may_refuse = False
+            return result
+        except SampledConstraints:  # in the first evaluation: nothing has changed
+            program.multipliers, program.penalties, self._pending = kept
+            self.method, program.may_refuse = "augmented_lagrangian", False
+            return self._stepped(closure, more)
         except RuntimeError as error:
             if closure is not None or "through the graph a second time" not in str(error):
                 raise
@@ -416,7 +435,7 @@ class Constrained(WrapperOptimizer):
             inner._observe = self._observe
         elif isinstance(inner, torch.optim.LBFGS):
             self._entry_point = [p.detach().clone() for p in self._trainable]
-            self._n_iter = _iterations_of(inner)
+            self._n_iter = iterations_of(inner)
 
     def _end_step(self) -> None:
         inner: Any = self._innermost
@@ -453,6 +472,8 @@ class Constrained(WrapperOptimizer):
             self._ascend(program.values)
             return
         verdict = self._subproblem.judge(info, violated.max().item())
+        if verdict is Verdict.GO_ON and self._entry_point and self._stands_still():
+            verdict = Verdict.ASCEND
         most = self.max_multiplier
         if verdict is Verdict.UPDATE:
             program.update(self.tolerance, self.max_penalty, most if ascends else None)
@@ -463,6 +484,8 @@ class Constrained(WrapperOptimizer):
             self._go_back()
         if verdict is not Verdict.GO_ON:
             self._subproblem.end()
+            if isinstance(self._innermost, torch.optim.LBFGS):
+                restart(self._innermost)
 
     def _ascend(self, values: Tensor) -> None:
         """Moves the multipliers by their rate, unless the optimizer inside has refused the step."""
@@ -479,10 +502,14 @@ class Constrained(WrapperOptimizer):
         inner = self._innermost
         if isinstance(inner, FlatOptimizer):
             return inner.info
-        done = _iterations_of(inner) - self._n_iter
+        done = iterations_of(inner) - self._n_iter
         # It may end for reasons of its own far from the solution: only the gradient tells.
-        largest = _largest_gradient(self._trainable)
+        largest = largest_gradient(self._trainable)
         return StepInfo(StepStatus.MAX_ITERATIONS, 0.0, 0.0, largest, done)
+
+    def _stands_still(self) -> bool:
+        """True if PyTorch's L-BFGS has not moved, and so never will."""
+        return all(map(torch.equal, self._trainable, self._entry_point))
 
     def _noting(self, closure: Any) -> Any:
         """A closure that notes the start of a subproblem of PyTorch's L-BFGS."""
@@ -492,7 +519,7 @@ class Constrained(WrapperOptimizer):
             loss = closure()
             violated = self._violations
             if first and not self._subproblem.steps and violated is not None:
-                grad_norm, params = _largest_gradient(self._trainable), self._trainable
+                grad_norm, params = largest_gradient(self._trainable), self._trainable
                 self._subproblem.begin(params, 0.0, grad_norm, violated.max().item())
             return loss
 
@@ -624,12 +651,17 @@ class Constrained(WrapperOptimizer):
 
     @property
     def _state(self) -> dict[str, Any]:
-        return {**self._program.state(), "subproblem": self._subproblem.state()}
+        kept = {"subproblem": self._subproblem.state(), "method": self.method}
+        return {**self._program.state(), **kept}
 
     @_state.setter
     def _state(self, state: dict[str, Any]) -> None:
         self._program.load(state)
         self._subproblem.load(state["subproblem"])
+        if self._defaulted and state["method"] == "augmented_lagrangian":
+            self.method = state["method"]
+        if state["multipliers"] is not None:
+            self._program.may_refuse = False
 
     @property
     def _penalties(self) -> Tensor | None:
@@ -648,54 +680,6 @@ class Constrained(WrapperOptimizer):
         return f"Constrained({self._inside!r}, method={self.method!r})"
 
 
-def _largest_gradient(params: Sequence[Tensor]) -> float:
-    """The largest absolute entry of the gradients."""
-    found = [p.grad.abs().max() for p in params if p.grad is not None]
-    return torch.stack(found).max().item() if found else math.inf
-
-
-def _iterations_of(optimizer: Optimizer) -> int:
-    """All iterations that PyTorch's L-BFGS has made, which has no report."""
-    first = optimizer.param_groups[0]["params"][0]
-    return int(optimizer.state[first].get("n_iter", 0)) if first in optimizer.state else 0
-
-
 def _finite(values: Tensor) -> bool:
     """True if all values are finite; waits for a device once."""
     return math.isfinite((values if len(values) == 1 else values.sum()).item())
-
-
-class _Values:
-    """See `torch_secondorder._optim.wrapper.Values`."""
-
-    def __init__(self, owner: Constrained, tree: tuple[Any, ...]) -> None:
-        self.taken: list[Tensor] = []
-        self._owner, self._tree = owner, tree
-
-    def seeds(self) -> tuple[Tensor, Tensor] | None:
-        found = None if self.taken else self._owner._seeds()
-        if found is None:
-            return None
-        values, derivative, term = found
-        self.taken.append(term)
-        return values, derivative
-
-    def take(self) -> Tensor | None:
-        if self.taken:  # the constraints count once in an evaluation
-            return None
-        term = self._owner._term_of(self._tree)
-        self.taken.append(term.detach())
-        return term
-
-
-class _ConstraintTerm:
-    """See `torch_secondorder._optim.wrapper.Term`."""
-
-    def __init__(self, owner: Constrained) -> None:
-        self._owner = owner
-
-    def watching(self, seed: int, tree: Any = None) -> AbstractContextManager[_Values]:
-        return nullcontext(_Values(self._owner, () if tree is None else (tree,)))
-
-    def missing(self) -> RuntimeError:  # pragma: no cover - constraints always have a value
-        return RuntimeError("the constraints have no value")
