@@ -29,7 +29,7 @@ from torch_secondorder._optim.present import Scaling
 from torch_secondorder.dataset import DatasetClosure
 
 # The loss of a step without a closure.
-_NAN = torch.tensor(torch.nan)
+_NAN = torch.tensor(torch.nan, device="cpu")
 
 
 class Values(Protocol):
