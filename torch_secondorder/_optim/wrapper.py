@@ -262,7 +262,7 @@ class WrapperOptimizer(Optimizer, ABC):
         for name in OPTIMIZER_HOOKS:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
-        keep_patched(self)
+        self._keeps_patched = False
 
     # For subclasses.
 
@@ -375,6 +375,9 @@ class WrapperOptimizer(Optimizer, ABC):
                 penalized.add_to_gradients(self._present_term, self._present_seeds)
                 result = self._inside.step(**more)
             else:
+                if not self._keeps_patched:
+                    keep_patched(self)
+                    self._keeps_patched = True
                 if more.get("curvature_closure") is not None:
                     more["curvature_closure"] = penalized.closure(more["curvature_closure"])
                 result = self._inside.step(penalized.closure(closure), **more)

@@ -392,11 +392,12 @@ def _projected(members: Sequence[_Member]) -> Tensor | None:
     total: Tensor | None = None
     with torch.no_grad():
         for p, found, _, pressed in members:
-            nearest = found._nearest(p)
             if pressed and isinstance(found, ConvexSet):
                 # Multiples of gradients by coordinate may lead inwards, where the next step would
                 # come back from: without end, and with a part along the boundary each time.
                 nearest = found.on_boundary(p, pressed[0])
+            else:
+                nearest = found._nearest(p)
             moved = torch.linalg.vector_norm(widened(nearest) - widened(p))
             total = moved if total is None else torch.hypot(total, moved.to(total))
             p.copy_(nearest)
