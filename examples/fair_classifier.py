@@ -445,7 +445,9 @@ def draw_frontier(axes: Any, results: Sequence[Result], count: int) -> None:
         style = line_style(i) | {"marker": "os^"[i], "linewidth": 1.2}
         axes.plot([r.gap for r in some], [100 * r.accuracy for r in some], label=label, **style)
     for r in series(results)["Constrained(LBFGS)"]:
-        axes.annotate(f"{r.bound:g}", (r.gap, 100 * r.accuracy), (5, 5), textcoords="offset points")
+        axes.annotate(
+            f"{r.bound:g}", (r.gap, 100 * r.accuracy), (-5, -22), textcoords="offset points"
+        )
     style_axes(axes, xlabel="gap of the true rates", ylabel="accuracy, %")
     axes.set(
         title="held-out patients; numbers are bounds",

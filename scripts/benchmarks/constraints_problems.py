@@ -73,7 +73,7 @@ Solver = Callable[[Counted], Tensor]
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a point is from an optimum.
+    """The distances of a point from an optimum.
 
     Attributes:
         error: Of the value, relative to one or the known minimum's size.
@@ -247,7 +247,7 @@ class Comparison:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What the table shows."""
+        """The entries of the table."""
         means = number(self.geometric_mean), number(self.ratio_of_sums)
         return (str(self.both), *means, number(self.largest))
 

@@ -137,11 +137,11 @@ class Numpy:
             return self._counted(torch.from_numpy(x.copy())).item()
 
     def gradient(self, x: Any) -> Any:
-        """Its gradient."""
+        """The gradient."""
         return self._counted.gradient(torch.from_numpy(x.copy())).numpy()
 
     def hessian(self, x: Any) -> Any:
-        """Its Hessian."""
+        """The Hessian."""
         self._counted.hessians += 1
         point = torch.from_numpy(x.copy())
         return torch.autograd.functional.hessian(self.problem.function, point).numpy()

@@ -373,3 +373,30 @@ def test_errors(call: Callable[[Tensor], Any], kind: type[Exception], words: str
     with pytest.raises(kind, match=words):
         call(x)
     assert x.grad is None and x.tolist() == [1.0, 2.0]
+
+
+def test_a_model_or_a_closure_in_place_of_parameters() -> None:
+    model = torch.nn.Linear(2, 1)
+
+    def closure() -> torch.Tensor:
+        loss = model.weight.sum()
+        loss.backward()
+        return loss
+
+    for given in (model, closure):
+        with pytest.raises(TypeError, match=r"params must be parameters, as model.parameters\(\)"):
+            kkt_residuals(closure, given)  # type: ignore[arg-type]
+
+
+def test_a_violated_inequality_is_called_so() -> None:
+    x = torch.tensor([2.0, 1.0], dtype=torch.float64, requires_grad=True)
+
+    def closure() -> torch.Tensor:
+        loss = x.square().sum()
+        loss.backward()
+        return loss
+
+    wall = {"wall": lambda: x - torch.tensor([1.0, 1.0])}
+    lines = str(kkt_residuals(closure, [x], inequalities=wall)).splitlines()
+    assert [line.split()[-1] for line in lines if "wall[0]" in line][-1] == "violated"
+    assert [line.split()[-1] for line in lines if "wall[1]" in line][-1] == "active"

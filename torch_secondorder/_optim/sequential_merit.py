@@ -5,7 +5,7 @@ With values `c`, multipliers `y` and penalties `rho` (each `(m,)`, float64, on t
     s (y + rho s / 2),    s = c for equalities,    s = max(c, -y / rho) for inequalities
 
 are added to the loss. It is searched along a direction of the parameters and of the multipliers
-together (Schittkowski 1981; Gill, Murray, Saunders 2005, "SNOPT: An SQP algorithm for large-scale
+together (Schittkowski 1982; Gill, Murray, Saunders 2005, "SNOPT: An SQP algorithm for large-scale
 constrained optimization", section 2.4).
 """
 

@@ -20,7 +20,12 @@ from torch_secondorder._autograd.backward_hook import (
     patched_backward,
 )
 from torch_secondorder._closure.runner import GradientTrace
-from torch_secondorder._closure.validation import check_is_closure, lost_graph, scalar
+from torch_secondorder._closure.validation import (
+    STANDARD_CLOSURE,
+    check_is_closure,
+    lost_graph,
+    scalar,
+)
 from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS, steps_are_seen
 from torch_secondorder._foundation.subclasses import plain
 from torch_secondorder._objective.functional import FunctionalObjective
@@ -84,6 +89,8 @@ class PenalizedLoss:
 
     def __init__(self, term: Term) -> None:
         self.first: tuple[Tensor, Tensor] | None = None
+        #: The name of an optimizer that leaves `backward()` to the closure; empty for others.
+        self.leaves_backward = ""
         self._term = term
         self._params: Sequence[Tensor] = ()
         self._factor, self._seed = 0.0, 0
@@ -124,6 +131,11 @@ class PenalizedLoss:
             return self._sum(loss, taken[0] if len(taken) == 1 else torch.stack(taken).sum())
         if before.shows_backward(self._params):
             raise self._term.missing() if values.take() is None else lost_graph()
+        if self.leaves_backward:
+            raise RuntimeError(
+                f"the closure did not call backward(), and {self.leaves_backward} does not either: "
+                f"the loss would have no gradient. Pass a closure like\n{STANDARD_CLOSURE}"
+            )
         # The caller differentiates the loss that it gets.
         return self._sum(loss, self._taken(values))
 
@@ -263,6 +275,12 @@ class WrapperOptimizer(Optimizer, ABC):
             setattr(self, name, OrderedDict())
         self._patch_step_function()
         self._keeps_patched = False
+        inner = self._inside
+        while isinstance(inner, WrapperOptimizer):
+            inner = inner._inside
+        kind = type(inner)
+        if kind.__module__.startswith("torch.optim"):
+            self._penalized.leaves_backward = f"torch.optim.{kind.__name__}"
 
     # For subclasses.
 
@@ -352,6 +370,11 @@ class WrapperOptimizer(Optimizer, ABC):
             ValueError: The factor of the term is out of range.
         """
         factor, groups = self._factor(), self.param_groups
+        if closure is None and isinstance(self._inside, torch.optim.LBFGS):
+            raise RuntimeError(
+                f"torch.optim.LBFGS evaluates the loss several times and needs a closure:\n"
+                f"{STANDARD_CLOSURE}"
+            )
         present = closure is None and self._has_present_term()
         if closure is not None:
             if "found_inf" in vars(self):  # a GradScaler calls

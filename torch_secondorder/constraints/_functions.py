@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -85,6 +86,8 @@ class ConstraintFunctions:
             ValueError: A function returned a tensor without entries.
             RuntimeError: A value has no graph or no parameter in it, or its shape has changed.
         """
+        if self.shapes is None:
+            self._check_arguments(tree)
         graph = torch.is_grad_enabled()
         values = [_checked(name, function(*tree), graph) for name, function in self._functions]
         shapes = [value.shape for value in values]
@@ -97,6 +100,20 @@ class ConstraintFunctions:
             return values[0].reshape(-1)
         device = values[0].device
         return torch.cat([value.reshape(-1).to(device) for value in values])
+
+    def _check_arguments(self, tree: tuple[Any, ...]) -> None:
+        given = "the tree of parameters" if tree else "no argument"
+        for name, function in self._functions:
+            try:
+                inspect.signature(function).bind(*tree)
+            except ValueError:  # it has no signature, as some functions in C
+                continue
+            except TypeError as error:
+                raise TypeError(
+                    f"the constraint {name} is called with {given}: {error}. Beside a closure, "
+                    "write lambda: ... of the parameters themselves; beside a FunctionalObjective, "
+                    "a function of its tree"
+                ) from None
 
     def _check_shapes(self, shapes: Sequence[torch.Size]) -> None:
         for name, shape in zip(self.names, shapes, strict=True):
@@ -164,6 +181,7 @@ def _checked(name: str, value: Any, graph: bool) -> Tensor:
 def _named(given: Constraints, argument: str) -> dict[str, Constraint]:
     if given is None:
         return {}
+    named: dict[str, Any]
     if isinstance(given, Mapping):
         named = {str(name): function for name, function in given.items()}
     elif isinstance(given, Sequence):
@@ -172,7 +190,10 @@ def _named(given: Constraints, argument: str) -> dict[str, Constraint]:
         named = {argument: given}
     for name, function in named.items():
         if not callable(function):
+            value = isinstance(function, (Tensor, float, int, bool))
+            hint = ": give the function itself, not its value, as in lambda: w.norm() - 1"
             raise TypeError(
-                f"{name} must be a function that returns a tensor, got {type(function).__name__}"
+                f"{name} must be a function that returns a tensor, got "
+                f"{type(function).__name__}{hint if value else ''}"
             )
     return named

@@ -55,6 +55,11 @@ def set_up(source: Any, params: Any, options: Mapping[str, Any]) -> Setting:
     if isinstance(params, Optimizer):
         decoupled = getattr(_layers(params)[-1], "_decouples_weight_decay", False)
         params = params.param_groups
+    elif params is not None and not isinstance(params, (Tensor, Iterable)):
+        raise TypeError(
+            f"params must be parameters, as model.parameters(), or an optimizer, got "
+            f"{type(params).__name__}: it comes second, after the closure"
+        )
     groups = _groups(source, params)
     for group in groups:
         if decoupled or group.get("decoupled_weight_decay"):

@@ -143,6 +143,9 @@ class KKTReport(Report):
         kinds = dict.fromkeys(y, "") | dict.fromkeys(self.active, "active")
         for name in self.equalities:
             kinds.update((entry, "equality") for entry, _ in _entries({name: self.values[name]}))
+        for entry, value in _entries(self.values):
+            if value > self.tolerance and kinds[entry] == "active":
+                kinds[entry] = "violated"
         found = [entry for entry in _entries(self.values) if kinds[entry[0]] or y[entry[0]]]
         found.sort(key=lambda entry: -abs(y[entry[0]]))
         rows = [("constraint", "multiplier", "value", "")]

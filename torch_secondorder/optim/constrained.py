@@ -262,8 +262,8 @@ class Constrained(WrapperOptimizer):
     def multipliers(self) -> dict[str, Tensor]:
         """The multipliers, by the names of the functions; empty before the first evaluation.
 
-        Set them, all or some, to start from those of a similar problem: tensors of the constraints'
-        shapes, or numbers.
+        A copy: assign a dict, of all or some, to start from those of a similar problem. Its values
+        are tensors of the constraints' shapes, or numbers.
 
         Raises:
             TypeError: What is set is no dict.
@@ -349,7 +349,7 @@ class Constrained(WrapperOptimizer):
 
     def step(self, closure: Any = None, **more: Any) -> Any:
         """See `WrapperOptimizer.step`."""
-        if closure is None and isinstance(self._innermost, (FlatOptimizer, torch.optim.LBFGS)):
+        if closure is None and isinstance(self._innermost, FlatOptimizer):
             return self._inside.step(None, **more)  # an error that asks for a closure
         self._closure, self._evaluated, self._note = closure, False, ""
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -357,7 +357,7 @@ class Constrained(WrapperOptimizer):
         self._averages = several and not isinstance(closure, DatasetClosure)
         try:
             if self._iterates and not isinstance(self._innermost, FlatOptimizer):
-                closure = self._noting(closure)
+                closure = closure and self._noting(closure)
             if self._averages:
                 with self._registry.watch({}):
                     result = self._stepped(closure, more)
@@ -369,6 +369,9 @@ class Constrained(WrapperOptimizer):
                     self._update()
                 else:
                     self._ascend(values)
+        except BaseException:
+            self._return_to_entry()
+            raise
         finally:
             self._closure, self._entry_point = None, []
         return result
@@ -539,8 +542,9 @@ class Constrained(WrapperOptimizer):
             "more: the parameters were moved back, and penalties raised"
         )
 
+    @torch.no_grad()
     def _return_to_entry(self) -> None:
-        """Undoes a step of an optimizer that does not look at what is not finite itself."""
+        """Undoes a step of PyTorch's L-BFGS, which does not look at what is not finite itself."""
         for p, before in zip(self._trainable, self._entry_point, strict=False):
             p.copy_(before)
         if self._entry_point:

@@ -477,6 +477,8 @@ def _checked_sets(sets: Any, optimizer: Optimizer) -> list[tuple[Tensor, TensorS
     for given, tensor_set in _pairs(sets):
         if not isinstance(tensor_set, TensorSet):
             _refuse_set(tensor_set)
+        if not isinstance(given, (Tensor, Sequence)) or isinstance(given, str):
+            raise TypeError(f"{_FORM}; got {type(given).__name__} for a parameter")
         for p in [given] if isinstance(given, Tensor) else given:
             if not isinstance(p, Tensor):
                 raise TypeError(f"{_FORM}; got {type(p).__name__} for a parameter")
@@ -507,8 +509,6 @@ def _pairs(sets: Any) -> list[tuple[Any, Any]]:
     for pair in sets:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"{_FORM}; got {type(pair).__name__} as one of the pairs")
-        if not isinstance(pair[0], (Tensor, Sequence)) or isinstance(pair[0], str):
-            raise TypeError(f"{_FORM}; got {type(pair[0]).__name__} for a parameter")
     return list(sets)
 
 
