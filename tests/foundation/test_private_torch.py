@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from torch_secondorder import LBFGS, AdaHessian, NewtonCG
 from torch_secondorder._autograd import backward_hook, convolution, graph
@@ -490,6 +491,20 @@ def test_hooks_that_cannot_be_read_count_as_hooks() -> None:
     x = torch.ones(1, requires_grad=True)
     x.register_hook(lambda g: g)
     assert len(private_torch.tensor_hooks(x) or ()) == 1
+
+
+def test_steps_count_as_seen_where_nobody_tells(without: Without) -> None:
+    assert not private_torch.steps_are_seen()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert private_torch.steps_are_seen()
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    assert private_torch.steps_are_seen()
+    handle.remove()
+    for name in (
+        "torch.optim.optimizer:_global_optimizer_pre_hooks",
+        "torch.autograd:_profiler_enabled",
+    ):
+        assert without(name).steps_are_seen()
 
 
 def test_names_of_attributes_are_those_of_this_version() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torch_secondorder import LBFGS, AdaHessian, FunctionalObjective, NewtonCG
+from torch_secondorder._autograd import backward_hook
 from torch_secondorder._optim.wrapper import WrapperOptimizer
 
 
@@ -143,3 +146,52 @@ def test_a_step_without_a_closure_and_without_gradients_is_that_of_the_optimizer
     with pytest.raises(RuntimeError, match="no gradient reached"):
         SumPenalty(AdaHessian([x]), 1.5, 1.0).step()
     assert torch.equal(x, parameter())
+
+
+def test_profilers_and_hooks_see_its_steps() -> None:
+    x = torch.ones(2, requires_grad=True)
+    optimizer = SumPenalty(SGD([x], lr=0.1), 0.5, 0.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = x.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step(closure)
+    names = {event.key for event in profile.key_averages()}
+    assert {"Optimizer.step#SumPenalty.step", "Optimizer.step#SGD.step"} <= names
+    seen: list[Any] = []
+    everywhere = register_optimizer_step_post_hook(lambda who, *_: seen.append(type(who)))
+    optimizer.step(closure)
+    everywhere.remove()
+    assert seen == [SGD, SumPenalty]
+    optimizer.register_step_pre_hook(lambda who, *_: seen.append("before"))
+    optimizer.step(closure)
+    assert seen == [SGD, SumPenalty, "before"]
+
+
+def test_backward_stays_replaced_from_its_first_closure_until_it_dies() -> None:
+    x = torch.ones(2, requires_grad=True)
+    gc.collect()
+    users, seen = backward_hook._method._users, []
+    optimizer = SumPenalty(SGD([x], lr=0.1), 0.5, 0.0)
+    assert backward_hook._method._users == users
+
+    def closure() -> Tensor:
+        x.grad = None
+        seen.append(Tensor.backward)
+        loss = x.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        assert Tensor.backward is seen[0]
+    copied = copy.deepcopy(optimizer)
+    copied.step(closure)
+    assert backward_hook._method._users == users + 2 and len(set(seen)) == 1
+    del optimizer, copied
+    gc.collect()
+    assert backward_hook._method._users == users

@@ -354,7 +354,9 @@ def makes_state_only(groups: Sequence[dict[str, Any]]) -> bool:
     `torch.distributed.checkpoint` makes a new optimizer fill in its state by such a step, with
     gradients and learning rates of zero.
     """
+    if any(float(group["lr"]) != 0 for group in groups):
+        return False
     params = [p for group in groups for p in group["params"] if p.requires_grad]
-    return all(float(group["lr"]) == 0 for group in groups) and all(
+    return all(
         p.grad is not None and p.grad.grad_fn is None and not nonzero(p.grad) for p in params
     )

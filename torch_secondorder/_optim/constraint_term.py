@@ -12,7 +12,7 @@ class TermOwner(Protocol):
     """An optimizer that has constraints."""
 
     def _seeds(self) -> tuple[Tensor, Tensor, Tensor] | None:  # pragma: no cover - a protocol
-        """Values, the term and its derivative by them, for a plain `backward()`."""
+        """Values, the term's derivative by them, and the term, for a plain `backward()`."""
 
     def _term_of(self, tree: tuple[Any, ...]) -> Tensor:  # pragma: no cover - a protocol
         """The term of an evaluation, with its graph."""
@@ -29,7 +29,7 @@ class _Values:
         found = None if self.taken else self._owner._seeds()
         if found is None:
             return None
-        values, term, derivative = found
+        values, derivative, term = found
         self.taken.append(term)
         return values, derivative
 

@@ -34,7 +34,7 @@ class Scaling:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self.active = hasattr(optimizer, "found_inf")
+        self.active = "found_inf" in vars(optimizer)
         self.scale: Tensor | None = None
         self.inverse: Tensor | None = None
         if self.active:

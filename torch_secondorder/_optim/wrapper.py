@@ -6,14 +6,19 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_secondorder._autograd.backward_hook import is_outermost, patched_backward
+from torch_secondorder._autograd.backward_hook import (
+    backward_from,
+    is_outermost,
+    keep_patched,
+    patched_backward,
+)
 from torch_secondorder._closure.runner import GradientTrace
 from torch_secondorder._closure.validation import (
     STANDARD_CLOSURE,
@@ -21,12 +26,15 @@ from torch_secondorder._closure.validation import (
     lost_graph,
     scalar,
 )
-from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS
+from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS, steps_are_seen
 from torch_secondorder._foundation.subclasses import plain
 from torch_secondorder._objective.functional import FunctionalObjective
 from torch_secondorder._optim.base import makes_state_only
 from torch_secondorder._optim.present import Scaling
 from torch_secondorder.dataset import DatasetClosure
+
+# The loss of a step without a closure.
+_NAN = torch.tensor(torch.nan, device="cpu")
 
 
 class Values(Protocol):
@@ -151,7 +159,7 @@ class PenalizedLoss:
 
     def _sum(self, loss: Tensor, value: Tensor) -> Tensor:
         if self.first is None:
-            self.first = loss.detach(), value.detach()
+            self.first = loss.detach(), value.detach() if value.requires_grad else value
         return loss + self._scaled(value)
 
     def _scaled(self, value: Tensor) -> Tensor:
@@ -171,7 +179,7 @@ class PenalizedLoss:
         if plainly and self._factor == 1.0 and is_outermost():
             seeds = values.seeds()
             if seeds is not None:
-                torch.autograd.backward((loss, seeds[0]), (None, seeds[1]))
+                backward_from(*seeds, loss)
                 return
         value = values.take()
         loss, gradient = plain(loss), plain(gradient)
@@ -181,20 +189,30 @@ class PenalizedLoss:
             loss = loss + self._scaled(value)
         loss.backward(gradient, *args, **more)
 
-    def add_to_gradients(self, value: Tensor, scale: Tensor | None = None) -> None:
+    def add_to_gradients(
+        self, present: Callable[[], Tensor], seeds: Callable[[], Any], scale: Tensor | None = None
+    ) -> None:
         """Adds the gradient of the term to `p.grad`, for a step without a closure.
 
         Args:
-            value: The term, with its graph.
+            present: Returns the term, with its graph.
+            seeds: See `WrapperOptimizer._present_seeds`.
             scale: What the gradients are scaled by, of one entry; None for nothing.
         """
         grads = [p.grad for p in self._params if p.grad is not None]
         graph = any(g.grad_fn is not None for g in grads)
-        term = self._factor * value
-        if scale is not None:
-            term = term * scale.to(term.device).reshape(())
-        term.backward(create_graph=graph)
-        self.first = value.new_tensor(torch.nan), value.detach()
+        with torch.enable_grad():
+            found = seeds() if self._factor == 1.0 and scale is None and not graph else None
+            if found is not None:
+                values, derivative, value = found
+                backward_from(values, derivative)
+            else:
+                value = present()
+                term = self._factor * value
+                if scale is not None:
+                    term = term * scale.to(term.device).reshape(())
+                term.backward(create_graph=graph)
+        self.first = _NAN, value.detach()
 
 
 class WrapperOptimizer(Optimizer, ABC):
@@ -236,11 +254,27 @@ class WrapperOptimizer(Optimizer, ABC):
         self._seed, self._steps = seed, 0
         self._set_up()
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Puts hooks and the profiler's entry around `step`; see `torch.optim.Optimizer`.
+
+        Where nobody looks, the call goes on directly: the optimizer inside has all this as well.
+        """
+        hooked: Callable[..., Any] = Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: WrapperOptimizer, *args: Any, **kwargs: Any) -> Any:
+            hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            return (hooked if hooks or steps_are_seen() else func)(self, *args, **kwargs)
+
+        return step
+
     def _set_up(self) -> None:
         """Makes everything that copies do not share: hooks, here as in torch."""
         for name in OPTIMIZER_HOOKS:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
+        self._keeps_patched = False
         inner = self._inside
         while isinstance(inner, WrapperOptimizer):
             inner = inner._inside
@@ -269,6 +303,10 @@ class WrapperOptimizer(Optimizer, ABC):
     def _has_present_term(self) -> bool:
         """True if a step without a closure has a term to add."""
         return True
+
+    def _present_seeds(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """See `Values.seeds`, for `_present_term`; with the term, without a graph, at the end."""
+        return None
 
     def _check_saved(self, own: dict[str, Any]) -> None:
         """Raises a ValueError if the wrapper's entry in a checkpoint does not fit it."""
@@ -331,21 +369,22 @@ class WrapperOptimizer(Optimizer, ABC):
             RuntimeError: The term has no value, or the loop has to pass a closure.
             ValueError: The factor of the term is out of range.
         """
-        factor = self._factor()
+        factor, groups = self._factor(), self.param_groups
         if closure is None and isinstance(self._inside, torch.optim.LBFGS):
             raise RuntimeError(
                 f"torch.optim.LBFGS evaluates the loss several times and needs a closure:\n"
                 f"{STANDARD_CLOSURE}"
             )
+        present = closure is None and self._has_present_term()
         if closure is not None:
             if "found_inf" in vars(self):  # a GradScaler calls
                 Scaling(self).refuse_closure()
-        elif not self._has_present_term() and makes_state_only(self.param_groups):
+        elif not present and makes_state_only(groups):
             return self._inside.step(**more)
-        params = [p for group in self.param_groups for p in group["params"]]
-        if closure is None and self._has_present_term() and all(p.grad is None for p in params):
+        params = [p for group in groups for p in group["params"]]
+        if present and all(p.grad is None for p in params):
             return self._inside.step(**more)  # no loss: an error, or nothing to be done
-        sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
+        sign = -1.0 if groups[0].get("maximize") else 1.0
         penalized = self._penalized
         penalized.begin(params, sign * factor, self._seed + self._steps)
         self._begin_step()
@@ -356,10 +395,12 @@ class WrapperOptimizer(Optimizer, ABC):
                     return self._step_scaled(scaling, more)
                 if not self._unscale(scaling, params):
                     return None
-                with torch.enable_grad():
-                    penalized.add_to_gradients(self._present_term())
+                penalized.add_to_gradients(self._present_term, self._present_seeds)
                 result = self._inside.step(**more)
             else:
+                if not self._keeps_patched:
+                    keep_patched(self)
+                    self._keeps_patched = True
                 if more.get("curvature_closure") is not None:
                     more["curvature_closure"] = penalized.closure(more["curvature_closure"])
                 result = self._inside.step(penalized.closure(closure), **more)
@@ -372,8 +413,7 @@ class WrapperOptimizer(Optimizer, ABC):
         """A step without a closure, with an optimizer inside that takes the scale out itself."""
         found = scaling.inverse is not None and bool(scaling.inverse.isnan())
         if not found:
-            with torch.enable_grad():
-                self._penalized.add_to_gradients(self._present_term(), scaling.scale)
+            self._penalized.add_to_gradients(self._present_term, self._present_seeds, scaling.scale)
         with self._handed_on(scaling):
             result = self._inside.step(**more)
         self._steps += not found

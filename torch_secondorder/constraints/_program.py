@@ -190,14 +190,14 @@ class Program:
         return residuals.square().sum() - (shift.square() * half).sum()
 
     def seeds(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The term without a graph, and its derivative by the values: the next multipliers.
+        """The term's derivative by the values, the next multipliers; and the term.
 
         Args:
             values: `(m,)`, without a graph.
         """
         y, rho = self.multipliers, self.penalties
         assert y is not None and rho is not None
-        return self.term(values), next_multipliers(values, y, rho, self.signs)
+        return next_multipliers(values, y, rho, self.signs), self.term(values)
 
     @property
     def signs(self) -> Signs:

@@ -53,6 +53,10 @@ class TensorSet(ABC):
             tensor: Any tensor that `check` accepts.
         """
         self.check(tensor)
+        return self._nearest(tensor)
+
+    def _nearest(self, tensor: Tensor) -> Tensor:
+        """See `project`; for a tensor that has been checked."""
         x = widened(tensor)
         nearest = self._project(x)
         with torch.no_grad():  # so that projecting once more changes no bit
@@ -63,7 +67,7 @@ class TensorSet(ABC):
             point = torch.where(near, self._kept(x), nearest)
         if nearest.requires_grad:  # with the derivative of the projection in any case
             point = point + (nearest - nearest.detach())
-        return point.to(tensor.dtype)
+        return narrowed(point, tensor.dtype)
 
     def _kept(self, x: Tensor) -> Tensor:
         """What stays of a point of the set up to rounding: `x`, with signs that are right."""
@@ -77,7 +81,11 @@ class TensorSet(ABC):
             v: A direction, of the same shape.
         """
         self.check(point)
-        return self._tangent(widened(point), widened(v)).to(v.dtype)
+        return self._along(point, v)
+
+    def _along(self, point: Tensor, v: Tensor) -> Tensor:
+        """See `tangent`; for a point that has been checked."""
+        return narrowed(self._tangent(widened(point), widened(v)), v.dtype)
 
     def distance(self, tensor: Tensor) -> Tensor:
         """The Euclidean distance of a tensor from the set, 0-dim.
@@ -221,9 +229,19 @@ class Projection(nn.Module):
         return repr(self.set)
 
 
+_WIDE = (torch.float32, torch.float64)
+
+
 def widened(tensor: Tensor) -> Tensor:
     """A tensor in at least float32."""
+    if tensor.dtype in _WIDE:  # the call below takes as long as some operations
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype again, see `widened`."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def length(x: Tensor) -> Tensor:

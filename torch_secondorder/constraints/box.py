@@ -62,17 +62,13 @@ class Box(ConvexSet):
             self._cut = kind, cut_bounds(self.low, self.high, x)
         return self._cut[1]
 
-    def project(self, tensor: Tensor) -> Tensor:
-        """See `TensorSet.project`."""
-        self.check(tensor)  # in the tensor's own precision, which bounds are rounded to
-        return self._project(tensor)
+    def _nearest(self, tensor: Tensor) -> Tensor:
+        return self._project(tensor)  # in its own precision, which bounds are rounded to
 
     def _project(self, x: Tensor) -> Tensor:
         return torch.clamp(x, *self._bounds(x))
 
-    def tangent(self, point: Tensor, v: Tensor) -> Tensor:
-        """See `TensorSet.tangent`."""
-        self.check(point)
+    def _along(self, point: Tensor, v: Tensor) -> Tensor:
         return self._tangent(point, v)
 
     def _tangent(self, x: Tensor, v: Tensor) -> Tensor:

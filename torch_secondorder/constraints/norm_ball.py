@@ -68,9 +68,9 @@ class NormBall(ConvexSet):
             outside = size.sum(self.dim, keepdim=True) > self.radius
             shrunk = x.sgn() * reduced(size, self.radius, self.dim).clamp(min=0)
             return torch.where(outside, shrunk, x)
-        unit, norm = scaled_norm(x, self.dim)
+        unit, scaled, norm = scaled_norm(x, self.dim)
         outside = norm > self.radius / unit
-        shrunk = x / unit * (self.radius / torch.where(outside, norm, 1))
+        shrunk = scaled * (self.radius / torch.where(outside, norm, 1))
         return torch.where(outside, shrunk, x)
 
     def _tangent(self, x: Tensor, v: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ class NormBall(ConvexSet):
                 inside, v - x.sgn() * theta, v.sgn() * (v.abs() - theta).clamp(min=0)
             )
             return torch.where(on, moved, v)
-        unit, norm = scaled_norm(x, self.dim)
-        n = x / unit / torch.where(norm == 0, 1, norm)
+        unit, scaled, norm = scaled_norm(x, self.dim)
+        n = scaled / norm.masked_fill(norm == 0, 1)
         outward = inner(n, v, self.dim).clamp(min=0)
         return torch.where(norm >= edge / unit, v - n * outward, v)
 
@@ -111,7 +111,7 @@ class NormBall(ConvexSet):
     def _norm(self, x: Tensor) -> Tensor:
         if self.p == 1:
             return x.abs().sum(self.dim, keepdim=True)
-        unit, norm = scaled_norm(x, self.dim)
+        unit, _, norm = scaled_norm(x, self.dim)
         return unit * norm
 
     def __repr__(self) -> str:

@@ -64,20 +64,20 @@ class UnitNorm(Manifold):
         check_dims(tensor, self.dim, "UnitNorm")
 
     def _project(self, x: Tensor) -> Tensor:
-        unit, norm = scaled_norm(x, self.dim)
-        zero = norm == 0
-        count = x.numel() // norm.numel()
-        return torch.where(zero, count**-0.5, x / unit / torch.where(zero, 1, norm))
+        _, scaled, norm = scaled_norm(x, self.dim)
+        zero, count = norm == 0, x.numel() // norm.numel()
+        return (scaled / norm.masked_fill(zero, 1)).masked_fill(zero, count**-0.5)
 
     def _tangent(self, x: Tensor, v: Tensor) -> Tensor:
         return v - x * (inner(x, v, self.dim) / inner(x, x, self.dim))
 
     def _differential(self, w: Tensor, v: Tensor) -> Tensor:
-        unit, norm = scaled_norm(w, self.dim)
+        unit, scaled, norm = scaled_norm(w, self.dim)
         zero = norm == 0
-        w = w / unit / torch.where(zero, 1, norm)
-        along = (v - w * inner(w, v, self.dim)) / unit / torch.where(zero, 1, norm)
-        return torch.where(zero, 0, along)
+        divisor = norm.masked_fill(zero, 1)
+        w = scaled / divisor
+        along = (v - w * inner(w, v, self.dim)) / unit / divisor
+        return along.masked_fill(zero, 0)
 
     def _weingarten(self, x: Tensor, v: Tensor, gradient: Tensor) -> Tensor:
         return v * -inner(x, gradient, self.dim)
@@ -86,16 +86,16 @@ class UnitNorm(Manifold):
         return f"UnitNorm(dim={shown(self.dim)})"
 
 
-def scaled_norm(x: Tensor, dims: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    """A unit near the largest entries, and the norms in that unit; both keep the dimensions.
+def scaled_norm(x: Tensor, dims: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A unit near the largest entries, the tensor in that unit, and its norms.
 
-    No square overflows.
+    Unit and norms keep the dimensions. No square overflows.
     """
     along = all_dims(x, dims)
     largest = x.detach().abs()
     largest = largest.amax(along, keepdim=True) if along else largest
-    unit = torch.where(largest == 0, 1, largest)
+    unit = largest.masked_fill(largest == 0, 1)
     scaled = x / unit
     if not along:
-        return unit, scaled.abs()
-    return unit, torch.linalg.vector_norm(scaled, dim=along, keepdim=True)
+        return unit, scaled, scaled.abs()
+    return unit, scaled, torch.linalg.vector_norm(scaled, dim=along, keepdim=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -359,11 +358,17 @@ class Constrained(WrapperOptimizer):
         try:
             if self._iterates and not isinstance(self._innermost, FlatOptimizer):
                 closure = closure and self._noting(closure)
-            with self._registry.watch({}) if self._averages else nullcontext():
+            if self._averages:
+                with self._registry.watch({}):
+                    result = self._stepped(closure, more)
+            else:
                 result = self._stepped(closure, more)
-            if self._evaluated and self.method != "sqp":
-                with torch.no_grad():
+            values = self._program.values
+            if self._evaluated and self.method != "sqp" and values is not None:
+                if self._iterates:
                     self._update()
+                else:
+                    self._ascend(values)
         except BaseException:
             self._return_to_entry()
             raise
@@ -453,13 +458,10 @@ class Constrained(WrapperOptimizer):
 
     # Multipliers and penalties.
 
+    @torch.no_grad()
     def _update(self) -> None:
-        """Updates multipliers and penalties after a step."""
+        """Updates multipliers and penalties after a step of an optimizer that iterates inside."""
         program, ascends = self._program, self.method == "augmented_lagrangian"
-        assert program.values is not None
-        if not self._iterates:
-            self._ascend(program.values)
-            return
         program.values = self._values_now()
         if not _finite(program.values):
             self._note = self._not_finite(program.values)
@@ -591,6 +593,9 @@ class Constrained(WrapperOptimizer):
     def _present_term(self) -> Tensor:
         return self._term_of(())
 
+    def _present_seeds(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        return self._seeds()
+
     def _term_of(self, tree: tuple[Any, ...]) -> Tensor:
         """The term of an evaluation, with its graph."""
         values = self._evaluate(tree)
@@ -603,13 +608,12 @@ class Constrained(WrapperOptimizer):
         return self._program.term(values)
 
     def _seeds(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Values, the term and its derivative by them, for a plain `backward()`."""
+        """Values, the term's derivative by them, and the term, for a plain `backward()`."""
         if self._looks:  # it may need the graph
             return None
         values = self._evaluate(())
-        with torch.no_grad():
-            now = self._program.values = values.detach()
-            return values, *self._program.seeds(now)
+        now = self._program.values = values.detach()
+        return values, *self._program.seeds(now)
 
     def _evaluate(self, tree: tuple[Any, ...]) -> Tensor:
         """The values of an evaluation, with their graph."""

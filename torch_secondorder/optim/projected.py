@@ -203,12 +203,15 @@ class Projected(WrapperOptimizer):
         Raises:
             RuntimeError: A `GradScaler` calls, and a closure was given.
         """
+        scaling = Scaling(self)
         if closure is not None:
-            Scaling(self).refuse_closure()
+            scaling.refuse_closure()
         elif makes_state_only(self.param_groups):
             return self._inside.step(**more)
-        members, scaling, inside = self._members(), Scaling(self), self._inside
-        if not self._hands_on(scaling):  # projections of gradients do not depend on their scale
+        members, inside = self._members(), self._inside
+        if scaling.active and not self._hands_on(
+            scaling
+        ):  # projections of gradients do not depend on their scale
             params = [p for group in self.param_groups for p in group["params"]]
             if not self._unscale(scaling, params):
                 return None  # a GradScaler has found infinity
@@ -314,11 +317,13 @@ def _wrappers(optimizer: Optimizer) -> Iterator[WrapperOptimizer]:
 
 def _along(member: _Member, point: Tensor, gradient: Tensor) -> Tensor:
     """The gradient that leads along the set: minus the tangent part of the step downhill."""
+    if isinstance(member.set, Manifold):  # linear: no sign matters
+        return member.set._along(point, gradient)
     down = -member.sign * gradient
     if isinstance(member.set, ConvexSet):
         pressed = member.set.pressed(point, down.detach())
         member.pressed[:] = [] if pressed is None else [pressed]
-    return -member.sign * member.set.tangent(point, down)
+    return -member.sign * member.set._along(point, down)
 
 
 def _put_gradient(p: Tensor, gradient: Tensor, along: Tensor) -> None:
@@ -387,11 +392,12 @@ def _projected(members: Sequence[_Member]) -> Tensor | None:
     total: Tensor | None = None
     with torch.no_grad():
         for p, found, _, pressed in members:
-            nearest = found.project(p)
             if pressed and isinstance(found, ConvexSet):
                 # Multiples of gradients by coordinate may lead inwards, where the next step would
                 # come back from: without end, and with a part along the boundary each time.
                 nearest = found.on_boundary(p, pressed[0])
+            else:
+                nearest = found._nearest(p)
             moved = torch.linalg.vector_norm(widened(nearest) - widened(p))
             total = moved if total is None else torch.hypot(total, moved.to(total))
             p.copy_(nearest)
