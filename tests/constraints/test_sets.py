@@ -238,6 +238,22 @@ def test_large_numbers_leave_the_sum_of_a_simplex_exact() -> None:
     torch.testing.assert_close(Simplex(2.0).project(tied), torch.full_like(tied, 0.5))
 
 
+@pytest.mark.parametrize("below", [1e-8, 1e-40])
+def test_a_point_of_a_simplex_has_no_number_below_zero(below: float) -> None:
+    x = torch.tensor([1.0, -below, 0.0])
+    nearest = Simplex().project(x)
+    assert nearest.tolist() == [1.0, 0.0, 0.0]
+    assert nearest.sqrt().isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+@pytest.mark.parametrize("found", [UnitNorm(), NormBall(1e-35), Box(-1e-35, 1e-35)])
+def test_distances_neither_overflow_nor_vanish(found: TensorSet, size: float) -> None:
+    x = torch.tensor([3 * size, 4 * size])
+    distance = found.distance(x).item()
+    assert distance == pytest.approx(abs(5 * size - (1 if isinstance(found, UnitNorm) else 0)))
+
+
 @sets
 def test_a_nan_stays_one(kind: Kind) -> None:
     found, shape = kind

@@ -339,3 +339,31 @@ def test_pairs_of_torch_lbfgs_belong_to_one_augmented_lagrangian() -> None:
         for difference, step in zip(state["old_dirs"], state["old_stps"], strict=True):
             torch.testing.assert_close(difference, whole @ step, rtol=1e-6, atol=1e-9)
     assert updates > 2
+
+
+def test_torch_lbfgs_goes_on_after_an_error_in_a_constraint() -> None:
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    inner = torch.optim.LBFGS([x], line_search_fn="strong_wolfe")
+    calls = 0
+
+    def disk() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyError("gone")
+        return x @ x - 1
+
+    optimizer = Constrained(inner, inequalities=disk)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (x - torch.tensor([2.0, 1.0], dtype=torch.float64)).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert x.tolist() == [0.0, 0.0]
+    for _ in range(20):
+        optimizer.step(closure)
+    torch.testing.assert_close(x.tolist(), list(NEAREST), rtol=1e-6, atol=0.0)

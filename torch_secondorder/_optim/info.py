@@ -50,7 +50,7 @@ class StepStatus(Enum):
     )
     INFEASIBLE = (
         "the constraints contradict each other, at least near these parameters: no small move "
-        "lessens the violation that is left, and the multipliers grow without end; start "
+        "lessens the sum of the squared violations, and the multipliers have grown; start "
         "elsewhere, or relax a constraint"
     )
     NONFINITE_START = (

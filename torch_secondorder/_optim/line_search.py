@@ -187,7 +187,7 @@ class LineSearchOptimizer(FlatOptimizer):
                 return StepStatus.UNBOUNDED
         line = self._line(descent)
         if line is None:
-            stuck = self._sequential is not None and self._sequential.stuck
+            stuck = self._sequential is not None and self._sequential.contradiction
             return StepStatus.INFEASIBLE if stuck else StepStatus.NO_DECREASE
         precision = line.precision
         first = min(self._first_step(descent, line), line.start.longest)
@@ -204,14 +204,17 @@ class LineSearchOptimizer(FlatOptimizer):
             self._judge(descent)
         if unbounded:
             return StepStatus.UNBOUNDED
-        return None if result.status.accepted else self._failed(result)
+        return None if result.status.accepted else self._failed(descent, result)
 
-    def _failed(self, result: SearchResult) -> StepStatus | None:
+    def _failed(self, descent: Descent, result: SearchResult) -> StepStatus | None:
         """Drops what was learned after a search in vain; if there is nothing the step is over."""
         if self._restart():
             if self._sequential is not None:
                 self._sequential.restart()
             self._reset_reason = f"the line search ended with {result.status.name}"
+            return None
+        if self._begins_restoration():
+            self._judge(descent)
             return None
         if result.status is SearchStatus.NONFINITE:
             self._reset_reason = "no trial of a line search was finite"
@@ -260,6 +263,10 @@ class LineSearchOptimizer(FlatOptimizer):
         if self._sequential is not None:
             inverse = self._inverse_hessian()
             self._sequential.solve(descent, inverse, searches=self._searches)
+            if self._sequential.turns:
+                self._restart()
+                self._reset_reason = "restoration of feasibility began or ended"
+                self._sequential.solve(descent, None, searches=self._searches)
 
     def _line_of_program(self, descent: Descent) -> Line | None:
         """The line of the next search with constraints; None if there is none."""
@@ -273,7 +280,20 @@ class LineSearchOptimizer(FlatOptimizer):
             sequential.restart()
             self._judge(descent)
             line = sequential.line(descent)
+        if line is None and self._begins_restoration():
+            self._judge(descent)
+            line = sequential.line(descent)
         return line
+
+    def _begins_restoration(self) -> bool:
+        """Begins a restoration where nothing else helps; True if it has begun."""
+        sequential = self._sequential
+        if sequential is None or not sequential.violated or sequential.restoration.runs:
+            return False
+        sequential.restore()
+        self._reset_reason = "restoration of feasibility began"
+        self._restart()
+        return True
 
     # Bounds.
 

@@ -44,6 +44,8 @@ class Program:
         tolerance: Violations up to here count as none; None for the optimizer's choice.
         before: The shortfalls at the last update of the multipliers, see `shortfalls`.
         slow: A mask of the constraints whose violation had not fallen enough there, `(m,)`.
+        restoration: The progress of the violation, `(3,)`, for optimizers that take constraints
+            themselves; None if there is none to report.
         may_refuse: Whether an optimizer that takes constraints itself may refuse these.
     """
 
@@ -54,6 +56,7 @@ class Program:
         self.values: Tensor | None = None
         self.before: Tensor | None = None
         self.slow: Tensor | None = None
+        self.restoration: Tensor | None = None
         self.tolerance: float | None = None
         self.may_refuse = False
         self._rows: Parts = []
@@ -162,6 +165,7 @@ class Program:
                 raise ValueError(f"the {kind} of {name} must not be negative, got {value!r}")
             part.copy_(new.expand(part.shape))
         setattr(self, kind, torch.cat([part.reshape(-1) for part in parts.values()]))
+        self.restoration = None
         self.changed()
 
     def term(self, values: Tensor) -> Tensor:
@@ -313,4 +317,4 @@ class Program:
             )
 
 
-_STATE = ("multipliers", "penalties", "before", "slow")
+_STATE = ("multipliers", "penalties", "before", "slow", "restoration")

@@ -60,10 +60,14 @@ class TensorSet(ABC):
             if tensor.dtype != x.dtype:
                 rounding += 0.5 * torch.finfo(tensor.dtype).eps
             near = (nearest - x).abs().amax() <= rounding * x.abs().amax()
-            point = torch.where(near, x, nearest)
+            point = torch.where(near, self._kept(x), nearest)
         if nearest.requires_grad:  # with the derivative of the projection in any case
             point = point + (nearest - nearest.detach())
         return point.to(tensor.dtype)
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """What stays of a point of the set up to rounding: `x`, with signs that are right."""
+        return x
 
     def tangent(self, point: Tensor, v: Tensor) -> Tensor:
         """The direction next to `v` in which the set goes on at a point of it.
@@ -83,8 +87,7 @@ class TensorSet(ABC):
         """
         self.check(tensor)
         x = widened(tensor)
-        distance: Tensor = torch.linalg.vector_norm(x - self._project(x))
-        return distance
+        return length(x - self._project(x))
 
     def contains(self, tensor: Tensor, tolerance: float | None = None) -> bool:
         """True if a tensor is in the set.
@@ -221,6 +224,14 @@ class Projection(nn.Module):
 def widened(tensor: Tensor) -> Tensor:
     """A tensor in at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def length(x: Tensor) -> Tensor:
+    """The Euclidean norm of all entries, 0-dim; no square overflows or vanishes."""
+    largest = x.detach().abs().amax()
+    unit = torch.where((largest == 0) | largest.isinf(), 1, largest)
+    norm: Tensor = torch.linalg.vector_norm(x / unit) * unit
+    return norm
 
 
 def check_numbers(tensor: Tensor, name: str, *, real: bool = False) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._params.box import cut_bounds
-from torch_secondorder.constraints._sets import ConvexSet, check_numbers, widened
+from torch_secondorder.constraints._sets import ConvexSet, check_numbers, length, widened
 
 __all__ = ["Box"]
 
@@ -82,8 +82,7 @@ class Box(ConvexSet):
     def distance(self, tensor: Tensor) -> Tensor:
         """See `TensorSet.distance`."""
         # Not as in other sets: bounds are rounded to the tensor's own precision first.
-        distance: Tensor = torch.linalg.vector_norm(widened(tensor - self.project(tensor)))
-        return distance
+        return length(widened(tensor - self.project(tensor)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_cut": None}

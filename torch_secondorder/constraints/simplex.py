@@ -50,6 +50,9 @@ class Simplex(ConvexSet):
     def _project(self, x: Tensor) -> Tensor:
         return reduced(x, self.total, self.dim).clamp(min=0)
 
+    def _kept(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)  # a logarithm or root of a number just below zero is NaN
+
     def _tangent(self, x: Tensor, v: Tensor) -> Tensor:
         inside = x > 0
         moved = v - threshold(v, 0.0, inside, self.dim)

@@ -373,6 +373,9 @@ class Constrained(WrapperOptimizer):
             if self._evaluated and self.method != "sqp":
                 with torch.no_grad():
                     self._update()
+        except BaseException:
+            self._return_to_entry()
+            raise
         finally:
             self._closure, self._entry_point = None, []
         return result
@@ -546,8 +549,9 @@ class Constrained(WrapperOptimizer):
             "more: the parameters were moved back, and penalties raised"
         )
 
+    @torch.no_grad()
     def _return_to_entry(self) -> None:
-        """Undoes a step of an optimizer that does not look at what is not finite itself."""
+        """Undoes a step of PyTorch's L-BFGS, which does not look at what is not finite itself."""
         for p, before in zip(self._trainable, self._entry_point, strict=False):
             p.copy_(before)
         if self._entry_point:
