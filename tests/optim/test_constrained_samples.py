@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secondorder import BFGS, LBFGS, Constrained
+from torch_secondorder._optim.sequential_line import ConstrainedLine
 
 OPTIMIZERS = {"lbfgs": LBFGS, "bfgs": BFGS}
 
@@ -128,3 +130,22 @@ def test_training_goes_on_bit_for_bit() -> None:
         torch.equal(p, q)
         for p, q in zip(curve.net.parameters(), resumed.net.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 1e20])
+def test_a_merit_function_of_rounding_alone(multiplier: float) -> None:
+    """Line searches take precisions below one only."""
+    one = torch.ones(1, dtype=torch.float64)
+    line = SimpleNamespace(
+        _owner=SimpleNamespace(
+            here=SimpleNamespace(values=one, lengths=one), inequality=torch.zeros(1).bool()
+        ),
+        _merit=SimpleNamespace(penalties=one),
+        _descent=SimpleNamespace(
+            objective=SimpleNamespace(vector=SimpleNamespace(precision=1e-16), position=one)
+        ),
+        _step=SimpleNamespace(multipliers=multiplier * one),
+        start=SimpleNamespace(loss=1.0),
+    )
+    precision = ConstrainedLine.precision.fget(line)  # type: ignore[attr-defined]
+    assert 0 < precision < 1 and (precision < 1e-15) == (multiplier == 1.0)
