@@ -377,3 +377,41 @@ def test_dependent_constraints_are_kept(name: str) -> None:
     torch.testing.assert_close(x.tolist(), [0.5, 0.5], rtol=1e-7, atol=0.0)
     y = optimizer.multipliers
     assert (y["one"] + 2 * y["two"]).item() == pytest.approx(-1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["sqp", "augmented_lagrangian"])
+@pytest.mark.parametrize("at", range(1, 10))
+def test_an_error_leaves_multipliers_with_their_parameters(method: Any, at: int) -> None:
+    x = torch.tensor([2.0, -1.5, 0.5], dtype=torch.float64, requires_grad=True)
+    calls = 0
+
+    def ball() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyError("gone")
+        return x @ x - 1
+
+    optimizer = Constrained(LBFGS([x], max_iter=3), inequalities=ball, method=method)
+    optimizer.multipliers = {"inequalities": 0.3}
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = x[0] ** 4 - x[1] + x.exp().sum()
+        loss.backward()
+        return loss
+
+    for step in range(10):
+        before = x.detach().clone(), optimizer.multipliers, optimizer.penalties
+        try:
+            optimizer.step(closure)
+        except KeyError:
+            break
+    assert method != "sqp" or torch.equal(x, before[0])
+    assert optimizer.multipliers == before[1] and optimizer.penalties == before[2]
+    if not step:
+        assert optimizer.info is None
+        assert optimizer._pending == {"multipliers": {"inequalities": 0.3}}
+    for _ in range(30):
+        optimizer.step(closure)
+    assert optimizer.info is not None and optimizer.info.feasible

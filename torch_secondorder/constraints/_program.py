@@ -287,16 +287,27 @@ class Program:
         """Names and shapes of the constraints, with all that training goes on from."""
         functions = self.functions
         shapes = None if functions.shapes is None else [tuple(s) for s in functions.shapes]
-        kept = {name: getattr(self, name) for name in _STATE}
-        return {"names": list(functions.names), "shapes": shapes, **kept}
+        return {"names": list(functions.names), "shapes": shapes, **self.kept()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes over a state, see `state`."""
         if state["shapes"] is not None:
             self.functions.shapes = [torch.Size(shape) for shape in state["shapes"]]
-        for name in _STATE:
-            setattr(self, name, state[name])
+        self.take(state)
         self.values = self._signs = None
+
+    def kept(self) -> dict[str, Any]:
+        """Multipliers and penalties, with what their updates go on from; see `take`."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def take(self, kept: Mapping[str, Any]) -> None:
+        """Goes back to what was kept.
+
+        Args:
+            kept: See `kept`.
+        """
+        for name in _STATE:
+            setattr(self, name, kept[name])
         self.changed()
 
     def check(self, state: Mapping[str, Any]) -> None:

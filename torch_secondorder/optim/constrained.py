@@ -310,9 +310,9 @@ class Constrained(WrapperOptimizer):
     def info(self) -> ConstrainedInfo | None:
         """The report of the last step, None before the first."""
         program, first, violated = self._program, self._penalized.first, self._violations
-        if first is None or violated is None:
+        if first is None or violated is None or program.multipliers is None:
             return None
-        assert program.multipliers is not None and program.penalties is not None
+        assert program.penalties is not None
         most, at = violated.max(0)  # NaN counts as the largest
         violation = most.item()
         return ConstrainedInfo(
@@ -364,6 +364,7 @@ class Constrained(WrapperOptimizer):
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         # Of a data set, ranks may have batches in different numbers.
         self._averages = several and not isinstance(closure, DatasetClosure)
+        kept = self._program.kept(), self._pending
         try:
             if self._iterates and not isinstance(self._innermost, FlatOptimizer):
                 closure = closure and self._noting(closure)
@@ -379,6 +380,9 @@ class Constrained(WrapperOptimizer):
                 else:
                     self._ascend(values)
         except BaseException:
+            # Optimizers undo the step, and multipliers belong to the parameters.
+            self._program.take(kept[0])
+            self._pending = kept[1]
             self._return_to_entry()
             raise
         finally:
@@ -387,13 +391,14 @@ class Constrained(WrapperOptimizer):
 
     def _stepped(self, closure: Any, more: dict[str, Any]) -> Any:
         program = self._program
-        kept = program.multipliers, program.penalties, self._pending
+        kept = program.kept(), self._pending
         try:
             result = super().step(closure, **more)
             program.may_refuse = False
             return result
         except SampledConstraints:  # in the first evaluation: nothing has changed
-            program.multipliers, program.penalties, self._pending = kept
+            program.take(kept[0])
+            self._pending = kept[1]
             self.method, program.may_refuse = "augmented_lagrangian", False
             return self._stepped(closure, more)
         except RuntimeError as error:
@@ -483,7 +488,8 @@ class Constrained(WrapperOptimizer):
             self._ascend(program.values)
             return
         verdict = self._subproblem.judge(info, violated.max().item())
-        if verdict is Verdict.GO_ON and self._entry_point and self._stands_still():
+        entry = self._entry_point  # where PyTorch's L-BFGS still is, if it will never move again
+        if verdict is Verdict.GO_ON and entry and all(map(torch.equal, self._trainable, entry)):
             verdict = Verdict.ASCEND
         most = self.max_multiplier
         if verdict is Verdict.UPDATE:
@@ -517,10 +523,6 @@ class Constrained(WrapperOptimizer):
         # It may end for reasons of its own far from the solution: only the gradient tells.
         largest = largest_gradient(self._trainable)
         return StepInfo(StepStatus.MAX_ITERATIONS, 0.0, 0.0, largest, done)
-
-    def _stands_still(self) -> bool:
-        """True if PyTorch's L-BFGS has not moved, and so never will."""
-        return all(map(torch.equal, self._trainable, self._entry_point))
 
     def _noting(self, closure: Any) -> Any:
         """A closure that notes the start of a subproblem of PyTorch's L-BFGS."""
