@@ -70,7 +70,7 @@ class TensorSet(ABC):
         return narrowed(point, tensor.dtype)
 
     def _kept(self, x: Tensor) -> Tensor:
-        """What stays of a point of the set up to rounding: `x`, with signs that are right."""
+        """The point that a point of the set up to rounding stays: `x`, with signs that are right."""
         return x
 
     def tangent(self, point: Tensor, v: Tensor) -> Tensor:
