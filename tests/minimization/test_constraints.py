@@ -405,6 +405,21 @@ def test_options_of_constrained() -> None:
     assert result.success and close(result, [0.78642, 0.61770])
 
 
+@pytest.mark.parametrize("method", ["bfgs", "lbfgs"])
+def test_samples_of_a_function(method: str) -> None:
+    """Of 50 equalities in 20 unknowns, few are independent: quadratic programs cope with that."""
+    t = torch.linspace(0, 1, 50, dtype=torch.float64)
+    powers, scales = t[:, None] ** torch.arange(20), torch.arange(1, 21)
+    result = minimize(
+        lambda x: (scales * x).square().sum(),
+        torch.zeros(20, dtype=torch.float64),
+        method,
+        constraints={"type": "eq", "fun": lambda x: powers @ x - torch.sin(t)},
+    )
+    assert result.success and result.nfev < 400, result
+    assert result.constr_violation < 1e-8 and abs(result.fun - 4.4469) < 1e-3
+
+
 # What goes wrong.
 
 INFEASIBLE: dict[str, Any] = {

@@ -90,3 +90,13 @@ def test_a_set_for_something_that_is_no_parameter() -> None:
     for sets in ({nn.Linear(2, 2): UnitNorm()}, [(nn.Linear(2, 2), UnitNorm())], {3: UnitNorm()}):
         with pytest.raises(TypeError, match=r"sets must be a list of pairs.* got .* for a param"):
             Projected(torch.optim.SGD([w], lr=0.1), sets)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"penalty": 3.0}, {"multiplier_lr": 0.1}])
+def test_options_of_another_method(option: dict[str, float]) -> None:
+    w = weight()
+    optimizer = Constrained(LBFGS([w]), lambda: w.sum() - 1, **option)  # type: ignore[arg-type]
+    assert optimizer.method == "augmented_lagrangian"
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is no argument of method='sqp'"):
+        Constrained(LBFGS([w]), lambda: w.sum() - 1, method="sqp", **option)  # type: ignore[arg-type]
+    assert Constrained(LBFGS([w]), lambda: w.sum() - 1).method == "sqp"

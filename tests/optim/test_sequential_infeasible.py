@@ -119,15 +119,18 @@ KINDS = ["no root", "plane", "balls", "slabs"]
 @pytest.mark.parametrize("what", KINDS)
 @pytest.mark.parametrize("max_iter", [200, 5])
 def test_ends_at_the_least_violation(what, kind, max_iter) -> None:
+    total = 0
     for n in range(1, 7):
         problem = Contradiction(what, n, seed=n)
         run = Run(kind, problem, max_iter=max_iter).converge()
+        total += len(run.seen)
         assert run.status == "INFEASIBLE"
         assert problem.stationarity(run.x) <= 1.01e-6
         assert len(run.seen) <= 110
         info = run.constrained.info
         assert info.violation > 0.05
         assert info.multiplier > 10
+    assert total < 6 * 75
 
 
 @each_kind
@@ -211,6 +214,11 @@ def test_restoration_leads_back_to_feasible_points(kind) -> None:
     run = Run(kind, Detour, max_iter=4)
     run.constrained.step(run.closure)
     begin_restoration(run)
+    run.inner.param_groups[0]["max_iter"] = 1
+    while run.restores:
+        run.constrained.step(run.closure)
+    # It has ended early, for quadratic programs to go on.
+    assert run.constrained.info.violation > 1e-6
     run.converge()
     assert not run.restores
     assert run.status.startswith("CONVERGED")

@@ -70,7 +70,7 @@ class TensorSet(ABC):
         return narrowed(point, tensor.dtype)
 
     def _kept(self, x: Tensor) -> Tensor:
-        """The point that a point of the set up to rounding stays: `x`, with signs that are right."""
+        """A point of the set up to rounding, as it stays: `x`, with signs that are right."""
         return x
 
     def tangent(self, point: Tensor, v: Tensor) -> Tensor:

@@ -121,6 +121,8 @@ class _ConstrainedRun:
         arguments = {"tolerance": 0.5 * self._feasibility, **arguments}
         self._optimizer = optimizer
         self._constrained = Constrained(optimizer, *functions, **arguments)
+        # Augmented Lagrangians have their turn where sequential quadratic programs have failed.
+        self._constrained._program.may_refuse = False
         self._inner: float | None = None  # the tolerance of the next subproblem
         self._raised = 0  # penalties, after the function has fallen without end
         self._without = 0  # steps without progress

@@ -97,7 +97,8 @@ class Constrained(WrapperOptimizer):
     - `"sqp"`, the default around `LBFGS` and `BFGS`: sequential quadratic programming. The
       constraints are linearized at each iterate, and the optimizer inside learns the curvature of
       the Lagrangian. Eight or more equalities that mostly depend on each other at the start, such
-      as a network's values along a boundary, get the next method by default.
+      as a network's values along a boundary, get the next method by default; so does everything
+      where `penalty` or `multiplier_lr` is given, which this method has no use for.
     - `"augmented_lagrangian"`, the default around all others: the loss gets `y c + penalty c^2 / 2`
       for a constraint with value `c` and multiplier `y` (for an inequality, this with
       `max(c, -y / penalty)` as `c`).
@@ -119,7 +120,7 @@ class Constrained(WrapperOptimizer):
         equalities: What is to be zero: a function that returns a tensor, a list of functions, or a
             dict of them by name.
         inequalities: What is to be zero or less, likewise.
-        method: `"sqp"`, `"augmented_lagrangian"` or `"penalty"`.
+        method: `"sqp"`, `"augmented_lagrangian"` or `"penalty"`; by default as said above.
         penalty: The penalties at the start; zero for a Lagrangian without them. By default 10, and
             1 for optimizers with one evaluation a step.
         multiplier_lr: The rate of the multipliers, per unit of constraint and step. Given to an
@@ -195,6 +196,8 @@ class Constrained(WrapperOptimizer):
         self._subproblem, self._note = Subproblem(), ""
         # Multipliers and penalties that were set before the first evaluation.
         self._pending: dict[str, Mapping[str, Any]] = {}
+        given = {"penalty": penalty, "multiplier_lr": multiplier_lr}
+        foreign = [name for name, value in given.items() if value is not None]
         super().__init__(optimizer, ConstraintTerm(self))
         if penalty is None:
             # One step on a noisy gradient would be thrown off by penalties as large.
@@ -204,7 +207,13 @@ class Constrained(WrapperOptimizer):
         able = self._takes_programs()
         self._defaulted = method is None
         if method is None:
-            method = "sqp" if able and not self._is_sqp_inside() else "augmented_lagrangian"
+            able = able and not foreign and not self._is_sqp_inside()
+            method = "sqp" if able else "augmented_lagrangian"
+        elif method == "sqp" and foreign:
+            raise ValueError(
+                f"{foreign[0]} is no argument of method='sqp', which finds penalties and "
+                "multipliers by itself: leave it out, or use method='augmented_lagrangian'"
+            )
         elif method == "sqp" and not able:
             raise ValueError(
                 f"{type(self._inside).__name__} does no sequential quadratic programming: wrap "
