@@ -93,8 +93,9 @@ def _layers(trainer: Any) -> Iterator[list[Any]]:
         layers = [optimizer]
         while (inside := getattr(layers[-1], "optimizer", None)) is not None:
             layers.append(inside)
-        own = layers[1:] if hasattr(optimizer, "_strategy") else layers
-        yield own
+        classes = type(optimizer).__mro__
+        lightnings = any(each.__name__ == "LightningOptimizer" for each in classes)
+        yield layers[1:] if lightnings else layers
 
 
 def _named(found: list[Any]) -> dict[str, Any]:
