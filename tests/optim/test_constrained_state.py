@@ -401,7 +401,7 @@ def test_an_error_leaves_multipliers_with_their_parameters(method: Any, at: int)
         loss.backward()
         return loss
 
-    for step in range(10):
+    for _ in range(10):
         before = x.detach().clone(), optimizer.multipliers, optimizer.penalties
         try:
             optimizer.step(closure)
@@ -409,7 +409,7 @@ def test_an_error_leaves_multipliers_with_their_parameters(method: Any, at: int)
             break
     assert method != "sqp" or torch.equal(x, before[0])
     assert optimizer.multipliers == before[1] and optimizer.penalties == before[2]
-    if not step:
+    if not before[1]:  # in the first step
         assert optimizer.info is None
         assert optimizer._pending == {"multipliers": {"inequalities": 0.3}}
     for _ in range(30):
