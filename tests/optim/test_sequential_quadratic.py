@@ -483,6 +483,9 @@ def test_an_exception_leaves_no_constraints_behind(kind) -> None:
     with pytest.raises(RuntimeError, match="no data"):
         run.constrained.step(failing)
     assert torch.equal(run.x.detach(), before)
+    y = run.multipliers("equalities").clone()
+    run.inner.step(run.closure)
+    assert torch.equal(run.multipliers("equalities"), y)
     for _ in range(20):  # alone, it minimizes the loss
         run.inner.step(run.closure)
     torch.testing.assert_close(run.x.detach(), torch.full((2,), 2.0, dtype=F64))
