@@ -28,6 +28,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 from accelerate.utils import DistributedType  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from tests.support.huggingface_problems import SHORT, bert, classes, texts  # noqa: E402
 from torch_secondorder.integrations.huggingface import SecondOrderCallback, unwrapped  # noqa: E402
 
 Make = Callable[..., Any]
@@ -83,55 +84,14 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def bert() -> nn.Module:
-    """A classifier, in float64 from end to end."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(config).double()
-
-
-def texts(count: int = 64) -> list[dict[str, Tensor]]:
-    tokens = torch.randint(16, (count, 8), generator=torch.Generator().manual_seed(1))
-    # Nothing predicts the first; every way to average counts these labels.
-    labels = torch.cat([torch.full((count, 1), -100), tokens[:, 1:]], 1)
-    return [{"input_ids": row, "labels": own} for row, own in zip(tokens, labels, strict=True)]
-
-
-def classes(count: int = 64) -> list[dict[str, Tensor]]:
-    rows = [row["input_ids"] for row in texts(count)]
-    return [{"input_ids": row, "labels": row.sum() % 3} for row in rows]
-
-
 def trainer_of(
     folder: Path, model: nn.Module, kind: str | None = None, watches: bool = True, **options: Any
 ) -> Any:
     more = {name: options.pop(name) for name in ("optimizers",) if name in options}
     data = options.pop("data", None) or texts()
-    arguments = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 6,
-        "warmup_steps": 2,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "train_sampling_strategy": "sequential",
-        "dataloader_pin_memory": False,
-    }
     if kind is not None:
         more["optimizer_cls_and_kwargs"] = copy.deepcopy(KINDS[kind])
-    args = TrainingArguments(str(folder), **{**arguments, **options})
+    args = TrainingArguments(str(folder), **{**SHORT, **options})
     trainer = Trainer(model, args, train_dataset=data, **more)
     if watches:
         trainer.add_callback(SecondOrderCallback(trainer))

@@ -20,6 +20,7 @@ accelerate = pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
+from tests.support.huggingface_problems import SHORT, bert, classes  # noqa: E402
 from torch_secondorder.integrations.huggingface import SecondOrderCallback, unwrapped  # noqa: E402
 
 #: The optimizers inside; the Trainer calls no closure.
@@ -34,28 +35,6 @@ def _singletons_are_made_anew() -> Iterator[None]:
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-
-
-def bert() -> nn.Module:
-    """A classifier, in float64 from end to end."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=3,
-    )
-    return transformers.BertForSequenceClassification(config).double()
-
-
-def data(count: int = 64) -> list[dict[str, Tensor]]:
-    tokens = torch.randint(16, (count, 8), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row.sum() % 3} for row in tokens]
 
 
 def constrained(optimizer: Any, model: Any) -> Constrained:
@@ -88,20 +67,8 @@ def trainer_of(
     folder: Path, model: nn.Module, name: str, wrapper: str = "Constrained", **options: Any
 ) -> Any:
     optimizer = WRAPPERS[wrapper](INNER[name](model.parameters()), model)
-    arguments = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 6,
-        "warmup_steps": 2,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "train_sampling_strategy": "sequential",
-        "dataloader_pin_memory": False,
-    }
-    args = TrainingArguments(str(folder), **{**arguments, **options})
-    return Trainer(model, args, train_dataset=data(), optimizers=(optimizer, None))
+    args = TrainingArguments(str(folder), **{**SHORT, **options})
+    return Trainer(model, args, train_dataset=classes(), optimizers=(optimizer, None))
 
 
 def state_of(model: nn.Module, optimizer: Any) -> list[Tensor]:
@@ -123,7 +90,7 @@ def test_training_is_that_of_a_loop_by_hand(
     optimizer = WRAPPERS[wrapper](INNER[name](model.parameters()), model)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 2, 6)
     model.train()
-    rows = data()
+    rows = classes()
     for step in range(6):
         optimizer.zero_grad()
         for i in range(parts):
@@ -177,7 +144,7 @@ def test_the_constraints_hold_after_training(tmp_path: Path) -> None:
 @wrappers
 @pytest.mark.parametrize("name", ["LBFGS", "AdamW"])
 def test_closures_under_accelerate(wrapper: str, name: str) -> None:
-    rows = data(16)
+    rows = classes(16)
     x, y = (torch.stack([row[k] for row in rows]) for k in ("input_ids", "labels"))
     make = {**INNER, "LBFGS": lambda p: LBFGS(p, max_iter=4)}[name]
 

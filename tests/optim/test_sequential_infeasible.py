@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.support.constrained_problems import CONSTRAINED_BY_NAME
-from torch_secondorder import BFGS, LBFGS, Constrained
+from tests.support.constrained_runs import Run as AnyRun
+from torch_secondorder import BFGS, LBFGS
 
 F64 = torch.float64
 each_kind = pytest.mark.parametrize("kind", [LBFGS, BFGS])
@@ -74,37 +75,12 @@ class Contradiction:
         return slope.norm().item() * size / (2 * value.item())
 
 
-class Run:
-    """An optimizer with constraints, and everything that its closure has seen."""
+class Run(AnyRun):
+    """A run on a problem."""
 
     def __init__(self, kind, problem, **more):
-        self.x, self.seen = problem.start.clone().requires_grad_(), []
-        equalities, inequalities = problem.equalities, problem.inequalities
-        self.inner = kind([self.x], **more)
-        self.constrained = Constrained(
-            self.inner,
-            None if equalities is None else lambda: equalities(self.x),
-            None if inequalities is None else lambda: inequalities(self.x),
-        )
-        self.function = problem.function
-
-    def closure(self):
-        self.seen.append(self.x.detach().clone())
-        self.constrained.zero_grad()
-        loss = self.function(self.x)
-        loss.backward()
-        return loss
-
-    def converge(self, steps=50):
-        for _ in range(steps):
-            self.constrained.step(self.closure)
-            if not self.status.startswith("MAX"):
-                break
-        return self
-
-    @property
-    def status(self):
-        return self.inner.info.status.name
+        parts = problem.equalities, problem.inequalities
+        super().__init__(kind, problem.start, problem.function, *parts, **more)
 
     @property
     def restores(self):

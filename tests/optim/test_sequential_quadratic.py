@@ -14,50 +14,13 @@ from tests.support.constrained_problems import (
     CONSTRAINED_PROBLEMS,
     ConstrainedProblem,
 )
+from tests.support.constrained_runs import Run
 from torch_secondorder import BFGS, LBFGS, Constrained, DatasetClosure, FunctionalObjective
 from torch_secondorder.optim import bfgs, lbfgs
 
 F64 = torch.float64
-UNDONE = ("MAX_ITERATIONS", "MAX_EVALUATIONS")
 each_kind = pytest.mark.parametrize("kind", [LBFGS, BFGS])
 each_problem = pytest.mark.parametrize("problem", CONSTRAINED_PROBLEMS, ids=lambda p: p.name)
-
-
-class Run:
-    """An optimizer with constraints, and everything that its closure has seen."""
-
-    def __init__(self, kind, start, function, equalities=None, inequalities=None, **more):
-        self.x = start.clone().requires_grad_()
-        tolerance = more.pop("tolerance", None)
-        self.inner = kind([self.x], **more)
-        self.constrained = Constrained(
-            self.inner,
-            None if equalities is None else lambda: equalities(self.x),
-            None if inequalities is None else lambda: inequalities(self.x),
-            tolerance=tolerance,
-        )
-        self.function, self.seen = function, []
-
-    def closure(self):
-        self.seen.append(self.x.detach().clone())
-        self.constrained.zero_grad()
-        loss = self.function(self.x)
-        loss.backward()
-        return loss
-
-    def converge(self, steps=30):
-        for _ in range(steps):
-            self.constrained.step(self.closure)
-            if self.status not in UNDONE:
-                break
-        return self
-
-    @property
-    def status(self):
-        return self.inner.info.status.name
-
-    def multipliers(self, name):
-        return self.constrained.multipliers.get(name, torch.zeros(0, dtype=F64))
 
 
 def run_of(kind, problem: ConstrainedProblem, **more):
@@ -317,7 +280,7 @@ def test_contradictions_are_reported(kind, equalities, inequalities) -> None:
 @each_kind
 def test_constraints_that_contradict_bounds(kind) -> None:
     start = torch.tensor([0.3, 0.1], dtype=F64)
-    run = Run(kind, start, squares, lambda x: x.sum() - 5, bounds=(0.0, 1.0)).converge()
+    run = Run(kind, start, squares, lambda x: x.sum() - 5, bounds=(0.0, 1.0)).converge(30)
     assert run.status == "INFEASIBLE"
     assert run.x.tolist() == [1.0, 1.0]
 
@@ -534,6 +497,6 @@ def test_linearizations_that_contradict_are_left_behind(kind) -> None:
     def function(x):
         return (0.3 * x**4 - x**2 - 0.37 * x).sum()
 
-    run = Run(kind, torch.tensor([13.6], dtype=F64), function, None, parabolas).converge()
+    run = Run(kind, torch.tensor([13.6], dtype=F64), function, None, parabolas).converge(30)
     assert run.status == "CONVERGED_GRADIENT"
     assert run.constrained.info.violation == 0
