@@ -357,9 +357,9 @@ def test_sets_can_be_copied_and_pickled(kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: UnitNorm(dim="rows"), TypeError, "dim must be an integer, a tuple of integers"),
-        (lambda: UnitNorm(dim=True), TypeError, "dim must be an integer"),
-        (lambda: UnitNorm(dim=1.0), TypeError, "dim must be an integer"),
+        (lambda: UnitNorm(dim="rows"), TypeError, "dim is an integer, a tuple of integers"),
+        (lambda: UnitNorm(dim=True), TypeError, "dim is an integer"),
+        (lambda: UnitNorm(dim=1.0), TypeError, "dim is an integer"),
         (lambda: NormBall(dim=()), ValueError, "one or more dimensions, each once, got"),
         (lambda: Simplex(dim=(1, 1)), ValueError, "one or more dimensions, each once"),
         (lambda: NormBall(0.0), ValueError, "radius must"),

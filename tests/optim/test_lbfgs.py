@@ -368,6 +368,7 @@ OF_OTHERS = {
     StepStatus.MOVED,
     StepStatus.MOVED_ON_OLD_CURVATURE,
     StepStatus.STOPPED,
+    StepStatus.INFEASIBLE,
 }
 
 

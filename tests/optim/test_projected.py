@@ -834,7 +834,7 @@ def test_schedulers_and_groups_are_those_of_the_optimizer_inside() -> None:
         (lambda x, y: [(3, UnitNorm())], TypeError, "got int for a parameter"),
         (lambda x, y: [([3], UnitNorm())], TypeError, "got int for a parameter"),
         (lambda x, y: [(x, UnitNorm)], TypeError, r"UnitNorm is a class: make a set, as in Unit"),
-        (lambda x, y: [(x, (0, 1))], TypeError, "a set must be one of .*, got tuple"),
+        (lambda x, y: [(x, (0, 1))], TypeError, "a set is one of .*, got tuple"),
         (lambda x, y: [], ValueError, "there is no set"),
         (lambda x, y: {y: UnitNorm()}, ValueError, r"shape \(1,\) has a set but is not the opt"),
         (lambda x, y: [(x, UnitNorm()), (x, UnitNorm())], ValueError, r"\(2,\) has two sets"),

@@ -282,7 +282,7 @@ def checked_dims(dim: Dims) -> tuple[int, ...] | None:
         return None
     dims = (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, Sequence) else (None,)
     if any(not isinstance(d, int) or isinstance(d, bool) for d in dims):
-        raise TypeError(f"dim must be an integer, a tuple of integers or None, got {dim!r}")
+        raise TypeError(f"dim is an integer, a tuple of integers or None, got {dim!r}")
     if not dims or len(set(dims)) < len(dims):
         raise ValueError(f"dim must have one or more dimensions, each once, got {dim!r}")
     return dims

@@ -516,7 +516,7 @@ def _refuse_set(found: Any) -> NoReturn:
     if isinstance(found, type) and issubclass(found, TensorSet):
         raise TypeError(f"{found.__name__} is a class: make a set, as in {found.__name__}()")
     raise TypeError(
-        "a set must be one of torch_secondorder.constraints, such as UnitNorm(), got "
+        "a set is one of torch_secondorder.constraints, such as UnitNorm(), got "
         f"{type(found).__name__}"
     )
 
