@@ -67,7 +67,10 @@ def search_along(
     assert all(0.0 < seen.t < INF for seen in phi.trials)
     assert len({seen.t for seen in phi.trials}) == len(phi.trials), "evaluated a step twice"
     for i, seen in enumerate(phi.trials):
-        assert seen.finite or all(later.t < seen.t for later in phi.trials[i + 1 :])
+        if not seen.finite:  # nothing beyond it, as seen from the lowest point
+            sides = {later.t < seen.t for later in phi.trials[i + 1 :]}
+            from_beyond = any(before.finite and before.t > seen.t for before in phi.trials[:i])
+            assert sides <= {True} or (from_beyond and sides == {False})
     if not status.accepted:
         assert trial is start
         return result

@@ -209,9 +209,8 @@ class Projected(WrapperOptimizer):
         elif makes_state_only(self.param_groups):
             return self._inside.step(**more)
         members, inside = self._members(), self._inside
-        if scaling.active and not self._hands_on(
-            scaling
-        ):  # projections of gradients do not depend on their scale
+        # Where it is handed on, gradients keep their scale, which projections do not depend on.
+        if scaling.active and not self._hands_on(scaling):
             params = [p for group in self.param_groups for p in group["params"]]
             if not self._unscale(scaling, params):
                 return None  # a GradScaler has found infinity
