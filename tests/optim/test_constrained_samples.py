@@ -50,7 +50,7 @@ def test_samples_get_the_augmented_lagrangian(kind: str) -> None:
     assert optimizer.method == "sqp"
     closure = curve.closure(optimizer)
     start = curve.boundary().abs().max().item()
-    for i in range(30):
+    for i in range(60):
         optimizer.step(closure)
         if i == 0:
             assert optimizer.info is not None and optimizer.info.inner is not None
