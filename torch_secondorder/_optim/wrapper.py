@@ -275,12 +275,17 @@ class WrapperOptimizer(Optimizer, ABC):
             setattr(self, name, OrderedDict())
         self._patch_step_function()
         self._keeps_patched = False
-        inner = self._inside
-        while isinstance(inner, WrapperOptimizer):
-            inner = inner._inside
-        kind = type(inner)
+        self._innermost = list(self._wrappers())[-1]._inside
+        kind = type(self._innermost)
         if kind.__module__.startswith("torch.optim"):
             self._penalized.leaves_backward = f"torch.optim.{kind.__name__}"
+
+    def _wrappers(self) -> Iterator[WrapperOptimizer]:
+        """The wrappers from this one inwards."""
+        optimizer: Optimizer = self
+        while isinstance(optimizer, WrapperOptimizer):
+            yield optimizer
+            optimizer = optimizer._inside
 
     # For subclasses.
 

@@ -229,12 +229,8 @@ class Constrained(WrapperOptimizer):
 
     def _set_up(self) -> None:
         super()._set_up()
-        inner = self._inside
-        while isinstance(inner, WrapperOptimizer):
-            inner = inner._inside
-        self._innermost = inner
-        # Whether it looks at losses and gradients that are not finite itself.
-        self._looks = isinstance(inner, SecondOrderOptimizer)
+        # Whether the optimizer looks at losses and gradients that are not finite itself.
+        self._looks = isinstance(self._innermost, SecondOrderOptimizer)
         self._registry = ModuleRegistry()
         self._closure: Any = None
         self._evaluated = self._averages = self._dependence_known = False
@@ -242,20 +238,13 @@ class Constrained(WrapperOptimizer):
 
     def _takes_programs(self) -> bool:
         """True if the optimizer inside can do sequential quadratic programming."""
-        inner = self._inside
-        while isinstance(inner, WrapperOptimizer):
-            if getattr(inner, "_keeps_sets", False):  # its steps follow sets already
-                return False
-            inner = inner._inside
-        return bool(getattr(type(inner), "_takes_constraints", False))
+        if any(getattr(w, "_keeps_sets", False) for w in self._wrappers()):
+            return False  # its steps follow sets already
+        return bool(getattr(type(self._innermost), "_takes_constraints", False))
 
     def _is_sqp_inside(self) -> bool:
-        inner = self._inside
-        while isinstance(inner, WrapperOptimizer):
-            if isinstance(inner, Constrained) and inner.method == "sqp":
-                return True
-            inner = inner._inside
-        return False
+        others = (w for w in self._wrappers() if w is not self)
+        return any(isinstance(w, Constrained) and w.method == "sqp" for w in others)
 
     def _refuse_shards(self) -> None:
         if any(is_distributed(p) for group in self.param_groups for p in group["params"]):

@@ -137,7 +137,7 @@ class Projected(WrapperOptimizer):
         inside = self._innermost
         if isinstance(inside, FlatOptimizer):
             _check_flat(inside, [found for _, found in self._sets])
-        elif inside is not optimizer and any(isinstance(w, Constrained) for w in _wrappers(self)):
+        elif inside is not optimizer and any(isinstance(w, Constrained) for w in self._wrappers()):
             raise ValueError(
                 "Constrained measures the constraints at the end of its step, before the "
                 "projection: wrap the other way round, as in Constrained(Projected(optimizer, "
@@ -166,13 +166,6 @@ class Projected(WrapperOptimizer):
         correction = 0.0 if self._correction is None else self._correction.item()
         inner = getattr(self._inside, "info", None)
         return ProjectedInfo(violation, self._start_projected, correction, inner)
-
-    @property
-    def _innermost(self) -> Optimizer:
-        optimizer = self._inside
-        while isinstance(optimizer, WrapperOptimizer):
-            optimizer = optimizer._inside
-        return optimizer
 
     def _members(self) -> list[_Member]:
         """The trainable parameters that have a set."""
@@ -302,13 +295,6 @@ class Projected(WrapperOptimizer):
     def __repr__(self) -> str:
         kinds = ", ".join(f"{tuple(p.shape)}: {found!r}" for p, found in self._sets)
         return f"Projected({self._inside!r}, {{{kinds}}})"
-
-
-def _wrappers(optimizer: Optimizer) -> Iterator[WrapperOptimizer]:
-    """A wrapper and those inside of it."""
-    while isinstance(optimizer, WrapperOptimizer):
-        yield optimizer
-        optimizer = optimizer._inside
 
 
 # Gradients along a set.
