@@ -666,15 +666,6 @@ class Constrained(WrapperOptimizer):
         if state["multipliers"] is not None:
             self._program.may_refuse = False
 
-    @property
-    def _penalties(self) -> Tensor | None:
-        return self._program.penalties
-
-    @_penalties.setter
-    def _penalties(self, value: Tensor | None) -> None:
-        self._program.penalties = value
-        self._program.changed()
-
     def _check_saved(self, own: dict[str, Any]) -> None:
         """See `WrapperOptimizer`."""
         self._program.check(own["program"])
