@@ -17,7 +17,7 @@ there is no closure, or parameters are sharded.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, overload
@@ -44,6 +44,12 @@ from torch_secondorder._optim.diagonal.fsdp import (
     held_parts,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
+from torch_secondorder._optim.diagonal.owners import (
+    Owners,
+    check_not_whole,
+    needs_whole,
+    owners_of,
+)
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
 from torch_secondorder._optim.diagonal.schedule import (
     EstimateSchedule,
@@ -55,7 +61,6 @@ from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
     Count,
-    Factors,
     MasterCopy,
     Moment,
     Number,
@@ -125,7 +130,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _info_type = DiagonalInfo
-    _carried = ("estimator", "_watches")
+    _carried = ("estimator", "_watches", "_owners")
     _state_fields = declare(
         steps=Number(0, "_schedule.steps"),
         overdue=OutOfTurn(0, "_schedule.out_of_turn"),
@@ -152,6 +157,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _watches = True
     _stepping = False
     _checked: list[object] | None = None  # the hyperparameters that were checked last
+    _owners: Owners | None = None  # of sharded parameters that steps need whole
 
     def __init__(
         self,
@@ -202,12 +208,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             raise no_bounds(type(self).__name__)
         for name in ("update_period", "accumulation_steps"):
             check_integer(name, group[name], whole_floats=True)
-        matrices = any(isinstance(field, Factors) for field in self._parameter_fields)
-        if matrices and any(is_distributed(p) for p in group["params"][:1]):
-            raise ValueError(
-                f"{type(self).__name__} keeps matrices for the dimensions of whole parameters, "
-                "which fully_shard cuts apart: use DistributedDataParallel"
-            )
+        if self._estimates and any(is_distributed(p) for p in group["params"][:1]):
+            check_not_whole(type(self).__name__, self._parameter_fields, group["params"])
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -421,19 +423,24 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if not check.failed:
             if check.estimate_failed:
                 diagonal = None
+            self._owners = owners = owners_of(self._parameter_fields, params, self._owners)
+            brought = owners.gather(params, gradients, self.state) if owners else gradients
             blocks = layout.arrange(
                 self.param_groups,
                 self.state,
                 params,
-                gradients,
+                brought,
                 has_estimate=diagonal is not None,
                 on_device=check.on_device,
                 notes_first=schedule.out_of_turn > 0,
+                wholes=owners.wholes if owners else {},
             )
             for block in blocks:
-                inputs = StepInputs(block, gradients, whole, diagonal, vector, check)
+                inputs = StepInputs(block, brought, whole, diagonal, vector, check)
                 self._update(block, inputs)
-            if blocks:
+            if owners:
+                owners.scatter(check)
+            if blocks or check.moves:
                 due = schedule.count(params, self.param_groups[0], check, layout)
             else:
                 due = schedule.repeat()
@@ -662,8 +669,10 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
+        fields = self._parameter_fields
         for p in params:
-            prepare(self._parameter_fields, self.state[p], p, on_device=self._on_device)
+            if not (is_distributed(p) and needs_whole(fields, p)):
+                prepare(fields, self.state[p], p, on_device=self._on_device)
         self._show_names()
 
     @property
@@ -672,6 +681,15 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _before_saving(self) -> None:
         self._schedule.confirm(self._trainable)
+
+    def _state_in_parts(self) -> Mapping[Tensor, dict[str, Any]]:
+        return self._owners.in_parts(self.state) if self._owners else self.state
+
+    def _finish_loading(self, state_dict: dict[str, Any]) -> None:
+        super()._finish_loading(state_dict)
+        self._owners = owners_of(self._parameter_fields, self._parameters, self._owners)
+        if self._owners:
+            self._owners.loaded(self.state)
 
     def _reset_state(self) -> None:
         super()._reset_state()
