@@ -54,6 +54,7 @@ from torch_secondorder._optim.diagonal.schedule import (
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
+    BlockMatrices,
     Count,
     Factors,
     MasterCopy,
@@ -132,6 +133,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         generator=GeneratorBefore(),
         step=Count(),
         curvature_step=Count(),
+        host_step=Count(on_host=True),
         exp_avg=Moment(),
         exp_hessian=Moment(),
         master=MasterCopy(),
@@ -173,12 +175,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        fields = cls._parameter_fields
         if not cls._estimates:
-            cls._parameter_fields = tuple(
-                field
-                for field in cls._parameter_fields
-                if field.name not in ("exp_hessian", "curvature_step")
-            )
+            fields = tuple(f for f in fields if f.name not in ("exp_hessian", "curvature_step"))
+        if not any(isinstance(field, BlockMatrices) for field in fields):
+            fields = tuple(field for field in fields if field.name != "host_step")
+        cls._parameter_fields = fields
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
@@ -202,7 +204,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             raise no_bounds(type(self).__name__)
         for name in ("update_period", "accumulation_steps"):
             check_integer(name, group[name], whole_floats=True)
-        matrices = any(isinstance(field, Factors) for field in self._parameter_fields)
+        kinds = (Factors, BlockMatrices)
+        matrices = any(isinstance(field, kinds) for field in self._parameter_fields)
         if matrices and any(is_distributed(p) for p in group["params"][:1]):
             raise ValueError(
                 f"{type(self).__name__} keeps matrices for the dimensions of whole parameters, "
@@ -662,8 +665,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
-        for p in params:
-            prepare(self._parameter_fields, self.state[p], p, on_device=self._on_device)
+        fields, on_device = self._parameter_fields, self._on_device
+        trained = {id(p) for p in params}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in trained:
+                    prepare(fields, self.state[p], p, on_device=on_device, group=group)
         self._show_names()
 
     @property
@@ -697,4 +704,4 @@ _DEFAULTS = {
     "capturable": None,
 }
 #: Types of hyperparameters that do not change in place.
-_IMMUTABLE = frozenset({bool, float, int, str, type(None)})
+_IMMUTABLE = frozenset({bool, float, int, str, type(None), torch.dtype})
