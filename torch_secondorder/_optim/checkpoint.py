@@ -87,10 +87,8 @@ def _add_pieces(optimizer: Any, states: dict[int, dict[str, Any]]) -> None:
     trained = {number: p for number, p in enumerate(optimizer._parameters) if p.requires_grad}
     fields = optimizer._parameter_fields
     states.clear()
-    groups = _groups(optimizer)
-    states.update(
-        {n: cut_state(fields, optimizer.state.get(p, {}), p, groups[n]) for n, p in trained.items()}
-    )
+    held, groups = optimizer._state_in_parts(), _groups(optimizer)
+    states.update({n: cut_state(fields, held.get(p, {}), p, groups[n]) for n, p in trained.items()})
     numbers = [number for number, p in trained.items() if p.numel()]
     for field in optimizer._model_fields:
         small, vectors = field.cut(optimizer)

@@ -6,9 +6,10 @@ any number of parameters. Only the steps that touch gradients and parameters wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -34,6 +35,7 @@ Number: TypeAlias = float | Tensor
 COUNTS = ("step", "curvature_step", "host_step")
 _ALMOST_ONE = 1 - 2.0**-53
 _ONE = torch.ones((), dtype=torch.float32)
+_NOTHING: Mapping[Tensor, Tensor] = MappingProxyType({})
 
 
 class Block:
@@ -52,6 +54,7 @@ class Block:
         moments: The names of the moments that the optimizer declares.
         partitions: The blocks that each parameter is cut into; None without matrices of blocks.
         matrices: The names of the matrices of blocks that the optimizer declares.
+        wholes: The tensors that are moved in place of some parameters.
 
     Attributes:
         group: The group they belong to.
@@ -84,6 +87,7 @@ class Block:
         places: Sequence[int],
         span: slice | None,
         moments: Sequence[str],
+        wholes: Mapping[Tensor, Tensor],
         partitions: Sequence[Partition | None] | None = None,
         matrices: Sequence[str] = (),
     ) -> None:
@@ -91,7 +95,8 @@ class Block:
         self.places = list(places)
         self.span = span
         self._states = list(states)
-        self._reals = [as_real(p) for p in params]
+        tensors = [wholes.get(p, p) for p in params]
+        self._reals = [as_real(p) for p in tensors]
         self.has_kernels = any(p.dim() > 2 for p in params)
         self.complex = [p.is_complex() for p in params]
         self.moments: dict[str, Tensor] = {}
@@ -113,8 +118,8 @@ class Block:
             self.host_step: Tensor = states[0]["host_step"]
             self.stacks = Stacks(self._reals, partitions, states, matrices, self.dtype)
         self._placement = [
-            (p, local(p).data_ptr(), p.dtype, state)
-            for p, state in zip(params, states, strict=True)
+            (p, tensor, local(tensor).data_ptr(), p.dtype, state)
+            for p, tensor, state in zip(params, tensors, states, strict=True)
         ]
         self._pieces = [
             (state, name, piece)
@@ -157,8 +162,8 @@ class Block:
         Args:
             states: The optimizer's state by parameter.
         """
-        for p, pointer, dtype, state in self._placement:
-            held = p if type(p) is torch.nn.Parameter else local(p)
+        for p, tensor, pointer, dtype, state in self._placement:
+            held = tensor if type(tensor) is torch.nn.Parameter else local(tensor)
             if held.data_ptr() != pointer or p.dtype != dtype or states.get(p) is not state:
                 return False
         for state, name, piece in self._pieces:  # noqa: SIM110 - a generator takes longer
@@ -331,6 +336,7 @@ class BlockLayout:
         has_estimate: bool,
         on_device: bool,
         notes_first: bool = False,
+        wholes: Mapping[Tensor, Tensor] = _NOTHING,
     ) -> list[Block]:
         """The blocks of the parameters that have a gradient.
 
@@ -344,6 +350,7 @@ class BlockLayout:
             has_estimate: Whether there is a new estimate of the curvature.
             on_device: Whether counts are kept on the device.
             notes_first: Whether to set `got_curvature`, which may wait for the device.
+            wholes: Whole tensors in place of sharded parameters, see `owners.Owners`.
         """
         self.got_curvature = False
         key: list[object] = [on_device]
@@ -364,7 +371,8 @@ class BlockLayout:
         for place, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
             if gradient is not None:
                 state = states[p]
-                prepare(self._fields, state, p, on_device=on_device, group=group_of[id(p)])
+                whole, group = wholes.get(p, p), group_of[id(p)]
+                prepare(self._fields, state, whole, on_device=on_device, group=group)
                 if has_estimate or not self._estimates or bool(state["curvature_step"]):
                     members[id(p)] = place, state
                     if notes_first and has_estimate and not self.got_curvature:
@@ -372,7 +380,7 @@ class BlockLayout:
                 else:
                     self.lacks_curvature = True
         sizes = [as_real(p).numel() for p in params]
-        self.blocks = _make_blocks(groups, members, sizes, self._moments, self._matrices)
+        self.blocks = _make_blocks(groups, members, sizes, self._moments, wholes, self._matrices)
         self._key = key
         return self.blocks
 
@@ -382,6 +390,7 @@ def _make_blocks(
     members: dict[int, tuple[int, dict[str, Any]]],
     sizes: Sequence[int],
     moments: Sequence[str],
+    wholes: Mapping[Tensor, Tensor],
     matrices: Sequence[str],
 ) -> list[Block]:
     """Puts parameters into blocks.
@@ -394,6 +403,7 @@ def _make_blocks(
         moments: The names of the moments.
         matrices: The names of the matrices of blocks; if there are any, parameters are sorted by
             the shapes of their blocks.
+        wholes: See `BlockLayout.arrange`.
     """
     ends = [0, *accumulate(sizes)]
     blocks = []
@@ -404,7 +414,8 @@ def _make_blocks(
                 continue
             place, state = members[id(p)]
             counts = tuple(float(state[name]) for name in COUNTS if name in state)
-            kind = (counts, p.device, p.dtype, state["step"].device)
+            # Whole tensors and parts, which are not updated alike, stay apart.
+            kind = (counts, p.device, p.dtype, state["step"].device, p in wholes)
             kinds.setdefault(kind, []).append((p, state, place))
         for found in kinds.values():
             partitions = None
@@ -415,9 +426,11 @@ def _make_blocks(
                 partitions = [partitions[number] for number in order]
             params, states, places = zip(*found, strict=True)
             first, last = places[0], places[-1]
-            adjacent = places == tuple(range(first, last + 1))
+            adjacent = places == tuple(range(first, last + 1)) and params[0] not in wholes
             span = slice(ends[first], ends[last + 1]) if adjacent else None
-            blocks.append(Block(group, params, states, places, span, moments, partitions, matrices))
+            blocks.append(
+                Block(group, params, states, places, span, moments, wholes, partitions, matrices)
+            )
     return blocks
 
 
