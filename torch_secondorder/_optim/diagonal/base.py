@@ -57,9 +57,11 @@ from torch_secondorder._optim.diagonal.schedule import (
     OutOfTurn,
     capturing,
 )
+from torch_secondorder._optim.diagonal.settings import DEFAULTS, settings_of
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
+    BlockMatrices,
     Count,
     MasterCopy,
     Moment,
@@ -137,6 +139,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         generator=GeneratorBefore(),
         step=Count(),
         curvature_step=Count(),
+        host_step=Count(on_host=True),
         exp_avg=Moment(),
         exp_hessian=Moment(),
         master=MasterCopy(),
@@ -173,18 +176,18 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._last_trace: GradientTrace | None = None  # of the gradients that the last step left
         self._buffer_pool = BufferPool()
         self._layout = BlockLayout(self._parameter_fields)
-        super().__init__(params, {**_DEFAULTS, **defaults})
+        super().__init__(params, {**DEFAULTS, **defaults})
         self._watches = watch
         self._listen()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        fields = cls._parameter_fields
         if not cls._estimates:
-            cls._parameter_fields = tuple(
-                field
-                for field in cls._parameter_fields
-                if field.name not in ("exp_hessian", "curvature_step")
-            )
+            fields = tuple(f for f in fields if f.name not in ("exp_hessian", "curvature_step"))
+        if not any(isinstance(field, BlockMatrices) for field in fields):
+            fields = tuple(field for field in fields if field.name != "host_step")
+        cls._parameter_fields = fields
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
@@ -274,15 +277,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _check_groups(self) -> None:
         """Checks the hyperparameters of all groups, unless nothing has changed since last time."""
-        settings: list[object] = []
-        for group in self.param_groups:
-            settings += map(type, group["params"][:1])  # parameters may be sharded later
-            settings.append(group.get("bounds") is None)
-            for name in self.defaults:
-                value = group.get(name)
-                for entry in value if isinstance(value, (list, tuple)) else (value,):
-                    # Numbers that may change in place are checked each time.
-                    settings.append(entry if type(entry) in _IMMUTABLE else object())
+        settings = settings_of(self.param_groups, self.defaults)
         if settings != self._checked:
             for group in self.param_groups:
                 self._check_group(group)
@@ -669,10 +664,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
-        fields = self._parameter_fields
-        for p in params:
-            if not (is_distributed(p) and needs_whole(fields, p)):
-                prepare(fields, self.state[p], p, on_device=self._on_device)
+        fields, on_device = self._parameter_fields, self._on_device
+        trained = {id(p) for p in params}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in trained and not (is_distributed(p) and needs_whole(fields, p)):
+                    prepare(fields, self.state[p], p, on_device=on_device, group=group)
         self._show_names()
 
     @property
@@ -703,16 +700,3 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super()._import_state(found)
         self._schedule.trained = self._trainable if self._schedule.steps else None
         self._listen()
-
-
-#: Hyperparameters that every such optimizer has, unless it gives others.
-_DEFAULTS = {
-    "weight_decay": 0.0,
-    "update_period": 1,
-    "seed": 0,
-    "accumulation_steps": 1,
-    "maximize": False,
-    "capturable": None,
-}
-#: Types of hyperparameters that do not change in place.
-_IMMUTABLE = frozenset({bool, float, int, str, type(None)})
