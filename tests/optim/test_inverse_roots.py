@@ -65,7 +65,8 @@ def test_the_root_is_undone_by_its_power(method: Any, dtype: torch.dtype) -> Non
     root = inverse_roots(matrices, 1 / 4, method=method)
     identity = torch.eye(12, dtype=dtype).expand(3, 12, 12)
     accuracy = 1e-4 if dtype == torch.float32 else 1e-11
-    torch.testing.assert_close(root @ root @ root @ root @ matrices, identity, rtol=0, atol=accuracy)
+    product = root @ root @ root @ root @ matrices
+    torch.testing.assert_close(product, identity, rtol=0, atol=accuracy)
 
 
 @pytest.mark.parametrize("method", ROOT_METHODS)
