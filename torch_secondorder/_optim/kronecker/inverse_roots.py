@@ -92,7 +92,7 @@ def eigendecomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(matrices)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         double = torch.linalg.eigh(matrices.to("cpu", torch.float64))
         values, vectors = (part.to(matrices) for part in double)
     return values, vectors
@@ -172,7 +172,8 @@ def _newton(matrices: Tensor, power: float, ridge: float) -> Tensor:
         error = torch.where(better, new_error, error)
     best = (best + best.mT) / 2
     roots = best * (bound * (1 + least)).pow(-1 / p)
-    return torch.linalg.matrix_power(roots, fraction.numerator)
+    result: Tensor = torch.linalg.matrix_power(roots, fraction.numerator)
+    return result
 
 
 def _iterations(ridge: float) -> int:
