@@ -31,8 +31,9 @@ def inverse_roots(
 ) -> Tensor:
     """The matrices `(A + ridge * |A| * I)^(-power)`, where `|A|` is the largest eigenvalue.
 
-    Negative eigenvalues, which are rounding errors, count as zero. A matrix that is zero, or has
-    entries that are not finite, gives the identity.
+    Negative eigenvalues, which are rounding errors, count as zero. A matrix that is zero gives the
+    identity. One with entries that are not finite, where squares of gradients were too large, gives
+    zeros: nothing is to move then.
 
     Args:
         matrices: Symmetric and positive semidefinite, `(k, n, n)`.
@@ -56,14 +57,13 @@ def inverse_roots(
     True
     """
     wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-    scaled, scale, usable = _scaled(wide)
+    scaled, scale, finite = _scaled(wide)
     if method == "eigh":
         values, vectors = eigendecomposed(scaled)
         roots = (vectors * inverse_powers(values, power, ridge).unsqueeze(-2)) @ vectors.mT
     else:
         roots = _newton(scaled, power, ridge)
-    roots.mul_(scale.pow(-power)[:, None, None])
-    return torch.where(usable, roots, _identity(wide))
+    return roots.mul_(torch.where(finite, scale.pow(-power), 0.0)[:, None, None])
 
 
 def inverse_powers(values: Tensor, power: float, ridge: float = 0.0) -> Tensor:
@@ -118,18 +118,18 @@ def _scaled(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         The matrices, with the identity for those that are zero or not finite; the factors `(k,)`
-        that were taken out; and which matrices are neither zero nor infinite, `(k, 1, 1)`.
+        that were taken out; and which matrices are finite, `(k,)`.
     """
     if not matrices.shape[-1]:
         ones = matrices.new_ones(len(matrices))
-        return matrices, ones, (ones > 0)[:, None, None]
+        return matrices, ones, ones > 0
     scale = matrices.diagonal(dim1=-2, dim2=-1).amax(-1)
     # Sums are not finite if a term is not; those of the scaled matrix cannot overflow.
     scaled = matrices / torch.where(scale > 0, scale, 1.0)[:, None, None]
-    usable = (scale > 0) & scaled.sum((-2, -1)).isfinite()
-    scale = torch.where(usable, scale, 1.0)
-    usable = usable[:, None, None]
-    return torch.where(usable, scaled, _identity(matrices)), scale, usable
+    finite = scaled.sum((-2, -1)).isfinite() & scale.isfinite()
+    usable = finite & (scale > 0)
+    scaled = torch.where(usable[:, None, None], scaled, _identity(matrices))
+    return scaled, torch.where(usable, scale, 1.0), finite
 
 
 def _newton(matrices: Tensor, power: float, ridge: float) -> Tensor:
