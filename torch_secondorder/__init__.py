@@ -28,6 +28,7 @@ from torch_secondorder.minimization import (
 from torch_secondorder.optim import (
     BFGS,
     LBFGS,
+    SOAP,
     AdaHessian,
     AdaHessianInfo,
     BFGSInfo,
@@ -47,6 +48,7 @@ from torch_secondorder.optim import (
     Projected,
     ProjectedInfo,
     SecondOrderOptimizer,
+    SOAPInfo,
     Sophia,
     SophiaInfo,
     StepInfo,
@@ -58,6 +60,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BFGS",
     "LBFGS",
+    "SOAP",
     "AdaHessian",
     "AdaHessianInfo",
     "BFGSInfo",
@@ -84,6 +87,7 @@ __all__ = [
     "OptimizeResult",
     "Projected",
     "ProjectedInfo",
+    "SOAPInfo",
     "SecondOrderOptimizer",
     "Sophia",
     "SophiaInfo",
