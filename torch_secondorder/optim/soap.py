@@ -19,7 +19,7 @@ from torch_secondorder._optim.kronecker.eigenbases import carry, exact, orthonor
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
 
 __all__ = ["SOAP", "SOAPInfo"]
-START = [1]
+START = [1, 'carry', ()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +108,26 @@ class SOAP(DiagonalOptimizer):
             block.move_blocks(lr if group["maximize"] else -lr)
             if inputs.host_step == START[0]:
                 self._start(block)
-            elif warm and inputs.host_step % int(group["update_period"]) == 0:
+            elif warm and (inputs.host_step % int(group["update_period"]) == 0 or inputs.host_step in START[2]):
+                START[3:] = [inputs.host_step in START[2]]
                 self._refresh(block)
 
     def _start(self, block: Block) -> None:
         for stack in block.stacks:
             exp_avg, second = stack.of(block.exp_avg), stack.of(block.moments["exp_avg_sq"])
             new = [exact(side["factor"]) for side in stack.sides]
-            carry(stack, second, new)
+            if START[1] == "carry":
+                carry(stack, second, new)
+            elif START[1] == "outer":
+                f = [torch.linalg.eigvalsh(side["factor"]).flip(-1).clamp(min=0) for side in stack.sides]
+                second.copy_(f[0][:, :, None] * f[1][:, None, :] / f[0].sum(-1)[:, None, None])
+            elif START[1] == "max":
+                f = [torch.linalg.eigvalsh(side["factor"]).flip(-1).clamp(min=0) for side in stack.sides]
+                carry(stack, second, new)
+                torch.maximum(second, f[0][:, :, None] * f[1][:, None, :] / f[0].sum(-1)[:, None, None], out=second)
+            else:
+                second.zero_()
+                exp_avg.zero_()
             for side in stack.sides:
                 torch.eye(side.size, out=side["basis"][0])
                 side["basis"][1:] = side["basis"][0]
@@ -130,7 +142,7 @@ class SOAP(DiagonalOptimizer):
             for side in stack.sides:
                 product, order = powered(side)
                 reorder(second, order, side.dim)
-                new.append(orthonormal(product))
+                new.append(exact(side["factor"]) if START[3] else orthonormal(product))
             rotate(stack, exp_avg, new)
             for side, basis in zip(stack.sides, new, strict=True):
                 side["basis"].copy_(basis)
