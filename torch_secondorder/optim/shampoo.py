@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,12 +19,13 @@ from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block, Number, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
+from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.inverse_roots import (
     RootMethod,
     exact_fraction,
     inverse_roots,
 )
-from torch_secondorder._optim.kronecker.stacks import Stack, Stacks
+from torch_secondorder._optim.kronecker.stacks import Stack
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
 
 __all__ = ["Shampoo", "ShampooInfo"]
@@ -109,9 +111,7 @@ class Shampoo(DiagonalOptimizer):
     _recognized_by = "grafting"
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
-    _state_fields = declare(
-        exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices()
-    )
+    _state_fields = declare(exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices(wide=True))
 
     def __init__(
         self,
@@ -174,28 +174,39 @@ class Shampoo(DiagonalOptimizer):
             )
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
-        group, stacks = block.group, block.stacks
+        group = block.group
         if group["weight_decay"]:
             block.decay(1 - inputs.lr * group["weight_decay"])
         beta1, beta2 = group["betas"]
         gradient, squares = inputs.ordered_gradient, block.moments["exp_avg_sq"]
         _average(block.exp_avg, gradient, beta1, inputs)
-        for stack in stacks:
-            for side in stack.sides:
-                side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
-        _average(squares, gradient.square_(), beta2, inputs)
+        _average(squares, gradient.square(), beta2, inputs)
         # m / c1 / ((v / c2)^(1 / 2) + eps), with the corrections c1, c2 moved to rate and eps.
         correction1, correction2 = 1 - beta1**inputs.step, (1 - beta2**inputs.step) ** 0.5
-        direction = torch.sqrt(squares, out=stacks.direction)
+        direction = torch.sqrt(squares, out=block.stacks.direction)
         direction.add_(narrowed(group["eps"] * correction2, direction))
         torch.div(block.exp_avg, direction, out=direction)
         with torch.autocast(block.device.type, enabled=False):
-            if _is_due(inputs.host_step, group["update_period"]):
-                _refresh(stacks, group, inputs)
-            for stack in stacks:
+            for stack in block.stacks:
+                for side in stack.sides:
+                    side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
+            if _is_due(inputs.host_step, int(group["update_period"])):
+                self._refresh(block, inputs)
+            for stack in block.stacks:
                 _whiten(stack, stack.of(block.exp_avg), group["grafting"], 1 / correction2)
         rate = inputs.lr * correction2 / correction1
         block.move_blocks(-rate if group["maximize"] else rate)
+
+    def _refresh(self, block: Block, inputs: StepInputs) -> None:
+        """Computes the inverse roots of the factors, divided over the ranks of DDP."""
+        group, ranks = block.group, self._registry.ranks
+        correction = 1 - _factor_beta(group) ** inputs.step
+        for count in (1, 2):
+            sides = [s for stack in block.stacks if len(stack.sides) == count for s in stack.sides]
+            root_of = partial(_root_of, sides=count, group=group)
+            found = divided(ranks, root_of, [(side["root"], side["factor"]) for side in sides])
+            for side, roots in zip(sides, found, strict=True):
+                side["root"].copy_(roots.mul_(narrowed(correction ** (0.5 / count), roots)))
 
 
 def _factor_beta(group: dict[str, Any]) -> float:
@@ -213,29 +224,25 @@ def _average(mean: Tensor, sample: Tensor, beta: float, inputs: StepInputs) -> N
     mean.lerp_(sample, narrowed((1 - beta) * inputs.weight, mean))
 
 
-def _refresh(stacks: Stacks, group: dict[str, Any], inputs: StepInputs) -> None:
-    """Computes the inverse roots of the factors.
+def _root_of(root: Tensor, factor: Tensor, *, sides: int, group: dict[str, Any]) -> Tensor:
+    """The inverse roots of factors, of degree `-1 / (2 * sides)` whatever the exponent.
 
-    Their degree is `-1 / (2 * sides)` whatever the exponent, so that steps without grafting do not
-    depend on the scale of the loss.
+    So steps do not depend on the scale of the loss, with grafting or without.
+
+    Args:
+        root: The last roots, which have the dtype that is asked for.
+        factor: The factors.
+        sides: The number of sides that have factors.
+        group: The hyperparameters.
     """
-    correction = 1 - _factor_beta(group) ** inputs.step
-    for count in (1, 2):
-        usual = 1 / (2 * count)
-        power = usual if group["exponent"] is None else group["exponent"]
-
-        def root_of(factors: Tensor, power: float = power, usual: float = usual) -> Tensor:
-            roots = inverse_roots(factors, power, group["matrix_eps"], group["root_method"])
-            if power == usual:
-                return roots
-            traces = factors.to(roots.dtype).diagonal(dim1=-2, dim2=-1).sum(-1)
-            traces = torch.where((traces > 0) & traces.isfinite(), traces, 1.0)
-            return roots.mul_(traces.pow_(power - usual)[:, None, None])
-
-        sides = [side for stack in stacks if len(stack.sides) == count for side in stack.sides]
-        for side in sides:
-            root = side["root"]
-            root.copy_(root_of(side["factor"]).mul_(narrowed(correction**usual, root)))
+    usual = 1 / (2 * sides)
+    power = usual if group["exponent"] is None else float(group["exponent"])
+    roots = inverse_roots(factor, power, float(group["matrix_eps"]), group["root_method"])
+    if power != usual:
+        traces = factor.to(roots.dtype).diagonal(dim1=-2, dim2=-1).sum(-1)
+        traces = torch.where((traces > 0) & traces.isfinite(), traces, 1.0)
+        roots.mul_(traces.pow_(power - usual)[:, None, None])
+    return roots.to(root.dtype)
 
 
 def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number) -> None:
@@ -268,4 +275,5 @@ def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number
 
 def _lengths(blocks: Tensor) -> Tensor:
     """The Frobenius norm of each block."""
-    return torch.linalg.vector_norm(blocks.flatten(1), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
+    return lengths
