@@ -111,7 +111,9 @@ class Shampoo(DiagonalOptimizer):
     _recognized_by = "grafting"
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
-    _state_fields = declare(exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices(wide=True))
+    _state_fields = declare(
+        exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices(wide=True)
+    )
 
     def __init__(
         self,
@@ -177,13 +179,11 @@ class Shampoo(DiagonalOptimizer):
         group = block.group
         if group["weight_decay"]:
             block.decay(1 - inputs.lr * group["weight_decay"])
+        _average(block, inputs.ordered_gradient, inputs)
         beta1, beta2 = group["betas"]
-        gradient, squares = inputs.ordered_gradient, block.moments["exp_avg_sq"]
-        _average(block.exp_avg, gradient, beta1, inputs)
-        _average(squares, gradient.square(), beta2, inputs)
         # m / c1 / ((v / c2)^(1 / 2) + eps), with the corrections c1, c2 moved to rate and eps.
         correction1, correction2 = 1 - beta1**inputs.step, (1 - beta2**inputs.step) ** 0.5
-        direction = torch.sqrt(squares, out=block.stacks.direction)
+        direction = torch.sqrt(block.moments["exp_avg_sq"], out=block.stacks.direction)
         direction.add_(narrowed(group["eps"] * correction2, direction))
         torch.div(block.exp_avg, direction, out=direction)
         with torch.autocast(block.device.type, enabled=False):
@@ -219,9 +219,16 @@ def _is_due(step: int, period: int) -> bool:
     return step % period == 0 if step >= period else step & (step - 1) == 0
 
 
-def _average(mean: Tensor, sample: Tensor, beta: float, inputs: StepInputs) -> None:
-    """`mean = beta * mean + (1 - beta) * sample`, unless the step turns out not to count."""
-    mean.lerp_(sample, narrowed((1 - beta) * inputs.weight, mean))
+def _average(block: Block, gradient: Tensor, inputs: StepInputs) -> None:
+    """Averages gradients and their squares, unless the step turns out not to count."""
+    beta1, beta2 = block.group["betas"]
+    squares, weight = block.moments["exp_avg_sq"], inputs.weight
+    block.exp_avg.lerp_(gradient, narrowed((1 - beta1) * weight, gradient))
+    if isinstance(weight, Tensor):
+        squares.mul_(narrowed(1 - (1 - beta2) * weight, squares))
+        squares.add_(gradient.square().mul_(narrowed((1 - beta2) * weight, squares)))
+    else:  # squares that overflow are infinite, not NaN as by lerp_
+        squares.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
 
 
 def _root_of(root: Tensor, factor: Tensor, *, sides: int, group: dict[str, Any]) -> Tensor:
@@ -260,17 +267,18 @@ def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number
     for side in stack.sides:
         factors = (side["root"], whitened) if side.dim == 0 else (whitened, side["root"])
         whitened = torch.bmm(*factors)
-    if grafting is None:
-        torch.mul(whitened, narrowed(scale, mean), out=stack.direction)
-        return
-    lengths = _lengths(stack.direction) if grafting == "adam" else _lengths(mean)
-    if grafting == "sgd":
-        lengths = lengths * narrowed(scale, mean)
-    own = _lengths(whitened)
-    # The squares of smaller entries are not numbers; Adam's steps are close to zero there.
-    least = torch.finfo(own.dtype).tiny ** 0.5
-    ratio = torch.where(own > least, lengths / own, 0.0)
-    torch.mul(whitened, ratio[:, None, None], out=stack.direction)
+    own, ratio = _lengths(whitened), narrowed(scale, mean)
+    # Blocks stay where squares leave the range of the precision.
+    usable = own.isfinite()
+    if grafting is not None:
+        lengths = _lengths(stack.direction) if grafting == "adam" else _lengths(mean) * ratio
+        ratio = lengths / own
+        usable &= (own > torch.finfo(own.dtype).tiny ** 0.5) & ratio.isfinite()
+    if isinstance(ratio, Tensor) and ratio.dim():
+        ratio = ratio[:, None, None]
+    torch.mul(whitened, ratio, out=stack.direction)
+    if isinstance(scale, Tensor) or not bool(usable.all()):  # there, nothing waits for the device
+        stack.direction.masked_fill_(~usable[:, None, None], 0.0)
 
 
 def _lengths(blocks: Tensor) -> Tensor:
