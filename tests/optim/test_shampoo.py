@@ -427,7 +427,8 @@ def test_autocast_does_not_reach_into_the_step(device: torch.device) -> None:
         ({"update_period": 0}, r"update_period must be an integer of at least 1"),
         ({"block_size": 0}, r"block_size must be an integer of at least 1 or None"),
         ({"max_precond_dim": 0}, r"max_precond_dim must be an integer of at least 1 or None"),
-        ({"factor_dtype": torch.int32}, r"factor_dtype"),
+        ({"merge_dims": 2}, r"merge_dims must be True or False, got 2"),
+        ({"factor_dtype": torch.int32}, r"factor_dtype must be a floating-point dtype, such as"),
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:

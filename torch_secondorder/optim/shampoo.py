@@ -19,6 +19,7 @@ from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block, Number, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
+from torch_secondorder._optim.kronecker.checks import check_blocks
 from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.inverse_roots import (
     RootMethod,
@@ -160,6 +161,7 @@ class Shampoo(DiagonalOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        check_blocks(group)
         check_betas(group["betas"])
         check_number("eps", group["eps"], above=0.0)
         check_number("matrix_eps", group["matrix_eps"], low=0.0)
