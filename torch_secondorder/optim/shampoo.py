@@ -15,6 +15,7 @@ from torch_secondorder._foundation.checks import (
     check_number,
 )
 from torch_secondorder._foundation.types import ParamsT
+from torch_secondorder._optim.diagonal.adam import adam_direction
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block, Number, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
@@ -181,23 +182,27 @@ class Shampoo(DiagonalOptimizer):
         group = block.group
         if group["weight_decay"]:
             block.decay(1 - inputs.lr * group["weight_decay"])
-        _average(block, inputs.ordered_gradient, inputs)
-        beta1, beta2 = group["betas"]
-        # m / c1 / ((v / c2)^(1 / 2) + eps), with the corrections c1, c2 moved to rate and eps.
-        correction1, correction2 = 1 - beta1**inputs.step, (1 - beta2**inputs.step) ** 0.5
-        direction = torch.sqrt(block.moments["exp_avg_sq"], out=block.stacks.direction)
-        direction.add_(narrowed(group["eps"] * correction2, direction))
-        torch.div(block.exp_avg, direction, out=direction)
+        stacks, gradient, betas = block.stacks, inputs.ordered_gradient, group["betas"]
         with torch.autocast(block.device.type, enabled=False):
-            for stack in block.stacks:
+            for stack in stacks:
                 for side in stack.sides:
                     side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
             if _is_due(inputs.host_step, int(group["update_period"])):
                 self._refresh(block, inputs)
-            for stack in block.stacks:
-                _whiten(stack, stack.of(block.exp_avg), group["grafting"], 1 / correction2)
-        rate = inputs.lr * correction2 / correction1
-        block.move_blocks(-rate if group["maximize"] else rate)
+            adam_direction(
+                block,
+                gradient,
+                block.moments["exp_avg_sq"],
+                stacks.direction,
+                betas=betas,
+                eps=group["eps"],
+                step=inputs.step,
+                weight=inputs.weight,
+            )
+            correction = 1 - betas[0] ** inputs.step
+            for stack in stacks:
+                _whiten(stack, stack.of(block.exp_avg), group["grafting"], -1 / correction)
+        block.move_blocks(inputs.lr if group["maximize"] else -inputs.lr)
 
     def _refresh(self, block: Block, inputs: StepInputs) -> None:
         """Computes the inverse roots of the factors, divided over the ranks of DDP."""
@@ -219,18 +224,6 @@ def _factor_beta(group: dict[str, Any]) -> float:
 def _is_due(step: int, period: int) -> bool:
     """True if a step computes the roots: a multiple of the period, and before it powers of two."""
     return step % period == 0 if step >= period else step & (step - 1) == 0
-
-
-def _average(block: Block, gradient: Tensor, inputs: StepInputs) -> None:
-    """Averages gradients and their squares, unless the step turns out not to count."""
-    beta1, beta2 = block.group["betas"]
-    squares, weight = block.moments["exp_avg_sq"], inputs.weight
-    block.exp_avg.lerp_(gradient, narrowed((1 - beta1) * weight, gradient))
-    if isinstance(weight, Tensor):
-        squares.mul_(narrowed(1 - (1 - beta2) * weight, squares))
-        squares.add_(gradient.square().mul_(narrowed((1 - beta2) * weight, squares)))
-    else:  # squares that overflow are infinite, not NaN as by lerp_
-        squares.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
 
 
 def _root_of(root: Tensor, factor: Tensor, *, sides: int, group: dict[str, Any]) -> Tensor:
@@ -255,13 +248,13 @@ def _root_of(root: Tensor, factor: Tensor, *, sides: int, group: dict[str, Any])
 
 
 def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number) -> None:
-    """Puts the direction of Shampoo in the place of that of Adam.
+    """Puts minus the direction of Shampoo in the place of that of Adam.
 
     Args:
-        stack: The blocks; their directions are those of Adam.
-        mean: The average gradients of the blocks, without correction of the bias.
+        stack: The blocks; their directions are minus those of Adam.
+        mean: The average gradients of the blocks, without correction of their bias.
         grafting: See `Shampoo`.
-        scale: Of the mean, where its length counts.
+        scale: The correction, with the sign.
     """
     if not stack.sides:
         return
@@ -273,8 +266,8 @@ def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number
     # Blocks stay where squares leave the range of the precision.
     usable = own.isfinite()
     if grafting is not None:
-        lengths = _lengths(stack.direction) if grafting == "adam" else _lengths(mean) * ratio
-        ratio = lengths / own
+        ratio = _lengths(stack.direction).neg_() if grafting == "adam" else _lengths(mean) * ratio
+        ratio = ratio / own
         usable &= (own > torch.finfo(own.dtype).tiny ** 0.5) & ratio.isfinite()
     if isinstance(ratio, Tensor) and ratio.dim():
         ratio = ratio[:, None, None]
