@@ -27,6 +27,7 @@ from torch_secondorder.minimization import (
 )
 from torch_secondorder.optim import (
     BFGS,
+    KFAC,
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
@@ -35,6 +36,7 @@ from torch_secondorder.optim import (
     ConstrainedInfo,
     Contractive,
     ContractiveInfo,
+    KFACInfo,
     LBFGSInfo,
     LevenbergMarquardt,
     LevenbergMarquardtInfo,
@@ -57,6 +59,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BFGS",
+    "KFAC",
     "LBFGS",
     "AdaHessian",
     "AdaHessianInfo",
@@ -69,6 +72,7 @@ __all__ = [
     "DatasetClosure",
     "Evaluation",
     "FunctionalObjective",
+    "KFACInfo",
     "KKTReport",
     "LBFGSInfo",
     "LeastSquaresResult",

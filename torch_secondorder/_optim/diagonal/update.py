@@ -117,6 +117,7 @@ class StepInputs:
         estimate: The new estimate of the block's diagonal, `(n,)`, which may be overwritten; None
             if there is none.
         estimate_weight: One, or on a device zero if the estimate is not to count.
+        weight: One, or on a device zero if the step is not to be made.
         step: The number of gradients that the block has had, at least one.
         curvature_step: The number of estimates, at least one.
         on_device: Whether numbers are on the device.
@@ -160,20 +161,20 @@ class StepInputs:
             block.step.add_(weight)
             self.lr = float(lr)
             self.step, self.curvature_step = block.step.item(), block.curvature_step.item()
-        self._weight = weight
+        self.weight = weight
         check.moves.append(weight)
 
     @property
     def gradient(self) -> Tensor:
         """The gradient, `(n,)`, in the precision of the moments."""
         gradient = self._block.join(self._gradients) if self._flat is None else self._flat
-        if isinstance(self._weight, Tensor):
-            return torch.where(self._weight > 0, gradient, 0.0)
+        if isinstance(self.weight, Tensor):
+            return torch.where(self.weight > 0, gradient, 0.0)
         return gradient
 
     def average_gradient(self, beta: float) -> None:
         """`exp_avg = beta * exp_avg + (1 - beta) * gradient`."""
-        block, weight = self._block, (1 - beta) * self._weight
+        block, weight = self._block, (1 - beta) * self.weight
         if isinstance(weight, Tensor):
             gradient = self.gradient
             block.exp_avg.lerp_(gradient, weight.to(gradient.dtype))
