@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "sparse_lbfgs": {"max_iter": 3},
 }
 #: Optimizers whose weight decay moves the parameters, as in AdamW, instead of joining the loss.
-DECOUPLED = {"AdaHessian", "Sophia"}
+DECOUPLED = {"AdaHessian", "KFAC", "Sophia"}
 
 #: Optimizers that refuse `maximize`: a sum of squares has no maximum.
 ONLY_MINIMIZES = {"LevenbergMarquardt"}

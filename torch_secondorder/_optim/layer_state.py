@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_secondorder._optim.state import ParameterField
+from torch_secondorder._optim.state import Group, ParameterField
 from torch_secondorder.curvature._kronecker_estimate import side_sizes
 
 #: Both sides of a parameter as a matrix: its first dimension, and all others with a bias.
@@ -22,36 +23,44 @@ class SideMatrices(ParameterField):
     side has a row and a column for a bias, whether there is one or not, so that shapes follow from
     the parameter alone.
 
+    Sides longer than the hyperparameter `max_size` get none.
+
     Args:
-        max_size: Longer sides get no matrix.
         scale: What the identity is multiplied by at first.
     """
 
     sharded = False
 
-    def __init__(self, max_size: int, scale: float = 0.0) -> None:
-        self.max_size = max_size
+    def __init__(self, scale: float = 0.0) -> None:
         self.scale = scale
 
-    def names(self, p: Tensor) -> Iterable[str]:
+    def names(self, p: Tensor, group: Group = None) -> Iterable[str]:
         """See `ParameterField.names`."""
         if p.dim() < 2 or p.is_complex() or not p.numel():
             return []
+        largest = math.inf if group is None else group["max_size"]
         sides = zip(SIDES, side_sizes(p), strict=True)
-        return [f"{self.name}_{side}" for side, size in sides if size <= self.max_size]
+        return [f"{self.name}_{side}" for side, size in sides if size <= largest]
 
-    def prepare(self, state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
+    def prepare(
+        self, state: dict[str, Any], p: Tensor, *, on_device: bool, group: Group = None
+    ) -> None:
         """See `ParameterField.prepare`."""
         dtype = torch.promote_types(p.dtype, torch.float32)
-        for name in self.names(p):
+        for name in self.names(p, group):
             held = state.get(name)
             initial = self.scale * torch.eye(self.shape(p, name)[0]) if held is None else held
             state[name] = initial.to(p.device, dtype)
 
-    def shape(self, p: Tensor, name: str) -> torch.Size:
+    def shape(self, p: Tensor, name: str, group: Group = None) -> torch.Size:
         """See `ParameterField.shape`."""
         size = side_sizes(p)[SIDES.index(name.rpartition("_")[2])]
         return torch.Size((size, size))
+
+    def begin(self, state: dict[str, Any], p: Tensor, group: Group) -> None:
+        """Puts matrices back to what they are at first."""
+        for name in self.names(p, group):
+            state[name].zero_().diagonal().fill_(self.scale)
 
 
 class LayerMatrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,7 +16,7 @@ from torch_secondorder._autograd.graph import Graph, added, explained
 from torch_secondorder._autograd.parameter_uses import Unsupported
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.buffer_pool import BufferPool
-from torch_secondorder._foundation.checks import check_choice, check_integer
+from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._foundation.private_torch import plainly
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature._layers import Layer, LayerRows, Layers, layers_of
@@ -83,20 +84,17 @@ class KroneckerEstimator(DiagonalEstimator):
     Args:
         labels: `"drawn"` for labels drawn from the model's prediction, see `GaussNewtonBartlett`;
             `"empirical"` for those of the data.
-        max_size: Longer sides of layers get no factor.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: `labels` is unknown.
     """
 
     signed = False
     n_samples = 1
 
-    def __init__(self, labels: Labels = "drawn", max_size: int = 1024) -> None:
+    def __init__(self, labels: Labels = "drawn") -> None:
         check_choice("labels", labels, Labels)
-        check_integer("max_size", max_size)
         self.labels: Labels = labels
-        self.max_size = max_size
 
     def watch(
         self,
@@ -159,6 +157,8 @@ class KroneckerWatch(DiagonalWatch):
     Attributes:
         bases: The coordinates that the diagonals of layers are wanted in, by their weights. Layers
             that are not there get the diagonal of `left (x) right`.
+        largest: For each parameter the size of the largest factor; longer sides of its layer get
+            none. The right side of a weight counts a bias, whether there is one or not.
         layers: The factors, once `diagonal` was called.
     """
 
@@ -177,6 +177,7 @@ class KroneckerWatch(DiagonalWatch):
         self._sums: dict[int, _Sums] = {}
         self._unclear: set[int] = set()  # weights that are not the same layer in all passes
         self.bases: Mapping[int, Bases] = {}
+        self.largest: Sequence[float] = [math.inf] * len(vector.params)
         self.layers: list[LayerFactors] = []
 
     def observe(self, graph: Graph, retain: bool) -> None:
@@ -227,8 +228,7 @@ class KroneckerWatch(DiagonalWatch):
     ) -> _Sums:
         p = self._vector.params[weight]
         kind = torch.promote_types(p.dtype, torch.float32)
-        # The right side has a place for a bias in the optimizer's state, wherever it has one.
-        fits = (n <= self._estimator.max_size for n in side_sizes(p))
+        fits = (n <= self.largest[weight] for n in side_sizes(p))
         shapes = [(n, n) if fit else (n,) for n, fit in zip(sizes, fits, strict=True)]
         left, right = (torch.zeros(shape, dtype=kind, device=p.device) for shape in shapes)
         moments = None

@@ -19,12 +19,14 @@ from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
 from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
 from torch_secondorder.optim.projected import Projected, ProjectedInfo
+from torch_secondorder.optim.soap import SOAP, SOAPInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
     "BFGS",
     "KFAC",
     "LBFGS",
+    "SOAP",
     "AccelerationName",
     "AdaHessian",
     "AdaHessianInfo",
@@ -46,6 +48,7 @@ __all__ = [
     "NonlinearCGInfo",
     "Projected",
     "ProjectedInfo",
+    "SOAPInfo",
     "ScalingName",
     "SecondOrderOptimizer",
     "Sophia",

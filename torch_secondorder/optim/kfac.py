@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,10 +58,14 @@ class KFAC(DiagonalOptimizer):
     _recognized_by = "kl_clip"
     _warm_up = 10
     _decouples_weight_decay = True  # it is no part of the loss
-    _carried: ClassVar[tuple[str, ...]] = ("_parameter_fields",)
     # `layer`: zero without factors, else one and the number of the bias from one; below zero for
     # inverses in the place of bases.
-    _state_fields = declare(layer=Count(), basis_step=NumberField(-1))
+    _state_fields = declare(
+        layer=Count(on_host=True),
+        factor=SideMatrices(),
+        basis=SideMatrices(scale=1.0),
+        basis_step=NumberField(-1),
+    )
     _basis_step: int  # the last step that made new bases
     # What follows from the state, and what the coming update needs.
     _layers: list[LayerMatrix] | None
@@ -90,10 +94,6 @@ class KFAC(DiagonalOptimizer):
         capturable: bool | None = None,
         watch: bool = True,
     ) -> None:
-        estimator = KroneckerEstimator(labels, max_size)
-        factor, basis = SideMatrices(max_size), SideMatrices(max_size, 1.0)
-        declare(factor=factor, basis=basis)
-        self._parameter_fields = (*self._parameter_fields, factor, basis)
         self._forget_layers()
         defaults = {
             "lr": lr,
@@ -105,12 +105,13 @@ class KFAC(DiagonalOptimizer):
             "factor_decay": factor_decay,
             "update_period": update_period,
             "basis_period": basis_period,
+            "max_size": max_size,
             "seed": seed,
             "accumulation_steps": accumulation_steps,
             "maximize": maximize,
             "capturable": capturable,
         }
-        super().__init__(params, defaults, estimator, watch=watch)
+        super().__init__(params, defaults, KroneckerEstimator(labels), watch=watch)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if any(is_distributed(p) for p in group["params"][:1]):
@@ -124,6 +125,7 @@ class KFAC(DiagonalOptimizer):
         check_number("kl_clip", group["kl_clip"], above=0.0, optional=True)
         check_number("factor_decay", group["factor_decay"], low=0.0, below=1.0)
         check_integer("basis_period", group["basis_period"], whole_floats=True)
+        check_integer("max_size", group["max_size"], whole_floats=True)
 
     # Layers and their estimates.
 
@@ -139,6 +141,10 @@ class KFAC(DiagonalOptimizer):
                     found.append(LayerMatrix(p, bias, code > 0, state))
             self._layers = found
         return self._layers
+
+    def _group_of(self) -> dict[int, dict[str, Any]]:
+        """The group of each parameter, by its id."""
+        return {id(p): group for group in self.param_groups for p in group["params"]}
 
     def _forget_layers(self) -> None:
         """Drops what follows from the state."""
@@ -157,6 +163,8 @@ class KFAC(DiagonalOptimizer):
         watch = super()._watch(params)
         assert isinstance(watch, KroneckerWatch)
         places = {id(p): i for i, p in enumerate(params)}
+        groups = self._group_of()
+        watch.largest = [groups[id(p)]["max_size"] for p in params]
         watch.bases = {
             places[id(layer.weight)]: Bases(*layer.sides("basis"))
             for layer in self._known_layers()
@@ -189,10 +197,10 @@ class KFAC(DiagonalOptimizer):
             for block, gradient in zip(blocks, gradients, strict=True)
         ]
         before, after = (_pieces(blocks, vectors, params) for vectors in (gradients, directions))
-        dampings = {id(p): group["damping"] for group in self.param_groups for p in group["params"]}
+        groups = self._group_of()
         for layer in self._known_layers():
             if layer.is_in(after):
-                divisor = self._divisor(layer, moments, dampings[id(layer.weight)])
+                divisor = self._divisor(layer, moments, groups[id(layer.weight)]["damping"])
                 layer.write(after, _solved(layer, layer.read(before), divisor))
         scale = self._scale(pairs, gradients, directions)
         for (block, inputs), direction in zip(pairs, directions, strict=True):
@@ -303,8 +311,7 @@ class KFAC(DiagonalOptimizer):
         layer.state["layer"].fill_(code if layer.rotates else -code)
         for field in self._parameter_fields:
             if isinstance(field, SideMatrices):
-                for name in field.names(layer.weight):
-                    layer.state[name].zero_().diagonal().fill_(field.scale)
+                field.begin(layer.state, layer.weight, self._group_of()[id(layer.weight)])
 
     def _drop_layers(
         self,

@@ -17,7 +17,7 @@ there is no closure, or parameters are sharded.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, ClassVar, overload
@@ -44,6 +44,12 @@ from torch_secondorder._optim.diagonal.fsdp import (
     held_parts,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
+from torch_secondorder._optim.diagonal.owners import (
+    Owners,
+    check_not_whole,
+    needs_whole,
+    owners_of,
+)
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
 from torch_secondorder._optim.diagonal.schedule import (
     EstimateSchedule,
@@ -51,11 +57,12 @@ from torch_secondorder._optim.diagonal.schedule import (
     OutOfTurn,
     capturing,
 )
+from torch_secondorder._optim.diagonal.settings import DEFAULTS, settings_of
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
+    BlockMatrices,
     Count,
-    Factors,
     MasterCopy,
     Moment,
     Number,
@@ -125,13 +132,14 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _info_type = DiagonalInfo
-    _carried: ClassVar[tuple[str, ...]] = ("estimator", "_watches")
+    _carried: ClassVar[tuple[str, ...]] = ("estimator", "_watches", "_owners")
     _state_fields = declare(
         steps=Number(0, "_schedule.steps"),
         overdue=OutOfTurn(0, "_schedule.out_of_turn"),
         generator=GeneratorBefore(),
         step=Count(),
         curvature_step=Count(),
+        host_step=Count(on_host=True),
         exp_avg=Moment(),
         exp_hessian=Moment(),
         master=MasterCopy(),
@@ -152,6 +160,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _watches = True
     _stepping = False
     _checked: list[object] | None = None  # the hyperparameters that were checked last
+    _owners: Owners | None = None  # of sharded parameters that steps need whole
 
     def __init__(
         self,
@@ -167,18 +176,18 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._last_trace: GradientTrace | None = None  # of the gradients that the last step left
         self._buffer_pool = BufferPool()
         self._layout = BlockLayout(self._parameter_fields)
-        super().__init__(params, {**_DEFAULTS, **defaults})
+        super().__init__(params, {**DEFAULTS, **defaults})
         self._watches = watch
         self._listen()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        fields = cls._parameter_fields
         if not cls._estimates:
-            cls._parameter_fields = tuple(
-                field
-                for field in cls._parameter_fields
-                if field.name not in ("exp_hessian", "curvature_step")
-            )
+            fields = tuple(f for f in fields if f.name not in ("exp_hessian", "curvature_step"))
+        if not any(isinstance(field, BlockMatrices) for field in fields):
+            fields = tuple(field for field in fields if field.name != "host_step")
+        cls._parameter_fields = fields
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
@@ -218,12 +227,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             raise no_bounds(type(self).__name__)
         for name in ("update_period", "accumulation_steps"):
             check_integer(name, group[name], whole_floats=True)
-        matrices = any(isinstance(field, Factors) for field in self._parameter_fields)
-        if matrices and any(is_distributed(p) for p in group["params"][:1]):
-            raise ValueError(
-                f"{type(self).__name__} keeps matrices for the dimensions of whole parameters, "
-                "which fully_shard cuts apart: use DistributedDataParallel"
-            )
+        if self._estimates and any(is_distributed(p) for p in group["params"][:1]):
+            check_not_whole(type(self).__name__, self._parameter_fields, group["params"])
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -288,15 +293,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _check_groups(self) -> None:
         """Checks the hyperparameters of all groups, unless nothing has changed since last time."""
-        settings: list[object] = []
-        for group in self.param_groups:
-            settings += map(type, group["params"][:1])  # parameters may be sharded later
-            settings.append(group.get("bounds") is None)
-            for name in self.defaults:
-                value = group.get(name)
-                for entry in value if isinstance(value, (list, tuple)) else (value,):
-                    # Numbers that may change in place are checked each time.
-                    settings.append(entry if type(entry) in _IMMUTABLE else object())
+        settings = settings_of(self.param_groups, self.defaults)
         if settings != self._checked:
             for group in self.param_groups:
                 self._check_group(group)
@@ -433,18 +430,23 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if not check.failed:
             if check.estimate_failed:
                 diagonal = None
+            self._owners = owners = owners_of(self._parameter_fields, params, self._owners)
+            brought = owners.gather(params, gradients, self.state) if owners else gradients
             blocks = layout.arrange(
                 self.param_groups,
                 self.state,
                 params,
-                gradients,
+                brought,
                 has_estimate=diagonal is not None,
                 on_device=check.on_device,
                 notes_first=schedule.out_of_turn > 0,
+                wholes=owners.wholes if owners else {},
             )
-            steps = (StepInputs(b, gradients, whole, diagonal, vector, check) for b in blocks)
+            steps = (StepInputs(b, brought, whole, diagonal, vector, check) for b in blocks)
             self._update_all(zip(blocks, steps, strict=True))
-            if blocks:
+            if owners:
+                owners.scatter(check)
+            if blocks or check.moves:
                 due = schedule.count(params, self.param_groups[0], check, layout)
             else:
                 due = schedule.repeat()
@@ -673,8 +675,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
-        for p in params:
-            prepare(self._parameter_fields, self.state[p], p, on_device=self._on_device)
+        fields, on_device = self._parameter_fields, self._on_device
+        trained = {id(p) for p in params}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in trained and not (is_distributed(p) and needs_whole(fields, p)):
+                    prepare(fields, self.state[p], p, on_device=on_device, group=group)
         self._show_names()
 
     @property
@@ -683,6 +689,15 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _before_saving(self) -> None:
         self._schedule.confirm(self._trainable)
+
+    def _state_in_parts(self) -> Mapping[Tensor, dict[str, Any]]:
+        return self._owners.in_parts(self.state) if self._owners else self.state
+
+    def _finish_loading(self, state_dict: dict[str, Any]) -> None:
+        super()._finish_loading(state_dict)
+        self._owners = owners_of(self._parameter_fields, self._parameters, self._owners)
+        if self._owners:
+            self._owners.loaded(self.state)
 
     def _reset_state(self) -> None:
         super()._reset_state()
@@ -696,16 +711,3 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super()._import_state(found)
         self._schedule.trained = self._trainable if self._schedule.steps else None
         self._listen()
-
-
-#: Hyperparameters that every such optimizer has, unless it gives others.
-_DEFAULTS = {
-    "weight_decay": 0.0,
-    "update_period": 1,
-    "seed": 0,
-    "accumulation_steps": 1,
-    "maximize": False,
-    "capturable": None,
-}
-#: Types of hyperparameters that do not change in place.
-_IMMUTABLE = frozenset({bool, float, int, str, type(None)})
