@@ -27,6 +27,7 @@ from torch_secondorder.minimization import (
 )
 from torch_secondorder.optim import (
     BFGS,
+    KFAC,
     LBFGS,
     SOAP,
     AdaHessian,
@@ -36,6 +37,7 @@ from torch_secondorder.optim import (
     ConstrainedInfo,
     Contractive,
     ContractiveInfo,
+    KFACInfo,
     LBFGSInfo,
     LevenbergMarquardt,
     LevenbergMarquardtInfo,
@@ -61,6 +63,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BFGS",
+    "KFAC",
     "LBFGS",
     "SOAP",
     "AdaHessian",
@@ -74,6 +77,7 @@ __all__ = [
     "DatasetClosure",
     "Evaluation",
     "FunctionalObjective",
+    "KFACInfo",
     "KKTReport",
     "LBFGSInfo",
     "LeastSquaresResult",

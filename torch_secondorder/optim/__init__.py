@@ -6,6 +6,7 @@ from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.constrained import Constrained, ConstrainedInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
+from torch_secondorder.optim.kfac import KFAC, KFACInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
 from torch_secondorder.optim.levenberg_marquardt import (
     AccelerationName,
@@ -24,6 +25,7 @@ from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
     "BFGS",
+    "KFAC",
     "LBFGS",
     "SOAP",
     "AccelerationName",
@@ -35,6 +37,7 @@ __all__ = [
     "Contractive",
     "ContractiveInfo",
     "DampingName",
+    "KFACInfo",
     "LBFGSInfo",
     "LevenbergMarquardt",
     "LevenbergMarquardtInfo",
