@@ -3,6 +3,7 @@
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
+from torch_secondorder.optim.adasecant import AdaSecant, AdaSecantInfo, SecantName
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.constrained import Constrained, ConstrainedInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
@@ -31,6 +32,8 @@ __all__ = [
     "AccelerationName",
     "AdaHessian",
     "AdaHessianInfo",
+    "AdaSecant",
+    "AdaSecantInfo",
     "BFGSInfo",
     "Constrained",
     "ConstrainedInfo",
@@ -51,6 +54,7 @@ __all__ = [
     "ProjectedInfo",
     "SOAPInfo",
     "ScalingName",
+    "SecantName",
     "SecondOrderOptimizer",
     "Shampoo",
     "ShampooInfo",
