@@ -67,9 +67,7 @@ def transformer(device: torch.device, width: int) -> Problem | None:
     torch.manual_seed(0)
     model = example.Transformer(len(text.characters), width, LAYERS).to(device)
     windows = text.training.unfold(0, example.CONTEXT + 1, 1)
-    drawn = [
-        windows[torch.randint(len(windows), (example.BATCH,)).to(device)] for _ in range(PERIOD)
-    ]
+    chosen = torch.randint(len(windows), (PERIOD, example.BATCH)).to(device)
     batches = [(w[:, :-1], w[:, 1:]) for w in windows[chosen]]
     return Problem(f"transformer {LAYERS} x {width}", model, CrossEntropy(), batches)
 
