@@ -203,7 +203,8 @@ def divide(rank: int, ranks: int) -> list[Any]:
             mock.patch.object(division, "LEAST", least),
             mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as messages,
         ):
-            results = division.divided(registered, function, chosen)
+            results = [torch.full_like(first, math.nan) for first, _ in chosen]
+            division.divided(results, function, chosen, registered)
         found.append([results, sum(made), messages.call_count])
         made.clear()
     return found

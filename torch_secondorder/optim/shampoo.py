@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.checks import (
     check_betas,
     check_choice,
@@ -18,6 +19,7 @@ from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block, Number, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
+from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.inverse_roots import (
     RootMethod,
     exact_fraction,
@@ -109,9 +111,8 @@ class Shampoo(DiagonalOptimizer):
     _recognized_by = "grafting"
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
-    _state_fields = declare(
-        exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices()
-    )
+    _divides = True
+    _state_fields = declare(exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices())
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class Shampoo(DiagonalOptimizer):
         torch.div(block.exp_avg, direction, out=direction)
         with torch.autocast(block.device.type, enabled=False):
             if _is_due(inputs.host_step, group["update_period"]):
-                _refresh(stacks, group, inputs)
+                _refresh(stacks, group, inputs, self._ranks)
             for stack in stacks:
                 _whiten(stack, stack.of(block.exp_avg), group["grafting"], 1 / correction2)
         rate = inputs.lr * correction2 / correction1
@@ -213,7 +214,7 @@ def _average(mean: Tensor, sample: Tensor, beta: float, inputs: StepInputs) -> N
     mean.lerp_(sample, narrowed((1 - beta) * inputs.weight, mean))
 
 
-def _refresh(stacks: Stacks, group: dict[str, Any], inputs: StepInputs) -> None:
+def _refresh(stacks: Stacks, group: dict[str, Any], inputs: StepInputs, ranks: Ranks) -> None:
     """Computes the inverse roots of the factors.
 
     Their degree is `-1 / (2 * sides)` whatever the exponent, so that steps without grafting do not
@@ -233,9 +234,10 @@ def _refresh(stacks: Stacks, group: dict[str, Any], inputs: StepInputs) -> None:
             return roots.mul_(traces.pow_(power - usual)[:, None, None])
 
         sides = [side for stack in stacks if len(stack.sides) == count for side in stack.sides]
-        for side in sides:
-            root = side["root"]
-            root.copy_(root_of(side["factor"]).mul_(narrowed(correction**usual, root)))
+        roots = [side["root"] for side in sides]
+        divided(roots, root_of, [(side["factor"],) for side in sides], ranks)
+        for root in roots:
+            root.mul_(narrowed(correction**usual, root))
 
 
 def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number) -> None:
