@@ -47,7 +47,7 @@ def divided(
     counts = [len(target) for target in targets]
     total = sum(cost * count for cost, count in zip(costs, counts, strict=True))
     kinds = {(target.dtype, target.device) for target in targets}
-    if not ranks.met or total < LEAST or ranks.count == 1 or len(kinds) > 1:
+    if not ranks.met or total <= LEAST or ranks.count == 1 or len(kinds) > 1:
         for target, stack in zip(targets, stacks, strict=True):
             target.copy_(function(*stack))
         return
