@@ -18,6 +18,7 @@ from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
 from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
 from torch_secondorder.optim.projected import Projected, ProjectedInfo
+from torch_secondorder.optim.shampoo import Shampoo, ShampooInfo
 from torch_secondorder.optim.soap import SOAP, SOAPInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
@@ -48,6 +49,8 @@ __all__ = [
     "SOAPInfo",
     "ScalingName",
     "SecondOrderOptimizer",
+    "Shampoo",
+    "ShampooInfo",
     "Sophia",
     "SophiaInfo",
     "StepInfo",

@@ -11,13 +11,24 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_betas, check_number
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
-from torch_secondorder._optim.diagonal.blocks import Block, narrowed
+from torch_secondorder._optim.diagonal.adam import adam_direction
+from torch_secondorder._optim.diagonal.blocks import Block
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
-from torch_secondorder._optim.kronecker.eigenbases import into, out_of
+from torch_secondorder._optim.kronecker.eigenbases import (
+    carry,
+    exact,
+    orthonormal,
+    powered,
+    project,
+    project_back,
+    reorder,
+    rotate,
+)
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
 
 __all__ = ["SOAP", "SOAPInfo"]
+START = [1, "carry", ()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +44,9 @@ class SOAP(DiagonalOptimizer):
     _recognized_by = "max_precond_dim"
     _decouples_weight_decay = True
     _estimates = False
-    _state_fields = declare(exp_avg_sq=Moment(), factor=BlockMatrices(), basis=BlockMatrices())
+    _state_fields = declare(
+        exp_avg_sq=Moment(), factor=BlockMatrices(), basis=BlockMatrices(wide=True)
+    )
 
     def __init__(
         self,
@@ -77,40 +90,82 @@ class SOAP(DiagonalOptimizer):
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
         group, lr = block.group, inputs.lr
-        beta1, beta2 = group["betas"]
-        shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
-        stacks = block.stacks
+        beta2 = group["betas"][1]
+        stacks, second = block.stacks, block.moments["exp_avg_sq"]
         if group["weight_decay"]:
             block.decay(1 - lr * group["weight_decay"])
         gradient = inputs.ordered_gradient
-        exp_avg, second = block.exp_avg, block.moments["exp_avg_sq"]
-        for stack in stacks:
+        with torch.autocast(block.device.type, enabled=False):
+            shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
+            warm = inputs.host_step > START[0]
+            for stack in stacks:
+                for side in stack.sides:
+                    side.average_gram("factor", stack.gradient, shampoo_beta, inputs.weight)
+                if warm:
+                    project(stack)
+            adam_direction(
+                block,
+                gradient,
+                second,
+                stacks.direction,
+                betas=group["betas"],
+                eps=group["eps"],
+                step=inputs.step,
+                weight=inputs.weight,
+            )
+            if warm:
+                for stack in stacks:
+                    project_back(stack)
+            block.move_blocks(lr if group["maximize"] else -lr)
+            if inputs.host_step == START[0]:
+                self._start(block)
+            elif warm and (
+                inputs.host_step % int(group["update_period"]) == 0 or inputs.host_step in START[2]
+            ):
+                START[3:] = [inputs.host_step in START[2]]
+                self._refresh(block)
+
+    def _start(self, block: Block) -> None:
+        for stack in block.stacks:
+            exp_avg, second = stack.of(block.exp_avg), stack.of(block.moments["exp_avg_sq"])
+            new = [exact(side["factor"]) for side in stack.sides]
+            if START[1] == "carry":
+                carry(stack, second, new)
+            elif START[1] == "outer":
+                f = [
+                    torch.linalg.eigvalsh(side["factor"]).flip(-1).clamp(min=0)
+                    for side in stack.sides
+                ]
+                second.copy_(f[0][:, :, None] * f[1][:, None, :] / f[0].sum(-1)[:, None, None])
+            elif START[1] == "max":
+                f = [
+                    torch.linalg.eigvalsh(side["factor"]).flip(-1).clamp(min=0)
+                    for side in stack.sides
+                ]
+                carry(stack, second, new)
+                torch.maximum(
+                    second,
+                    f[0][:, :, None] * f[1][:, None, :] / f[0].sum(-1)[:, None, None],
+                    out=second,
+                )
+            else:
+                second.zero_()
+                exp_avg.zero_()
             for side in stack.sides:
-                side.average_gram("factor", stack.gradient, shampoo_beta, inputs.weight)
-        if inputs.host_step == 1:
-            for stack in stacks:
-                for side in stack.sides:
-                    side["basis"].copy_(torch.linalg.eigh(side["factor"])[1].flip(-1))
-        for stack in stacks:
-            stack.gradient.copy_(into(stack, stack.gradient, "basis"))
-        exp_avg.lerp_(gradient, narrowed(1 - beta1, gradient))
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        correction = 1 - beta2**inputs.step
-        denominator = (second / correction).sqrt_().add_(group["eps"])
-        torch.div(exp_avg / (1 - beta1**inputs.step), denominator, out=stacks.direction)
-        for stack in stacks:
-            stack.direction.copy_(out_of(stack, stack.direction, "basis"))
-        block.move_blocks(-lr if group["maximize"] else lr)
-        if inputs.host_step % group["update_period"] == 0:
-            for stack in stacks:
-                mean = out_of(stack, stack.of(exp_avg), "basis")
-                squares = stack.of(second)
-                for side in stack.sides:
-                    q = side["basis"]
-                    powered = torch.bmm(side["factor"], q)
-                    order = (q * powered).sum(1).argsort(-1, descending=True)
-                    rows = order.unsqueeze(-1) if side.dim == 0 else order.unsqueeze(-2)
-                    squares.copy_(squares.take_along_dim(rows, 1 + side.dim))
-                    powered = powered.take_along_dim(order.unsqueeze(-2), -1)
-                    side["basis"].copy_(torch.linalg.qr(powered)[0])
-                stack.of(exp_avg).copy_(into(stack, mean, "basis"))
+                torch.eye(side.size, out=side["basis"][0])
+                side["basis"][1:] = side["basis"][0]
+            rotate(stack, exp_avg, new)
+            for side, basis in zip(stack.sides, new, strict=True):
+                side["basis"].copy_(basis)
+
+    def _refresh(self, block: Block) -> None:
+        for stack in block.stacks:
+            exp_avg, second = stack.of(block.exp_avg), stack.of(block.moments["exp_avg_sq"])
+            new = []
+            for side in stack.sides:
+                product, order = powered(side)
+                reorder(second, order, side.dim)
+                new.append(exact(side["factor"]) if START[3] else orthonormal(product))
+            rotate(stack, exp_avg, new)
+            for side, basis in zip(stack.sides, new, strict=True):
+                side["basis"].copy_(basis)
