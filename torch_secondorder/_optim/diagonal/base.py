@@ -17,10 +17,10 @@ there is no closure, or parameters are sharded.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 from weakref import ref
 
 import torch
@@ -126,7 +126,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _info_type = DiagonalInfo
-    _carried = ("estimator", "_watches", "_owners")
+    _carried: ClassVar[tuple[str, ...]] = ("estimator", "_watches", "_owners")
     _state_fields = declare(
         steps=Number(0, "_schedule.steps"),
         overdue=OutOfTurn(0, "_schedule.out_of_turn"),
@@ -203,6 +203,22 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             block: Parameters with equal hyperparameters, `block.group`.
             inputs: Gradient, estimate and counts of this step.
         """
+
+    def _update_all(self, steps: Iterable[tuple[Block, StepInputs]]) -> None:
+        """Calls `_update` for each block; for methods that look at all of them before."""
+        for block, inputs in steps:
+            self._update(block, inputs)
+
+    def _finished_estimate(
+        self, watch: DiagonalWatch | None, factor: Tensor | float | None
+    ) -> Tensor | None:
+        """The diagonal that a watch has seen, if there is one; times a factor, if there is one."""
+        diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
+        if diagonal is not None and isinstance(factor, Tensor):
+            diagonal.mul_(factor.to(diagonal))
+        elif diagonal is not None and factor not in (None, 1):
+            diagonal.mul_(factor)
+        return diagonal
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -327,9 +343,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return None
             if self._observation is not None:
                 self._forget_observation()
-            diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
-            if diagonal is not None and outcome.accumulated and parts > 1:
-                diagonal.mul_(parts)
+            diagonal = self._finished_estimate(watch, parts if outcome.accumulated else 1)
             products = 0 if watch is None else watch.products
             self._advance(params, outcome, diagonal, (1, products), undo=evaluation.restore)
             return outcome.loss
@@ -364,9 +378,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             gradients = present_gradients(name, params, watch, scaling, unseen)
             # The probes were multiplied by the other root.
             unscaling = None if unscaling is None else unscaling.sqrt()
-        diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
-        if diagonal is not None and unscaling is not None:
-            diagonal.mul_(unscaling.to(diagonal))
+        diagonal = self._finished_estimate(watch, unscaling)
         products = 0 if watch is None else watch.products
         self._advance(params, Outcome(None, gradients), diagonal, (0, products), scaling.inverse)
         if too_early:
@@ -438,9 +450,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 notes_first=schedule.out_of_turn > 0,
                 wholes=owners.wholes if owners else {},
             )
-            for block in blocks:
-                inputs = StepInputs(block, brought, whole, diagonal, vector, check)
-                self._update(block, inputs)
+            steps = (StepInputs(b, brought, whole, diagonal, vector, check) for b in blocks)
+            self._update_all(zip(blocks, steps, strict=True))
             if owners:
                 owners.scatter(check)
             if check.moves:
