@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +137,10 @@ def train(
             start = clock(device)
             run.evaluations += take_step(run.model, optimizer, loss_of)
             run.seconds += clock(device) - start
-            info = getattr(optimizer, "info", None)
-            run.products += getattr(info, "products", 0)
+            run.products += reported(optimizer, "products") or 0
             if before is not None and same_parameters(run.model, before):
-                run.ending = info.status.value if info else "the last step changed nothing"
+                status = reported(optimizer, "status")
+                run.ending = status.value if status else "the last step changed nothing"
             if run.seconds >= next_measurement:
                 measure(task, run, bar)
                 next_measurement = task.interval * run.seconds
@@ -149,6 +150,12 @@ def train(
                 run.ending = "the loss is not finite"
         measure(task, run, bar)
     return run
+
+
+def reported(optimizer: Optimizer, name: str) -> Any:
+    """A field of the optimizer's report on its last step; None if it has none."""
+    info = getattr(optimizer, "info", None)
+    return None if info is None else info.as_dict().get(name)
 
 
 def warm_up(task: Task, contender: Contender) -> None:

@@ -1,6 +1,6 @@
 """Trains a small GPT-2 with the Hugging Face Trainer, by AdamW, Sophia and AdaHessian.
 
-The model has random weights and the text comes with Python (see train_char_lm.py), so nothing is
+The model has random weights and the text comes with Python (see _char_lm.py), so nothing is
 downloaded. The Trainer is the library's own, with gradient accumulation, clipping, warm-up and a
 cosine schedule. Sophia and AdaHessian need one more line, the callback.
 
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import torch_secondorder
+from _char_lm import Text, load_text
 from _command_line import names_among, positive
 from _report import format_table
-from train_char_lm import Text, load_text
 
 try:
     from transformers import (

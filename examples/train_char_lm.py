@@ -1,77 +1,74 @@
-"""Trains a small transformer on the characters of an English text, with Sophia and with AdamW.
+"""Trains a small transformer on the characters of an English text, with several optimizers.
 
-The text is the help on Python's keywords and topics, mostly the language reference: about 370,000
-characters that come with every CPython, as `pydoc_data.topics`. Repeated sections are used once.
-The last tenth is held out for validation.
+All optimizers start from the same network, with the same weight decay (AdaSecant: none) and the
+same schedule: the learning rate rises over the first twentieth of a run and then falls along a
+cosine. They first get the same number of seconds, then the same number of steps, as many as the
+slowest one made, each from several seeds (other weights, other batches). The loss is in nats per
+character.
 
-All optimizers start from the same network, with the same weight decay and the same schedule: the
-learning rate rises over the first twentieth of a run and then falls along a cosine. They first get
-the same number of seconds, then the same number of steps, as many as the slowest one made. The loss
-is in nats per character.
+A lower loss after equally many steps does not tell how many steps an optimizer saves. `--reach`
+does: AdamW trains for a number of steps, and the others look for the shortest run, with a schedule
+of its own length, that ends with a validation loss as low.
+
+Learning rates are the best of a grid for each width and number of layers. `--tune` searches them
+again: each optimizer tries its present rate, and moves along the grid until both neighbors are
+worse.
 
     python examples/train_char_lm.py
-    python examples/train_char_lm.py --optimizers adamw,sophia-gnb --seconds 120
-    python examples/train_char_lm.py --tune    # searches the learning rates again
+    python examples/train_char_lm.py --optimizers adamw,soap,kfac --width 128 --layers 4
+    python examples/train_char_lm.py --reach 800 --optimizers soap --width 256 --layers 4
+    python examples/train_char_lm.py --tune 800 --optimizers all --width 128,256 --layers 4
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev, variance
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
+from torch.optim import Optimizer
 
 import torch_secondorder
+from _char_lm import BATCH, CONTEXT, HEADS, Text, Transformer, load_text, make_task, write
 from _command_line import add_common_arguments, positive
-from _report import format_table, line_style, pyplot, style_axes
-from _training import (
-    Contender,
-    Loss,
-    Run,
-    Task,
-    batches,
-    clock,
-    measure,
-    progress_bar,
-    take_step,
-    warm_up,
-)
+from _report import draw_spread, format_table, pyplot, style_axes
+from _scheduled import Scheduled, train
+from _training import Contender, Task
 
-CONTEXT, BATCH, LAYERS, HEADS = 64, 32, 2, 4
-SPREAD = 0.3  # initial standard deviation of the embeddings
 WEIGHT_DECAY = 0.1
-RISE, FLOOR = 0.05, 0.05  # part of a run with rising rate; final rate, relative to its peak
-MEASUREMENTS = 15  # evenly spaced along a run
-SAMPLE, TEMPERATURE = 160, 0.8
+TUNING_MEASUREMENTS = 4
 
-# `--tune` tries all of GRID with each optimizer, with another seed than the comparison's default;
-# RATES has the results. GAP is the difference between seeds at the same setting.
-GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-RATES = {"adamw": 1.6e-2, "sophia-gnb": 2e-3, "sophia-hutchinson": 2e-3}
-TUNING_SEED, TUNING_STEPS = 1, 800
-GAP = 0.02
+# The results of `--tune` by width and layers, with another seed than those of the comparisons.
+GRID = tuple(2.5e-4 * 2**k for k in range(13))  # 0.00025, 0.0005, ..., 1.024
+RATES = {
+    (64, 2): {"adamw": 1.6e-2, "sophia-gnb": 2e-3, "sophia-hutchinson": 2e-3},
+}
+UNTUNED = ("adasecant",)  # finds its rates itself
+STEPS = 800  # of a run of `--tune`, and of AdamW with `--reach`
+GAP = 0.02  # between seeds at the same setting; less is no win if there is one seed only
+
+BASELINE = "adamw"
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5)  # of its steps, for `--reach`
 
 
-def contender(label: str, make: Any) -> Contender:
+def contender(label: str, make: Any, weight_decay: float = WEIGHT_DECAY) -> Contender:
     """A row of `CONTENDERS`: weight decay applies to matrices, not to biases and gains."""
 
-    def make_grouped(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def make_grouped(params: Iterable[nn.Parameter]) -> Optimizer:
         matrices, vectors = [], []
         for p in params:
             (matrices if p.dim() > 1 else vectors).append(p)
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return make(groups, weight_decay=WEIGHT_DECAY)
+        return make(groups, weight_decay=weight_decay)
 
     return Contender(label, make_grouped, BATCH)
 
@@ -79,315 +76,437 @@ def contender(label: str, make: Any) -> Contender:
 # To compare another optimizer, add a row, and its learning rate to RATES.
 CONTENDERS = {
     "adamw": contender("AdamW", partial(torch.optim.AdamW, betas=(0.9, 0.95))),
+    "soap": contender("SOAP (ours)", torch_secondorder.SOAP),
+    "shampoo": contender("Shampoo (ours)", torch_secondorder.Shampoo),
+    "kfac": contender("KFAC (ours)", torch_secondorder.KFAC),
+    "adahessian": contender(
+        "AdaHessian (ours)", partial(torch_secondorder.AdaHessian, update_period=10)
+    ),
     "sophia-gnb": contender(
         "Sophia gnb (ours)", partial(torch_secondorder.Sophia, estimator="gnb")
     ),
     "sophia-hutchinson": contender(
         "Sophia hutchinson (ours)", partial(torch_secondorder.Sophia, estimator="hutchinson")
     ),
+    # Its weight decay is part of the loss, which is another thing.
+    "adasecant": contender("AdaSecant (ours)", torch_secondorder.AdaSecant, weight_decay=0.0),
 }
+CHOSEN = ("adamw", "soap", "shampoo", "sophia-gnb")  # without `--optimizers`
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text as numbers, one for each character.
-
-    Attributes:
-        characters: The characters by number.
-        training: The first nine tenths, int64.
-        validation: The last tenth, int64.
-    """
-
-    characters: str
-    training: Tensor
-    validation: Tensor
+Results = Mapping[str, Sequence[Scheduled]]  # the runs of each optimizer, one for each seed
 
 
-def load_text(device: torch.device, length: int | None = None) -> Text:
-    """Reads Python's help topics, or their first `length` characters."""
-    from pydoc_data.topics import topics
+def tuned_rate(name: str, width: int, layers: int) -> float | None:
+    """The rate of an optimizer in RATES, at the size next to this one; None if it needs none."""
+    if name in UNTUNED:
+        return None
 
-    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
-    text = "\n\n".join(dict.fromkeys(paragraphs))[:length]
-    characters = "".join(sorted(set(text)))
-    number = {character: i for i, character in enumerate(characters)}
-    numbers = torch.tensor([number[character] for character in text], device=device)
-    training = len(text) * 9 // 10
-    return Text(characters, numbers[:training], numbers[training:])
+    def distance(size: tuple[int, int]) -> float:
+        return abs(math.log(size[0] / width)) + abs(math.log(size[1] / layers))
 
-
-def linear(inputs: int, outputs: int, *, shortcut: bool = False) -> nn.Linear:
-    """A linear layer; layers that add to a shortcut start smaller, as in GPT-2."""
-    layer = nn.Linear(inputs, outputs)
-    variance = 1 / inputs / (2 * LAYERS if shortcut else 1)
-    nn.init.normal_(layer.weight, std=variance**0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Block(nn.Module):
-    """Causal self-attention and two linear layers, each with a norm and a shortcut."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.inward, self.outward = linear(width, 3 * width), linear(width, width, shortcut=True)
-        self.layers = nn.Sequential(
-            linear(width, 4 * width), nn.GELU(), linear(4 * width, width, shortcut=True)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps activations of shape `(batch, length, width)` to the same shape."""
-        heads = self.inward(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.outward(attended.transpose(1, 2).flatten(2))
-        return x + self.layers(self.norm(x))
-
-
-class Transformer(nn.Module):
-    """A model of the next character, given up to `CONTEXT` characters before it."""
-
-    def __init__(self, characters: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(characters, width)
-        self.position = nn.Parameter(torch.empty(CONTEXT, width))
-        for p in (self.embedding.weight, self.position):
-            nn.init.normal_(p, std=SPREAD)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(LAYERS)))
-        self.head = nn.Sequential(nn.LayerNorm(width), linear(width, characters))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps characters, shape `(batch, length)`, to logits `(batch, length, characters)`."""
-        return self.head(self.blocks(self.embedding(x) + self.position[: x.shape[1]]))
-
-
-def cross_entropy(model: nn.Module, windows: Tensor) -> Tensor:
-    """Nats per character, in windows of `CONTEXT + 1` characters."""
-    return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-
-
-def make_task(text: Text, model: nn.Module, seed: int) -> Task:
-    """The training problem: its losses, and measurements on the whole held-out text."""
-    anywhere = text.training.unfold(0, CONTEXT + 1, 1)
-    held_out = text.validation.unfold(0, CONTEXT + 1, CONTEXT)
-    seen = anywhere[:: 4 * len(anywhere) // len(held_out)]
-
-    def losses(batch_size: int | None) -> Iterator[Loss]:
-        for (windows,) in batches((anywhere,), batch_size, seed):
-            yield lambda model, windows=windows: cross_entropy(model, windows)
-
-    def judge(model: nn.Module) -> tuple[float, float]:
-        return cross_entropy(model, seen).item(), cross_entropy(model, held_out).item()
-
-    def describe(training: float, validation: float) -> str:
-        return f"training {training:.3f}, validation {validation:.3f}"
-
-    return Task(model, losses, judge, describe)
-
-
-@dataclass
-class Scheduled(Run):
-    """A run with a learning-rate schedule.
-
-    Attributes:
-        rate: The peak learning rate.
-        unclipped: Shares of the entries that were not clipped, if the optimizer reports them.
-    """
-
-    rate: float = 0.0
-    unclipped: list[float] = field(default_factory=list)
-
-
-def schedule(used: float) -> float:
-    """The learning rate relative to its peak, when a part of the run is over.
-
-    >>> [round(schedule(used), 3) for used in (0.0, 0.025, 0.05, 0.525, 1.0)]
-    [0.0, 0.5, 1.0, 0.525, 0.05]
-    """
-    if used < RISE:
-        return used / RISE
-    cosine = (1 + math.cos(math.pi * min(1.0, (used - RISE) / (1 - RISE)))) / 2
-    return FLOOR + (1 - FLOOR) * cosine
-
-
-def train(
-    task: Task, name: str, rate: float, *, seconds: float, steps: int | None = None
-) -> Scheduled:
-    """Trains along the schedule, for a number of seconds, or of steps if given.
-
-    With steps, `seconds` is their estimated time, for the progress bar.
-    """
-    chosen = CONTENDERS[name]
-    warm_up(task, chosen)
-    run = Scheduled(chosen, copy.deepcopy(task.model), rate=rate)
-    optimizer = chosen.make(run.model.parameters())
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-    def used() -> float:
-        return run.evaluations / steps if steps else run.seconds / seconds
-
-    scheduler = LambdaLR(optimizer, lambda _: schedule(used()))
-    losses = task.losses(chosen.batch_size)
-    device = next(run.model.parameters()).device
-    with progress_bar(CONTENDERS, chosen.label, seconds) as bar:
-        measure(task, run, bar)
-        while used() < 1:
-            loss_of = next(losses)
-            start, before = clock(device), used()
-            run.evaluations += take_step(run.model, optimizer, loss_of)
-            run.seconds += clock(device) - start
-            scheduler.step()
-            if int(before * MEASUREMENTS) < int(used() * MEASUREMENTS):
-                measure(task, run, bar)
-                share = getattr(getattr(optimizer, "info", None), "unclipped", None)
-                run.unclipped += [] if share is None else [share]
-    return run
+    sizes = sorted((size for size, rates in RATES.items() if name in rates), key=distance)
+    return RATES[sizes[0]][name] if sizes else GRID[len(GRID) // 2]
 
 
 def compare(
-    task: Task, names: list[str], seconds: float
-) -> tuple[list[Scheduled], list[Scheduled]]:
-    """Trains with each optimizer for the same time, then for as many steps as the slowest made."""
-    by_time = [train(task, name, RATES[name], seconds=seconds) for name in names]
-    steps = min(run.evaluations for run in by_time)
-    by_steps = []
-    for name, run in zip(names, by_time, strict=True):
-        if run.evaluations > steps:
-            expected = steps * run.seconds / run.evaluations
-            run = train(task, name, run.rate, seconds=expected, steps=steps)
-        by_steps.append(run)
+    tasks: Sequence[Task], rates: Mapping[str, float | None], seconds: float
+) -> tuple[dict[str, list[Scheduled]], dict[str, list[Scheduled]]]:
+    """Trains for the same time on each task, then for as many steps as the slowest made."""
+    by_time: dict[str, list[Scheduled]] = {name: [] for name in rates}
+    by_steps: dict[str, list[Scheduled]] = {name: [] for name in rates}
+    # Seed by seed, so that a temporarily slow machine affects all optimizers.
+    for task in tasks:
+        for name, rate in rates.items():
+            by_time[name].append(train(task, CONTENDERS[name], rate, seconds=seconds))
+    steps = min(run.steps for several in by_time.values() for run in several)
+    for i, task in enumerate(tasks):
+        for name, rate in rates.items():
+            run = by_time[name][i]
+            if run.steps > steps:
+                note = f", {steps:,} steps"
+                run = train(task, CONTENDERS[name], rate, steps=steps, note=note)
+            by_steps[name].append(run)
     return by_time, by_steps
 
 
-def print_table(by_time: list[Scheduled], by_steps: list[Scheduled]) -> None:
+def spread(losses: Sequence[float]) -> str:
+    """Formats the mean and, for two or more losses, the standard deviation."""
+    finite = len(losses) > 1 and all(map(math.isfinite, losses))
+    return f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if finite else "")
+
+
+def step_time(runs: Sequence[Scheduled]) -> float:
+    """Seconds per step."""
+    return sum(run.seconds for run in runs) / sum(run.steps for run in runs)
+
+
+def shown_rate(rate: float | None) -> str:
+    """A learning rate in the tables; a dash if the optimizer finds its own."""
+    return "-" if rate is None else f"{rate:g}"
+
+
+def print_table(by_time: Results, by_steps: Results) -> None:
     """Prints one row for each optimizer."""
-    steps = by_steps[0].evaluations
-    header = ["optimizer", "lr", "steps", "s/step", "training", "validation", "unclipped"]
-    rows = [
-        [
-            run.contender.label,
-            f"{run.rate:g}",
-            f"{run.evaluations:,}",
-            f"{run.seconds / run.evaluations:.4f}",
-            f"{run.curve.loss[-1]:.3f}",
-            f"{run.curve.score[-1]:.3f}",
-            f"{mean(run.unclipped):.1%}" if run.unclipped else "-",
-            f"{same_steps.curve.score[-1]:.3f}",
-        ]
-        for run, same_steps in zip(by_time, by_steps, strict=True)
-    ]
-    print(format_table([*header, f"validation, {steps:,} steps"], rows))
+    steps = min(run.steps for several in by_steps.values() for run in several)
+    fastest = min(map(step_time, by_time.values()))
+    header = ["optimizer", "lr", "steps", "ms per step", "training", "validation"]
+    rows = []
+    for name, runs in by_time.items():
+        unclipped = [share for run in runs for share in run.unclipped]
+        rows.append(
+            [
+                CONTENDERS[name].label,
+                shown_rate(runs[0].rate),
+                f"{mean(run.steps for run in runs):,.0f}",
+                f"{1e3 * step_time(runs):.1f} ({step_time(runs) / fastest:.2f} x)",
+                spread([run.curve.loss[-1] for run in runs]),
+                spread([run.final for run in runs]),
+                spread([run.final for run in by_steps[name]]),
+                f"{mean(unclipped):.1%}" if unclipped else "-",
+            ]
+        )
+    print(format_table([*header, f"validation, {steps:,} steps", "unclipped"], rows))
 
 
-def final(run: Run) -> float:
-    """The final validation loss; infinite instead of NaN."""
-    loss = run.curve.score[-1]
-    return math.inf if math.isnan(loss) else loss
-
-
-def verdict(runs: Sequence[Run], occasion: str) -> str:
-    """A sentence about the lowest validation loss and its lead."""
-    if len(runs) < 2:
+def verdict(results: Results, occasion: str) -> str:
+    """A sentence about the lowest validation loss, its lead, and the significance of the lead."""
+    if len(results) < 2:
         return ""
-    ranked = sorted((final(run), run.contender.label) for run in runs)
-    (lowest, first), (next_lowest, second) = ranked[:2]
-    lead = next_lowest - lowest
-    if lead < GAP:
-        return f"{occasion}: {first} and {second} are equal, {lead:.3f} nats per character apart\n"
-    return f"{occasion}: {first} wins, {lead:.3f} nats per character below {second}\n"
+    losses = {name: [run.final for run in runs] for name, runs in results.items()}
+    first, second = sorted(losses, key=lambda name: mean(losses[name]))[:2]
+    lead = mean(losses[second]) - mean(losses[first])
+    labels = CONTENDERS[first].label, CONTENDERS[second].label
+    if lead < noise(losses[first], losses[second]):
+        return "{}: {} and {} are equal, {:.3f} nats per character apart\n".format(
+            occasion, *labels, lead
+        )
+    return f"{occasion}: {labels[0]} wins, {lead:.3f} nats per character below {labels[1]}\n"
 
 
-@torch.no_grad()
-def write(model: nn.Module, text: Text, seed: int) -> str:
-    """Continues the training text, at a temperature below one."""
-    generator = torch.Generator(text.training.device).manual_seed(seed)
-    numbers = text.training[-CONTEXT:]
-    for _ in range(SAMPLE):
-        logits = model(numbers[None, -CONTEXT:])[0, -1]
-        drawn = (logits / TEMPERATURE).softmax(dim=0).multinomial(1, generator=generator)
-        numbers = torch.cat([numbers, drawn])
-    return "".join(text.characters[number] for number in numbers[CONTEXT:])
+def noise(one: Sequence[float], other: Sequence[float]) -> float:
+    """The standard deviation of a difference over seeds, or GAP if it cannot be estimated."""
+    losses = (*one, *other)
+    if len(one) < 2 or not all(map(math.isfinite, losses)):
+        return GAP
+    return math.sqrt(variance(one) + variance(other))
 
 
-def plot(by_time: list[Scheduled], by_steps: list[Scheduled], path: Path) -> None:
-    """Plots the validation loss against seconds and against steps."""
+def plot(panels: Mapping[str, Results], path: Path, *, title: str, target: float | None) -> None:
+    """Plots the validation loss against seconds and against steps, mean and range over the seeds.
+
+    Args:
+        panels: Runs for the panel of each title; the first is over seconds, the second over steps.
+        path: The file.
+        title: The title of the figure.
+        target: A loss to mark, if any.
+    """
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    for i, (run, same_steps) in enumerate(zip(by_time, by_steps, strict=True)):
-        left.plot(run.curve.seconds, run.curve.score, label=run.contender.label, **line_style(i))
-        right.plot(same_steps.curve.evaluations, same_steps.curve.score, **line_style(i))
-    style_axes(left, xlabel="seconds", ylabel="validation loss (nats per character)")
-    style_axes(right, xlabel="steps")
-    left.set(title="equal time")
-    right.set(title="equal number of steps")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle("Python's help topics: a small transformer on characters")
+    figure, cells = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    for axes, (heading, results), xlabel in zip(
+        cells, panels.items(), ("seconds", "steps"), strict=True
+    ):
+        for i, (name, runs) in enumerate(results.items()):
+            lines = [
+                (run.curve.seconds if xlabel == "seconds" else run.at, run.curve.score)
+                for run in runs
+            ]
+            draw_spread(axes, lines, i, CONTENDERS[name].label)
+        if target is not None:
+            axes.axhline(target, color="0.4", linewidth=0.8)
+        style_axes(axes, xlabel=xlabel, title=heading)
+    curves = [run.curve for results in panels.values() for runs in results.values() for run in runs]
+    low, start = min(curve.score[-1] for curve in curves), curves[0].score[0]
+    # Without the first steps, in which all losses fall steeply.
+    cells[0].set(ylim=(low - 0.05, low + 0.5 * (start - low)))
+    cells[0].set(ylabel="validation loss (nats per character)")
+    handles, labels = cells[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def tune(task: Task, names: list[str], steps: int) -> None:
-    """Tries all of GRID, and prints the validation losses."""
+@dataclass(frozen=True)
+class Reached:
+    """The shortest run of an optimizer that was as good as the baseline.
+
+    Attributes:
+        share: Its number of steps over the baseline's; None if no share in SHARES was enough.
+        runs: Its runs; without a share the ones with the lowest loss.
+    """
+
+    share: float | None
+    runs: Sequence[Scheduled]
+
+
+def shortest(sufficient: Callable[[float], bool]) -> float | None:
+    """The smallest of SHARES that is sufficient, by bisection; None if none of them is."""
+    low, high = 0, len(SHARES)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if sufficient(SHARES[middle]) else (middle + 1, high)
+    return SHARES[low] if low < len(SHARES) else None
+
+
+def reach(
+    tasks: Sequence[Task], rates: Mapping[str, float | None], steps: int
+) -> dict[str, Reached]:
+    """Searches the shortest run of each optimizer that ends as low as the baseline's."""
+
+    def run_all(name: str, count: int) -> list[Scheduled]:
+        note = f", {count:,} steps"
+        chosen, rate = CONTENDERS[name], rates[name]
+        return [train(task, chosen, rate, steps=count, note=note) for task in tasks]
+
+    def lowest(name: str) -> Reached:
+        tried: dict[float, list[Scheduled]] = {}
+
+        def sufficient(share: float) -> bool:
+            tried[share] = run_all(name, round(share * steps))
+            losses = [run.final for run in tried[share]]
+            relation = "reached" if mean(losses) <= target else "missed"
+            print(
+                f"{CONTENDERS[name].label}, {share:g} of the steps: "
+                f"validation {spread(losses)}, {relation}",
+                flush=True,
+            )
+            return mean(losses) <= target
+
+        share = shortest(sufficient)
+        best = min(tried, key=lambda s: mean(run.final for run in tried[s]))
+        return Reached(share, tried[best if share is None else share])
+
+    baseline = run_all(BASELINE, steps)
+    target = mean(run.final for run in baseline)
+    print(
+        f"{CONTENDERS[BASELINE].label}, {steps:,} steps: "
+        f"validation {spread([run.final for run in baseline])}, the target",
+        flush=True,
+    )
+    others = {name: lowest(name) for name in rates if name != BASELINE}
+    return {BASELINE: Reached(1.0, baseline), **others}
+
+
+def print_reached(reached: Mapping[str, Reached]) -> None:
+    """Prints the steps and seconds that each optimizer needs, and shares of the baseline's."""
+    baseline = reached[BASELINE].runs
+    target = mean(run.final for run in baseline)
+    seconds = mean(run.seconds for run in baseline)
+    most = round(SHARES[-1] * baseline[0].steps)
+    label = CONTENDERS[BASELINE].label
     rows = []
+    for name, found in reached.items():
+        runs = found.runs
+        used, enough = mean(run.seconds for run in runs), found.share is not None
+        rows.append(
+            [
+                CONTENDERS[name].label,
+                shown_rate(runs[0].rate),
+                f"{1e3 * step_time(runs):.1f}",
+                f"{runs[0].steps:,}" if enough else f"more than {most:,}",
+                f"{found.share:.2f}" if enough else "-",
+                f"{used:.1f}" if enough else "-",
+                f"{used / seconds:.2f}" if enough else "-",
+                spread([run.final for run in runs]),
+            ]
+        )
+    header = ["optimizer", "lr", "ms per step", f"steps to {target:.3f}", f"of {label}'s"]
+    header += ["seconds", f"of {label}'s", "validation"]
+    print(format_table(header, rows))
+
+
+def search(loss_at: Callable[[float], float], start: float) -> dict[float, float]:
+    """Losses at the rates of GRID that were tried: the best one, its neighbors, and others.
+
+    The search moves to the best rate so far until both its neighbors are worse. An end of the grid
+    has one neighbor.
+    """
+    losses: dict[float, float] = {}
+    center = GRID.index(start)
+    while True:
+        for i in (center, center + 1, center - 1):
+            if 0 <= i < len(GRID) and GRID[i] not in losses:
+                losses[GRID[i]] = loss_at(GRID[i])
+        # Of equal losses, as of runs that diverged, the lower rate.
+        best = min(losses, key=lambda rate: (losses[rate], rate))
+        if GRID.index(best) == center:
+            return losses
+        center = GRID.index(best)
+
+
+def tune(task: Task, size: tuple[int, int], names: Sequence[str], steps: int) -> dict[str, float]:
+    """Searches the best rate of each optimizer, and prints the validation losses as they come.
+
+    Returns:
+        A row of RATES.
+    """
+    found: dict[str, dict[float, float]] = {}
+    width = max(len(CONTENDERS[name].label) for name in names)
+
+    def loss_at(name: str, rate: float) -> float:
+        note = f", lr {rate:g}"
+        chosen, few = CONTENDERS[name], TUNING_MEASUREMENTS
+        run = train(task, chosen, rate, steps=steps, measurements=few, note=note)
+        label = chosen.label.ljust(width)
+        cost = f"{run.steps:,} steps, {run.seconds:.0f} s"
+        print(f"{label}  lr {rate:<8g}  validation {run.final:.4f}  ({cost})", flush=True)
+        return run.final
+
     for name in names:
-        runs = [train(task, name, rate, seconds=steps * 0.03, steps=steps) for rate in GRID]
-        losses = [run.curve.score[-1] for run in runs]
-        rows.append([CONTENDERS[name].label, *(f"{loss:.3f}" for loss in losses)])
-    print(format_table([f"after {steps:,} steps", *(f"{rate:g}" for rate in GRID)], rows))
+        start = tuned_rate(name, *size)
+        if start is None:
+            continue
+        found[name] = search(partial(loss_at, name), start)
+    tried = sorted({rate for losses in found.values() for rate in losses})
+    rows = [
+        [CONTENDERS[name].label, *(f"{losses[r]:.3f}" if r in losses else "-" for r in tried)]
+        for name, losses in found.items()
+    ]
+    print(format_table([f"after {steps:,} steps", *(f"{rate:g}" for rate in tried)], rows))
+    best = {
+        name: min(losses, key=lambda rate, losses=losses: (losses[rate], rate))
+        for name, losses in found.items()
+    }
+    for name, rate in best.items():
+        if rate in (GRID[0], GRID[-1]):
+            print(f"{CONTENDERS[name].label}: the best learning rate is an end of the grid")
+    return best
 
 
 def main() -> None:
-    """Trains with each optimizer in turn, prints table, winners and samples, and saves the plot."""
+    """Tunes, or compares the optimizers in one of two ways; prints tables and saves the plot."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    seed = TUNING_SEED if arguments.tune else arguments.seed
     text = load_text(arguments.device, arguments.characters)
     if len(text.validation) <= CONTEXT:
         sys.exit(f"error: {arguments.characters} characters are too few to hold out a tenth")
-    torch.manual_seed(seed)
-    model = Transformer(len(text.characters), HEADS * arguments.width).to(arguments.device)
     print(
         f"Python's help topics: {len(text.training):,} characters for training, "
-        f"{len(text.validation):,} held out, {len(text.characters)} distinct ones; "
-        f"transformer with {sum(p.numel() for p in model.parameters()):,} parameters",
+        f"{len(text.validation):,} held out, {len(text.characters)} distinct ones"
+    )
+    if arguments.tune:
+        rows = {}
+        for width in arguments.width:
+            size = (width, arguments.layers)
+            (task,) = make_tasks(text, size, [arguments.seed])
+            rows[size] = tune(task, size, arguments.optimizers, arguments.tune)
+        print(
+            "for RATES:",
+            *(f"    {size}: {json.dumps(row)}," for size, row in rows.items()),
+            sep="\n",
+        )
+        return
+    size = (arguments.width[0], arguments.layers)
+    seeds = range(arguments.seed + 1, arguments.seed + 1 + arguments.seeds)
+    tasks = make_tasks(text, size, seeds)
+    if arguments.reach:
+        run_reach(tasks, size, arguments)
+    else:
+        run_comparison(tasks, size, arguments, text)
+    print(f"plot: {arguments.out}")
+
+
+def make_tasks(text: Text, size: tuple[int, int], seeds: Iterable[int]) -> list[Task]:
+    """The same problem from several seeds, and one line about the network."""
+    tasks = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model = Transformer(len(text.characters), *size).to(text.training.device)
+        tasks.append(make_task(text, model, seed))
+    count = sum(p.numel() for p in tasks[0].model.parameters())
+    print(
+        f"transformer of width {size[0]}, layers: {size[1]}, parameters: {count:,}; "
+        f"batches of {BATCH} x {CONTEXT} characters; seeds: {len(tasks)}",
         flush=True,
     )
-    task = make_task(text, model, seed)
-    if arguments.tune:
-        tune(task, arguments.optimizers, arguments.tune)
-        return
-    by_time, by_steps = compare(task, arguments.optimizers, arguments.seconds)
+    return tasks
+
+
+def run_comparison(
+    tasks: Sequence[Task], size: tuple[int, int], arguments: argparse.Namespace, text: Text
+) -> None:
+    """Compares after equal time and equal steps."""
+    seconds, names = arguments.seconds, arguments.optimizers
+    most = 2 * len(names) * len(tasks) * seconds
+    print(f"{seconds:g} s for each run, then equal steps: at most {most / 60:.1f} min of training")
+    rates = {name: tuned_rate(name, *size) for name in names}
+    by_time, by_steps = compare(tasks, rates, seconds)
+    steps = min(run.steps for runs in by_steps.values() for run in runs)
     print_table(by_time, by_steps)
-    print(verdict(by_time, f"In {arguments.seconds:g} s each"), end="")
-    print(verdict(by_steps, f"In {by_steps[0].evaluations:,} steps each"), end="")
-    for run in by_time:
-        print(f"\n--- {run.contender.label} writes:\n{write(run.model, text, arguments.seed)}")
-    plot(by_time, by_steps, arguments.out)
-    print(f"\nplot: {arguments.out}")
+    print(verdict(by_time, f"In {seconds:g} s each"), end="")
+    print(verdict(by_steps, f"In {steps:,} steps each"), end="")
+    for runs in by_time.values():
+        sample = write(runs[0].model, text, arguments.seed)
+        print(f"\n--- {runs[0].contender.label} writes:\n{sample}")
+    panels = {"equal time": by_time, "equal number of steps": by_steps}
+    plot(panels, arguments.out, title=figure_title(size), target=None)
+    print()
+
+
+def run_reach(tasks: Sequence[Task], size: tuple[int, int], arguments: argparse.Namespace) -> None:
+    """Searches the steps that the others need for the baseline's loss."""
+    names = [BASELINE, *(name for name in arguments.optimizers if name != BASELINE)]
+    rates = {name: tuned_rate(name, *size) for name in names}
+    reached = reach(tasks, rates, arguments.reach)
+    print_reached(reached)
+    results = {name: found.runs for name, found in reached.items()}
+    target = mean(run.final for run in reached[BASELINE].runs)
+    label = CONTENDERS[BASELINE].label
+    panels = {f"until {label}'s final loss": results, "the same runs": results}
+    plot(panels, arguments.out, title=figure_title(size), target=target)
+
+
+def figure_title(size: tuple[int, int]) -> str:
+    """The title of the plot."""
+    return f"Python's help topics: transformer of width {size[0]}, layers: {size[1]}"
+
+
+def widths(text: str) -> list[int]:
+    """Parses one or more widths, each a multiple of the number of heads."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of integers") from None
+    for value in values:
+        if value <= 0 or value % HEADS:
+            raise argparse.ArgumentTypeError(f"{value} is not a positive multiple of {HEADS}")
+    return values
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line; mistakes are reported before any work is done."""
     parser = argparse.ArgumentParser(
-        description="Train a small language model with Sophia and with AdamW, the same time each."
+        description="Train a small language model with several optimizers, the same time each."
     )
     add = parser.add_argument
-    add("--seconds", type=positive(float), default=30.0, help="for each optimizer; default: 30")
+    add("--seconds", type=positive(float), default=15.0, help="for each run; default: 15")
+    add("--seeds", type=positive(int), default=3, help="runs of each optimizer; default: 3")
     add("--characters", type=positive(int), help="number of characters of the text; default: all")
-    add("--width", type=positive(int), default=16, help="width of an attention head; default: 16")
+    add("--width", type=widths, default=[64], help="features of a character; default: 64")
+    add("--layers", type=positive(int), default=2, help="blocks of the transformer; default: 2")
+    steps: dict[str, Any] = {"type": positive(int), "nargs": "?", "const": STEPS}
+    steps["metavar"] = "STEPS"
+    add(
+        "--reach",
+        **steps,
+        help=f"only search the steps that the others need for the loss of {BASELINE} after STEPS "
+        f"steps; default: {STEPS:,}",
+    )
     add(
         "--tune",
-        type=positive(int),
-        nargs="?",
-        const=TUNING_STEPS,
-        metavar="STEPS",
-        help=f"only try the grid of learning rates; default: with {TUNING_STEPS:,} steps each",
+        **steps,
+        help="only search the learning rates, for one or several widths, with STEPS steps each; "
+        f"default: {STEPS:,}",
     )
-    add_common_arguments(parser, contenders=CONTENDERS, chosen=CONTENDERS, out="train_char_lm.png")
-    return parser.parse_args()
+    add_common_arguments(parser, contenders=CONTENDERS, chosen=CHOSEN, out="train_char_lm.png")
+    arguments = parser.parse_args()
+    if len(arguments.width) > 1 and not arguments.tune:
+        parser.error("several widths need --tune")
+    if arguments.reach and arguments.optimizers == [BASELINE]:
+        parser.error(f"--reach needs another optimizer than {BASELINE}")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.support.ranks import Check, on_both, run_on_ranks
 from tests.support.shares import Share
 from torch_secondorder import AdaHessian, Sophia, StepStatus
+from torch_secondorder._closure.data_parallel import Ranks
+from torch_secondorder._optim.kronecker import division
 from torch_secondorder.curvature import Hutchinson
 
 pytestmark = [
@@ -178,6 +181,34 @@ def bend_one(rank: int, ranks: int) -> list[Any]:
     return found
 
 
+def divide(rank: int, ranks: int) -> list[Any]:
+    """Functions of stacks of matrices: the results, the entries made here, and the messages."""
+    registered = Ranks()
+    module = DistributedDataParallel(nn.Linear(1, 1)) if ranks > 1 else None  # kept alive
+    if module is not None:
+        registered.note(module)
+    torch.manual_seed(5)
+    sizes = ((3, 4), (1, 5), (2, 1), (7, 2))
+    stacks = [(torch.randn(k, m, m), torch.randn(k, m, m)) for k, m in sizes]
+    narrow = [(first.bfloat16(), second) for first, second in stacks[:1]]
+    made: list[int] = []
+
+    def function(first: Tensor, second: Tensor) -> Tensor:
+        made.append(first.numel())
+        return (first @ second.to(first.dtype)).mT  # of other strides
+
+    found: list[Any] = []
+    for least, chosen in ((0, stacks), (0, stacks[1:2]), (1e9, stacks), (0, stacks + narrow)):
+        with (
+            mock.patch.object(division, "LEAST", least),
+            mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as messages,
+        ):
+            results = division.divided(registered, function, chosen)
+        found.append([results, sum(made), messages.call_count])
+        made.clear()
+    return found
+
+
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
@@ -188,6 +219,7 @@ CHECKS: dict[str, Check] = {
         meet_nan,
         resume_and_meet_infinity,
         bend_one,
+        divide,
     )
 }
 
@@ -230,6 +262,19 @@ def test_all_ranks_skip_what_one_finds_not_finite(ranks: list[dict[str, Any]]) -
 
 def test_ranks_agree_on_a_loss_right_after_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
     on_both(ranks, "resume_and_meet_infinity")
+
+
+def test_matrices_are_divided_over_ranks(ranks: list[dict[str, Any]]) -> None:
+    expected = [results for results, _, _ in divide(0, 1)]
+    by_rank = [found["divide"] for found in ranks]
+    for found in by_rank:
+        assert not isinstance(found, str), found
+        torch.testing.assert_close([results for results, _, _ in found], expected, rtol=0, atol=0)
+        assert [messages for _, _, messages in found] == [1, 1, 0, 0]
+    entries = [[made for _, made, _ in found] for found in by_rank]
+    assert sum(entries[rank][0] for rank in (0, 1)) == entries[0][2] == 103  # each made once
+    assert min(entries[rank][0] for rank in (0, 1)) > 30
+    assert sorted(entries[rank][1] for rank in (0, 1)) == [0, 25]
 
 
 def test_all_ranks_keep_their_curvature_where_one_products_are_not_finite(

@@ -17,19 +17,34 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
+from tests.support import sharded_matrices
+from tests.support.fully_sharded import (
+    FOLDER,
+    Share,
+    load,
+    own_mesh,
+    resharded,
+    save,
+    whole,
+)
+from tests.support.sharded_matrices import (
+    matrices,
+    matrices_in_groups,
+    measure_matrices,
+    meet_nan_with_matrices,
+    reshard_matrices,
+    resume_matrices,
+)
 from tests.support.small_optimizers import Averaging, Everything
 from torch_secondorder import (
     LBFGS,
@@ -47,47 +62,6 @@ from torch_secondorder.globalization import MarquardtDamping
 from torch_secondorder.solvers import CG, MINRES, SolveStatus
 
 RANKS = 2
-
-
-class Share:
-    """A model, sharded over so many ranks, and a rank's part of the batch; 0 for neither.
-
-    No dimension is divisible by two, and the last layer is the first rank's alone.
-    """
-
-    def __init__(self, rank: int, ranks: int, dtype: torch.dtype = torch.float64, **how: Any):
-        torch.manual_seed(7)
-        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh())
-        self.model = model.append(nn.Linear(3, 1)).to(dtype)
-        x, y = torch.randn(16, 4).to(dtype), torch.randn(16, 1).to(dtype)
-        self.x, self.y = x.chunk(ranks or 1)[rank], y.chunk(ranks or 1)[rank]
-        if ranks:
-            mesh = how.pop("mesh", None) or init_device_mesh("cpu", (ranks,))
-            self.mesh, self.group = mesh, mesh.get_group(0)
-            for module in (self.model[0], self.model[2], self.model):
-                fully_shard(module, mesh=mesh, **how)
-
-    def loss(self) -> Tensor:
-        return F.mse_loss(self.model(self.x), self.y)
-
-    def closure(self) -> Tensor:
-        self.model.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        return loss
-
-    def values(self) -> list[Tensor]:
-        return [whole(p) for p in self.model.parameters()]
-
-
-def own_mesh(ranks: int) -> Any:
-    """For each rank a mesh of itself alone."""
-    return init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("copies", "one"))["one"]
-
-
-def whole(tensor: Any) -> Tensor:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().clone()
 
 
 def lbfgs(rank: int, ranks: int) -> list[Any]:
@@ -187,49 +161,6 @@ def look_after_backward(rank: int, ranks: int) -> list[Any]:
             if isinstance(optimizer, LBFGS):
                 seen += [loss, *share.values()]
     return seen
-
-
-def save(kind: str, share: Share, optimizer: Any, path: str) -> None:
-    dcp.save(shown(kind, share, optimizer), checkpoint_id=path, process_group=share.group)
-
-
-def load(kind: str, share: Share, optimizer: Any, path: str) -> None:
-    state = shown(kind, share, optimizer)
-    dcp.load(state, checkpoint_id=path, process_group=share.group)
-    set_model_state_dict(share.model, state["model"])
-    if kind == "plain":
-        optimizer.load_state_dict(state["optimizer"])
-    else:
-        set_optimizer_state_dict(share.model, optimizer, state["optimizer"])
-
-
-def shown(kind: str, share: Share, optimizer: Any) -> dict[str, Any]:
-    own = optimizer.state_dict() if kind == "plain" else None
-    own = own or get_optimizer_state_dict(share.model, optimizer)
-    return {"model": get_model_state_dict(share.model), "optimizer": own}
-
-
-def resharded(make: Callable[[Any], Any], kind: str, rank: int, ranks: int) -> list[Any]:
-    """Two ranks, one, two again, each from the checkpoint of the one before."""
-    if not ranks:
-        share = Share(0, 0)
-        optimizer = make(share.model.parameters())
-        return [[optimizer.step(share.closure).item() for _ in range(12)], share.values()]
-    alone = own_mesh(ranks)
-    losses, path = [], ""
-    for part, (mesh, name) in enumerate([(None, "two"), (alone, f"one{rank}"), (None, "back")]):
-        share = Share(0, 1, mesh=alone) if mesh else Share(rank, ranks)
-        optimizer = make(share.model.parameters())
-        if part:
-            load(kind, share, optimizer, path)
-        losses += [optimizer.step(share.closure).item() for _ in range(4)]
-        path = f"{FOLDER}/{kind}-{type(optimizer).__name__}-{name}"
-        save(kind, share, optimizer, path)
-        path = path.replace(f"one{rank}", "one0")
-        dist.barrier()
-    load(kind, share, optimizer, path)
-    save(kind, share, optimizer, f"{path}-again")
-    return [losses, share.values()]
 
 
 def reshard_lbfgs(rank: int, ranks: int) -> list[Any]:
@@ -338,7 +269,11 @@ def reshard_declared(rank: int, ranks: int) -> list[Any]:
 def unsharded(rank: int, ranks: int) -> list[Any]:
     """A state of full tensors goes on without sharding."""
     found: list[Any] = [[], []]
-    for make in (lambda p: LBFGS(p, max_iter=3), lambda p: Sophia(p, lr=0.05, update_period=100)):
+    for make in (
+        lambda p: LBFGS(p, max_iter=3),
+        lambda p: Sophia(p, lr=0.05, update_period=100),
+        *sharded_matrices.OPTIMIZERS.values(),
+    ):
         share, plain = Share(rank, ranks), Share(0, 0)
         optimizer, other = make(share.model.parameters()), make(plain.model.parameters())
         for _ in range(4):
@@ -481,7 +416,11 @@ def half_precision(rank: int, ranks: int) -> list[Any]:
     """Computing in bfloat16, and parameters in bfloat16, whose unrounded copies are saved."""
     found: list[Any] = []
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    for optimizer_of in (LBFGS, lambda p: AdaHessian(p, lr=0.02)):
+    for optimizer_of in (
+        LBFGS,
+        lambda p: AdaHessian(p, lr=0.02),
+        *sharded_matrices.OPTIMIZERS.values(),
+    ):
         share = Share(rank, ranks, torch.float32, mp_policy=policy)
         share.y = share.y.bfloat16()
         optimizer = optimizer_of(share.model.parameters())
@@ -492,7 +431,7 @@ def half_precision(rank: int, ranks: int) -> list[Any]:
         losses += [optimizer.step(narrow.closure).item() for _ in range(4)]
         resumed = Share(rank, ranks, torch.bfloat16)
         again = optimizer_of(resumed.model.parameters())
-        path = f"{FOLDER}/narrow-{type(again).__name__}"
+        path = f"{FOLDER[-1]}/narrow-{type(again).__name__}"
         save("by name", narrow, optimizer, path)
         load("by name", resumed, again, path)
         optimizer.step(narrow.closure), again.step(resumed.closure)
@@ -587,6 +526,7 @@ def refuse(rank: int, ranks: int) -> list[Any]:
         lambda: AdaHessian(params).load_state_dict(adapted.state_dict()),
         lambda: Everything(params),
         lambda: LBFGS(params, bounds=(0.0, 1.0)),
+        *sharded_matrices.refusals(share),
     ]
     found = []
     for action in actions:
@@ -624,6 +564,7 @@ REFUSALS = (
     "ValueError: exp_avg of parameter 0 has shape (5, 4) in this process",
     "ValueError: Everything keeps a matrix over all pairs of parameters",
     "ValueError: LBFGS takes no bounds for sharded parameters",
+    *sharded_matrices.REFUSALS,
     "for sharded parameters products are finite differences of gradients",
     "finite_difference",
 )
@@ -641,7 +582,6 @@ def _three_dimensional(mesh: Any) -> Any:
     return nn.Parameter(distribute_tensor(whole, mesh, [Shard(2)], src_data_rank=None))
 
 
-FOLDER = ""
 CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
     check.__name__: check
     for check in (
@@ -666,6 +606,12 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
         meet_infinity,
         half_precision,
         measure,
+        matrices,
+        matrices_in_groups,
+        reshard_matrices,
+        resume_matrices,
+        measure_matrices,
+        meet_nan_with_matrices,
         refuse,
     )
 }
@@ -673,8 +619,7 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
 
 def run_rank(rank: int, folder: str) -> None:
     """One process: what each check gives, or how it failed, goes to a file."""
-    global FOLDER
-    FOLDER = folder
+    FOLDER.append(folder)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -725,6 +670,11 @@ SAME_AS_PLAIN = (
     "lbfgs_on_tiny_numbers",
     "history",
     "solve",
+    "matrices",
+    "matrices_in_groups",
+    "reshard_matrices",
+    "resume_matrices",
+    "meet_nan_with_matrices",
 )
 
 
@@ -780,6 +730,13 @@ def test_the_history_is_cut_up_and_little_is_sent(ranks: list[dict[str, Any]]) -
     assert iterations == 10
     assert sent < 1024 * iterations
     assert messages <= 4 * iterations + 2 * evaluations
+
+
+def test_matrices_are_divided_and_two_messages_are_sent(ranks: list[dict[str, Any]]) -> None:
+    """One with this rank's parts of gradients and values, one with whole new values."""
+    for share, messages, size in results(ranks, "measure_matrices"):
+        assert share == pytest.approx(0.5)
+        assert messages == [size, size / 2]
 
 
 @pytest.mark.parametrize("name", SAME_AS_PLAIN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -52,7 +52,7 @@ class SecondOrderOptimizer(Optimizer):
     #: lists its own, those of its bases are added.
     _state_fields: ClassVar[dict[str, Field]] = {}
     _model_fields: ClassVar[tuple[ModelField, ...]] = ()
-    _parameter_fields: ClassVar[tuple[ParameterField, ...]] = ()
+    _parameter_fields: tuple[ParameterField, ...] = ()
     #: Attributes besides torch's own that pickling and `copy.deepcopy` carry along; likewise.
     _carried: ClassVar[tuple[str, ...]] = ("info",)
     #: The class of its reports.
@@ -287,6 +287,10 @@ class SecondOrderOptimizer(Optimizer):
 
     def _before_saving(self) -> None:
         """Waits for what a state has to have."""
+
+    def _state_in_parts(self) -> Mapping[Tensor, dict[str, Any]]:
+        """The state of sharded parameters, as this process has it in a checkpoint."""
+        return self.state
 
     def _export_state(self) -> dict[str, Any]:
         """The declared state of the whole model, as tensors, numbers, and lists and dicts."""

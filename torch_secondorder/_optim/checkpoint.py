@@ -87,7 +87,8 @@ def _add_pieces(optimizer: Any, states: dict[int, dict[str, Any]]) -> None:
     trained = {number: p for number, p in enumerate(optimizer._parameters) if p.requires_grad}
     fields = optimizer._parameter_fields
     states.clear()
-    states.update({n: cut_state(fields, optimizer.state.get(p, {}), p) for n, p in trained.items()})
+    held, groups = optimizer._state_in_parts(), _groups(optimizer)
+    states.update({n: cut_state(fields, held.get(p, {}), p, groups[n]) for n, p in trained.items()})
     numbers = [number for number, p in trained.items() if p.numel()]
     for field in optimizer._model_fields:
         small, vectors = field.cut(optimizer)
@@ -103,9 +104,9 @@ def take_state(optimizer: Any, state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError: It does not fit.
     """
-    states = _by_parameter(state_dict)
+    states, groups = _by_parameter(state_dict), _groups(optimizer)
     for number, (p, saved) in enumerate(zip(optimizer._parameters, states, strict=True)):
-        held = held_state(optimizer._parameter_fields, saved, p, number)
+        held = held_state(optimizer._parameter_fields, saved, p, number, groups[number])
         if held:
             optimizer.state[p].update(held)
     found: dict[str, Any] = {}
@@ -117,6 +118,11 @@ def take_state(optimizer: Any, state_dict: dict[str, Any]) -> None:
     ):
         found = (found | _joined_vectors(optimizer, states)) if any(states) else {}
     optimizer._import_state(found)
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The group of each parameter."""
+    return [group for group in optimizer.param_groups for _ in group["params"]]
 
 
 def _joined_vectors(optimizer: Any, states: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

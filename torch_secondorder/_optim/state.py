@@ -16,6 +16,7 @@ parameters:
 | `Moment` | a tensor like each parameter | in parts |
 | `MasterCopy` | a copy of each low-precision parameter | in parts |
 | `Factors` | a square matrix for each dimension of each parameter | whole |
+| `BlockMatrices` | square matrices for the blocks that each parameter is cut into | whole |
 
 Fields of the first six kinds describe the whole model; their values are attributes of the
 optimizer, named like the field with an underscore in front. The values of the others are in
@@ -33,6 +34,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from torch_secondorder._optim.kronecker.partition import partition_of
 from torch_secondorder._params.space import is_distributed, local, sharded_like
 from torch_secondorder._params.vector import ParameterVector
 
@@ -311,42 +313,59 @@ class Nested(ModelField):
 # State of each parameter.
 
 
+#: The hyperparameters of a parameter's group.
+Group: TypeAlias = Mapping[str, Any] | None
+
+
 class ParameterField(Field, ABC):
     """State of each parameter, in `optimizer.state[parameter]`."""
 
     #: Whether processes that share a parameter have a part each.
     sharded = True
 
-    def names(self, p: Tensor) -> Iterable[str]:
+    def names(self, p: Tensor, group: Group = None) -> Iterable[str]:
         """The names of a parameter's state."""
         return (self.name,)
 
     @abstractmethod
-    def prepare(self, state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
+    def prepare(
+        self, state: dict[str, Any], p: Tensor, *, on_device: bool, group: Group = None
+    ) -> None:
         """Makes the state of a parameter, or brings it to what the parameter is now.
 
         Args:
             state: Of the parameter.
             p: The parameter.
             on_device: Whether numbers are kept on the parameter's device.
+            group: The hyperparameters of its group.
         """
 
-    def shape(self, p: Tensor, name: str) -> torch.Size:
+    def shape(self, p: Tensor, name: str, group: Group = None) -> torch.Size:
         """The shape of a tensor in this process."""
         return as_real(p).shape
 
 
 class Count(ParameterField):
-    """A count for each parameter, a 0-dim float32 tensor."""
+    """A count for each parameter, a 0-dim float32 tensor.
+
+    Args:
+        on_host: Whether it is on the CPU also where other counts are on a device.
+    """
 
     sharded = False
 
-    def prepare(self, state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
+    def __init__(self, *, on_host: bool = False) -> None:
+        self.on_host = on_host
+
+    def prepare(
+        self, state: dict[str, Any], p: Tensor, *, on_device: bool, group: Group = None
+    ) -> None:
         """See `ParameterField.prepare`."""
         count = torch.as_tensor(state.get(self.name, 0.0), dtype=torch.float32)
-        state[self.name] = count.to(p.device if on_device else torch.device("cpu"))
+        stays = self.on_host or not on_device
+        state[self.name] = count.to(torch.device("cpu") if stays else p.device)
 
-    def shape(self, p: Tensor, name: str) -> torch.Size:
+    def shape(self, p: Tensor, name: str, group: Group = None) -> torch.Size:
         """See `ParameterField.shape`."""
         return torch.Size()
 
@@ -357,7 +376,9 @@ class Moment(ParameterField):
     A complex number is a pair, as in `torch.view_as_real`.
     """
 
-    def prepare(self, state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
+    def prepare(
+        self, state: dict[str, Any], p: Tensor, *, on_device: bool, group: Group = None
+    ) -> None:
         """See `ParameterField.prepare`."""
         real = as_real(p)
         dtype = torch.promote_types(real.dtype, torch.float32)
@@ -369,7 +390,9 @@ class Moment(ParameterField):
 class MasterCopy(ParameterField):
     """A float32 copy of each parameter that is narrower, so that small steps add up."""
 
-    def prepare(self, state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
+    def prepare(
+        self, state: dict[str, Any], p: Tensor, *, on_device: bool, group: Group = None
+    ) -> None:
         """See `ParameterField.prepare`."""
         real = as_real(p)
         dtype = torch.promote_types(real.dtype, torch.float32)
@@ -403,7 +426,7 @@ class Factors(ParameterField):
         self.scale = scale
         self.max_size = max_size
 
-    def names(self, p: Tensor) -> Iterable[str]:
+    def names(self, p: Tensor, group: Group = None) -> Iterable[str]:
         """See `ParameterField.names`."""
         return [
             f"{self.name}_{dim}"
@@ -411,7 +434,9 @@ class Factors(ParameterField):
             if self.max_size is None or size <= self.max_size
         ]
 
-    def prepare(self, state: dict[str, Any], p: Tensor, *, on_device: bool) -> None:
+    def prepare(
+        self, state: dict[str, Any], p: Tensor, *, on_device: bool, group: Group = None
+    ) -> None:
         """See `ParameterField.prepare`."""
         dtype = torch.promote_types(p.dtype, torch.float32)
         for name in self.names(p):
@@ -419,10 +444,67 @@ class Factors(ParameterField):
             initial = self.scale * torch.eye(self.shape(p, name)[0]) if held is None else held
             state[name] = initial.to(p.device, dtype)
 
-    def shape(self, p: Tensor, name: str) -> torch.Size:
+    def shape(self, p: Tensor, name: str, group: Group = None) -> torch.Size:
         """See `ParameterField.shape`."""
         size = p.shape[int(name.rpartition("_")[2])]
         return torch.Size((size, size))
+
+
+class BlockMatrices(ParameterField):
+    """Square matrices for the sides of the blocks that a parameter is cut into.
+
+    See `torch_secondorder._optim.kronecker.partition`; the group of the parameter has the
+    hyperparameters of the partition. For the blocks of tile `k` the matrices of the rows are
+    `state[f"{name}_left_{k}"]`, `(blocks, rows, rows)`, and those of the columns are
+    `state[f"{name}_right_{k}"]`. They are float32 or wider, or in `group["factor_dtype"]`. Under
+    `fully_shard` all processes have the matrices of whole parameters.
+
+    Args:
+        scale: What the identity is multiplied by at first.
+        wide: Whether they are float32 or wider in any case.
+
+    >>> fields = declare(factor=BlockMatrices())
+    >>> weight, state = torch.ones(3, 200), {}
+    >>> group = {"block_size": 100, "max_precond_dim": 1000, "merge_dims": True}
+    >>> prepare(fields.values(), state, weight, group=group)
+    >>> {name: tuple(matrices.shape) for name, matrices in state.items()}
+    {'factor_left_0': (2, 3, 3), 'factor_right_0': (2, 100, 100)}
+    """
+
+    sharded = False
+
+    def __init__(self, scale: float = 0.0, *, wide: bool = False) -> None:
+        self.scale, self.wide = scale, wide
+
+    def _shapes(self, p: Tensor, group: Group) -> dict[str, tuple[int, int, int]]:
+        assert group is not None
+        blocks = partition_of(p, group)
+        tiles = () if blocks is None else blocks.tiles
+        return {
+            f"{self.name}_{side}_{k}": (tile.blocks, size, size)
+            for k, tile in enumerate(tiles)
+            for side, size in tile.sides.items()
+        }
+
+    def names(self, p: Tensor, group: Group = None) -> Iterable[str]:
+        """See `ParameterField.names`."""
+        return self._shapes(p, group)
+
+    def prepare(
+        self, state: dict[str, Any], p: Tensor, *, on_device: bool, group: Group = None
+    ) -> None:
+        """See `ParameterField.prepare`."""
+        assert group is not None
+        real = torch.promote_types(as_real(p).dtype, torch.float32)
+        dtype = None if self.wide else group.get("factor_dtype")
+        for name, shape in self._shapes(p, group).items():
+            held = state.get(name)
+            initial = self.scale * torch.eye(shape[-1]).expand(shape) if held is None else held
+            state[name] = initial.to(p.device, dtype or real)
+
+    def shape(self, p: Tensor, name: str, group: Group = None) -> torch.Size:
+        """See `ParameterField.shape`."""
+        return torch.Size(self._shapes(p, group)[name])
 
 
 def prepare(
@@ -431,6 +513,7 @@ def prepare(
     p: Tensor,
     *,
     on_device: bool = False,
+    group: Group = None,
 ) -> None:
     """Makes the declared state of a parameter, or brings it to what the parameter is now.
 
@@ -439,19 +522,20 @@ def prepare(
         state: Of the parameter, `optimizer.state[p]`.
         p: The parameter.
         on_device: Whether counts are kept on its device.
+        group: The hyperparameters of its group, for `BlockMatrices`.
     """
     for field in fields:
-        field.prepare(state, p, on_device=on_device)
+        field.prepare(state, p, on_device=on_device, group=group)
 
 
 def cut_state(
-    fields: Iterable[ParameterField], state: Mapping[str, Any], p: Tensor
+    fields: Iterable[ParameterField], state: Mapping[str, Any], p: Tensor, group: Group = None
 ) -> dict[str, Any]:
     """A copy of a parameter's state for a checkpoint, all of it, and DTensors if it is sharded."""
     found, result = dict(state), {}
     for field in fields:
-        field.prepare(found, p, on_device=False)
-        for name in field.names(p):
+        field.prepare(found, p, on_device=False, group=group)
+        for name in field.names(p, group):
             if name in found:
                 value = found[name].clone()
                 in_parts = field.sharded and is_distributed(p)
@@ -460,7 +544,11 @@ def cut_state(
 
 
 def held_state(
-    fields: Iterable[ParameterField], saved: Mapping[str, Any], p: Tensor, number: int
+    fields: Iterable[ParameterField],
+    saved: Mapping[str, Any],
+    p: Tensor,
+    number: int,
+    group: Group = None,
 ) -> dict[str, Tensor]:
     """The part of a parameter's saved state that this process holds: copies.
 
@@ -469,16 +557,17 @@ def held_state(
         saved: The state in the checkpoint.
         p: The parameter.
         number: Its number, for messages.
+        group: The hyperparameters of its group.
 
     Raises:
         ValueError: A shape does not fit.
     """
     result = {}
     for field in fields:
-        for name in field.names(p):
+        for name in field.names(p, group):
             if not isinstance(saved.get(name), Tensor):
                 continue
-            part, shape = local(saved[name]), field.shape(p, name)
+            part, shape = local(saved[name]), field.shape(p, name, group)
             if part.shape != shape:
                 raise ValueError(
                     f"{name} of parameter {number} has shape {tuple(part.shape)} in this process, "

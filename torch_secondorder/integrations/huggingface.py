@@ -1,9 +1,11 @@
-"""AdaHessian and Sophia in the Hugging Face Trainer, whose loop has no closure.
+"""Optimizers that evaluate once a step in the Hugging Face Trainer, whose loop has no closure.
 
     sophia = (Sophia, {"lr": 1e-3})
     trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=sophia)
     trainer.add_callback(SecondOrderCallback(trainer))
     trainer.train()
+
+SOAP and Shampoo take nothing but gradients, and need no callback.
 
 Loops written with accelerate do not need this module. Pass a closure to any optimizer, with
 `accelerator.backward(loss)` instead of `loss.backward()` and all micro-batches inside:
@@ -11,7 +13,7 @@ Loops written with accelerate do not need this module. Pass a closure to any opt
     model, optimizer = accelerator.prepare(model, LBFGS(model.parameters()))
     optimizer.step(closure)
 
-AdaHessian and Sophia also work without a closure: run the forward and backward pass of each
+KFAC, AdaHessian and Sophia also work without a closure: run the forward and backward pass of each
 micro-batch inside `with accelerator.accumulate(model), sophia.watching():`, where `sophia` is the
 prepared optimizer.
 
@@ -39,7 +41,7 @@ def __dir__() -> list[str]:
 
 
 class SecondOrderCallback(TrainerCallback):
-    """Shows AdaHessian and Sophia the backward passes of a `transformers.Trainer`.
+    """Shows KFAC, AdaHessian and Sophia the backward passes of a `transformers.Trainer`.
 
     During training, `trainer.training_step` runs inside `optimizer.watching()`. In steps that
     update the curvature, the optimizer estimates it when the trainer calls `backward()`, over all
@@ -101,9 +103,13 @@ class SecondOrderCallback(TrainerCallback):
         if not isinstance(optimizer, DiagonalOptimizer):
             raise RuntimeError(
                 f"{name} evaluates the loss more than once a step, and the Trainer, which passes "
-                "no closure, evaluates it once: use AdaHessian or Sophia here, or write the loop "
-                f"with accelerate and call optimizer.step(closure), which works for {name}"
+                "no closure, evaluates it once: use SOAP, KFAC, AdaHessian or Sophia here, or "
+                "write the loop with accelerate and call optimizer.step(closure), which works "
+                f"for {name}"
             )
+        if not optimizer._estimates:
+            self._check_parameters(name)
+            return optimizer
         if accelerator.distributed_type in _ENGINES:
             raise RuntimeError(
                 f"{name} under {accelerator.distributed_type.value}: its backward pass hides the "
@@ -116,6 +122,16 @@ class SecondOrderCallback(TrainerCallback):
                 "curvature; train with bf16=True, which needs no loss scale"
             )
         return optimizer
+
+    def _check_parameters(self, name: str) -> None:
+        """Raises a RuntimeError where an engine replaces the parameters by flat vectors."""
+        accelerator = self._trainer.accelerator
+        engine = accelerator.distributed_type
+        if engine in _ENGINES and not getattr(accelerator, "is_fsdp2", False):
+            raise RuntimeError(
+                f"{name} under {engine.value}: it preconditions matrices, which this engine joins "
+                "to flat vectors; use DistributedDataParallel, or FSDP with fsdp_version=2"
+            )
 
 
 def unwrapped(optimizer: Any) -> Any:

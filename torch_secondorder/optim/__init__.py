@@ -7,6 +7,7 @@ from torch_secondorder.optim.adasecant import AdaSecant, AdaSecantInfo, SecantNa
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.constrained import Constrained, ConstrainedInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
+from torch_secondorder.optim.kfac import KFAC, KFACInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
 from torch_secondorder.optim.levenberg_marquardt import (
     AccelerationName,
@@ -19,11 +20,15 @@ from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
 from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
 from torch_secondorder.optim.projected import Projected, ProjectedInfo
+from torch_secondorder.optim.shampoo import Shampoo, ShampooInfo
+from torch_secondorder.optim.soap import SOAP, SOAPInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
     "BFGS",
+    "KFAC",
     "LBFGS",
+    "SOAP",
     "AccelerationName",
     "AdaHessian",
     "AdaHessianInfo",
@@ -35,6 +40,7 @@ __all__ = [
     "Contractive",
     "ContractiveInfo",
     "DampingName",
+    "KFACInfo",
     "LBFGSInfo",
     "LevenbergMarquardt",
     "LevenbergMarquardtInfo",
@@ -46,9 +52,12 @@ __all__ = [
     "NonlinearCGInfo",
     "Projected",
     "ProjectedInfo",
+    "SOAPInfo",
     "ScalingName",
     "SecantName",
     "SecondOrderOptimizer",
+    "Shampoo",
+    "ShampooInfo",
     "Sophia",
     "SophiaInfo",
     "StepInfo",

@@ -38,6 +38,7 @@ from torch_secondorder._optim.flat import (
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder._optim.line_search import LineSearchInfo, LineSearchOptimizer
 from torch_secondorder._optim.state import (
+    BlockMatrices,
     Choice,
     Count,
     Factors,
@@ -57,6 +58,7 @@ from torch_secondorder._optim.wrapper import Term, WrapperOptimizer
 
 __all__ = [
     "Block",
+    "BlockMatrices",
     "BoundedInfo",
     "Candidate",
     "Choice",

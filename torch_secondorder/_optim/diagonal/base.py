@@ -17,10 +17,10 @@ there is no closure, or parameters are sharded.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 from weakref import ref
 
 import torch
@@ -44,27 +44,33 @@ from torch_secondorder._optim.diagonal.fsdp import (
     held_parts,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
-from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
+from torch_secondorder._optim.diagonal.owners import (
+    Owners,
+    check_not_whole,
+    needs_whole,
+    owners_of,
+)
+from torch_secondorder._optim.diagonal.report import DiagonalInfo, gathered_numbers, report_of
 from torch_secondorder._optim.diagonal.schedule import (
     EstimateSchedule,
     GeneratorBefore,
     OutOfTurn,
     capturing,
 )
+from torch_secondorder._optim.diagonal.settings import DEFAULTS, settings_of
 from torch_secondorder._optim.diagonal.update import FiniteCheck, StepInputs
 from torch_secondorder._optim.present import Scaling, present_gradients
 from torch_secondorder._optim.state import (
+    BlockMatrices,
     Count,
-    Factors,
     MasterCopy,
     Moment,
     Number,
-    as_real,
     declare,
     prepare,
 )
 from torch_secondorder._params.bounds import no_bounds
-from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed, max_norm
+from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
@@ -125,13 +131,14 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _info_type = DiagonalInfo
-    _carried = ("estimator", "_watches")
+    _carried: ClassVar[tuple[str, ...]] = ("estimator", "_watches", "_owners")
     _state_fields = declare(
         steps=Number(0, "_schedule.steps"),
         overdue=OutOfTurn(0, "_schedule.out_of_turn"),
         generator=GeneratorBefore(),
         step=Count(),
         curvature_step=Count(),
+        host_step=Count(on_host=True),
         exp_avg=Moment(),
         exp_hessian=Moment(),
         master=MasterCopy(),
@@ -152,6 +159,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _watches = True
     _stepping = False
     _checked: list[object] | None = None  # the hyperparameters that were checked last
+    _owners: Owners | None = None  # of sharded parameters that steps need whole
 
     def __init__(
         self,
@@ -167,18 +175,18 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._last_trace: GradientTrace | None = None  # of the gradients that the last step left
         self._buffer_pool = BufferPool()
         self._layout = BlockLayout(self._parameter_fields)
-        super().__init__(params, {**_DEFAULTS, **defaults})
+        super().__init__(params, {**DEFAULTS, **defaults})
         self._watches = watch
         self._listen()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        fields = cls._parameter_fields
         if not cls._estimates:
-            cls._parameter_fields = tuple(
-                field
-                for field in cls._parameter_fields
-                if field.name not in ("exp_hessian", "curvature_step")
-            )
+            fields = tuple(f for f in fields if f.name not in ("exp_hessian", "curvature_step"))
+        if not any(isinstance(field, BlockMatrices) for field in fields):
+            fields = tuple(field for field in fields if field.name != "host_step")
+        cls._parameter_fields = fields
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer.add_param_group`; the next step estimates the curvature."""
@@ -196,18 +204,30 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             inputs: Gradient, estimate and counts of this step.
         """
 
+    def _update_all(self, steps: Iterable[tuple[Block, StepInputs]]) -> None:
+        """Calls `_update` for each block; for methods that look at all of them before."""
+        for block, inputs in steps:
+            self._update(block, inputs)
+
+    def _finished_estimate(
+        self, watch: DiagonalWatch | None, factor: Tensor | float | None
+    ) -> Tensor | None:
+        """The diagonal that a watch has seen, if there is one; times a factor, if there is one."""
+        diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
+        if diagonal is not None and isinstance(factor, Tensor):
+            diagonal.mul_(factor.to(diagonal))
+        elif diagonal is not None and factor not in (None, 1):
+            diagonal.mul_(factor)
+        return diagonal
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if group.get("bounds") is not None:
             raise no_bounds(type(self).__name__)
         for name in ("update_period", "accumulation_steps"):
             check_integer(name, group[name], whole_floats=True)
-        matrices = any(isinstance(field, Factors) for field in self._parameter_fields)
-        if matrices and any(is_distributed(p) for p in group["params"][:1]):
-            raise ValueError(
-                f"{type(self).__name__} keeps matrices for the dimensions of whole parameters, "
-                "which fully_shard cuts apart: use DistributedDataParallel"
-            )
+        if self._estimates:
+            check_not_whole(type(self).__name__, self._parameter_fields, group)
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -272,15 +292,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _check_groups(self) -> None:
         """Checks the hyperparameters of all groups, unless nothing has changed since last time."""
-        settings: list[object] = []
-        for group in self.param_groups:
-            settings += map(type, group["params"][:1])  # parameters may be sharded later
-            settings.append(group.get("bounds") is None)
-            for name in self.defaults:
-                value = group.get(name)
-                for entry in value if isinstance(value, (list, tuple)) else (value,):
-                    # Numbers that may change in place are checked each time.
-                    settings.append(entry if type(entry) in _IMMUTABLE else object())
+        settings = settings_of(self.param_groups, self.defaults)
         if settings != self._checked:
             for group in self.param_groups:
                 self._check_group(group)
@@ -323,9 +335,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return None
             if self._observation is not None:
                 self._forget_observation()
-            diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
-            if diagonal is not None and outcome.accumulated and parts > 1:
-                diagonal.mul_(parts)
+            diagonal = self._finished_estimate(watch, parts if outcome.accumulated else 1)
             products = 0 if watch is None else watch.products
             self._advance(params, outcome, diagonal, (1, products), undo=evaluation.restore)
             return outcome.loss
@@ -359,9 +369,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             gradients = present_gradients(name, params, watch, scaling, self._why_unseen())
             # The probes were multiplied by the other root.
             unscaling = None if unscaling is None else unscaling.sqrt()
-        diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
-        if diagonal is not None and unscaling is not None:
-            diagonal.mul_(unscaling.to(diagonal))
+        diagonal = self._finished_estimate(watch, unscaling)
         products = 0 if watch is None else watch.products
         self._advance(params, Outcome(None, gradients), diagonal, (0, products), scaling.inverse)
         if too_early:
@@ -421,19 +429,23 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if not check.failed:
             if check.estimate_failed:
                 diagonal = None
+            owners = self._find_owners() if isinstance(space, ShardedSpace) else None
+            brought = owners.gather(params, gradients, self.state) if owners else gradients
             blocks = layout.arrange(
                 self.param_groups,
                 self.state,
                 params,
-                gradients,
+                brought,
                 has_estimate=diagonal is not None,
                 on_device=check.on_device,
                 notes_first=schedule.out_of_turn > 0,
+                wholes=owners.wholes if owners else {},
             )
-            for block in blocks:
-                inputs = StepInputs(block, gradients, whole, diagonal, vector, check)
-                self._update(block, inputs)
-            if blocks:
+            steps = (StepInputs(b, brought, whole, diagonal, vector, check) for b in blocks)
+            self._update_all(zip(blocks, steps, strict=True))
+            if owners:
+                owners.scatter(check)
+            if check.moves:
                 due = schedule.count(params, self.param_groups[0], check, layout)
             else:
                 due = schedule.repeat()
@@ -444,15 +456,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._last_trace = GradientTrace(params)
         if self._named is None or self.state.get(params[0]) is not self._named:
             self._show_names(params)
+        # All processes are here now; the report may be read by one alone.
+        numbers = gathered_numbers(self._shares, gradients, space)
         # A weak reference: the optimizer holds its report, and would keep itself alive.
-        report = partial(report_of, ref(self), check, loss, params, self._last_trace, effort)
-        if isinstance(space, ShardedSpace):
-            # All processes are here now; the report may be read by one alone.
-            largest = [max_norm(as_real(g)).double() for g in gradients if g is not None]
-            counts = [count.double() for share in self._shares().values() for count in share]
-            numbers = space.gathered(sums=counts, largest=[torch.stack(largest).amax()])
-            report = partial(report, numbers=numbers)
-        self._info = cache(report)
+        trace = self._last_trace
+        self._info = cache(
+            partial(report_of, ref(self), check, loss, params, trace, effort, numbers)
+        )
         self._listen_if(due, params, self._last_trace)
 
     @property
@@ -662,8 +672,12 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
-        for p in params:
-            prepare(self._parameter_fields, self.state[p], p, on_device=self._on_device)
+        fields, on_device = self._parameter_fields, self._on_device
+        trained = {id(p) for p in params}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if id(p) in trained and not needs_whole(fields, p, group):
+                    prepare(fields, self.state[p], p, on_device=on_device, group=group)
         self._show_names()
 
     @property
@@ -672,6 +686,20 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     def _before_saving(self) -> None:
         self._schedule.confirm(self._trainable)
+
+    def _find_owners(self) -> Owners | None:
+        """The owners of sharded parameters that steps need whole."""
+        self._owners = owners_of(self._parameter_fields, self.param_groups, self._owners)
+        return self._owners
+
+    def _state_in_parts(self) -> Mapping[Tensor, dict[str, Any]]:
+        owners = self._find_owners()
+        return owners.in_parts(self.state) if owners else self.state
+
+    def _finish_loading(self, state_dict: dict[str, Any]) -> None:
+        super()._finish_loading(state_dict)
+        if owners := self._find_owners():
+            owners.loaded(self.state)
 
     def _reset_state(self) -> None:
         super()._reset_state()
@@ -685,16 +713,3 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super()._import_state(found)
         self._schedule.trained = self._trainable if self._schedule.steps else None
         self._listen()
-
-
-#: Hyperparameters that every such optimizer has, unless it gives others.
-_DEFAULTS = {
-    "weight_decay": 0.0,
-    "update_period": 1,
-    "seed": 0,
-    "accumulation_steps": 1,
-    "maximize": False,
-    "capturable": None,
-}
-#: Types of hyperparameters that do not change in place.
-_IMMUTABLE = frozenset({bool, float, int, str, type(None)})

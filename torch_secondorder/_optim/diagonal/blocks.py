@@ -6,25 +6,36 @@ any number of parameters. Only the steps that touch gradients and parameters wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.private_torch import fused_adam, unflatten_tensors, unscale
-from torch_secondorder._optim.state import Moment, ParameterField, as_real, prepare
+from torch_secondorder._optim.kronecker.partition import Partition, partition_of
+from torch_secondorder._optim.kronecker.stacks import Stacks, sorted_by_blocks
+from torch_secondorder._optim.state import (
+    BlockMatrices,
+    Moment,
+    ParameterField,
+    as_real,
+    prepare,
+)
 from torch_secondorder._params.space import local
 
 #: A number on the host, or a 0-dim tensor on the device.
 Number: TypeAlias = float | Tensor
 
-#: The counts that parameters have; the second one only where there are estimates.
-COUNTS = ("step", "curvature_step")
+#: The counts that parameters have; the second one only where there are estimates, the third one,
+#: which is on the host, only where there are matrices of blocks.
+COUNTS = ("step", "curvature_step", "host_step")
 _ALMOST_ONE = 1 - 2.0**-53
 _ONE = torch.ones((), dtype=torch.float32)
+_NOTHING: Mapping[Tensor, Tensor] = MappingProxyType({})
 
 
 class Block:
@@ -41,6 +52,9 @@ class Block:
         span: The slice that they take in one vector of all trainable parameters; None if other
             parameters are between them.
         moments: The names of the moments that the optimizer declares.
+        partitions: The blocks that each parameter is cut into; None without matrices of blocks.
+        matrices: The names of the matrices of blocks that the optimizer declares.
+        wholes: The tensors that are moved in place of some parameters.
 
     Attributes:
         group: The group they belong to.
@@ -54,9 +68,16 @@ class Block:
         curvature_step: The number of estimates of the curvature, 0-dim; one without any estimates.
         dtype: Of the moments.
         device: Of the moments.
+        counts: The names of the counts that the parameters have.
         has_kernels: Whether some parameter has more than two dimensions.
         complex: For each parameter, whether it is complex.
+        host_step: The number of steps they have had, a number on the host. On a device it also
+            counts those that turned out to move nothing. For optimizers with matrices of blocks.
+        stacks: The blocks that the parameters are cut into, for these optimizers. The moments are
+            in block order then, see `torch_secondorder._optim.kronecker.stacks`.
     """
+
+    stacks: Stacks
 
     def __init__(
         self,
@@ -66,12 +87,16 @@ class Block:
         places: Sequence[int],
         span: slice | None,
         moments: Sequence[str],
+        wholes: Mapping[Tensor, Tensor],
+        partitions: Sequence[Partition | None] | None = None,
+        matrices: Sequence[str] = (),
     ) -> None:
         self.group = group
         self.places = list(places)
         self.span = span
         self._states = list(states)
-        self._reals = [as_real(p) for p in params]
+        tensors = [wholes.get(p, p) for p in params]
+        self._reals = [as_real(p) for p in tensors]
         self.has_kernels = any(p.dim() > 2 for p in params)
         self.complex = [p.is_complex() for p in params]
         self.moments: dict[str, Tensor] = {}
@@ -86,17 +111,23 @@ class Block:
         self.master = self._join("master")[0] if "master" in states[0] else None
         self.step: Tensor = states[0]["step"]
         self.curvature_step: Tensor = states[0].get("curvature_step", _ONE)
+        self.counts = [name for name in COUNTS if name in states[0]]
         for state in states:
-            state.update({name: states[0][name] for name in COUNTS if name in state})
+            state.update({name: states[0][name] for name in self.counts})
+        if partitions is not None:
+            self.host_step: Tensor = states[0]["host_step"]
+            self.stacks = Stacks(self._reals, partitions, states, matrices, self.dtype)
         self._placement = [
-            (p, local(p).data_ptr(), p.dtype, state)
-            for p, state in zip(params, states, strict=True)
+            (p, tensor, local(tensor).data_ptr(), p.dtype, state)
+            for p, tensor, state in zip(params, tensors, states, strict=True)
         ]
         self._pieces = [
             (state, name, piece)
             for name in moments
             for state, piece in zip(states, parts[name], strict=True)
         ]
+        if partitions is not None:
+            self._pieces += self.stacks.pieces
         # The fused kernel goes through memory from end to end. Float64 is left out: the kernel
         # disturbs the first moment by 1e-16, which users of float64 may notice.
         self._can_fuse = (
@@ -131,8 +162,8 @@ class Block:
         Args:
             states: The optimizer's state by parameter.
         """
-        for p, pointer, dtype, state in self._placement:
-            held = p if type(p) is torch.nn.Parameter else local(p)
+        for p, tensor, pointer, dtype, state in self._placement:
+            held = tensor if type(tensor) is torch.nn.Parameter else local(tensor)
             if held.data_ptr() != pointer or p.dtype != dtype or states.get(p) is not state:
                 return False
         for state, name, piece in self._pieces:  # noqa: SIM110 - a generator takes longer
@@ -146,6 +177,9 @@ class Block:
             for name in (*COUNTS, *self.moments, "master"):
                 if name in state:
                     state[name] = state[name].clone()
+        for state, name, piece in self._pieces:
+            if state.get(name) is piece:
+                state[name] = piece.clone()
 
     def join(self, parts: Sequence[Tensor | None]) -> Tensor:
         """The block's share of some tensors as one vector in the precision of the moments, a copy.
@@ -233,6 +267,32 @@ class Block:
             self.master.add_(direction, alpha=-rate)
             self._write_from_master()
 
+    def gather(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """The block's share of some tensors in block order, `(n,)`, in memory of `stacks`.
+
+        Args:
+            parts: One tensor for each of all trainable parameters.
+        """
+        own = [parts[place] for place in self.places]
+        return self.stacks.gather([as_real(t) for t in own if t is not None])
+
+    def move_blocks(self, rate: Number) -> None:
+        """`theta -= rate * direction`, with `stacks.direction`, which may be overwritten.
+
+        Args:
+            rate: The factor.
+        """
+        if isinstance(rate, Tensor):
+            direction = self.stacks.direction
+            direction.mul_(narrowed(rate, direction))
+            rate = 1.0
+        if self.master is None:
+            self.stacks.add_to(self._reals, -rate)
+        else:
+            self._read_into_master()
+            self.stacks.add_to(self.pieces(self.master), -rate)
+            self._write_from_master()
+
     def _read_into_master(self) -> None:
         """Takes over the entries of parameters that were set from outside since the last step."""
         assert self.master is not None
@@ -260,6 +320,7 @@ class BlockLayout:
     def __init__(self, fields: Sequence[ParameterField]) -> None:
         self._fields = fields
         self._moments = [field.name for field in fields if isinstance(field, Moment)]
+        self._matrices = [field.name for field in fields if isinstance(field, BlockMatrices)]
         self._estimates = any(field.name == "curvature_step" for field in fields)
         self.blocks: list[Block] = []
         self.lacks_curvature = self.got_curvature = False
@@ -275,6 +336,7 @@ class BlockLayout:
         has_estimate: bool,
         on_device: bool,
         notes_first: bool = False,
+        wholes: Mapping[Tensor, Tensor] = _NOTHING,
     ) -> list[Block]:
         """The blocks of the parameters that have a gradient.
 
@@ -288,6 +350,7 @@ class BlockLayout:
             has_estimate: Whether there is a new estimate of the curvature.
             on_device: Whether counts are kept on the device.
             notes_first: Whether to set `got_curvature`, which may wait for the device.
+            wholes: Whole tensors in place of sharded parameters, see `owners.Owners`.
         """
         self.got_curvature = False
         key: list[object] = [on_device]
@@ -304,10 +367,12 @@ class BlockLayout:
         for block in self.blocks:
             block.dissolve()
         members, self.lacks_curvature = {}, False
+        group_of = {id(p): group for group in groups for p in group["params"]}
         for place, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
             if gradient is not None:
                 state = states[p]
-                prepare(self._fields, state, p, on_device=on_device)
+                whole, group = wholes.get(p, p), group_of[id(p)]
+                prepare(self._fields, state, whole, on_device=on_device, group=group)
                 if has_estimate or not self._estimates or bool(state["curvature_step"]):
                     members[id(p)] = place, state
                     if notes_first and has_estimate and not self.got_curvature:
@@ -315,7 +380,7 @@ class BlockLayout:
                 else:
                     self.lacks_curvature = True
         sizes = [as_real(p).numel() for p in params]
-        self.blocks = _make_blocks(groups, members, sizes, self._moments)
+        self.blocks = _make_blocks(groups, members, sizes, self._moments, wholes, self._matrices)
         self._key = key
         return self.blocks
 
@@ -325,6 +390,8 @@ def _make_blocks(
     members: dict[int, tuple[int, dict[str, Any]]],
     sizes: Sequence[int],
     moments: Sequence[str],
+    wholes: Mapping[Tensor, Tensor],
+    matrices: Sequence[str],
 ) -> list[Block]:
     """Puts parameters into blocks.
 
@@ -334,6 +401,9 @@ def _make_blocks(
             trainable parameters, and its state.
         sizes: The number of real entries of each trainable parameter.
         moments: The names of the moments.
+        matrices: The names of the matrices of blocks; if there are any, parameters are sorted by
+            the shapes of their blocks.
+        wholes: See `BlockLayout.arrange`.
     """
     ends = [0, *accumulate(sizes)]
     blocks = []
@@ -344,14 +414,23 @@ def _make_blocks(
                 continue
             place, state = members[id(p)]
             counts = tuple(float(state[name]) for name in COUNTS if name in state)
-            kind = (counts, p.device, p.dtype, state["step"].device)
+            # Whole tensors and parts, which are not updated alike, stay apart.
+            kind = (counts, p.device, p.dtype, state["step"].device, p in wholes)
             kinds.setdefault(kind, []).append((p, state, place))
         for found in kinds.values():
+            partitions = None
+            if matrices:
+                partitions = [partition_of(p, group) for p, _, _ in found]
+                order = sorted_by_blocks(partitions)
+                found = [found[number] for number in order]
+                partitions = [partitions[number] for number in order]
             params, states, places = zip(*found, strict=True)
             first, last = places[0], places[-1]
-            adjacent = places == tuple(range(first, last + 1))
+            adjacent = places == tuple(range(first, last + 1)) and params[0] not in wholes
             span = slice(ends[first], ends[last + 1]) if adjacent else None
-            blocks.append(Block(group, params, states, places, span, moments))
+            blocks.append(
+                Block(group, params, states, places, span, moments, wholes, partitions, matrices)
+            )
     return blocks
 
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -29,6 +28,7 @@ from torch_secondorder._autograd.traversal import (
     twice_differentiable,
 )
 from torch_secondorder._closure.capture import examine_everywhere, suspects_among
+from torch_secondorder._closure.data_parallel import several_processes
 from torch_secondorder._closure.runner import without_autocast
 from torch_secondorder._foundation.private_torch import engine_run_backward, plainly, tensor_hooks
 from torch_secondorder._optim.diagonal.observation import Observation
@@ -71,7 +71,7 @@ class _Watchers(BackwardListeners):
             if self._modules is not None:
                 self._modules.remove()
             self._modules = None
-        elif self._modules is None and _several_processes():
+        elif self._modules is None and several_processes():
             self._modules = register_module_forward_pre_hook(self._note)
 
     def _note(self, module: torch.nn.Module, _: Any) -> None:
@@ -112,7 +112,7 @@ class _Watchers(BackwardListeners):
 
     def _can_observe(self, observations: Sequence[Observation], left_out: set[int]) -> bool:
         """True if a pass goes by way of the observations; otherwise the reason is noted there."""
-        late = self._modules is None and _several_processes()
+        late = self._modules is None and several_processes()
         if late:
             self._update()  # from the next pass on
         for observation in observations:
@@ -137,10 +137,6 @@ class _Watchers(BackwardListeners):
                     "estimator takes the curvature by all of them"
                 )
         return any(observation.failure is None for observation in observations)
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _root(tensors: Any, grad_tensors: Any) -> tuple[Tensor, Tensor | None] | None:

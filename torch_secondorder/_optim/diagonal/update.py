@@ -117,8 +117,10 @@ class StepInputs:
         estimate: The new estimate of the block's diagonal, `(n,)`, which may be overwritten; None
             if there is none.
         estimate_weight: One, or on a device zero if the estimate is not to count.
+        weight: One, or on a device zero if the block is not to move.
         step: The number of gradients that the block has had, at least one.
         curvature_step: The number of estimates, at least one.
+        host_step: See `Block`, this step included; 0 without matrices of blocks.
         on_device: Whether numbers are on the device.
     """
 
@@ -160,20 +162,33 @@ class StepInputs:
             block.step.add_(weight)
             self.lr = float(lr)
             self.step, self.curvature_step = block.step.item(), block.curvature_step.item()
-        self._weight = weight
+        self.weight = weight
+        self.host_step = 0
+        if "host_step" in block.counts:
+            self.host_step = int(block.host_step.add_(1.0).item())
         check.moves.append(weight)
 
     @property
     def gradient(self) -> Tensor:
         """The gradient, `(n,)`, in the precision of the moments."""
         gradient = self._block.join(self._gradients) if self._flat is None else self._flat
-        if isinstance(self._weight, Tensor):
-            return torch.where(self._weight > 0, gradient, 0.0)
+        return self._unless_bad(gradient)
+
+    @property
+    def ordered_gradient(self) -> Tensor:
+        """The gradient in block order, `(n,)`, in memory of `block.stacks` that a step reuses."""
+        gradient = self._block.gather(self._gradients)
+        if isinstance(self.weight, Tensor):
+            gradient.copy_(self._unless_bad(gradient))
         return gradient
+
+    def _unless_bad(self, gradient: Tensor) -> Tensor:
+        weight = self.weight
+        return torch.where(weight > 0, gradient, 0.0) if isinstance(weight, Tensor) else gradient
 
     def average_gradient(self, beta: float) -> None:
         """`exp_avg = beta * exp_avg + (1 - beta) * gradient`."""
-        block, weight = self._block, (1 - beta) * self._weight
+        block, weight = self._block, (1 - beta) * self.weight
         if isinstance(weight, Tensor):
             gradient = self.gradient
             block.exp_avg.lerp_(gradient, weight.to(gradient.dtype))

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.optim import SecondOrderOptimizer
 
@@ -34,7 +35,10 @@ def check_settings(
         ValueError: The message lists all incompatible settings and suggests fixes.
     """
     for name, optimizer in optimizers.items():
-        problems = [*_trainer_problems(trainer), *_loop_problems(trainer, pl_module, optimizer)]
+        problems = [
+            *_trainer_problems(trainer, optimizer),
+            *_loop_problems(trainer, pl_module, optimizer),
+        ]
         if problems:
             listed = "".join(f"\n- {problem}" for problem in problems)
             raise ValueError(f"{name} cannot train with these settings:{listed}")
@@ -51,9 +55,10 @@ def _accumulates(trainer: Any) -> bool:
     )
 
 
-def _trainer_problems(trainer: Any) -> Iterator[str]:
-    """Settings that no optimizer of this package supports."""
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+def _trainer_problems(trainer: Any, optimizer: SecondOrderOptimizer) -> Iterator[str]:
+    """Settings that hide the closure, the graph or the parameters from the optimizer."""
+    takes_gradients_only = isinstance(optimizer, DiagonalOptimizer) and not optimizer._estimates
+    if getattr(trainer.precision_plugin, "scaler", None) is not None and not takes_gradients_only:
         yield (
             "precision='16-mixed': its gradient scaler runs the closure outside of the "
             "optimizer's step, where the curvature is not available; use precision='bf16-mixed', "
@@ -61,6 +66,8 @@ def _trainer_problems(trainer: Any) -> Iterator[str]:
         )
     for kind in type(trainer.strategy).__mro__:
         reason = _UNSUPPORTED.get(kind.__name__)
+        if kind.__name__ == "ModelParallelStrategy" and takes_gradients_only:
+            return  # with fully_shard in `configure_model`
         if reason is not None:
             yield (
                 f"{kind.__name__} {reason}; use strategy='ddp', which averages loss, gradient and "
@@ -77,8 +84,8 @@ def _loop_problems(trainer: Any, pl_module: Any, optimizer: SecondOrderOptimizer
         yield (
             f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a step evaluates its "
             "closure several times, and the closure has only the last batch; use "
-            "accumulate_grad_batches=1 with larger batches, or AdaHessian or Sophia, which "
-            "evaluate once"
+            "accumulate_grad_batches=1 with larger batches, or SOAP, KFAC, AdaHessian or "
+            "Sophia, which evaluate once"
         )
     if trainer.gradient_clip_val:
         yield (
