@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tests.support.fully_sharded import FOLDER, Share, load, own_mesh, resharded, save
 from tests.support.small_optimizers import Kronecker
-from torch_secondorder import StepStatus
+from torch_secondorder import KFAC, StepStatus
 from torch_secondorder.curvature import Hutchinson
 from torch_secondorder.optim.extending import DiagonalOptimizer, Factors, declare
 from torch_secondorder.optim.shampoo import Shampoo
@@ -216,6 +216,7 @@ def refusals(share: Share) -> list[Callable[[], Any]]:
 
     return [
         lambda: Estimating(share.model.parameters()),
+        lambda: KFAC(share.model.parameters()),
         cut_twice,
         lambda: Kronecker(share.model.parameters()).load_state_dict(saved),
     ]
@@ -223,6 +224,7 @@ def refusals(share: Share) -> list[Callable[[], Any]]:
 
 REFUSALS = (
     "ValueError: Estimating estimates the curvature and keeps matrices for the dimensions",
+    "ValueError: KFAC takes the inputs of layers from the graph of whole parameters",
     "ValueError: a parameter of shape (4, 4) is placed as (Shard(dim=0), Shard(dim=1)), cut up",
     "ValueError: exp_avg of parameter 0 has shape (5, 4) in this process",
 )
