@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,11 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.ranks import Check, on_both, run_on_ranks
 from tests.support.shares import Share
-from torch_secondorder import AdaHessian, Sophia, StepStatus
+from torch_secondorder import SOAP, AdaHessian, Shampoo, Sophia, StepStatus
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._optim.kronecker import division
 from torch_secondorder.curvature import Hutchinson
-from torch_secondorder.optim.shampoo import Shampoo
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +28,10 @@ pytestmark = [
 ]
 
 #: Those that divide work over the ranks.
-DIVIDING: dict[str, Callable[..., Any]] = {"Shampoo": Shampoo}
+DIVIDING: dict[str, Callable[..., Any]] = {
+    "Shampoo": Shampoo,
+    "SOAP": partial(SOAP, eps=1e-3),
+}
 #: Those whose estimates are of the whole batch, whoever draws the probes.
 CONTENDERS: dict[str, Callable[[Any], Any]] = {
     "AdaHessian": lambda params: AdaHessian(params, lr=0.01, eps=0.01),

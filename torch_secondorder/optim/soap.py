@@ -118,6 +118,7 @@ class SOAP(DiagonalOptimizer):
     _recognized_by = "max_precond_dim"
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
+    _divides = True
     _state_fields = declare(
         exp_avg_sq=Moment(), factor=BlockMatrices(), basis=BlockMatrices(wide=True)
     )
@@ -206,9 +207,7 @@ class SOAP(DiagonalOptimizer):
         """
         sides = _sides(block)
         stacks = [(side["basis"], side["factor"]) for side in sides]
-        found = divided(self._registry.ranks, eigenvectors, stacks)
-        for side, basis in zip(sides, found, strict=True):
-            side["basis"].copy_(basis)
+        divided([basis for basis, _ in stacks], eigenvectors, stacks, self._ranks)
         matrices = slice(0, block.stacks.vectors.start)
         block.exp_avg[matrices] = 0.0
         block.moments["exp_avg_sq"][matrices] = 0.0
@@ -231,7 +230,9 @@ class SOAP(DiagonalOptimizer):
                 products.append((product, side["factor"], left, whole))
                 sums.append((left.sum(), whole.sum()))
         function = orthonormal if on_device else orthonormal_or_exact
-        bases = iter(divided(self._registry.ranks, function, products))
+        new = [product[0] for product in products]
+        divided(new, function, products, self._ranks)
+        bases = iter(new)
         for stack in block.stacks:
             rotate(stack, stack.of(block.exp_avg), [next(bases) for _ in stack.sides])
         now, before = self._schedule.steps, self._left_diagonal
