@@ -62,6 +62,7 @@ def train(
     steps: int | None = None,
     measurements: int = MEASUREMENTS,
     note: str = "",
+    silent: bool = False,
 ) -> Scheduled:
     """Trains along the schedule, for a number of seconds or of steps.
 
@@ -75,6 +76,7 @@ def train(
         steps: Number of steps instead.
         measurements: Number of measurements along the run.
         note: Text after the optimizer's name in the progress bar.
+        silent: No progress bar.
     """
     warm_up(task, chosen)
     run = Scheduled(chosen, copy.deepcopy(task.model), rate=rate)
@@ -88,7 +90,7 @@ def train(
     scheduler = LambdaLR(optimizer, lambda _: schedule(used()))
     losses = task.losses(chosen.batch_size)
     device = next(run.model.parameters()).device
-    with progress_bar(f"{chosen.label}{note}") as bar:
+    with progress_bar(f"{chosen.label}{note}", silent=silent) as bar:
         measure(task, run, bar, 0.0)
         while used() < 1 and math.isfinite(run.curve.loss[-1]):
             loss_of = next(losses)
@@ -114,11 +116,12 @@ def measure(task: Task, run: Scheduled, bar: tqdm, used: float) -> None:
     bar.update(min(used, 1.0) - bar.n)
 
 
-def progress_bar(label: str) -> tqdm:
+def progress_bar(label: str, *, silent: bool) -> tqdm:
     """A progress bar over one run; it updates rarely if stderr is not a terminal."""
     return tqdm(
         total=1.0,
         desc=label.ljust(WIDEST),
         bar_format="{desc} {percentage:3.0f}%|{bar:24}|{postfix}",
+        disable=silent,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )

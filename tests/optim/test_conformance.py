@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "sparse_lbfgs": {"max_iter": 3},
 }
 #: Optimizers whose weight decay moves the parameters, as in AdamW, instead of joining the loss.
-DECOUPLED = {"AdaHessian", "Shampoo", "Sophia"}
+DECOUPLED = {"AdaHessian", "KFAC", "SOAP", "Shampoo", "Sophia"}
 
 #: Optimizers that refuse `maximize`: a sum of squares has no maximum.
 ONLY_MINIMIZES = {"LevenbergMarquardt"}

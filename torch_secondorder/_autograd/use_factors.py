@@ -19,7 +19,7 @@ from torch_secondorder._autograd.convolution import geometry_of
 from torch_secondorder._autograd.graph import explained
 from torch_secondorder._autograd.parameter_uses import Unsupported
 
-__all__ = ["Factors", "factors_of", "has_factors"]
+__all__ = ["Factors", "factors_of", "has_factors", "unfolded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,20 +261,41 @@ def _convolution(node: Any, slot: int, delta: Tensor, shape: tuple[int, ...]) ->
     if slot == 2:
         return _of_channels(delta)
     batch, count = x.shape[0], len(delta)
-    dims = x.dim() - 2
-    x = F.pad(x, [n for pad in reversed(padding) for n in (pad, pad)])
-    for i, size in enumerate(shape[2:]):
-        x = x.unfold(2 + i, (size - 1) * dilation[i] + 1, stride[i])
-    for i in range(dims):
-        dim = x.dim() - dims + i
-        chosen = torch.arange(0, x.shape[dim], dilation[i], device=x.device)
-        x = x if dilation[i] == 1 else x.index_select(dim, chosen)
-    # (batch, channels, places..., kernel...) to (groups, batch, places..., channels, kernel...)
-    x = x.unflatten(1, (groups, -1)).movedim(2, 2 + dims).movedim(1, 0)
+    x = unfolded(x, (stride, padding, dilation), groups, shape[2:])
     places = math.prod(delta.shape[3:])
     x = x.reshape(groups, batch * places, math.prod(shape[1:]))
     rows = delta.reshape(count, batch, groups, -1, places).permute(0, 2, 1, 4, 3)
     return Factors(x, rows.reshape(count, groups, batch * places, -1))
+
+
+def unfolded(
+    x: Tensor,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    groups: int,
+    kernel: Sequence[int],
+) -> Tensor:
+    """The patches that a convolution multiplies with its kernels, a view.
+
+    Args:
+        x: The input, `(batch, channels, ...)`.
+        geometry: Stride, padding and dilation.
+        groups: The number of groups.
+        kernel: The size of the kernels.
+
+    Returns:
+        Shape `(groups, batch, places..., channels / groups, kernel...)`.
+    """
+    stride, padding, dilation = geometry
+    dims = x.dim() - 2
+    if any(padding):
+        x = F.pad(x, [n for pad in reversed(padding) for n in (pad, pad)])
+    for i, size in enumerate(kernel):
+        x = x.unfold(2 + i, (size - 1) * dilation[i] + 1, stride[i])
+        if dilation[i] > 1:
+            x = x[..., :: dilation[i]]
+    # (batch, channels, places..., kernel...)
+    patches: Tensor = x.unflatten(1, (groups, -1)).movedim(2, 2 + dims).movedim(1, 0)
+    return patches
 
 
 # Tables.

@@ -52,7 +52,7 @@ class SecondOrderOptimizer(Optimizer):
     #: lists its own, those of its bases are added.
     _state_fields: ClassVar[dict[str, Field]] = {}
     _model_fields: ClassVar[tuple[ModelField, ...]] = ()
-    _parameter_fields: ClassVar[tuple[ParameterField, ...]] = ()
+    _parameter_fields: tuple[ParameterField, ...] = ()
     #: Attributes besides torch's own that pickling and `copy.deepcopy` carry along; likewise.
     _carried: ClassVar[tuple[str, ...]] = ("info",)
     #: The class of its reports.

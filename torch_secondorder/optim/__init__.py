@@ -3,9 +3,11 @@
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
+from torch_secondorder.optim.adasecant import AdaSecant, AdaSecantInfo, SecantName
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.constrained import Constrained, ConstrainedInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
+from torch_secondorder.optim.kfac import KFAC, KFACInfo
 from torch_secondorder.optim.lbfgs import LBFGS, LBFGSInfo
 from torch_secondorder.optim.levenberg_marquardt import (
     AccelerationName,
@@ -24,17 +26,21 @@ from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
 __all__ = [
     "BFGS",
+    "KFAC",
     "LBFGS",
     "SOAP",
     "AccelerationName",
     "AdaHessian",
     "AdaHessianInfo",
+    "AdaSecant",
+    "AdaSecantInfo",
     "BFGSInfo",
     "Constrained",
     "ConstrainedInfo",
     "Contractive",
     "ContractiveInfo",
     "DampingName",
+    "KFACInfo",
     "LBFGSInfo",
     "LevenbergMarquardt",
     "LevenbergMarquardtInfo",
@@ -48,6 +54,7 @@ __all__ = [
     "ProjectedInfo",
     "SOAPInfo",
     "ScalingName",
+    "SecantName",
     "SecondOrderOptimizer",
     "Shampoo",
     "ShampooInfo",

@@ -17,10 +17,10 @@ there is no closure, or parameters are sharded.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 from weakref import ref
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_secondorder._closure.data_parallel import ModuleNotice, Ranks, several_processes
 from torch_secondorder._closure.runner import GradientTrace, IdleClosure
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_integer
@@ -36,7 +37,7 @@ from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
-from torch_secondorder._optim.diagonal.closureless import WATCHERS
+from torch_secondorder._optim.diagonal.closureless import WATCHERS, why_unseen
 from torch_secondorder._optim.diagonal.fsdp import (
     ShardedEvaluation,
     check_closure,
@@ -44,12 +45,7 @@ from torch_secondorder._optim.diagonal.fsdp import (
     held_parts,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
-from torch_secondorder._optim.diagonal.owners import (
-    Owners,
-    check_not_whole,
-    needs_whole,
-    owners_of,
-)
+from torch_secondorder._optim.diagonal.owners import Owners, check_not_whole, make_state, owners_of
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, gathered_numbers, report_of
 from torch_secondorder._optim.diagonal.schedule import (
     EstimateSchedule,
@@ -67,7 +63,6 @@ from torch_secondorder._optim.state import (
     Moment,
     Number,
     declare,
-    prepare,
 )
 from torch_secondorder._params.bounds import no_bounds
 from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
@@ -131,7 +126,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
 
     _step_supports_amp_scaling = True  # see `Scaling`
     _info_type = DiagonalInfo
-    _carried = ("estimator", "_watches", "_owners")
+    _carried: ClassVar[tuple[str, ...]] = ("estimator", "_watches", "_owners")
     _state_fields = declare(
         steps=Number(0, "_schedule.steps"),
         overdue=OutOfTurn(0, "_schedule.out_of_turn"),
@@ -160,6 +155,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _stepping = False
     _checked: list[object] | None = None  # the hyperparameters that were checked last
     _owners: Owners | None = None  # of sharded parameters that steps need whole
+    #: Whether updates divide work over the ranks of DistributedDataParallel, see `_ranks`.
+    _divides = False
+    _notice: ModuleNotice | None = None
 
     def __init__(
         self,
@@ -178,6 +176,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super().__init__(params, {**DEFAULTS, **defaults})
         self._watches = watch
         self._listen()
+        if self._divides and several_processes() and not self._sharded:
+            self._notice = ModuleNotice(self.note_module)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -204,6 +204,22 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             inputs: Gradient, estimate and counts of this step.
         """
 
+    def _update_all(self, steps: Iterable[tuple[Block, StepInputs]]) -> None:
+        """Calls `_update` for each block; for methods that look at all of them before."""
+        for block, inputs in steps:
+            self._update(block, inputs)
+
+    def _finished_estimate(
+        self, watch: DiagonalWatch | None, factor: Tensor | float | None
+    ) -> Tensor | None:
+        """The diagonal that a watch has seen, if there is one; times a factor, if there is one."""
+        diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
+        if diagonal is not None and isinstance(factor, Tensor):
+            diagonal.mul_(factor.to(diagonal))
+        elif diagonal is not None and factor not in (None, 1):
+            diagonal.mul_(factor)
+        return diagonal
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if group.get("bounds") is not None:
@@ -212,6 +228,14 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             check_integer(name, group[name], whole_floats=True)
         if self._estimates:
             check_not_whole(type(self).__name__, self._parameter_fields, group)
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The ranks that make this same step, for `_optim.kronecker.division`."""
+        if self._notice is not None:  # modules have been called by now
+            self._notice.end()
+            self._notice = None
+        return self._registry.ranks
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -319,9 +343,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 return None
             if self._observation is not None:
                 self._forget_observation()
-            diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
-            if diagonal is not None and outcome.accumulated and parts > 1:
-                diagonal.mul_(parts)
+            diagonal = self._finished_estimate(watch, parts if outcome.accumulated else 1)
             products = 0 if watch is None else watch.products
             self._advance(params, outcome, diagonal, (1, products), undo=evaluation.restore)
             return outcome.loss
@@ -352,12 +374,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         else:
             if watch is None and due:
                 watch = self._watch(params)
-            gradients = present_gradients(name, params, watch, scaling, self._why_unseen())
+            unseen = why_unseen(self._watches, self.param_groups[0])
+            gradients = present_gradients(name, params, watch, scaling, unseen)
             # The probes were multiplied by the other root.
             unscaling = None if unscaling is None else unscaling.sqrt()
-        diagonal = None if watch is None else watch.diagonal(magnitudes=self._magnitudes)
-        if diagonal is not None and unscaling is not None:
-            diagonal.mul_(unscaling.to(diagonal))
+        diagonal = self._finished_estimate(watch, unscaling)
         products = 0 if watch is None else watch.products
         self._advance(params, Outcome(None, gradients), diagonal, (0, products), scaling.inverse)
         if too_early:
@@ -429,9 +450,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
                 notes_first=schedule.out_of_turn > 0,
                 wholes=owners.wholes if owners else {},
             )
-            for block in blocks:
-                inputs = StepInputs(block, brought, whole, diagonal, vector, check)
-                self._update(block, inputs)
+            steps = (StepInputs(b, brought, whole, diagonal, vector, check) for b in blocks)
+            self._update_all(zip(blocks, steps, strict=True))
             if owners:
                 owners.scatter(check)
             if check.moves:
@@ -646,27 +666,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """True if the graph of the gradients is enough for an estimate."""
         return not isinstance(self.estimator, GaussNewtonBartlett)
 
-    def _why_unseen(self) -> str:
-        """The reason why no backward pass was seen, for error messages."""
-        if not self._watches:
-            return "it was made with watch=False"
-        if self.param_groups[0]["accumulation_steps"] != 1:
-            return "accumulation_steps says that a closure comes with each step"
-        return (
-            "the gradients are not from loss.backward() or torch.autograd.backward(), or from one "
-            "that ran before the curvature was due (update_period may have been changed since)"
-        )
-
     # Checkpoints.
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
-        fields, on_device = self._parameter_fields, self._on_device
-        trained = {id(p) for p in params}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in trained and not needs_whole(fields, p, group):
-                    prepare(fields, self.state[p], p, on_device=on_device, group=group)
+        make_state(self._parameter_fields, self.param_groups, self.state, params, self._on_device)
         self._show_names()
 
     @property
