@@ -234,7 +234,7 @@ class KFAC(DiagonalOptimizer):
             return 1.0
         total: Tensor | None = None
         for (_, inputs), gradient, direction in zip(pairs, gradients, directions, strict=True):
-            product = torch.dot(gradient, direction).double() * inputs.lr**2
+            product = torch.dot(gradient, direction).double()
             total = product if total is None else total + product.to(total.device)
         assert total is not None
         self._unclipped = (bound / total.clamp(min=bound)).sqrt()

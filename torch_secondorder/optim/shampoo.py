@@ -109,9 +109,7 @@ class Shampoo(DiagonalOptimizer):
     _recognized_by = "grafting"
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
-    _state_fields = declare(
-        exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices()
-    )
+    _state_fields = declare(exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices())
 
     def __init__(
         self,
