@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from _training import Loss, Task, batches
 
-CONTEXT, HEADS = 64, 4
+CONTEXT, BATCH, HEADS = 64, 32, 4
 SPREAD = 0.3  # initial standard deviation of the embeddings
 SAMPLE, TEMPERATURE = 160, 0.8
 

@@ -24,14 +24,10 @@ class Scheduled(Run):
 
     Attributes:
         rate: The peak learning rate; None for the optimizer's own.
-        steps: Calls of `step()`.
-        at: Steps before each measurement.
         unclipped: Shares of the entries that were not clipped, if the optimizer reports them.
     """
 
     rate: float | None = None
-    steps: int = 0
-    at: list[int] = field(default_factory=list)
     unclipped: list[float] = field(default_factory=list)
 
     @property
@@ -62,6 +58,7 @@ def train(
     steps: int | None = None,
     measurements: int = MEASUREMENTS,
     note: str = "",
+    silent: bool = False,
 ) -> Scheduled:
     """Trains along the schedule, for a number of seconds or of steps.
 
@@ -75,6 +72,7 @@ def train(
         steps: Number of steps instead.
         measurements: Number of measurements along the run.
         note: Text after the optimizer's name in the progress bar.
+        silent: No progress bar.
     """
     warm_up(task, chosen)
     run = Scheduled(chosen, copy.deepcopy(task.model), rate=rate)
@@ -88,7 +86,7 @@ def train(
     scheduler = LambdaLR(optimizer, lambda _: schedule(used()))
     losses = task.losses(chosen.batch_size)
     device = next(run.model.parameters()).device
-    with progress_bar(f"{chosen.label}{note}") as bar:
+    with progress_bar(f"{chosen.label}{note}", silent=silent) as bar:
         measure(task, run, bar, 0.0)
         while used() < 1 and math.isfinite(run.curve.loss[-1]):
             loss_of = next(losses)
@@ -107,18 +105,18 @@ def train(
 @torch.no_grad()
 def measure(task: Task, run: Scheduled, bar: tqdm, used: float) -> None:
     """Records the losses of a run; this is not counted as training time."""
-    run.curve.add(run.seconds, run.evaluations, *task.measure(run.model))
-    run.at.append(run.steps)
+    run.curve.add(run.seconds, run.evaluations, *task.measure(run.model), run.steps)
     said = task.describe(run.curve.loss[-1], run.curve.score[-1])
     bar.set_postfix_str(f"{run.steps:,} steps, {run.seconds:.1f} s: {said}", refresh=False)
     bar.update(min(used, 1.0) - bar.n)
 
 
-def progress_bar(label: str) -> tqdm:
+def progress_bar(label: str, *, silent: bool) -> tqdm:
     """A progress bar over one run; it updates rarely if stderr is not a terminal."""
     return tqdm(
         total=1.0,
         desc=label.ljust(WIDEST),
         bar_format="{desc} {percentage:3.0f}%|{bar:24}|{postfix}",
+        disable=silent,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )

@@ -1,9 +1,10 @@
 """Trains a small transformer on the characters of an English text, with several optimizers.
 
-All optimizers start from the same network, with the same weight decay and the same schedule: the
-learning rate rises over the first twentieth of a run and then falls along a cosine. They first get
-the same number of seconds, then the same number of steps, as many as the slowest one made, each
-from several seeds (other weights, other batches). The loss is in nats per character.
+All optimizers start from the same network, with the same weight decay (AdaSecant: none) and the
+same schedule: the learning rate rises over the first twentieth of a run and then falls along a
+cosine. They first get the same number of seconds, then the same number of steps, as many as the
+slowest one made, each from several seeds (other weights, other batches). The loss is in nats per
+character.
 
 A lower loss after equally many steps does not tell how many steps an optimizer saves. `--reach`
 does: AdamW trains for a number of steps, and the others look for the shortest run, with a schedule
@@ -37,18 +38,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 import torch_secondorder
-from _char_lm import CONTEXT, HEADS, Text, Transformer, load_text, make_task, write
+from _char_lm import BATCH, CONTEXT, HEADS, Text, Transformer, load_text, make_task, write
 from _command_line import add_common_arguments, positive
 from _report import draw_spread, format_table, pyplot, style_axes
 from _scheduled import Scheduled, train
 from _training import Contender, Task
 
-BATCH = 32
 WEIGHT_DECAY = 0.1
 TUNING_MEASUREMENTS = 4
 
 # The results of `--tune` by width and layers, with another seed than those of the comparisons.
-GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128, 0.256)
+GRID = tuple(2.5e-4 * 2**k for k in range(13))  # 0.00025, 0.0005, ..., 1.024
 RATES = {
     (64, 2): {"adamw": 1.6e-2, "sophia-gnb": 2e-3, "sophia-hutchinson": 2e-3},
 }
@@ -60,7 +60,7 @@ BASELINE = "adamw"
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5)  # of its steps, for `--reach`
 
 
-def contender(label: str, make: Any) -> Contender:
+def contender(label: str, make: Any, weight_decay: float = WEIGHT_DECAY) -> Contender:
     """A row of `CONTENDERS`: weight decay applies to matrices, not to biases and gains."""
 
     def make_grouped(params: Iterable[nn.Parameter]) -> Optimizer:
@@ -68,7 +68,7 @@ def contender(label: str, make: Any) -> Contender:
         for p in params:
             (matrices if p.dim() > 1 else vectors).append(p)
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return make(groups, weight_decay=WEIGHT_DECAY)
+        return make(groups, weight_decay=weight_decay)
 
     return Contender(label, make_grouped, BATCH)
 
@@ -88,7 +88,8 @@ CONTENDERS = {
     "sophia-hutchinson": contender(
         "Sophia hutchinson (ours)", partial(torch_secondorder.Sophia, estimator="hutchinson")
     ),
-    "adasecant": contender("AdaSecant (ours)", torch_secondorder.AdaSecant),
+    # Its weight decay is part of the loss, which is another thing.
+    "adasecant": contender("AdaSecant (ours)", torch_secondorder.AdaSecant, weight_decay=0.0),
 }
 CHOSEN = ("adamw", "soap", "shampoo", "sophia-gnb")  # without `--optimizers`
 
@@ -202,18 +203,15 @@ def plot(panels: Mapping[str, Results], path: Path, *, title: str, target: float
     """
     plt = pyplot()
     figure, cells = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    for axes, (heading, results), xlabel in zip(
+    for axes, (heading, results), against in zip(
         cells, panels.items(), ("seconds", "steps"), strict=True
     ):
         for i, (name, runs) in enumerate(results.items()):
-            lines = [
-                (run.curve.seconds if xlabel == "seconds" else run.at, run.curve.score)
-                for run in runs
-            ]
+            lines = [(getattr(run.curve, against), run.curve.score) for run in runs]
             draw_spread(axes, lines, i, CONTENDERS[name].label)
         if target is not None:
             axes.axhline(target, color="0.4", linewidth=0.8)
-        style_axes(axes, xlabel=xlabel, title=heading)
+        style_axes(axes, xlabel=against, title=heading)
     curves = [run.curve for results in panels.values() for runs in results.values() for run in runs]
     low, start = min(curve.score[-1] for curve in curves), curves[0].score[0]
     # Without the first steps, in which all losses fall steeply.
@@ -340,7 +338,7 @@ def tune(task: Task, size: tuple[int, int], names: Sequence[str], steps: int) ->
     Returns:
         A row of RATES.
     """
-    rows, best = [], {}
+    found: dict[str, dict[float, float]] = {}
     width = max(len(CONTENDERS[name].label) for name in names)
 
     def loss_at(name: str, rate: float) -> float:
@@ -356,13 +354,20 @@ def tune(task: Task, size: tuple[int, int], names: Sequence[str], steps: int) ->
         start = tuned_rate(name, *size)
         if start is None:
             continue
-        losses = search(partial(loss_at, name), start)
-        best[name] = min(losses, key=lambda rate: (losses[rate], rate))
-        if best[name] in (GRID[0], GRID[-1]):
+        found[name] = search(partial(loss_at, name), start)
+    tried = sorted({rate for losses in found.values() for rate in losses})
+    rows = [
+        [CONTENDERS[name].label, *(f"{losses[r]:.3f}" if r in losses else "-" for r in tried)]
+        for name, losses in found.items()
+    ]
+    print(format_table([f"after {steps:,} steps", *(f"{rate:g}" for rate in tried)], rows))
+    best = {
+        name: min(losses, key=lambda rate, losses=losses: (losses[rate], rate))
+        for name, losses in found.items()
+    }
+    for name, rate in best.items():
+        if rate in (GRID[0], GRID[-1]):
             print(f"{CONTENDERS[name].label}: the best learning rate is an end of the grid")
-        cells = [f"{losses[rate]:.3f}" if rate in losses else "-" for rate in GRID]
-        rows.append([CONTENDERS[name].label, *cells])
-    print(format_table([f"after {steps:,} steps", *(f"{rate:g}" for rate in GRID)], rows))
     return best
 
 

@@ -22,6 +22,7 @@ _PEERS = (
     "scipy",
     "curvlinops-for-pytorch",
     "pytorch-optimizer",
+    "heavyball",
     "pytorch-minimize",
     "optimistix",
     "jax",

@@ -31,11 +31,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "DenseBFGS": {"max_iter": 3},
     "LBFGS": {"max_iter": 3},
     "NonlinearCG": {"max_iter": 3},
+    "Shampoo": {"lr": 0.03},
     "Sophia": {"lr": 0.03},
     "sparse_lbfgs": {"max_iter": 3},
 }
 #: Optimizers whose weight decay moves the parameters, as in AdamW, instead of joining the loss.
-DECOUPLED = {"AdaHessian", "KFAC", "Sophia"}
+DECOUPLED = {"AdaHessian", "KFAC", "SOAP", "Shampoo", "Sophia"}
 
 #: Optimizers that refuse `maximize`: a sum of squares has no maximum.
 ONLY_MINIMIZES = {"LevenbergMarquardt"}

@@ -7,6 +7,7 @@ value decomposition. For float64 tensors on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import ceil, prod
 from typing import Any
 
@@ -32,7 +33,7 @@ def cuts(size: int, block_size: int | None) -> list[slice]:
     ends = [0]
     for i in range(count):
         ends.append(ends[-1] + short + (i < longer))
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 class Side:
@@ -95,7 +96,7 @@ class PlainShampoo:
         change = torch.empty_like(matrices)
         rows, columns = (self._cuts(size, group) for size in matrices.shape[1:])
         limit = group["max_precond_dim"]
-        has = [1 < size and (limit is None or size <= limit) for size in matrices.shape[1:]]
+        has = [size > 1 and (limit is None or size <= limit) for size in matrices.shape[1:]]
         places = [(i, r, c) for i in range(len(matrices)) for r in rows for c in columns]
         if p not in self.pieces:
             self.pieces[p] = [

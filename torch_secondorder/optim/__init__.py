@@ -3,6 +3,7 @@
 from torch_secondorder._optim.base import SecondOrderOptimizer
 from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
+from torch_secondorder.optim.adasecant import AdaSecant, AdaSecantInfo, SecantName
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
 from torch_secondorder.optim.constrained import Constrained, ConstrainedInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
@@ -19,6 +20,7 @@ from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
 from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
 from torch_secondorder.optim.projected import Projected, ProjectedInfo
+from torch_secondorder.optim.shampoo import Shampoo, ShampooInfo
 from torch_secondorder.optim.soap import SOAP, SOAPInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
@@ -30,6 +32,8 @@ __all__ = [
     "AccelerationName",
     "AdaHessian",
     "AdaHessianInfo",
+    "AdaSecant",
+    "AdaSecantInfo",
     "BFGSInfo",
     "Constrained",
     "ConstrainedInfo",
@@ -50,7 +54,10 @@ __all__ = [
     "ProjectedInfo",
     "SOAPInfo",
     "ScalingName",
+    "SecantName",
     "SecondOrderOptimizer",
+    "Shampoo",
+    "ShampooInfo",
     "Sophia",
     "SophiaInfo",
     "StepInfo",

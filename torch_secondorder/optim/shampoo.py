@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,16 +15,19 @@ from torch_secondorder._foundation.checks import (
     check_number,
 )
 from torch_secondorder._foundation.types import ParamsT
+from torch_secondorder._optim.diagonal.adam import adam_direction
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block, Number, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
+from torch_secondorder._optim.kronecker.checks import check_blocks
+from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.inverse_roots import (
     RootMethod,
     exact_fraction,
     inverse_roots,
 )
-from torch_secondorder._optim.kronecker.stacks import Stack, Stacks
+from torch_secondorder._optim.kronecker.stacks import Stack
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
 
 __all__ = ["Shampoo", "ShampooInfo"]
@@ -109,7 +113,10 @@ class Shampoo(DiagonalOptimizer):
     _recognized_by = "grafting"
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
-    _state_fields = declare(exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices())
+    _divides = True
+    _state_fields = declare(
+        exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices(wide=True)
+    )
 
     def __init__(
         self,
@@ -156,6 +163,7 @@ class Shampoo(DiagonalOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        check_blocks(group)
         check_betas(group["betas"])
         check_number("eps", group["eps"], above=0.0)
         check_number("matrix_eps", group["matrix_eps"], low=0.0)
@@ -172,28 +180,43 @@ class Shampoo(DiagonalOptimizer):
             )
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
-        group, stacks = block.group, block.stacks
+        group = block.group
         if group["weight_decay"]:
             block.decay(1 - inputs.lr * group["weight_decay"])
-        beta1, beta2 = group["betas"]
-        gradient, squares = inputs.ordered_gradient, block.moments["exp_avg_sq"]
-        _average(block.exp_avg, gradient, beta1, inputs)
-        for stack in stacks:
-            for side in stack.sides:
-                side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
-        _average(squares, gradient.square_(), beta2, inputs)
-        # m / c1 / ((v / c2)^(1 / 2) + eps), with the corrections c1, c2 moved to rate and eps.
-        correction1, correction2 = 1 - beta1**inputs.step, (1 - beta2**inputs.step) ** 0.5
-        direction = torch.sqrt(squares, out=stacks.direction)
-        direction.add_(narrowed(group["eps"] * correction2, direction))
-        torch.div(block.exp_avg, direction, out=direction)
+        stacks, gradient, betas = block.stacks, inputs.ordered_gradient, group["betas"]
         with torch.autocast(block.device.type, enabled=False):
-            if _is_due(inputs.host_step, group["update_period"]):
-                _refresh(stacks, group, inputs)
             for stack in stacks:
-                _whiten(stack, stack.of(block.exp_avg), group["grafting"], 1 / correction2)
-        rate = inputs.lr * correction2 / correction1
-        block.move_blocks(-rate if group["maximize"] else rate)
+                for side in stack.sides:
+                    side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
+            if _is_due(inputs.host_step, int(group["update_period"])):
+                self._refresh(block, inputs)
+            adam_direction(
+                block,
+                gradient,
+                block.moments["exp_avg_sq"],
+                stacks.direction,
+                betas=betas,
+                eps=group["eps"],
+                step=inputs.step,
+                weight=inputs.weight,
+            )
+            correction = 1 - betas[0] ** inputs.step
+            for stack in stacks:
+                _whiten(stack, stack.of(block.exp_avg), group["grafting"], -1 / correction)
+        block.move_blocks(inputs.lr if group["maximize"] else -inputs.lr)
+
+    def _refresh(self, block: Block, inputs: StepInputs) -> None:
+        """Computes the inverse roots of the factors, divided over the ranks of DDP."""
+        group = block.group
+        correction = 1 - _factor_beta(group) ** inputs.step
+        for count in (1, 2):
+            sides = [s for stack in block.stacks if len(stack.sides) == count for s in stack.sides]
+            root_of = partial(_root_of, sides=count, group=group)
+            roots = [side["root"] for side in sides]
+            factors = [(side["root"], side["factor"]) for side in sides]
+            divided(roots, root_of, factors, self._ranks)
+            for root in roots:
+                root.mul_(narrowed(correction ** (0.5 / count), root))
 
 
 def _factor_beta(group: dict[str, Any]) -> float:
@@ -206,44 +229,35 @@ def _is_due(step: int, period: int) -> bool:
     return step % period == 0 if step >= period else step & (step - 1) == 0
 
 
-def _average(mean: Tensor, sample: Tensor, beta: float, inputs: StepInputs) -> None:
-    """`mean = beta * mean + (1 - beta) * sample`, unless the step turns out not to count."""
-    mean.lerp_(sample, narrowed((1 - beta) * inputs.weight, mean))
+def _root_of(root: Tensor, factor: Tensor, *, sides: int, group: dict[str, Any]) -> Tensor:
+    """The inverse roots of factors, of degree `-1 / (2 * sides)` whatever the exponent.
 
+    So steps do not depend on the scale of the loss, with grafting or without.
 
-def _refresh(stacks: Stacks, group: dict[str, Any], inputs: StepInputs) -> None:
-    """Computes the inverse roots of the factors.
-
-    Their degree is `-1 / (2 * sides)` whatever the exponent, so that steps without grafting do not
-    depend on the scale of the loss.
+    Args:
+        root: The last roots, which have the dtype that is asked for.
+        factor: The factors.
+        sides: The number of sides that have factors.
+        group: The hyperparameters.
     """
-    correction = 1 - _factor_beta(group) ** inputs.step
-    for count in (1, 2):
-        usual = 1 / (2 * count)
-        power = usual if group["exponent"] is None else group["exponent"]
-
-        def root_of(factors: Tensor, power: float = power, usual: float = usual) -> Tensor:
-            roots = inverse_roots(factors, power, group["matrix_eps"], group["root_method"])
-            if power == usual:
-                return roots
-            traces = factors.to(roots.dtype).diagonal(dim1=-2, dim2=-1).sum(-1)
-            traces = torch.where((traces > 0) & traces.isfinite(), traces, 1.0)
-            return roots.mul_(traces.pow_(power - usual)[:, None, None])
-
-        sides = [side for stack in stacks if len(stack.sides) == count for side in stack.sides]
-        for side in sides:
-            root = side["root"]
-            root.copy_(root_of(side["factor"]).mul_(narrowed(correction**usual, root)))
+    usual = 1 / (2 * sides)
+    power = usual if group["exponent"] is None else float(group["exponent"])
+    roots = inverse_roots(factor, power, float(group["matrix_eps"]), group["root_method"])
+    if power != usual:
+        traces = factor.to(roots.dtype).diagonal(dim1=-2, dim2=-1).sum(-1)
+        traces = torch.where((traces > 0) & traces.isfinite(), traces, 1.0)
+        roots.mul_(traces.pow_(power - usual)[:, None, None])
+    return roots.to(root.dtype)
 
 
 def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number) -> None:
-    """Puts the direction of Shampoo in the place of that of Adam.
+    """Puts minus the direction of Shampoo in the place of that of Adam.
 
     Args:
-        stack: The blocks; their directions are those of Adam.
-        mean: The average gradients of the blocks, without correction of the bias.
+        stack: The blocks; their directions are minus those of Adam.
+        mean: The average gradients of the blocks, without correction of their bias.
         grafting: See `Shampoo`.
-        scale: Of the mean, where its length counts.
+        scale: The correction, with the sign.
     """
     if not stack.sides:
         return
@@ -251,19 +265,21 @@ def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number
     for side in stack.sides:
         factors = (side["root"], whitened) if side.dim == 0 else (whitened, side["root"])
         whitened = torch.bmm(*factors)
-    if grafting is None:
-        torch.mul(whitened, narrowed(scale, mean), out=stack.direction)
-        return
-    lengths = _lengths(stack.direction) if grafting == "adam" else _lengths(mean)
-    if grafting == "sgd":
-        lengths = lengths * narrowed(scale, mean)
-    own = _lengths(whitened)
-    # The squares of smaller entries are not numbers; Adam's steps are close to zero there.
-    least = torch.finfo(own.dtype).tiny ** 0.5
-    ratio = torch.where(own > least, lengths / own, 0.0)
-    torch.mul(whitened, ratio[:, None, None], out=stack.direction)
+    own, ratio = _lengths(whitened), narrowed(scale, mean)
+    # Blocks stay where squares leave the range of the precision.
+    usable = own.isfinite()
+    if grafting is not None:
+        ratio = _lengths(stack.direction).neg_() if grafting == "adam" else _lengths(mean) * ratio
+        ratio = ratio / own
+        usable &= (own > torch.finfo(own.dtype).tiny ** 0.5) & ratio.isfinite()
+    if isinstance(ratio, Tensor) and ratio.dim():
+        ratio = ratio[:, None, None]
+    torch.mul(whitened, ratio, out=stack.direction)
+    if isinstance(scale, Tensor) or not bool(usable.all()):  # there, nothing waits for the device
+        stack.direction.masked_fill_(~usable[:, None, None], 0.0)
 
 
 def _lengths(blocks: Tensor) -> Tensor:
     """The Frobenius norm of each block."""
-    return torch.linalg.vector_norm(blocks.flatten(1), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(blocks.flatten(1), dim=1)
+    return lengths

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_secondorder._closure.data_parallel import ModuleNotice, Ranks, several_processes
 from torch_secondorder._closure.runner import GradientTrace, IdleClosure
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_integer
@@ -36,7 +37,7 @@ from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
-from torch_secondorder._optim.diagonal.closureless import WATCHERS
+from torch_secondorder._optim.diagonal.closureless import WATCHERS, why_unseen
 from torch_secondorder._optim.diagonal.fsdp import (
     ShardedEvaluation,
     check_closure,
@@ -44,13 +45,8 @@ from torch_secondorder._optim.diagonal.fsdp import (
     held_parts,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
-from torch_secondorder._optim.diagonal.owners import (
-    Owners,
-    check_not_whole,
-    needs_whole,
-    owners_of,
-)
-from torch_secondorder._optim.diagonal.report import DiagonalInfo, report_of
+from torch_secondorder._optim.diagonal.owners import Owners, check_not_whole, make_state, owners_of
+from torch_secondorder._optim.diagonal.report import DiagonalInfo, gathered_numbers, report_of
 from torch_secondorder._optim.diagonal.schedule import (
     EstimateSchedule,
     GeneratorBefore,
@@ -66,12 +62,10 @@ from torch_secondorder._optim.state import (
     MasterCopy,
     Moment,
     Number,
-    as_real,
     declare,
-    prepare,
 )
 from torch_secondorder._params.bounds import no_bounds
-from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed, max_norm
+from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
@@ -161,6 +155,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _stepping = False
     _checked: list[object] | None = None  # the hyperparameters that were checked last
     _owners: Owners | None = None  # of sharded parameters that steps need whole
+    #: Whether updates divide work over the ranks of DistributedDataParallel, see `_ranks`.
+    _divides = False
+    _notice: ModuleNotice | None = None
 
     def __init__(
         self,
@@ -179,6 +176,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super().__init__(params, {**DEFAULTS, **defaults})
         self._watches = watch
         self._listen()
+        if self._divides and several_processes() and not self._sharded:
+            self._notice = ModuleNotice(self.note_module)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -227,8 +226,16 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             raise no_bounds(type(self).__name__)
         for name in ("update_period", "accumulation_steps"):
             check_integer(name, group[name], whole_floats=True)
-        if self._estimates and any(is_distributed(p) for p in group["params"][:1]):
-            check_not_whole(type(self).__name__, self._parameter_fields, group["params"])
+        if self._estimates:
+            check_not_whole(type(self).__name__, self._parameter_fields, group)
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The ranks that make this same step, for `_optim.kronecker.division`."""
+        if self._notice is not None:  # modules have been called by now
+            self._notice.end()
+            self._notice = None
+        return self._registry.ranks
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -367,7 +374,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         else:
             if watch is None and due:
                 watch = self._watch(params)
-            gradients = present_gradients(name, params, watch, scaling, self._why_unseen())
+            unseen = why_unseen(self._watches, self.param_groups[0])
+            gradients = present_gradients(name, params, watch, scaling, unseen)
             # The probes were multiplied by the other root.
             unscaling = None if unscaling is None else unscaling.sqrt()
         diagonal = self._finished_estimate(watch, unscaling)
@@ -430,7 +438,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         if not check.failed:
             if check.estimate_failed:
                 diagonal = None
-            self._owners = owners = owners_of(self._parameter_fields, params, self._owners)
+            owners = self._find_owners() if isinstance(space, ShardedSpace) else None
             brought = owners.gather(params, gradients, self.state) if owners else gradients
             blocks = layout.arrange(
                 self.param_groups,
@@ -446,7 +454,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             self._update_all(zip(blocks, steps, strict=True))
             if owners:
                 owners.scatter(check)
-            if blocks or check.moves:
+            if check.moves:
                 due = schedule.count(params, self.param_groups[0], check, layout)
             else:
                 due = schedule.repeat()
@@ -457,15 +465,13 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._last_trace = GradientTrace(params)
         if self._named is None or self.state.get(params[0]) is not self._named:
             self._show_names(params)
+        # All processes are here now; the report may be read by one alone.
+        numbers = gathered_numbers(self._shares, gradients, space)
         # A weak reference: the optimizer holds its report, and would keep itself alive.
-        report = partial(report_of, ref(self), check, loss, params, self._last_trace, effort)
-        if isinstance(space, ShardedSpace):
-            # All processes are here now; the report may be read by one alone.
-            largest = [max_norm(as_real(g)).double() for g in gradients if g is not None]
-            counts = [count.double() for share in self._shares().values() for count in share]
-            numbers = space.gathered(sums=counts, largest=[torch.stack(largest).amax()])
-            report = partial(report, numbers=numbers)
-        self._info = cache(report)
+        trace = self._last_trace
+        self._info = cache(
+            partial(report_of, ref(self), check, loss, params, trace, effort, numbers)
+        )
         self._listen_if(due, params, self._last_trace)
 
     @property
@@ -660,27 +666,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """True if the graph of the gradients is enough for an estimate."""
         return not isinstance(self.estimator, GaussNewtonBartlett)
 
-    def _why_unseen(self) -> str:
-        """The reason why no backward pass was seen, for error messages."""
-        if not self._watches:
-            return "it was made with watch=False"
-        if self.param_groups[0]["accumulation_steps"] != 1:
-            return "accumulation_steps says that a closure comes with each step"
-        return (
-            "the gradients are not from loss.backward() or torch.autograd.backward(), or from one "
-            "that ran before the curvature was due (update_period may have been changed since)"
-        )
-
     # Checkpoints.
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
-        fields, on_device = self._parameter_fields, self._on_device
-        trained = {id(p) for p in params}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in trained and not (is_distributed(p) and needs_whole(fields, p)):
-                    prepare(fields, self.state[p], p, on_device=on_device, group=group)
+        make_state(self._parameter_fields, self.param_groups, self.state, params, self._on_device)
         self._show_names()
 
     @property
@@ -690,14 +680,19 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     def _before_saving(self) -> None:
         self._schedule.confirm(self._trainable)
 
+    def _find_owners(self) -> Owners | None:
+        """The owners of sharded parameters that steps need whole."""
+        self._owners = owners_of(self._parameter_fields, self.param_groups, self._owners)
+        return self._owners
+
     def _state_in_parts(self) -> Mapping[Tensor, dict[str, Any]]:
-        return self._owners.in_parts(self.state) if self._owners else self.state
+        owners = self._find_owners()
+        return owners.in_parts(self.state) if owners else self.state
 
     def _finish_loading(self, state_dict: dict[str, Any]) -> None:
         super()._finish_loading(state_dict)
-        self._owners = owners_of(self._parameter_fields, self._parameters, self._owners)
-        if self._owners:
-            self._owners.loaded(self.state)
+        if owners := self._find_owners():
+            owners.loaded(self.state)
 
     def _reset_state(self) -> None:
         super()._reset_state()

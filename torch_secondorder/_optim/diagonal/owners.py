@@ -24,30 +24,41 @@ from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.state import Count, ParameterField, prepare
 from torch_secondorder._params.space import is_distributed, local
 
+_PLAIN = torch.empty(0)
 
-def needs_whole(fields: Iterable[ParameterField], p: Tensor) -> bool:
-    """True if a step needs the whole of a parameter: some of its state is not cut up along with it.
+
+def _matrices(
+    fields: Iterable[ParameterField], p: Tensor, group: dict[str, Any]
+) -> list[torch.Size]:
+    """The shapes of a parameter's state that is not cut up along with it, counts apart."""
+    return [
+        field.shape(p, name, group)
+        for field in fields
+        if not field.sharded and not isinstance(field, Count)
+        for name in field.names(p, group)
+    ]
+
+
+def needs_whole(fields: Iterable[ParameterField], p: Tensor, group: dict[str, Any]) -> bool:
+    """True if parameter is sharded, and a step needs the whole of it.
 
     Args:
         fields: The declared state of each parameter.
         p: The parameter.
+        group: Its group.
     """
-    return any(
-        bool(list(field.names(p)))
-        for field in fields
-        if not field.sharded and not isinstance(field, Count)
-    )
+    return is_distributed(p) and bool(_matrices(fields, p, group))
 
 
-def check_not_whole(name: str, fields: Sequence[ParameterField], params: Sequence[Any]) -> None:
+def check_not_whole(name: str, fields: Sequence[ParameterField], group: dict[str, Any]) -> None:
     """Raises a ValueError where estimates of the curvature would be needed of whole parameters.
 
     Args:
         name: The name of an optimizer that estimates the curvature.
         fields: The declared state of each parameter.
-        params: Sharded parameters.
+        group: A group.
     """
-    if any(needs_whole(fields, p) for p in params):
+    if any(needs_whole(fields, p, group) for p in group["params"]):
         raise ValueError(
             f"{name} estimates the curvature and keeps matrices for the dimensions of whole "
             "parameters, which fully_shard cuts apart: use DistributedDataParallel, or SOAP or "
@@ -66,12 +77,14 @@ class Owners:
         fields: The declared state of each parameter.
 
     Attributes:
+        groups: The group of each parameter.
         wholes: The whole parameters that this process owns. Their values are those of the last
             step.
     """
 
     def __init__(self, fields: Sequence[ParameterField]) -> None:
         self._fields = tuple(fields)
+        self.groups: dict[Tensor, dict[str, Any]] = {}
         self._owners: dict[Tensor, int] = {}
         self._loads: dict[int, float] = {}
         self.wholes: dict[Tensor, Tensor] = {}
@@ -137,8 +150,9 @@ class Owners:
         """
         self._in_parts, self._started = True, {}
         for p, state in states.items():
-            names = {name for field in self._fields for name in field.names(p)}
-            if needs_whole(self._fields, p) and not names.isdisjoint(state):
+            if not self._needs_whole(p):
+                continue
+            if any(name in state for _, name in self._entries(p)):
                 self._started[p] = None
 
     def in_parts(self, states: Any) -> dict[Tensor, dict[str, Any]]:
@@ -154,22 +168,21 @@ class Owners:
         own = [states[p] if p in self.wholes else None for p in started]
         for p in started:  # the right shapes, to receive into
             result[p] = {}
-            prepare(self._fields, result[p], p)
+            prepare(self._fields, result[p], p, group=self.groups[p])
         keys, wholes, parts = [], [], []
         shared: list[tuple[Tensor, dict[str, Any], str]] = []
         for p, state in zip(started, own, strict=True):
-            for field in self._fields:
-                for name in field.names(p):
-                    if name not in result[p]:
-                        continue
-                    if not field.sharded:
-                        if state is not None:
-                            result[p][name] = state[name].to(p.device)
-                        shared.append((p, result[p], name))
-                        continue
-                    keys.append(p)
-                    wholes.append(None if state is None else state[name])
-                    parts.append(result[p][name])
+            for field, name in self._entries(p):
+                if name not in result[p]:
+                    continue
+                if not field.sharded:
+                    if state is not None:
+                        result[p][name] = state[name]
+                    shared.append((p, result[p], name))
+                    continue
+                keys.append(p)
+                wholes.append(None if state is None else state[name])
+                parts.append(result[p][name])
         self._from_owners(keys, wholes, parts)
         self._broadcast(shared)
         return result
@@ -178,7 +191,7 @@ class Owners:
 
     def _assign(self, params: Sequence[Tensor]) -> None:
         """Gives an owner to each parameter that needs one and has none."""
-        new = [p for p in params if p not in self._owners and needs_whole(self._fields, p)]
+        new = [p for p in params if p not in self._owners and self._needs_whole(p)]
         if not new:
             return
         self._check(new)
@@ -190,13 +203,15 @@ class Owners:
 
     def _cost(self, p: Tensor) -> float:
         """The operations of a step, roughly: products with factors, and what is made of these."""
-        sides = [
-            field.shape(p, name)
-            for field in self._fields
-            if not field.sharded and not isinstance(field, Count)
-            for name in field.names(p)
-        ]
-        return sum(shape[-1] * (p.numel() + math.prod(shape)) for shape in sides)
+        shapes = _matrices(self._fields, p, self.groups[p])
+        return sum(shape[-1] * (p.numel() + math.prod(shape)) for shape in shapes)
+
+    def _needs_whole(self, p: Tensor) -> bool:
+        return p in self.groups and needs_whole(self._fields, p, self.groups[p])
+
+    def _entries(self, p: Tensor) -> list[tuple[ParameterField, str]]:
+        """The declared state of a parameter: the fields, and the names of what they have of it."""
+        return [(field, name) for field in self._fields for name in field.names(p, self.groups[p])]
 
     def _check(self, params: Sequence[Any]) -> None:
         """Raises a ValueError where a parameter is cut along two dimensions."""
@@ -220,10 +235,8 @@ class Owners:
         entries = [
             (p, name, states[p].pop(name))
             for p in self._started
-            for field in self._fields
-            if field.sharded
-            for name in field.names(p)
-            if name in states[p]
+            for field, name in self._entries(p)
+            if field.sharded and name in states[p]
         ]
         keys = [p for p, _, _ in entries]
         wholes = self._to_owners(keys, [part for _, _, part in entries])
@@ -232,9 +245,8 @@ class Owners:
                 states[p][name] = whole
         for p in self._started:
             if self._owners[p] != self._own(p):
-                for field in self._fields:
-                    for name in field.names(p):
-                        states[p].pop(name, None)
+                for _, name in self._entries(p):
+                    states[p].pop(name, None)
 
     def _to_owners(self, params: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor | None]:
         """The whole of each tensor that is cut up like a parameter; None where another owns it.
@@ -323,18 +335,43 @@ class Owners:
 
 
 def owners_of(
-    fields: Sequence[ParameterField], params: Sequence[Tensor], known: Owners | None
+    fields: Sequence[ParameterField], groups: Sequence[dict[str, Any]], known: Owners | None
 ) -> Owners | None:
     """The owners of an optimizer's parameters; None where each process steps its part alone.
 
     Args:
         fields: The declared state of each parameter.
-        params: The parameters, all of them sharded or none.
+        groups: The groups. All of their parameters are sharded, or none.
         known: The owners so far.
     """
-    if known is not None or not params or not is_distributed(params[0]):
-        return known
-    return Owners(fields) if any(needs_whole(fields, p) for p in params) else None
+    if not is_distributed(next((p for group in groups for p in group["params"]), _PLAIN)):
+        return None
+    owners = Owners(fields) if known is None else known
+    owners.groups = {p: group for group in groups for p in group["params"]}
+    return owners if any(map(owners._needs_whole, owners.groups)) else None
+
+
+def make_state(
+    fields: Sequence[ParameterField],
+    groups: Sequence[dict[str, Any]],
+    states: Any,
+    params: Sequence[Tensor],
+    on_device: bool,
+) -> None:
+    """Gives parameters a state before any step, except for those that owners are to have.
+
+    Args:
+        fields: The declared state of each parameter.
+        groups: The groups.
+        states: The optimizer's state by parameter.
+        params: The parameters.
+        on_device: Whether counts are kept on their devices.
+    """
+    chosen = {id(p) for p in params}
+    for group in groups:
+        for p in group["params"]:
+            if id(p) in chosen and not needs_whole(fields, p, group):
+                prepare(fields, states[p], p, on_device=on_device, group=group)
 
 
 def _cutting(p: Any) -> list[int]:

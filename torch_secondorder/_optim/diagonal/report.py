@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType
 
+import torch
 from torch import Tensor
 
 from torch_secondorder._closure.runner import GradientTrace
 from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.info import StepInfo
 from torch_secondorder._optim.state import as_real
-from torch_secondorder._params.space import max_norm
+from torch_secondorder._params.space import ShardedSpace, Space, max_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,28 @@ class DiagonalInfo(StepInfo):
     """
 
     products: int = 0
+
+
+def gathered_numbers(
+    shares: Callable[[], dict[str, tuple[Tensor, Tensor]]],
+    gradients: Sequence[Tensor | None],
+    space: Space,
+) -> Tensor | None:
+    """The numbers of a report that come from all processes with parts of the parameters.
+
+    Args:
+        shares: Gives the ratios, numerator and denominator of each.
+        gradients: The gradients of all trainable parameters.
+        space: The space of the parameters.
+
+    Returns:
+        See `report_of`; None where parameters are whole.
+    """
+    if not isinstance(space, ShardedSpace):
+        return None
+    largest = [max_norm(as_real(g)).double() for g in gradients if g is not None]
+    counts = [count.double() for share in shares().values() for count in share]
+    return space.gathered(sums=counts, largest=[torch.stack(largest).amax()])
 
 
 def report_of(
