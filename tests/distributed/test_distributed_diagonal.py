@@ -20,12 +20,15 @@ from torch_secondorder import AdaHessian, Sophia, StepStatus
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._optim.kronecker import division
 from torch_secondorder.curvature import Hutchinson
+from torch_secondorder.optim.shampoo import Shampoo
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
 ]
 
+#: Those that divide work over the ranks.
+DIVIDING: dict[str, Callable[..., Any]] = {"Shampoo": Shampoo}
 #: Those whose estimates are of the whole batch, whoever draws the probes.
 CONTENDERS: dict[str, Callable[[Any], Any]] = {
     "AdaHessian": lambda params: AdaHessian(params, lr=0.01, eps=0.01),
@@ -45,6 +48,10 @@ CONTENDERS: dict[str, Callable[[Any], Any]] = {
         update_period=1,
         estimator=Hutchinson(2, distribution="gaussian"),
     ),
+    **{
+        name: lambda params, kind=kind: kind(params, lr=0.01, block_size=3, update_period=2)
+        for name, kind in DIVIDING.items()
+    },
 }
 
 
@@ -203,9 +210,32 @@ def divide(rank: int, ranks: int) -> list[Any]:
             mock.patch.object(division, "LEAST", least),
             mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as messages,
         ):
-            results = division.divided(registered, function, chosen)
+            results = [torch.full_like(first, math.nan) for first, _ in chosen]
+            division.divided(results, function, chosen, registered)
         found.append([results, sum(made), messages.call_count])
         made.clear()
+    return found
+
+
+def train_divided(rank: int, ranks: int) -> list[Any]:
+    """However small the matrices are; with a closure and without, the first one of two ranks."""
+    found: list[Any] = []
+    for name in DIVIDING:
+        for closes in (True, False):
+            share = Share(rank, ranks)
+            optimizer = CONTENDERS[name](share.model.parameters())
+            with (
+                mock.patch.object(division, "LEAST", 0),
+                mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as messages,
+            ):
+                for _ in range(6):
+                    if closes:
+                        optimizer.step(share.closure)
+                    else:
+                        share.closure()
+                        optimizer.step()
+            assert optimizer._notice is None
+            found.append([share.values(), messages.call_count])
     return found
 
 
@@ -220,6 +250,7 @@ CHECKS: dict[str, Check] = {
         resume_and_meet_infinity,
         bend_one,
         divide,
+        train_divided,
     )
 }
 
@@ -275,6 +306,15 @@ def test_matrices_are_divided_over_ranks(ranks: list[dict[str, Any]]) -> None:
     assert sum(entries[rank][0] for rank in (0, 1)) == entries[0][2] == 103  # each made once
     assert min(entries[rank][0] for rank in (0, 1)) > 30
     assert sorted(entries[rank][1] for rank in (0, 1)) == [0, 25]
+
+
+def test_bases_and_roots_are_divided_over_ranks(ranks: list[dict[str, Any]]) -> None:
+    """In the steps 1, 2, 4 and 6; the layers have one and two sides with factors."""
+    found, expected = on_both(ranks, "train_divided"), train_divided(0, 1)
+    for (values, messages), (alone, none) in zip(found, expected, strict=True):
+        torch.testing.assert_close(values, alone, rtol=1e-12, atol=1e-12)
+        assert messages >= 4
+        assert none == 0
 
 
 def test_all_ranks_keep_their_curvature_where_one_products_are_not_finite(

@@ -37,6 +37,7 @@ from tests.support.fully_sharded import (
     save,
     whole,
 )
+from tests.support.ranks import RANKS, start_on_ranks
 from tests.support.sharded_matrices import (
     matrices,
     matrices_in_groups,
@@ -60,8 +61,6 @@ from torch_secondorder._params.space import WHOLE, ShardedSpace, Space
 from torch_secondorder.curvature import Diagonal, Hutchinson, InverseBFGS
 from torch_secondorder.globalization import MarquardtDamping
 from torch_secondorder.solvers import CG, MINRES, SolveStatus
-
-RANKS = 2
 
 
 def lbfgs(rank: int, ranks: int) -> list[Any]:
@@ -644,7 +643,7 @@ def run_rank(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every check gave on each rank."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=RANKS)
+    start_on_ranks(run_rank, str(folder))
     return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
 
 

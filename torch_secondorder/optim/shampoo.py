@@ -113,6 +113,7 @@ class Shampoo(DiagonalOptimizer):
     _recognized_by = "grafting"
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
+    _divides = True
     _state_fields = declare(
         exp_avg_sq=Moment(), factor=BlockMatrices(), root=BlockMatrices(wide=True)
     )
@@ -206,14 +207,16 @@ class Shampoo(DiagonalOptimizer):
 
     def _refresh(self, block: Block, inputs: StepInputs) -> None:
         """Computes the inverse roots of the factors, divided over the ranks of DDP."""
-        group, ranks = block.group, self._registry.ranks
+        group = block.group
         correction = 1 - _factor_beta(group) ** inputs.step
         for count in (1, 2):
             sides = [s for stack in block.stacks if len(stack.sides) == count for s in stack.sides]
             root_of = partial(_root_of, sides=count, group=group)
-            found = divided(ranks, root_of, [(side["root"], side["factor"]) for side in sides])
-            for side, roots in zip(sides, found, strict=True):
-                side["root"].copy_(roots.mul_(narrowed(correction ** (0.5 / count), roots)))
+            roots = [side["root"] for side in sides]
+            factors = [(side["root"], side["factor"]) for side in sides]
+            divided(roots, root_of, factors, self._ranks)
+            for root in roots:
+                root.mul_(narrowed(correction ** (0.5 / count), root))
 
 
 def _factor_beta(group: dict[str, Any]) -> float:

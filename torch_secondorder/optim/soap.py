@@ -1,4 +1,4 @@
-"""SOAP: Adam in the eigenbasis of Kronecker factors."""
+"""SOAP: Adam in the eigenbases of Kronecker factors."""
 
 from __future__ import annotations
 
@@ -10,32 +10,119 @@ from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_betas, check_number
 from torch_secondorder._foundation.types import ParamsT
-from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.adam import adam_direction
+from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
-from torch_secondorder._optim.kronecker.eigenbases import carry, exact, orthonormal, powered, project, project_back, reorder, rotate
+from torch_secondorder._optim.kronecker.checks import check_blocks
+from torch_secondorder._optim.kronecker.division import divided
+from torch_secondorder._optim.kronecker.eigenbases import (
+    eigenvectors,
+    forget_infinite,
+    orthonormal,
+    orthonormal_or_exact,
+    powered,
+    project,
+    project_back,
+    reorder,
+    rotate,
+)
+from torch_secondorder._optim.kronecker.stacks import Side
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
 
 __all__ = ["SOAP", "SOAPInfo"]
-START = [1, 'carry', ()]
+
+#: The number of first steps that are Adam's, while the factors gather gradients.
+_GATHERING = 10
 
 
 @dataclass(frozen=True, slots=True)
 class SOAPInfo(DiagonalInfo):
-    """Report of one step of `SOAP`."""
+    """Report of one step of `SOAP`.
+
+    Attributes:
+        off_diagonal: In steps that refresh the bases, the share of the factors (of their squared
+            norm) that was not diagonal any more in the bases so far. If it is close to one, a
+            shorter `update_period` may help.
+    """
+
+    off_diagonal: float | None = None
 
 
 class SOAP(DiagonalOptimizer):
-    """Adam in the eigenbasis of Shampoo's preconditioner."""
+    """Adam in the slowly changing eigenbasis of Shampoo's preconditioner.
+
+    The gradient of each matrix is brought into the eigenbases of its Kronecker factors, where Adam
+    makes the step (Vyas et al. 2024, "SOAP: improving and stabilizing Shampoo using Adam"):
+
+        L = b L + (1 - b) G G',  R = b R + (1 - b) G' G,  G_ = Q_L' G Q_R
+        M = b1 M + (1 - b1) G_,  V = b2 V + (1 - b2) G_^2
+        theta -= lr * weight_decay * theta
+        theta -= lr * Q_L (M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)) Q_R'
+
+    Every `update_period` steps, a step of the power method and a QR decomposition bring the bases
+    `Q_L` and `Q_R` closer to the eigenvectors of `L` and `R`. Rows and columns of `V` are sorted by
+    eigenvalue along with those of the bases, and `M` moves to the new bases. The first ten steps
+    (or `update_period`, if that is less) are Adam's, while `L` and `R` gather gradients. Then come
+    their exact eigenvectors, and `M` and `V` begin anew. Eigenvectors are also exact if more than
+    half of a factor's squared norm has left the diagonal, where no step waits for a device.
+
+    A weight with more dimensions, such as a convolution's, is a matrix of `shape[0]` rows. Matrices
+    are cut into blocks, whose factors are cheaper; blocks of equal shape in all layers share calls.
+    For a block `(m, n)` a step takes `6 m n (m + n)` operations. Parameters with one dimension are
+    updated as by AdamW.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate. Start with a rate that suits AdamW, or twice as much.
+        betas: Decay rates of the averages of gradients and of their squares.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
+        shampoo_beta: The decay rate of the factors; None for the second of `betas`.
+        update_period: Steps from one refresh of the bases to the next.
+        block_size: The longest side of a block; longer sides are cut into parts of equal length if
+            that is possible. None cuts nothing: steps are then the authors', and cost more.
+        max_precond_dim: Sides of matrices that are longer, such as those of embeddings, have no
+            factor and are not cut; None for no bound.
+        merge_dims: Whether all dimensions after the first are joined. If not, the last two are a
+            matrix, and the others count matrices, as for stacked experts.
+        factor_dtype: The precision in which factors are kept, for instance `torch.bfloat16`; None
+            for the parameters', and at least float32.
+        accumulation_steps: See `AdaHessian`.
+        maximize: Whether to maximize the loss.
+        capturable: See `AdaHessian`.
+
+    Raises:
+        TypeError: A parameter is neither floating-point nor complex.
+        ValueError: An argument is out of range.
+
+    If a gradient or the loss is not finite, nothing changes, and `info.status` reports it.
+
+    >>> weight = torch.nn.Parameter(torch.ones(3, 2))
+    >>> inputs = torch.tensor([[100.0, 99.0, 0.0], [99.0, 100.0, 1.0]])
+    >>> optimizer = SOAP([weight], lr=0.1)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (inputs @ weight).square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(100):
+    ...     loss = optimizer.step(closure)
+    >>> bool(loss < 1)
+    True
+    """
 
     info: SOAPInfo | None
     _info_type = SOAPInfo
     _recognized_by = "max_precond_dim"
-    _decouples_weight_decay = True
+    _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
-    _state_fields = declare(exp_avg_sq=Moment(), factor=BlockMatrices(), basis=BlockMatrices(wide=True))
+    _state_fields = declare(
+        exp_avg_sq=Moment(), factor=BlockMatrices(), basis=BlockMatrices(wide=True)
+    )
+    #: The sums of which `SOAPInfo.off_diagonal` is the ratio, and the step that they are of.
+    _left_diagonal: tuple[int, list[tuple[Tensor, Tensor]]] = (0, [])
 
     def __init__(
         self,
@@ -47,8 +134,8 @@ class SOAP(DiagonalOptimizer):
         *,
         shampoo_beta: float | None = None,
         update_period: int = 10,
-        max_precond_dim: int | None = 10000,
         block_size: int | None = 256,
+        max_precond_dim: int | None = 10000,
         merge_dims: bool = True,
         factor_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
@@ -62,8 +149,8 @@ class SOAP(DiagonalOptimizer):
             "weight_decay": weight_decay,
             "shampoo_beta": shampoo_beta,
             "update_period": update_period,
-            "max_precond_dim": max_precond_dim,
             "block_size": block_size,
+            "max_precond_dim": max_precond_dim,
             "merge_dims": merge_dims,
             "factor_dtype": factor_dtype,
             "accumulation_steps": accumulation_steps,
@@ -76,73 +163,93 @@ class SOAP(DiagonalOptimizer):
         super()._check_group(group)
         check_betas(group["betas"])
         check_number("eps", group["eps"], above=0.0)
+        check_number("shampoo_beta", group["shampoo_beta"], low=0.0, below=1.0, optional=True)
+        check_blocks(group)
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
-        group, lr = block.group, inputs.lr
-        beta2 = group["betas"][1]
-        stacks, second = block.stacks, block.moments["exp_avg_sq"]
+        group, stacks, step = block.group, block.stacks, inputs.host_step
+        period = int(group["update_period"])
+        gathering = min(period, _GATHERING)
         if group["weight_decay"]:
-            block.decay(1 - lr * group["weight_decay"])
+            block.decay(1 - inputs.lr * group["weight_decay"])
         gradient = inputs.ordered_gradient
         with torch.autocast(block.device.type, enabled=False):
-            shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
-            warm = inputs.host_step > START[0]
             for stack in stacks:
                 for side in stack.sides:
-                    side.average_gram("factor", stack.gradient, shampoo_beta, inputs.weight)
-                if warm:
+                    side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
+                if step > gathering:
                     project(stack)
             adam_direction(
                 block,
                 gradient,
-                second,
+                block.moments["exp_avg_sq"],
                 stacks.direction,
                 betas=group["betas"],
                 eps=group["eps"],
                 step=inputs.step,
                 weight=inputs.weight,
             )
-            if warm:
+            if step > gathering:
                 for stack in stacks:
                     project_back(stack)
-            block.move_blocks(lr if group["maximize"] else -lr)
-            if inputs.host_step == START[0]:
+            block.move_blocks(inputs.lr if group["maximize"] else -inputs.lr)
+            if step == gathering:
                 self._start(block)
-            elif warm and (inputs.host_step % int(group["update_period"]) == 0 or inputs.host_step in START[2]):
-                START[3:] = [inputs.host_step in START[2]]
-                self._refresh(block)
+            elif step > gathering and step % period == 0:
+                self._refresh(block, on_device=inputs.on_device)
 
     def _start(self, block: Block) -> None:
-        for stack in block.stacks:
-            exp_avg, second = stack.of(block.exp_avg), stack.of(block.moments["exp_avg_sq"])
-            new = [exact(side["factor"]) for side in stack.sides]
-            if START[1] == "carry":
-                carry(stack, second, new)
-            elif START[1] == "outer":
-                f = [torch.linalg.eigvalsh(side["factor"]).flip(-1).clamp(min=0) for side in stack.sides]
-                second.copy_(f[0][:, :, None] * f[1][:, None, :] / f[0].sum(-1)[:, None, None])
-            elif START[1] == "max":
-                f = [torch.linalg.eigvalsh(side["factor"]).flip(-1).clamp(min=0) for side in stack.sides]
-                carry(stack, second, new)
-                torch.maximum(second, f[0][:, :, None] * f[1][:, None, :] / f[0].sum(-1)[:, None, None], out=second)
-            else:
-                second.zero_()
-                exp_avg.zero_()
-            for side in stack.sides:
-                torch.eye(side.size, out=side["basis"][0])
-                side["basis"][1:] = side["basis"][0]
-            rotate(stack, exp_avg, new)
-            for side, basis in zip(stack.sides, new, strict=True):
-                side["basis"].copy_(basis)
+        """Gives all matrices their first bases; moments begin anew.
 
-    def _refresh(self, block: Block) -> None:
+        Those of the original coordinates do not carry over: in the basis that a few gradients made,
+        their average is large where their squares, seen as independent, are small.
+        """
+        sides = _sides(block)
+        stacks = [(side["basis"], side["factor"]) for side in sides]
+        found = divided(self._registry.ranks, eigenvectors, stacks)
+        for side, basis in zip(sides, found, strict=True):
+            side["basis"].copy_(basis)
+        matrices = slice(0, block.stacks.vectors.start)
+        block.exp_avg[matrices] = 0.0
+        block.moments["exp_avg_sq"][matrices] = 0.0
+
+    def _refresh(self, block: Block, *, on_device: bool) -> None:
+        """Brings the bases closer to the eigenvectors, and the moments into the new bases.
+
+        Args:
+            block: The parameters.
+            on_device: Whether no decision may wait for the device.
+        """
+        forget_infinite(block.exp_avg, block.moments["exp_avg_sq"])
+        products: list[tuple[Tensor, ...]] = []
+        sums: list[tuple[Tensor, Tensor]] = []
         for stack in block.stacks:
-            exp_avg, second = stack.of(block.exp_avg), stack.of(block.moments["exp_avg_sq"])
-            new = []
+            squares = stack.of(block.moments["exp_avg_sq"])
             for side in stack.sides:
-                product, order = powered(side)
-                reorder(second, order, side.dim)
-                new.append(exact(side["factor"]) if START[3] else orthonormal(product))
-            rotate(stack, exp_avg, new)
-            for side, basis in zip(stack.sides, new, strict=True):
-                side["basis"].copy_(basis)
+                product, order, (left, whole) = powered(side)
+                reorder(squares, order, side.dim)
+                products.append((product, side["factor"], left, whole))
+                sums.append((left.sum(), whole.sum()))
+        function = orthonormal if on_device else orthonormal_or_exact
+        bases = iter(divided(self._registry.ranks, function, products))
+        for stack in block.stacks:
+            rotate(stack, stack.of(block.exp_avg), [next(bases) for _ in stack.sides])
+        now, before = self._schedule.steps, self._left_diagonal
+        self._left_diagonal = now, [*(before[1] if before[0] == now else []), *sums]
+
+    def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
+        step, sums = self._left_diagonal
+        zero = torch.zeros(())
+        if not sums or step != self._schedule.steps - 1:
+            return {"off_diagonal": (zero, zero)}
+        left, whole = zip(*sums, strict=True)
+        return {"off_diagonal": (torch.stack(left).sum(), torch.stack(whole).sum())}
+
+
+def _factor_beta(group: dict[str, Any]) -> float:
+    beta: float | None = group["shampoo_beta"]
+    return float(group["betas"][1]) if beta is None else beta
+
+
+def _sides(block: Block) -> list[Side]:
+    return [side for stack in block.stacks for side in stack.sides]

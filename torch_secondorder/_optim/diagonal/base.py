@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_secondorder._closure.data_parallel import ModuleNotice, Ranks, several_processes
 from torch_secondorder._closure.runner import GradientTrace, IdleClosure
 from torch_secondorder._foundation.buffer_pool import BufferPool
 from torch_secondorder._foundation.checks import check_integer
@@ -36,7 +37,7 @@ from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
-from torch_secondorder._optim.diagonal.closureless import WATCHERS
+from torch_secondorder._optim.diagonal.closureless import WATCHERS, why_unseen
 from torch_secondorder._optim.diagonal.fsdp import (
     ShardedEvaluation,
     check_closure,
@@ -44,12 +45,7 @@ from torch_secondorder._optim.diagonal.fsdp import (
     held_parts,
 )
 from torch_secondorder._optim.diagonal.observation import Observation
-from torch_secondorder._optim.diagonal.owners import (
-    Owners,
-    check_not_whole,
-    needs_whole,
-    owners_of,
-)
+from torch_secondorder._optim.diagonal.owners import Owners, check_not_whole, make_state, owners_of
 from torch_secondorder._optim.diagonal.report import DiagonalInfo, gathered_numbers, report_of
 from torch_secondorder._optim.diagonal.schedule import (
     EstimateSchedule,
@@ -67,7 +63,6 @@ from torch_secondorder._optim.state import (
     Moment,
     Number,
     declare,
-    prepare,
 )
 from torch_secondorder._params.bounds import no_bounds
 from torch_secondorder._params.space import WHOLE, ShardedSpace, is_distributed
@@ -160,6 +155,9 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _stepping = False
     _checked: list[object] | None = None  # the hyperparameters that were checked last
     _owners: Owners | None = None  # of sharded parameters that steps need whole
+    #: Whether updates divide work over the ranks of DistributedDataParallel, see `_ranks`.
+    _divides = False
+    _notice: ModuleNotice | None = None
 
     def __init__(
         self,
@@ -178,6 +176,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         super().__init__(params, {**DEFAULTS, **defaults})
         self._watches = watch
         self._listen()
+        if self._divides and several_processes() and not self._sharded:
+            self._notice = ModuleNotice(self.note_module)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -228,6 +228,14 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             check_integer(name, group[name], whole_floats=True)
         if self._estimates:
             check_not_whole(type(self).__name__, self._parameter_fields, group)
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The ranks that make this same step, for `_optim.kronecker.division`."""
+        if self._notice is not None:  # modules have been called by now
+            self._notice.end()
+            self._notice = None
+        return self._registry.ranks
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Fields of the report that are ratios: numerator and denominator of each, 0-dim."""
@@ -366,7 +374,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         else:
             if watch is None and due:
                 watch = self._watch(params)
-            gradients = present_gradients(name, params, watch, scaling, self._why_unseen())
+            unseen = why_unseen(self._watches, self.param_groups[0])
+            gradients = present_gradients(name, params, watch, scaling, unseen)
             # The probes were multiplied by the other root.
             unscaling = None if unscaling is None else unscaling.sqrt()
         diagonal = self._finished_estimate(watch, unscaling)
@@ -657,27 +666,11 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """True if the graph of the gradients is enough for an estimate."""
         return not isinstance(self.estimator, GaussNewtonBartlett)
 
-    def _why_unseen(self) -> str:
-        """The reason why no backward pass was seen, for error messages."""
-        if not self._watches:
-            return "it was made with watch=False"
-        if self.param_groups[0]["accumulation_steps"] != 1:
-            return "accumulation_steps says that a closure comes with each step"
-        return (
-            "the gradients are not from loss.backward() or torch.autograd.backward(), or from one "
-            "that ran before the curvature was due (update_period may have been changed since)"
-        )
-
     # Checkpoints.
 
     def _make_state(self, params: Sequence[Tensor]) -> None:
         """Gives each parameter a state, of a step that has not been."""
-        fields, on_device = self._parameter_fields, self._on_device
-        trained = {id(p) for p in params}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in trained and not needs_whole(fields, p, group):
-                    prepare(fields, self.state[p], p, on_device=on_device, group=group)
+        make_state(self._parameter_fields, self.param_groups, self.state, params, self._on_device)
         self._show_names()
 
     @property

@@ -139,6 +139,23 @@ class _Watchers(BackwardListeners):
         return any(observation.failure is None for observation in observations)
 
 
+def why_unseen(watches: bool, group: dict[str, Any]) -> str:
+    """The reason why no backward pass was seen, for error messages.
+
+    Args:
+        watches: Whether the optimizer sees backward passes outside of closures and contexts.
+        group: Its first group.
+    """
+    if not watches:
+        return "it was made with watch=False"
+    if group["accumulation_steps"] != 1:
+        return "accumulation_steps says that a closure comes with each step"
+    return (
+        "the gradients are not from loss.backward() or torch.autograd.backward(), or from one "
+        "that ran before the curvature was due (update_period may have been changed since)"
+    )
+
+
 def _root(tensors: Any, grad_tensors: Any) -> tuple[Tensor, Tensor | None] | None:
     """The tensor that a pass begins with, and its weight; None for other kinds of passes."""
     roots = (tensors,) if isinstance(tensors, Tensor) else tensors

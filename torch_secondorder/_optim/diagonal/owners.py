@@ -351,6 +351,29 @@ def owners_of(
     return owners if any(map(owners._needs_whole, owners.groups)) else None
 
 
+def make_state(
+    fields: Sequence[ParameterField],
+    groups: Sequence[dict[str, Any]],
+    states: Any,
+    params: Sequence[Tensor],
+    on_device: bool,
+) -> None:
+    """Gives parameters a state before any step, except for those that owners are to have.
+
+    Args:
+        fields: The declared state of each parameter.
+        groups: The groups.
+        states: The optimizer's state by parameter.
+        params: The parameters.
+        on_device: Whether counts are kept on their devices.
+    """
+    chosen = {id(p) for p in params}
+    for group in groups:
+        for p in group["params"]:
+            if id(p) in chosen and not needs_whole(fields, p, group):
+                prepare(fields, states[p], p, on_device=on_device, group=group)
+
+
 def _cutting(p: Any) -> list[int]:
     """The dimensions of the mesh that cut a DTensor up."""
     return [i for i, placement in enumerate(p.placements) if placement.is_shard()]

@@ -33,7 +33,7 @@ def gathered_numbers(
     gradients: Sequence[Tensor | None],
     space: Space,
 ) -> Tensor | None:
-    """What a report has of all processes that share the parameters; None where there is one.
+    """The numbers of a report that come from all processes with parts of the parameters.
 
     Args:
         shares: Gives the ratios, numerator and denominator of each.
@@ -41,7 +41,7 @@ def gathered_numbers(
         space: The space of the parameters.
 
     Returns:
-        See `report_of`.
+        See `report_of`; None where parameters are whole.
     """
     if not isinstance(space, ShardedSpace):
         return None

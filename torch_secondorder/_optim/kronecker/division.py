@@ -21,48 +21,57 @@ LEAST = 4e6
 
 
 def divided(
-    ranks: Ranks, function: Callable[..., Tensor], stacks: Sequence[tuple[Tensor, ...]]
-) -> list[Tensor]:
-    """A function of each of some stacks of matrices, in the same order.
+    targets: Sequence[Tensor],
+    function: Callable[..., Tensor],
+    stacks: Sequence[tuple[Tensor, ...]],
+    ranks: Ranks,
+) -> None:
+    """Puts a function of each of some stacks of matrices into a target.
+
+    All ranks come here in the same steps with the same shapes: whether they do may depend on counts
+    of steps, and not on numbers in the state.
 
     Args:
-        ranks: The ranks. All of them come here with stacks of the same sizes.
-        function: Takes the tensors of a stack, `(k, ...)` each, entry by entry, and gives a tensor
-            that is shaped like the first one, and of its dtype.
-        stacks: The tensors, the first of each `(k, m, m)`.
+        targets: For each stack a tensor `(k, m, m)`. They may be tensors of the stacks.
+        function: Takes the tensors of a stack, goes over them entry by entry, and gives a tensor of
+            the shape of the target.
+        stacks: The tensors, `(k, ...)` each.
+        ranks: The ranks.
 
-    >>> (root,) = divided(Ranks(), torch.sqrt, [(torch.full((3, 1, 1), 4.0),)])
-    >>> root.flatten()
+    >>> roots = torch.zeros(3, 1, 1)
+    >>> divided([roots], torch.sqrt, [(torch.full((3, 1, 1), 4.0),)], Ranks())
+    >>> roots.flatten()
     tensor([2., 2., 2.])
     """
-    costs = [float(stack[0].shape[-1]) ** 3 for stack in stacks]
-    counts = [len(stack[0]) for stack in stacks]
+    costs = [float(target.shape[-1]) ** 3 for target in targets]
+    counts = [len(target) for target in targets]
     total = sum(cost * count for cost, count in zip(costs, counts, strict=True))
-    if not ranks.met or total < LEAST or ranks.count == 1 or _kinds(stacks) != 1:
-        return [function(*stack) for stack in stacks]
+    kinds = {(target.dtype, target.device) for target in targets}
+    if not ranks.met or total <= LEAST or ranks.count == 1 or len(kinds) > 1:
+        for target, stack in zip(targets, stacks, strict=True):
+            target.copy_(function(*stack))
+        return
     shares = _shares(costs, counts, total, ranks.count)
     own = [
-        function(*(tensor[start:end] for tensor in stacks[place])).reshape(-1)
+        function(*(tensor[start:end] for tensor in stacks[place]))
         for place, start, end in shares[ranks.own]
     ]
-    results = [
-        torch.empty_like(stack[0], memory_format=torch.contiguous_format) for stack in stacks
-    ]
-    targets = [[results[place][start:end] for place, start, end in share] for share in shares]
-    longest = max(sum(target.numel() for target in row) for row in targets)
-    message = results[0].new_zeros(longest)
-    torch.cat([message[:0], *own], out=message[: sum(len(piece) for piece in own)])
-    received = [torch.empty_like(message) for _ in targets]
+    slots = [[targets[place][start:end] for place, start, end in share] for share in shares]
+    message = targets[0].new_zeros(max(sum(slot.numel() for slot in row) for row in slots))
+    _fill(message, own, slots[ranks.own])
+    received = [torch.empty_like(message) for _ in slots]
     dist.all_gather(received, message, group=ranks.group)
-    for row, part in zip(targets, received, strict=True):
-        sizes = [target.numel() for target in row]
-        for target, piece in zip(row, part[: sum(sizes)].split(sizes), strict=True):
-            target.copy_(piece.view_as(target))
-    return results
+    for row, part in zip(slots, received, strict=True):
+        sizes = [slot.numel() for slot in row]
+        for slot, piece in zip(row, part[: sum(sizes)].split(sizes), strict=True):
+            slot.copy_(piece.view_as(slot))
 
 
-def _kinds(stacks: Sequence[tuple[Tensor, ...]]) -> int:
-    return len({(stack[0].dtype, stack[0].device) for stack in stacks})
+def _fill(message: Tensor, pieces: Sequence[Tensor], slots: Sequence[Tensor]) -> None:
+    start = 0
+    for piece, slot in zip(pieces, slots, strict=True):
+        message[start : start + slot.numel()].view_as(slot).copy_(piece)
+        start += slot.numel()
 
 
 def _shares(
@@ -82,15 +91,13 @@ def _shares(
     shares: list[list[tuple[int, int, int]]] = [[] for _ in range(ranks)]
     done = 0.0
     for place, (cost, count) in enumerate(zip(costs, counts, strict=True)):
-        start = 0
-        while start < count:
+        for entry in range(count):
             # The rank in whose share the middle of the entry falls.
             rank = min(int((done + cost / 2) * ranks / total), ranks - 1)
-            end = start + 1
             done += cost
-            while end < count and min(int((done + cost / 2) * ranks / total), ranks - 1) == rank:
-                done += cost
-                end += 1
-            shares[rank].append((place, start, end))
-            start = end
+            runs = shares[rank]
+            if entry and runs and runs[-1][0] == place:
+                runs[-1] = (place, runs[-1][1], entry + 1)
+            else:
+                runs.append((place, entry, entry + 1))
     return shares
