@@ -217,7 +217,8 @@ def _factor(block: Block) -> Number:
     if block.group["target_unclipped"] is None:
         gamma: float = block.group["gamma"]
         return gamma
-    return _tuned_gamma(block) * (1 - block.group["betas"][0] ** max(1.0, block.step.item()))
+    correction: float = 1 - block.group["betas"][0] ** max(1.0, block.step.item())
+    return correction * _tuned_gamma(block)
 
 
 def _tuned_gamma(block: Block) -> Tensor:
