@@ -19,17 +19,19 @@ Line = tuple[Sequence[float], Sequence[float]]
 
 @dataclass
 class Curve:
-    """Training loss and task-specific score along a run, with two measures of cost."""
+    """Training loss and task-specific score along a run, with three measures of cost."""
 
     seconds: list[float] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     score: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
 
-    def add(self, seconds: float, evaluations: int, loss: float, score: float) -> None:
+    def add(self, seconds: float, evaluations: int, loss: float, score: float, steps: int) -> None:
         """Appends one point."""
         self.seconds.append(seconds)
         self.evaluations.append(evaluations)
+        self.steps.append(steps)
         self.loss.append(loss)
         self.score.append(score)
 
@@ -107,7 +109,8 @@ def line_style(i: int) -> dict[str, Any]:
     """The style of the i-th line in a plot."""
     return {
         "color": COLOURS[i % len(COLOURS)],
-        "linestyle": DASHES[i % len(DASHES)],
+        # Another dash in each round of the colours.
+        "linestyle": DASHES[(i + i // len(COLOURS)) % len(DASHES)],
         "linewidth": 1.8,
     }
 

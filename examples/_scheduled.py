@@ -24,14 +24,10 @@ class Scheduled(Run):
 
     Attributes:
         rate: The peak learning rate; None for the optimizer's own.
-        steps: Calls of `step()`.
-        at: Steps before each measurement.
         unclipped: Shares of the entries that were not clipped, if the optimizer reports them.
     """
 
     rate: float | None = None
-    steps: int = 0
-    at: list[int] = field(default_factory=list)
     unclipped: list[float] = field(default_factory=list)
 
     @property
@@ -109,8 +105,7 @@ def train(
 @torch.no_grad()
 def measure(task: Task, run: Scheduled, bar: tqdm, used: float) -> None:
     """Records the losses of a run; this is not counted as training time."""
-    run.curve.add(run.seconds, run.evaluations, *task.measure(run.model))
-    run.at.append(run.steps)
+    run.curve.add(run.seconds, run.evaluations, *task.measure(run.model), run.steps)
     said = task.describe(run.curve.loss[-1], run.curve.score[-1])
     bar.set_postfix_str(f"{run.steps:,} steps, {run.seconds:.1f} s: {said}", refresh=False)
     bar.update(min(used, 1.0) - bar.n)

@@ -66,6 +66,7 @@ class Run:
         model: The trained network.
         curve: Loss and score along the way.
         seconds: Time used for training.
+        steps: Calls of `step()`.
         evaluations: Calls of the closure.
         products: Products with the curvature, if the optimizer reports them.
         ending: Reason for ending before the time limit; empty if there is none.
@@ -75,6 +76,7 @@ class Run:
     model: nn.Module
     curve: Curve = field(default_factory=Curve)
     seconds: float = 0.0
+    steps: int = 0
     evaluations: int = 0
     products: int = 0
     ending: str = ""
@@ -137,6 +139,7 @@ def train(
             start = clock(device)
             run.evaluations += take_step(run.model, optimizer, loss_of)
             run.seconds += clock(device) - start
+            run.steps += 1
             run.products += reported(optimizer, "products") or 0
             if before is not None and same_parameters(run.model, before):
                 status = reported(optimizer, "status")
@@ -172,7 +175,7 @@ def measure(task: Task, run: Run, bar: tqdm) -> None:
     """Records loss and score of a run; this is not counted as training time."""
     if run.curve.seconds and run.curve.seconds[-1] == run.seconds:
         return
-    run.curve.add(run.seconds, run.evaluations, *task.measure(run.model))
+    run.curve.add(run.seconds, run.evaluations, *task.measure(run.model), run.steps)
     bar.set_postfix_str(task.describe(run.curve.loss[-1], run.curve.score[-1]), refresh=False)
     bar.update(min(run.seconds, bar.total) - bar.n)
 

@@ -7,7 +7,7 @@ optimization"). The error is a sum of squares over pixels and a mean over images
 
     python examples/deep_autoencoder.py
     python examples/deep_autoencoder.py --dataset digits --seconds 10
-    python examples/deep_autoencoder.py --optimizers newton-cg,adam --images 20000 --seconds 300
+    python examples/deep_autoencoder.py --optimizers kfac,adam --images 20000 --seconds 300
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ CONTENDERS = {
         # Few iterations: an exact solution for one batch would fit its noise.
         lambda p: torch_secondorder.NewtonCG(p, preconditioner="kfac", max_cg_iter=5),
         batch_size=1000,
+    ),
+    "kfac": Contender(
+        "KFAC (ours)",
+        lambda p: torch_secondorder.KFAC(p, ekfac=False, update_period=4, basis_period=40),
+        batch_size=250,
     ),
     "torch-lbfgs": Contender(
         "torch.optim.LBFGS",

@@ -203,18 +203,15 @@ def plot(panels: Mapping[str, Results], path: Path, *, title: str, target: float
     """
     plt = pyplot()
     figure, cells = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
-    for axes, (heading, results), xlabel in zip(
+    for axes, (heading, results), against in zip(
         cells, panels.items(), ("seconds", "steps"), strict=True
     ):
         for i, (name, runs) in enumerate(results.items()):
-            lines = [
-                (run.curve.seconds if xlabel == "seconds" else run.at, run.curve.score)
-                for run in runs
-            ]
+            lines = [(getattr(run.curve, against), run.curve.score) for run in runs]
             draw_spread(axes, lines, i, CONTENDERS[name].label)
         if target is not None:
             axes.axhline(target, color="0.4", linewidth=0.8)
-        style_axes(axes, xlabel=xlabel, title=heading)
+        style_axes(axes, xlabel=against, title=heading)
     curves = [run.curve for results in panels.values() for runs in results.values() for run in runs]
     low, start = min(curve.score[-1] for curve in curves), curves[0].score[0]
     # Without the first steps, in which all losses fall steeply.

@@ -25,7 +25,7 @@ def run(options: Options, report: Report) -> None:
     language, scheduled, training = map(load_example, ("_char_lm", "_scheduled", "_training"))
     if language is None or scheduled is None or training is None:
         return
-    text = language.load_text(options.device)
+    text = language.load_text(options.device, 5000 if options.quick else None)
     torch.manual_seed(0)
     width, steps, rates = (8, 4, RATES[2:4]) if options.quick else (WIDTH, STEPS, RATES)
     model = language.Transformer(len(text.characters), width, LAYERS).to(options.device)

@@ -54,7 +54,8 @@ def run(options: Options, report: Report) -> None:
         say(f"measuring {problem.name} with {len(makers)} optimizers in turns")
         calls = {name: period_of(problem, make) for name, make in makers.items()}
         # Its warm-up takes two periods: first steps differ, by exact eigenbases for instance.
-        timings = alternate(calls, options.repeat, options.device, 0.3)
+        least = 1e-3 if options.quick else 0.3
+        timings = alternate(calls, options.repeat, options.device, least)
         base = timings[BASE].median
         table = Table(
             f"{problem.name}, {torch.get_num_threads()} threads: mean time of {PERIOD} steps",

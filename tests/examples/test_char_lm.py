@@ -140,13 +140,14 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_floor() -> None:
 def test_an_optimizer_follows_the_schedule(name: str, task: Task) -> None:
     rate = None if name in example.UNTUNED else 4e-3
     run = train(task, name, rate, steps=40)
-    assert run.steps == run.at[-1] == 40
-    assert run.evaluations == (80 if name == "adasecant" else 40)
-    assert run.at[0] == 0
-    assert len(run.curve.score) == len(run.at) == scheduled.MEASUREMENTS + 1
+    assert run.steps == run.curve.steps[-1] == 40
+    assert run.evaluations > 60 if name == "adasecant" else run.evaluations == 40
+    assert run.curve.steps[0] == 0
+    assert len(run.curve.score) == len(run.curve.steps) == scheduled.MEASUREMENTS + 1
     assert run.curve.score[-1] < run.curve.score[0] - 0.3
-    assert len(run.unclipped) == (scheduled.MEASUREMENTS if "sophia" in name else 0)
-    assert all(0 < share < 1 for share in run.unclipped[1:])
+    clips = name == "kfac" or "sophia" in name
+    assert len(run.unclipped) == (scheduled.MEASUREMENTS if clips else 0)
+    assert all(0 < share <= 1 for share in run.unclipped[1:])
 
 
 def test_a_run_ends_when_its_loss_is_not_finite(task: Task) -> None:

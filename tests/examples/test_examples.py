@@ -41,6 +41,9 @@ def test_the_main_job_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:
         "Adam",
         "AdaHessian (ours)",
         "Sophia (ours)",
+        "SOAP (ours)",
+        "Shampoo (ours)",
+        "KFAC (ours)",
         "torch.optim.LBFGS",
         "LBFGS (ours)",
         "NonlinearCG (ours)",
@@ -87,7 +90,7 @@ def test_missing_data_are_reported_with_all_three_places(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_the_deep_autoencoder(tmp_path: Path) -> None:
     done = run_example(
-        *("--dataset", "digits", "--seconds", "1.5", "--optimizers", "newton-cg,adam"),
+        *("--dataset", "digits", "--seconds", "1.5", "--optimizers", "newton-cg,kfac,adam"),
         cwd=tmp_path,
         script="deep_autoencoder.py",
     )
@@ -96,9 +99,11 @@ def test_the_deep_autoencoder(tmp_path: Path) -> None:
     assert "network 64-50-25-12-6-12-25-50-64" in lines[0]
     header = ("squared error", "test error", "evaluations", "products", "seconds")
     assert all(name in lines[1] for name in header)
-    newton, adam = lines[3:5]
+    newton, kfac, adam = lines[3:6]
     assert newton.startswith("NewtonCG (ours)") and adam.startswith("Adam")
-    assert float(newton.split()[3]) < 3.5  # 4.8 at the start
+    assert kfac.startswith("KFAC (ours)")
+    for ours in (newton, kfac):
+        assert float(ours.split()[3]) < 3.5  # 4.8 at the start
     plot = tmp_path / "deep_autoencoder.png"
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -159,7 +164,7 @@ def test_a_broken_idx_file_is_rejected(tiny_fashion_mnist: Path) -> None:
 @pytest.mark.slow
 def test_the_classifier(tmp_path: Path) -> None:
     done = run_example(
-        *("--dataset", "digits", "--optimizers", "adahessian,sgd", "--seeds", "2"),
+        *("--dataset", "digits", "--optimizers", "soap,adasecant,sgd", "--seeds", "2"),
         *("--seconds", "0.3", "--tuning-seconds", "0.1"),
         cwd=tmp_path,
         script="train_classifier.py",
@@ -169,8 +174,10 @@ def test_the_classifier(tmp_path: Path) -> None:
     start = next(i for i, line in enumerate(done.stdout.splitlines()) if "learning rate " in line)
     lines = done.stdout.splitlines()[start:]
     assert all(name in lines[0] for name in header)
-    ours, sgd = lines[2:4]
-    assert ours.startswith("AdaHessian (ours)") and sgd.startswith("SGD, momentum 0.9")
-    assert "±" in ours
+    soap, adasecant, sgd = lines[2:5]
+    assert soap.startswith("SOAP (ours)") and sgd.startswith("SGD, momentum 0.9")
+    assert adasecant.startswith("AdaSecant (ours)    ") and adasecant.split()[2] == "1"
+    assert "±" in soap
+    assert "AdaSecant (ours), lr" not in done.stderr.split("±")[0]  # nothing to choose
     assert any(line.startswith("highest test accuracy: ") for line in lines)
     assert (tmp_path / "train_classifier.png").read_bytes().startswith(b"\x89PNG")

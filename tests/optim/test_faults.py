@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.support import crashing_training
+from tests.support.processes import start_server
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,9 +46,7 @@ class Victim:
     """A training process, and what it says it does."""
 
     def __init__(self, path: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # Loaded once, not at every start; an optimizer imports the last one.
-        context.set_forkserver_preload(["torch", "torch_secondorder", "pytest", "torch._dynamo"])
+        context = multiprocessing.get_context(start_server())
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=train, args=(path, theirs))
         self.process.start()

@@ -21,6 +21,8 @@ from torch_secondorder import (
     LBFGS,
     AdaHessian,
     AdaHessianInfo,
+    AdaSecant,
+    AdaSecantInfo,
     BFGSInfo,
     ClosureObjective,
     Constrained,
@@ -150,7 +152,7 @@ from torch_secondorder.linear import (
     norm_constrained,
     ridge,
 )
-from torch_secondorder.optim import AccelerationName, ScalingName
+from torch_secondorder.optim import AccelerationName, ScalingName, SecantName
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import (
     CG,
@@ -239,6 +241,20 @@ def bfgs() -> None:
     assert_type(optimizer.info.tau, float)
     with refusal():
         BFGS(model.parameters(), update="broyden")  # type: ignore[arg-type]
+
+
+def adasecant() -> None:
+    model, x, y = model_and_data()
+    secant: SecantName = "coordinate"
+    optimizer = AdaSecant(model.parameters(), secant=secant, update_period=1, delta_clip=None)
+    assert_type(optimizer.info, AdaSecantInfo | None)
+    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(loss, Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.rate, float)
+    assert_type(optimizer.info.probes, int)
+    with refusal():
+        AdaSecant(model.parameters(), secant="newton")  # type: ignore[arg-type]
 
 
 def nonlinear_cg() -> None:

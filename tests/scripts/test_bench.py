@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,19 +13,11 @@ import pytest
 import torch
 
 from tests.support.oracles import compiles_gradients
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.processes import ROOT, run_script
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / "bench.py", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return run_script(ROOT / "scripts" / "bench.py", *arguments, timeout=240.0)
 
 
 @pytest.mark.slow
@@ -49,6 +39,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["diagonal", "--part", "memory"], "diagonal.memory.", "Sophia-G"),
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
         (["diagonal", "--part", "scaling"], "diagonal.scaling.", "AdaHessian, 10 probes"),
+        (["kronecker", "--only", "ours"], "kronecker.memory.", "KFAC (ours), rates x 10"),
         (["distributed", "--part", "communication"], "distributed.communication.", "Sophia, gnb"),
         (["distributed", "--part", "memory"], "distributed.memory.", "2m + "),
         (["jacobian"], "jacobian.one", "ours"),

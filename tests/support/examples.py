@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.processes import ROOT, run_script
+
 EXAMPLES = ROOT / "examples"
 
 
@@ -17,12 +16,4 @@ def run_example(
     environment: dict[str, str] | None = None,
     script: str = "compare_optimizers.py",
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_script(EXAMPLES / script, *arguments, cwd=cwd, environment=environment)

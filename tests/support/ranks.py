@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support.processes import start_server
+
 RANKS = 2
 
 #: Called with a rank and the number of ranks; one of one is a process with the whole batch.
@@ -40,9 +42,14 @@ def _run(rank: int, checks: Sequence[Check], folder: str) -> None:
     dist.destroy_process_group()
 
 
+def start_on_ranks(function: Callable[..., None], *arguments: Any) -> None:
+    """Calls a function with a rank and these arguments in each process, and waits for them."""
+    torch.multiprocessing.start_processes(function, arguments, RANKS, start_method=start_server())
+
+
 def run_on_ranks(checks: Sequence[Check], folder: Path) -> list[dict[str, Any]]:
     """What every check gave on each rank, by its name; of one that failed, the traceback."""
-    torch.multiprocessing.spawn(_run, (list(checks), str(folder)), nprocs=RANKS)
+    start_on_ranks(_run, list(checks), str(folder))
     return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
 
 

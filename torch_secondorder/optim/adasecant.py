@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
 from torch_secondorder._foundation.types import ParamsT
-from torch_secondorder._objective.base import Objective
+from torch_secondorder._objective.base import Evaluation, Objective
 from torch_secondorder._optim.flat import Descent, DescentInfo, FlatOptimizer, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.state import Number, Vector, declare
@@ -22,12 +22,12 @@ __all__ = ["AdaSecant", "AdaSecantInfo", "SecantName"]
 #: How the numerator of a rate is averaged, see `AdaSecant`.
 SecantName: TypeAlias = Literal["block", "coordinate"]
 
-# The rows of the averages. Those of squares follow in the order of what they are squares of.
-_GRADIENT, _CHANGE, _STEP, _SQUARES, _PRODUCT, _NUMERATOR, _DENOMINATOR = 0, 1, 2, 3, 6, 7, 8
-_ROWS = 9
-# Of the paper and its code: the memory after an outlier, its bounds, and the number of standard
-# deviations that make an outlier.
-_RESET, _LEAST_MEMORY, _LARGEST_MEMORY, _DEVIATIONS = 2.2, 1.5, 1e8, 2.0
+# The rows of the averages: of the gradient, its change and the move, each followed by that of its
+# square; of the numerator and the denominator of gamma; and of change times move. Steps that do not
+# evaluate twice know the first four.
+_GRADIENT, _NUMERATOR, _DENOMINATOR, _CHANGE, _MOVE, _PRODUCT, _ROWS = 0, 2, 3, 4, 6, 8, 9
+# Of the paper and its code: the memory after an outlier, and its bounds.
+_RESET, _LEAST_MEMORY, _LARGEST_MEMORY = 2.2, 1.5, 1e8
 # The share of the mean over a block that is added to E[change^2]: no rate is more than about ten
 # times that of its block.
 _FLOOR = 1e-2
@@ -116,34 +116,35 @@ class _Batch(NamedTuple):
 class AdaSecant(FlatOptimizer):
     r"""Gradient steps for mini-batches, with a rate for each coordinate and none to tune.
 
-    A step evaluates the closure twice: at the parameters, and after the move on the same
-    mini-batch. The change of the gradient, against the move, tells how long a move may be. With
-    moving averages `E`, the gradient `g` and its change `\alpha` (both divided, parameter by
-    parameter, by the norm of `g`), and the move `\Delta`, the rate of coordinate `i` is
+    After some of its moves, AdaSecant evaluates the closure once more, on the same mini-batch. The
+    change of the gradient tells how far a move may go. With moving averages `E`, the gradient `g`
+    and its change `\alpha` (both divided, parameter by parameter, by the norm of `g`), and the move
+    `\Delta`, the rate of coordinate `i` is
 
-    .. math:: \eta_i = \sqrt{\langle E[\Delta^2]\rangle} / \sqrt{E[\alpha_i^2]}
+    .. math:: \eta_i = \sqrt{\overline{E[\Delta^2]}} / \sqrt{E[\alpha_i^2]}
 
-    where the brackets are the mean over the parameter that `i` is in, and the move is
-    `-\eta g'`. The corrected gradient is `g' = (g + \gamma E[g]) / (1 + \gamma)`. Each `gamma`
-    lies in `[0, gamma_clip]` and minimizes the distance of `g'` from the gradient of the next
-    mini-batch, as far as the averages know. They reach back `tau` steps:
+    with the mean over the parameter that `i` is in, and the move is `-\eta g'`. The corrected
+    gradient `g' = (g + \gamma E[g]) / (1 + \gamma)` has less variance than `g`: with `gamma` in
+    `[0, gamma_clip]` it is as close as the averages know to the gradient of the next batch. The
+    averages reach back `tau` steps:
 
     .. math:: \tau_i \leftarrow (1 - E[\Delta_i]^2 / E[\Delta_i^2]) \tau_i + 1
 
-    so that steady moves have a short memory. Where `g` or `\alpha` is an outlier, more than two
-    standard deviations from its average, `tau` is reset to 2.2.
+    so that steady moves have a short memory. Where `g` or `\alpha` is an outlier, some standard
+    deviations away from its average, `tau` is reset to 2.2.
 
-    The paper's own rate, `secant="coordinate"`, has
-    `\sqrt{E[\Delta_i^2] / E[\alpha_i^2]} - E[\alpha_i \Delta_i] / E[\alpha_i^2]`. On one mini-batch
-    it does not settle: the gradient of a coordinate changes because all others move. One that moves
-    little sees a large change for its move, and moves less still; the rates drift apart by orders of
-    magnitude. Over the mean move, they are those of an equilibrated preconditioner.
+    The paper's own rate is `\sqrt{E[\Delta_i^2] / E[\alpha_i^2]} - E[\alpha_i \Delta_i] /
+    E[\alpha_i^2]`. On one mini-batch it does not settle. The gradient of a coordinate changes
+    mostly because others move: a coordinate that moves little sees a large change for its move, and
+    moves less still. With the mean move of the parameter, rates are those of an equilibrated
+    preconditioner. The method of the paper is
+    `AdaSecant(params, secant="coordinate", update_period=1, outlier_deviations=2.0)`.
 
     No parameter moves more than ten times as far as it has lately. Before its first move, one
-    further evaluation close by measures the curvature. If the loss or the gradient after a move is
-    not finite, the move is shortened. Dropout masks are those of the first evaluation, and
-    statistics of BatchNorm move once per step. In a mini-batch loop leave `max_iter` at 1. On the
-    full data more are fine; each further iteration takes one evaluation.
+    further evaluation close by measures the curvature. If loss or gradient after a move are not
+    finite, the move is shortened; if that shows in the next step only, it is taken back. Dropout
+    masks stay the same within a step, and statistics of BatchNorm move once. In a mini-batch loop
+    leave `max_iter` at 1. On the full data more are fine; each iteration then takes one evaluation.
 
     References: Gulcehre, Sotelo, Moczulski and Bengio 2017, "A robust adaptive stochastic gradient
     method for deep learning", https://arxiv.org/abs/1703.00788; Dauphin, de Vries and Bengio 2015,
@@ -153,8 +154,12 @@ class AdaSecant(FlatOptimizer):
         params: Parameters or groups. A group may have its own `lr` and `weight_decay`.
         lr: A factor of all moves, for schedulers. It needs no tuning.
         max_iter: Iterations per `step()`.
+        update_period: Updates from one second evaluation to the next; 1 for one in each update, as
+            in the paper. The first `update_period` updates all have one, as do all with `max_iter`
+            above 1.
         gamma_clip: The largest weight of the average gradient; 0 for no variance reduction.
-        secant: `"block"` or `"coordinate"`, see above.
+        secant: `"block"` for the rates above, or `"coordinate"` for those of the paper.
+        outlier_deviations: Standard deviations that make an outlier; 2 in the paper, None for none.
         start_var_reduction: Updates before the variance reduction begins.
         delta_clip: The largest rate, for normalized gradients; None for no bound.
         use_adagrad: Whether rates are divided by the root of the sum of all squared corrected
@@ -179,8 +184,8 @@ class AdaSecant(FlatOptimizer):
     ...     return loss
     >>> for _ in range(60):
     ...     loss = optimizer.step(closure)
-    >>> bool(loss < 1e-3), optimizer.info.evaluations
-    (True, 2)
+    >>> bool(loss < 1e-3), optimizer.info.status.name
+    (True, 'MAX_ITERATIONS')
     """
 
     info: AdaSecantInfo | None
@@ -191,6 +196,7 @@ class AdaSecant(FlatOptimizer):
         memory=Vector(),
         gradient=Vector("_gradient_before"),
         adagrad=Vector(),
+        untested=Vector(),
         updates=Number(0),
     )
     # The moving averages: of the gradient, its change and the move, of their squares, of change
@@ -199,6 +205,7 @@ class AdaSecant(FlatOptimizer):
     _memory: Tensor | None  # tau
     _gradient_before: Tensor | None  # of the last update, normalized
     _adagrad: Tensor | None  # the sum of all squared corrected gradients
+    _untested: Tensor | None  # the last move, if nothing was evaluated after it
     _updates: int
 
     def __init__(
@@ -207,8 +214,10 @@ class AdaSecant(FlatOptimizer):
         lr: float | Tensor = 1.0,
         max_iter: int = 1,
         *,
+        update_period: int = 5,
         gamma_clip: float = 1.8,
         secant: SecantName = "block",
+        outlier_deviations: float | None = 4.0,
         start_var_reduction: int = 0,
         delta_clip: float | None = None,
         use_adagrad: bool = False,
@@ -225,7 +234,9 @@ class AdaSecant(FlatOptimizer):
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
+            "update_period": update_period,
             "gamma_clip": gamma_clip,
+            "outlier_deviations": outlier_deviations,
             "start_var_reduction": start_var_reduction,
             "delta_clip": delta_clip,
             "use_adagrad": use_adagrad,
@@ -241,7 +252,9 @@ class AdaSecant(FlatOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer._check_group`."""
         super()._check_group(group)
+        check_integer("update_period", group["update_period"])
         check_number("gamma_clip", group["gamma_clip"], low=0.0)
+        check_number("outlier_deviations", group["outlier_deviations"], above=0.0, optional=True)
         check_integer("start_var_reduction", group["start_var_reduction"], low=0)
         check_number("delta_clip", group["delta_clip"], above=0.0, optional=True)
 
@@ -262,12 +275,44 @@ class AdaSecant(FlatOptimizer):
             self._blocks = _Blocks(vector)
         self._summary = {"probes": 0}
 
+    def _forget(self, reason: str) -> None:
+        super()._forget(reason)
+        self._updates = 0
+
     def _finish(self, objective: Objective, descent: Descent | None) -> dict[str, Any]:
         # A mini-batch that is not finite says nothing about the averages: they are kept.
         if descent is None:
             return {}
         summary, self._summary = self._summary, {}
         return summary
+
+    def _step(self, objective: Objective, lr: float) -> Tensor:
+        loss = super()._step(objective, lr)
+        info = self.info
+        if self._untested is not None and info is not None and info.iterations:
+            self.info = replace(info, loss_after=None)
+        return loss
+
+    def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
+        """Evaluates the start of a step; takes an untested move back if nothing is finite there.
+
+        If nothing is finite before that move either, it is for the mini-batch, and the move stays.
+        """
+        found = super()._evaluate(objective)
+        move, self._untested = self._untested, None
+        if move is None or _is_finite(found[1]):
+            return found
+        evaluation = objective.trial(move, -1.0)
+        grad_norm, loss = objective.vector.space.to_host(
+            largest=(evaluation.grad,), whole=(evaluation.loss,)
+        )
+        point = Point(loss, grad_norm, evaluation.grad)
+        if not _is_finite(point):
+            objective.settle()
+            return found
+        objective.accept(move, -1.0)
+        self._forget("the last move was taken back")
+        return evaluation, point
 
     # An iteration.
 
@@ -291,24 +336,32 @@ class AdaSecant(FlatOptimizer):
             rate /= squares.sqrt().clamp_(min=1.0)
         move = rate.mul_(corrected).mul_(batch.rates).neg_()
         move.masked_fill_(~batch.moves, 0.0)
-        lengths, recent = blocks.norms(move), (blocks.sizes * blocks.means(means[_squared(_STEP)]))
+        lengths, recent = blocks.norms(move), (blocks.sizes * blocks.means(means[_MOVE + 1]))
         shorter = (_GROWTH * recent.sqrt() / lengths.clamp(min=1e-300)).clamp_(max=1.0)
         move *= blocks.spread(shorter)
-        found = self._tried(descent, batch, move)
-        if found is None:
+        moved = torch.linalg.vector_norm(shorter * lengths)
+        moved, length = torch.stack((moved, batch.length)).tolist()
+        if not isfinite(moved):
             return self._give_up()
-        t, point, change = found
+        t, point, change = 1.0, descent.point, None
+        if self._is_due(descent, group["update_period"]):
+            found = self._tried(descent, batch, move)
+            if found is None:
+                return self._give_up()
+            t, point, change = found
         objective.accept(move, t)
-        (moved, length) = torch.stack(
-            (torch.linalg.vector_norm(shorter * lengths), batch.length)
-        ).tolist()
         descent.arrive(point, t, t * moved)
         outliers = self._learn(batch, change, move.mul_(t))
+        self._untested = move if change is None else None
         if squares is not None:
             self._adagrad = squares
         self._updates += 1
         self._summarize(descent, gamma, outliers, t * moved / length if length else 0.0)
         return None
+
+    def _is_due(self, descent: Descent, period: int) -> bool:
+        """True if an update is to be evaluated: some are, as are all of the first ones."""
+        return self._updates < period or self._updates % period == 0 or descent.max_iter > 1
 
     def _give_up(self) -> StepStatus:
         """Ends a step without a finite trial."""
@@ -358,7 +411,7 @@ class AdaSecant(FlatOptimizer):
 
     def _rate(self, blocks: _Blocks, means: Tensor, group: dict[str, Any]) -> Tensor:
         """The rate of each coordinate for normalized gradients, `(n,)`."""
-        steps, changes = means[_squared(_STEP)], means[_squared(_CHANGE)]
+        steps, changes = means[_MOVE + 1], means[_CHANGE + 1]
         least = torch.finfo(means.dtype).eps ** 2  # smaller changes are rounding errors
         changes = changes + blocks.spread(_FLOOR * blocks.means(changes))
         changes.clamp_(min=least)
@@ -410,7 +463,7 @@ class AdaSecant(FlatOptimizer):
             means = self._means = gradient.new_zeros(_ROWS, len(gradient))
             self._memory = torch.full_like(gradient, _RESET)
             self._gradient_before = gradient.clone()
-        fresh = batch.moves & ~blocks.spread(blocks.means(means[_squared(_STEP)]) > 0.0)
+        fresh = batch.moves & ~blocks.spread(blocks.means(means[_MOVE + 1]) > 0.0)
         if not any(descent.space.to_host(largest=(fresh.to(means.dtype),))):
             return True
         sizes = blocks.norms(descent.objective.position) + blocks.sizes.sqrt()
@@ -428,42 +481,61 @@ class AdaSecant(FlatOptimizer):
         torch.where(fresh, batch.gradient, self._gradient_before, out=self._gradient_before)
         return True
 
-    def _rows(self, gradient: Tensor, change: Tensor, move: Tensor) -> Tensor:
+    def _rows(self, gradient: Tensor, change: Tensor | None, move: Tensor | None) -> Tensor:
         """What a step adds to the averages, `(9, n)`; nothing for gamma."""
         rows = gradient.new_zeros(_ROWS, len(gradient))
-        first = torch.stack((gradient, change, move), out=rows[:_SQUARES])
-        torch.mul(first, first, out=rows[_SQUARES:_PRODUCT])
-        torch.mul(change, move, out=rows[_PRODUCT])
+        for row, vector in ((_GRADIENT, gradient), (_CHANGE, change), (_MOVE, move)):
+            if vector is not None:
+                rows[row] = vector
+                torch.mul(vector, vector, out=rows[row + 1])
+        if change is not None and move is not None:
+            torch.mul(change, move, out=rows[_PRODUCT])
         return rows
 
-    def _learn(self, batch: _Batch, change: Tensor, move: Tensor) -> Tensor:
-        """Updates the averages and the memory; returns the outliers."""
+    def _learn(self, batch: _Batch, change: Tensor | None, move: Tensor) -> Tensor:
+        """Updates the averages and the memory; returns the outliers.
+
+        Args:
+            batch: The gradient.
+            change: Its change over the move; None if it was not evaluated again.
+            move: The move.
+        """
         means, memory, before = self._means, self._memory, self._gradient_before
         assert means is not None and memory is not None and before is not None
-        rows = self._rows(batch.gradient, change, move)
+        rows = self._rows(batch.gradient, change, None if change is None else move)
         deviation = before - means[_GRADIENT]
+        # From an average of equal numbers it is a rounding error, whose sign would decide.
+        rounding = before.abs().mul_(4.0 * torch.finfo(means.dtype).eps)
+        deviation.masked_fill_(deviation.abs() <= rounding, 0.0)
         torch.mul(before - batch.gradient, deviation, out=rows[_NUMERATOR])
         torch.mul(batch.gradient - means[_GRADIENT], deviation, out=rows[_DENOMINATOR])
-        outliers = self._outliers(means, rows).logical_and_(batch.moves)
-        tau = memory.masked_fill(outliers, _RESET)
-        means.lerp_(rows, tau.reciprocal().mul_(batch.moves))
-        least = torch.finfo(means.dtype).tiny
-        steady = means[_STEP].square().div_(means[_squared(_STEP)].clamp(min=least))
-        tau = (1.0 - steady).mul_(tau).add_(1.0).clamp_(_LEAST_MEMORY, _LARGEST_MEMORY)
-        torch.where(batch.moves, tau, memory, out=memory)
+        outliers = self._outliers(means, rows, _GRADIENT)
+        if change is not None:
+            outliers.logical_or_(self._outliers(means, rows, _CHANGE))
+        outliers.logical_and_(batch.moves)
+        memory.masked_fill_(outliers, _RESET)
+        weight = memory.reciprocal().mul_(batch.moves)
+        known = _CHANGE if change is None else _ROWS
+        means[:known].lerp_(rows[:known], weight)
+        if change is not None:
+            least = torch.finfo(means.dtype).tiny
+            steady = means[_MOVE].square().div_(means[_MOVE + 1].clamp(min=least))
+            tau = (1.0 - steady).mul_(memory).add_(1.0).clamp_(_LEAST_MEMORY, _LARGEST_MEMORY)
+            torch.where(batch.moves, tau, memory, out=memory)
         torch.where(batch.moves, batch.gradient, before, out=before)
         return outliers
 
-    @staticmethod
-    def _outliers(means: Tensor, rows: Tensor) -> Tensor:
-        """The coordinates whose gradient or change lies far from its average."""
-        average, squares = means[:_STEP], means[_SQUARES : _SQUARES + _STEP]
+    def _outliers(self, means: Tensor, rows: Tensor, row: int) -> Tensor:
+        """The coordinates where a row lies far from its average."""
+        deviations = self.param_groups[0]["outlier_deviations"]
+        if deviations is None:
+            return torch.zeros_like(means[0], dtype=torch.bool)
+        average, squares = means[row], means[row + 1]
         # Of numbers that are all equal, the variance is a rounding error.
         rounding = torch.finfo(means.dtype).eps * squares
         variance = (squares - average.square()).clamp_(min=rounding)
-        return ((rows[:_STEP] - average).square() > _DEVIATIONS**2 * variance).any(0)
+        return (rows[row] - average).square() > float(deviations) ** 2 * variance
 
 
-def _squared(row: int) -> int:
-    """The row of the averages of squares."""
-    return _SQUARES + row
+def _is_finite(point: Point) -> bool:
+    return isfinite(point.loss) and isfinite(point.grad_norm)
