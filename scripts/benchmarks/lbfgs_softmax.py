@@ -182,7 +182,7 @@ def _show(contest: Contest, runs: dict[str, list[Run]], title: str, report: Repo
 
 def compare(contest: Contest, options: Options, report: Report) -> None:
     """Runs the optimizers in turns; the time includes the evaluations."""
-    count, limit = (2_000, 10.0) if options.quick else (20_000, 60.0)
+    count, limit = (400, 5.0) if options.quick else (20_000, 60.0)
     inputs, labels, source = images(count)
     data = Data(inputs.to(options.device), labels.to(options.device))
     table, thresholds = contest.table, contest.thresholds

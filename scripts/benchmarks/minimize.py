@@ -36,7 +36,7 @@ TORCHMIN = ("bfgs", "l-bfgs", "cg", "newton-exact", "trust-exact")
 #: Its times are those of its compiler, so they are not taken.
 OPTIMISTIX = "optimistix BFGS"
 CHANGE = 1e-9
-QUICK = ("rosenbrock", "wood", "beale")
+QUICK = ("rosenbrock", "beale")
 
 
 @dataclass(frozen=True)

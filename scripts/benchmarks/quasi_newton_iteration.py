@@ -63,7 +63,9 @@ def _pairs(size: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor
 def run_iteration(options: Options, report: Report) -> None:
     """Measures each size."""
     inverse_broyden = load_ours("torch_secondorder.curvature", "InverseBroyden")
-    device, repeat = options.device, max(options.repeat, 7)
+    device = options.device
+    # Long samples, so that writes into the matrix, one in eight iterations, have their share.
+    repeat, shortest = (options.repeat, 0.05) if options.quick else (max(options.repeat, 7), 0.4)
     table = Table(
         "One iteration of BFGS beside the function, float64; the bound is two reads and one write "
         "of H",
@@ -78,8 +80,7 @@ def run_iteration(options: Options, report: Report) -> None:
         }
         if inverse_broyden is not None:
             calls |= {u: _ours(inverse_broyden, u, size, device) for u in UPDATES}
-        # Long samples, so that writes into the matrix, one in eight iterations, have their share.
-        timings = alternate(calls, repeat, device, min_seconds=0.4)
+        timings = alternate(calls, repeat, device, min_seconds=shortest)
         median = {name: timing.median for name, timing in timings.items()}
         bound = 2 * median["read"] + median["write"]
         ours = [median.get(update, float("nan")) for update in UPDATES]

@@ -258,8 +258,8 @@ def race(
     measurements: int,
     seconds: float = 60.0,
 ) -> dict[str, Run]:
-    """Trains with each contender in turn: some seconds each, a third on a GPU, 1 if quick."""
-    limit = 1.0 if options.quick else seconds if options.device.type == "cpu" else seconds / 3.0
+    """Trains with each contender in turn: some seconds each, a third on a GPU, 0.2 if quick."""
+    limit = 0.2 if options.quick else seconds if options.device.type == "cpu" else seconds / 3.0
     limit = options.share(limit, len(contenders))
     runs = {}
     for name, contender in progress(contenders.items(), title):

@@ -260,7 +260,7 @@ def run_pinn(options: Options, report: Report) -> None:
     """Each solver from the same network for some seconds; JAX's compiler is not counted."""
     problem = make_problem(options.device, options.quick)
     table = options.chosen(contenders())
-    limit = options.share(1.0 if options.quick else SECONDS, len(table))
+    limit = options.share(0.2 if options.quick else SECONDS, len(table))
     shown = Table(
         f"{problem.name}, {problem.rows:,} x {problem.size}, {limit:.3g} s",
         ["solver", "evaluations", "Jacobians", "error", *(f"s to {t:g}" for t in TARGETS)],

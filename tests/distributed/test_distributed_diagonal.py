@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,11 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.ranks import Check, on_both, run_on_ranks
 from tests.support.shares import Share
-from torch_secondorder import AdaHessian, Sophia, StepStatus
+from torch_secondorder import SOAP, AdaHessian, Shampoo, Sophia, StepStatus
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._optim.kronecker import division
 from torch_secondorder.curvature import Hutchinson
-from torch_secondorder.optim.shampoo import Shampoo
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +28,10 @@ pytestmark = [
 ]
 
 #: Those that divide work over the ranks.
-DIVIDING: dict[str, Callable[..., Any]] = {"Shampoo": Shampoo}
+DIVIDING: dict[str, Callable[..., Any]] = {
+    "Shampoo": Shampoo,
+    "SOAP": partial(SOAP, eps=1e-3),
+}
 #: Those whose estimates are of the whole batch, whoever draws the probes.
 CONTENDERS: dict[str, Callable[[Any], Any]] = {
     "AdaHessian": lambda params: AdaHessian(params, lr=0.01, eps=0.01),
@@ -309,12 +312,12 @@ def test_matrices_are_divided_over_ranks(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_bases_and_roots_are_divided_over_ranks(ranks: list[dict[str, Any]]) -> None:
-    """In the steps 1, 2, 4 and 6; the layers have one and two sides with factors."""
+    """One message in each step that makes them: 1, 2, 4, 6 of Shampoo and 2, 4, 6 of SOAP."""
     found, expected = on_both(ranks, "train_divided"), train_divided(0, 1)
-    for (values, messages), (alone, none) in zip(found, expected, strict=True):
+    for (values, _), (alone, _) in zip(found, expected, strict=True):
         torch.testing.assert_close(values, alone, rtol=1e-12, atol=1e-12)
-        assert messages >= 4
-        assert none == 0
+    assert [messages for _, messages in found] == [4, 4, 3, 3]
+    assert [messages for _, messages in expected] == [0] * 4
 
 
 def test_all_ranks_keep_their_curvature_where_one_products_are_not_finite(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.support.lightning_problems import (
+    ALL_OPTIMIZERS,
     HOSTS,
     NOISE,
     OPTIMIZERS,
@@ -36,7 +37,15 @@ def configure(request: pytest.FixtureRequest) -> Any:
     return OPTIMIZERS[request.param]
 
 
-def test_the_weights_are_those_of_a_loop_by_hand(host: Any, configure: Any, tmp_path: Path) -> None:
+@pytest.fixture(params=ALL_OPTIMIZERS)
+def configure_any(request: pytest.FixtureRequest) -> Any:
+    return ALL_OPTIMIZERS[request.param]
+
+
+def test_the_weights_are_those_of_a_loop_by_hand(
+    host: Any, configure_any: Any, tmp_path: Path
+) -> None:
+    configure = configure_any
     layers = nn.Tanh(), nn.BatchNorm1d(6), nn.Dropout(0.2)
     net = network(*layers)
     torch.manual_seed(1)
@@ -52,10 +61,10 @@ def test_the_weights_are_those_of_a_loop_by_hand(host: Any, configure: Any, tmp_
 
 @pytest.mark.parametrize("step", [4, 6], ids=["after an epoch", "within an epoch"])
 def test_a_resumed_training_ends_bit_for_bit_the_same(
-    host: Any, configure: Any, step: int, tmp_path: Path
+    host: Any, configure_any: Any, step: int, tmp_path: Path
 ) -> None:
     def configured(params: Any) -> Any:
-        optimizer = configure(params)
+        optimizer = configure_any(params)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -110,9 +119,9 @@ def test_schedulers_monitors_and_several_loggers(host: Any, configure: Any, tmp_
     assert identical(list(last["state_dict"].values()), list(model.state_dict().values()))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ALL_OPTIMIZERS)
 def test_bfloat16_autocast_is_that_of_a_loop_by_hand(name: str, tmp_path: Path) -> None:
-    configure, net = OPTIMIZERS[name], network()
+    configure, net = ALL_OPTIMIZERS[name], network()
     optimizer = configure(net.parameters())
     for x, y in Batches():
 
@@ -132,9 +141,9 @@ def test_bfloat16_autocast_is_that_of_a_loop_by_hand(name: str, tmp_path: Path) 
     assert not identical(weights(plain.net), weights(net))
 
 
-@pytest.mark.parametrize("name", ["AdaHessian", "Sophia"])
+@pytest.mark.parametrize("name", ["AdaHessian", "Sophia", "SOAP", "KFAC"])
 def test_clipping_is_that_of_a_loop_by_hand(name: str, tmp_path: Path) -> None:
-    configure, net = OPTIMIZERS[name], network()
+    configure, net = ALL_OPTIMIZERS[name], network()
     optimizer = configure(net.parameters())
     for x, y in Batches():
 
@@ -200,7 +209,7 @@ def test_two_optimizers_under_manual_optimization(
 
 
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
-@pytest.mark.parametrize("name", ["AdaHessian", "Sophia"])
+@pytest.mark.parametrize("name", ["AdaHessian", "Sophia", "SOAP"])
 def test_manual_optimization_without_a_closure(host: Any, name: str, tmp_path: Path) -> None:
     def training_step(self: Any, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers()
@@ -210,11 +219,11 @@ def test_manual_optimization_without_a_closure(host: Any, name: str, tmp_path: P
         optimizer.step()
 
     model = module(
-        host, OPTIMIZERS[name], training_step=training_step, automatic_optimization=False
+        host, ALL_OPTIMIZERS[name], training_step=training_step, automatic_optimization=False
     )
     fitted = trainer(host, tmp_path)
     fitted.fit(model, Batches())
-    assert identical(weights(model.net), by_hand(OPTIMIZERS[name], network(), Batches()))
+    assert identical(weights(model.net), by_hand(ALL_OPTIMIZERS[name], network(), Batches()))
     (optimizer,) = fitted.optimizers
     assert model.optimizers().info is optimizer.info is not None  # through Lightning's wrapper
 
@@ -233,11 +242,11 @@ def test_two_processes_train_as_one_with_whole_batches(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert len(first) == 7
+    assert len(first) == 10
     for name, (ours, figures) in first.items():
         assert identical(ours, second[name][0]) and figures == second[name][1]
         kind, _, accumulated = name.partition(", ")
-        model = module(HOSTS[0], OPTIMIZERS[kind]).double()
+        model = module(HOSTS[0], ALL_OPTIMIZERS[kind]).double()
         monitors = [SecondOrderMonitor(), CurvatureMonitor(2, max_products=57, trace_products=57)]
         parts = 2 if accumulated else 1
         fitted = trainer(HOSTS[0], tmp_path, callbacks=monitors, accumulate_grad_batches=parts)

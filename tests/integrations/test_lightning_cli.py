@@ -21,6 +21,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "NewtonCG": {"curvature": "fisher", "globalization": "damping", "preconditioner": "martens"},
     "AdaHessian": {"betas": [0.8, 0.99], "average_block": 2, "update_period": 3},
     "Sophia": {"lr": 0.01, "estimator": "gnb", "gamma": 0.1},
+    "SOAP": {"betas": [0.8, 0.9], "block_size": 4, "max_precond_dim": None, "update_period": 3},
+    "KFAC": {"damping": 0.1, "kl_clip": None, "labels": "empirical"},
+    "AdaSecant": {"lr": 0.1, "delta_clip": 2.0, "use_adagrad": True},
 }
 
 

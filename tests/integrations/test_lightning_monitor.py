@@ -24,6 +24,7 @@ from tests.support.lightning_problems import (
 )
 from torch_secondorder import (
     LBFGS,
+    SOAP,
     AdaHessian,
     SecondOrderOptimizer,
     Sophia,
@@ -260,6 +261,22 @@ def test_a_gradient_scaler_is_rejected(host: Any, optimizer: str, tmp_path: Path
     assert "precision='16-mixed': " in said and "use precision='bf16-mixed'" in said
 
 
+def test_a_gradient_scaler_scales_for_optimizers_that_take_gradients_only(
+    host: Any, tmp_path: Path
+) -> None:
+    """The loss is finite in float16, and the scale a power of two: training is as without."""
+    plugin = host.plugins.MixedPrecision("16-mixed", "cpu")
+    scaled, plain = (module(host, lambda p: SOAP(p, update_period=2)) for _ in range(2))
+    trainer(host, tmp_path, plugins=[plugin], callbacks=[SecondOrderMonitor()]).fit(
+        scaled, Batches()
+    )
+    before = weights(network())
+    trainer(host, tmp_path, precision="bf16-mixed").fit(plain, Batches())
+    assert not identical(weights(scaled.net), before)
+    for ours, theirs in zip(weights(scaled.net), weights(plain.net), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=5e-3)
+
+
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_strategies_that_hide_the_parameters_are_rejected(host: Any, strategy: str) -> None:
     """Only the class of the strategy is checked: running it needs devices or packages."""
@@ -271,6 +288,12 @@ def test_strategies_that_hide_the_parameters_are_rejected(host: Any, strategy: s
     optimizers = {"Sophia": Sophia(model.parameters())}
     with pytest.raises(ValueError, match=f"- {strategy} .*; use strategy='ddp'"):
         check_settings(made, model, optimizers)
+    optimizers = {"SOAP": SOAP(model.parameters())}
+    if strategy == "ModelParallelStrategy":  # takes gradients, which fully_shard gives
+        check_settings(made, model, optimizers)
+    else:
+        with pytest.raises(ValueError, match=f"- {strategy} .*; use strategy='ddp'"):
+            check_settings(made, model, optimizers)
 
 
 def test_several_optimizers_under_automatic_optimization(host: Any, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "LBFGS": {"max_iter": 3},
     "NonlinearCG": {"max_iter": 3},
     "Shampoo": {"lr": 0.03},
+    "SOAP": {"lr": 0.03},
     "Sophia": {"lr": 0.03},
     "sparse_lbfgs": {"max_iter": 3},
 }

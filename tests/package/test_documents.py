@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.documented import run_page
 from torch_secondorder import LBFGSInfo
@@ -23,7 +24,10 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 # The pages whose code runs from top to bottom; what it prints is on the page.
-RUNNABLE = ["constraints.md", "mathematics/constraints.md"]
+RUNNABLE = [
+    *("constraints.md", "networks.md"),
+    *("mathematics/constraints.md", "mathematics/kronecker.md"),
+]
 # The places that a path in a document may be relative to.
 BASES = (ROOT, PACKAGE)
 
@@ -216,7 +220,11 @@ def test_report_in_the_readme_has_the_fields_of_today() -> None:
 
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_code_of_a_page_runs_and_prints_what_is_shown(page: str) -> None:
-    printed = run_page(ROOT / "docs" / page)
+    default = torch.get_default_dtype()
+    try:
+        printed = run_page(ROOT / "docs" / page)
+    finally:
+        torch.set_default_dtype(default)
     assert len(printed) > 5
     for each in printed:
         assert each.found == each.shown, f"line {each.line} of docs/{page}"

@@ -152,7 +152,7 @@ from torch_secondorder.linear import (
     norm_constrained,
     ridge,
 )
-from torch_secondorder.optim import AccelerationName, ScalingName
+from torch_secondorder.optim import AccelerationName, ScalingName, SecantName
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import (
     CG,

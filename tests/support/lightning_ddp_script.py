@@ -14,7 +14,7 @@ import lightning.pytorch as host
 import torch
 from torch import Tensor
 
-from tests.support.lightning_problems import OPTIMIZERS, Batches, module, trainer, weights
+from tests.support.lightning_problems import ALL_OPTIMIZERS, Batches, module, trainer, weights
 from torch_secondorder.integrations.lightning import CurvatureMonitor, SecondOrderMonitor
 
 
@@ -29,7 +29,7 @@ class Halves(Batches):
 
 
 def fit(name: str, folder: Path, **arguments: Any) -> Any:
-    model = module(host, OPTIMIZERS[name]).double()
+    model = module(host, ALL_OPTIMIZERS[name]).double()
     monitors = [SecondOrderMonitor(), CurvatureMonitor(2, max_products=57, trace_products=57)]
     fitted = trainer(
         host,
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = Path(sys.argv[1])
-    found = {name: fit(name, folder) for name in OPTIMIZERS}
+    found = {name: fit(name, folder) for name in ALL_OPTIMIZERS}
     for name in ("AdaHessian", "Sophia"):
         found[f"{name}, accumulated"] = fit(name, folder, accumulate_grad_batches=2)
     torch.save(found, folder / f"{os.environ.get('LOCAL_RANK', '0')}.pt")

@@ -37,6 +37,14 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "Sophia": lambda p: torch_secondorder.Sophia(p, lr=0.01, update_period=2),
 }
 
+#: Others that go the ways of these; each with checkpoints and without the monitors.
+MORE_OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "SOAP": lambda p: torch_secondorder.SOAP(p, lr=0.01, eps=1e-4, update_period=2),
+    "KFAC": lambda p: torch_secondorder.KFAC(p, damping=0.1, update_period=2),
+    "AdaSecant": lambda p: torch_secondorder.AdaSecant(p, lr=0.05),
+}
+ALL_OPTIMIZERS = {**OPTIMIZERS, **MORE_OPTIMIZERS}
+
 
 class Batches:
     """The same batches in each epoch; knows where it is, for checkpoints within one."""

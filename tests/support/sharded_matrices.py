@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from tests.support.fully_sharded import FOLDER, Share, load, own_mesh, resharded, save
 from tests.support.small_optimizers import Kronecker
-from torch_secondorder import StepStatus
+from torch_secondorder import KFAC, SOAP, Shampoo, StepStatus
 from torch_secondorder.curvature import Hutchinson
 from torch_secondorder.optim.extending import DiagonalOptimizer, Factors, declare
-from torch_secondorder.optim.shampoo import Shampoo
 
 #: Each with numbers for which rounding stays rounding.
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -28,6 +27,11 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     # Blocks of uneven sizes, and a matrix with one long side.
     "Shampoo": lambda params, **more: Shampoo(
         params, **({"lr": 0.01, "update_period": 3, "block_size": 3} | more), max_precond_dim=10
+    ),
+    "SOAP": lambda params, **more: SOAP(
+        params,
+        **({"lr": 0.01, "eps": 1e-3, "update_period": 3, "block_size": 3} | more),
+        max_precond_dim=10,
     ),
 }
 
@@ -113,7 +117,7 @@ def _on_same(optimizer: Any) -> Any:
 
 def reshard_matrices(rank: int, ranks: int) -> list[Any]:
     found: list[Any] = []
-    kinds = ("plain", "by name")
+    kinds = ("plain", "by name", "plain")
     for make, kind in zip(OPTIMIZERS.values(), kinds, strict=True):
         found += resharded(make, kind, rank, ranks)
     return found
@@ -122,7 +126,7 @@ def reshard_matrices(rank: int, ranks: int) -> list[Any]:
 def resume_matrices(rank: int, ranks: int) -> list[Any]:
     """From a checkpoint of before any step, and from one of a state that was just loaded."""
     found: list[Any] = []
-    make = OPTIMIZERS["Shampoo"]
+    make = OPTIMIZERS["SOAP"]
     share = Share(rank, ranks)
     optimizer = make(share.model.parameters())
     for number, steps in enumerate((0, 3, 0, 2)):
@@ -216,6 +220,7 @@ def refusals(share: Share) -> list[Callable[[], Any]]:
 
     return [
         lambda: Estimating(share.model.parameters()),
+        lambda: KFAC(share.model.parameters()),
         cut_twice,
         lambda: Kronecker(share.model.parameters()).load_state_dict(saved),
     ]
@@ -223,6 +228,7 @@ def refusals(share: Share) -> list[Callable[[], Any]]:
 
 REFUSALS = (
     "ValueError: Estimating estimates the curvature and keeps matrices for the dimensions",
+    "ValueError: KFAC takes the inputs of layers from the graph of whole parameters",
     "ValueError: a parameter of shape (4, 4) is placed as (Shard(dim=0), Shard(dim=1)), cut up",
     "ValueError: exp_avg of parameter 0 has shape (5, 4) in this process",
 )

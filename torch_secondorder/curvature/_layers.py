@@ -36,6 +36,9 @@ _PASSING = frozenset({"AliasBackward0", "CloneBackward0", "ToCopyBackward0"})
 _TRANSPOSING = frozenset({"NumpyTBackward0", "TBackward0", "TransposeBackward0"})
 #: Entries of the patches of a convolution that are in memory at a time.
 _CHUNK = 2**24
+#: The least number of rows that a convolution's factors are made of, in sizes of the larger one,
+#: and the least number of samples.
+_ROWS_PER_SIDE, _SAMPLES = 16, 32
 
 
 class Layer(NamedTuple):
@@ -226,20 +229,27 @@ def _products(node: Any, use: Use, gradient: Tensor) -> _Found:
 
 
 def _patches(node: Any, gradient: Tensor, shape: Sequence[int]) -> Iterator[_Found]:
-    """Inputs and gradients at each place of a convolution, as many samples at a time as fit."""
+    """Inputs and gradients at each place of a convolution, as many samples at a time as fit.
+
+    Places are many more than a small factor needs. Where they are, every so manieth sample stands
+    for those in between, and its gradients are longer for it.
+    """
     found = geometry_of(node)
     assert found is not None
     x, (stride, padding, dilation, groups) = found
     places, width = math.prod(gradient.shape[2:]), math.prod(shape[1:])
+    needed = max(_SAMPLES, -(-_ROWS_PER_SIDE * max(shape[0], width) // max(places, 1)))
+    step = max(1, len(x) // needed)
+    if step > 1:
+        count = len(x)
+        x, gradient = x[::step], gradient[::step]
+        gradient = gradient * (count / len(x)) ** 0.5
     size = max(1, _CHUNK // max(1, places * width))
     for part, d in zip(x.split(size), gradient.split(size), strict=True):
         patches = unfolded(part, (stride, padding, dilation), groups, shape[2:])
         rows = len(part) * places
-        yield (
-            patches.reshape(rows, width),
-            d.flatten(2).transpose(1, 2).reshape(rows, -1),
-            len(part),
-        )
+        by_results = d.flatten(2).transpose(1, 2).reshape(rows, -1)
+        yield patches.reshape(rows, width), by_results, len(part)
 
 
 def _wide(tensor: Tensor) -> Tensor:

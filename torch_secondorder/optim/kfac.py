@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secondorder._closure.runner import without_autocast
 from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._foundation.private_torch import any_autocast_enabled
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block, Number, narrowed
@@ -76,13 +78,13 @@ class KFAC(DiagonalOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor = 3e-3,
         momentum: float = 0.9,
-        damping: float = 1e-2,
+        damping: float = 1e-3,
         weight_decay: float = 0.0,
         *,
-        kl_clip: float | None = 1e-2,
-        ekfac: bool = True,
+        kl_clip: float | None = 1.0,
+        ekfac: bool = False,
         factor_decay: float = 0.95,
         update_period: int = 10,
         basis_period: int = 100,
@@ -186,7 +188,15 @@ class KFAC(DiagonalOptimizer):
         pairs = list(steps)
         if not pairs:
             return
-        params = self._trainable
+        if any_autocast_enabled():
+            with without_autocast(self._trainable):
+                self._update_pairs(pairs, self._trainable)
+        else:
+            self._update_pairs(pairs, self._trainable)
+
+    def _update_pairs(
+        self, pairs: Sequence[tuple[Block, StepInputs]], params: Sequence[Tensor]
+    ) -> None:
         blocks = [block for block, _ in pairs]
         moments = _pieces(blocks, [block.exp_hessian for block in blocks], params)
         if pairs[0][1].estimate is not None:
@@ -202,7 +212,7 @@ class KFAC(DiagonalOptimizer):
             if layer.is_in(after):
                 divisor = self._divisor(layer, moments, groups[id(layer.weight)]["damping"])
                 layer.write(after, _solved(layer, layer.read(before), divisor))
-        scale = self._scale(pairs, gradients, directions)
+        scale = self._scale(before, after, pairs[0][1].on_device)
         for (block, inputs), direction in zip(pairs, directions, strict=True):
             self._move(block, inputs, direction.mul_(narrowed(scale, direction)))
 
@@ -222,23 +232,19 @@ class KFAC(DiagonalOptimizer):
         return found[1]
 
     def _scale(
-        self,
-        pairs: Sequence[tuple[Block, StepInputs]],
-        gradients: Sequence[Tensor],
-        directions: Sequence[Tensor],
+        self, gradients: dict[int, Tensor], directions: dict[int, Tensor], on_device: bool
     ) -> Number:
         """What `kl_clip` leaves of the directions."""
         bound = self.param_groups[0]["kl_clip"]
         if bound is None:
             self._unclipped = None
             return 1.0
-        total: Tensor | None = None
-        for (_, inputs), gradient, direction in zip(pairs, gradients, directions, strict=True):
-            product = torch.dot(gradient, direction).double() * inputs.lr**2
-            total = product if total is None else total + product.to(total.device)
-        assert total is not None
+        # Parameter by parameter, so that the sum does not depend on how they are grouped.
+        products = torch._foreach_mul(list(gradients.values()), list(directions.values()))
+        device = products[0].device
+        total = torch.stack([t.sum().double().to(device) for t in products]).sum()
         self._unclipped = (bound / total.clamp(min=bound)).sqrt()
-        return self._unclipped if pairs[0][1].on_device else float(self._unclipped)
+        return self._unclipped if on_device else float(self._unclipped)
 
     def _move(self, block: Block, inputs: StepInputs, direction: Tensor) -> None:
         group, lr = block.group, inputs.lr

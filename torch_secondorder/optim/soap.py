@@ -20,13 +20,11 @@ from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.eigenbases import (
     eigenvectors,
     forget_infinite,
+    multiply,
     orthonormal,
     orthonormal_or_exact,
     powered,
-    project,
-    project_back,
     reorder,
-    rotate,
 )
 from torch_secondorder._optim.kronecker.stacks import Side
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
@@ -118,6 +116,7 @@ class SOAP(DiagonalOptimizer):
     _recognized_by = "max_precond_dim"
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
+    _divides = True
     _state_fields = declare(
         exp_avg_sq=Moment(), factor=BlockMatrices(), basis=BlockMatrices(wide=True)
     )
@@ -178,7 +177,7 @@ class SOAP(DiagonalOptimizer):
                 for side in stack.sides:
                     side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
                 if step > gathering:
-                    project(stack)
+                    multiply(stack, stack.gradient, stack.direction, forth=True)
             adam_direction(
                 block,
                 gradient,
@@ -191,7 +190,7 @@ class SOAP(DiagonalOptimizer):
             )
             if step > gathering:
                 for stack in stacks:
-                    project_back(stack)
+                    multiply(stack, stack.direction, stack.gradient, forth=False)
             block.move_blocks(inputs.lr if group["maximize"] else -inputs.lr)
             if step == gathering:
                 self._start(block)
@@ -205,10 +204,9 @@ class SOAP(DiagonalOptimizer):
         their average is large where their squares, seen as independent, are small.
         """
         sides = _sides(block)
-        stacks = [(side["basis"], side["factor"]) for side in sides]
-        found = divided(self._registry.ranks, eigenvectors, stacks)
-        for side, basis in zip(sides, found, strict=True):
-            side["basis"].copy_(basis)
+        bases, factors = [side["basis"] for side in sides], [side["factor"] for side in sides]
+        stacks = list(zip(bases, factors, strict=True))
+        divided(bases, eigenvectors, stacks, self._ranks)
         matrices = slice(0, block.stacks.vectors.start)
         block.exp_avg[matrices] = 0.0
         block.moments["exp_avg_sq"][matrices] = 0.0
@@ -220,20 +218,23 @@ class SOAP(DiagonalOptimizer):
             block: The parameters.
             on_device: Whether no decision may wait for the device.
         """
-        forget_infinite(block.exp_avg, block.moments["exp_avg_sq"])
+        mean, squares = block.exp_avg, block.moments["exp_avg_sq"]
+        if on_device or not bool(squares.amax() < torch.inf):
+            forget_infinite(mean, squares)
         products: list[tuple[Tensor, ...]] = []
-        sums: list[tuple[Tensor, Tensor]] = []
         for stack in block.stacks:
-            squares = stack.of(block.moments["exp_avg_sq"])
+            multiply(stack, stack.of(mean), stack.gradient, forth=False)
+            orders = []
             for side in stack.sides:
-                product, order, (left, whole) = powered(side)
-                reorder(squares, order, side.dim)
+                product, order, left, whole = powered(side, on_device=on_device)
                 products.append((product, side["factor"], left, whole))
-                sums.append((left.sum(), whole.sum()))
+                orders.append(order)
+            reorder(stack, stack.of(squares), orders)
         function = orthonormal if on_device else orthonormal_or_exact
-        bases = iter(divided(self._registry.ranks, function, products))
+        divided([side["basis"] for side in _sides(block)], function, products, self._ranks)
         for stack in block.stacks:
-            rotate(stack, stack.of(block.exp_avg), [next(bases) for _ in stack.sides])
+            multiply(stack, stack.of(mean), stack.gradient, forth=True)
+        sums = [(left.sum(), whole.sum()) for _, _, left, whole in products]
         now, before = self._schedule.steps, self._left_diagonal
         self._left_diagonal = now, [*(before[1] if before[0] == now else []), *sums]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from torch_secondorder._foundation.checks import check_betas, check_number
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
-from torch_secondorder._optim.diagonal.blocks import Block, narrowed
+from torch_secondorder._optim.diagonal.blocks import Block, Number, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
+from torch_secondorder._optim.state import Count, Group, declare
+from torch_secondorder._params.space import is_distributed
 from torch_secondorder.curvature.diagonal import (
     DiagonalEstimator,
     Hutchinson,
@@ -24,6 +27,8 @@ __all__ = ["Sophia", "SophiaInfo"]
 
 #: The authors' choice for their two estimators.
 _GAMMA_HUTCHINSON, _GAMMA_GNB = 0.01, 0.05
+#: About the number of entries of a block that `gamma` is tuned by.
+_SAMPLE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,21 @@ class SophiaInfo(DiagonalInfo):
     """
 
     unclipped: float | None = None
+
+
+class TunedGamma(Count):
+    """The factor of the curvature where it is tuned, a number for each parameter; else nothing."""
+
+    def names(self, p: Tensor, group: Group = None) -> Iterable[str]:
+        """See `ParameterField.names`."""
+        return (self.name,) if group and group.get("target_unclipped") is not None else ()
+
+    def prepare(
+        self, state: dict[str, Any], p: Tensor, *, on_device: bool, group: Group = None
+    ) -> None:
+        """See `ParameterField.prepare`."""
+        if self.names(p, group):
+            super().prepare(state, p, on_device=on_device, group=group)
 
 
 class Sophia(DiagonalOptimizer):
@@ -50,7 +70,8 @@ class Sophia(DiagonalOptimizer):
 
     If curvature is small or negative, this is a sign update. The authors advise choosing `gamma` so
     that 10 to 50 percent of the coordinates are not clipped; `optimizer.info.unclipped` is that
-    share.
+    share. With `target_unclipped`, `gamma` follows by itself: each estimate sets it so that this
+    share of the coordinates with positive curvature is not clipped.
 
     Args:
         params: Parameters or groups.
@@ -58,7 +79,8 @@ class Sophia(DiagonalOptimizer):
             half of it.
         betas: Decay rates of the averages of gradients and of curvature.
         gamma: The factor of the curvature; larger values clip fewer coordinates. None for the
-            authors' choice: 0.01 for `"hutchinson"`, 0.05 for `"gnb"` and other estimators.
+            authors' choice: 0.01 for `"hutchinson"`, 0.05 for `"gnb"` and other estimators. Not
+            used with `target_unclipped`.
         eps: The smallest divisor of a gradient.
         weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
         estimator: `"hutchinson"` for `z * Hz` with random signs; `"gnb"` for the diagonal of the
@@ -66,6 +88,10 @@ class Sophia(DiagonalOptimizer):
             but the model's outputs (shown by standard losses, or marked by `mark_outputs`); or a
             `torch_secondorder.curvature.DiagonalEstimator`.
         update_period: Steps from one estimate to the next.
+        target_unclipped: The share of coordinates not to be clipped, between 0 and 1, which
+            `gamma` is tuned to at each estimate; None for a fixed `gamma`. It takes `exp_avg`
+            without the bias of the first steps, and about 8,000 entries of each group, evenly
+            spaced. Parameters must be whole (no `fully_shard`).
         seed: The seed of the random numbers, see `AdaHessian`.
         accumulation_steps: See `AdaHessian`.
         maximize: Whether to maximize the loss.
@@ -98,6 +124,7 @@ class Sophia(DiagonalOptimizer):
     info: SophiaInfo | None
     _info_type = SophiaInfo
     _recognized_by = "gamma"
+    _state_fields = declare(gamma=TunedGamma())
     _decouples_weight_decay = True  # it is no part of the loss
 
     def __init__(
@@ -111,6 +138,7 @@ class Sophia(DiagonalOptimizer):
         *,
         estimator: Literal["hutchinson", "gnb"] | DiagonalEstimator = "hutchinson",
         update_period: int = 10,
+        target_unclipped: float | None = None,
         seed: int = 0,
         accumulation_steps: int = 1,
         maximize: bool = False,
@@ -126,6 +154,7 @@ class Sophia(DiagonalOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "update_period": update_period,
+            "target_unclipped": target_unclipped,
             "seed": seed,
             "accumulation_steps": accumulation_steps,
             "maximize": maximize,
@@ -138,6 +167,13 @@ class Sophia(DiagonalOptimizer):
         check_betas(group["betas"])
         check_number("gamma", group["gamma"], low=0.0)
         check_number("eps", group["eps"], above=0.0)
+        if group["target_unclipped"] is not None:
+            check_number("target_unclipped", group["target_unclipped"], above=0.0, below=1.0)
+            if any(is_distributed(p) for p in group["params"][:1]):
+                raise ValueError(
+                    "target_unclipped ranks the entries of whole parameters, which fully_shard "
+                    "cuts apart: use a fixed gamma, or DistributedDataParallel"
+                )
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
         group, lr, estimate = block.group, inputs.lr, inputs.estimate
@@ -150,7 +186,13 @@ class Sophia(DiagonalOptimizer):
             block.exp_hessian.lerp_(estimate, weight)
         if group["weight_decay"]:
             block.decay(1 - lr * group["weight_decay"])
-        direction = _ratio(block).clamp_(-1.0, 1.0)
+        factor = group["gamma"]
+        if group["target_unclipped"] is not None:
+            correction = 1 - beta1**inputs.step
+            if estimate is not None:
+                _tune_gamma(block, correction, inputs.estimate_weight)
+            factor = correction * _tuned_gamma(block)
+        direction = _ratio(block, factor).clamp_(-1.0, 1.0)
         block.move(-lr if group["maximize"] else lr, direction)
 
     def _shares(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -158,12 +200,61 @@ class Sophia(DiagonalOptimizer):
         if not blocks:
             return {}
         device = blocks[0].device
-        unclipped = [(_ratio(block).abs() < 1).sum().to(device) for block in blocks]
+        unclipped = [(_ratio(b, _factor(b)).abs() < 1).sum().to(device) for b in blocks]
         entries = sum(block.exp_avg.numel() for block in blocks)
         return {"unclipped": (torch.stack(unclipped).sum(), torch.tensor(entries, device=device))}
 
 
-def _ratio(block: Block) -> Tensor:
-    """The average gradient over the curvature, a new tensor."""
-    curvature = torch.mul(block.exp_hessian, block.group["gamma"]).clamp_(min=block.group["eps"])
+def _ratio(block: Block, factor: Number) -> Tensor:
+    """The average gradient over the curvature times a factor, a new tensor."""
+    curvature = torch.mul(block.exp_hessian, narrowed(factor, block.exp_hessian))
+    curvature.clamp_(min=block.group["eps"])
     return torch.div(block.exp_avg, curvature, out=curvature)
+
+
+def _factor(block: Block) -> Number:
+    """The factor of the curvature in the last step."""
+    if block.group["target_unclipped"] is None:
+        gamma: float = block.group["gamma"]
+        return gamma
+    correction: float = 1 - block.group["betas"][0] ** max(1.0, block.step.item())
+    return correction * _tuned_gamma(block)
+
+
+def _tuned_gamma(block: Block) -> Tensor:
+    """The factor that the last estimate set, 0-dim."""
+    states = [state for state, _ in block.members(block.exp_avg)]
+    for state in states:  # the option may have been set after the first step
+        if "gamma" not in state:
+            state["gamma"] = torch.zeros_like(block.step)
+    gamma: Tensor = states[0]["gamma"]
+    return gamma
+
+
+def _tune_gamma(block: Block, correction: Number, weight: Number) -> None:
+    """Sets the factor so that the wanted share of entries is not clipped.
+
+    Entries without positive curvature are clipped with any factor, so they do not count. Where
+    nothing can be learned, the factor stays.
+
+    Args:
+        block: The block, after its moments have taken in gradient and estimate.
+        correction: The sum of the weights in `exp_avg`.
+        weight: One, or on a device zero if the estimate does not count.
+    """
+    old = _tuned_gamma(block)
+    if not block.exp_avg.numel():
+        return
+    # An odd stride, so that it does not fall into step with the columns of matrices.
+    stride = (block.exp_avg.numel() // _SAMPLE) | 1
+    gradient, curvature = block.exp_avg[::stride].abs(), block.exp_hessian[::stride]
+    ratios = torch.where(curvature > 0, gradient / curvature, torch.inf).sort().values
+    ranked = (ratios < torch.inf).sum()
+    place = (ranked * block.group["target_unclipped"]).ceil().long().sub(1).clamp_(min=0)
+    found = (ratios.gather(0, place.reshape(1)).squeeze(0) / correction).to(old)
+    known = (found > 0) & (found < torch.inf)
+    if isinstance(weight, Tensor):
+        known &= weight > 0
+    gamma = torch.where(known, found, old)
+    for state, _ in block.members(block.exp_avg):
+        state["gamma"].copy_(gamma)

@@ -18,52 +18,18 @@ from torch_secondorder._optim.kronecker.stacks import Side, Stack
 _TOO_FAR = 0.5
 
 
-def project(stack: Stack) -> None:
-    """`G = Q_L' G Q_R` for the blocks of the gradient; overwrites the direction."""
-    _multiply(stack.gradient, stack.direction, stack.sides, _bases(stack), forth=True)
-
-
-def project_back(stack: Stack) -> None:
-    """`D = Q_L D Q_R'` for the blocks of the direction; overwrites the gradient."""
-    _multiply(stack.direction, stack.gradient, stack.sides, _bases(stack), forth=False)
-
-
-def rotate(stack: Stack, blocks: Tensor, new: Sequence[Tensor]) -> None:
-    """Gives a stack new bases, and brings a moment into their coordinates, both in place.
-
-    Overwrites gradient and direction.
+def multiply(stack: Stack, blocks: Tensor, spare: Tensor, *, forth: bool) -> None:
+    """Brings blocks into the coordinates of the bases, `Q_L' X Q_R`, or back, `Q_L X Q_R'`.
 
     Args:
         stack: The stack.
-        blocks: The moment, `(B, m, n)`.
-        new: The new basis of each side.
-    """
-    work, spare = stack.direction.copy_(blocks), stack.gradient
-    _multiply(work, spare, stack.sides, _bases(stack), forth=False)
-    _multiply(work, spare, stack.sides, new, forth=True)
-    blocks.copy_(work)
-    for side, basis in zip(stack.sides, new, strict=True):
-        side["basis"].copy_(basis)
-
-
-def _bases(stack: Stack) -> list[Tensor]:
-    return [side["basis"] for side in stack.sides]
-
-
-def _multiply(
-    blocks: Tensor, spare: Tensor, sides: Sequence[Side], bases: Sequence[Tensor], *, forth: bool
-) -> None:
-    """Multiplies blocks with the bases of all sides, in place.
-
-    Args:
-        blocks: `(B, m, n)`.
-        spare: Memory of the same shape, which is overwritten.
-        sides: The sides.
-        bases: The basis of each.
+        blocks: `(B, m, n)`, overwritten by the result.
+        spare: Memory of the same shape, which is overwritten, too.
         forth: Whether into the coordinates of the bases; else out of them.
     """
     source, target = blocks, spare
-    for side, basis in zip(sides, bases, strict=True):
+    for side in stack.sides:
+        basis = side["basis"]
         if side.dim == 0:
             torch.bmm(basis.mT if forth else basis, source, out=target)
         else:
@@ -76,13 +42,16 @@ def _multiply(
 def eigenvectors(basis: Tensor, factor: Tensor) -> Tensor:
     """The eigenvectors of factors, those of the largest eigenvalues first.
 
-    They are unit vectors where a factor is not finite, or its eigenvectors are not found.
+    They are unit vectors where a factor is not finite, which becomes zero, or where they are not
+    found.
 
     Args:
         basis: Has the dtype that is asked for.
         factor: Symmetric matrices `(B, m, m)`.
     """
-    scaled = _scaled(factor, basis.dtype)
+    _forget_infinite(factor)
+    scaled = factor.to(basis.dtype) / _divisor(factor).to(basis.dtype)
+    scaled.diagonal(dim1=-2, dim2=-1).add_(_ramp(scaled))
     try:
         vectors: Tensor = torch.linalg.eigh(scaled)[1].flip(-1)
         return vectors
@@ -98,24 +67,34 @@ def _eigenvectors(matrix: Tensor) -> Tensor:
         return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def powered(side: Side) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def powered(side: Side, *, on_device: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The products of factors with their bases, columns sorted by the eigenvalues they estimate.
 
     Args:
         side: The side of a stack.
+        on_device: Whether no decision may wait for the device.
 
     Returns:
         `F Q`, each up to a factor; the order of its columns `(B, size)`, the largest eigenvalue
         first; and two sums for each factor: of its squared entries off the diagonal in the present
         basis, and of all.
     """
-    basis = side["basis"]
-    product = torch.bmm(_scaled(side["factor"], basis.dtype), basis)
-    eigenvalues = torch.linalg.vecdot(basis, product, dim=-2)
-    whole = product.square().sum((-1, -2))
+    factor, basis = side["factor"], side["basis"]
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.amax(-1)
+    if on_device or not bool(largest.amax() < torch.inf):
+        _forget_infinite(factor)
+    kept = diagonal.clone()
+    divisor = _divisor(factor).to(basis.dtype)
+    diagonal.add_(divisor[:, 0] * _ramp(basis))
+    product = torch.bmm(factor.to(basis.dtype), basis).div_(divisor)
+    diagonal.copy_(kept)
+    eigenvalues = (basis * product).sum(-2)
+    whole = torch.linalg.vector_norm(product.flatten(1), dim=1).square_()
     left = (whole - eigenvalues.square().sum(-1)).clamp_(min=0)
     order = eigenvalues.argsort(dim=-1, descending=True, stable=True)
-    return product.take_along_dim(order.unsqueeze(-2), -1), order, (left, whole)
+    index = order.unsqueeze(-2).expand_as(product)
+    return product.gather(-1, index), order, left, whole
 
 
 def orthonormal(product: Tensor, *_: Tensor) -> Tensor:
@@ -141,16 +120,21 @@ def orthonormal_or_exact(product: Tensor, factor: Tensor, left: Tensor, whole: T
     return basis
 
 
-def reorder(blocks: Tensor, order: Tensor, dim: int) -> None:
-    """Sorts rows or columns of blocks, in place.
+def reorder(stack: Stack, blocks: Tensor, orders: Sequence[Tensor]) -> None:
+    """Sorts rows and columns of blocks, in place; overwrites gradient and direction.
 
     Args:
+        stack: The stack.
         blocks: `(B, m, n)`.
-        order: `(B, m)` or `(B, n)`.
-        dim: 0 for rows, 1 for columns.
+        orders: The order for each side, `(B, m)` or `(B, n)`.
     """
-    index = order.unsqueeze(-1) if dim == 0 else order.unsqueeze(-2)
-    blocks.copy_(blocks.take_along_dim(index, 1 + dim))
+    source, target = blocks, stack.direction
+    for side, order in zip(stack.sides, orders, strict=True):
+        index = order.unsqueeze(-1) if side.dim == 0 else order.unsqueeze(-2)
+        torch.gather(source, 1 + side.dim, index.expand_as(source), out=target)
+        source, target = target, source
+    if source is not blocks:
+        blocks.copy_(source)
 
 
 def forget_infinite(first: Tensor, second: Tensor) -> None:
@@ -160,18 +144,23 @@ def forget_infinite(first: Tensor, second: Tensor) -> None:
     second.masked_fill_(bad, 0.0)
 
 
-def _scaled(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factors with a largest diagonal entry of one; zeros where they are not finite, also in place.
+def _forget_infinite(factor: Tensor) -> None:
+    """Sets factors to zero that are not finite: then some diagonal entry is not."""
+    bad = ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    factor.masked_fill_(bad[:, None, None], 0.0)
 
-    A tiny ramp on the diagonal determines the eigenvectors where eigenvalues are zero: rounding
-    would choose others on each machine.
-    """
-    factor.masked_fill_(~factor.isfinite().all(-1).all(-1)[:, None, None], 0.0)
+
+def _divisor(factor: Tensor) -> Tensor:
+    """The largest diagonal entry of each factor, `(B, 1, 1)`; one where it is zero."""
     largest = factor.diagonal(dim1=-2, dim2=-1).amax(-1)
-    scaled = factor.to(dtype) / torch.where(largest > 0, largest, 1.0)[:, None, None].to(dtype)
-    size = factor.shape[-1]
-    height = torch.finfo(dtype).eps ** 0.75
-    scaled.diagonal(dim1=-2, dim2=-1).add_(
-        torch.linspace(height, 0, size, dtype=dtype, device=factor.device)
-    )
-    return scaled
+    return torch.where(largest > 0, largest, 1.0)[:, None, None]
+
+
+def _ramp(like: Tensor) -> Tensor:
+    """Tiny numbers for the diagonals of matrices that have ones there, `(m,)`.
+
+    They determine the eigenvectors where eigenvalues are zero: rounding would choose others on each
+    machine.
+    """
+    height = torch.finfo(like.dtype).eps ** 0.75
+    return torch.linspace(height, 0, like.shape[-1], dtype=like.dtype, device=like.device)
