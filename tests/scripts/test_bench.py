@@ -39,7 +39,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["diagonal", "--part", "memory"], "diagonal.memory.", "Sophia-G"),
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
         (["diagonal", "--part", "scaling"], "diagonal.scaling.", "AdaHessian, 10 probes"),
-        (["kronecker", "--only", "ours"], "kronecker.memory.", "KFAC (ours), rates x 10"),
+        (["kronecker", "--only", "ours"], "kronecker.memory.", "no weight decay"),
         (["distributed", "--part", "communication"], "distributed.communication.", "Sophia, gnb"),
         (["distributed", "--part", "memory"], "distributed.memory.", "2m + "),
         (["jacobian"], "jacobian.one", "ours"),
