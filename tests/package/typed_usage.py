@@ -19,6 +19,7 @@ import torch_secondorder
 from torch_secondorder import (
     BFGS,
     LBFGS,
+    SOAP,
     AdaHessian,
     AdaHessianInfo,
     AdaSecant,
@@ -50,6 +51,7 @@ from torch_secondorder import (
     SecondOrderOptimizer,
     Shampoo,
     ShampooInfo,
+    SOAPInfo,
     Sophia,
     SophiaInfo,
     StepInfo,
@@ -455,6 +457,17 @@ def sophia() -> None:
     assert optimizer.info is not None
     assert_type(optimizer.info.unclipped, float | None)
     Sophia(model.parameters(), estimator=GaussNewtonBartlett())
+
+
+def soap() -> None:
+    model, x, y = model_and_data()
+    optimizer = SOAP(model.parameters(), block_size=None, factor_dtype=torch.bfloat16)
+    optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(optimizer.info, SOAPInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.off_diagonal, float | None)
+    with refusal():
+        SOAP(model.parameters(), factor_dtype="bfloat16")  # type: ignore[arg-type]
 
 
 def contractive() -> None:
