@@ -191,6 +191,7 @@ class AdaSecant(FlatOptimizer):
     info: AdaSecantInfo | None
     _info_type = AdaSecantInfo
     _recognized_by = "gamma_clip"
+    _carried = ("secant",)
     _state_fields = declare(
         means=Vector(rows=lambda _: _ROWS),
         memory=Vector(),
@@ -199,8 +200,7 @@ class AdaSecant(FlatOptimizer):
         untested=Vector(),
         updates=Number(0),
     )
-    # The moving averages: of the gradient, its change and the move, of their squares, of change
-    # times move, and of the numerator and the denominator of gamma.
+    # The moving averages, `(9, n)`.
     _means: Tensor | None
     _memory: Tensor | None  # tau
     _gradient_before: Tensor | None  # of the last update, normalized
@@ -246,8 +246,6 @@ class AdaSecant(FlatOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
-
-    _carried = ("secant",)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer._check_group`."""
