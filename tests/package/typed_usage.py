@@ -19,6 +19,7 @@ import torch_secondorder
 from torch_secondorder import (
     BFGS,
     LBFGS,
+    SOAP,
     AdaHessian,
     AdaHessianInfo,
     AdaSecant,
@@ -48,6 +49,9 @@ from torch_secondorder import (
     Projected,
     ProjectedInfo,
     SecondOrderOptimizer,
+    Shampoo,
+    ShampooInfo,
+    SOAPInfo,
     Sophia,
     SophiaInfo,
     StepInfo,
@@ -152,7 +156,13 @@ from torch_secondorder.linear import (
     norm_constrained,
     ridge,
 )
-from torch_secondorder.optim import AccelerationName, ScalingName, SecantName
+from torch_secondorder.optim import (
+    AccelerationName,
+    GraftingName,
+    RootMethodName,
+    ScalingName,
+    SecantName,
+)
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import (
     CG,
@@ -255,6 +265,21 @@ def adasecant() -> None:
     assert_type(optimizer.info.probes, int)
     with refusal():
         AdaSecant(model.parameters(), secant="newton")  # type: ignore[arg-type]
+
+
+def shampoo() -> None:
+    model, x, y = model_and_data()
+    grafting: GraftingName = "sgd"
+    root_method: RootMethodName = "newton"
+    optimizer = Shampoo(model.parameters(), grafting=grafting, root_method=root_method)
+    assert_type(optimizer.info, ShampooInfo | None)
+    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(loss, Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.products, int)
+    Shampoo(model.parameters(), grafting=None, exponent=None, factor_dtype=torch.bfloat16)
+    with refusal():
+        Shampoo(model.parameters(), grafting="adagrad")  # type: ignore[arg-type]
 
 
 def nonlinear_cg() -> None:
@@ -432,6 +457,17 @@ def sophia() -> None:
     assert optimizer.info is not None
     assert_type(optimizer.info.unclipped, float | None)
     Sophia(model.parameters(), estimator=GaussNewtonBartlett())
+
+
+def soap() -> None:
+    model, x, y = model_and_data()
+    optimizer = SOAP(model.parameters(), block_size=None, factor_dtype=torch.bfloat16)
+    optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
+    assert_type(optimizer.info, SOAPInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.off_diagonal, float | None)
+    with refusal():
+        SOAP(model.parameters(), factor_dtype="bfloat16")  # type: ignore[arg-type]
 
 
 def contractive() -> None:
@@ -810,7 +846,7 @@ assert_type(torch_secondorder.__version__, str)
 
 ALL = [
     *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
-    *(newton, nonlinear_cg, sophia, contractive),
+    *(newton, nonlinear_cg, sophia, contractive, shampoo),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
     *(curvature_by_outputs, linear_solvers, linear_least_squares, line_searches, derivatives),
     *(penalties, diagnostics),

@@ -33,7 +33,7 @@ _MATRICES: dict[str, tuple[Sequence[int], int | None]] = {
 }
 #: Operations that a weight may pass through on the way; those that transpose it.
 _PASSING = frozenset({"AliasBackward0", "CloneBackward0", "ToCopyBackward0"})
-_TRANSPOSING = frozenset({"NumpyTBackward0", "TBackward0", "TransposeBackward0"})
+_TRANSPOSING = frozenset({"TBackward0", "TransposeBackward0"})
 #: Entries of the patches of a convolution that are in memory at a time.
 _CHUNK = 2**24
 #: The least number of rows that a convolution's factors are made of, in sizes of the larger one,
@@ -167,6 +167,8 @@ def _origin(survey: Survey, places: Mapping[Any, int], use: Use) -> tuple[int, b
         name = type(node).__name__
         if name in _TRANSPOSING:
             swapped = not swapped
+        elif name == "PermuteBackward0" and len(node._saved_dims) == 2:  # as `weight.T` makes it
+            swapped = swapped is (node._saved_dims[0] == 0)
         elif name not in _PASSING:
             return None
         at = places[node.next_functions[0][0]]

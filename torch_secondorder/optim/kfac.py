@@ -53,7 +53,85 @@ class KFACInfo(DiagonalInfo):
 
 
 class KFAC(DiagonalOptimizer):
-    """Kronecker-factored approximate curvature."""
+    """Kronecker-factored approximate curvature, K-FAC.
+
+    For each linear or convolutional layer, the Gauss-Newton matrix (the Fisher matrix of the
+    model's distribution) is approximated by a Kronecker product `L (x) R`: the second moment of the
+    gradients by the layer's results, and that of its inputs (Martens and Grosse 2015, "Optimizing
+    neural networks with Kronecker-factored approximate curvature"; Grosse and Martens 2016, "A
+    Kronecker-factored approximate Fisher matrix for convolution layers"). A step multiplies the
+    gradient `G` of a layer by the damped inverse from both sides:
+
+        D = (L + sqrt(damping) / pi)^-1 G (R + pi sqrt(damping))^-1,  pi^2 = mean(R) / mean(L)
+        D <- D min(1, sqrt(kl_clip / <D, G>)), with `<D, G>` summed over all parameters
+        M = momentum M + D
+        theta <- (1 - lr weight_decay) theta - lr M
+
+    with the means of the factors' eigenvalues. A bias that is added to one layer alone is a column
+    of its weight. All other parameters (norms, embeddings, convolutions in groups, weights that
+    are used in several ways) get `g / (h + damping)`, where `h` averages the diagonal of the same
+    matrix.
+
+    The layers are found in the graph of the loss: nothing is registered on the model, and any
+    module or function will do. Factors and diagonal are taken while `backward()` runs, by one more
+    backward pass from the outputs for labels drawn from the model, every `update_period`-th step.
+    The loss has to show its outputs: a standard one of `torch.nn.functional`, or
+    `mark_outputs`.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate. While `kl_clip` is in effect, the length of a step in the space of the
+            model's predictions. Larger losses (sums over many outputs) want larger rates.
+        momentum: Decay rate of the sum of directions.
+        damping: Added to the curvature; in units of the loss. Less lets steps follow flat
+            directions further.
+        weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
+        kl_clip: The bound of `<D, G>`, about twice the Kullback-Leibler divergence that a step with
+            `lr=1` would make; None for none.
+        ekfac: Whether layers are divided by second moments in the factors' eigenbases (George et
+            al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored
+            eigenbasis"), instead of the inverses. A step costs about twice as many products.
+        factor_decay: Decay rate of the averages of factors and diagonal; the first estimates count
+            alike.
+        update_period: Steps from one estimate to the next. The first steps, ten at most, all
+            estimate.
+        basis_period: Steps from one inversion, or eigendecomposition, of the factors to the next,
+            at steps that estimate. They are more frequent at the start.
+        max_size: Longer sides of a layer get no factor. The other side's eigenbasis is used, with
+            second moments as for `ekfac`.
+        labels: `"drawn"` for labels drawn from the model, or `"empirical"` for those of the data.
+        seed: The seed of the labels, see `AdaHessian`.
+        accumulation_steps: See `AdaHessian`.
+        maximize: Whether to maximize the loss.
+        capturable: See `AdaHessian`. Steps that make new inverses or bases wait for the device.
+        watch: See `AdaHessian`.
+
+    `kl_clip`, `ekfac`, `factor_decay`, `update_period`, `basis_period` and `seed` are read from the
+    first group.
+
+    Attributes:
+        estimator: Takes the factors.
+
+    Raises:
+        TypeError: A parameter is neither floating-point nor complex.
+        ValueError: An argument is out of range, or the parameters are sharded.
+
+    If a gradient or the loss is not finite, nothing changes. If an estimate is not finite, the last
+    one stays in use. `info.status` reports both.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 30.0]]), torch.tensor([[1.0], [-60.0]])
+    >>> optimizer = KFAC(layer.parameters(), lr=1.0, momentum=0.0, damping=1e-6, kl_clip=None)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(layer(x), y)
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(3):  # Newton steps, whatever the scales
+    ...     loss = optimizer.step(closure)
+    >>> bool(closure() < 1e-3)
+    True
+    """
 
     info: KFACInfo | None
     _info_type = KFACInfo
@@ -234,7 +312,7 @@ class KFAC(DiagonalOptimizer):
     def _scale(
         self, gradients: dict[int, Tensor], directions: dict[int, Tensor], on_device: bool
     ) -> Number:
-        """What `kl_clip` leaves of the directions."""
+        """The factor that `kl_clip` multiplies the directions by."""
         bound = self.param_groups[0]["kl_clip"]
         if bound is None:
             self._unclipped = None

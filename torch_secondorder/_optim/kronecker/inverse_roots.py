@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 #: How the roots are computed.
-RootMethod: TypeAlias = Literal["eigh", "newton"]
+RootMethodName: TypeAlias = Literal["eigh", "newton"]
 ROOT_METHODS = ("eigh", "newton")
 
 #: In Newton's iteration, the smallest ridge in units of the machine precision. With less, rounding
@@ -27,7 +27,7 @@ _LARGEST_NUMERATOR, _LARGEST_ROOT = 4, 8
 
 
 def inverse_roots(
-    matrices: Tensor, power: float, ridge: float = 0.0, method: RootMethod = "eigh"
+    matrices: Tensor, power: float, ridge: float = 0.0, method: RootMethodName = "eigh"
 ) -> Tensor:
     """The matrices `(A + ridge * |A| * I)^(-power)`, where `|A|` is the largest eigenvalue.
 

@@ -242,7 +242,7 @@ class Stacks:
 
 
 def _kind(blocks: Partition | None) -> tuple[Tile, ...]:
-    """What parameters of one stack have in common."""
+    """The shape of the blocks of a parameter, equal for those of one stack."""
     if blocks is None:
         return ()
     if len(blocks.tiles) > 1:
