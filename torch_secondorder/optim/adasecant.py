@@ -114,7 +114,7 @@ class _Batch(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What the averages say until the gradient is evaluated twice again.
+    """Rates and bounds from the averages, until the gradient is evaluated twice again.
 
     Attributes:
         means: The averages.
