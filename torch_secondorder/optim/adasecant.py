@@ -114,7 +114,7 @@ class _Batch(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What the averages say until the gradient is evaluated twice again.
+    """Rates and bounds from the averages, until the gradient is evaluated twice again.
 
     Attributes:
         means: The averages.
@@ -514,7 +514,7 @@ class AdaSecant(FlatOptimizer):
         return True
 
     def _rows(self, gradient: Tensor, change: Tensor | None, move: Tensor | None) -> Tensor:
-        """What a step adds to the averages, `(9, n)`; nothing for gamma."""
+        """The numbers of a step that the averages are of, `(9, n)`; those for gamma are zero."""
         rows = gradient.new_zeros(_ROWS, len(gradient))
         for row, vector in ((_GRADIENT, gradient), (_CHANGE, change), (_MOVE, move)):
             if vector is not None:
