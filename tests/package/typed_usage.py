@@ -32,6 +32,7 @@ from torch_secondorder import (
     DatasetClosure,
     Evaluation,
     FunctionalObjective,
+    KFACInfo,
     KKTReport,
     LBFGSInfo,
     LeastSquaresResult,
@@ -434,6 +435,19 @@ def sophia() -> None:
     Sophia(model.parameters(), estimator=GaussNewtonBartlett())
 
 
+def kfac() -> None:
+    model, x, y = model_and_data()
+    optimizer = torch_secondorder.KFAC(
+        model.parameters(), 0.03, damping=1e-2, labels="empirical", kl_clip=None
+    )
+    assert_type(optimizer.step(closure_for(model, x, y, optimizer.zero_grad)), Tensor)
+    assert_type(optimizer.info, KFACInfo | None)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.unclipped, float | None)
+    with refusal():
+        torch_secondorder.KFAC(model.parameters(), labels="drawn twice")  # type: ignore[arg-type]
+
+
 def contractive() -> None:
     encoder = nn.Sequential(nn.Linear(3, 2), nn.Sigmoid())
     model, x = nn.Sequential(encoder, nn.Linear(2, 3)), torch.rand(6, 3)
@@ -810,7 +824,7 @@ assert_type(torch_secondorder.__version__, str)
 
 ALL = [
     *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
-    *(newton, nonlinear_cg, sophia, contractive),
+    *(newton, nonlinear_cg, sophia, kfac, contractive),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
     *(curvature_by_outputs, linear_solvers, linear_least_squares, line_searches, derivatives),
     *(penalties, diagnostics),
