@@ -28,14 +28,14 @@ from torch_secondorder._optim.layer_state import (
 from torch_secondorder._optim.state import Count, declare
 from torch_secondorder._optim.state import Number as NumberField
 from torch_secondorder._params.space import is_distributed
-from torch_secondorder.curvature._kronecker_estimate import (
+from torch_secondorder.curvature.diagonal import DiagonalWatch
+from torch_secondorder.curvature.layer_factors import (
     Bases,
     KroneckerEstimator,
     KroneckerWatch,
     Labels,
     LayerFactors,
 )
-from torch_secondorder.curvature.diagonal import DiagonalWatch
 
 __all__ = ["KFAC", "KFACInfo"]
 
