@@ -271,7 +271,7 @@ def _whiten(stack: Stack, mean: Tensor, grafting: GraftingName | None, scale: Nu
     if grafting is not None:
         ratio = _lengths(stack.direction).neg_() if grafting == "adam" else _lengths(mean) * ratio
         ratio = ratio / own
-        usable &= (own > torch.finfo(own.dtype).tiny ** 0.5) & ratio.isfinite()
+        usable &= ratio.isfinite()
     if isinstance(ratio, Tensor) and ratio.dim():
         ratio = ratio[:, None, None]
     torch.mul(whitened, ratio, out=stack.direction)
