@@ -33,6 +33,7 @@ from torch_secondorder import (
     DatasetClosure,
     Evaluation,
     FunctionalObjective,
+    KFACInfo,
     KKTReport,
     LBFGSInfo,
     LeastSquaresResult,
@@ -267,19 +268,35 @@ def adasecant() -> None:
         AdaSecant(model.parameters(), secant="newton")  # type: ignore[arg-type]
 
 
-def shampoo() -> None:
+def soap_and_shampoo() -> None:
     model, x, y = model_and_data()
+    soap = SOAP(model.parameters(), lr=1e-3, update_period=2, block_size=None)
+    assert_type(soap.info, SOAPInfo | None)
+    assert_type(soap.step(closure_for(model, x, y, soap.zero_grad)), Tensor)
+    assert soap.info is not None
+    assert_type(soap.info.off_diagonal, float | None)
+    shampoo = Shampoo(model.parameters(), grafting=None, factor_dtype=torch.bfloat16)
+    assert_type(shampoo.info, ShampooInfo | None)
     grafting: GraftingName = "sgd"
     root_method: RootMethodName = "newton"
-    optimizer = Shampoo(model.parameters(), grafting=grafting, root_method=root_method)
-    assert_type(optimizer.info, ShampooInfo | None)
-    loss = optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
-    assert_type(loss, Tensor)
-    assert optimizer.info is not None
-    assert_type(optimizer.info.products, int)
-    Shampoo(model.parameters(), grafting=None, exponent=None, factor_dtype=torch.bfloat16)
+    Shampoo(model.parameters(), grafting=grafting, root_method=root_method)
+    assert_type(shampoo.step(closure_for(model, x, y, shampoo.zero_grad)), Tensor)
     with refusal():
         Shampoo(model.parameters(), grafting="adagrad")  # type: ignore[arg-type]
+    with refusal():
+        Shampoo(model.parameters(), root_method="svd")  # type: ignore[arg-type]
+
+
+def kfac() -> None:
+    model, x, y = model_and_data()
+    # The preconditioner of the same name is in `torch_secondorder.solvers`.
+    optimizer = torch_secondorder.KFAC(model.parameters(), update_period=2, labels="empirical")
+    assert_type(optimizer.info, KFACInfo | None)
+    assert_type(optimizer.step(closure_for(model, x, y, optimizer.zero_grad)), Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.unclipped, float | None)
+    with refusal():
+        torch_secondorder.KFAC(model.parameters(), labels="data")  # type: ignore[arg-type]
 
 
 def nonlinear_cg() -> None:
@@ -457,17 +474,6 @@ def sophia() -> None:
     assert optimizer.info is not None
     assert_type(optimizer.info.unclipped, float | None)
     Sophia(model.parameters(), estimator=GaussNewtonBartlett())
-
-
-def soap() -> None:
-    model, x, y = model_and_data()
-    optimizer = SOAP(model.parameters(), block_size=None, factor_dtype=torch.bfloat16)
-    optimizer.step(closure_for(model, x, y, optimizer.zero_grad))
-    assert_type(optimizer.info, SOAPInfo | None)
-    assert optimizer.info is not None
-    assert_type(optimizer.info.off_diagonal, float | None)
-    with refusal():
-        SOAP(model.parameters(), factor_dtype="bfloat16")  # type: ignore[arg-type]
 
 
 def contractive() -> None:
@@ -846,8 +852,9 @@ assert_type(torch_secondorder.__version__, str)
 
 ALL = [
     *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
-    *(newton, nonlinear_cg, sophia, contractive, shampoo),
+    *(newton, bfgs, nonlinear_cg, sophia, contractive, adasecant, soap_and_shampoo, kfac),
+    *(levenberg_marquardt, constrained, projected, certified, fitting_curves),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
     *(curvature_by_outputs, linear_solvers, linear_least_squares, line_searches, derivatives),
-    *(penalties, diagnostics),
+    *(penalties, diagnostics, damped_least_squares, jacobian_of_residuals),
 ]
