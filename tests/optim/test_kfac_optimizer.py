@@ -265,9 +265,7 @@ def test_parameters_may_be_frozen_and_thawed(frozen: str) -> None:
 
 def test_half_precision_trains() -> None:
     problem = Problem(torch.bfloat16)
-    optimizer = KFAC(problem.model.parameters(), lr=0.01)
-    losses = []
-    for _ in range(25):
-        losses.append(float(optimizer.step(problem.closure(optimizer))))
+    optimizer = KFAC(problem.model.parameters(), lr=0.3)
+    losses = [float(optimizer.step(problem.closure(optimizer))) for _ in range(25)]
     assert losses[-1] < 0.8 * losses[0]
     assert optimizer.state[problem.model.first.weight]["factor_left"].dtype is torch.float32

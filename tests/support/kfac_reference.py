@@ -113,11 +113,11 @@ class PlainKFAC:
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 3e-3,
+        lr: float = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-3,
         weight_decay: float = 0.0,
-        kl_clip: float | None = 1.0,
+        kl_clip: float | None = 1e-3,
         ekfac: bool = False,
         factor_decay: float = 0.95,
         update_period: int = 10,

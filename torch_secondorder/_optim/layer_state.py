@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._optim.state import Group, ParameterField
-from torch_secondorder.curvature._kronecker_estimate import side_sizes
+from torch_secondorder.curvature.layer_factors import side_sizes
 
 #: Both sides of a parameter as a matrix: its first dimension, and all others with a bias.
 SIDES = ("left", "right")

@@ -28,14 +28,14 @@ from torch_secondorder._optim.layer_state import (
 from torch_secondorder._optim.state import Count, declare
 from torch_secondorder._optim.state import Number as NumberField
 from torch_secondorder._params.space import is_distributed
-from torch_secondorder.curvature._kronecker_estimate import (
+from torch_secondorder.curvature.diagonal import DiagonalWatch
+from torch_secondorder.curvature.layer_factors import (
     Bases,
     KroneckerEstimator,
     KroneckerWatch,
     Labels,
     LayerFactors,
 )
-from torch_secondorder.curvature.diagonal import DiagonalWatch
 
 __all__ = ["KFAC", "KFACInfo"]
 
@@ -156,12 +156,12 @@ class KFAC(DiagonalOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 3e-3,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         damping: float = 1e-3,
         weight_decay: float = 0.0,
         *,
-        kl_clip: float | None = 1.0,
+        kl_clip: float | None = 1e-3,
         ekfac: bool = False,
         factor_decay: float = 0.95,
         update_period: int = 10,
