@@ -80,10 +80,12 @@ CONTENDERS = {
     "shampoo": contender("Shampoo (ours)", torch_secondorder.Shampoo),
     "kfac": contender("KFAC (ours)", torch_secondorder.KFAC),
     "adahessian": contender(
-        "AdaHessian (ours)", partial(torch_secondorder.AdaHessian, update_period=10)
+        "AdaHessian gnb (ours)",
+        partial(torch_secondorder.AdaHessian, estimator="gnb", update_period=10),
     ),
     "sophia-gnb": contender(
-        "Sophia gnb (ours)", partial(torch_secondorder.Sophia, estimator="gnb")
+        "Sophia gnb (ours)",
+        partial(torch_secondorder.Sophia, betas=(0.9, 0.9), estimator="gnb", target_unclipped=0.9),
     ),
     "sophia-hutchinson": contender(
         "Sophia hutchinson (ours)", partial(torch_secondorder.Sophia, estimator="hutchinson")

@@ -3,8 +3,8 @@
 Each optimizer tries five learning rates, a factor of about three apart, for the same short time,
 and keeps the one with the highest accuracy on held-out training images. AdaSecant has nothing to
 choose. Then all of them train from several seeds (other weights, other batches) on all training
-images. The test images play no part in any choice, and all other settings have their defaults. Only
-training counts as time.
+images. The test images play no part in the choice of the rates. Other settings are the defaults,
+but for AdaHessian and Sophia, see CANDIDATES. Only training counts as time.
 
     python examples/train_classifier.py
     python examples/train_classifier.py --optimizers soap,kfac,adamw --seconds 60 --seeds 3
@@ -62,13 +62,17 @@ CANDIDATES = {
     "shampoo": Candidate(
         "Shampoo (ours)", lambda p, lr: Shampoo(p, lr=lr), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     ),
-    "kfac": Candidate("KFAC (ours)", lambda p, lr: KFAC(p, lr=lr), (1e-2, 3e-2, 0.1, 0.3, 1.0)),
+    "kfac": Candidate("KFAC (ours)", lambda p, lr: KFAC(p, lr=lr), (1e-3, 3e-3, 1e-2, 3e-2, 0.1)),
     "adasecant": Candidate("AdaSecant (ours)", lambda p, lr: AdaSecant(p, lr=lr), (1.0,)),
     "adahessian": Candidate(
-        "AdaHessian (ours)", lambda p, lr: AdaHessian(p, lr=lr), (0.015, 0.05, 0.15, 0.5, 1.5)
+        "AdaHessian gnb (ours)",
+        lambda p, lr: AdaHessian(p, lr=lr, estimator="gnb", update_period=10),
+        (0.015, 0.05, 0.15, 0.5, 1.5),
     ),
     "sophia": Candidate(
-        "Sophia (ours)", lambda p, lr: Sophia(p, lr=lr), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+        "Sophia gnb (ours)",
+        lambda p, lr: Sophia(p, lr=lr, betas=(0.9, 0.9), estimator="gnb", target_unclipped=0.9),
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     ),
     "adamw": Candidate("AdamW", lambda p, lr: AdamW(p, lr=lr), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "sgd": Candidate(

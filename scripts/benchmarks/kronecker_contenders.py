@@ -58,18 +58,18 @@ class CrossEntropy(nn.Module):
         return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
 
-def transformer(device: torch.device, width: int) -> Problem | None:
+def transformer(device: torch.device, width: int, layers: int = LAYERS) -> Problem | None:
     """The transformer of `examples/train_char_lm.py` on windows of its text."""
     example = load_example("_char_lm")
     if example is None:
         return None
     text = example.load_text(device)
     torch.manual_seed(0)
-    model = example.Transformer(len(text.characters), width, LAYERS).to(device)
+    model = example.Transformer(len(text.characters), width, layers).to(device)
     windows = text.training.unfold(0, example.CONTEXT + 1, 1)
     chosen = torch.randint(len(windows), (PERIOD, example.BATCH)).to(device)
     batches = [(w[:, :-1], w[:, 1:]) for w in windows[chosen]]
-    return Problem(f"transformer {LAYERS} x {width}", model, CrossEntropy(), batches)
+    return Problem(f"transformer {layers} x {width}", model, CrossEntropy(), batches)
 
 
 def classifier(case: Case) -> Problem:
@@ -85,8 +85,8 @@ def classifier(case: Case) -> Problem:
 
 def problems(options: Options) -> Iterator[Problem]:
     """The networks: transformers of several widths, a CNN and an MLP."""
-    for width in (8,) if options.quick else WIDTHS:
-        made = transformer(options.device, width)
+    for width, layers in ((8, 1),) if options.quick else ((width, LAYERS) for width in WIDTHS):
+        made = transformer(options.device, width, layers)
         if made is not None:
             yield made
     if options.quick:

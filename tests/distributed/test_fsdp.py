@@ -50,7 +50,6 @@ from tests.support.small_optimizers import Averaging, Everything
 from torch_secondorder import (
     LBFGS,
     AdaHessian,
-    AdaSecant,
     FunctionalObjective,
     NewtonCG,
     NonlinearCG,
@@ -108,17 +107,6 @@ def reshard_nonlinear_cg(rank: int, ranks: int) -> list[Any]:
     found = resharded(lambda p: NonlinearCG(p, max_iter=2), "plain", rank, ranks)
     make = lambda p: NonlinearCG(p, max_iter=1, beta="hager_zhang")  # noqa: E731
     return found + resharded(make, "by name", rank, ranks)
-
-
-def adasecant(rank: int, ranks: int) -> list[Any]:
-    """Blocks are whole parameters, whoever has a part of them."""
-    found: list[Any] = []
-    for arguments in ({}, {"delta_clip": 3.0, "start_var_reduction": 2}, {"use_adagrad": True}):
-        share = Share(rank, ranks)
-        optimizer = AdaSecant(share.model.parameters(), lr=0.05, **arguments)
-        found += [optimizer.step(share.closure).item() for _ in range(8)]
-        found += [optimizer.info.grad_norm, optimizer.info.loss_after, *share.values()]
-    return found + resharded(lambda p: AdaSecant(p, lr=0.05), "by name", rank, ranks)
 
 
 def lbfgs_in_groups(rank: int, ranks: int) -> list[Any]:
@@ -598,7 +586,6 @@ CHECKS: dict[str, Callable[[int, int], list[Any]]] = {
     for check in (
         lbfgs,
         nonlinear_cg,
-        adasecant,
         lbfgs_in_groups,
         look_after_backward,
         reshard_lbfgs,
@@ -672,7 +659,6 @@ def results(ranks: list[dict[str, Any]], name: str) -> list[Any]:
 SAME_AS_PLAIN = (
     "lbfgs",
     "nonlinear_cg",
-    "adasecant",
     "reshard_nonlinear_cg",
     "lbfgs_in_groups",
     "look_after_backward",

@@ -19,7 +19,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from tests.support.diagonal_references import assert_moved, assert_same, values
 from tests.support.examples import run_example
-from torch_secondorder import LBFGS, AdaHessian, NewtonCG, Sophia, StepStatus
+from torch_secondorder import KFAC, LBFGS, SOAP, AdaHessian, NewtonCG, Sophia, StepStatus
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -42,7 +42,12 @@ KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "Sophia": (Sophia, {**SOPHIA}),
     "Sophia-G": (Sophia, {**SOPHIA, "estimator": "gnb"}),
 }
-every = pytest.mark.parametrize("kind", KINDS)
+every = pytest.mark.parametrize("kind", [*KINDS])
+KINDS |= {
+    "SOAP": (SOAP, {"lr": 0.01, "eps": 1e-4, "update_period": 2}),
+    "KFAC": (KFAC, {"damping": 0.1, "update_period": 2}),
+}
+every_and_more = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +142,7 @@ def groups(model: nn.Module, decay: float = 0.0) -> list[dict[str, Any]]:
 # Training.
 
 
-@every
+@every_and_more
 @pytest.mark.parametrize("parts", [1, 4])
 def test_a_classifier_is_trained_as_by_closures(kind: str, parts: int, tmp_path: Path) -> None:
     trainer = trainer_of(
@@ -186,7 +191,7 @@ def test_bfloat16(kind: str, tmp_path: Path) -> None:
     assert (ours - theirs).norm() < 0.2 * (theirs - start).norm()
 
 
-@every
+@every_and_more
 def test_training_from_a_checkpoint_is_bit_for_bit_the_same(kind: str, tmp_path: Path) -> None:
     whole = trainer_of(
         tmp_path / "a", gpt2(0.1), kind, save_strategy="steps", save_steps=3, max_steps=7
@@ -333,6 +338,31 @@ def test_engines_with_their_own_backward_are_rejected(tmp_path: Path) -> None:
     callback = SecondOrderCallback(trainer)
     with pytest.raises(RuntimeError, match="Sophia under DEEPSPEED"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.parametrize(("engine", "version", "runs"), [("FSDP", 1, False), ("FSDP", 2, True)])
+def test_engines_that_keep_matrices_give_gradients_to_soap(
+    engine: str, version: int, runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 shards matrices, which SOAP steps; FSDP1 makes vectors of them."""
+    trainer = trainer_of(tmp_path, llama(), "SOAP")
+    trainer.create_optimizer()
+    trainer.accelerator.state.distributed_type = DistributedType(engine)
+    monkeypatch.setattr(type(trainer.accelerator), "is_fsdp2", version == 2)
+    callback = SecondOrderCallback(trainer)
+    if runs:
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        callback.on_train_end(trainer.args, trainer.state, trainer.control)
+        return
+    with pytest.raises(RuntimeError, match=f"SOAP under {engine}(.|\n)*fsdp_version=2"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_float16_scales_for_soap(tmp_path: Path) -> None:
+    """A loss scale is removed from gradients, which are all that SOAP takes."""
+    trainer = trainer_of(tmp_path, llama(), "SOAP", fp16=True)
+    trainer.create_optimizer()
+    SecondOrderCallback(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def test_an_argument_that_is_not_a_trainer_is_rejected() -> None:

@@ -447,6 +447,7 @@ def test_parameters_without_gradients_stay_and_cost_no_probes() -> None:
     for step in range(6):
         optimizer.step(standard(optimizer, lambda: x.square().sum() + 0.0 * dead.sum()))
         assert optimizer.info is not None
+        assert math.isfinite(optimizer.info.gamma + optimizer.info.rate + optimizer.info.memory)
         assert optimizer.info.probes == (step == 0)
     assert (unused.item(), dead.item()) == (3.0, 4.0)
     for step in range(2):  # it comes alive, and is measured then

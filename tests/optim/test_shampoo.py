@@ -380,6 +380,36 @@ def test_parameters_stay_finite_whatever_the_size_of_gradients(
         assert (p - before).abs().max() < 0.01 * 12 * 4
 
 
+@pytest.mark.parametrize("grafting", ["adam", "sgd", None])
+@pytest.mark.parametrize("exponent", [None, 0.5])
+@pytest.mark.parametrize(("small", "large"), [(1e-15, 1e25), (1e-18, 1e38), (1e15, 1e25)])
+def test_parameters_stay_finite_where_gradients_outgrow_the_roots(
+    grafting: Any, exponent: float | None, small: float, large: float
+) -> None:
+    """The roots are of small gradients, and whitened large ones leave the range of float32."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(6, 4))
+    optimizer = Shampoo([p], lr=1e-6, grafting=grafting, exponent=exponent, update_period=100)
+    for step in range(12):
+        p.grad = torch.rand(6, 4) * (small if step < 9 else large)
+        optimizer.step()
+    assert bool(p.isfinite().all())
+
+
+@pytest.mark.parametrize("exponent", [None, 0.5])
+def test_a_matrix_moves_as_soon_as_it_has_a_gradient(exponent: float | None) -> None:
+    """The roots of an empty factor let it pass, until they are computed again."""
+    p = nn.Parameter(torch.ones(6, 4))
+    optimizer = Shampoo([p], lr=0.01, exponent=exponent, update_period=100)
+    for _ in range(9):
+        p.grad = torch.zeros(6, 4)
+        optimizer.step()
+    assert torch.equal(p, torch.ones(6, 4))
+    p.grad = torch.ones(6, 4)
+    optimizer.step()
+    assert bool((p < 1).all())
+
+
 def test_rows_that_never_have_a_gradient_stay(device: torch.device) -> None:
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(6, 4, device=device))

@@ -19,6 +19,7 @@ import torch_secondorder
 from torch_secondorder import (
     BFGS,
     LBFGS,
+    SOAP,
     AdaHessian,
     AdaHessianInfo,
     AdaSecant,
@@ -49,6 +50,9 @@ from torch_secondorder import (
     Projected,
     ProjectedInfo,
     SecondOrderOptimizer,
+    Shampoo,
+    ShampooInfo,
+    SOAPInfo,
     Sophia,
     SophiaInfo,
     StepInfo,
@@ -258,6 +262,34 @@ def adasecant() -> None:
         AdaSecant(model.parameters(), secant="newton")  # type: ignore[arg-type]
 
 
+def soap_and_shampoo() -> None:
+    model, x, y = model_and_data()
+    soap = SOAP(model.parameters(), lr=1e-3, update_period=2, block_size=None)
+    assert_type(soap.info, SOAPInfo | None)
+    assert_type(soap.step(closure_for(model, x, y, soap.zero_grad)), Tensor)
+    assert soap.info is not None
+    assert_type(soap.info.off_diagonal, float | None)
+    shampoo = Shampoo(model.parameters(), grafting=None, factor_dtype=torch.bfloat16)
+    assert_type(shampoo.info, ShampooInfo | None)
+    assert_type(shampoo.step(closure_for(model, x, y, shampoo.zero_grad)), Tensor)
+    with refusal():
+        Shampoo(model.parameters(), grafting="adagrad")  # type: ignore[arg-type]
+    with refusal():
+        Shampoo(model.parameters(), root_method="svd")  # type: ignore[arg-type]
+
+
+def kfac() -> None:
+    model, x, y = model_and_data()
+    # The preconditioner of the same name is in `torch_secondorder.solvers`.
+    optimizer = torch_secondorder.KFAC(model.parameters(), update_period=2, labels="empirical")
+    assert_type(optimizer.info, KFACInfo | None)
+    assert_type(optimizer.step(closure_for(model, x, y, optimizer.zero_grad)), Tensor)
+    assert optimizer.info is not None
+    assert_type(optimizer.info.unclipped, float | None)
+    with refusal():
+        torch_secondorder.KFAC(model.parameters(), labels="data")  # type: ignore[arg-type]
+
+
 def nonlinear_cg() -> None:
     model, x, y = model_and_data()
     optimizer = NonlinearCG(model.parameters(), max_iter=2, beta="hager_zhang", restart=None)
@@ -433,19 +465,6 @@ def sophia() -> None:
     assert optimizer.info is not None
     assert_type(optimizer.info.unclipped, float | None)
     Sophia(model.parameters(), estimator=GaussNewtonBartlett())
-
-
-def kfac() -> None:
-    model, x, y = model_and_data()
-    optimizer = torch_secondorder.KFAC(
-        model.parameters(), 0.03, damping=1e-2, labels="empirical", kl_clip=None
-    )
-    assert_type(optimizer.step(closure_for(model, x, y, optimizer.zero_grad)), Tensor)
-    assert_type(optimizer.info, KFACInfo | None)
-    assert optimizer.info is not None
-    assert_type(optimizer.info.unclipped, float | None)
-    with refusal():
-        torch_secondorder.KFAC(model.parameters(), labels="drawn twice")  # type: ignore[arg-type]
 
 
 def contractive() -> None:
@@ -824,8 +843,9 @@ assert_type(torch_secondorder.__version__, str)
 
 ALL = [
     *(lbfgs, a_closure_may_return_a_number, minimizing_a_function, groups, newton_cg, adahessian),
-    *(newton, nonlinear_cg, sophia, kfac, contractive),
+    *(newton, bfgs, nonlinear_cg, sophia, contractive, adasecant, soap_and_shampoo, kfac),
+    *(levenberg_marquardt, constrained, projected, certified, fitting_curves),
     *(any_optimizer, functions_in_place_of_closures, whole_data_sets, operators),
     *(curvature_by_outputs, linear_solvers, linear_least_squares, line_searches, derivatives),
-    *(penalties, diagnostics),
+    *(penalties, diagnostics, damped_least_squares, jacobian_of_residuals),
 ]

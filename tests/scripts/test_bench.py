@@ -39,7 +39,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["diagonal", "--part", "memory"], "diagonal.memory.", "Sophia-G"),
         (["diagonal", "--part", "estimates"], "diagonal.estimates.", "Hutchinson, signs"),
         (["diagonal", "--part", "scaling"], "diagonal.scaling.", "AdaHessian, 10 probes"),
-        (["kronecker", "--only", "ours"], "kronecker.memory.", "KFAC (ours), rates x 10"),
+        (["kronecker", "--only", "ours"], "kronecker.memory.", "no weight decay"),
         (["distributed", "--part", "communication"], "distributed.communication.", "Sophia, gnb"),
         (["distributed", "--part", "memory"], "distributed.memory.", "2m + "),
         (["jacobian"], "jacobian.one", "ours"),
@@ -179,6 +179,28 @@ def test_the_ways_to_a_jacobian_are_compared_with_one_another(
     module._agree("equal", exact + 1e-12, exact)
     with pytest.raises(AssertionError, match="other: the Jacobian differs by"):
         module._agree("other", 1.001 * exact, exact)
+
+
+def test_memory_and_overhead_of_kronecker_factored_optimizers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    steps = importlib.import_module("benchmarks.kronecker_steps")
+    memory = importlib.import_module("benchmarks.kronecker_memory")
+    harness = importlib.import_module("benchmarks.harness")
+    contenders = importlib.import_module("benchmarks.kronecker_contenders")
+    model = torch.nn.Linear(5, 3, bias=False)
+    batches = [(torch.ones(2, 5), torch.zeros(2, 3))]
+    problem = contenders.Problem("linear", model, torch.nn.functional.mse_loss, batches)
+    size, step = 4 * 15, 4
+    assert memory.kept(problem, torch.optim.AdamW) == 2 * size + step
+    assert memory.kept(problem, torch.optim.SGD) == 0
+    timings = {
+        "AdamW": harness.Timing((1.0, 2.0, 4.0)),
+        "other": harness.Timing((1.5, 3.0, 4.5)),
+    }
+    assert steps.overhead(timings, "other") == 0.25  # the median of 0.5, 1, 0.5 over 2
+    assert steps.overhead(timings, "AdamW") == 0
 
 
 def test_an_unknown_sub_command_is_rejected_with_the_known_ones() -> None:

@@ -14,7 +14,14 @@ import lightning.pytorch as host
 import torch
 from torch import Tensor
 
-from tests.support.lightning_problems import ALL_OPTIMIZERS, Batches, module, trainer, weights
+from tests.support.lightning_problems import (
+    ALL_OPTIMIZERS,
+    OPTIMIZERS,
+    Batches,
+    module,
+    trainer,
+    weights,
+)
 from torch_secondorder.integrations.lightning import CurvatureMonitor, SecondOrderMonitor
 
 
@@ -49,7 +56,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = Path(sys.argv[1])
-    found = {name: fit(name, folder) for name in ALL_OPTIMIZERS}
+    found = {name: fit(name, folder) for name in (*OPTIMIZERS, "SOAP")}
     for name in ("AdaHessian", "Sophia"):
         found[f"{name}, accumulated"] = fit(name, folder, accumulate_grad_batches=2)
     torch.save(found, folder / f"{os.environ.get('LOCAL_RANK', '0')}.pt")

@@ -497,7 +497,10 @@ class BlockMatrices(ParameterField):
         assert group is not None
         real = torch.promote_types(as_real(p).dtype, torch.float32)
         dtype = None if self.wide else group.get("factor_dtype")
-        for name, shape in self._shapes(p, group).items():
+        shapes = self._shapes(p, group)
+        for name in [n for n in state if n.startswith(self._prefixes) and n not in shapes]:
+            del state[name]
+        for name, shape in shapes.items():
             held = state.get(name)
             initial = self.scale * torch.eye(shape[-1]).expand(shape) if held is None else held
             state[name] = initial.to(p.device, dtype or real)
@@ -505,6 +508,15 @@ class BlockMatrices(ParameterField):
     def shape(self, p: Tensor, name: str, group: Group = None) -> torch.Size:
         """See `ParameterField.shape`."""
         return torch.Size(self._shapes(p, group)[name])
+
+    def fits(self, state: Mapping[str, Any], p: Tensor, group: Group) -> bool:
+        """True if a state has the matrices of the parameter's blocks, and no others."""
+        held = {name: tuple(state[name].shape) for name in state if name.startswith(self._prefixes)}
+        return held == self._shapes(p, group)
+
+    @property
+    def _prefixes(self) -> tuple[str, str]:
+        return f"{self.name}_left_", f"{self.name}_right_"
 
 
 def prepare(

@@ -20,7 +20,12 @@ from torch_secondorder.optim.newton import Newton, NewtonInfo
 from torch_secondorder.optim.newton_cg import NewtonCG, NewtonCGInfo
 from torch_secondorder.optim.nonlinear_cg import NonlinearCG, NonlinearCGInfo
 from torch_secondorder.optim.projected import Projected, ProjectedInfo
-from torch_secondorder.optim.shampoo import Shampoo, ShampooInfo
+from torch_secondorder.optim.shampoo import (
+    GraftingName,
+    RootMethodName,
+    Shampoo,
+    ShampooInfo,
+)
 from torch_secondorder.optim.soap import SOAP, SOAPInfo
 from torch_secondorder.optim.sophia import Sophia, SophiaInfo
 
@@ -40,6 +45,7 @@ __all__ = [
     "Contractive",
     "ContractiveInfo",
     "DampingName",
+    "GraftingName",
     "KFACInfo",
     "LBFGSInfo",
     "LevenbergMarquardt",
@@ -52,6 +58,7 @@ __all__ = [
     "NonlinearCGInfo",
     "Projected",
     "ProjectedInfo",
+    "RootMethodName",
     "SOAPInfo",
     "ScalingName",
     "SecantName",

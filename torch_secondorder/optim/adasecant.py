@@ -113,6 +113,24 @@ class _Batch(NamedTuple):
     length: Tensor
 
 
+class _Known(NamedTuple):
+    """Rates and bounds from the averages, until the gradient is evaluated twice again.
+
+    Attributes:
+        means: The averages.
+        delta_clip: The bound of the rates.
+        rate: The rate of each coordinate for normalized gradients, `(n,)`.
+        longest: The length of the longest move of each block.
+        complete: Whether all blocks have moved.
+    """
+
+    means: Tensor
+    delta_clip: float | None
+    rate: Tensor
+    longest: Tensor
+    complete: bool
+
+
 class AdaSecant(FlatOptimizer):
     r"""Gradient steps for mini-batches, with a rate for each coordinate and none to tune.
 
@@ -191,6 +209,7 @@ class AdaSecant(FlatOptimizer):
     info: AdaSecantInfo | None
     _info_type = AdaSecantInfo
     _recognized_by = "gamma_clip"
+    _carried = ("secant",)
     _state_fields = declare(
         means=Vector(rows=lambda _: _ROWS),
         memory=Vector(),
@@ -199,8 +218,7 @@ class AdaSecant(FlatOptimizer):
         untested=Vector(),
         updates=Number(0),
     )
-    # The moving averages: of the gradient, its change and the move, of their squares, of change
-    # times move, and of the numerator and the denominator of gamma.
+    # The moving averages, `(9, n)`.
     _means: Tensor | None
     _memory: Tensor | None  # tau
     _gradient_before: Tensor | None  # of the last update, normalized
@@ -231,6 +249,7 @@ class AdaSecant(FlatOptimizer):
         self._blocks: _Blocks | None = None
         self._own_rates: list[float] = []
         self._summary: dict[str, Any] = {}
+        self._last_known: _Known | None = None
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -247,8 +266,6 @@ class AdaSecant(FlatOptimizer):
         }
         super().__init__(params, defaults)
 
-    _carried = ("secant",)
-
     def _check_group(self, group: dict[str, Any]) -> None:
         """See `SecondOrderOptimizer._check_group`."""
         super()._check_group(group)
@@ -261,6 +278,7 @@ class AdaSecant(FlatOptimizer):
     def _start_fields(self) -> None:
         super()._start_fields()
         self._blocks, self._own_rates, self._summary = None, [], {}
+        self._last_known = None
 
     def _trained(self) -> tuple[list[Tensor], list[Any], list[Any]]:
         # Moves are multiplied by the rates. As a scale of the vector, as elsewhere, they would have
@@ -327,17 +345,17 @@ class AdaSecant(FlatOptimizer):
         assert blocks is not None and means is not None
         gamma = self._gamma(group)
         corrected = torch.addcmul(batch.gradient, gamma, means[_GRADIENT]).div_(gamma + 1.0)
-        rate = self._rate(blocks, means, group)
+        known = self._known(blocks, group)
+        move = (known.rate * corrected).mul_(batch.rates).neg_()
         squares = None
         if group["use_adagrad"]:
             squares = corrected.square()
             if self._adagrad is not None:
                 squares += self._adagrad
-            rate /= squares.sqrt().clamp_(min=1.0)
-        move = rate.mul_(corrected).mul_(batch.rates).neg_()
+            move /= squares.sqrt().clamp_(min=1.0)
         move.masked_fill_(~batch.moves, 0.0)
-        lengths, recent = blocks.norms(move), (blocks.sizes * blocks.means(means[_MOVE + 1]))
-        shorter = (_GROWTH * recent.sqrt() / lengths.clamp(min=1e-300)).clamp_(max=1.0)
+        lengths = blocks.norms(move)
+        shorter = (known.longest / lengths.clamp(min=1e-300)).clamp_(max=1.0)
         move *= blocks.spread(shorter)
         moved = torch.linalg.vector_norm(shorter * lengths)
         moved, length = torch.stack((moved, batch.length)).tolist()
@@ -409,6 +427,17 @@ class AdaSecant(FlatOptimizer):
         gamma = means[_NUMERATOR] / means[_DENOMINATOR].clamp(min=least)
         return gamma.clamp_(0.0, float(group["gamma_clip"]))
 
+    def _known(self, blocks: _Blocks, group: dict[str, Any]) -> _Known:
+        """The rates and bounds; computed again only where the averages have changed."""
+        known, means, clip = self._last_known, self._means, group["delta_clip"]
+        assert means is not None
+        if known is not None and known.means is means and known.delta_clip == clip:
+            return known
+        squares = blocks.sizes * blocks.means(means[_MOVE + 1])
+        rate, longest = self._rate(blocks, means, group), _GROWTH * squares.sqrt()
+        self._last_known = _Known(means, clip, rate, longest, bool((squares > 0.0).all()))
+        return self._last_known
+
     def _rate(self, blocks: _Blocks, means: Tensor, group: dict[str, Any]) -> Tensor:
         """The rate of each coordinate for normalized gradients, `(n,)`."""
         steps, changes = means[_MOVE + 1], means[_CHANGE + 1]
@@ -456,7 +485,9 @@ class AdaSecant(FlatOptimizer):
 
         The change of the gradient along a short step begins them.
         """
-        blocks, means = self._blocks, self._means
+        blocks, means, known = self._blocks, self._means, self._last_known
+        if known is not None and known.complete and known.means is means:
+            return True
         assert blocks is not None
         if means is None:
             gradient = batch.gradient
@@ -474,6 +505,7 @@ class AdaSecant(FlatOptimizer):
         if found is None:
             return False
         t, _, change = found
+        self._last_known = None
         rows = self._rows(batch.gradient, change, move.mul_(t))
         torch.where(fresh, rows, means, out=means)
         assert self._memory is not None and self._gradient_before is not None
@@ -482,7 +514,7 @@ class AdaSecant(FlatOptimizer):
         return True
 
     def _rows(self, gradient: Tensor, change: Tensor | None, move: Tensor | None) -> Tensor:
-        """What a step adds to the averages, `(9, n)`; nothing for gamma."""
+        """The numbers of a step that the averages are of, `(9, n)`; those for gamma are zero."""
         rows = gradient.new_zeros(_ROWS, len(gradient))
         for row, vector in ((_GRADIENT, gradient), (_CHANGE, change), (_MOVE, move)):
             if vector is not None:
@@ -518,6 +550,7 @@ class AdaSecant(FlatOptimizer):
         known = _CHANGE if change is None else _ROWS
         means[:known].lerp_(rows[:known], weight)
         if change is not None:
+            self._last_known = None
             least = torch.finfo(means.dtype).tiny
             steady = means[_MOVE].square().div_(means[_MOVE + 1].clamp(min=least))
             tau = (1.0 - steady).mul_(memory).add_(1.0).clamp_(_LEAST_MEMORY, _LARGEST_MEMORY)

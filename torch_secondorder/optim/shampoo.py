@@ -23,17 +23,17 @@ from torch_secondorder._optim.diagonal.update import StepInputs
 from torch_secondorder._optim.kronecker.checks import check_blocks
 from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.inverse_roots import (
-    RootMethod,
+    RootMethodName,
     exact_fraction,
     inverse_roots,
 )
 from torch_secondorder._optim.kronecker.stacks import Stack
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
 
-__all__ = ["Shampoo", "ShampooInfo"]
+__all__ = ["GraftingName", "RootMethodName", "Shampoo", "ShampooInfo"]
 
 #: The methods that lend the length of their steps.
-Grafting: TypeAlias = Literal["adam", "sgd"]
+GraftingName: TypeAlias = Literal["adam", "sgd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +127,11 @@ class Shampoo(DiagonalOptimizer):
         weight_decay: float = 0.0,
         *,
         exponent: float | None = 0.5,
-        grafting: Grafting | None = "adam",
+        grafting: GraftingName | None = "adam",
         matrix_eps: float = 1e-6,
         shampoo_beta: float | None = None,
         update_period: int = 10,
-        root_method: RootMethod = "eigh",
+        root_method: RootMethodName = "eigh",
         block_size: int | None = 256,
         max_precond_dim: int | None = 10000,
         merge_dims: bool = True,
@@ -169,8 +169,8 @@ class Shampoo(DiagonalOptimizer):
         check_number("matrix_eps", group["matrix_eps"], low=0.0)
         check_number("shampoo_beta", group["shampoo_beta"], low=0.0, below=1.0, optional=True)
         if group["grafting"] is not None:
-            check_choice("grafting", group["grafting"], Grafting, "None")
-        check_choice("root_method", group["root_method"], RootMethod)
+            check_choice("grafting", group["grafting"], GraftingName, "None")
+        check_choice("root_method", group["root_method"], RootMethodName)
         exponent = group["exponent"]
         check_number("exponent", exponent, above=0.0, optional=True)
         if exponent and group["root_method"] == "newton" and exact_fraction(exponent) is None:
@@ -250,7 +250,7 @@ def _root_of(root: Tensor, factor: Tensor, *, sides: int, group: dict[str, Any])
     return roots.to(root.dtype)
 
 
-def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number) -> None:
+def _whiten(stack: Stack, mean: Tensor, grafting: GraftingName | None, scale: Number) -> None:
     """Puts minus the direction of Shampoo in the place of that of Adam.
 
     Args:
@@ -271,7 +271,7 @@ def _whiten(stack: Stack, mean: Tensor, grafting: Grafting | None, scale: Number
     if grafting is not None:
         ratio = _lengths(stack.direction).neg_() if grafting == "adam" else _lengths(mean) * ratio
         ratio = ratio / own
-        usable &= (own > torch.finfo(own.dtype).tiny ** 0.5) & ratio.isfinite()
+        usable &= ratio.isfinite()
     if isinstance(ratio, Tensor) and ratio.dim():
         ratio = ratio[:, None, None]
     torch.mul(whitened, ratio, out=stack.direction)

@@ -220,7 +220,7 @@ class SOAP(DiagonalOptimizer):
         """
         mean, squares = block.exp_avg, block.moments["exp_avg_sq"]
         if on_device or not bool(squares.amax() < torch.inf):
-            forget_infinite(mean, squares)
+            forget_infinite(block.stacks, mean, squares)
         products: list[tuple[Tensor, ...]] = []
         for stack in block.stacks:
             multiply(stack, stack.of(mean), stack.gradient, forth=False)

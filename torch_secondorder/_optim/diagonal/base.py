@@ -37,7 +37,7 @@ from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.one_shot import Outcome, SingleEvaluation
 from torch_secondorder._optim.base import SecondOrderOptimizer, StepClosure, makes_state_only
 from torch_secondorder._optim.diagonal.blocks import Block, BlockLayout
-from torch_secondorder._optim.diagonal.closureless import WATCHERS, why_unseen
+from torch_secondorder._optim.diagonal.closureless import WATCHERS, predates, why_unseen
 from torch_secondorder._optim.diagonal.fsdp import (
     ShardedEvaluation,
     check_closure,
@@ -368,7 +368,7 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             gradients = present_gradients(name, params, None, scaling)
             observation.check(name, scaling)
             watch, unscaling = observation.watch, observation.unscaling(scaling)
-        elif due and self._is_too_early(params, observation):
+        elif due and self._can_listen and self._predates(params, observation):
             watch, too_early = None, True
             gradients = present_gradients(name, params, None, scaling)
         else:
@@ -641,25 +641,10 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         self._generator.set_state(self._generator_before)
         return after
 
-    def _is_too_early(self, params: Sequence[Tensor], observation: Observation | None) -> bool:
-        """True if the gradients were made before the estimate became due.
-
-        That happens in loops that make optimizers as parameters appear, as Pyro's do, and in loops
-        that thaw parameters between estimates, or after the backward pass. The step then uses older
-        curvature, parameters without any wait, and the next step estimates.
-
-        Args:
-            params: The trainable parameters.
-            observation: The observation of other parameters.
-        """
-        grads = [p.grad for p in params if p.grad is not None]
-        has_graph = any(g.grad_fn is not None for g in grads) and self._uses_graphs
-        if has_graph or not grads or not self._can_listen:
-            return False
-        if self._listening_since is None:  # nothing tells the optimizer of a thawed parameter
-            return self._schedule.has_new(params)
-        seen_others = observation is not None and observation.calls > 0
-        return self._listening_since.matches(params) or seen_others
+    def _predates(self, params: Sequence[Tensor], observation: Observation | None) -> bool:
+        """See `predates`."""
+        since, schedule = self._listening_since, self._schedule
+        return predates(params, observation, since, schedule, uses_graphs=self._uses_graphs)
 
     @property
     def _uses_graphs(self) -> bool:

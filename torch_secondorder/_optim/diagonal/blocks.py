@@ -20,6 +20,7 @@ from torch_secondorder._optim.kronecker.partition import Partition, partition_of
 from torch_secondorder._optim.kronecker.stacks import Stacks, sorted_by_blocks
 from torch_secondorder._optim.state import (
     BlockMatrices,
+    MasterCopy,
     Moment,
     ParameterField,
     as_real,
@@ -33,6 +34,8 @@ Number: TypeAlias = float | Tensor
 #: The counts that parameters have; the second one only where there are estimates, the third one,
 #: which is on the host, only where there are matrices of blocks.
 COUNTS = ("step", "curvature_step", "host_step")
+#: Hyperparameters on which the matrices of blocks depend.
+_OF_BLOCKS = ("block_size", "max_precond_dim", "merge_dims", "factor_dtype")
 _ALMOST_ONE = 1 - 2.0**-53
 _ONE = torch.ones((), dtype=torch.float32)
 _NOTHING: Mapping[Tensor, Tensor] = MappingProxyType({})
@@ -320,7 +323,7 @@ class BlockLayout:
     def __init__(self, fields: Sequence[ParameterField]) -> None:
         self._fields = fields
         self._moments = [field.name for field in fields if isinstance(field, Moment)]
-        self._matrices = [field.name for field in fields if isinstance(field, BlockMatrices)]
+        self._matrices = [field for field in fields if isinstance(field, BlockMatrices)]
         self._estimates = any(field.name == "curvature_step" for field in fields)
         self.blocks: list[Block] = []
         self.lacks_curvature = self.got_curvature = False
@@ -356,6 +359,8 @@ class BlockLayout:
         key: list[object] = [on_device]
         for group in groups:
             key += (id(group), len(group["params"]))
+            if self._matrices:
+                key += [group.get(name) for name in _OF_BLOCKS]
         for p, gradient in zip(params, gradients, strict=True):
             key.append(0 if gradient is None else id(p))
         if key == self._key and not (self.lacks_curvature and has_estimate):
@@ -372,6 +377,7 @@ class BlockLayout:
             if gradient is not None:
                 state = states[p]
                 whole, group = wholes.get(p, p), group_of[id(p)]
+                self._drop_other_blocks(state, whole, group)
                 prepare(self._fields, state, whole, on_device=on_device, group=group)
                 if has_estimate or not self._estimates or bool(state["curvature_step"]):
                     members[id(p)] = place, state
@@ -380,9 +386,18 @@ class BlockLayout:
                 else:
                     self.lacks_curvature = True
         sizes = [as_real(p).numel() for p in params]
-        self.blocks = _make_blocks(groups, members, sizes, self._moments, wholes, self._matrices)
+        names = [field.name for field in self._matrices]
+        self.blocks = _make_blocks(groups, members, sizes, self._moments, wholes, names)
         self._key = key
         return self.blocks
+
+    def _drop_other_blocks(self, state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+        """Lets a parameter begin anew whose matrices are of other blocks than it has now."""
+        if "exp_avg" in state and not all(f.fits(state, p, group) for f in self._matrices):
+            for field in self._fields:
+                if not isinstance(field, MasterCopy):
+                    for name in field.names(p, group):
+                        state.pop(name, None)
 
 
 def _make_blocks(

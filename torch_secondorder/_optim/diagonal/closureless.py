@@ -29,9 +29,10 @@ from torch_secondorder._autograd.traversal import (
 )
 from torch_secondorder._closure.capture import examine_everywhere, suspects_among
 from torch_secondorder._closure.data_parallel import several_processes
-from torch_secondorder._closure.runner import without_autocast
+from torch_secondorder._closure.runner import GradientTrace, without_autocast
 from torch_secondorder._foundation.private_torch import engine_run_backward, plainly, tensor_hooks
 from torch_secondorder._optim.diagonal.observation import Observation
+from torch_secondorder._optim.diagonal.schedule import EstimateSchedule
 
 
 class Watcher(Protocol):
@@ -137,6 +138,36 @@ class _Watchers(BackwardListeners):
                     "estimator takes the curvature by all of them"
                 )
         return any(observation.failure is None for observation in observations)
+
+
+def predates(
+    params: Sequence[Tensor],
+    observation: Observation | None,
+    since: GradientTrace | None,
+    schedule: EstimateSchedule,
+    *,
+    uses_graphs: bool,
+) -> bool:
+    """True if gradients were made before the estimate became due.
+
+    That happens in loops that make optimizers as parameters appear, as Pyro's do, and in loops that
+    thaw parameters between estimates, or after the backward pass. The step then uses older
+    curvature, parameters without any wait, and the next step estimates.
+
+    Args:
+        params: The trainable parameters.
+        observation: The observation of other parameters.
+        since: The gradients when the optimizer began to listen; None if it does not.
+        schedule: Knows which parameters are new.
+        uses_graphs: Whether the graph of the gradients is enough for an estimate.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads or (uses_graphs and any(g.grad_fn is not None for g in grads)):
+        return False
+    if since is None:  # nothing tells the optimizer of a thawed parameter
+        return schedule.has_new(params)
+    seen_others = observation is not None and observation.calls > 0
+    return since.matches(params) or seen_others
 
 
 def why_unseen(watches: bool, group: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_secondorder._optim.kronecker.stacks import Side, Stack
+from torch_secondorder._optim.kronecker.stacks import Side, Stack, Stacks
 
 #: The share of a factor's squared norm off the diagonal from which a step of the power method is
 #: not enough. With a basis refreshed every ten steps, a transformer of width 64 has 0.04 on average
@@ -87,14 +87,14 @@ def powered(side: Side, *, on_device: bool = False) -> tuple[Tensor, Tensor, Ten
     kept = diagonal.clone()
     divisor = _divisor(factor).to(basis.dtype)
     diagonal.add_(divisor[:, 0] * _ramp(basis))
-    product = torch.bmm(factor.to(basis.dtype), basis).div_(divisor)
+    # Transposed: the columns that are sorted are rows, and a QR decomposition wants them so.
+    product = torch.bmm(basis.mT, factor.to(basis.dtype)).div_(divisor)
     diagonal.copy_(kept)
-    eigenvalues = (basis * product).sum(-2)
+    eigenvalues = (basis.mT * product).sum(-1)
     whole = torch.linalg.vector_norm(product.flatten(1), dim=1).square_()
     left = (whole - eigenvalues.square().sum(-1)).clamp_(min=0)
     order = eigenvalues.argsort(dim=-1, descending=True, stable=True)
-    index = order.unsqueeze(-2).expand_as(product)
-    return product.gather(-1, index), order, left, whole
+    return sorted_rows(product, order).mT, order, left, whole
 
 
 def orthonormal(product: Tensor, *_: Tensor) -> Tensor:
@@ -128,20 +128,48 @@ def reorder(stack: Stack, blocks: Tensor, orders: Sequence[Tensor]) -> None:
         blocks: `(B, m, n)`.
         orders: The order for each side, `(B, m)` or `(B, n)`.
     """
-    source, target = blocks, stack.direction
     for side, order in zip(stack.sides, orders, strict=True):
-        index = order.unsqueeze(-1) if side.dim == 0 else order.unsqueeze(-2)
-        torch.gather(source, 1 + side.dim, index.expand_as(source), out=target)
-        source, target = target, source
-    if source is not blocks:
-        blocks.copy_(source)
+        if side.dim == 0:
+            sorted_rows(blocks, order, out=stack.direction)
+        else:
+            index = order.unsqueeze(-2).expand_as(blocks)
+            torch.gather(blocks, -1, index, out=stack.direction)
+        blocks.copy_(stack.direction)
 
 
-def forget_infinite(first: Tensor, second: Tensor) -> None:
-    """Sets moments to zero where a square has overflowed; else they would not move again."""
-    bad = ~second.isfinite()
-    first.masked_fill_(bad, 0.0)
-    second.masked_fill_(bad, 0.0)
+def sorted_rows(blocks: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
+    """The rows of each block in another order; faster than `gather`.
+
+    Args:
+        blocks: `(B, m, n)`.
+        order: `(B, m)`.
+        out: Where they go, `(B, m, n)`.
+    """
+    count, rows, cols = blocks.shape
+    first = torch.arange(0, count * rows, rows, device=order.device)
+    index = (order + first[:, None]).flatten()
+    flat = None if out is None else out.view(-1, cols)
+    found = torch.index_select(blocks.view(-1, cols), 0, index, out=flat)
+    return found.view(count, rows, cols)
+
+
+def forget_infinite(stacks: Stacks, first: Tensor, second: Tensor) -> None:
+    """Sets moments to zero where a square has overflowed; else they would not move again.
+
+    A block begins anew as a whole: new bases mix its entries.
+
+    Args:
+        stacks: The stacks.
+        first: The averages, in block order.
+        second: The averages of squares.
+    """
+    for stack in stacks:
+        bad = ~stack.of(second).isfinite().all(-1).all(-1)[:, None, None]
+        for moment in (first, second):
+            stack.of(moment).masked_fill_(bad, 0.0)
+    bad = ~second[stacks.vectors].isfinite()
+    for moment in (first, second):
+        moment[stacks.vectors].masked_fill_(bad, 0.0)
 
 
 def _forget_infinite(factor: Tensor) -> None:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 #: How the roots are computed.
-RootMethod: TypeAlias = Literal["eigh", "newton"]
+RootMethodName: TypeAlias = Literal["eigh", "newton"]
 ROOT_METHODS = ("eigh", "newton")
 
-#: In Newton's iteration, the smallest ridge in units of the machine precision. With less, rounding
-#: errors of float32 grow faster than the iteration converges.
+#: In Newton's iteration, the smallest ridge in units of the machine precision.
 _LEAST_RIDGE = 8.0
 #: The first iterations of Newton multiply the smallest eigenvalue by 2.25 to 2.7 each; then a few
 #: more, in which the number of digits doubles.
@@ -27,7 +26,7 @@ _LARGEST_NUMERATOR, _LARGEST_ROOT = 4, 8
 
 
 def inverse_roots(
-    matrices: Tensor, power: float, ridge: float = 0.0, method: RootMethod = "eigh"
+    matrices: Tensor, power: float, ridge: float = 0.0, method: RootMethodName = "eigh"
 ) -> Tensor:
     """The matrices `(A + ridge * |A| * I)^(-power)`, where `|A|` is the largest eigenvalue.
 
@@ -138,7 +137,7 @@ def _newton(matrices: Tensor, power: float, ridge: float) -> Tensor:
         X = c I,  M = c^p A,  then  X = X T,  M = T^p M  with  T = ((p + 1) I - M) / p
 
     where `M` goes to the identity and `X` to `A^(-1/p)`. The number of iterations follows from the
-    ridge. Each matrix keeps its best iterate: rounding errors grow once it has converged.
+    ridge. Further ones do no harm: rounding errors do not grow.
 
     Args:
         matrices: Scaled, `(k, n, n)`.
@@ -160,18 +159,13 @@ def _newton(matrices: Tensor, power: float, ridge: float) -> Tensor:
     bound = torch.minimum(bound, matrices.abs().sum(-1).amax(-1))[:, None, None]
     least = max(ridge, _LEAST_RIDGE * finfo.eps * size**0.5)
     m = torch.addcmul(matrices, identity, least * bound).div_(bound * (1 + least))
-    x = best = identity.expand_as(m)
-    error = _distance(m, identity)
+    x = identity.expand_as(m)
     for _ in range(_iterations(least)):
         t = torch.add((1 + 1 / p) * identity, m, alpha=-1 / p)
         x = x @ t
         m = torch.linalg.matrix_power(t, p) @ m
-        new_error = _distance(m, identity)
-        better = new_error <= error  # also False for NaN
-        best = torch.where(better[:, None, None], x, best)
-        error = torch.where(better, new_error, error)
-    best = (best + best.mT) / 2
-    roots = best * (bound * (1 + least)).pow(-1 / p)
+    x = (x + x.mT) / 2
+    roots = x * (bound * (1 + least)).pow(-1 / p)
     result: Tensor = torch.linalg.matrix_power(roots, fraction.numerator)
     return result
 
@@ -183,11 +177,6 @@ def _iterations(ridge: float) -> int:
         ridge *= _GROWTH
         count += 1
     return count + _LAST_ITERATIONS
-
-
-def _distance(first: Tensor, second: Tensor) -> Tensor:
-    """The largest difference of entries, for each matrix."""
-    return (first - second).abs().amax((-2, -1))
 
 
 def _identity(like: Tensor) -> Tensor:

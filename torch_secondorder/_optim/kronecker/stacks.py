@@ -17,6 +17,9 @@ from torch import Tensor
 
 from torch_secondorder._optim.kronecker.partition import Partition, Tile
 
+#: Half the size of the smallest matrices whose products are made in parts.
+_LEAST_HALF = 64
+
 
 class Side:
     """The matrices of one side of the blocks of a stack.
@@ -58,11 +61,26 @@ class Side:
         if isinstance(weight, Tensor):
             share = ((1 - beta) * weight).to(matrices.dtype)
             matrices.lerp_(torch.bmm(first, second).to(matrices.dtype), share)
-        elif matrices.dtype == blocks.dtype:
-            matrices.baddbmm_(first, second, beta=beta, alpha=1 - beta)
         else:
-            wide = matrices.to(blocks.dtype)
-            matrices.copy_(wide.baddbmm_(first, second, beta=beta, alpha=1 - beta))
+            wide = matrices.to(blocks.dtype)  # no copy for the same precision
+            _average_symmetric(wide, first, second, beta)
+            if wide is not matrices:
+                matrices.copy_(wide)
+
+
+def _average_symmetric(matrices: Tensor, first: Tensor, second: Tensor, beta: float) -> None:
+    """`M = beta M + (1 - beta) A A'` for symmetric matrices, `second` being `A'`, in place.
+
+    On a CPU a quarter of a large product is copied from another one, which takes a fifth less time.
+    """
+    half, odd = divmod(matrices.shape[-1], 2)
+    if matrices.is_cuda or odd or half < _LEAST_HALF:
+        matrices.baddbmm_(first, second, beta=beta, alpha=1 - beta)
+        return
+    corner, below = matrices[:, :half, :half], matrices[:, half:]
+    corner.baddbmm_(first[:, :half], second[:, :, :half], beta=beta, alpha=1 - beta)
+    below.baddbmm_(first[:, half:], second, beta=beta, alpha=1 - beta)
+    matrices[:, :half, half:] = below[:, :, :half].mT
 
 
 class Stack:
@@ -242,7 +260,7 @@ class Stacks:
 
 
 def _kind(blocks: Partition | None) -> tuple[Tile, ...]:
-    """What parameters of one stack have in common."""
+    """The shape of the blocks of a parameter, equal for those of one stack."""
     if blocks is None:
         return ()
     if len(blocks.tiles) > 1:
