@@ -48,9 +48,18 @@ WEIGHT_DECAY = 0.1
 TUNING_MEASUREMENTS = 4
 
 # The results of `--tune` by width and layers, with another seed than those of the comparisons.
-GRID = tuple(2.5e-4 * 2**k for k in range(13))  # 0.00025, 0.0005, ..., 1.024
+GRID = tuple(2.5e-4 * 2**k for k in range(14))  # 0.00025, 0.0005, ..., 2.048
 RATES = {
-    (64, 2): {"adamw": 1.6e-2, "sophia-gnb": 2e-3, "sophia-hutchinson": 2e-3},
+    (64, 2): {
+        "adamw": 0.016,
+        "soap": 0.016,
+        "shampoo": 0.032,
+        "kfac": 0.032,
+        "adahessian": 1.024,
+        "sophia-gnb": 0.008,
+        "sophia-hutchinson": 0.002,
+    },
+    (128, 4): {"adamw": 0.004, "soap": 0.008, "shampoo": 0.016},
 }
 UNTUNED = ("adasecant",)  # finds its rates itself
 STEPS = 800  # of a run of `--tune`, and of AdamW with `--reach`

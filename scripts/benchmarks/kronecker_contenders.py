@@ -106,7 +106,7 @@ def contenders(options: Options) -> dict[str, Make]:
 
 
 def ours() -> dict[str, Make]:
-    """Our optimizers."""
+    """The optimizers of this library."""
     table = {}
     for name in ("SOAP", "Shampoo", "KFAC"):
         found = load_ours("torch_secondorder", name)

@@ -157,7 +157,13 @@ from torch_secondorder.linear import (
     norm_constrained,
     ridge,
 )
-from torch_secondorder.optim import AccelerationName, ScalingName, SecantName
+from torch_secondorder.optim import (
+    AccelerationName,
+    GraftingName,
+    RootMethodName,
+    ScalingName,
+    SecantName,
+)
 from torch_secondorder.penalties import contractive_penalty, jacobian_penalty
 from torch_secondorder.solvers import (
     CG,
@@ -271,6 +277,9 @@ def soap_and_shampoo() -> None:
     assert_type(soap.info.off_diagonal, float | None)
     shampoo = Shampoo(model.parameters(), grafting=None, factor_dtype=torch.bfloat16)
     assert_type(shampoo.info, ShampooInfo | None)
+    grafting: GraftingName = "sgd"
+    root_method: RootMethodName = "newton"
+    Shampoo(model.parameters(), grafting=grafting, root_method=root_method)
     assert_type(shampoo.step(closure_for(model, x, y, shampoo.zero_grad)), Tensor)
     with refusal():
         Shampoo(model.parameters(), grafting="adagrad")  # type: ignore[arg-type]
