@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +24,16 @@ DEVICES = [
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Lets `tests/optim/test_conformance.py` test an optimizer of another package."""
     parser.addoption("--optimizer", metavar="MODULE:NAME", help="a class or function to test")
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that is loaded by now out of the garbage collector's sight.
+
+    These are some million objects that stay until the end. Tests that collect garbage, or count
+    what is alive, would look at each of them, again and again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=DEVICES, ids=str)
