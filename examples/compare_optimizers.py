@@ -48,7 +48,7 @@ CONTENDERS = {
     "shampoo": Contender(
         "Shampoo (ours)", lambda p: torch_secondorder.Shampoo(p, lr=3e-3), batch_size=128
     ),
-    "kfac": Contender("KFAC (ours)", lambda p: torch_secondorder.KFAC(p, lr=1e-2), batch_size=128),
+    "kfac": Contender("KFAC (ours)", lambda p: torch_secondorder.KFAC(p, lr=0.1), batch_size=128),
     "torch-lbfgs": Contender(
         "torch.optim.LBFGS",
         lambda p: torch.optim.LBFGS(p, max_iter=10, line_search_fn="strong_wolfe"),

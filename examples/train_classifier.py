@@ -62,7 +62,7 @@ CANDIDATES = {
     "shampoo": Candidate(
         "Shampoo (ours)", lambda p, lr: Shampoo(p, lr=lr), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     ),
-    "kfac": Candidate("KFAC (ours)", lambda p, lr: KFAC(p, lr=lr), (1e-3, 3e-3, 1e-2, 3e-2, 0.1)),
+    "kfac": Candidate("KFAC (ours)", lambda p, lr: KFAC(p, lr=lr), (1e-2, 3e-2, 0.1, 0.3, 1.0)),
     "adasecant": Candidate("AdaSecant (ours)", lambda p, lr: AdaSecant(p, lr=lr), (1.0,)),
     "adahessian": Candidate(
         "AdaHessian gnb (ours)",

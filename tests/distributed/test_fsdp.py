@@ -733,9 +733,10 @@ def test_the_history_is_cut_up_and_little_is_sent(ranks: list[dict[str, Any]]) -
 
 def test_matrices_are_divided_and_two_messages_are_sent(ranks: list[dict[str, Any]]) -> None:
     """One with this rank's parts of gradients and values, one with whole new values."""
-    for share, messages, size in results(ranks, "measure_matrices"):
+    for share, messages, size, *report in results(ranks, "measure_matrices"):
         assert share == pytest.approx(0.5)
         assert messages == [size, size / 2]
+        assert report == [1, True]
 
 
 @pytest.mark.parametrize("name", SAME_AS_PLAIN)

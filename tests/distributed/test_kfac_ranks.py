@@ -27,29 +27,28 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
+def one_run(rank: int, ranks: int, options: dict[str, Any]) -> list[Any]:
+    torch.manual_seed(2)
+    plain = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.Softplus(), nn.Flatten(), nn.LayerNorm(27), nn.Linear(27, 3)
+    ).double()
+    x, y = torch.randn(60, 1, 5, 5).double(), torch.randint(3, (60,))
+    x, y = x.chunk(ranks)[rank], y.chunk(ranks)[rank]
+    model = plain if ranks == 1 else DistributedDataParallel(plain)
+    optimizer = KFAC(plain.parameters(), **options)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    return [losses, *(p.detach().clone() for p in plain.parameters())]
+
+
 def train(rank: int, ranks: int) -> list[Any]:
-    found: list[Any] = []
-    for options in OPTIONS:
-        torch.manual_seed(2)
-        model: nn.Module = nn.Sequential(
-            nn.Conv2d(1, 3, 3), nn.Softplus(), nn.Flatten(), nn.LayerNorm(27), nn.Linear(27, 3)
-        ).double()
-        params = list(model.parameters())
-        x, y = torch.randn(60, 1, 5, 5).double(), torch.randint(3, (60,))
-        share = slice(rank * 60 // ranks, (rank + 1) * 60 // ranks)
-        if ranks > 1:
-            model = DistributedDataParallel(model)
-        optimizer = KFAC(params, **options)
-
-        def closure(model: nn.Module = model, optimizer: KFAC = optimizer) -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x[share]), y[share])
-            loss.backward()
-            return loss
-
-        found += [[optimizer.step(closure).item() for _ in range(5)]]
-        found += [p.detach().clone() for p in params]
-    return found
+    return [value for options in OPTIONS for value in one_run(rank, ranks, options)]
 
 
 def test_two_ranks_make_the_steps_of_one_process(tmp_path: Path) -> None:

@@ -269,3 +269,19 @@ def test_half_precision_trains() -> None:
     losses = [float(optimizer.step(problem.closure(optimizer))) for _ in range(25)]
     assert losses[-1] < 0.8 * losses[0]
     assert optimizer.state[problem.model.first.weight]["factor_left"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_clip": None}, {"ekfac": True}])
+def test_directions_that_overflow_move_nothing(options: dict[str, Any]) -> None:
+    problem = Problem(torch.float32)
+    optimizer = KFAC(problem.model.parameters(), update_period=2, **options)
+    for _ in range(3):  # the next step divides by the old curvature
+        optimizer.step(problem.closure(optimizer))
+    before, held = values(problem.model), problem.loss
+    problem.loss = lambda: held() * 1e35  # type: ignore[method-assign]
+    optimizer.step(problem.closure(optimizer))
+    assert_same(values(problem.model), before, 0.0)
+    problem.loss = held  # type: ignore[method-assign]
+    optimizer.step(problem.closure(optimizer))
+    assert all(torch.isfinite(p).all() for p in problem.model.parameters())
+    assert_moved(values(problem.model), before)

@@ -223,3 +223,17 @@ def test_columns_of_a_decomposition_are_orthonormal(device: torch.device) -> Non
     torch.testing.assert_close(basis.mT @ basis, torch.eye(5, device=device).expand(4, 5, 5))
     inside = basis.mT @ product  # the first k columns span the same space
     torch.testing.assert_close(inside.tril(-1), torch.zeros_like(inside), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [127, 128, 130])
+def test_averages_of_large_products(size: int, device: torch.device) -> None:
+    """Those are made in parts on a CPU."""
+    stacks, _, _, _ = made([(size, 3)], block_size=None, max_precond_dim=None)
+    (stack,) = stacks
+    blocks = torch.randn(1, size, 3, device=device)
+    side = stack.sides[0]
+    before = blocks @ blocks.mT
+    side.matrices["factor"] = before.clone()
+    more = torch.randn_like(blocks)
+    side.average_gram("factor", more, 0.9)
+    torch.testing.assert_close(side["factor"], 0.9 * before + 0.1 * more @ more.mT)

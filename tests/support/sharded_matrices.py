@@ -90,7 +90,7 @@ def matrices(rank: int, ranks: int) -> list[Any]:
 
 
 def matrices_in_groups(rank: int, ranks: int) -> list[Any]:
-    """No closure, a layer that is frozen for a while, a group that comes later, a copy."""
+    """No closure; a frozen layer, a later group, a copy, and weights that are set from outside."""
     found: list[Any] = []
     for make in OPTIMIZERS.values():
         share = Share(rank, ranks)
@@ -103,6 +103,10 @@ def matrices_in_groups(rank: int, ranks: int) -> list[Any]:
                 optimizer.add_param_group({"params": last.parameters(), "weight_decay": 0.1})
             if step == 5:
                 optimizer = _on_same(optimizer)
+            if step == 6:  # as by an average of weights
+                with torch.no_grad():
+                    for p in share.model.parameters():
+                        p.mul_(0.9)
             share.closure()
             optimizer.step()
             found += share.values()
@@ -143,7 +147,11 @@ def resume_matrices(rank: int, ranks: int) -> list[Any]:
 
 
 def measure_matrices(rank: int, ranks: int) -> list[Any]:
-    """The ranks' parts of the state, and messages and entries sent in a step."""
+    """The ranks' parts of the state, and the entries of each message in a step.
+
+    They are those of a step after a checkpoint, of which all ranks have had all factors. Then the
+    report of a step in which the only matrix is one rank's.
+    """
     found: list[Any] = []
     sent: list[int] = []
     real = dist.all_to_all_single
@@ -159,6 +167,8 @@ def measure_matrices(rank: int, ranks: int) -> list[Any]:
         share.loss = lambda share=share: share.model(share.x).square().mean()
         optimizer = make(share.model.parameters())
         optimizer.step(share.closure)
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step(share.closure)
         dist.all_to_all_single = counted
         try:
             optimizer.step(share.closure)
@@ -170,6 +180,12 @@ def measure_matrices(rank: int, ranks: int) -> list[Any]:
         total = sum(v.numel() for v in saved if isinstance(v, Tensor) and v.dim() > 1)
         found.append([here / total, list(sent), sum(p.numel() for p in share.model.parameters())])
         sent.clear()
+        single = nn.Linear(4, 4, bias=False).double()
+        share.model = fully_shard(single, mesh=share.mesh)
+        optimizer = make(single.parameters())
+        optimizer.step(share.closure)
+        info = optimizer.info
+        found[-1] += [info.iterations, info.status is StepStatus.MOVED]
     return found
 
 

@@ -117,7 +117,7 @@ class KFAC(DiagonalOptimizer):
         ValueError: An argument is out of range, or the parameters are sharded.
 
     If a gradient or the loss is not finite, nothing changes. If an estimate is not finite, the last
-    one stays in use. `info.status` reports both.
+    one stays in use. `info.status` reports both. If directions overflow, no parameter moves.
 
     >>> layer = torch.nn.Linear(2, 1)
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 30.0]]), torch.tensor([[1.0], [-60.0]])
@@ -291,8 +291,13 @@ class KFAC(DiagonalOptimizer):
                 divisor = self._divisor(layer, moments, groups[id(layer.weight)]["damping"])
                 layer.write(after, _solved(layer, layer.read(before), divisor))
         scale = self._scale(before, after, pairs[0][1].on_device)
+        if not isinstance(scale, Tensor) and scale == 0:
+            return
         for (block, inputs), direction in zip(pairs, directions, strict=True):
-            self._move(block, inputs, direction.mul_(narrowed(scale, direction)))
+            direction.mul_(narrowed(scale, direction))
+            if isinstance(scale, Tensor):  # zero times infinity
+                direction = torch.where(scale > 0, direction, 0.0)
+            self._move(block, inputs, direction)
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
         raise NotImplementedError  # `_update_all` takes its place
@@ -312,17 +317,18 @@ class KFAC(DiagonalOptimizer):
     def _scale(
         self, gradients: dict[int, Tensor], directions: dict[int, Tensor], on_device: bool
     ) -> Number:
-        """The factor that `kl_clip` multiplies the directions by."""
+        """The factor that `kl_clip` multiplies the directions by; zero if they overflow."""
         bound = self.param_groups[0]["kl_clip"]
-        if bound is None:
-            self._unclipped = None
-            return 1.0
         # Parameter by parameter, so that the sum does not depend on how they are grouped.
         products = torch._foreach_mul(list(gradients.values()), list(directions.values()))
         device = products[0].device
         total = torch.stack([t.sum().double().to(device) for t in products]).sum()
-        self._unclipped = (bound / total.clamp(min=bound)).sqrt()
-        return self._unclipped if on_device else float(self._unclipped)
+        scale = torch.ones_like(total)
+        if bound is not None:
+            scale = (bound / total.clamp(min=bound)).sqrt()
+        scale = torch.where(total.isfinite(), scale, 0.0)
+        self._unclipped = None if bound is None else scale
+        return scale if on_device else float(scale)
 
     def _move(self, block: Block, inputs: StepInputs, direction: Tensor) -> None:
         group, lr = block.group, inputs.lr

@@ -97,15 +97,15 @@ class SOAP(DiagonalOptimizer):
 
     If a gradient or the loss is not finite, nothing changes, and `info.status` reports it.
 
-    >>> weight = torch.nn.Parameter(torch.ones(3, 2))
-    >>> inputs = torch.tensor([[100.0, 99.0, 0.0], [99.0, 100.0, 1.0]])
-    >>> optimizer = SOAP([weight], lr=0.1)
+    >>> weight = torch.nn.Parameter(torch.tensor([[2.0, -1.0], [1.0, 3.0]]))
+    >>> inputs = torch.tensor([[10.0, 9.0], [9.0, 10.0]])
+    >>> optimizer = SOAP([weight], lr=0.05)
     >>> def closure():
     ...     optimizer.zero_grad()
     ...     loss = (inputs @ weight).square().sum()
     ...     loss.backward()
     ...     return loss
-    >>> for _ in range(100):
+    >>> for _ in range(150):  # from 2355; AdamW comes to 6.5
     ...     loss = optimizer.step(closure)
     >>> bool(loss < 1)
     True

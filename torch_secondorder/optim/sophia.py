@@ -91,7 +91,9 @@ class Sophia(DiagonalOptimizer):
         target_unclipped: The share of coordinates not to be clipped, between 0 and 1, which
             `gamma` is tuned to at each estimate; None for a fixed `gamma`. It takes `exp_avg`
             without the bias of the first steps, and about 8,000 entries of each group, evenly
-            spaced. Parameters must be whole (no `fully_shard`).
+            spaced. The authors' shares suit batches of very many tokens. With small batches a
+            clipped coordinate mostly follows noise: start with 0.9 and `betas=(0.9, 0.9)`.
+            Parameters must be whole (no `fully_shard`).
         seed: The seed of the random numbers, see `AdaHessian`.
         accumulation_steps: See `AdaHessian`.
         maximize: Whether to maximize the loss.

@@ -40,7 +40,7 @@ def _matrices(
 
 
 def needs_whole(fields: Iterable[ParameterField], p: Tensor, group: dict[str, Any]) -> bool:
-    """True if parameter is sharded, and a step needs the whole of it.
+    """True if a parameter is sharded, and a step needs the whole of it.
 
     Args:
         fields: The declared state of each parameter.
