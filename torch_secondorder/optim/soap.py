@@ -63,8 +63,8 @@ class SOAP(DiagonalOptimizer):
     `Q_L` and `Q_R` closer to the eigenvectors of `L` and `R`. Rows and columns of `V` are sorted by
     eigenvalue along with those of the bases, and `M` moves to the new bases. The first ten steps
     (or `update_period`, if that is less) are Adam's, while `L` and `R` gather gradients. Then come
-    their exact eigenvectors, and `M` and `V` begin anew. Eigenvectors are also exact if more than
-    half of a factor's squared norm has left the diagonal, where no step waits for a device.
+    their exact eigenvectors, and `M` and `V` begin anew. Eigenvectors are computed exactly again if
+    more than half of a factor's squared norm has left the diagonal, unless `capturable`.
 
     A weight with more dimensions, such as a convolution's, is a matrix of `shape[0]` rows. Matrices
     are cut into blocks, whose factors are cheaper; blocks of equal shape in all layers share calls.
