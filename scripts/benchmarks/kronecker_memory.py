@@ -18,8 +18,9 @@ def storages() -> dict[int, int]:
     """Bytes of each storage that a tensor of this process uses, by address."""
     found = {}
     for tensor in gc.get_objects():
-        # The type: `isinstance` asks some objects for attributes that they warn about.
-        if issubclass(type(tensor), Tensor) and tensor.layout == torch.strided:
+        # The type: `isinstance` asks some objects for attributes that they warn about. Subclasses
+        # need not have a storage.
+        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found
