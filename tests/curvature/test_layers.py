@@ -15,12 +15,12 @@ from torch_secondorder._autograd.graph import Overwritten
 from torch_secondorder._objective.closure import ClosureObjective
 from torch_secondorder._params.vector import ParameterVector
 from torch_secondorder.curvature import GaussNewton
-from torch_secondorder.curvature._layers import layers_of
-from torch_secondorder.curvature.layer_factors import (
+from torch_secondorder.curvature._layer_factors import (
     Bases,
     KroneckerEstimator,
     KroneckerWatch,
 )
+from torch_secondorder.curvature._layers import layers_of
 
 DOUBLE = torch.float64
 

@@ -23,7 +23,7 @@ pytestmark = [
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"update_period": 2},
     {"update_period": 1, "ekfac": True},
-    {"update_period": 1, "max_size": 8},
+    {"update_period": 1, "max_precond_dim": 8},
 )
 
 

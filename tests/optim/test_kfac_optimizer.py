@@ -19,8 +19,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "often": {"update_period": 1, "basis_period": 1},
     "every third": {"update_period": 3, "basis_period": 6},
     "eigenbases": {"ekfac": True, "update_period": 2, "basis_period": 8},
-    "one-sided": {"max_size": 6, "update_period": 2},
-    "one-sided eigenbases": {"max_size": 6, "ekfac": True, "update_period": 2, "basis_period": 4},
+    "no bound": {"max_precond_dim": None},
+    "one-sided": {"max_precond_dim": 6, "update_period": 2},
+    "one-sided eigenbases": {
+        "max_precond_dim": 6,
+        "ekfac": True,
+        "update_period": 2,
+        "basis_period": 4,
+    },
     "labels of the data": {"labels": "empirical", "update_period": 2},
     "no clipping": {"kl_clip": None, "lr": 1e-3},
     "clipping": {"kl_clip": 1e-3, "lr": 0.1},
@@ -82,7 +88,7 @@ def test_loops_without_a_closure_and_micro_batches_make_the_same_steps() -> None
                         torch.testing.assert_close(by_parts.state[other][name], expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"max_size": 6}])
+@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"max_precond_dim": 6}])
 @pytest.mark.parametrize("stop", [1, 2, 5, 7])
 def test_a_checkpoint_goes_on_bit_for_bit(
     options: dict[str, Any], stop: int, tmp_path: Path
@@ -183,7 +189,7 @@ def test_a_direction_is_shorter_by_the_bound() -> None:
         ({"factor_decay": 1.0}, "factor_decay"),
         ({"update_period": 0}, "update_period"),
         ({"basis_period": 0}, "basis_period"),
-        ({"max_size": 0}, "max_size"),
+        ({"max_precond_dim": 0}, "max_precond_dim"),
         ({"labels": "guessed"}, "labels"),
         ({"accumulation_steps": 0}, "accumulation_steps"),
     ],

@@ -84,6 +84,7 @@ RULES = Rules(
         "constraints._lagrangian": "_optim optim",
         "constraints._program": "_optim optim",
         "constraints._sets": "optim",
+        "curvature._layer_factors": "_optim optim",
         "curvature._masked": "_optim",
         "curvature._normal_equations": "solvers dataset",
         "curvature._output_space": "_optim",

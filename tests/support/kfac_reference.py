@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -65,7 +66,7 @@ def recorded(
     model: nn.Module,
     loss: Callable[[], Tensor],
     generator: torch.Generator,
-    labels: str = "drawn",
+    labels: str = "sampled",
 ) -> tuple[Recorded, dict[nn.Parameter, Tensor]]:
     """For each call of a layer inputs and gradients `J'q` by results; `J'q` by all parameters.
 
@@ -84,7 +85,7 @@ def recorded(
     space = OutputSpace(evaluation.linearization.graph)
     curvature = LossCurvature(space)
     samples = partial(Samples, space, curvature.coefficients)
-    known = curvature.likelihoods if labels == "drawn" else [None] * len(space.tensors)
+    known = curvature.likelihoods if labels == "sampled" else [None] * len(space.tensors)
     (roots,) = random_roots(space, known, samples, 1, generator)
     found = torch.autograd.grad(
         space.tensors, [out for *_, out in calls] + params, roots, allow_unused=True
@@ -122,8 +123,8 @@ class PlainKFAC:
         factor_decay: float = 0.95,
         update_period: int = 10,
         basis_period: int = 100,
-        max_size: int = 1024,
-        labels: str = "drawn",
+        max_precond_dim: int | None = 1024,
+        labels: str = "sampled",
         seed: int = 0,
         maximize: bool = False,
     ) -> None:
@@ -131,7 +132,8 @@ class PlainKFAC:
         self.lr, self.momentum, self.damping, self.decay = lr, momentum, damping, weight_decay
         self.kl_clip, self.ekfac, self.factor_decay = kl_clip, ekfac, factor_decay
         self.update_period, self.basis_period = update_period, basis_period
-        self.max_size, self.labels = max_size, labels
+        self.longest = math.inf if max_precond_dim is None else max_precond_dim
+        self.labels = labels
         self.sign = -1.0 if maximize else 1.0
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = self.estimates = 0
@@ -187,8 +189,8 @@ class PlainKFAC:
             fresh = layer not in self.layers
             state = self.layers.setdefault(layer, {"L": L, "R": R, "E": None})
             state["whole"] = (
-                layer.weight.shape[0] <= self.max_size,
-                layer.weight[0].numel() + 1 <= self.max_size,
+                layer.weight.shape[0] <= self.longest,
+                layer.weight[0].numel() + 1 <= self.longest,
             )
             if not fresh:
                 state["E"] = state["E"] + w * (self.moments(state, rows) - state["E"])

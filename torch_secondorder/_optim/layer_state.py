@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._optim.state import Group, ParameterField
-from torch_secondorder.curvature.layer_factors import side_sizes
+from torch_secondorder.curvature._layer_factors import side_sizes
 
 #: Both sides of a parameter as a matrix: its first dimension, and all others with a bias.
 SIDES = ("left", "right")
+
+
+def largest_side(group: Mapping[str, Any]) -> float:
+    """The longest side of a layer that has a factor."""
+    bound: int | None = group["max_precond_dim"]
+    return math.inf if bound is None else bound
 
 
 class SideMatrices(ParameterField):
@@ -23,7 +29,7 @@ class SideMatrices(ParameterField):
     side has a row and a column for a bias, whether there is one or not, so that shapes follow from
     the parameter alone.
 
-    Sides longer than the hyperparameter `max_size` get none.
+    Sides longer than the hyperparameter `max_precond_dim` get none.
 
     Args:
         scale: What the identity is multiplied by at first.
@@ -38,7 +44,7 @@ class SideMatrices(ParameterField):
         """See `ParameterField.names`."""
         if p.dim() < 2 or p.is_complex() or not p.numel():
             return []
-        largest = math.inf if group is None else group["max_size"]
+        largest = math.inf if group is None else largest_side(group)
         sides = zip(SIDES, side_sizes(p), strict=True)
         return [f"{self.name}_{side}" for side, size in sides if size <= largest]
 

@@ -22,20 +22,21 @@ from torch_secondorder._optim.layer_state import (
     SideMatrices,
     damped_inverses,
     eigenbasis,
+    largest_side,
     moments_in,
     transformed,
 )
 from torch_secondorder._optim.state import Count, declare
 from torch_secondorder._optim.state import Number as NumberField
 from torch_secondorder._params.space import is_distributed
-from torch_secondorder.curvature.diagonal import DiagonalWatch
-from torch_secondorder.curvature.layer_factors import (
+from torch_secondorder.curvature._layer_factors import (
     Bases,
     KroneckerEstimator,
     KroneckerWatch,
-    Labels,
     LayerFactors,
 )
+from torch_secondorder.curvature.diagonal import DiagonalWatch
+from torch_secondorder.curvature.fisher import Labels
 
 __all__ = ["KFAC", "KFACInfo"]
 
@@ -75,8 +76,9 @@ class KFAC(DiagonalOptimizer):
     The layers are found in the graph of the loss: nothing is registered on the model, and any
     module or function will do. Factors and diagonal are taken while `backward()` runs, by one more
     backward pass from the outputs for labels drawn from the model, every `update_period`-th step.
-    The loss has to show its outputs: a standard one of `torch.nn.functional`, or
-    `mark_outputs`.
+    For this the outputs have to be known: use a standard loss of `torch.nn.functional`, or mark
+    them with `mark_outputs`. `torch_secondorder.solvers.KFAC`, which has the same name, is no
+    optimizer: it preconditions the linear systems of `NewtonCG`.
 
     Args:
         params: Parameters or groups.
@@ -87,19 +89,21 @@ class KFAC(DiagonalOptimizer):
             directions further.
         weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
         kl_clip: The bound of `<D, G>`, about twice the Kullback-Leibler divergence that a step with
-            `lr=1` would make; None for none.
+            `lr=1` would make; None for no bound. Elsewhere it often bounds `lr^2 <D, G>`: then `lr`
+            has no effect on a clipped step.
         ekfac: Whether layers are divided by second moments in the factors' eigenbases (George et
             al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored
-            eigenbasis"), instead of the inverses. A step costs about twice as many products.
-        factor_decay: Decay rate of the averages of factors and diagonal; the first estimates count
-            alike.
+            eigenbasis"), instead of the inverses. A step takes about twice as many products.
+        factor_decay: Decay rate of the averages of factors and diagonal; the first estimates have
+            equal weights.
         update_period: Steps from one estimate to the next. The first steps, ten at most, all
             estimate.
         basis_period: Steps from one inversion, or eigendecomposition, of the factors to the next,
             at steps that estimate. They are more frequent at the start.
-        max_size: Longer sides of a layer get no factor. The other side's eigenbasis is used, with
-            second moments as for `ekfac`.
-        labels: `"drawn"` for labels drawn from the model, or `"empirical"` for those of the data.
+        max_precond_dim: Longer sides of a layer have no factor; None for no bound. The other side's
+            eigenbasis is used, with second moments as for `ekfac`.
+        labels: `"sampled"` for labels drawn from the model, or `"empirical"` for those of the data,
+            as in `torch_secondorder.curvature.Fisher`.
         seed: The seed of the labels, see `AdaHessian`.
         accumulation_steps: See `AdaHessian`.
         maximize: Whether to maximize the loss.
@@ -110,7 +114,7 @@ class KFAC(DiagonalOptimizer):
     first group.
 
     Attributes:
-        estimator: Takes the factors.
+        estimator: The estimator of factors and diagonal.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex.
@@ -166,8 +170,8 @@ class KFAC(DiagonalOptimizer):
         factor_decay: float = 0.95,
         update_period: int = 10,
         basis_period: int = 100,
-        max_size: int = 1024,
-        labels: Labels = "drawn",
+        max_precond_dim: int | None = 1024,
+        labels: Labels = "sampled",
         seed: int = 0,
         accumulation_steps: int = 1,
         maximize: bool = False,
@@ -185,7 +189,7 @@ class KFAC(DiagonalOptimizer):
             "factor_decay": factor_decay,
             "update_period": update_period,
             "basis_period": basis_period,
-            "max_size": max_size,
+            "max_precond_dim": max_precond_dim,
             "seed": seed,
             "accumulation_steps": accumulation_steps,
             "maximize": maximize,
@@ -205,7 +209,7 @@ class KFAC(DiagonalOptimizer):
         check_number("kl_clip", group["kl_clip"], above=0.0, optional=True)
         check_number("factor_decay", group["factor_decay"], low=0.0, below=1.0)
         check_integer("basis_period", group["basis_period"], whole_floats=True)
-        check_integer("max_size", group["max_size"], whole_floats=True)
+        check_integer("max_precond_dim", group["max_precond_dim"], optional=True)
 
     # Layers and their estimates.
 
@@ -244,7 +248,7 @@ class KFAC(DiagonalOptimizer):
         assert isinstance(watch, KroneckerWatch)
         places = {id(p): i for i, p in enumerate(params)}
         groups = self._group_of()
-        watch.largest = [groups[id(p)]["max_size"] for p in params]
+        watch.largest = [largest_side(groups[id(p)]) for p in params]
         watch.bases = {
             places[id(layer.weight)]: Bases(*layer.sides("basis"))
             for layer in self._known_layers()

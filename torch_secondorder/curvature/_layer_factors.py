@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +23,10 @@ from torch_secondorder.curvature._layers import Layer, LayerRows, Layers, layers
 from torch_secondorder.curvature._output_space import LossCurvature, OutputSpace
 from torch_secondorder.curvature._samples import Samples
 from torch_secondorder.curvature.diagonal import DiagonalEstimator, DiagonalWatch
+from torch_secondorder.curvature.fisher import Labels
 from torch_secondorder.curvature.gauss_newton import random_roots
 
-__all__ = ["Bases", "KroneckerEstimator", "KroneckerWatch", "Labels", "LayerFactors"]
-
-#: Where labels come from: the model's own prediction, or the data.
-Labels: TypeAlias = Literal["drawn", "empirical"]
+__all__ = ["Bases", "KroneckerEstimator", "KroneckerWatch", "LayerFactors", "side_sizes"]
 
 #: Entries of gradients of single samples that are in memory at a time.
 _CHUNK = 2**24
@@ -82,7 +80,7 @@ class KroneckerEstimator(DiagonalEstimator):
     those of whole samples; elsewhere rows count as samples.
 
     Args:
-        labels: `"drawn"` for labels drawn from the model's prediction, see `GaussNewtonBartlett`;
+        labels: `"sampled"` for labels drawn from the model's prediction, see `GaussNewtonBartlett`;
             `"empirical"` for those of the data.
 
     Raises:
@@ -92,7 +90,7 @@ class KroneckerEstimator(DiagonalEstimator):
     signed = False
     n_samples = 1
 
-    def __init__(self, labels: Labels = "drawn") -> None:
+    def __init__(self, labels: Labels = "sampled") -> None:
         check_choice("labels", labels, Labels)
         self.labels: Labels = labels
 
