@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_secondorder._optim.kronecker.inverse_roots import (
-    ROOT_METHODS,
+    RootMethodName,
     eigendecomposed,
     exact_fraction,
     inverse_powers,
@@ -20,6 +20,7 @@ from torch_secondorder._optim.kronecker.inverse_roots import (
 )
 
 DOUBLE = torch.float64
+ROOT_METHODS = get_args(RootMethodName)
 POWERS = [1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 3 / 8]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.soap_reference import SOAPReference
-from torch_secondorder import SOAP
+from torch_secondorder import SOAP, Shampoo
 
 STEPS = 50
 
@@ -224,6 +224,22 @@ def test_a_state_of_other_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"factor_left_0 of parameter 0 has shape \(6, 4, 4\)"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["block_size"] == before["param_groups"][0]["block_size"]
+
+
+def test_a_state_of_shampoo_is_refused() -> None:
+    """Its groups have all hyperparameters of SOAP, and its parameters have factors."""
+    problem = Problem([(8, 9), (3,)])
+    optimizer, other = SOAP(problem.params), Shampoo(problem.params)
+    for step in range(12):
+        problem.set_gradients(step)
+        optimizer.step()
+        other.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="no state of SOAP: its groups have 'grafting', which is"):
+        optimizer.load_state_dict(other.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert torch.equal(after["state"][0]["basis_left_0"], before["state"][0]["basis_left_0"])
 
 
 @pytest.mark.parametrize(

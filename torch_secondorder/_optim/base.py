@@ -61,6 +61,8 @@ class SecondOrderOptimizer(Optimizer):
     _renamed: ClassVar[dict[str, str]] = {}
     #: A hyperparameter that tells this optimizer's checkpoints, and those it can read, from others.
     _recognized_by = "lr"
+    #: One that only others have, if their groups have all of the names of this one.
+    _told_apart_by: str | None = None
     #: The state that has the names of whole-model state, in `optimizer.state`.
     _named: dict[str, Any] | None = None
     #: Whether `torch.distributed.checkpoint` has asked for the state.
@@ -238,6 +240,11 @@ class SecondOrderOptimizer(Optimizer):
                     raise ValueError(
                         f"this is no state of {type(self).__name__}: its groups have "
                         f"{sorted(set(group) - {'params'})} and lack {self._recognized_by!r}"
+                    )
+                if self._told_apart_by in group:
+                    raise ValueError(
+                        f"this is no state of {type(self).__name__}: its groups have "
+                        f"{self._told_apart_by!r}, which is of another optimizer"
                     )
 
         def finish(_: Optimizer) -> None:

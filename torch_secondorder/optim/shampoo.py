@@ -20,13 +20,13 @@ from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block, Number, narrowed
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
-from torch_secondorder._optim.kronecker.checks import check_blocks
 from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.inverse_roots import (
     RootMethodName,
     exact_fraction,
     inverse_roots,
 )
+from torch_secondorder._optim.kronecker.settings import check_blocks, factor_beta
 from torch_secondorder._optim.kronecker.stacks import Stack
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
 
@@ -59,7 +59,7 @@ class Shampoo(DiagonalOptimizer):
         params: Parameters or groups.
         lr: Learning rate. Start with one that suits AdamW, or twice as much.
         betas: Decay rates of the averages of gradients, and of their squares and factors.
-        eps: Added to the denominator of Adam.
+        eps: Added to the denominator of Adam's step.
         weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
         exponent: The exponent `e` of the inverse roots; None for the original one, 1/4 for blocks
             with two factors and 1/2 for those with one. With 1/2, two factors approximate Adam's
@@ -74,25 +74,20 @@ class Shampoo(DiagonalOptimizer):
         update_period: Steps from one computation of the roots to the next. At the beginning they
             are computed in the steps 1, 2, 4, 8 and so on.
         root_method: `"eigh"` for eigendecompositions; `"newton"` for iterations of matrix products,
-            which never wait for a device. On a CPU the former are faster.
-        block_size: Matrices are cut into blocks with at most as many rows and columns; None for
-            whole matrices.
-        max_precond_dim: Rows or columns that are more than this have no factor, and are not cut;
-            None for no bound. Embeddings of large vocabularies get a factor for their columns only.
-        merge_dims: Whether kernels of convolutions are matrices of output channels times
-            everything else. If not, the last two dimensions are rows and columns.
-        factor_dtype: The dtype of the factors, for instance `torch.bfloat16`; None for that of the
-            parameters, at least float32.
+            which never wait for a device. On a CPU, `"eigh"` is faster.
+        block_size: See `SOAP`, as the next three.
+        max_precond_dim: The longest side of a matrix that has a factor.
+        merge_dims: Whether all dimensions after the first are joined.
+        factor_dtype: The dtype of the factors.
         accumulation_steps: See `AdaHessian`.
         maximize: Whether to maximize the loss.
-        capturable: See `AdaHessian`. Steps that compute roots wait for the device, unless by
-            `root_method="newton"`.
+        capturable: See `AdaHessian`. Steps that compute roots by `"eigh"` wait for the device.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex.
         ValueError: An argument is out of range.
 
-    If a gradient or the loss is not finite, nothing changes, and `info.status` says so.
+    If a gradient or the loss is not finite, nothing changes, and `info.status` reports it.
 
     >>> weight = torch.nn.Parameter(torch.ones(3, 2))
     >>> scales = torch.tensor([[10.0], [1.0], [0.1]])
@@ -167,7 +162,6 @@ class Shampoo(DiagonalOptimizer):
         check_betas(group["betas"])
         check_number("eps", group["eps"], above=0.0)
         check_number("matrix_eps", group["matrix_eps"], low=0.0)
-        check_number("shampoo_beta", group["shampoo_beta"], low=0.0, below=1.0, optional=True)
         if group["grafting"] is not None:
             check_choice("grafting", group["grafting"], GraftingName, "None")
         check_choice("root_method", group["root_method"], RootMethodName)
@@ -187,7 +181,7 @@ class Shampoo(DiagonalOptimizer):
         with torch.autocast(block.device.type, enabled=False):
             for stack in stacks:
                 for side in stack.sides:
-                    side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
+                    side.average_gram("factor", stack.gradient, factor_beta(group), inputs.weight)
             if _is_due(inputs.host_step, int(group["update_period"])):
                 self._refresh(block, inputs)
             adam_direction(
@@ -208,7 +202,7 @@ class Shampoo(DiagonalOptimizer):
     def _refresh(self, block: Block, inputs: StepInputs) -> None:
         """Computes the inverse roots of the factors, divided over the ranks of DDP."""
         group = block.group
-        correction = 1 - _factor_beta(group) ** inputs.step
+        correction = 1 - factor_beta(group) ** inputs.step
         for count in (1, 2):
             sides = [s for stack in block.stacks if len(stack.sides) == count for s in stack.sides]
             root_of = partial(_root_of, sides=count, group=group)
@@ -217,11 +211,6 @@ class Shampoo(DiagonalOptimizer):
             divided(roots, root_of, factors, self._ranks)
             for root in roots:
                 root.mul_(narrowed(correction ** (0.5 / count), root))
-
-
-def _factor_beta(group: dict[str, Any]) -> float:
-    beta: float | None = group["shampoo_beta"]
-    return group["betas"][1] if beta is None else beta
 
 
 def _is_due(step: int, period: int) -> bool:

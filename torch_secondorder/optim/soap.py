@@ -15,7 +15,6 @@ from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.blocks import Block
 from torch_secondorder._optim.diagonal.report import DiagonalInfo
 from torch_secondorder._optim.diagonal.update import StepInputs
-from torch_secondorder._optim.kronecker.checks import check_blocks
 from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.eigenbases import (
     eigenvectors,
@@ -26,6 +25,7 @@ from torch_secondorder._optim.kronecker.eigenbases import (
     powered,
     reorder,
 )
+from torch_secondorder._optim.kronecker.settings import check_blocks, factor_beta
 from torch_secondorder._optim.kronecker.stacks import Side
 from torch_secondorder._optim.state import BlockMatrices, Moment, declare
 
@@ -59,7 +59,7 @@ class SOAP(DiagonalOptimizer):
         theta -= lr * weight_decay * theta
         theta -= lr * Q_L (M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)) Q_R'
 
-    Every `update_period` steps, a step of the power method and a QR decomposition bring the bases
+    Every `update_period` steps, one step of the power method and a QR decomposition bring the bases
     `Q_L` and `Q_R` closer to the eigenvectors of `L` and `R`. Rows and columns of `V` are sorted by
     eigenvalue along with those of the bases, and `M` moves to the new bases. The first ten steps
     (or `update_period`, if that is less) are Adam's, while `L` and `R` gather gradients. Then come
@@ -77,16 +77,17 @@ class SOAP(DiagonalOptimizer):
         betas: Decay rates of the averages of gradients and of their squares.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay, multiplied by `lr` as in `torch.optim.AdamW`.
-        shampoo_beta: The decay rate of the factors; None for the second of `betas`.
+        shampoo_beta: Decay rate of the factors; None for the second of `betas`.
         update_period: Steps from one refresh of the bases to the next.
-        block_size: The longest side of a block; longer sides are cut into parts of equal length if
-            that is possible. None cuts nothing: steps are then the authors', and cost more.
-        max_precond_dim: Sides of matrices that are longer, such as those of embeddings, have no
-            factor and are not cut; None for no bound.
-        merge_dims: Whether all dimensions after the first are joined. If not, the last two are a
-            matrix, and the others count matrices, as for stacked experts.
-        factor_dtype: The precision in which factors are kept, for instance `torch.bfloat16`; None
-            for the parameters', and at least float32.
+        block_size: The longest side of a block; longer sides are cut into parts, of equal length if
+            that is possible. None for whole matrices, as in the authors' code; steps cost more
+            then.
+        max_precond_dim: Longer sides of matrices, such as those of embeddings, have no factor and
+            are not cut; None for no bound.
+        merge_dims: Whether all dimensions after the first are joined. If not, the last two are rows
+            and columns, and those before number the matrices, as for stacked experts.
+        factor_dtype: The dtype of the factors, for instance `torch.bfloat16`; None for that of the
+            parameters, at least float32.
         accumulation_steps: See `AdaHessian`.
         maximize: Whether to maximize the loss.
         capturable: See `AdaHessian`.
@@ -113,7 +114,8 @@ class SOAP(DiagonalOptimizer):
 
     info: SOAPInfo | None
     _info_type = SOAPInfo
-    _recognized_by = "max_precond_dim"
+    _recognized_by = "shampoo_beta"
+    _told_apart_by = "grafting"  # Shampoo has all hyperparameters of SOAP
     _decouples_weight_decay = True  # it is no part of the loss
     _estimates = False
     _divides = True
@@ -162,7 +164,6 @@ class SOAP(DiagonalOptimizer):
         super()._check_group(group)
         check_betas(group["betas"])
         check_number("eps", group["eps"], above=0.0)
-        check_number("shampoo_beta", group["shampoo_beta"], low=0.0, below=1.0, optional=True)
         check_blocks(group)
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
@@ -175,7 +176,7 @@ class SOAP(DiagonalOptimizer):
         with torch.autocast(block.device.type, enabled=False):
             for stack in stacks:
                 for side in stack.sides:
-                    side.average_gram("factor", stack.gradient, _factor_beta(group), inputs.weight)
+                    side.average_gram("factor", stack.gradient, factor_beta(group), inputs.weight)
                 if step > gathering:
                     multiply(stack, stack.gradient, stack.direction, forth=True)
             adam_direction(
@@ -245,11 +246,6 @@ class SOAP(DiagonalOptimizer):
             return {"off_diagonal": (zero, zero)}
         left, whole = zip(*sums, strict=True)
         return {"off_diagonal": (torch.stack(left).sum(), torch.stack(whole).sum())}
-
-
-def _factor_beta(group: dict[str, Any]) -> float:
-    beta: float | None = group["shampoo_beta"]
-    return float(group["betas"][1]) if beta is None else beta
 
 
 def _sides(block: Block) -> list[Side]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 #: How the roots are computed.
 RootMethodName: TypeAlias = Literal["eigh", "newton"]
-ROOT_METHODS = ("eigh", "newton")
 
 #: In Newton's iteration, the smallest ridge in units of the machine precision.
 _LEAST_RIDGE = 8.0

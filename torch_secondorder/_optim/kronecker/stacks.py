@@ -37,14 +37,6 @@ class Side:
     def __getitem__(self, name: str) -> Tensor:
         return self.matrices[name]
 
-    def gram(self, blocks: Tensor) -> Tensor:
-        """`G G'` from the left, `G' G` from the right.
-
-        Args:
-            blocks: `(B, m, n)`.
-        """
-        return torch.bmm(blocks, blocks.mT) if self.dim == 0 else torch.bmm(blocks.mT, blocks)
-
     def average_gram(
         self, name: str, blocks: Tensor, beta: float, weight: float | Tensor = 1.0
     ) -> None:
