@@ -305,7 +305,7 @@ def test_optimizers_that_need_a_closure(kind: Any, watches: bool, tmp_path: Path
     optimizers = (kind(model.parameters()), None)
     trainer = trainer_of(tmp_path, model, watches=watches, optimizers=optimizers)
     name = kind.__name__
-    message = rf"use SOAP, KFAC, AdaHessian or Sophia here(.|\n)*works for {name}"
+    message = rf"use SOAP, Shampoo, KFAC, AdaHessian or Sophia here(.|\n)*works for {name}"
     if not watches:
         message = rf"{name}.step\(\) evaluates the loss more than once and needs a closure"
     with pytest.raises(RuntimeError, match=message):

@@ -58,7 +58,7 @@ _INSTEAD = (
 INSTEAD_OF_ESTIMATES = (
     'Use estimator="gnb", which needs none (the loss is one of torch.nn.functional, or outputs are '
     "marked with mark_outputs), an implementation of it that has one, or an optimizer that needs "
-    "gradients only (LBFGS)"
+    "gradients only (SOAP)"
 )
 
 

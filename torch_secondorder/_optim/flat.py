@@ -526,8 +526,8 @@ class FlatOptimizer(SecondOrderOptimizer):
         if not makes_state_only(self.param_groups):
             raise RuntimeError(
                 f"{type(self).__name__}.step() evaluates the loss more than once and needs a "
-                f"closure:\n{STANDARD_CLOSURE}\nIn a loop that passes none, use AdaHessian or "
-                "Sophia, which need none."
+                f"closure:\n{STANDARD_CLOSURE}\nIn a loop that passes none, use SOAP, "
+                "Shampoo, KFAC, AdaHessian or Sophia, which need none"
             )
         self._for_distributed = True
         self._show_names()

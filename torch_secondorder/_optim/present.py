@@ -55,8 +55,8 @@ class Scaling:
             f"{type(self._optimizer).__name__}.step() was called by a GradScaler, whose scale "
             "would be in the gradients of the closure but not in its loss: call "
             "optimizer.step(closure) yourself and loss.backward() without a scaler, and train in "
-            "bfloat16, which needs none (AdaHessian and Sophia also take scaled gradients without "
-            "a closure)"
+            "bfloat16, which needs none (optimizers that evaluate once a step, such as SOAP or "
+            "AdaHessian, also take scaled gradients without a closure)"
         )
 
     def forget(self) -> None:

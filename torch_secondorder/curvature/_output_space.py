@@ -29,7 +29,9 @@ _NO_OUTPUT = """\
 no model output was found that the loss depends on: Gauss-Newton and Fisher products need one. The
 losses of torch.nn and torch.nn.functional show theirs; mark the output of any other with
     z = torch_secondorder.mark_outputs(model(x))
-where a loss is a sum of squared residuals, mark the residuals; or use curvature="hessian"."""
+where a loss is a sum of squared residuals, mark the residuals. Or use curvature that needs no
+outputs (curvature="hessian", estimator="hutchinson"), or an optimizer that takes gradients only
+(SOAP)"""
 
 
 class UnknownOutputs(RuntimeError):

@@ -63,7 +63,7 @@ class Passes:
                 "step have to see the same data in the same order. Orders and augmentations drawn "
                 "from PyTorch's generators are repeated; those from NumPy, Python's random or "
                 "persistent workers are not: fix them for the step, or use an optimizer that "
-                "evaluates once (AdaHessian, Sophia)"
+                "evaluates once (SOAP, AdaHessian)"
             )
 
 

@@ -103,9 +103,9 @@ class SecondOrderCallback(TrainerCallback):
         if not isinstance(optimizer, DiagonalOptimizer):
             raise RuntimeError(
                 f"{name} evaluates the loss more than once a step, and the Trainer, which passes "
-                "no closure, evaluates it once: use SOAP, KFAC, AdaHessian or Sophia here, or "
-                "write the loop with accelerate and call optimizer.step(closure), which works "
-                f"for {name}"
+                "no closure, evaluates it once: use SOAP, Shampoo, KFAC, AdaHessian or Sophia "
+                "here, or write the loop with accelerate and call optimizer.step(closure), which "
+                f"works for {name}"
             )
         if not optimizer._estimates:
             self._check_parameters(name)

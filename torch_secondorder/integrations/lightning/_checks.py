@@ -84,8 +84,8 @@ def _loop_problems(trainer: Any, pl_module: Any, optimizer: SecondOrderOptimizer
         yield (
             f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a step evaluates its "
             "closure several times, and the closure has only the last batch; use "
-            "accumulate_grad_batches=1 with larger batches, or SOAP, KFAC, AdaHessian or "
-            "Sophia, which evaluate once"
+            "accumulate_grad_batches=1 with larger batches, or SOAP, Shampoo, KFAC, "
+            "AdaHessian or Sophia, which evaluate once"
         )
     if trainer.gradient_clip_val:
         yield (
