@@ -166,6 +166,9 @@ def test_the_report_of_a_refresh() -> None:
             left += (inside.sum() - inside.diagonal().sum()).item()
             whole += inside.sum().item()
     assert optimizer.info.off_diagonal == pytest.approx(left / whole, rel=1e-6)
+    problem.params[0].grad[0, 0] = torch.nan
+    optimizer.step()
+    assert optimizer.info.off_diagonal is None  # that was the last step
 
 
 # Checkpoints.
