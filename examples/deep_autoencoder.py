@@ -44,7 +44,7 @@ CONTENDERS = {
     ),
     "kfac": Contender(
         "KFAC (ours)",
-        lambda p: torch_secondorder.KFAC(p, lr=0.1, kl_clip=1.0, damping=1e-2),
+        lambda p: torch_secondorder.KFAC(p, lr=0.1, damping=1e-2, weight_decay=3e-3, kl_clip=1.0),
         batch_size=250,
     ),
     "torch-lbfgs": Contender(

@@ -72,7 +72,7 @@ CANDIDATES = {
     "sophia": Candidate(
         "Sophia gnb (ours)",
         lambda p, lr: Sophia(p, lr=lr, betas=(0.9, 0.9), estimator="gnb", target_unclipped=0.9),
-        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     ),
     "adamw": Candidate("AdamW", lambda p, lr: AdamW(p, lr=lr), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "sgd": Candidate(
