@@ -99,6 +99,19 @@ def problems(options: Options) -> Iterator[Problem]:
         yield classifier(mlp(options.device, batch=128))
 
 
+def take_steps(problem: Problem, model: nn.Module, optimizer: Any) -> None:
+    """Takes a step with the standard closure on each batch: one period."""
+    for inputs, targets in problem.batches:
+
+        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+            optimizer.zero_grad()
+            loss = problem.loss(model(inputs), targets)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
 def contenders(options: Options) -> dict[str, Make]:
     """All installed optimizers whose names contain the text of `--only`; AdamW always."""
     table = ours() | pytorch_optimizer() | heavyball() | distributed_shampoo()

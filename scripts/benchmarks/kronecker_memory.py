@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .harness import progress
-from .kronecker_contenders import Make, Problem, contenders, problems
+from .kronecker_contenders import Make, Problem, contenders, problems, take_steps
 from .registry import Options
 from .report import Report, Table
 
@@ -32,15 +32,7 @@ def kept(problem: Problem, make: Make) -> int:
     gc.collect()
     before = storages()
     optimizer = make(model.parameters(), lr=1e-3)
-    for inputs, targets in problem.batches:
-
-        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-            optimizer.zero_grad()
-            loss = problem.loss(model(inputs), targets)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+    take_steps(problem, model, optimizer)
     optimizer.zero_grad()
     gc.collect()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -5,12 +5,21 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from .harness import Timing, alternate, say
-from .kronecker_contenders import BASE, PEER, PERIOD, Make, Problem, contenders, problems
+from .kronecker_contenders import (
+    BASE,
+    PEER,
+    PERIOD,
+    Make,
+    Problem,
+    contenders,
+    problems,
+    take_steps,
+)
 from .registry import Options
 from .report import Report, Table, seconds
 
@@ -23,18 +32,7 @@ def period_of(problem: Problem, make: Make) -> Callable[[], None]:
     model = copy.deepcopy(problem.model)
     optimizer = make(model.parameters(), lr=RATE)
 
-    def call() -> None:
-        for inputs, targets in problem.batches:
-
-            def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                optimizer.zero_grad()
-                loss = problem.loss(model(inputs), targets)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
-
-    return call
+    return partial(take_steps, problem, model, optimizer)
 
 
 def overhead(timings: dict[str, Timing], name: str) -> float:

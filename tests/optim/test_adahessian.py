@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import lr_scheduler
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.closures import standard
 from tests.support.diagonal_references import (
@@ -32,6 +31,7 @@ from tests.support.diagonal_references import (
     plain,
     values,
 )
+from tests.support.host_reads import HostReads
 from tests.support.oracles import CASES, make_case
 from torch_secondorder import AdaHessian, Sophia, StepStatus
 from torch_secondorder._autograd.twice_differentiable import twice_differentiable
@@ -447,18 +447,6 @@ def test_a_bad_step_on_the_device_does_not_count(
     assert copied.curvature_due is optimizer.curvature_due
 
 
-class _Reads(TorchDispatchMode):
-    """Counts numbers that leave for the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", [AdaHessian, Sophia])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_on_the_device_wait_for_it_once(kind: Any, dtype: torch.dtype) -> None:
@@ -468,7 +456,7 @@ def test_steps_on_the_device_wait_for_it_once(kind: Any, dtype: torch.dtype) -> 
     closure = standard(optimizer, lambda: (p**4).sum())
     reads = []
     for _ in range(8):
-        with _Reads() as counted:
+        with HostReads() as counted:
             optimizer.step(closure)
         reads.append(counted.count)
     assert reads[2:] == [0] * 6 and sum(reads[:2]) <= 8

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.host_reads import HostReads
 from torch_secondorder._optim.kronecker.inverse_roots import (
     RootMethodName,
     eigendecomposed,
@@ -192,20 +192,8 @@ def test_newton_needs_a_fraction() -> None:
     assert [exact_fraction(power) for power in (5.0, 0.0, -0.5, 1 / 9)] == [None] * 4
 
 
-class _Reads(TorchDispatchMode):
-    """Counts numbers that leave for the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
-        return func(*args, **(kwargs or {}))
-
-
 def test_newton_reads_nothing_on_the_host() -> None:
     matrices = stack(torch.linspace(1, 2, 4))
-    with _Reads() as counted:
+    with HostReads() as counted:
         inverse_roots(matrices, 1 / 4, 1e-6, "newton")
     assert counted.count == 0

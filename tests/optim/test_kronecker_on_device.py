@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.closures import standard
+from tests.support.host_reads import HostReads
 from torch_secondorder import KFAC, SOAP, Shampoo
 from torch_secondorder._optim.diagonal import blocks
 
@@ -23,27 +23,6 @@ KINDS: dict[str, Any] = {
     "KFAC": (KFAC, {}),
 }
 ON_STACKS = [name for name in KINDS if name != "KFAC"]
-
-
-class _Reads(TorchDispatchMode):
-    """Counts numbers that leave a device for the host.
-
-    On the CPU all numbers are on the host. The count of steps is there also on a device.
-
-    Args:
-        optimizer: The optimizer.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__()
-        states = optimizer.state.values()
-        self.host = {state["host_step"].data_ptr() for state in states if "host_step" in state}
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
-            self.count += args[0].data_ptr() not in self.host
-        return func(*args, **(kwargs or {}))
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -74,7 +53,7 @@ def test_steps_wait_for_the_device_once(name: str, with_closure: bool, dtype: to
         closure = standard(optimizer, loss)
         if not with_closure:
             closure()
-        with _Reads(optimizer) as counted:
+        with HostReads(optimizer) as counted:
             optimizer.step(closure if with_closure else None)
         reads.append(counted.count)
     assert reads[2:] == [0] * 10 and sum(reads[:2]) <= 16

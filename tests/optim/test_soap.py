@@ -37,6 +37,15 @@ def differences(first: list[nn.Parameter], second: list[nn.Parameter]) -> float:
     return max((p - q).abs().max().item() for p, q in zip(first, second, strict=True))
 
 
+def assert_same_steps(ours: Problem, optimizer: SOAP, theirs: Problem, reference: Any) -> None:
+    for step in range(STEPS):
+        ours.set_gradients(step)
+        theirs.set_gradients(step)
+        optimizer.step()
+        reference.step()
+        assert differences(ours.params, theirs.params) < 1e-12, step
+
+
 CASES: dict[str, tuple[list[tuple[int, ...]], dict[str, Any]]] = {
     "plain": ([(5, 4), (4,), (3, 5), (5, 4), ()], {}),
     "convolutions": ([(4, 2, 3, 3), (4,), (4, 2, 3, 3), (6, 4, 2)], {}),
@@ -63,12 +72,7 @@ def test_equal_to_a_plain_implementation(case: str, device: torch.device) -> Non
     arguments = {"lr": 0.01} | arguments
     optimizer = SOAP(ours.params, capturable=False, **arguments)
     reference = SOAPReference([{"params": theirs.params}], **arguments)
-    for step in range(STEPS):
-        ours.set_gradients(step)
-        theirs.set_gradients(step)
-        optimizer.step()
-        reference.step()
-        assert differences(ours.params, theirs.params) < 1e-12, step
+    assert_same_steps(ours, optimizer, theirs, reference)
 
 
 def test_groups_have_settings_of_their_own(device: torch.device) -> None:
@@ -85,12 +89,7 @@ def test_groups_have_settings_of_their_own(device: torch.device) -> None:
 
     optimizer = SOAP(groups(ours.params), lr=0.01)
     reference = SOAPReference(groups(theirs.params), lr=0.01)
-    for step in range(STEPS):
-        ours.set_gradients(step)
-        theirs.set_gradients(step)
-        optimizer.step()
-        reference.step()
-    assert differences(ours.params, theirs.params) < 1e-12
+    assert_same_steps(ours, optimizer, theirs, reference)
 
 
 def test_parameters_have_schedules_of_their_own(device: torch.device) -> None:
@@ -117,12 +116,7 @@ def test_steps_that_wait_for_nothing_are_the_same(device: torch.device) -> None:
     settings: dict[str, Any] = {"lr": 0.01, "block_size": 4, "weight_decay": 0.1}
     optimizer = SOAP(ours.params, capturable=True, **settings)
     reference = SOAPReference([{"params": theirs.params}], **settings)
-    for step in range(STEPS):
-        ours.set_gradients(step)
-        theirs.set_gradients(step)
-        optimizer.step()
-        reference.step()
-    assert differences(ours.params, theirs.params) < 1e-12
+    assert_same_steps(ours, optimizer, theirs, reference)
 
 
 def test_exact_eigenvectors_after_a_jump(device: torch.device) -> None:

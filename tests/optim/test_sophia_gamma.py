@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_secondorder.optim.sophia
 from tests.support.closures import standard
 from tests.support.diagonal_references import Task, assert_same, values
+from tests.support.host_reads import HostReads
 from torch_secondorder import Sophia, StepStatus
 
 DOUBLE = torch.float64
@@ -204,25 +204,13 @@ def test_where_nothing_can_be_learned_the_factor_stays(capturable: bool) -> None
     assert optimizer.info.status is StepStatus.NONFINITE_START
 
 
-class Reads(TorchDispatchMode):
-    """Counts numbers that leave for the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
-        return func(*args, **(kwargs or {}))
-
-
 def test_on_a_device_nothing_is_read_on_the_host() -> None:
     x = nn.Parameter(torch.ones(30))
     optimizer = Sophia([x], lr=0.02, update_period=2, target_unclipped=0.5, capturable=True)
     closure = standard(optimizer, lambda: (x**4).sum())
     reads = []
     for _ in range(8):
-        with Reads() as counted:
+        with HostReads() as counted:
             optimizer.step(closure)
         reads.append(counted.count)
     assert reads[2:] == [0] * 6

@@ -132,30 +132,29 @@ class _Known(NamedTuple):
 
 
 class AdaSecant(FlatOptimizer):
-    r"""Gradient steps for mini-batches, with a rate for each coordinate and none to tune.
+    """Gradient steps for mini-batches, with a rate for each coordinate and none to tune.
 
     After some of its moves, AdaSecant evaluates the closure once more, on the same mini-batch. The
     change of the gradient tells how far a move may go. With moving averages `E`, the gradient `g`
-    and its change `\alpha` (both divided, parameter by parameter, by the norm of `g`), and the move
-    `\Delta`, the rate of coordinate `i` is
+    and its change `a` (both divided, parameter by parameter, by the norm of `g`), and the move `d`,
+    coordinate `i` moves by
 
-    .. math:: \eta_i = \sqrt{\overline{E[\Delta^2]}} / \sqrt{E[\alpha_i^2]}
+        g' = (g + gamma E[g]) / (1 + gamma)
+        eta = sqrt(mean E[d^2]) / sqrt(E[a^2]),  d = -lr * eta * g'
 
-    with the mean over the parameter that `i` is in, and the move is `-\eta g'`. The corrected
-    gradient `g' = (g + \gamma E[g]) / (1 + \gamma)` has less variance than `g`: with `gamma` in
-    `[0, gamma_clip]` it is as close as the averages know to the gradient of the next batch. The
-    averages reach back `tau` steps:
+    with the mean over the parameter that `i` is in. The corrected gradient `g'` has less variance
+    than `g`: with `gamma` in `[0, gamma_clip]` it is as close as the averages know to the gradient
+    of the next batch. The averages reach back `tau` steps,
 
-    .. math:: \tau_i \leftarrow (1 - E[\Delta_i]^2 / E[\Delta_i^2]) \tau_i + 1
+        tau = (1 - E[d]^2 / E[d^2]) tau + 1
 
-    so that steady moves have a short memory. Where `g` or `\alpha` is an outlier, some standard
+    so that steady moves have a short memory. Where `g` or `a` is an outlier, some standard
     deviations away from its average, `tau` is reset to 2.2.
 
-    The paper's own rate is `\sqrt{E[\Delta_i^2] / E[\alpha_i^2]} - E[\alpha_i \Delta_i] /
-    E[\alpha_i^2]`. On one mini-batch it does not settle. The gradient of a coordinate changes
-    mostly because others move: a coordinate that moves little sees a large change for its move, and
-    moves less still. With the mean move of the parameter, rates are those of an equilibrated
-    preconditioner. The method of the paper is
+    The paper's own rate is `sqrt(E[d^2] / E[a^2]) - E[a d] / E[a^2]`. On one mini-batch it does not
+    settle. The gradient of a coordinate changes mostly because others move: a coordinate that moves
+    little sees a large change for its move, and moves less still. With the mean move of the
+    parameter, rates are those of an equilibrated preconditioner. The method of the paper is
     `AdaSecant(params, secant="coordinate", update_period=1, outlier_deviations=2.0)`.
 
     No parameter moves more than ten times as far as it has lately. Before its first move, one
