@@ -68,6 +68,17 @@ def test_layers_are_found_whatever_they_are_written_with() -> None:
         assert names_of(params, output) == expected
 
 
+def test_penalties_leave_the_layers_of_other_parameters() -> None:
+    x = torch.randn(5, 3)
+    w, v, b = (torch.randn(*s, requires_grad=True) for s in ((4, 3), (3, 4), (4,)))
+    hidden = F.linear(x, w, b)
+    for penalty, expected in ((2 * w, {1}), (v.abs(), {0}), (w @ v, set()), (b + 1, {0, 1})):
+        found = layers_of([F.linear(hidden, v), penalty], [w, v, b])
+        assert {layer.weight for layer in found.layers} == expected
+        assert all((layer.bias == 2) is (penalty.shape == (3, 4)) for layer in found.layers)
+    assert not layers_of([2 * w], [w]).layers
+
+
 def test_convolutions_are_found_in_one_group_only() -> None:
     x = torch.randn(2, 4, 6, 6)
     w, g, t = (

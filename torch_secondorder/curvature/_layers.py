@@ -15,6 +15,7 @@ from torch_secondorder._autograd.parameter_uses import (
     Survey,
     Unsupported,
     Use,
+    made_alone,
     params_below,
     surveyed,
     uses_of,
@@ -134,8 +135,12 @@ def layers_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Layers:
         Unsupported: The graph cannot be read.
     """
     survey = surveyed(outputs, params)
-    places = {node: i for i, node in enumerate(survey.nodes)}
     uses: dict[int, list[tuple[Use, bool] | None]] = {}
+    if alone := made_alone(survey):  # what is in a penalty is not in layers alone
+        for number in alone:
+            uses |= {index: [None] for index in params_below(survey, survey.outputs[number])}
+        survey = surveyed([z for i, z in enumerate(outputs) if i not in alone], params)
+    places = {node: i for i, node in enumerate(survey.nodes)}
     for use in uses_of(survey):
         origin = _origin(survey, places, use)
         if origin is None:
