@@ -226,7 +226,8 @@ def _biases(
             continue
         for weight in owners.get(tuple(use.node for use, _ in of), ()):
             w, b = params[weight], params[index]
-            if b.shape[0] == w.shape[0] and b.device == w.device and not b.is_complex():
+            alike = b.shape[0] == w.shape[0] and b.device == w.device
+            if alike and _kind(b) == _kind(w):  # they are columns of one matrix
                 biases[weight] = index
     return biases
 
@@ -265,6 +266,11 @@ def _patches(node: Any, gradient: Tensor, shape: Sequence[int]) -> Iterator[_Fou
         yield patches.reshape(rows, width), by_results, len(part)
 
 
+def _kind(tensor: Tensor) -> torch.dtype:
+    """Single precision or better."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """In single precision or better, without a graph."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.detach().to(_kind(tensor))
