@@ -43,7 +43,8 @@ def names_of(
 def test_layers_are_found_whatever_they_are_written_with() -> None:
     x = torch.randn(5, 3)
     w, v, b = (torch.randn(*s, requires_grad=True) for s in ((4, 3), (3, 4), (4,)))
-    params = {"w": w, "v": v, "b": b}
+    c = torch.randn(4, dtype=DOUBLE, requires_grad=True)
+    params = {"w": w, "v": v, "b": b, "c": c}
     cases: dict[Callable[[], Tensor], dict[str, tuple[str | None, bool]]] = {
         lambda: F.linear(x, w, b): {"w": ("b", False)},
         lambda: F.linear(x.expand(2, 5, 3), w): {"w": (None, False)},
@@ -55,6 +56,7 @@ def test_layers_are_found_whatever_they_are_written_with() -> None:
         lambda: x @ v: {"v": (None, True)},
         lambda: x @ v + b: {"v": (None, True)},
         lambda: x @ v.double().float(): {"v": (None, True)},
+        lambda: F.linear(x, w, c.float()): {"w": (None, False)},
         lambda: F.linear(x, w, b) + F.linear(2 * x, w, b): {"w": ("b", False)},
         lambda: F.linear(x, w, b) + F.linear(2 * x, w): {"w": (None, False)},
         lambda: F.linear(x, w, b) + b: {"w": (None, False)},
@@ -66,6 +68,17 @@ def test_layers_are_found_whatever_they_are_written_with() -> None:
     }
     for output, expected in cases.items():
         assert names_of(params, output) == expected
+
+
+def test_penalties_leave_the_layers_of_other_parameters() -> None:
+    x = torch.randn(5, 3)
+    w, v, b = (torch.randn(*s, requires_grad=True) for s in ((4, 3), (3, 4), (4,)))
+    hidden = F.linear(x, w, b)
+    for penalty, expected in ((2 * w, {1}), (v.abs(), {0}), (w @ v, set()), (b + 1, {0, 1})):
+        found = layers_of([F.linear(hidden, v), penalty], [w, v, b])
+        assert {layer.weight for layer in found.layers} == expected
+        assert all((layer.bias == 2) is (penalty.shape == (3, 4)) for layer in found.layers)
+    assert not layers_of([2 * w], [w]).layers
 
 
 def test_convolutions_are_found_in_one_group_only() -> None:

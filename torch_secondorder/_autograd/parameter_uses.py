@@ -16,6 +16,7 @@ __all__ = [
     "Survey",
     "Unsupported",
     "Use",
+    "made_alone",
     "params_below",
     "selected_entries",
     "surveyed",
@@ -163,6 +164,12 @@ def uses_of(survey: Survey, raised: Iterable[int] = ()) -> list[Use]:
                 raise Unsupported(f"{node.name()} on a tensor of unknown shape")
             uses.append(Use(at, slot, source, number, shape, at in ambiguous))
     return uses
+
+
+def made_alone(survey: Survey) -> list[int]:
+    """The numbers of the outputs that are made of parameters alone, as penalties are."""
+    shared, _ = _made_of_parameters(survey, frozenset())
+    return [number for number, at in enumerate(survey.outputs) if shared[at]]
 
 
 def _made_of_parameters(

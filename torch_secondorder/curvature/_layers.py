@@ -15,6 +15,7 @@ from torch_secondorder._autograd.parameter_uses import (
     Survey,
     Unsupported,
     Use,
+    made_alone,
     params_below,
     surveyed,
     uses_of,
@@ -134,8 +135,12 @@ def layers_of(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Layers:
         Unsupported: The graph cannot be read.
     """
     survey = surveyed(outputs, params)
-    places = {node: i for i, node in enumerate(survey.nodes)}
     uses: dict[int, list[tuple[Use, bool] | None]] = {}
+    if alone := made_alone(survey):  # what is in a penalty is not in layers alone
+        for number in alone:
+            uses |= {index: [None] for index in params_below(survey, survey.outputs[number])}
+        survey = surveyed([z for i, z in enumerate(outputs) if i not in alone], params)
+    places = {node: i for i, node in enumerate(survey.nodes)}
     for use in uses_of(survey):
         origin = _origin(survey, places, use)
         if origin is None:
@@ -221,7 +226,8 @@ def _biases(
             continue
         for weight in owners.get(tuple(use.node for use, _ in of), ()):
             w, b = params[weight], params[index]
-            if b.shape[0] == w.shape[0] and b.device == w.device and not b.is_complex():
+            alike = b.shape[0] == w.shape[0] and b.device == w.device
+            if alike and _kind(b) == _kind(w):  # they are columns of one matrix
                 biases[weight] = index
     return biases
 
@@ -260,6 +266,11 @@ def _patches(node: Any, gradient: Tensor, shape: Sequence[int]) -> Iterator[_Fou
         yield patches.reshape(rows, width), by_results, len(part)
 
 
+def _kind(tensor: Tensor) -> torch.dtype:
+    """Single precision or better."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """In single precision or better, without a graph."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.detach().to(_kind(tensor))
