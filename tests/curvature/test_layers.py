@@ -51,6 +51,7 @@ def test_layers_are_found_whatever_they_are_written_with() -> None:
         lambda: x @ w.T: {"w": (None, False)},
         lambda: x @ w.mT: {"w": (None, False)},
         lambda: (w @ x.T).T: {"w": (None, False)},
+        lambda: torch.addmm(b, w, x[:4].T): {"w": (None, False)},  # a bias of the samples
         lambda: x @ v: {"v": (None, True)},
         lambda: x @ v + b: {"v": (None, True)},
         lambda: x @ v.double().float(): {"v": (None, True)},

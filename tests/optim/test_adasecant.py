@@ -321,6 +321,33 @@ def test_a_move_that_turns_out_wrong_in_the_next_step_is_taken_back(device: torc
     assert back
 
 
+@pytest.mark.parametrize("raises", [1, 2, 3])
+def test_a_move_is_taken_back_after_an_exception(raises: int, device: torch.device) -> None:
+    x = nn.Parameter(torch.tensor([1.0], device=device, **DOUBLE))
+    optimizer = AdaSecant([x], update_period=3)
+    left, wall = 0, -math.inf
+
+    def loss() -> Tensor:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return x.square().sum() + x.sum() + (torch.nan if x.item() == wall else 0.0)
+
+    while optimizer._untested is None:
+        before = x.item()
+        optimizer.step(standard(optimizer, loss))
+    wall, left = x.item(), raises
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(standard(optimizer, loss))
+    assert x.item() == wall
+    assert before != wall
+    optimizer.step(standard(optimizer, loss))
+    assert optimizer.info is not None
+    assert optimizer.info.status is StepStatus.MAX_ITERATIONS
+    assert x.item() != wall
+
+
 def test_a_move_stays_if_the_batch_was_not_finite_before_it_either() -> None:
     problem = Regression()
     optimizer = AdaSecant(problem.params, update_period=2)

@@ -1041,6 +1041,23 @@ def test_a_copy_goes_on_bit_for_bit(kind: str, period: int, way: Any, dtype: tor
 
 
 @every
+@pytest.mark.parametrize("way", [through_pickle, through_deepcopy])
+def test_parameters_of_a_copy_count_on_their_own(kind: str, way: Any) -> None:
+    task = Task()
+    optimizer = KINDS[kind](task.model.parameters(), update_period=2)
+    for _ in range(4):
+        optimizer.step(standard(optimizer, task.loss))
+    model, copied = way(task.model, optimizer)
+    for turn in range(4):
+        for one, of in ((task.model, optimizer), (model, copied)):
+            next(one.parameters()).requires_grad_(turn > 1)
+            original, task.model = task.model, one
+            of.step(standard(of, task.loss))
+            task.model = original
+    assert_same(model, values(task.model), 0)
+
+
+@every
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 4, 13])
 def test_a_checkpoint_between_estimates_goes_on_bit_for_bit(

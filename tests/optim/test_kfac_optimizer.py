@@ -291,3 +291,90 @@ def test_directions_that_overflow_move_nothing(options: dict[str, Any]) -> None:
     optimizer.step(problem.closure(optimizer))
     assert all(torch.isfinite(p).all() for p in problem.model.parameters())
     assert_moved(values(problem.model), before)
+
+
+@pytest.mark.parametrize("options", [{"ekfac": True}, {"ekfac": True, "max_size": 6}])
+def test_a_bias_may_come_and_go_where_layers_have_bases(options: dict[str, Any]) -> None:
+    problem = Problem()
+    first = problem.model.first
+    optimizer = KFAC(problem.model.parameters(), update_period=2, **options)
+    for turn in range(8):
+        problem.turn = turn
+        first.bias.requires_grad_(turn not in (3, 4, 5))
+        before = first.weight.detach().clone()
+        optimizer.step(problem.closure(optimizer))
+        assert first.weight.isfinite().all()
+        assert not torch.equal(first.weight, before)
+    assert int(optimizer.state[first.weight]["layer"]) > 1
+
+
+@pytest.mark.parametrize("sizes", [(6, 1024), (1024, 6), (2, 6)])
+@pytest.mark.parametrize("ekfac", [False, True])
+def test_the_largest_size_may_change(sizes: tuple[int, int], ekfac: bool) -> None:
+    problem = Problem()
+    optimizer = KFAC(
+        problem.model.parameters(), update_period=2, max_size=sizes[0], ekfac=ekfac, kl_clip=1e-3
+    )
+    for turn in range(10):
+        problem.turn = turn
+        if turn == 3:
+            optimizer.param_groups[0]["max_size"] = sizes[1]
+        optimizer.step(problem.closure(optimizer))
+    fresh = KFAC(problem.model.parameters(), max_size=sizes[1])
+    fresh.step(problem.closure(fresh))
+    for p, state in fresh.state.items():
+        if int(state["layer"]):
+            held = optimizer.state[p]
+            names = {name for name in state if name.startswith(("factor_", "basis_"))}
+            assert {name for name in held if name.startswith(("factor_", "basis_"))} == names
+            assert all(held[name].shape == state[name].shape for name in names)
+            assert all(held[name].isfinite().all() for name in names)
+
+
+@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"max_size": 6}, {"max_size": 2}])
+def test_a_first_estimate_that_is_not_finite_leaves_nothing_on_a_device(
+    options: dict[str, Any],
+) -> None:
+    problem = Problem()
+    optimizer = KFAC(problem.model.parameters(), capturable=True, **options)
+    before, held = values(problem.model), problem.loss
+    problem.loss = lambda: held() * float("inf")  # type: ignore[method-assign]
+    optimizer.step(problem.closure(optimizer))
+    assert_same(values(problem.model), before, 0.0)
+    problem.loss = held  # type: ignore[method-assign]
+    losses = [float(optimizer.step(problem.closure(optimizer))) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    for state in optimizer.state.values():
+        assert all(t.isfinite().all() for t in state.values() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"max_size": 6}])
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_model_may_go_on_in_another_precision(options: dict[str, Any], loads: bool) -> None:
+    problem = Problem(torch.float32)
+    optimizer = KFAC(problem.model.parameters(), update_period=2, **options)
+    for _ in range(4):
+        optimizer.step(problem.closure(optimizer))
+    problem.model.double()
+    if loads:
+        state = optimizer.state_dict()
+        optimizer = KFAC(problem.model.parameters())
+        optimizer.load_state_dict(state)
+    before = values(problem.model)
+    for _ in range(3):
+        optimizer.step(problem.closure(optimizer))
+    assert_moved(values(problem.model), before)
+    assert optimizer.state[problem.model.first.weight]["basis_left"].dtype is torch.float64
+
+
+def test_a_step_that_moves_nothing_reports_no_bound() -> None:
+    problem = Problem()
+    optimizer = KFAC(problem.model.parameters())
+    optimizer.step(problem.closure(optimizer))
+    assert optimizer.info is not None
+    assert optimizer.info.unclipped is not None
+    held = problem.loss
+    problem.loss = lambda: held() * float("nan")  # type: ignore[method-assign]
+    optimizer.step(problem.closure(optimizer))
+    assert optimizer.info.status is StepStatus.NONFINITE_START
+    assert optimizer.info.unclipped is None

@@ -500,3 +500,24 @@ def test_badly_scaled_rows_and_columns_are_no_obstacle() -> None:
             optimizer.step()
         losses[kind] = loss.item()
     assert losses[Shampoo] < 0.3 * losses[torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("options", [{}, {"grafting": "sgd"}, {"block_size": 3}])
+def test_a_block_whose_squares_overflowed_begins_anew(
+    options: dict[str, Any], capturable: bool, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.zeros(s, device=device)) for s in ((6, 5), (5,))]
+    optimizer = Shampoo(params, lr=0.01, capturable=capturable, **options)
+    for step in range(45):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+            p.grad *= 1e25 if step == 15 else 1.0
+        optimizer.step()
+        moves = [(p - q).abs().max().item() for p, q in zip(params, before, strict=True)]
+        assert max(moves) < 0.2
+    assert min(moves) > 1e-4
+    for state in optimizer.state.values():
+        assert all(t.isfinite().all() for t in state.values() if isinstance(t, Tensor))

@@ -160,6 +160,9 @@ def test_the_report_of_a_refresh() -> None:
             left += (inside.sum() - inside.diagonal().sum()).item()
             whole += inside.sum().item()
     assert optimizer.info.off_diagonal == pytest.approx(left / whole, rel=1e-6)
+    problem.params[0].grad[0, 0] = torch.nan
+    optimizer.step()
+    assert optimizer.info.off_diagonal is None  # that was the last step
 
 
 # Checkpoints.
@@ -259,6 +262,40 @@ def test_other_blocks_begin_anew(change: dict[str, Any]) -> None:
         other.step()
     for k in moved:
         torch.testing.assert_close(fresh.params[k], ours.params[k], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("then", [1, 2, 3])
+@pytest.mark.parametrize("change", [2, 4, 9])
+def test_a_shorter_period_while_gradients_are_gathered(then: int, change: int) -> None:
+    """The bases begin in the first step that is late enough for the new period."""
+    ours, same = Problem([(5, 4), (4,)]), Problem([(5, 4), (4,)])
+    start = max(then, change + 1)
+    optimizer = SOAP(ours.params, lr=0.01, update_period=10)
+    other = SOAP(same.params, lr=0.01, update_period=start)
+    for step in range(30):
+        if step == change:
+            optimizer.param_groups[0]["update_period"] = then
+        if step == start:
+            other.param_groups[0]["update_period"] = then
+        for problem, used in ((ours, optimizer), (same, other)):
+            problem.set_gradients(step)
+            used.step()
+        assert differences(ours.params, same.params) == 0
+
+
+def test_a_longer_period_leaves_the_first_bases() -> None:
+    ours, same = Problem([(5, 4), (4,)]), Problem([(5, 4), (4,)])
+    optimizers = [SOAP(problem.params, lr=0.01, update_period=2) for problem in (ours, same)]
+    for step in range(13):
+        if step == 4:
+            optimizers[0].param_groups[0]["update_period"] = 50
+            basis = optimizers[0].state[ours.params[0]]["basis_left_0"].clone()
+        for problem, optimizer in zip((ours, same), optimizers, strict=True):
+            problem.set_gradients(step)
+            optimizer.step()
+        if step <= 4:  # the fifth step refreshes nothing, whatever the period
+            assert differences(ours.params, same.params) == 0
+    assert torch.equal(optimizers[0].state[ours.params[0]]["basis_left_0"], basis)
 
 
 # Scales and degenerate gradients.

@@ -64,8 +64,12 @@ class SideMatrices(ParameterField):
         return torch.Size((size, size))
 
     def begin(self, state: dict[str, Any], p: Tensor, group: Group) -> None:
-        """Puts matrices back to what they are at first."""
-        for name in self.names(p, group):
+        """Puts matrices back to what they are at first; `max_size` may have changed since."""
+        names = set(self.names(p, group))
+        for name in {f"{self.name}_{side}" for side in SIDES} - names:
+            state.pop(name, None)
+        self.prepare(state, p, on_device=False, group=group)
+        for name in names:
             state[name].zero_().diagonal().fill_(self.scale)
 
 
@@ -120,6 +124,14 @@ class LayerMatrix:
         held = [self.state.get(f"{name}_{side}") for side in SIDES]
         sizes = zip(held, self.sizes, strict=True)
         return [None if matrix is None else matrix[:n, :n] for matrix, n in sizes]
+
+    def sides_like_now(self, name: str) -> list[Tensor | None]:
+        """The same in the dtype and on the device that the weight has now.
+
+        The state follows the weight in the update only, and estimates come before it.
+        """
+        kind, device = torch.promote_types(self.weight.dtype, torch.float32), self.weight.device
+        return [None if matrix is None else matrix.to(device, kind) for matrix in self.sides(name)]
 
 
 def transformed(matrix: Tensor, sides: Sequence[Tensor | None], *, back: bool = False) -> Tensor:

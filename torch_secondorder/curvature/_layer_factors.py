@@ -230,7 +230,7 @@ class KroneckerWatch(DiagonalWatch):
         shapes = [(n, n) if fit else (n,) for n, fit in zip(sizes, fits, strict=True)]
         left, right = (torch.zeros(shape, dtype=kind, device=p.device) for shape in shapes)
         moments = None
-        if weight in self.bases:
+        if weight in self.bases and _fits(self.bases[weight], sizes):
             moments = torch.zeros(sizes, dtype=kind, device=p.device)
         sums = self._sums[weight] = _Sums(bias, inputs_first, left, right, moments)
         return sums
@@ -297,6 +297,11 @@ class KroneckerWatch(DiagonalWatch):
             joined = ranks.average_(torch.cat([t.reshape(-1) for t in tensors]))
             for t, part in zip(tensors, joined.split([t.numel() for t in tensors]), strict=True):
                 t.copy_(part.view_as(t))
+
+
+def _fits(bases: Bases, sizes: Sequence[int]) -> bool:
+    """True if bases are of a layer of these sizes: a bias may have come or gone since."""
+    return all(b is None or len(b) == n for b, n in zip(bases, sizes, strict=True))
 
 
 def _layers(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> Layers:

@@ -203,7 +203,13 @@ def _biases(
     """The biases by weights: one that is added to all products with a weight, and to no other."""
     owners: dict[tuple[int, ...], list[int]] = {}
     for index, inputs_first in weights.items():
-        if not inputs_first:
+        # In front of its inputs, a weight has its results below each other, and a vector is added
+        # to rows.
+        in_front = any(
+            use.slot == 1 and type(survey.nodes[use.node]).__name__ == "AddmmBackward0"
+            for use, _ in known[index]
+        )
+        if not inputs_first and not in_front:
             nodes = tuple(use.node for use, _ in known[index])
             owners.setdefault(nodes, []).append(index)
     biases: dict[int, int] = {}

@@ -304,7 +304,12 @@ class AdaSecant(FlatOptimizer):
         return summary
 
     def _step(self, objective: Objective, lr: float) -> Tensor:
-        loss = super()._step(objective, lr)
+        untested = self._untested
+        try:
+            loss = super()._step(objective, lr)
+        except BaseException:
+            self._untested = untested  # the parameters go back to where it left them
+            raise
         info = self.info
         if self._untested is not None and info is not None and info.iterations:
             self.info = replace(info, loss_after=None)

@@ -250,7 +250,7 @@ class KFAC(DiagonalOptimizer):
         groups = self._group_of()
         watch.largest = [largest_side(groups[id(p)]) for p in params]
         watch.bases = {
-            places[id(layer.weight)]: Bases(*layer.sides("basis"))
+            places[id(layer.weight)]: Bases(*layer.sides_like_now("basis"))
             for layer in self._known_layers()
             if layer.rotates and id(layer.weight) in places
         }
@@ -381,11 +381,14 @@ class KFAC(DiagonalOptimizer):
             if not layer.is_in(new):
                 continue
             before = known.get(id(layer.weight))
-            fresh = before is None or not _alike(before, layer)
+            fresh = before is None or not _alike(before, layer) or not _fits(layer, factors)
             if fresh:
                 self._enter(layer)
                 known[id(layer.weight)] = layer
             weight = weights[id(layer.weight)]
+            if isinstance(weight, Tensor):  # what is not finite may not even be multiplied by zero
+                sides = (torch.where(weight > 0, side, 0.0) for side in factors[2:])
+                factors = LayerFactors(factors.weight, factors.bias, *sides)
             _take_factors(layer, factors, weight, fresh)
             if fresh or due:
                 _renew(layer, factors, moments, group["damping"], fresh)
@@ -441,6 +444,12 @@ def _alike(one: LayerMatrix, other: LayerMatrix) -> bool:
     return one.bias is other.bias and one.rotates is other.rotates and one.state is other.state
 
 
+def _fits(layer: LayerMatrix, found: LayerFactors) -> bool:
+    """True if the state has matrices for just the sides that have factors."""
+    sides = zip(layer.sides("factor"), (found.left, found.right), strict=True)
+    return all((held is None) is (new.dim() < 2) for held, new in sides)
+
+
 def _weight(inputs: StepInputs, decay: float) -> Number:
     """The weight of a new estimate in the averages: the first ones count alike."""
     count = inputs.curvature_step
@@ -473,8 +482,6 @@ def _take_factors(layer: LayerMatrix, found: LayerFactors, weight: Number, fresh
     for held, new in zip(layer.sides("factor"), (found.left, found.right), strict=True):
         if held is None:
             continue
-        if isinstance(weight, Tensor):  # what was not finite may not even be multiplied by zero
-            new = torch.where(weight > 0, new, held)
         if fresh:
             held.copy_(new)
         else:

@@ -211,6 +211,32 @@ class Shampoo(DiagonalOptimizer):
             divided(roots, root_of, factors, self._ranks)
             for root in roots:
                 root.mul_(narrowed(correction ** (0.5 / count), root))
+        squares = block.moments["exp_avg_sq"]
+        matrices = [side["factor"] for stack in block.stacks for side in stack.sides]
+        # A factor that is not finite has a diagonal entry that is not.
+        largest = [squares, *(matrix.diagonal(dim1=-2, dim2=-1) for matrix in matrices)]
+        if inputs.on_device or not all(bool(t.amax() < torch.inf) for t in largest):
+            _forget_infinite(block, squares)
+
+
+def _forget_infinite(block: Block, squares: Tensor) -> None:
+    """Lets blocks begin anew where a square has overflowed; else they would not move again.
+
+    Their roots are zeros until the next ones, which are of later gradients alone.
+    """
+    for stack in block.stacks:
+        bad = ~stack.of(squares).isfinite().all(-1).all(-1)[:, None, None]
+        for side in stack.sides:
+            bad |= ~side["factor"].diagonal(dim1=-2, dim2=-1).isfinite().all(-1)[:, None, None]
+        for entries in (stack.of(block.exp_avg), stack.of(squares)):
+            entries.masked_fill_(bad, 0.0)
+        for side in stack.sides:
+            side["factor"].masked_fill_(bad, 0.0)
+            side["root"].masked_fill_(bad, 0.0)
+    vectors = block.stacks.vectors
+    bad = ~squares[vectors].isfinite()
+    for moment in (block.exp_avg, squares):
+        moment[vectors].masked_fill_(bad, 0.0)
 
 
 def _is_due(step: int, period: int) -> bool:

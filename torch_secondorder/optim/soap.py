@@ -170,6 +170,7 @@ class SOAP(DiagonalOptimizer):
         group, stacks, step = block.group, block.stacks, inputs.host_step
         period = int(group["update_period"])
         gathering = min(period, _GATHERING)
+        has_bases = _has_bases(block, inputs, gathering)
         if group["weight_decay"]:
             block.decay(1 - inputs.lr * group["weight_decay"])
         gradient = inputs.ordered_gradient
@@ -177,7 +178,7 @@ class SOAP(DiagonalOptimizer):
             for stack in stacks:
                 for side in stack.sides:
                     side.average_gram("factor", stack.gradient, factor_beta(group), inputs.weight)
-                if step > gathering:
+                if has_bases:
                     multiply(stack, stack.gradient, stack.direction, forth=True)
             adam_direction(
                 block,
@@ -189,13 +190,13 @@ class SOAP(DiagonalOptimizer):
                 step=inputs.step,
                 weight=inputs.weight,
             )
-            if step > gathering:
+            if has_bases:
                 for stack in stacks:
                     multiply(stack, stack.direction, stack.gradient, forth=False)
             block.move_blocks(inputs.lr if group["maximize"] else -inputs.lr)
-            if step == gathering:
+            if not has_bases and step >= gathering:
                 self._start(block)
-            elif step > gathering and step % period == 0:
+            elif has_bases and step % period == 0:
                 self._refresh(block, on_device=inputs.on_device)
 
     def _start(self, block: Block) -> None:
@@ -246,6 +247,18 @@ class SOAP(DiagonalOptimizer):
             return {"off_diagonal": (zero, zero)}
         left, whole = zip(*sums, strict=True)
         return {"off_diagonal": (torch.stack(left).sum(), torch.stack(whole).sum())}
+
+
+def _has_bases(block: Block, inputs: StepInputs, gathering: int) -> bool:
+    """True if the matrices have had their first bases, which are zeros before.
+
+    In the first steps `update_period` may have changed, and the number of steps that gather with
+    it. On a device, where nothing may wait, it has to stay what it is for these steps.
+    """
+    sides = _sides(block)
+    if inputs.on_device or inputs.host_step > _GATHERING or not sides:
+        return inputs.host_step > gathering
+    return bool(sides[0]["basis"].any())
 
 
 def _sides(block: Block) -> list[Side]:

@@ -112,11 +112,13 @@ class Block:
             self._exp_hessian_parts = parts["exp_hessian"]
         self.dtype, self.device = self.exp_avg.dtype, self.exp_avg.device
         self.master = self._join("master")[0] if "master" in states[0] else None
+        self.counts = [name for name in COUNTS if name in states[0]]
+        # Of their own: in a copy of an optimizer, parameters that are left out here may share them.
+        counts = {name: states[0][name].clone() for name in self.counts}
+        for state in states:
+            state.update(counts)
         self.step: Tensor = states[0]["step"]
         self.curvature_step: Tensor = states[0].get("curvature_step", _ONE)
-        self.counts = [name for name in COUNTS if name in states[0]]
-        for state in states:
-            state.update({name: states[0][name] for name in self.counts})
         if partitions is not None:
             self.host_step: Tensor = states[0]["host_step"]
             self.stacks = Stacks(self._reals, partitions, states, matrices, self.dtype)

@@ -83,14 +83,15 @@ def report_of(
             norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
             grad_norm = max(norms, default=None)
     ratios = zip(shares, terms[::2], terms[1::2], strict=True)
+    moved = check.moved  # if not, the shares are those of an earlier step
     made: DiagonalInfo = optimizer._info_type(
         status=check.status,
         loss=-value if optimizer.param_groups[0]["maximize"] else value,
         loss_after=None,
         grad_norm=grad_norm,
-        iterations=int(check.moved),
+        iterations=int(moved),
         evaluations=effort[0],
         products=effort[1],
-        **{name: part / total for name, part, total in ratios if total},
+        **{name: part / total for name, part, total in ratios if total and moved},
     )
     return made
