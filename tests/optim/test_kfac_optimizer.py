@@ -293,7 +293,7 @@ def test_directions_that_overflow_move_nothing(options: dict[str, Any]) -> None:
     assert_moved(values(problem.model), before)
 
 
-@pytest.mark.parametrize("options", [{"ekfac": True}, {"ekfac": True, "max_size": 6}])
+@pytest.mark.parametrize("options", [{"ekfac": True}, {"ekfac": True, "max_precond_dim": 6}])
 def test_a_bias_may_come_and_go_where_layers_have_bases(options: dict[str, Any]) -> None:
     problem = Problem()
     first = problem.model.first
@@ -313,14 +313,18 @@ def test_a_bias_may_come_and_go_where_layers_have_bases(options: dict[str, Any])
 def test_the_largest_size_may_change(sizes: tuple[int, int], ekfac: bool) -> None:
     problem = Problem()
     optimizer = KFAC(
-        problem.model.parameters(), update_period=2, max_size=sizes[0], ekfac=ekfac, kl_clip=1e-3
+        problem.model.parameters(),
+        update_period=2,
+        max_precond_dim=sizes[0],
+        ekfac=ekfac,
+        kl_clip=1e-3,
     )
     for turn in range(10):
         problem.turn = turn
         if turn == 3:
-            optimizer.param_groups[0]["max_size"] = sizes[1]
+            optimizer.param_groups[0]["max_precond_dim"] = sizes[1]
         optimizer.step(problem.closure(optimizer))
-    fresh = KFAC(problem.model.parameters(), max_size=sizes[1])
+    fresh = KFAC(problem.model.parameters(), max_precond_dim=sizes[1])
     fresh.step(problem.closure(fresh))
     for p, state in fresh.state.items():
         if int(state["layer"]):
@@ -331,7 +335,9 @@ def test_the_largest_size_may_change(sizes: tuple[int, int], ekfac: bool) -> Non
             assert all(held[name].isfinite().all() for name in names)
 
 
-@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"max_size": 6}, {"max_size": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"ekfac": True}, {"max_precond_dim": 6}, {"max_precond_dim": 2}]
+)
 def test_a_first_estimate_that_is_not_finite_leaves_nothing_on_a_device(
     options: dict[str, Any],
 ) -> None:
@@ -348,7 +354,7 @@ def test_a_first_estimate_that_is_not_finite_leaves_nothing_on_a_device(
         assert all(t.isfinite().all() for t in state.values() if isinstance(t, Tensor))
 
 
-@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"max_size": 6}])
+@pytest.mark.parametrize("options", [{}, {"ekfac": True}, {"max_precond_dim": 6}])
 @pytest.mark.parametrize("loads", [False, True])
 def test_a_model_may_go_on_in_another_precision(options: dict[str, Any], loads: bool) -> None:
     problem = Problem(torch.float32)
