@@ -54,7 +54,7 @@ RATES = {
         "adamw": 0.016,
         "soap": 0.016,
         "shampoo": 0.032,
-        "kfac": 0.032,
+        "kfac": 0.512,
         "adahessian": 1.024,
         "sophia-gnb": 0.008,
         "sophia-hutchinson": 0.002,

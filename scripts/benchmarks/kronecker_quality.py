@@ -17,7 +17,7 @@ from .report import Report, Table, seconds
 WIDTH, LAYERS, STEPS = 64, 2, 300
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 # Step sizes in another unit than a learning rate of Adam.
-OTHER_RATES = {"pytorch_optimizer Shampoo": 30.0, "KFAC (ours)": 10.0}
+OTHER_RATES = {"pytorch_optimizer Shampoo": 30.0, "KFAC (ours)": 30.0}
 
 
 def run(options: Options, report: Report) -> None:

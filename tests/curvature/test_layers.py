@@ -204,7 +204,7 @@ def test_the_block_of_one_sample_is_that_of_the_gauss_newton_matrix() -> None:
 
 
 def test_many_places_are_sampled_without_bias() -> None:
-    """Every so manieth sample stands for those in between, exactly if all samples are alike."""
+    """Evenly spaced samples stand for those in between, exactly if all samples are alike."""
     torch.manual_seed(0)
     conv = nn.Conv2d(1, 2, 3).to(DOUBLE)
     x = torch.randn(1, 1, 12, 12, dtype=DOUBLE).expand(96, 1, 12, 12).contiguous()

@@ -64,7 +64,7 @@ class SideMatrices(ParameterField):
         return torch.Size((size, size))
 
     def begin(self, state: dict[str, Any], p: Tensor, group: Group) -> None:
-        """Puts matrices back to what they are at first; `max_size` may have changed since."""
+        """Makes matrices as at first, also where `max_precond_dim` has changed since."""
         names = set(self.names(p, group))
         for name in {f"{self.name}_{side}" for side in SIDES} - names:
             state.pop(name, None)

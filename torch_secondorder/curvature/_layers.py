@@ -245,8 +245,8 @@ def _products(node: Any, use: Use, gradient: Tensor) -> _Found:
 def _patches(node: Any, gradient: Tensor, shape: Sequence[int]) -> Iterator[_Found]:
     """Inputs and gradients at each place of a convolution, as many samples at a time as fit.
 
-    Places are many more than a small factor needs. Where they are, every so manieth sample stands
-    for those in between, and its gradients are longer for it.
+    There may be many more places than a small factor needs. Then evenly spaced samples stand for
+    those in between, and their gradients are scaled up accordingly.
     """
     found = geometry_of(node)
     assert found is not None
