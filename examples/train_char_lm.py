@@ -60,6 +60,7 @@ RATES = {
         "sophia-hutchinson": 0.002,
     },
     (128, 4): {"adamw": 0.004, "soap": 0.008, "shampoo": 0.016},
+    (256, 4): {"adamw": 0.004, "soap": 0.004},
 }
 UNTUNED = ("adasecant",)  # finds its rates itself
 STEPS = 800  # of a run of `--tune`, and of AdamW with `--reach`
