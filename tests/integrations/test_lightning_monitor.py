@@ -238,7 +238,10 @@ def refusal(host: Any, tmp_path: Path, optimizer: str, model: Any = None, **argu
 @pytest.mark.parametrize("optimizer", ["LBFGS", "NewtonCG"])
 def test_accumulation_and_clipping_are_rejected(host: Any, optimizer: str, tmp_path: Path) -> None:
     said = refusal(host, tmp_path, optimizer, accumulate_grad_batches=4, gradient_clip_val=0.5)
-    assert "accumulate_grad_batches=4: " in said and "SOAP, KFAC, AdaHessian or Sophia" in said
+    assert (
+        "accumulate_grad_batches=4: " in said
+        and "SOAP, Shampoo, KFAC, AdaHessian or Sophia" in said
+    )
     assert "gradient_clip_val=0.5: " in said and "remove it" in said
     schedule = host.callbacks.GradientAccumulationScheduler({3: 2})
     said = refusal(host, tmp_path, optimizer, callbacks=[schedule])

@@ -45,7 +45,10 @@ def _become(command: list[str], cwd: str, variables: Mapping[str, str], folder: 
         os.dup2(file, number)
         setattr(sys, name, os.fdopen(number, "w", closefd=False))
     sys.argv = command
-    others = [path for path in sys.path if not path.startswith(str(ROOT))]
+    # An environment may lie in the project's folder.
+    others = [
+        path for path in sys.path if not path.startswith(str(ROOT)) or path.startswith(sys.prefix)
+    ]
     sys.path[:] = [os.path.dirname(command[0]), str(ROOT), *others]
     runpy.run_path(command[0], run_name="__main__")
 

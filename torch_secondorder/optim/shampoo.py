@@ -215,7 +215,8 @@ class Shampoo(DiagonalOptimizer):
         matrices = [side["factor"] for stack in block.stacks for side in stack.sides]
         # A factor that is not finite has a diagonal entry that is not.
         largest = [squares, *(matrix.diagonal(dim1=-2, dim2=-1) for matrix in matrices)]
-        if inputs.on_device or not all(bool(t.amax() < torch.inf) for t in largest):
+        finite = (bool(t.amax() < torch.inf) for t in largest if t.numel())
+        if inputs.on_device or not all(finite):
             _forget_infinite(block, squares)
 
 

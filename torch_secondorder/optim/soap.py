@@ -221,7 +221,7 @@ class SOAP(DiagonalOptimizer):
             on_device: Whether no decision may wait for the device.
         """
         mean, squares = block.exp_avg, block.moments["exp_avg_sq"]
-        if on_device or not bool(squares.amax() < torch.inf):
+        if on_device or (squares.numel() and not bool(squares.amax() < torch.inf)):
             forget_infinite(block.stacks, mean, squares)
         products: list[tuple[Tensor, ...]] = []
         for stack in block.stacks:
