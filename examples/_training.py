@@ -142,8 +142,8 @@ def train(
             run.steps += 1
             run.products += reported(optimizer, "products") or 0
             if before is not None and same_parameters(run.model, before):
-                status = reported(optimizer, "status")
-                run.ending = status.value if status else "the last step changed nothing"
+                info = getattr(optimizer, "info", None)
+                run.ending = info.status.value if info else "the last step changed nothing"
             if run.seconds >= next_measurement:
                 measure(task, run, bar)
                 next_measurement = task.interval * run.seconds
