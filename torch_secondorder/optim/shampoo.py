@@ -217,27 +217,8 @@ class Shampoo(DiagonalOptimizer):
         largest = [squares, *(matrix.diagonal(dim1=-2, dim2=-1) for matrix in matrices)]
         finite = (bool(t.amax() < torch.inf) for t in largest if t.numel())
         if inputs.on_device or not all(finite):
-            _forget_infinite(block, squares)
-
-
-def _forget_infinite(block: Block, squares: Tensor) -> None:
-    """Lets blocks begin anew where a square has overflowed; else they would not move again.
-
-    Their roots are zeros until the next ones, which are of later gradients alone.
-    """
-    for stack in block.stacks:
-        bad = ~stack.of(squares).isfinite().all(-1).all(-1)[:, None, None]
-        for side in stack.sides:
-            bad |= ~side["factor"].diagonal(dim1=-2, dim2=-1).isfinite().all(-1)[:, None, None]
-        for entries in (stack.of(block.exp_avg), stack.of(squares)):
-            entries.masked_fill_(bad, 0.0)
-        for side in stack.sides:
-            side["factor"].masked_fill_(bad, 0.0)
-            side["root"].masked_fill_(bad, 0.0)
-    vectors = block.stacks.vectors
-    bad = ~squares[vectors].isfinite()
-    for moment in (block.exp_avg, squares):
-        moment[vectors].masked_fill_(bad, 0.0)
+            # Roots of zeros, until the next ones, which are of later gradients alone.
+            block.stacks.forget_infinite(block.exp_avg, squares, ("factor", "root"))
 
 
 def _is_due(step: int, period: int) -> bool:

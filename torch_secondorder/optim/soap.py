@@ -18,7 +18,6 @@ from torch_secondorder._optim.diagonal.update import StepInputs
 from torch_secondorder._optim.kronecker.division import divided
 from torch_secondorder._optim.kronecker.eigenbases import (
     eigenvectors,
-    forget_infinite,
     multiply,
     orthonormal,
     orthonormal_or_exact,
@@ -222,7 +221,7 @@ class SOAP(DiagonalOptimizer):
         """
         mean, squares = block.exp_avg, block.moments["exp_avg_sq"]
         if on_device or (squares.numel() and not bool(squares.amax() < torch.inf)):
-            forget_infinite(block.stacks, mean, squares)
+            block.stacks.forget_infinite(mean, squares)
         products: list[tuple[Tensor, ...]] = []
         for stack in block.stacks:
             multiply(stack, stack.of(mean), stack.gradient, forth=False)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_secondorder._optim.kronecker.stacks import Side, Stack, Stacks
+from torch_secondorder._optim.kronecker.stacks import Side, Stack
 
 #: The share of a factor's squared norm off the diagonal from which a step of the power method is
 #: not enough. With a basis refreshed every ten steps, a transformer of width 64 has 0.04 on average
@@ -151,25 +151,6 @@ def sorted_rows(blocks: Tensor, order: Tensor, out: Tensor | None = None) -> Ten
     flat = None if out is None else out.view(-1, cols)
     found = torch.index_select(blocks.view(-1, cols), 0, index, out=flat)
     return found.view(count, rows, cols)
-
-
-def forget_infinite(stacks: Stacks, first: Tensor, second: Tensor) -> None:
-    """Sets moments to zero where a square has overflowed; else they would not move again.
-
-    A block begins anew as a whole: new bases mix its entries.
-
-    Args:
-        stacks: The stacks.
-        first: The averages, in block order.
-        second: The averages of squares.
-    """
-    for stack in stacks:
-        bad = ~stack.of(second).isfinite().all(-1).all(-1)[:, None, None]
-        for moment in (first, second):
-            stack.of(moment).masked_fill_(bad, 0.0)
-    bad = ~second[stacks.vectors].isfinite()
-    for moment in (first, second):
-        moment[stacks.vectors].masked_fill_(bad, 0.0)
 
 
 def _forget_infinite(factor: Tensor) -> None:

@@ -227,6 +227,28 @@ class Stacks:
         torch._foreach_copy_(slots, sources)
         return self.gradient
 
+    def forget_infinite(self, mean: Tensor, squares: Tensor, matrices: Sequence[str] = ()) -> None:
+        """Sets moments to zero where a square has overflowed; else they would not move again.
+
+        A block begins anew as a whole: matrices mix its entries.
+
+        Args:
+            mean: The averages, in block order.
+            squares: The averages of squares.
+            matrices: The names of matrices to set to zero with a block; those that have
+                overflowed themselves, by their diagonal, count as well.
+        """
+        for stack in self.stacks:
+            bad = ~stack.of(squares).isfinite().all(-1).all(-1)[:, None, None]
+            held = [side[name] for side in stack.sides for name in matrices]
+            for matrix in held:
+                bad |= ~matrix.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)[:, None, None]
+            for entries in (stack.of(mean), stack.of(squares), *held):
+                entries.masked_fill_(bad, 0.0)
+        bad = ~squares[self.vectors].isfinite()
+        for moment in (mean, squares):
+            moment[self.vectors].masked_fill_(bad, 0.0)
+
     def add_to(self, targets: Sequence[Tensor], alpha: float) -> None:
         """`target += alpha * direction` for tensors shaped like the parameters.
 
