@@ -100,7 +100,7 @@ def _resolved(target: str, source: str) -> str:
 
 
 def _place(path: str) -> str | None:
-    """Where the site has a file of the repository; None if it has not."""
+    """The place on the site of a file of the repository; None if it has none."""
     if path in root_pages():
         return root_pages()[path]
     if path.startswith(DOCS):
