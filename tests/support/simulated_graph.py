@@ -31,6 +31,7 @@ class SimulatedGraph(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.replays = 0
         self._own: set[int] = set()  # memory that the recording has made
+        self._kept: list[Tensor] = []
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def record(self, run: Any) -> Any:
@@ -59,7 +60,9 @@ class SimulatedGraph(TorchDispatchMode):
         if any(t.data_ptr() in self.host for t in inputs if t.numel()):
             return func(*args, **kwargs)
         assert func.name() not in READS, f"{func} reads a number while a graph is recorded"
-        assert torch.Tag.dynamic_output_shape not in func.tags or func.name() == "aten::index.Tensor"
+        assert (
+            torch.Tag.dynamic_output_shape not in func.tags or func.name() == "aten::index.Tensor"
+        )
         written = self._written(func, args, kwargs)
         for tensor in written:
             if tensor.untyped_storage().data_ptr() not in self._own:
@@ -72,10 +75,7 @@ class SimulatedGraph(TorchDispatchMode):
         if (written or fresh) and not func.name().startswith("aten::empty"):
             detached = [t.detach() for t in outputs]
             self.calls.append((func, args, kwargs, detached))
-        elif fresh:  # keeps the memory from being given to somebody else
-            self.calls.append((_nothing, (), {}, []))
-            self.calls[-1][3].extend(())
-            self._kept = [*getattr(self, "_kept", []), *fresh]
+        self._kept += fresh  # so that nobody else gets the memory
         return result
 
     @staticmethod
@@ -90,7 +90,3 @@ class SimulatedGraph(TorchDispatchMode):
 
 def tensors_of(result: Any) -> list[Tensor]:
     return [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-
-
-def _nothing() -> None:
-    return None

@@ -88,8 +88,8 @@ class CapturedStep:
         if not isinstance(optimizer, DiagonalOptimizer):
             raise TypeError(
                 "CapturedStep takes AdaHessian, Sophia, SOAP, Shampoo and KFAC, got "
-                f"{type(optimizer).__name__}: others decide on the host within a step, and wrappers "
-                "change the loss; call optimizer.step(closure)"
+                f"{type(optimizer).__name__}: others decide on the host within a step, and "
+                "wrappers change the loss; call optimizer.step(closure)"
             )
         if not callable(closure):
             raise TypeError(f"closure must be callable, got {type(closure).__name__}")
@@ -189,8 +189,10 @@ class CapturedStep:
             kind: The kind of step to look for operations that wait; None for not looking.
         """
         with self._on_stream():
-            if kind is None or kind in self._examined:
+            # The first step after a change may put the state into other memory, which waits.
+            if kind is None or kind in self._examined or self._steps < 2:
                 return self._run(inputs)
+            self.optimizer._check_groups()  # reads rates that are tensors, once after a change
             with HostWaits(host_counts(self.optimizer)) as waits:
                 loss = self._run(inputs)
         if waits.found:
@@ -228,11 +230,10 @@ class CapturedStep:
         if self._rates is None:
             self._rates = Rates(self.optimizer, device)
         generator = self.optimizer._generator
-        recording = new_recording(self._stream, [] if generator is None else [generator])
+        generators = [] if generator is None else [generator]
+        recording = new_recording(self.optimizer, self._stream, generators)
         try:
-            found = RecordedStep(
-                self.optimizer, self._rates, recording, partial(self._run, inputs)
-            )
+            found = RecordedStep(self.optimizer, self._rates, recording, partial(self._run, inputs))
         except RuntimeError as error:
             raise RuntimeError(
                 f"this step of {type(self.optimizer).__name__} cannot be recorded as a CUDA graph; "
@@ -247,7 +248,9 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def new_recording(stream: Any, generators: list[torch.Generator]) -> Recording:
+def new_recording(
+    optimizer: DiagonalOptimizer, stream: Any, generators: list[torch.Generator]
+) -> Recording:
     """A recording that is empty."""
     return CudaRecording(stream, generators)
 
