@@ -1,11 +1,11 @@
 """Draws the picture of the README: the loss of one network against time, by several optimizers.
 
-Poisson's equation by a small network, as in `examples/pinn_poisson.py`. Each optimizer gets the same
-number of settings, and its curve is that of the setting with the smallest loss at the end. Curves and
-settings are kept in a JSON file, from which the picture is drawn.
+Poisson's equation by a small network, as in `examples/pinn_poisson.py`. Each optimizer gets the
+same number of settings, and its curve is that of the setting with the smallest loss at the end.
+Curves and settings are kept in a JSON file, from which the picture is drawn.
 
     python scripts/draw_readme.py             # draws the picture from the JSON file
-    python scripts/draw_readme.py --measure   # about five minutes: trains, writes the JSON file, draws
+    python scripts/draw_readme.py --measure   # trains for five minutes, writes the file, draws
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def settings() -> dict[str, dict[str, tuple[Callable[..., Any], Callable[[float]
     pairs = [(10, 20), (10, 100), (100, 20), (100, 100)]
     self_scaled = {"update": "ssbroyden"}
     return {
-        "Adam": {f"lr={r:g}, cosine": (adam(r), cosine) for r in (1e-3, 3e-3, 1e-2, 3e-2)},
+        "Adam": {f"lr={r:g}, cosine": (adam(r), cosine) for r in (3e-3, 1e-2, 3e-2, 1e-1)},
         "torch.optim.LBFGS": {
             f"max_iter={i}, history_size={m}": (torch_lbfgs(i, m), None) for i, m in pairs
         },
@@ -98,10 +98,10 @@ def measure(seconds: float, names: Iterable[str] | None = None) -> dict[str, Any
     """
     sys.path[1:1] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "examples")]
     import torch
-    from pinn_poisson import make_network, make_problem, make_task
+    from benchmarks.report import environment
 
     from _training import Contender, train
-    from benchmarks.report import environment
+    from pinn_poisson import make_network, make_problem, make_task
 
     device = torch.device("cpu")
     task = make_task(make_problem(device), make_network(64, 0))
@@ -126,7 +126,7 @@ def measure(seconds: float, names: Iterable[str] | None = None) -> dict[str, Any
 
 
 def thinned(times: Sequence[float], losses: Sequence[float], end: float) -> list[list[float]]:
-    """At most `POINTS` points of a curve, denser at its beginning; the first and the last remain."""
+    """At most `POINTS` points of a curve, denser at its beginning; both ends remain."""
     wanted = [end * (i / (POINTS - 1)) ** 2 for i in range(POINTS)]
     found = {min(bisect.bisect_left(times, t), len(times) - 1) for t in wanted}
     return [
@@ -160,7 +160,9 @@ def draw(data: Mapping[str, Any]) -> str:
         )
     for time in range(0, math.floor(data["seconds"]) + 1, 5):
         x = at_x(time)
-        lines.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{time}</text>')
+        lines.append(
+            f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{time}</text>'
+        )
     ends = labels_apart({name: at_y(r["curve"][-1][1]) for name, r in results.items()}, 17)
     for name, result in results.items():
         colour = COLOURS[name]
@@ -171,7 +173,8 @@ def draw(data: Mapping[str, Any]) -> str:
         lines.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"'
             f' stroke-linejoin="round"{dash}/>'
-            f'<path d="M{at_x(last[0]):.1f} {at_y(last[1]):.1f}L{width - right + 8} {ends[name]:.1f}"'
+            f'<path d="M{at_x(last[0]):.1f} {at_y(last[1]):.1f}'
+            f'L{width - right + 8} {ends[name]:.1f}"'
             f' stroke="{colour}" stroke-width="0.8" stroke-dasharray="1 3"/>'
             f'<text x="{width - right + 12}" y="{ends[name] + 4:.1f}" fill="{colour}"'
             f' font-weight="{weight}">{name}</text>'
