@@ -54,7 +54,7 @@ class KFACInfo(DiagonalInfo):
 
 
 class KFAC(DiagonalOptimizer):
-    """Kronecker-factored approximate curvature, K-FAC.
+    """Kronecker-factored approximate curvature (K-FAC), for networks on mini-batches.
 
     For each linear or convolutional layer, the Gauss-Newton matrix (the Fisher matrix of the
     model's distribution) is approximated by a Kronecker product `L (x) R`: the second moment of the

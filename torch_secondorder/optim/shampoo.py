@@ -42,7 +42,7 @@ class ShampooInfo(DiagonalInfo):
 
 
 class Shampoo(DiagonalOptimizer):
-    """Gradients of matrices, whitened from both sides.
+    """Gradients of matrices, whitened from both sides, for networks on mini-batches.
 
     For each block of a matrix, Shampoo averages `G G'` and `G' G` of its gradients `G`, and takes
     the average gradient between inverse roots of the two (Gupta et al. 2018, "Shampoo:

@@ -48,7 +48,7 @@ class SOAPInfo(DiagonalInfo):
 
 
 class SOAP(DiagonalOptimizer):
-    """Adam in the slowly changing eigenbasis of Shampoo's preconditioner.
+    """Adam in the eigenbases of Shampoo's factors, for networks on mini-batches.
 
     The gradient of each matrix is brought into the eigenbases of its Kronecker factors, where Adam
     makes the step (Vyas et al. 2024, "SOAP: improving and stabilizing Shampoo using Adam"):
