@@ -293,6 +293,12 @@ struct Arguments {
   }
 };
 
+// What is done to tensors on their way to a kernel has been done to those of the device.
+struct BelowCpu {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
+};
+
 // Runs the CPU kernel of any operator.
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -309,6 +315,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
           (takes_host_indices(schema.name()) && translate.first_on_device),
       "Expected all tensors to be on the same device, but found at least two devices, ",
       kOnlyDevice, " and cpu! (when checking arguments of ", schema.operator_name(), ")");
+  BelowCpu below;
   op.callBoxed(stack);
   const size_t results = schema.returns().size();
   for (auto value = stack->end() - results; value != stack->end(); ++value) {
@@ -330,6 +337,7 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
   Translation translation;
   const auto source = on_device(from) ? translation.to_cpu(from) : from;
   const auto target = on_device(to) ? translation.to_cpu(to) : to;
+  BelowCpu below;
   target.copy_(source);
   return to;
 }
@@ -371,6 +379,15 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   for (const char* name : {"convolution", "convolution_backward", "_convolution"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   }
+}
+
+// Else these would be resolved by a copy, which begins with the same operator.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(aten, Negative, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }
 
 // ---- Autocast, with the lists of CUDA --------------------------------------------------------------
