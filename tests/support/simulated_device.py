@@ -103,9 +103,7 @@ def _event(name: str) -> Event:
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.partition(".")[0] in _ROOTS and not module.startswith("tests.support.simu"):
-            frames.append(
-                f"{module.removeprefix('torch_secondorder.')}:{frame.f_code.co_name}"
-            )
+            frames.append(f"{module.removeprefix('torch_secondorder.')}:{frame.f_code.co_name}")
         frame = frame.f_back
     return Event(name, tuple(frames))
 
@@ -118,6 +116,10 @@ def _seen_device(tensor: Tensor) -> torch.device:
         return DEVICE
     with torch._C.DisableTorchFunction():
         return _PLACE(tensor)
+
+
+def _is_seen_on_meta(tensor: Tensor) -> bool:
+    return _seen_device(tensor).type == "meta"
 
 
 def _on_device(value: Any) -> bool:
@@ -150,8 +152,13 @@ def _replacements(generator: torch.Generator) -> Iterator[tuple[Any, str, Any]]:
     """What is put in the place of PyTorch's own."""
     yield torch.Tensor, "device", property(_seen_device)
     yield torch.Tensor, "is_cuda", property(_on_device)
-    yield torch.Tensor, "is_meta", property(lambda t: _PLACE(t).type == "meta" and not _on_device(t))
+    yield (
+        torch.Tensor,
+        "is_meta",
+        property(lambda t: _PLACE(t).type == "meta" and not _on_device(t)),
+    )
     yield torch, "Generator", _Generator
+    yield torch.backends.cudnn, "is_acceptable", lambda tensor: False
     cuda = torch.cuda
     yield cuda, "get_rng_state", lambda device="cuda": generator.get_state()
     yield cuda, "set_rng_state", lambda state, device="cuda": generator.set_state(state)
@@ -160,6 +167,8 @@ def _replacements(generator: torch.Generator) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "memory_allocated", lambda device=None: 0
     yield cuda, "memory_reserved", lambda device=None: 0
     yield cuda, "mem_get_info", lambda device=None: (2**34, 2**34)
+    stream = types.SimpleNamespace(synchronize=lambda: None)
+    yield cuda, "current_stream", lambda device=None: stream
     properties = types.SimpleNamespace(total_memory=2**34, multi_processor_count=100)
     yield cuda, "get_device_properties", lambda device=None: properties
 
