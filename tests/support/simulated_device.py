@@ -442,6 +442,8 @@ class _Numbers(TorchDispatchMode):
         if plan.name in _COPYING:
             return self._copy(plan, func, args, kwargs)
         if len(there) < len(given):
+            if plan.name.startswith("aten::_foreach") and len(set(map(_IS_META, args[0]))) > 1:
+                return self._by_place(func, args, kwargs)
             self._check_places(plan, func, args, kwargs)
         if there and reads(func, args, kwargs):
             self._device.reads.append(_event(plan.name))
@@ -503,6 +505,23 @@ class _Numbers(TorchDispatchMode):
         finally:
             self._generator.set_state(torch.get_rng_state())
             torch.set_rng_state(before)
+
+    def _by_place(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operation on lists whose tensors are in two places, as on a device: one by one."""
+        count, results = len(args[0]), [None] * len(args[0])
+        for there in (True, False):
+            chosen = [i for i in range(count) if _IS_META(args[0][i]) == there]
+            if not chosen:
+                continue
+            part = [
+                [a[i] for i in chosen] if isinstance(a, (list, tuple)) and len(a) == count else a
+                for a in args
+            ]
+            found = self._run(func, tuple(part), kwargs)
+            if found is not None:
+                for i, value in zip(chosen, found, strict=True):
+                    results[i] = value
+        return None if not count or results[0] is None else results
 
     def _check_places(self, plan: _Plan, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Raises where tensors of two places meet."""
