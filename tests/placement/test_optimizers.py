@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_secondorder
-from tests.support.placement import CPU, CUDA, Problem, TwoDevices, assert_same, draw
-from tests.support.simulated_device import SimulatedDevice
+from tests.support.placement import Problem, TwoDevices, assert_same
 from torch_secondorder import (
     BFGS,
     KFAC,
@@ -23,8 +22,6 @@ from torch_secondorder import (
     AdaSecant,
     Constrained,
     Contractive,
-    DatasetClosure,
-    FunctionalObjective,
     LevenbergMarquardt,
     Newton,
     NewtonCG,
@@ -183,3 +180,99 @@ def test_groups_with_rates_of_their_own(name: str) -> None:
         return trained(kind, options, problem, groups)[1]
 
     assert_same(case)
+
+
+# Steps without a closure, and wrappers.
+
+WITHOUT_CLOSURE = ["AdaHessian", "AdaHessian, labels", "Sophia", "SOAP", "Shampoo", "KFAC"]
+
+
+@pytest.mark.parametrize("name", WITHOUT_CLOSURE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_without_a_closure(name: str, dtype: torch.dtype) -> None:
+    kind, options = OPTIMIZERS[name]
+
+    def case(device: torch.device) -> list[Any]:
+        problem = Problem(device, dtype)
+        optimizer = kind(problem.params, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            problem.loss().backward()
+            nn.utils.clip_grad_norm_(problem.params, 0.5)
+            optimizer.step()
+        return [problem.params, optimizer.info.grad_norm]
+
+    assert_same(case, 1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def wrapped(device: torch.device, wrap: Callable[[Problem], Any]) -> list[Any]:
+    """Three steps of a wrapper and one after a checkpoint."""
+    problem = Problem(device)
+    optimizer = wrap(problem)
+    losses = [optimizer.step(problem.closure()) for _ in range(2)]
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer = wrap(problem)
+    optimizer.load_state_dict(state)
+    losses.append(optimizer.step(problem.closure()))
+    assert optimizer.info
+    return [losses, problem.params]
+
+
+INSIDE = {
+    "LBFGS": lambda p: LBFGS(p, max_iter=3),
+    "BFGS": lambda p: BFGS(p, max_iter=3),
+    "NewtonCG": lambda p: NewtonCG(p, max_iter=1),
+    "AdaHessian": lambda p: AdaHessian(p, lr=0.02),
+    "SOAP": lambda p: SOAP(p, lr=0.02),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.02),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("noise", [None, 0.1])
+def test_contractive_stays_on_the_device(name: str, noise: float | None) -> None:
+    def wrap(problem: Problem) -> Contractive:
+        return Contractive(INSIDE[name](problem.params), problem.encoder, 0.1, noise=noise)
+
+    assert_same(lambda device: wrapped(device, wrap))
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "BFGS", "AdaHessian", "SOAP", "Adam"])
+@pytest.mark.parametrize("kind", ["equality", "inequality", "both"])
+def test_constrained_stays_on_the_device(name: str, kind: str) -> None:
+    def wrap(problem: Problem) -> Constrained:
+        first, last = problem.encoder[0].weight, problem.net[1].weight
+        equalities = {"norm": lambda: first.square().sum() - 4}
+        inequalities = {"rows": lambda: last.square().sum(1) - 0.5, "sum": lambda: first.sum()}
+        options = {
+            "equality": {"equalities": equalities},
+            "inequality": {"inequalities": inequalities},
+            "both": {"equalities": equalities, "inequalities": inequalities},
+        }
+        return Constrained(INSIDE[name](problem.params), **options[kind])
+
+    assert_same(lambda device: wrapped(device, wrap), 1e-5)
+
+
+SETS = {
+    "Box": Box(-0.2, 0.2),
+    "NormBall": NormBall(0.5),
+    "NormBall, rows": NormBall(0.5, 1, dim=1),
+    "Orthogonal": Orthogonal(),
+    "Simplex": Simplex(dim=1),
+    "UnitNorm": UnitNorm(dim=1),
+}
+
+
+# Line searches stay on manifolds, and in boxes, which `bounds` are for.
+PROJECTED = [(name, chosen) for name in ("AdaHessian", "SOAP", "Adam") for chosen in SETS]
+PROJECTED += [("LBFGS", "Orthogonal"), ("BFGS", "UnitNorm")]
+
+
+@pytest.mark.parametrize(("name", "chosen"), PROJECTED)
+def test_projected_stays_on_the_device(name: str, chosen: str) -> None:
+    def wrap(problem: Problem) -> Projected:
+        weight = problem.net[1].weight
+        return Projected(INSIDE[name](problem.params), [(weight, SETS[chosen])])
+
+    assert_same(lambda device: wrapped(device, wrap), 1e-5)

@@ -27,12 +27,14 @@ class Problem:
 
     Attributes:
         net: The network.
+        encoder: The part of it that has no head.
         params: Its parameters.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype = DOUBLE) -> None:
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.encoder = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+        net = nn.Sequential(self.encoder, nn.Linear(5, 3))
         x, y = draw(12, 4), torch.arange(12) % 3
         self.net = net.to(device, dtype)
         self.x, self.y = x.to(device, dtype), y.to(device)
@@ -56,12 +58,12 @@ class TwoDevices(Problem):
 
     def __init__(self, device: torch.device, dtype: torch.dtype = DOUBLE) -> None:
         super().__init__(device, dtype)
-        self.net[2].to("cpu")
+        self.net[1].to("cpu")
         self.y = self.y.to("cpu")
         self.params = list(self.net.parameters())
 
     def loss(self) -> Tensor:
-        return F.cross_entropy(self.net[2](self.net[:2](self.x).to("cpu")), self.y)
+        return F.cross_entropy(self.net[1](self.encoder(self.x).to("cpu")), self.y)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

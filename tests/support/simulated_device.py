@@ -159,6 +159,7 @@ def _replacements(generator: torch.Generator) -> Iterator[tuple[Any, str, Any]]:
     )
     yield torch, "Generator", _Generator
     yield torch.backends.cudnn, "is_acceptable", lambda tensor: False
+    yield torch.autograd, "_engine_run_backward", _placing(torch.autograd._engine_run_backward)
     cuda = torch.cuda
     yield cuda, "get_rng_state", lambda device="cuda": generator.get_state()
     yield cuda, "set_rng_state", lambda state, device="cuda": generator.set_state(state)
@@ -171,6 +172,16 @@ def _replacements(generator: torch.Generator) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "current_stream", lambda device=None: stream
     properties = types.SimpleNamespace(total_memory=2**34, multi_processor_count=100)
     yield cuda, "get_device_properties", lambda device=None: properties
+
+
+def _placing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in which tensors are placed, also where another one is being handled."""
+
+    def placing(*args: Any, **kwargs: Any) -> Any:
+        with _Placing():
+            return function(*args, **kwargs)
+
+    return placing
 
 
 def _place(value: Any) -> Any:
@@ -276,6 +287,15 @@ def _repr(tensor: Tensor, *_: Any, **__: Any) -> _Special:
     return True, f"{tensor.detach().cpu()!r} on {DEVICE}"
 
 
+def _backward(
+    tensor: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any
+) -> _Special:
+    # A mode is off while it handles a function; inside this one, others make tensors.
+    with _Placing():
+        torch.autograd.backward(tensor, gradient, *args, **kwargs)
+    return True, None
+
+
 def _cuda(tensor: Tensor, *_: Any, **__: Any) -> _Special:
     return True, tensor.to(_META)
 
@@ -294,6 +314,7 @@ _SPECIAL: dict[Any, Callable[..., _Special]] = {
     Tensor.__deepcopy__: _deepcopy,
     Tensor.data_ptr: _data_ptr,
     Tensor.cuda: _cuda,
+    Tensor.backward: _backward,
     Tensor.__repr__: _repr,
     Tensor.get_device: _get_device,
 }
@@ -412,6 +433,8 @@ class _Numbers(TorchDispatchMode):
             return value
         if value.layout is not torch.strided:
             raise NotImplementedError("sparse tensors are not simulated")
+        if value._is_zerotensor():  # without memory
+            value = torch.zeros(value.shape, dtype=value.dtype)
         twin, shape = value.untyped_storage(), (value.size(), value.stride())
         for tensor, own in among:  # an operation that hands its argument on in another shape
             if own.untyped_storage()._cdata == twin._cdata:
