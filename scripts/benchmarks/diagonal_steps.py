@@ -123,6 +123,10 @@ def run(options: Options, report: Report) -> None:
             seconds(adam),
             *(cell for value in row for cell in (seconds(value), f"{value / adam:.2f}")),
         )
-        report.record(f"diagonal.steps.{case.name}", {n: t.as_dict() for n, t in timings.items()})
+        recorded: dict[str, Any] = {n: t.as_dict() for n, t in timings.items()}
+        over = {f"AdaHessian / {base}": float(value) for base, value in ratios.items()}
+        over |= {f"{n} / Adam": value / adam for n, value in per_step.items() if "/" in n}
+        extra = {"time per step": per_step, "ratios": over}
+        report.record(f"diagonal.steps.{case.name}", {**recorded, **extra})
     report.show(table)
     report.show(seldom)

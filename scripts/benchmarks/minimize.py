@@ -240,7 +240,7 @@ def _compare(options: Options, report: Report, jac: str | None) -> None:
         cells = [str(r.evaluations) + ("" if r.solved else " FAILS") for r in rows.values()]
         shown.add(name, *cells)
     report.show(shown)
-    _summarize(results, list(table), title, report)
+    _summarize(results, list(table), title, f"minimize.{jac or 'exact'}", report)
     report.record(
         f"minimize.{jac or 'exact'}",
         {p: {name: asdict(row) for name, row in rows.items()} for p, rows in results.items()},
@@ -252,7 +252,7 @@ def _median(timing: Timing | None) -> float | None:
 
 
 def _summarize(
-    results: dict[str, dict[str, Row]], names: list[str], title: str, report: Report
+    results: dict[str, dict[str, Row]], names: list[str], title: str, key: str, report: Report
 ) -> None:
     base = BASE if BASE in names else names[0]
     table = Table(
@@ -268,6 +268,8 @@ def _summarize(
         total = sum(rows[name].time or 0.0 for rows in results.values())
         cells = (f"{count} of {len(results)}", number(evaluations), number(times), seconds(total))
         table.add(name, *cells)
+        made = {"solved": count, "evaluations": evaluations, "time": times, "time in all": total}
+        report.record(f"{key}.ratios.{name}", made)
     report.show(table)
 
 

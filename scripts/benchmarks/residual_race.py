@@ -139,7 +139,8 @@ def _summarize(
         fewer = sum(a.digits < min(b.digits, 10.0) - 0.5 for a, b in pairs)
         cells = [number(value) for value in means.values()]
         table.add(name, f"{solved} of {len(pairs)}", *cells, fewer)
-        report.record(f"{key}.{name}", {"solved": solved, "fewer digits": fewer, **means})
+        counts = {"solved": solved, "fewer digits": fewer, "problems": len(pairs)}
+        report.record(f"{key}.ratios.{name}", {**counts, **means})
     report.show(table)
 
 
