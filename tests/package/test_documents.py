@@ -31,7 +31,11 @@ RUNNABLE = [
     *("closure_contract.md", "compiled.md", "constraints.md", "contractive.md", "datasets.md"),
     *("diagnostics.md", "distributed.md", "getting_started.md", "jacobians.md", "networks.md"),
     *("residuals.md", "without_closures.md"),
-    *("mathematics/constraints.md", "mathematics/kronecker.md"),
+    *(
+        f"mathematics/{page.name}"
+        for page in sorted((ROOT / "docs" / "mathematics").glob("*.md"))
+        if page.name != "index.md"
+    ),
 ]
 # The places that a path in a document may be relative to.
 BASES = (ROOT, PACKAGE)
