@@ -3,7 +3,8 @@
 #
 #   scripts/test.sh [--torch VERSION] [arguments of pytest]
 #
-#   scripts/test.sh -k lbfgs -m "not slow"     arguments go to pytest
+#   scripts/test.sh                            ruff, mypy, the documentation site, pytest
+#   scripts/test.sh -k lbfgs -m "not slow"     arguments go to pytest; the site is left out
 #   scripts/test.sh --torch 2.11.0             the tests alone, on another version of torch, in an
 #                                              environment of its own: .venv-torch-VERSION
 #
@@ -35,6 +36,10 @@ if [ -z "${TORCH_VERSION:-}" ]; then
     "$VENV_PYTHON" -m ruff format --check .
     say "mypy torch_secondorder"
     "$VENV_PYTHON" -m mypy torch_secondorder
+    if [ $# = 0 ]; then
+        say "mkdocs build --strict"
+        NO_MKDOCS_2_WARNING=1 "$VENV_PYTHON" -m mkdocs build --quiet --strict
+    fi
 fi
 say "pytest, torch $("$VENV_PYTHON" -c 'import torch; print(torch.__version__)')"
 # Two processes with one thread each: most tests are too small for more. A file's tests stay together,

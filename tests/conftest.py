@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.support import device_backend
+
 DEVICES = [
     torch.device("cpu"),
     pytest.param(
@@ -18,6 +20,7 @@ DEVICES = [
         ],
         id="cuda",
     ),
+    pytest.param(device_backend.NAME, marks=pytest.mark.testdevice),
 ]
 
 
@@ -38,8 +41,13 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(params=DEVICES, ids=str)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that this machine has; numerical tests run on each."""
-    return request.param
+    """Every device that this machine has, and the test device; numerical tests run on each."""
+    if request.param != device_backend.NAME:
+        return request.param
+    try:
+        return device_backend.load()
+    except device_backend.Unavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from torch_secondorder._foundation.host_transfer import read_numbers, read_vector
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -64,10 +65,7 @@ class Space:
             whole: Numbers that belong to the whole already.
         """
         numbers = (*sums, *map(max_norm, largest), *norms, *whole)
-        if numbers[0].is_cpu:
-            return list(map(Tensor.item, numbers))
-        dtype = reduce(torch.promote_types, (number.dtype for number in numbers))
-        return torch.stack([number.to(dtype) for number in numbers]).tolist()
+        return read_numbers(*numbers)
 
     def true_norm(self, v: Tensor, largest: float, norm: float) -> float:
         """The Euclidean norm of a whole vector, where its squares leave the range of its dtype too.
@@ -133,10 +131,8 @@ class ShardedSpace(Space):
         """See `Space.to_host`."""
         if not (sums or largest or norms):
             return super().to_host(whole=whole)
-        result: list[float] = self.gathered(
-            sums, list(map(max_norm, largest)), norms, whole
-        ).tolist()
-        return result
+        gathered = self.gathered(sums, list(map(max_norm, largest)), norms, whole)
+        return read_vector(gathered)
 
     def gathered(
         self,

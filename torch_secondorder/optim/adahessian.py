@@ -27,7 +27,7 @@ class AdaHessianInfo(DiagonalInfo):
 
 
 class AdaHessian(DiagonalOptimizer):
-    """Adaptive steps from an estimate of the Hessian's diagonal.
+    """Adam with an estimate of the Hessian's diagonal in place of squared gradients.
 
     Each step moves along the average gradient, divided by the root mean square of estimates of the
     Hessian's diagonal, `|z * Hz|` with random signs `z`, averaged over blocks of coordinates (Yao

@@ -54,7 +54,7 @@ class KFACInfo(DiagonalInfo):
 
 
 class KFAC(DiagonalOptimizer):
-    """Kronecker-factored approximate curvature, K-FAC.
+    """Kronecker-factored approximate curvature (K-FAC), for networks on mini-batches.
 
     For each linear or convolutional layer, the Gauss-Newton matrix (the Fisher matrix of the
     model's distribution) is approximated by a Kronecker product `L (x) R`: the second moment of the
@@ -156,6 +156,7 @@ class KFAC(DiagonalOptimizer):
     _divisors: dict[int, tuple[float, Tensor]]
     _found: tuple[Sequence[LayerFactors], Number]
     _unclipped: Tensor | None
+    _set_by_steps = ("_unclipped",)
 
     def __init__(
         self,
@@ -242,6 +243,12 @@ class KFAC(DiagonalOptimizer):
     @property
     def _uses_graphs(self) -> bool:
         return False
+
+    def _has_decisions(self, step: int, group: dict[str, Any]) -> bool:
+        return self.curvature_due  # layers may come and go, and bases are made on the host
+
+    def _prepare_capture(self) -> None:
+        self._divisors = {}  # an estimate makes new ones: the graph has to compute its own
 
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
         watch = super()._watch(params)

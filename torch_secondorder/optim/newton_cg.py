@@ -119,7 +119,7 @@ class _Suited(Choice):
 
 
 class NewtonCG(FlatOptimizer):
-    """Newton-CG, also known as Hessian-free optimization.
+    """Newton-CG (Hessian-free optimization), from curvature products of the same closure.
 
     In each iteration the loss is modelled by a quadratic, with the curvature known only through
     products with vectors; conjugate gradients minimize it, and damping, a trust radius or a line

@@ -42,7 +42,7 @@ class ShampooInfo(DiagonalInfo):
 
 
 class Shampoo(DiagonalOptimizer):
-    """Gradients of matrices, whitened from both sides.
+    """Gradients of matrices, whitened from both sides, for networks on mini-batches.
 
     For each block of a matrix, Shampoo averages `G G'` and `G' G` of its gradients `G`, and takes
     the average gradient between inverse roots of the two (Gupta et al. 2018, "Shampoo:
@@ -172,6 +172,9 @@ class Shampoo(DiagonalOptimizer):
                 "root_method='newton' needs an exponent that is a fraction of small integers, "
                 f"such as 1/4, got {exponent}: use root_method='eigh'"
             )
+
+    def _has_decisions(self, step: int, group: dict[str, Any]) -> bool:
+        return _is_due(step, int(group["update_period"]))
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
         group = block.group

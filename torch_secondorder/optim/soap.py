@@ -48,7 +48,7 @@ class SOAPInfo(DiagonalInfo):
 
 
 class SOAP(DiagonalOptimizer):
-    """Adam in the slowly changing eigenbasis of Shampoo's preconditioner.
+    """Adam in the eigenbases of Shampoo's factors, for networks on mini-batches.
 
     The gradient of each matrix is brought into the eigenbases of its Kronecker factors, where Adam
     makes the step (Vyas et al. 2024, "SOAP: improving and stabilizing Shampoo using Adam"):
@@ -164,6 +164,10 @@ class SOAP(DiagonalOptimizer):
         check_betas(group["betas"])
         check_number("eps", group["eps"], above=0.0)
         check_blocks(group)
+
+    def _has_decisions(self, step: int, group: dict[str, Any]) -> bool:
+        period = int(group["update_period"])
+        return step <= min(period, _GATHERING) or step % period == 0
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
         group, stacks, step = block.group, block.stacks, inputs.host_step

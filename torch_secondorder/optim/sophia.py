@@ -58,7 +58,7 @@ class TunedGamma(Count):
 
 
 class Sophia(DiagonalOptimizer):
-    """Second-order clipped stochastic optimization.
+    """Second-order clipped stochastic optimization, for language models on mini-batches.
 
     Each coordinate moves by the average gradient over its curvature, but never further than `lr`
     (Liu et al. 2023, "Sophia: a scalable stochastic second-order optimizer for language model
