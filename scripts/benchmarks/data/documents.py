@@ -112,7 +112,7 @@ def label(records: list[Record], newest: str) -> str:
 
 
 def fill_row(line: str, figures: Figures) -> str:
-    """A line of a template with its figures, all of them of one version.
+    """A row or an item of a template with its figures, all of them of one version.
 
     Raises:
         KeyError: There is no such figure, or no version with all of them.
@@ -136,8 +136,9 @@ def fill_row(line: str, figures: Figures) -> str:
 
 
 def fill_template(text: str, figures: Figures) -> str:
-    """A template with its figures, line by line."""
-    return "\n".join(fill_row(line, figures) for line in text.splitlines()) + "\n"
+    """A template with its figures, row by row; indented lines belong to the line above."""
+    rows = re.split(r"\n(?!  )", text.removesuffix("\n"))
+    return "\n".join(fill_row(row, figures) for row in rows) + "\n"
 
 
 def fill(text: str, figures: Figures, tables: Path = TABLES) -> str:

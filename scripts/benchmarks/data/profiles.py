@@ -165,7 +165,7 @@ def costs(record: Record, group: Set, cost: str) -> Costs:
     shape = re.compile(rf"{re.escape(group.prefix)}\.([^.]+)\.(.+)\.(\w+)")
     for name in record.figures:
         match = shape.fullmatch(name)
-        if not match or match[2] not in known or match[3] != "evaluations":
+        if not match or match[1] == "ratios" or match[2] not in known or match[3] != "evaluations":
             continue
         problem, solver = match[1], match[2]
         rows = table.setdefault(problem, {})
@@ -192,15 +192,12 @@ def share(table: Costs, solver: str, factor: float) -> float:
 
 
 def find(figures: Figures, group: Set) -> Record | None:
-    """The newest record of a set, with times before one without, or None."""
-    records = [
-        record
-        for record in figures.records
-        if any(
-            re.match(rf"{re.escape(group.prefix)}\.[^.]+\..+\.solved$", n) for n in record.figures
-        )
-    ]
-    return records[0] if records else None
+    """The newest record of a set, or None."""
+    solved = re.compile(rf"{re.escape(group.prefix)}\.(?!ratios\.)[^.]+\..+\.solved")
+    for record in figures.records:
+        if any(solved.fullmatch(name) for name in record.figures):
+            return record
+    return None
 
 
 def tables(figures: Figures, group: Set) -> dict[str, Costs]:
@@ -253,10 +250,7 @@ def sections(figures: Figures, newest: str, sets: Sequence[Set] = SETS) -> str:
             f"![Performance profiles: {group.title}](images/profile_{group.name}.svg)\n"
         )
         for title, table in found.items():
-            rows = [
-                f"| by {title} | best | within 2 | within 10 | solved |",
-                "|---|---|---|---|---|",
-            ]
+            rows = [f"| by {title} | best | within 2 | within 10 | solved |", "|---|" + 4 * "---|"]
             for solver in solvers_of(table, group):
                 shares = (share(table, solver, factor) for factor in (1.0, 2.0, 10.0, math.inf))
                 rows.append(f"| {solver} | " + " | ".join(f"{100 * s:.0f}%" for s in shares) + " |")

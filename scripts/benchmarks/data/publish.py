@@ -48,12 +48,11 @@ def made(root: Path = ROOT, tables: Path = TABLES) -> Iterator[tuple[Path, str]]
 
 def benchmarks_page(template: Path, figures: Figures) -> str:
     """The page of benchmarks."""
-    text = fill_template(
-        template.read_text(encoding="utf-8").replace(PROFILES, "@profiles"), figures
-    )
+    before, _, after = template.read_text(encoding="utf-8").partition(PROFILES)
     profiles = sections(figures, figures.records[0].version)
+    text = fill_template(before, figures) + profiles + "\n" + fill_template(after, figures)
     head = "<!-- Written by `python scripts/bench.py tables`; change the template instead. -->\n\n"
-    return head + text.replace("@profiles", profiles)
+    return head + text
 
 
 def publish(check: bool = False, root: Path = ROOT, tables: Path = TABLES) -> list[Path]:

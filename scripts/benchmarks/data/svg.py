@@ -92,9 +92,9 @@ def _panel(panel: Panel, x0: int, style: dict[str, str], ylabel: str) -> list[st
             f'<text x="{x}" y="{y:g}" text-anchor="middle" transform="rotate(-90 {x} {y:g})">'
             f"{escape(ylabel)}</text>"
         )
-    for line in reversed(panel.lines):  # the first one is drawn last, above the others
-        out.append(f'<path d="{_path(line, panel, x0)}" {style[line.name]}/>')
-    return out
+    # The first line is drawn last, above the others.
+    lines = reversed(panel.lines)
+    return out + [f'<path d="{_path(line, panel, x0)}" {style[line.name]}/>' for line in lines]
 
 
 def _path(line: Line, panel: Panel, x0: int) -> str:
