@@ -148,6 +148,25 @@ def test_backward_runs_on_a_thread_of_the_device(there: torch.device) -> None:
     assert torch.equal(loaded["0.weight"], moved[0].weight)
 
 
+def test_sparse_tensors_live_there(there: torch.device) -> None:
+    host = torch.eye(3).to_sparse()
+    device = host.to(there)
+    assert device.is_sparse
+    assert device.device == there
+    assert torch.equal(device.cpu().to_dense(), torch.eye(3))
+    torch.manual_seed(0)
+    layer = nn.Embedding(10, 3, sparse=True)
+    moved = copy.deepcopy(layer).to(there)
+    words = torch.tensor([1, 4, 4, 2])
+    layer(words).square().sum().backward()
+    moved(words.to(there)).square().sum().backward()
+    assert layer.weight.grad is not None
+    assert moved.weight.grad is not None
+    assert moved.weight.grad.is_sparse
+    assert torch.equal(moved.weight.grad.to_dense().cpu(), layer.weight.grad.to_dense())
+    assert moved.weight.grad.coalesce().indices().tolist() == [[1, 2, 4]]
+
+
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
