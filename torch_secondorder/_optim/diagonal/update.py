@@ -137,7 +137,8 @@ class StepInputs:
         # The gradient as a view, if there is one.
         self._flat = None if whole is None else _slice(whole, block)
         self.on_device = check.on_device
-        self.estimate_weight, weight = check.estimate_weight, check.weight
+        self.estimate_weight = _on(block.device, check.estimate_weight)
+        weight = _on(block.device, check.weight)
         self.estimate: Tensor | None = None
         if diagonal is not None:
             estimate = _slice(diagonal, block)
@@ -203,6 +204,11 @@ def _slice(flat: Tensor, block: Block) -> Tensor | None:
     if block.span is None or flat.dtype != block.dtype or flat.device != block.device:
         return None
     return flat[block.span]
+
+
+def _on(device: torch.device, number: Number) -> Number:
+    """A number on the device of a block: parameters may be on several."""
+    return number.to(device) if isinstance(number, Tensor) else number
 
 
 def _in_double(number: Tensor) -> Tensor:
