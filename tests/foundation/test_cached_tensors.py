@@ -40,6 +40,7 @@ def test_fake_ones_are_not_kept() -> None:
     assert ones(2) is real
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("kind", [SOAP, AdaHessian])
 def test_a_step_after_one_with_fake_tensors(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For instance after one that has shown how much memory a step takes."""
