@@ -70,6 +70,8 @@ def form(value: float, unit: str, spec: str = "") -> str:
     >>> form(5.21e-5, "s"), form(1856, "count"), form(2.6e-6, "1", ".1e"), form(0.25, "ratio")
     ('52.1 us', '1,856', '2.6e-6', '0.25')
     """
+    if value != value:
+        raise ValueError("only the range of a figure is known: ask for its :min and :max")
     if spec.startswith("inverse"):
         return form(1.0 / value, "ratio", spec.removeprefix("inverse").strip())
     if spec.startswith("time") or (not spec and unit == "s"):
@@ -83,10 +85,11 @@ def form(value: float, unit: str, spec: str = "") -> str:
 
 
 def _time(value: float, digits: int) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= scale:
-            break
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
+    unit, scale = next((pair for pair in units if value >= pair[1]), ("ns", 1e-9))
     text = f"{value / scale:#.{digits}g}"
+    if "e" in text:  # a time of more digits than are shown
+        text = f"{float(text):,.0f}"
     return f"{text.rstrip('.')} {unit}"
 
 
@@ -109,7 +112,7 @@ def label(records: list[Record], newest: str) -> str:
 
 
 def fill_row(line: str, figures: Figures) -> str:
-    """A line of a template with its figures, all of them of one version.
+    """A row or an item of a template with its figures, all of them of one version.
 
     Raises:
         KeyError: There is no such figure, or no version with all of them.
@@ -133,8 +136,9 @@ def fill_row(line: str, figures: Figures) -> str:
 
 
 def fill_template(text: str, figures: Figures) -> str:
-    """A template with its figures, line by line."""
-    return "\n".join(fill_row(line, figures) for line in text.splitlines()) + "\n"
+    """A template with its figures, row by row; indented lines belong to the line above."""
+    rows = re.split(r"\n(?!  )", text.removesuffix("\n"))
+    return "\n".join(fill_row(row, figures) for row in rows) + "\n"
 
 
 def fill(text: str, figures: Figures, tables: Path = TABLES) -> str:

@@ -42,7 +42,8 @@ _NUMBERS = {
     "bytes per second": "B/s",
 }
 #: What a run ended with, which a table of evaluations does not need.
-_DROPPED = {"gradient", "value", "is_known_minimum", "gradients, a product for two", "distance"}
+_DROPPED = {"gradient", "value", "is_known_minimum", "gradients, a product for two"}
+_DROPPED |= {"distance", "residual", "is_minimum"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Figure:
     """One number that was measured.
 
     Attributes:
-        value: The number to quote; of several samples the median.
+        value: The number to quote; of several samples the median. NaN if only the range is known.
         unit: `"s"`, `"B"`, `"B/s"`, `"count"`, `"ratio"`, `"bool"`, or `"1"` for all else.
         spread: Smallest sample, quartiles and largest sample by the names of `SPREAD`, as far as
             they are known.
@@ -78,7 +79,8 @@ class Figure:
 
     def as_dict(self) -> dict[str, Any]:
         """The line of the JSON file."""
-        line: dict[str, Any] = {"value": rounded(self.value), "unit": self.unit}
+        known = math.isfinite(self.value)
+        line: dict[str, Any] = {"value": rounded(self.value) if known else None, "unit": self.unit}
         for name in SPREAD:
             if self.spread and name in self.spread:
                 line[name] = rounded(self.spread[name])
@@ -90,7 +92,8 @@ class Figure:
     def from_dict(cls, line: Mapping[str, Any]) -> Figure:
         """Reads a line of the JSON file."""
         spread = {name: float(line[name]) for name in SPREAD if name in line}
-        return cls(line["value"], line["unit"], spread or None, line.get("rounds", 1))
+        value = math.nan if line["value"] is None else line["value"]
+        return cls(value, line["unit"], spread or None, line.get("rounds", 1))
 
 
 def rounded(value: float) -> float | int:
@@ -188,7 +191,7 @@ def _summary(path: tuple[str, ...], value: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _list(path: tuple[str, ...], value: Sequence[Any]) -> Iterator[tuple[str, Figure]]:
-    if value and all(isinstance(entry, str) for entry in value) or not value:
+    if all(isinstance(entry, str) for entry in value):
         yield _name(path), Figure(len(value), "count")
     elif all(isinstance(entry, Mapping) for entry in value):
         if any(_is_summary(entry) for entry in value):
