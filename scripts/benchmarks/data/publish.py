@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from .documents import TABLES, documents, fill, fill_template
@@ -20,7 +21,13 @@ PROFILES = "{{profiles}}"
 def read_figures(folder: Path = FIGURES) -> Figures:
     """Reads the figures of all releases; files beside the folders of versions are others' data."""
     releases = [path for path in folder.iterdir() if path.is_dir() and path.name[0].isdigit()]
-    return Figures([record for path in releases for record in Figures.read(path).records])
+    return Figures(
+        [
+            replace(record, release=path.name)
+            for path in releases
+            for record in Figures.read(path).records
+        ]
+    )
 
 
 def made(root: Path = ROOT, tables: Path = TABLES) -> Iterator[tuple[Path, str]]:
