@@ -69,7 +69,7 @@ class Part:
 ONE = ("--threads", "1")
 #: What is measured, the most telling first.
 PLAN: tuple[Part, ...] = (
-    Part("lbfgs", "problems", 300, counts=True),
+    Part("lbfgs", "problems", 300, ("--repeat", "3"), counts=True),
     Part("lbfgs", "direction", 60),
     Part("residuals", "poisson", 240, ("--seconds", "200", *ONE)),
     Part("minimize", "exact", 300, ("--repeat", "3"), counts=True),
