@@ -103,9 +103,7 @@ def _event(name: str) -> Event:
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.partition(".")[0] in _ROOTS and not module.startswith("tests.support.simu"):
-            frames.append(
-                f"{module.removeprefix('torch_secondorder.')}:{frame.f_code.co_name}"
-            )
+            frames.append(f"{module.removeprefix('torch_secondorder.')}:{frame.f_code.co_name}")
         frame = frame.f_back
     return Event(name, tuple(frames))
 
@@ -118,6 +116,10 @@ def _seen_device(tensor: Tensor) -> torch.device:
         return DEVICE
     with torch._C.DisableTorchFunction():
         return _PLACE(tensor)
+
+
+def _is_seen_on_meta(tensor: Tensor) -> bool:
+    return _seen_device(tensor).type == "meta"
 
 
 def _on_device(value: Any) -> bool:
@@ -150,8 +152,14 @@ def _replacements(generator: torch.Generator) -> Iterator[tuple[Any, str, Any]]:
     """What is put in the place of PyTorch's own."""
     yield torch.Tensor, "device", property(_seen_device)
     yield torch.Tensor, "is_cuda", property(_on_device)
-    yield torch.Tensor, "is_meta", property(lambda t: _PLACE(t).type == "meta" and not _on_device(t))
+    yield (
+        torch.Tensor,
+        "is_meta",
+        property(lambda t: _PLACE(t).type == "meta" and not _on_device(t)),
+    )
     yield torch, "Generator", _Generator
+    yield torch.backends.cudnn, "is_acceptable", lambda tensor: False
+    yield torch.autograd, "_engine_run_backward", _placing(torch.autograd._engine_run_backward)
     cuda = torch.cuda
     yield cuda, "get_rng_state", lambda device="cuda": generator.get_state()
     yield cuda, "set_rng_state", lambda state, device="cuda": generator.set_state(state)
@@ -160,8 +168,20 @@ def _replacements(generator: torch.Generator) -> Iterator[tuple[Any, str, Any]]:
     yield cuda, "memory_allocated", lambda device=None: 0
     yield cuda, "memory_reserved", lambda device=None: 0
     yield cuda, "mem_get_info", lambda device=None: (2**34, 2**34)
+    stream = types.SimpleNamespace(synchronize=lambda: None)
+    yield cuda, "current_stream", lambda device=None: stream
     properties = types.SimpleNamespace(total_memory=2**34, multi_processor_count=100)
     yield cuda, "get_device_properties", lambda device=None: properties
+
+
+def _placing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function in which tensors are placed, also where another one is being handled."""
+
+    def placing(*args: Any, **kwargs: Any) -> Any:
+        with _Placing():
+            return function(*args, **kwargs)
+
+    return placing
 
 
 def _place(value: Any) -> Any:
@@ -267,6 +287,15 @@ def _repr(tensor: Tensor, *_: Any, **__: Any) -> _Special:
     return True, f"{tensor.detach().cpu()!r} on {DEVICE}"
 
 
+def _backward(
+    tensor: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any
+) -> _Special:
+    # A mode is off while it handles a function; inside this one, others make tensors.
+    with _Placing():
+        torch.autograd.backward(tensor, gradient, *args, **kwargs)
+    return True, None
+
+
 def _cuda(tensor: Tensor, *_: Any, **__: Any) -> _Special:
     return True, tensor.to(_META)
 
@@ -285,6 +314,7 @@ _SPECIAL: dict[Any, Callable[..., _Special]] = {
     Tensor.__deepcopy__: _deepcopy,
     Tensor.data_ptr: _data_ptr,
     Tensor.cuda: _cuda,
+    Tensor.backward: _backward,
     Tensor.__repr__: _repr,
     Tensor.get_device: _get_device,
 }
@@ -403,6 +433,8 @@ class _Numbers(TorchDispatchMode):
             return value
         if value.layout is not torch.strided:
             raise NotImplementedError("sparse tensors are not simulated")
+        if value._is_zerotensor():  # without memory
+            value = torch.zeros(value.shape, dtype=value.dtype)
         twin, shape = value.untyped_storage(), (value.size(), value.stride())
         for tensor, own in among:  # an operation that hands its argument on in another shape
             if own.untyped_storage()._cdata == twin._cdata:
@@ -433,6 +465,8 @@ class _Numbers(TorchDispatchMode):
         if plan.name in _COPYING:
             return self._copy(plan, func, args, kwargs)
         if len(there) < len(given):
+            if plan.name.startswith("aten::_foreach") and len(set(map(_IS_META, args[0]))) > 1:
+                return self._by_place(func, args, kwargs)
             self._check_places(plan, func, args, kwargs)
         if there and reads(func, args, kwargs):
             self._device.reads.append(_event(plan.name))
@@ -494,6 +528,23 @@ class _Numbers(TorchDispatchMode):
         finally:
             self._generator.set_state(torch.get_rng_state())
             torch.set_rng_state(before)
+
+    def _by_place(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operation on lists whose tensors are in two places, as on a device: one by one."""
+        count, results = len(args[0]), [None] * len(args[0])
+        for there in (True, False):
+            chosen = [i for i in range(count) if _IS_META(args[0][i]) == there]
+            if not chosen:
+                continue
+            part = [
+                [a[i] for i in chosen] if isinstance(a, (list, tuple)) and len(a) == count else a
+                for a in args
+            ]
+            found = self._run(func, tuple(part), kwargs)
+            if found is not None:
+                for i, value in zip(chosen, found, strict=True):
+                    results[i] = value
+        return None if not count or results[0] is None else results
 
     def _check_places(self, plan: _Plan, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Raises where tensors of two places meet."""

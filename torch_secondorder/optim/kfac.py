@@ -305,9 +305,10 @@ class KFAC(DiagonalOptimizer):
         if not isinstance(scale, Tensor) and scale == 0:
             return
         for (block, inputs), direction in zip(pairs, directions, strict=True):
-            direction.mul_(narrowed(scale, direction))
-            if isinstance(scale, Tensor):  # zero times infinity
-                direction = torch.where(scale > 0, direction, 0.0)
+            factor = narrowed(scale, direction)
+            direction.mul_(factor)
+            if isinstance(factor, Tensor):  # zero times infinity
+                direction = torch.where(factor > 0, direction, 0.0)
             self._move(block, inputs, direction)
 
     def _update(self, block: Block, inputs: StepInputs) -> None:
