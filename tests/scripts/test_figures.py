@@ -372,6 +372,7 @@ def test_a_plot_ends_at_its_right_edge(data: Any) -> None:
 
 def plan(data: Any, monkeypatch: pytest.MonkeyPatch, script: Path) -> list[Any]:
     """Parts of a script that stands in for bench.py."""
+    script.parent.mkdir()
     script.write_text(
         "import json, sys, time\n"
         "name = sys.argv[1]\n"
@@ -383,16 +384,37 @@ def plan(data: Any, monkeypatch: pytest.MonkeyPatch, script: Path) -> list[Any]:
         "sys.exit(name == 'bad')\n",
         encoding="utf-8",
     )
-    monkeypatch.setattr(data.release, "SCRIPT", script)
+    monkeypatch.setattr(data.release, "ROOT", script.parents[1])
     monkeypatch.setattr(data.release, "GRACE", 0.5)
     Part = data.release.Part
     return [Part("good", "part", 60, counts=True), Part("slow", None, 0.7), Part("bad", None, 60)]
 
 
+def test_a_part_may_be_an_example(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "examples" / "fit.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import json, sys\n"
+        "assert sys.argv[1:3] == ['--seconds', '1'] and '--out' in sys.argv\n"
+        "results = {'examples.fit.SOAP (ours)': {'error': 0.5}}\nfile = sys.argv[sys.argv.index('--json') + 1]\n"
+        "open(file, 'w').write(json.dumps({'results': results}))\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(data.release, "ROOT", tmp_path)
+    part = data.release.example("fit", 60, "--seconds", "1")
+    assert data.release.release(tmp_path / "r", 1, plan=[part]) == {"fit": 0}
+    found = data.figures.Record.read(tmp_path / "r" / "fit.json")
+    assert found.command == "python examples/fit.py --seconds 1"
+    assert found.figures["examples.fit.SOAP_ours.error"].value == 0.5
+    assert found.environment["torch"]
+
+
 def test_a_release_goes_on_where_it_ended(
     data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts, folder = plan(data, monkeypatch, tmp_path / "script.py"), tmp_path / "0.2.0"
+    parts, folder = plan(data, monkeypatch, tmp_path / "scripts" / "bench.py"), tmp_path / "0.2.0"
 
     def release(**options: Any) -> dict[str, int | str]:
         made: dict[str, int | str] = data.release.release(folder, plan=parts, **options)
@@ -422,6 +444,9 @@ def test_a_release_goes_on_where_it_ended(
 def test_every_part_of_the_plan_exists(data: Any) -> None:
     registry = importlib.import_module("benchmarks").COMMANDS
     for part in data.release.PLAN:
+        if part.script.startswith("examples/"):
+            assert (ROOT / part.script).exists()
+            continue
         if part.name == "iteration_costs" and part.name not in registry:
             continue
         command = registry[part.name]

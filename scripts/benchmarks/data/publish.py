@@ -58,8 +58,9 @@ def benchmarks_page(template: Path, figures: Figures) -> str:
     before, _, after = template.read_text(encoding="utf-8").partition(PROFILES)
     profiles = sections(figures, figures.records[0].version)
     text = fill_template(before, figures) + profiles + "\n" + fill_template(after, figures)
-    head = "<!-- Written by `python scripts/bench.py tables`; change the template instead. -->\n\n"
-    return head + text
+    title, _, rest = text.partition("\n")
+    note = "<!-- Written by `python scripts/bench.py tables`; change the template instead. -->"
+    return f"{title}\n\n{note}\n{rest}"
 
 
 def publish(check: bool = False, root: Path = ROOT, tables: Path = TABLES) -> list[Path]:
