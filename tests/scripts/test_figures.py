@@ -398,7 +398,8 @@ def test_a_part_may_be_an_example(
     script.write_text(
         "import json, sys\n"
         "assert sys.argv[1:3] == ['--seconds', '1'] and '--out' in sys.argv\n"
-        "results = {'examples.fit.SOAP (ours)': {'error': 0.5}}\nfile = sys.argv[sys.argv.index('--json') + 1]\n"
+        "results = {'examples.fit.SOAP (ours)': {'error': 0.5}}\n"
+        "file = sys.argv[sys.argv.index('--json') + 1]\n"
         "open(file, 'w').write(json.dumps({'results': results}))\n",
         encoding="utf-8",
     )
