@@ -57,7 +57,7 @@ def benchmarks_page(template: Path, figures: Figures) -> str:
     """The page of benchmarks."""
     before, _, after = template.read_text(encoding="utf-8").partition(PROFILES)
     profiles = sections(figures, figures.records[0].version)
-    text = fill_template(before, figures) + profiles + "\n" + fill_template(after, figures)
+    text = fill_template(before, figures) + profiles + fill_template(after, figures)
     title, _, rest = text.partition("\n")
     note = "<!-- Written by `python scripts/bench.py tables`; change the template instead. -->"
     return f"{title}\n\n{note}\n{rest}"

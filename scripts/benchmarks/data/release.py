@@ -173,7 +173,7 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def to_record(document: Path, part: Part, note: str, counts: bool) -> Record:
-    """What bench.py has written, as it is kept."""
+    """The results of a run in the form in which they are kept."""
     found = json.loads(document.read_text(encoding="utf-8"))
     described = found.get("environment") or describe(torch.device("cpu"))
     environment = {key: value for key, value in described.items() if value is not None}
