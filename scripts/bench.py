@@ -1,5 +1,8 @@
 """Compares this library with its peers: `python scripts/bench.py SUBCOMMAND [--json FILE]`.
 
+Three more sub-commands work with results: `release` measures all that a release publishes,
+`compare OLD NEW` says what changed, `tables` writes figures into README.md and docs/.
+
 Candidates take turns in one process, see scripts/benchmarks/harness.py. Do not trust times from a
 machine that does other work at the same time; ratios are a bit more reliable.
 """
@@ -23,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(ROOT))  # the checkout may not be installed
 
 from benchmarks import COMMANDS, Options  # noqa: E402
+from benchmarks.data.commands import WORK  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 
 
@@ -46,6 +50,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         sub = commands.add_parser(entry.name, help=entry.help, parents=[common])
         if entry.parts:
             sub.add_argument("--part", choices=entry.parts, help="only this part (default: all)")
+    for name, work in WORK.items():
+        work.add_arguments(commands.add_parser(name, help=work.help))
     commands.add_parser("all", help="every sub-command, into one JSON file", parents=[common])
     return parser.parse_args(arguments)
 
@@ -53,6 +59,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the sub-commands of the command line."""
     given = parse(arguments)
+    if given.command in WORK:
+        return WORK[given.command].run(given)
     if given.device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda, but torch sees no CUDA device", file=sys.stderr)
         return 1

@@ -108,7 +108,12 @@ def run(options: Options, report: Report) -> None:
                 f"{steps:.0f} (lr {rate:g})" if steps < limit else "-" for steps, _, rate in best
             ]
             table.add(contender, *cells, *(seconds(time) for _, time, _ in best))
-            report.record(f"diagonal.scaling.{name}.{contender}", best)
+            reached = {
+                f"to {target:g}": {"steps": steps, "seconds": time, "rate": rate}
+                for target, (steps, time, rate) in zip(TARGETS, best, strict=True)
+                if steps < limit
+            }
+            report.record(f"diagonal.scaling.{name}.{contender}", reached)
         report.show(table)
 
 

@@ -72,7 +72,11 @@ def peer_stepping(case: Case, make: Callable[..., Any]) -> Callable[[], None]:
 
 def candidates(case: Case) -> Calls:
     """All installed optimizers."""
-    adam = partial(torch.optim.Adam, foreach=True)
+    # The fastest of torch's: one kernel on a GPU.
+    fused = case.params[0].is_cuda
+    adam = (
+        partial(torch.optim.Adam, fused=True) if fused else partial(torch.optim.Adam, foreach=True)
+    )
     calls: Calls = {"bare": bare(case), "Adam": stepping(case, adam)}
     for name, module, kind in (
         ("pytorch_optimizer", "pytorch_optimizer", "AdaHessian"),
@@ -123,6 +127,10 @@ def run(options: Options, report: Report) -> None:
             seconds(adam),
             *(cell for value in row for cell in (seconds(value), f"{value / adam:.2f}")),
         )
-        report.record(f"diagonal.steps.{case.name}", {n: t.as_dict() for n, t in timings.items()})
+        recorded: dict[str, Any] = {n: t.as_dict() for n, t in timings.items()}
+        over = {f"AdaHessian / {base}": float(value) for base, value in ratios.items()}
+        over |= {f"{n} / Adam": value / adam for n, value in per_step.items() if "/" in n}
+        extra = {"time per step": per_step, "ratios": over}
+        report.record(f"diagonal.steps.{case.name}", {**recorded, **extra})
     report.show(table)
     report.show(seldom)

@@ -46,11 +46,22 @@ class Timing:
         """The slowest sample."""
         return max(self.samples)
 
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The lower and the upper quartile of the samples."""
+        if len(self.samples) < 2:
+            return self.median, self.median
+        lower, _, upper = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return lower, upper
+
     def as_dict(self) -> dict[str, float | int]:
         """The summary that goes into the JSON file."""
+        lower, upper = self.quartiles
         return {
             "median": self.median,
             "min": self.minimum,
+            "lower": lower,
+            "upper": upper,
             "max": self.maximum,
             "rounds": len(self.samples),
         }

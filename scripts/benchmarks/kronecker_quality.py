@@ -50,7 +50,8 @@ def run(options: Options, report: Report) -> None:
         scale = OTHER_RATES.get(name)
         label = name if scale is None else f"{name}, rates x {scale:g}"
         table.add(label, *(cell(x) for x in losses), cell(min(losses)), seconds(cost))
-        report.record(f"kronecker.quality.{name}", {"losses": losses, "rates": list(rates)})
+        by_rate = {f"{rate:g}": loss for rate, loss in zip(rates, losses, strict=True)}
+        report.record(f"kronecker.quality.{name}", {"losses": by_rate, "best": min(losses)})
     report.show(table)
 
 

@@ -141,6 +141,8 @@ def _show_summary(results: Results, names: list[str], report: Report) -> None:
         say(f"; over {STRICT} evaluations: {', '.join(slow) or 'none'}")
     report.record("lbfgs.problems.ratios", {"base": base, "over": summary})
     report.record("lbfgs.problems.failures", failures)
+    solved = {name: len(results) - len(found["unsolved"]) for name, found in failures.items()}
+    report.record("lbfgs.problems.solved", solved | {"problems": len(results)})
 
 
 def run(options: Options, report: Report) -> None:

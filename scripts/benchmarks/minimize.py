@@ -16,6 +16,7 @@ from .harness import Timing, alternate, geometric_mean, load_peer, progress, say
 from .lbfgs_problems import load_problems
 from .registry import Options, command
 from .report import Report, Table, number, seconds
+from .solvers import with_closure
 
 if TYPE_CHECKING:
     from tests.support.problems import Problem
@@ -165,12 +166,22 @@ def with_optimistix(
     return torch.from_numpy(numpy.array(result.value)).to(start)
 
 
+def with_torch(function: Function, start: Tensor) -> Tensor:
+    """Runs torch's L-BFGS with its line search, in one step."""
+    made = with_closure(
+        torch.optim.LBFGS, function, start, TOLERANCE, BUDGET, line_search_fn="strong_wolfe"
+    )
+    return made.point
+
+
 def solvers(jac: str | None) -> dict[str, Solver]:
     """All installed solvers that can work with such gradients."""
     from torch_secondorder.minimization._methods import METHODS
 
     names = [name for name in OURS if name in METHODS and (jac is None or name not in TWICE)]
     table: dict[str, Solver] = {name: partial(ours, name, jac) for name in names}
+    if jac is None:
+        table["torch.optim.LBFGS"] = with_torch
     optimize = load_peer("scipy.optimize", "scipy")
     if optimize is not None:
         for name in SCIPY if jac is None else SCIPY[:3]:
@@ -240,7 +251,7 @@ def _compare(options: Options, report: Report, jac: str | None) -> None:
         cells = [str(r.evaluations) + ("" if r.solved else " FAILS") for r in rows.values()]
         shown.add(name, *cells)
     report.show(shown)
-    _summarize(results, list(table), title, report)
+    _summarize(results, list(table), title, f"minimize.{jac or 'exact'}", report)
     report.record(
         f"minimize.{jac or 'exact'}",
         {p: {name: asdict(row) for name, row in rows.items()} for p, rows in results.items()},
@@ -252,7 +263,7 @@ def _median(timing: Timing | None) -> float | None:
 
 
 def _summarize(
-    results: dict[str, dict[str, Row]], names: list[str], title: str, report: Report
+    results: dict[str, dict[str, Row]], names: list[str], title: str, key: str, report: Report
 ) -> None:
     base = BASE if BASE in names else names[0]
     table = Table(
@@ -268,6 +279,8 @@ def _summarize(
         total = sum(rows[name].time or 0.0 for rows in results.values())
         cells = (f"{count} of {len(results)}", number(evaluations), number(times), seconds(total))
         table.add(name, *cells)
+        made = {"solved": count, "evaluations": evaluations, "time": times, "time in all": total}
+        report.record(f"{key}.ratios.{name}", made)
     report.show(table)
 
 

@@ -336,7 +336,8 @@ def _compare(
     for name, run in progress(options.chosen(runs).items(), pinn.title):
         samples = run(marks)
         shown.add(name, *(f"{number(s.loss, 2)}  {number(s.error, 2)}" for s in samples))
-        report.record(f"{key}.{name}", [vars(s) for s in samples])
+        by_mark = {str(mark): vars(s) for mark, s in zip(marks, samples, strict=False)}
+        report.record(f"{key}.{name}", by_mark)
     report.show(shown)
 
 

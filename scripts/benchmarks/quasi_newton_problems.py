@@ -185,7 +185,8 @@ def _summarize(results: Mapping[str, Mapping[str, Row]], names: list[str], repor
         means[name] = geometric_mean(both)
         solved = sum(a.solved for a, _ in pairs)
         shown.add(name, f"{solved} of {len(pairs)}", number(means[name]))
-        report.record(f"quasi_newton.problems.{name}", {"solved": solved, "ratio": means[name]})
+        found = {"solved": solved, "ratio": means[name]}
+        report.record(f"quasi_newton.problems.ratios.{name}", found)
     report.show(shown)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+import torch_secondorder
+
 from .harness import say
 
 _PEERS = (
@@ -118,12 +120,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     is_cuda = device.type == "cuda"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": torch_secondorder.__version__,
         "commit": _commit(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if is_cuda else None,
         "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "processor": _processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # Close to zero on a machine that is suitable for measurements.
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

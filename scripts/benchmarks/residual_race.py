@@ -109,7 +109,10 @@ def _compare(
         shown.add(name, *map(str, rows.values()))
     report.show(shown)
     _summarize(results, list(table), title, key, report)
-    recorded = {p: {n: asdict(row) for n, row in rows.items()} for p, rows in results.items()}
+    recorded = {
+        p: {n: {**asdict(row), "solved": row.solved} for n, row in rows.items()}
+        for p, rows in results.items()
+    }
     report.record(key, recorded)
 
 
@@ -139,7 +142,8 @@ def _summarize(
         fewer = sum(a.digits < min(b.digits, 10.0) - 0.5 for a, b in pairs)
         cells = [number(value) for value in means.values()]
         table.add(name, f"{solved} of {len(pairs)}", *cells, fewer)
-        report.record(f"{key}.{name}", {"solved": solved, "fewer digits": fewer, **means})
+        counts = {"solved": solved, "fewer digits": fewer, "problems": len(pairs)}
+        report.record(f"{key}.ratios.{name}", {**counts, **means})
     report.show(table)
 
 

@@ -279,6 +279,11 @@ def run_pinn(options: Options, report: Report) -> None:
                 say(f"{name}: {type(error).__name__}: {error!s:.80}")
         times = [number(course.reached(target)) for target in TARGETS]
         shown.add(name, course.evaluations, course.jacobians or "-", number(course.best), *times)
-        entry = {"evaluations": course.evaluations, "jacobians": course.jacobians}
+        entry: dict[str, Any] = {
+            "evaluations": course.evaluations,
+            "jacobians": course.jacobians,
+            "error": course.best,
+            "seconds": {f"to {target:g}": course.reached(target) for target in TARGETS},
+        }
         report.record(f"residuals.pinn.{name}", {**entry, "history": course.history})
     report.show(shown)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import io
+import json
 import re
 import warnings
 from collections import defaultdict
@@ -23,11 +26,22 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-# The pages whose code runs from top to bottom; what it prints is on the page.
+# The pages whose code runs from top to bottom; what it prints is on the page. The tests of
+# optimizers of one's own run that of the last page.
 RUNNABLE = [
-    *("constraints.md", "networks.md"),
-    *("mathematics/constraints.md", "mathematics/kronecker.md"),
+    page
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+    if "```python\n" in path.read_text(encoding="utf-8")
+    and (page := path.relative_to(ROOT / "docs").as_posix()) != "adding_an_optimizer.md"
 ]
+# What a page may import besides torch and the package.
+OPTIONAL = ("accelerate", "lightning", "matplotlib", "numpy", "scipy", "sklearn", "transformers")
+# What Lightning warns of on import, and with a loader that reads from memory.
+NOISE = (
+    "isinstance\\(treespec, LeafSpec\\)",
+    "does not have many workers",
+    "`tensorboardX` has been",
+)
 # The places that a path in a document may be relative to.
 BASES = (ROOT, PACKAGE)
 
@@ -197,19 +211,41 @@ def test_broken_links_and_names_are_found(tmp_path: Path) -> None:
         resolve("torch_secondorder.optim.lbfgs.Gone")
 
 
-def test_code_of_the_readme_runs() -> None:
-    blocks = _BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    code = [text for language, text in blocks if language == "python"]
-    assert len(code) > 5
-    if any("lightning" in text for text in code):
-        pytest.importorskip("lightning")
+def test_readme_has_at_most_120_lines_and_its_code_runs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    blocks = _BLOCK.findall(text)
+    # The swap is three lines of a diff, and the lines that it adds are in the program below it.
+    (diff,) = [code for language, code in blocks if language == "diff"]
+    (program,) = [code for language, code in blocks if language == "python"]
+    assert [line[0] for line in diff.splitlines()] == ["+", "-", "+"]
+    assert all(line[1:] in program.splitlines() for line in diff.splitlines() if line[0] == "+")
     names: dict[str, Any] = {"__name__": "readme"}
-    for text in code:  # one after the other, as they are read
-        exec(compile(text, "README.md", "exec"), names)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(program, "README.md", "exec"), names)
+    assert float(printed.getvalue().split(",")[0]) < 1e-3
 
 
-def test_report_in_the_readme_has_the_fields_of_today() -> None:
-    blocks = _BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_picture_of_the_readme_is_drawn_from_its_data() -> None:
+    path = ROOT / "scripts" / "draw_readme.py"
+    script: dict[str, Any] = {"__name__": "draw_readme", "__file__": str(path)}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), script)
+    data = json.loads(script["DATA"].read_text(encoding="utf-8"))
+    assert script["draw"](data) == script["PICTURE"].read_text(encoding="utf-8")
+    assert script["PICTURE"].stat().st_size < 80_000
+    assert str(script["PICTURE"].relative_to(ROOT)) in (ROOT / "README.md").read_text("utf-8")
+    settings = script["settings"]()
+    assert list(data["results"]) == list(settings)
+    for name, result in data["results"].items():
+        # As many settings for each, those that the script has, and the best of them is drawn.
+        assert list(result["last_loss"]) == list(settings[name])
+        assert len(settings[name]) == len(settings["Adam"])
+        assert result["setting"] == min(result["last_loss"], key=result["last_loss"].get)
+
+
+def test_report_in_getting_started_has_the_fields_of_today() -> None:
+    blocks = _BLOCK.findall((ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8"))
     (shown,) = [text for language, text in blocks if language == "text" and "LBFGSInfo" in text]
     names = [line.split()[0] for line in shown.partition("LBFGSInfo\n")[2].splitlines()]
     fields = list(LBFGSInfo.__dataclass_fields__)
@@ -218,14 +254,27 @@ def test_report_in_the_readme_has_the_fields_of_today() -> None:
     assert names == [name for name in fields if name not in hidden]
 
 
-@pytest.mark.parametrize("page", RUNNABLE)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page == "trainers.md" else [])
+        for page in RUNNABLE
+    ],
+)
 def test_code_of_a_page_runs_and_prints_what_is_shown(page: str) -> None:
-    default = torch.get_default_dtype()
+    path, default = ROOT / "docs" / page, torch.get_default_dtype()
+    text = path.read_text(encoding="utf-8")
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    for package in OPTIONAL:
+        if re.search(rf"^(from|import) {package}\b", text, re.MULTILINE):
+            pytest.importorskip(package)
     try:
-        printed = run_page(ROOT / "docs" / page)
+        printed = run_page(path)
     finally:
         torch.set_default_dtype(default)
-    assert len(printed) > 5
+    # Each shows something, but for the page of settings to start from.
+    assert len(printed) > 2 or page == "choosing.md"
     for each in printed:
         assert each.found == each.shown, f"line {each.line} of docs/{page}"
 

@@ -50,10 +50,12 @@ def run_page(path: Path, names: dict[str, Any] | None = None) -> list[Printed]:
 
     Args:
         path: The page.
-        names: The namespace, filled in place.
+        names: The namespace, filled in place; by default that of a new module.
     """
     text = path.read_text(encoding="utf-8")
-    names = {} if names is None else names
+    if names is None:  # a module, which torch.compile finds again by its name
+        module = sys.modules[f"page_{path.stem}"] = ModuleType(f"page_{path.stem}")
+        names = vars(module)
     names.setdefault("__name__", path.stem)
     printed: list[Printed] = []
     rest = ""

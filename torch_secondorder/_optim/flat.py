@@ -74,6 +74,7 @@ class Point(NamedTuple):
         length: The Euclidean norm of the gradient, for optimizers that need it.
         ambient: That of a trial on a manifold, where `grad` is by the step: the gradient by the
             parameters.
+        size: The Euclidean norm of the parameters, at the start of a step; None elsewhere.
     """
 
     loss: float
@@ -82,6 +83,7 @@ class Point(NamedTuple):
     evaluation: Evaluation | None = None
     length: float = 0.0
     ambient: Tensor | None = None
+    size: float | None = None
 
 
 class Descent:
@@ -131,8 +133,11 @@ class Descent:
         self.search_status: SearchStatus | None = None
         self.nonfinite_trials = 0
         self.feasible = True
+        size = point.size
+        if size is None:
+            (size,) = self.space.to_host(norms=(torch.linalg.vector_norm(objective.position),))
         #: The Euclidean norm of the parameters at the start.
-        (self.size,) = self.space.to_host(norms=(torch.linalg.vector_norm(objective.position),))
+        self.size = size
         # The larger of the relative changes of loss and parameters in the last iteration.
         self._change = inf
         self._stalled = 0  # iterations since the lowest loss or gradient
@@ -322,18 +327,17 @@ class Line:
         return candidate
 
 
-def projected_point(objective: Objective, evaluation: Evaluation) -> Point:
-    """The point where an objective with bounds stands, with one synchronization.
-
-    Args:
-        objective: The objective.
-        evaluation: Its evaluation there.
-    """
-    assert objective.box is not None
-    grad = evaluation.grad
-    projected = objective.box.projected(objective.position, grad)
-    grad_norm, loss = objective.vector.space.to_host(largest=(projected,), whole=(evaluation.loss,))
-    return Point(loss, grad_norm, grad)
+def starting_point(objective: Objective, evaluation: Evaluation) -> Point:
+    """The point where a step begins, with one synchronization."""
+    measured = grad = evaluation.grad
+    if objective.box is not None:
+        measured = objective.box.projected(objective.position, grad)
+    grad_norm, size, loss = objective.vector.space.to_host(
+        largest=(measured,),
+        norms=(torch.linalg.vector_norm(objective.position),),
+        whole=(evaluation.loss,),
+    )
+    return Point(loss, grad_norm, grad, size=size)
 
 
 def _products_of_difference(a: Tensor, b: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -441,11 +445,7 @@ class FlatOptimizer(SecondOrderOptimizer):
     def _evaluate(self, objective: Objective) -> tuple[Evaluation, Point]:
         """Evaluates the objective at the start of a step, with one synchronization."""
         evaluation = objective.evaluate()
-        grad = evaluation.grad
-        if objective.box is not None:
-            return evaluation, projected_point(objective, evaluation)
-        grad_norm, loss = objective.vector.space.to_host(largest=(grad,), whole=(evaluation.loss,))
-        return evaluation, Point(loss, grad_norm, grad)
+        return evaluation, starting_point(objective, evaluation)
 
     def _begin(self, descent: Descent) -> None:
         """Prepares the first iteration of a step."""

@@ -42,13 +42,12 @@ def point_of(evaluation: Evaluation, objective: Objective) -> Point:
     """
     grad, space = evaluation.grad, objective.vector.space
     measured = grad if objective.box is None else objective.box.projected(objective.position, grad)
-    grad_norm, length, loss = space.to_host(
-        largest=(measured,),
-        norms=(torch.linalg.vector_norm(measured),),
-        whole=(evaluation.loss,),
+    norms = torch.linalg.vector_norm(measured), torch.linalg.vector_norm(objective.position)
+    grad_norm, length, size, loss = space.to_host(
+        largest=(measured,), norms=norms, whole=(evaluation.loss,)
     )
     length = space.true_norm(measured, grad_norm, length)
-    return Point(loss, grad_norm, grad, evaluation, length)
+    return Point(loss, grad_norm, grad, evaluation, length, size=size)
 
 
 @dataclass(slots=True)

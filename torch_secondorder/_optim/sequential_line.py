@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_secondorder._objective.base import Objective
 from torch_secondorder._optim.flat import Candidate, Descent, Line, Point
 from torch_secondorder._optim.sequential_merit import Merit
+from torch_secondorder._params.space import to_cpu
 from torch_secondorder.constraints._program import Program
 from torch_secondorder.globalization import Trial
 
@@ -183,13 +184,3 @@ class ConstrainedLine(Line):
         program.multipliers = merit.multipliers + t * merit.change
         program.penalties = merit.penalties
         self._owner.arrived()
-
-
-def to_cpu(*tensors: Tensor) -> list[Tensor]:
-    """Tensors as float64 on the CPU, with one wait."""
-    if tensors[0].is_cpu:
-        return [tensor.double() for tensor in tensors]
-    dtype = torch.float64 if tensors[0].device.type != "mps" else torch.float32
-    whole = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors]).cpu().double()
-    parts = whole.split([tensor.numel() for tensor in tensors])
-    return [part.reshape(like.shape) for part, like in zip(parts, tensors, strict=True)]

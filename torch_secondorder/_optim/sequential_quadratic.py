@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_secondorder._objective.base import Evaluation, Objective
 from torch_secondorder._optim.bounded_line import first_length
 from torch_secondorder._optim.flat import Descent, Point
-from torch_secondorder._optim.sequential_line import ConstrainedLine, Linearization, Step, to_cpu
+from torch_secondorder._optim.sequential_line import ConstrainedLine, Linearization, Step
 from torch_secondorder._optim.sequential_merit import Merit
 from torch_secondorder._optim.sequential_restoration import (
     Restoration,
@@ -29,6 +29,7 @@ from torch_secondorder._optim.sequential_restoration import (
     slope_of_violation,
     unmet_values,
 )
+from torch_secondorder._params.space import to_cpu
 from torch_secondorder.constraints._lagrangian import violations
 from torch_secondorder.constraints._program import Program
 from torch_secondorder.curvature import LinearOperator

@@ -18,8 +18,8 @@ from torch_secondorder._optim.sequential_line import (
     COARSE,
     ConstrainedLine,
     Linearization,
-    to_cpu,
 )
+from torch_secondorder._params.space import to_cpu
 from torch_secondorder.constraints._lagrangian import violations
 from torch_secondorder.constraints._program import Program
 

@@ -287,3 +287,13 @@ def max_norm(v: Tensor) -> Tensor:
 def to_host(*scalars: Tensor) -> list[float]:
     """0-dim tensors as Python numbers, with one synchronization for all of them."""
     return WHOLE.to_host(whole=scalars)
+
+
+def to_cpu(*tensors: Tensor) -> list[Tensor]:
+    """Tensors as float64 on the CPU, with one synchronization for all of them."""
+    if tensors[0].is_cpu:
+        return [tensor.double() for tensor in tensors]
+    dtype = torch.float64 if tensors[0].device.type != "mps" else torch.float32
+    whole = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors]).cpu().double()
+    parts = whole.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(like.shape) for part, like in zip(parts, tensors, strict=True)]

@@ -103,12 +103,12 @@ class ResidualBlock:
         """`Q u`: the cotangents whose pullback is `J'u`.
 
         Args:
-            u: Shape `(..., samples, channels)`.
+            u: Shape `(..., samples, channels)`, on any device.
 
         Returns:
             A tensor `(..., *shape)` for each of `outputs`, in their dtypes.
         """
-        parts = self.root.spread(u)
+        parts = self.root.spread(u.to(self.values.device))
         return tuple(part.to(dtype) for part, dtype in zip(parts, self.dtypes, strict=True))
 
     def collect(self, tangents: Tensors) -> Tensor:

@@ -235,7 +235,7 @@ class InverseBFGS(LinearOperator):
         p1 = torch.mv(views.of_inverse, torch.mul(diagonal, p2).sub_(of_scaled))
         if mixed:
             p1 = p1.to(work)
-        return torch.addmv(scaled, views.of_steps, p1, beta=sign, alpha=sign)
+        return scaled.addmv_(views.of_steps, p1, beta=sign, alpha=sign)
 
     def _enter(self, of_y: Tensor, buffers: _Buffers, views: _Views) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_choice, check_integer
-from torch_secondorder._params.space import WHOLE, Space
+from torch_secondorder._params.space import WHOLE, Space, to_cpu
 from torch_secondorder.curvature.base import LinearOperator
 from torch_secondorder.curvature.inverse_bfgs import products
 from torch_secondorder.curvature.inverse_broyden import BroydenUpdate, update_parameters
@@ -159,7 +159,7 @@ class ReducedBroyden(LinearOperator):
         basis = self._basis[: self.rank]
         of_v = self.space.total(torch.mv(basis, v))
         outside = torch.addmv(v, basis.t(), of_v, alpha=-1)
-        inside = self._on_device(self._matrix @ _on_host(of_v))
+        inside = self._on_device(self._matrix @ to_cpu(of_v)[0])
         return torch.addmv(outside, basis.t(), inside, beta=self.scale)
 
     def direction(self, grad: Tensor) -> Tensor:
@@ -241,10 +241,10 @@ class ReducedBroyden(LinearOperator):
         # Wide, for squares out of the dtype's range.
         wide = torch.stack((rest, v, *others)).to(self._wide)
         gram = torch.mm(wide, wide.t())
-        numbers = torch.cat((again.to(self._wide), gram.flatten()))
-        again_there, gram = _on_host(self.space.total(numbers)).split((k, gram.numel()))
+        numbers = self.space.total(torch.cat((again.to(self._wide), gram.flatten())))
+        coordinates, numbers = to_cpu(of_all, numbers)
+        again_there, gram = numbers.split((k, gram.numel()))
         gram = gram.view(2 + len(others), -1)
-        coordinates = _on_host(of_all)
         coordinates[0] += again_there
         square, *squares = gram.diagonal().tolist()
         left = square - float(again_there @ again_there)
@@ -396,7 +396,3 @@ class _Located(NamedTuple):
 def _lengthened(coordinates: Tensor, rank: int) -> Tensor:
     """Coordinates with zeros for the vectors that the basis has got since."""
     return torch.nn.functional.pad(coordinates, (0, rank - len(coordinates)))
-
-
-def _on_host(small: Tensor) -> Tensor:
-    return small.to("cpu").to(torch.float64)

@@ -5,6 +5,7 @@ from torch_secondorder._optim.info import StepInfo, StepStatus
 from torch_secondorder.optim.adahessian import AdaHessian, AdaHessianInfo
 from torch_secondorder.optim.adasecant import AdaSecant, AdaSecantInfo, SecantName
 from torch_secondorder.optim.bfgs import BFGS, BFGSInfo
+from torch_secondorder.optim.captured_step import CapturedStep
 from torch_secondorder.optim.constrained import Constrained, ConstrainedInfo
 from torch_secondorder.optim.contractive import Contractive, ContractiveInfo
 from torch_secondorder.optim.kfac import KFAC, KFACInfo
@@ -40,6 +41,7 @@ __all__ = [
     "AdaSecant",
     "AdaSecantInfo",
     "BFGSInfo",
+    "CapturedStep",
     "Constrained",
     "ConstrainedInfo",
     "Contractive",

@@ -156,6 +156,7 @@ class KFAC(DiagonalOptimizer):
     _divisors: dict[int, tuple[float, Tensor]]
     _found: tuple[Sequence[LayerFactors], Number]
     _unclipped: Tensor | None
+    _set_by_steps = ("_unclipped",)
 
     def __init__(
         self,
@@ -243,6 +244,12 @@ class KFAC(DiagonalOptimizer):
     def _uses_graphs(self) -> bool:
         return False
 
+    def _has_decisions(self, step: int, group: dict[str, Any]) -> bool:
+        return self.curvature_due  # layers may come and go, and bases are made on the host
+
+    def _prepare_capture(self) -> None:
+        self._divisors = {}  # an estimate makes new ones: the graph has to compute its own
+
     def _watch(self, params: Sequence[Tensor]) -> DiagonalWatch:
         watch = super()._watch(params)
         assert isinstance(watch, KroneckerWatch)
@@ -298,9 +305,10 @@ class KFAC(DiagonalOptimizer):
         if not isinstance(scale, Tensor) and scale == 0:
             return
         for (block, inputs), direction in zip(pairs, directions, strict=True):
-            direction.mul_(narrowed(scale, direction))
-            if isinstance(scale, Tensor):  # zero times infinity
-                direction = torch.where(scale > 0, direction, 0.0)
+            factor = narrowed(scale, direction)
+            direction.mul_(factor)
+            if isinstance(factor, Tensor):  # zero times infinity
+                direction = torch.where(factor > 0, direction, 0.0)
             self._move(block, inputs, direction)
 
     def _update(self, block: Block, inputs: StepInputs) -> None:

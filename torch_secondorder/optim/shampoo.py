@@ -173,6 +173,9 @@ class Shampoo(DiagonalOptimizer):
                 f"such as 1/4, got {exponent}: use root_method='eigh'"
             )
 
+    def _has_decisions(self, step: int, group: dict[str, Any]) -> bool:
+        return _is_due(step, int(group["update_period"]))
+
     def _update(self, block: Block, inputs: StepInputs) -> None:
         group = block.group
         if group["weight_decay"]:

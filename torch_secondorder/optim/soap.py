@@ -165,6 +165,10 @@ class SOAP(DiagonalOptimizer):
         check_number("eps", group["eps"], above=0.0)
         check_blocks(group)
 
+    def _has_decisions(self, step: int, group: dict[str, Any]) -> bool:
+        period = int(group["update_period"])
+        return step <= min(period, _GATHERING) or step % period == 0
+
     def _update(self, block: Block, inputs: StepInputs) -> None:
         group, stacks, step = block.group, block.stacks, inputs.host_step
         period = int(group["update_period"])

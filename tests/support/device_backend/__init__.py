@@ -5,7 +5,8 @@ autocast, `torch.testdevice` and `torch.accelerator`. As on a GPU, its tensors d
 of the host, its random numbers come from generators of its own, and backward passes run on another
 thread. Every operator runs its CPU kernel, so results equal those on the CPU bit for bit.
 
-The extension is one C++ file, compiled once per version of torch into PyTorch's cache of extensions.
+The extension is one C++ file, compiled once for a version of torch into PyTorch's cache of
+extensions.
 """
 
 from __future__ import annotations

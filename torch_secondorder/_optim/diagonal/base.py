@@ -46,7 +46,7 @@ from torch_secondorder._optim.diagonal.fsdp import (
 )
 from torch_secondorder._optim.diagonal.observation import Observation
 from torch_secondorder._optim.diagonal.owners import Owners, check_not_whole, make_state, owners_of
-from torch_secondorder._optim.diagonal.report import DiagonalInfo, gathered_numbers, report_of
+from torch_secondorder._optim.diagonal.report import DiagonalInfo, Made, gathered_numbers, report_of
 from torch_secondorder._optim.diagonal.schedule import (
     EstimateSchedule,
     GeneratorBefore,
@@ -155,6 +155,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
     _stepping = False
     _checked: list[object] | None = None  # the hyperparameters that were checked last
     _owners: Owners | None = None  # of sharded parameters that steps need whole
+    _made: Made | None = None  # by the last step
+    _set_by_steps: tuple[str, ...] = ()  # attributes, for the report
     #: Whether updates divide work over the ranks of DistributedDataParallel, see `_ranks`.
     _divides = False
     _notice: ModuleNotice | None = None
@@ -359,11 +361,8 @@ class DiagonalOptimizer(SecondOrderOptimizer):
         """
         name, scaling, observation = type(self).__name__, Scaling(self), self._observation
         self._forget_observation()
-        due, too_early, unscaling = (
-            self._schedule.is_due(params, self.param_groups[0]),
-            False,
-            scaling.inverse,
-        )
+        due = self._schedule.is_due(params, self.param_groups[0])
+        too_early, unscaling = False, scaling.inverse
         if observation is not None and observation.has_seen(params):
             gradients = present_gradients(name, params, None, scaling)
             observation.check(name, scaling)
@@ -462,17 +461,25 @@ class DiagonalOptimizer(SecondOrderOptimizer):
             due = schedule.is_due(params, self.param_groups[0])
             if undo is not None:
                 undo()
-        self._last_trace = GradientTrace(params)
         if self._named is None or self.state.get(params[0]) is not self._named:
             self._show_names(params)
         # All processes are here now; the report may be read by one alone.
         numbers = gathered_numbers(self._shares, gradients, space)
-        # A weak reference: the optimizer holds its report, and would keep itself alive.
-        trace = self._last_trace
-        self._info = cache(
-            partial(report_of, ref(self), check, loss, params, trace, effort, numbers)
-        )
+        self._conclude(params, (check, loss, effort, numbers))
         self._listen_if(due, params, self._last_trace)
+
+    def _conclude(self, params: Sequence[Tensor], made: Made) -> None:
+        """Notes the gradients that a step left, and shows its report."""
+        self._last_trace, self._made = GradientTrace(params), made
+        # A weak reference: the optimizer holds its report, and would keep itself alive.
+        self._info = cache(partial(report_of, ref(self), params, self._last_trace, *made))
+
+    def _has_decisions(self, step: int, group: dict[str, Any]) -> bool:
+        """True if the host decides in this step of a block, so no CUDA graph can repeat it."""
+        return False
+
+    def _prepare_capture(self) -> None:
+        """Drops what a CUDA graph has to compute in each step."""
 
     @property
     def _on_device(self) -> bool:

@@ -452,12 +452,12 @@ def _make_blocks(
 
 
 def narrowed(number: Number, like: Tensor) -> Number:
-    """A number on the device in the dtype of its operand; a number on the host unchanged.
+    """A number on a device as its operand is, in dtype and device; one on the host unchanged.
 
     Numbers on the device are computed in double precision, as on the host. Kernels that mix two
     dtypes are slower, and lists of tensors fall back to one kernel for each tensor.
     """
-    return number.to(like.dtype) if isinstance(number, Tensor) else number
+    return number.to(like) if isinstance(number, Tensor) else number
 
 
 def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) -> Tensor:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 
 from torch_secondorder._closure.runner import GradientTrace
+from torch_secondorder._foundation.host_transfer import read_numbers
 from torch_secondorder._optim.diagonal.update import FiniteCheck
 from torch_secondorder._optim.info import StepInfo
 from torch_secondorder._optim.state import as_real
 from torch_secondorder._params.space import ShardedSpace, Space, max_norm
+
+#: The last arguments of `report_of`, which a step makes.
+Made: TypeAlias = tuple[FiniteCheck, Tensor | None, tuple[int, int], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,10 @@ def gathered_numbers(
 
 def report_of(
     owner: ReferenceType[Any],
-    check: FiniteCheck,
-    loss: Tensor | None,
     params: Sequence[Tensor],
     trace: GradientTrace,
+    check: FiniteCheck,
+    loss: Tensor | None,
     effort: tuple[int, int],
     numbers: Tensor | None = None,
 ) -> DiagonalInfo:
@@ -63,25 +67,28 @@ def report_of(
 
     Args:
         owner: The optimizer.
-        check: The check of loss, gradients and estimate.
-        loss: The closure's loss; None without one.
         params: The trainable parameters.
         trace: The trace of the gradients that the step left.
+        check: The check of loss, gradients and estimate.
+        loss: The closure's loss; None without one.
         effort: The numbers of evaluations and products.
         numbers: Of sharded parameters: the terms of the shares in their order, and the largest
             entry of the gradient.
     """
     optimizer = owner()
     assert optimizer is not None
-    value = float("nan") if loss is None else loss.item()
     grad_norm, shares = None, optimizer._shares()
+    found = [torch.tensor(torch.nan) if loss is None else loss]
     if numbers is not None:
-        *terms, grad_norm = numbers.tolist()
+        value, *terms, grad_norm = read_numbers(*found, *numbers.unbind())
     else:
-        terms = [term.item() for share in shares.values() for term in share]
+        terms_read = [term for share in shares.values() for term in share]
+        found += terms_read
         if trace.matches(params):
-            norms = [max_norm(as_real(p.grad)).item() for p in params if p.grad is not None]
-            grad_norm = max(norms, default=None)
+            found += [max_norm(as_real(p.grad)) for p in params if p.grad is not None]
+        value, *read = read_numbers(*found)
+        terms, norms = read[: len(terms_read)], read[len(terms_read) :]
+        grad_norm = max(norms, default=None)
     ratios = zip(shares, terms[::2], terms[1::2], strict=True)
     moved = check.moved  # if not, the shares are those of an earlier step
     made: DiagonalInfo = optimizer._info_type(

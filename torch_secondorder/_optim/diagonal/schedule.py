@@ -48,6 +48,16 @@ class EstimateSchedule:
         """
         return min(int(group["update_period"]), self._warm_up)
 
+    def is_settled(self, params: Sequence[Tensor]) -> bool:
+        """True if steps follow their turns from now on: no warm-up, nobody waits for a curvature.
+
+        Args:
+            params: The trainable parameters.
+        """
+        if self._active and (self._unconfirmed is not None or not self._has_moved):
+            return False
+        return self.steps >= max(1, self._warm_up) and not self.is_out_of_turn(params)
+
     def is_due(self, params: Sequence[Tensor], group: dict[str, Any]) -> bool:
         """True if the next step estimates the curvature.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 #: Hyperparameters that every such optimizer has, unless it gives others.
 DEFAULTS = {
@@ -35,6 +36,12 @@ def settings_of(groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[
         for name in names:
             value = group.get(name)
             for entry in value if isinstance(value, (list, tuple)) else (value,):
-                # Numbers that may change in place are checked each time.
-                settings.append(entry if type(entry) in _IMMUTABLE else object())
+                settings.append(entry if type(entry) in _IMMUTABLE else _mark(entry))
     return settings
+
+
+def _mark(entry: object) -> object:
+    """A number that may change in place; it is checked again if it may have changed."""
+    if isinstance(entry, Tensor) and not entry.is_inference():
+        return id(entry), entry._version  # reading its value would wait for the device
+    return object()

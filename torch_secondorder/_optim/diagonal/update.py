@@ -137,7 +137,8 @@ class StepInputs:
         # The gradient as a view, if there is one.
         self._flat = None if whole is None else _slice(whole, block)
         self.on_device = check.on_device
-        self.estimate_weight, weight = check.estimate_weight, check.weight
+        self.estimate_weight = _on(block.device, check.estimate_weight)
+        weight = _on(block.device, check.weight)
         self.estimate: Tensor | None = None
         if diagonal is not None:
             estimate = _slice(diagonal, block)
@@ -171,20 +172,20 @@ class StepInputs:
     @property
     def gradient(self) -> Tensor:
         """The gradient, `(n,)`, in the precision of the moments."""
-        gradient = self._block.join(self._gradients) if self._flat is None else self._flat
-        return self._unless_bad(gradient)
+        if self._flat is None:
+            return self._zeroed_if_bad(self._block.join(self._gradients))
+        weight = self.weight
+        return torch.where(weight > 0, self._flat, 0.0) if isinstance(weight, Tensor) else self._flat
 
     @property
     def ordered_gradient(self) -> Tensor:
         """The gradient in block order, `(n,)`, in memory of `block.stacks` that a step reuses."""
-        gradient = self._block.gather(self._gradients)
-        if isinstance(self.weight, Tensor):
-            gradient.copy_(self._unless_bad(gradient))
-        return gradient
+        return self._zeroed_if_bad(self._block.gather(self._gradients))
 
-    def _unless_bad(self, gradient: Tensor) -> Tensor:
+    def _zeroed_if_bad(self, gradient: Tensor) -> Tensor:
+        """A copy of the gradient, in place."""
         weight = self.weight
-        return torch.where(weight > 0, gradient, 0.0) if isinstance(weight, Tensor) else gradient
+        return gradient.masked_fill_(weight <= 0, 0.0) if isinstance(weight, Tensor) else gradient
 
     def average_gradient(self, beta: float) -> None:
         """`exp_avg = beta * exp_avg + (1 - beta) * gradient`."""
@@ -203,6 +204,11 @@ def _slice(flat: Tensor, block: Block) -> Tensor | None:
     if block.span is None or flat.dtype != block.dtype or flat.device != block.device:
         return None
     return flat[block.span]
+
+
+def _on(device: torch.device, number: Number) -> Number:
+    """A number on the device of a block: parameters may be on several."""
+    return number.to(device) if isinstance(number, Tensor) else number
 
 
 def _in_double(number: Tensor) -> Tensor:

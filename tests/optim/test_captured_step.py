@@ -1,0 +1,364 @@
+"""Steps recorded as CUDA graphs. On the CPU a simulated graph records, undoes and repeats them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.simulated_graph import SimulatedGraph
+from torch_secondorder import KFAC, LBFGS, SOAP, AdaHessian, CapturedStep, Shampoo, Sophia
+from torch_secondorder.optim import captured_step
+
+CASES = {
+    "AdaHessian": (AdaHessian, {"update_period": 4, "weight_decay": 0.1, "n_samples": 2}),
+    "AdaHessian, each step": (AdaHessian, {"hessian_power": 0.5}),
+    "Sophia": (Sophia, {"update_period": 4, "target_unclipped": 0.5}),
+    "Sophia, gnb": (Sophia, {"update_period": 4, "estimator": "gnb", "maximize": False}),
+    "SOAP": (SOAP, {"update_period": 4, "block_size": 4, "weight_decay": 0.1}),
+    "Shampoo": (Shampoo, {"update_period": 8}),
+    "KFAC": (KFAC, {"update_period": 3, "momentum": 0.5, "damping": 0.1}),
+    "KFAC, eigenbases": (KFAC, {"update_period": 3, "ekfac": True, "damping": 0.1}),
+}
+#: The kinds of steps that are recorded.
+KINDS = {
+    "AdaHessian": ("estimate", "plain"),
+    "AdaHessian, each step": ("estimate",),
+    "Sophia": ("estimate", "plain"),
+    "Sophia, gnb": ("estimate", "plain"),
+}
+STEPS = 24
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[SimulatedGraph]:
+    """The graphs that are recorded, in the simulation."""
+    made: list[SimulatedGraph] = []
+
+    def new_recording(optimizer: Any, stream: Any, generators: Any) -> SimulatedGraph:
+        made.append(SimulatedGraph(generators, captured_step.host_counts(optimizer)))
+        return made[-1]
+
+    monkeypatch.setattr(captured_step, "can_record", lambda device: True)
+    monkeypatch.setattr(captured_step, "new_recording", new_recording)
+    return made
+
+
+class Training:
+    """A network that is trained on random batches, with graphs or without."""
+
+    def __init__(
+        self,
+        kind: Any,
+        *,
+        captured: bool,
+        device: Any = "cpu",
+        dropout: bool = False,
+        **options: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)]
+        if dropout:
+            layers.insert(2, nn.Dropout(0.2))
+        self.net = nn.Sequential(*layers).to(device)
+        options = {"lr": 0.01, "capturable": True, **options}
+        self.optimizer = kind(self.net.parameters(), **options)
+        self.step = CapturedStep(self.optimizer, self.closure) if captured else self._plain
+        self.batches = torch.Generator().manual_seed(1)
+        self.device = device
+
+    def _plain(self, *batch: Any) -> Tensor:
+        return self.optimizer.step(lambda: self.closure(*batch))
+
+    def closure(self, x: Tensor, y: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.net(x), y)
+        loss.backward()
+        return loss
+
+    def batch(self, size: int = 8) -> tuple[Tensor, Tensor]:
+        x = torch.randn(8, 4, generator=self.batches)[:size]
+        y = torch.randint(0, 3, (8,), generator=self.batches)[:size]
+        return x.to(self.device), y.to(self.device)
+
+    def run(self, steps: int = STEPS) -> dict[str, Any]:
+        """Everything that can be seen of some steps."""
+        seen: dict[str, list[Any]] = {"losses": [], "reports": [], "gradients": []}
+        for _ in range(steps):
+            seen["losses"].append(self.step(*self.batch()))
+            seen["reports"].append(str(self.optimizer.info))
+            seen["gradients"].append([p.grad.clone() for p in self.net.parameters()])
+        return seen | {"parameters": list(self.net.parameters())}
+
+
+def run_all(step: CapturedStep, training: Training) -> None:
+    for _ in range(STEPS):
+        step(*training.batch())
+
+
+def assert_same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_the_same_bit_for_bit(case: str, graphs: list[SimulatedGraph]) -> None:
+    kind, options = CASES[case]
+    plain, captured = (Training(kind, captured=c, **options) for c in (False, True))
+    expected, found = plain.run(), captured.run()
+    reports = expected.pop("reports"), found.pop("reports")
+    assert reports[0] == reports[1]
+    assert_same(found, expected)
+    assert captured.step.captured == KINDS.get(case, ("plain",)) and not captured.step.reason
+    assert sum(graph.replays for graph in graphs) >= 8
+    saved = [training.optimizer.state_dict() for training in (plain, captured)]
+    assert_same(saved[1]["state"], saved[0]["state"])
+
+
+def test_random_numbers_of_the_closure_go_on(graphs: list[SimulatedGraph]) -> None:
+    runs = []
+    for captured in (False, True):
+        training = Training(AdaHessian, captured=captured, dropout=True, update_period=3)
+        torch.manual_seed(5)
+        runs.append(training.run()["losses"])
+    assert_same(*runs)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_schedules_of_the_learning_rate(tensor: bool, graphs: list[SimulatedGraph]) -> None:
+    runs = []
+    for captured in (False, True):
+        rate = torch.tensor(0.01, dtype=torch.float64) if tensor else 0.01
+        training = Training(AdaHessian, captured=captured, lr=rate, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(training.optimizer, 0.8)
+        for _ in range(STEPS):
+            training.step(*training.batch())
+            assert isinstance(training.optimizer.param_groups[0]["lr"], Tensor) is tensor
+            schedule.step()
+        runs.append(list(training.net.parameters()))
+    assert_same(*runs)
+    assert len(graphs) == 1
+
+
+def test_batches_of_another_size_run_as_usual(graphs: list[SimulatedGraph]) -> None:
+    runs = []
+    for captured in (False, True):
+        training = Training(AdaHessian, captured=captured, update_period=2)
+        for step in range(STEPS):
+            training.step(*training.batch(5 if step % 8 == 7 else 8))
+        runs.append(list(training.net.parameters()))
+    assert_same(*runs)
+    assert len(graphs) == 2
+
+
+def change_betas(training: Training) -> None:
+    training.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+
+
+def load(training: Training) -> None:
+    training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
+
+
+def freeze(training: Training) -> None:
+    training.net[0].weight.requires_grad_(False)
+    training.optimizer.zero_grad()
+
+
+def replace_memory(training: Training) -> None:
+    for p in training.net.parameters():
+        p.data = p.data.clone()
+
+
+@pytest.mark.parametrize("change", [change_betas, load, freeze, replace_memory])
+def test_changes_between_steps_are_noticed(change: Any, graphs: list[SimulatedGraph]) -> None:
+    runs = []
+    for captured in (False, True):
+        training = Training(Sophia, captured=captured, update_period=2)
+        for _ in range(2):
+            for _ in range(16):
+                training.step(*training.batch())
+            change(training)
+        for _ in range(16):
+            training.step(*training.batch())
+        runs.append(list(training.net.parameters()))
+    assert_same(*runs)
+    assert len(graphs) == (4 if change in (change_betas, freeze) else 6)
+
+
+def test_losses_and_gradients_that_are_kept_do_not_change(graphs: list[SimulatedGraph]) -> None:
+    training = Training(AdaHessian, captured=True)
+    losses, values = [], []
+    for _ in range(STEPS):
+        losses.append(training.step(*training.batch()))
+        values.append(losses[-1].item())
+    assert [loss.item() for loss in losses] == values and len({*values}) == STEPS
+    assert graphs[0].replays > 5
+
+
+def test_a_step_in_between_without_a_graph(graphs: list[SimulatedGraph]) -> None:
+    runs = []
+    for captured in (False, True):
+        training = Training(AdaHessian, captured=captured, update_period=3)
+        for step in range(STEPS):
+            make = training._plain if step % 7 == 6 else training.step
+            make(*training.batch())
+        runs.append(list(training.net.parameters()))
+    assert_same(*runs)
+    assert len(graphs) == 2
+
+
+def test_batches_are_any_trees(graphs: list[SimulatedGraph]) -> None:
+    x = nn.Parameter(torch.ones(3))
+    optimizer = AdaHessian([x], lr=0.01, capturable=True)
+
+    def closure(batch: dict[str, Tensor], scale: float) -> Tensor:
+        optimizer.zero_grad()
+        loss = scale * ((x * batch["a"]) ** 2).sum() + batch["b"][0].sum()
+        loss.backward()
+        return loss
+
+    step = CapturedStep(optimizer, closure, warm_up=1)
+    for i in range(14):
+        loss = step({"a": torch.full((3,), float(i)), "b": (torch.ones(2),)}, 2.0)
+        assert loss.item() == pytest.approx(2 * i**2 * x.square().sum().item() + 2, rel=0.2)
+    assert step.captured and graphs[0].replays
+    step({"a": torch.ones(3), "b": (torch.ones(2),)}, 3.0)  # another number: not of the graph
+    replays = graphs[0].replays
+    step({"a": torch.ones(3), "b": (torch.ones(2),)}, 2.0)
+    assert graphs[0].replays == replays + (len(graphs) == 1)
+
+
+def test_a_closure_that_waits_runs_as_usual(graphs: list[SimulatedGraph]) -> None:
+    training = Training(AdaHessian, captured=True)
+    closure = training.closure
+
+    def printing(x: Tensor, y: Tensor) -> Tensor:
+        loss = closure(x, y)
+        loss.item()
+        return loss
+
+    step = CapturedStep(training.optimizer, printing)
+    with pytest.warns(UserWarning, match=r"AdaHessian run without CUDA graphs: aten::_local_sca"):
+        run_all(step, training)
+    assert not graphs and "item()" in step.reason and step.captured == ()
+    expected = Training(AdaHessian, captured=False).run()
+    assert_same(list(training.net.parameters()), expected["parameters"])
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [
+        (lambda x: x[x > 0].sum(), "index"),
+        (lambda x: x.nonzero().sum(), "nonzero"),
+        (lambda x: x.unique().sum(), "unique"),
+    ],
+)
+def test_shapes_that_depend_on_values(
+    operation: Any, name: str, graphs: list[SimulatedGraph]
+) -> None:
+    training = Training(AdaHessian, captured=True)
+
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        operation(x)
+        return training.closure(x, y)
+
+    step = CapturedStep(training.optimizer, closure)
+    with pytest.warns(UserWarning, match=name):
+        run_all(step, training)
+    assert not graphs
+
+
+def test_decisions_on_the_host(graphs: list[SimulatedGraph]) -> None:
+    training = Training(AdaHessian, captured=True, capturable=False)
+    with pytest.warns(UserWarning, match="capturable=False lets the host decide"):
+        training.run(2)
+    assert training.step.reason
+
+
+def test_hooks_of_steps_are_called_each_time(graphs: list[SimulatedGraph]) -> None:
+    training = Training(AdaHessian, captured=True)
+    calls: list[Any] = []
+    training.optimizer.register_step_post_hook(lambda *_: calls.append(None))
+    with pytest.warns(UserWarning, match="hooks of steps are not called"):
+        training.run()
+    assert len(calls) == STEPS and not graphs
+
+
+def test_a_recording_that_fails(
+    graphs: list[SimulatedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(SimulatedGraph):
+        def record(self, run: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(captured_step, "new_recording", lambda *_: Failing())
+    training = Training(AdaHessian, captured=True)
+    with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph; call optimizer"):
+        training.run()
+    assert training.optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_where_there_are_no_graphs_steps_run_as_usual() -> None:
+    expected = Training(AdaHessian, captured=False, capturable=None).run()
+    training = Training(AdaHessian, captured=True, capturable=None)
+    found = training.run()
+    assert expected.pop("reports") == found.pop("reports")
+    assert_same(found, expected)
+    assert training.step.captured == () and not training.step.reason
+
+
+def test_arguments() -> None:
+    x = nn.Parameter(torch.ones(2))
+    for other in (torch.optim.Adam([x]), LBFGS([x])):
+        with pytest.raises(TypeError, match=f"KFAC, got {type(other).__name__}: others decide"):
+            CapturedStep(other, print)
+    with pytest.raises(TypeError, match="closure must be callable, got int"):
+        CapturedStep(AdaHessian([x]), 3)
+    with pytest.raises(ValueError, match="warm_up must be"):
+        CapturedStep(AdaHessian([x]), print, warm_up=0)
+
+
+# On a GPU.
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", CASES)
+def test_real_graphs(case: str) -> None:
+    kind, options = CASES[case]
+    options = {**options, "capturable": None, "device": "cuda"}
+    plain, captured = (Training(kind, captured=c, **options) for c in (False, True))
+    expected, found = plain.run(40), captured.run(40)
+    del expected["reports"], found["reports"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert captured.step.captured == KINDS.get(case, ("plain",)) and not captured.step.reason
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", [SOAP, Shampoo])
+def test_the_recipe_of_torch(kind: Any) -> None:
+    """`torch.cuda.graph` around a whole step, of an optimizer whose next steps are all alike."""
+    training = Training(kind, captured=False, capturable=None, device="cuda", update_period=1000)
+    x, y = training.batch()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            training._plain(x, y)
+    torch.cuda.current_stream().wait_stream(stream)
+    other = copy.deepcopy(training)
+    other.optimizer = type(training.optimizer)(other.net.parameters(), lr=0.01, update_period=1000)
+    other.optimizer.load_state_dict(training.optimizer.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        training._plain(x, y)
+    for _ in range(5):
+        graph.replay()
+        other._plain(x, y)
+    torch.testing.assert_close(
+        list(training.net.parameters()), list(other.net.parameters()), rtol=1e-4, atol=1e-5
+    )
