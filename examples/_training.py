@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from _report import Curve
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Loss = Callable[[nn.Module], Tensor]
 
@@ -214,6 +216,8 @@ def same_parameters(model: nn.Module, before: list[Tensor]) -> bool:
 
 def progress_bar(contenders: Mapping[str, Contender], label: str, seconds: float) -> tqdm:
     """A progress bar over seconds of training; it updates rarely if stderr is not a terminal."""
+    from tqdm import tqdm  # here, so that benchmarks can take tasks without it
+
     return tqdm(
         total=seconds,
         desc=label.ljust(max(len(c.label) for c in contenders.values())),

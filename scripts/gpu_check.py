@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -12,30 +11,50 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(1, str(ROOT / "scripts"))
 
-#: Benchmarks, the most telling first: sub-command, part, and the seconds it may take.
-BENCHMARKS: tuple[tuple[str, str | None, int], ...] = (
-    ("lbfgs", "direction", 60),
-    ("products", None, 75),
-    ("newton", "cg", 60),
-    ("diagonal", "steps", 75),
-    ("jacobian", None, 40),
-    ("penalties", None, 40),
-    ("capture", None, 40),
-    ("newton", "autoencoder", 75),
-    ("lbfgs", "softmax", 60),
-    ("newton", "pinn", 75),
-    ("newton", "softmax", 60),
+from _device_tests import Tests, files_of  # noqa: E402
+from _gpu_bars import rows, table  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A sub-command of scripts/bench.py, a part of it, and the seconds that it may take."""
+
+    name: str
+    part: str | None
+    seconds: int
+
+    @property
+    def title(self) -> str:
+        """Its name in the document."""
+        return f"{self.name} {self.part}" if self.part else self.name
+
+
+#: The most telling first: those with a bar, then those that explain them.
+BENCHMARKS = (
+    Benchmark("lbfgs", "direction", 60),
+    Benchmark("diagonal", "steps", 60),
+    Benchmark("products", None, 60),
+    Benchmark("compile", None, 60),
+    Benchmark("newton", "pinn", 60),
+    Benchmark("newton", "autoencoder", 60),
+    Benchmark("newton", "cg", 40),
+    Benchmark("residuals", "jacobian", 40),
+    Benchmark("jacobian", None, 30),
+    Benchmark("penalties", None, 30),
+    Benchmark("capture", None, 30),
+    Benchmark("lbfgs", "softmax", 30),
 )
 #: Seconds that the tests may take, at most this share of all.
-TESTS, SHARE = 300, 0.6
+TESTS, SHARE = 300, 0.55
 #: Seconds that a test may take, and that processes are given to end.
-ONE_TEST, GRACE = 120, 5
+ONE_TEST, GRACE = 60, 3
 #: What is run of the tests where there is no device, to see that this works.
 REHEARSED = ("tests/curvature/test_inverse_bfgs.py", "tests/closure/test_replay.py")
 
@@ -51,8 +70,8 @@ class Check:
     def __init__(self, given: argparse.Namespace, extra: Sequence[str]) -> None:
         self.given, self.extra = given, list(extra)
         self.end = time.monotonic() + 60.0 * given.minutes
-        self.document: dict[str, Any] = {"environment": None, "pytest": None, "benchmarks": {}}
-        self.document["results"] = {}
+        self.document: dict[str, Any] = {"environment": None, "pytest": None, "bars": []}
+        self.document |= {"benchmarks": {}, "results": {}}
 
     def left(self) -> float:
         """Seconds that are left, less what it takes to come to an end."""
@@ -60,44 +79,35 @@ class Check:
 
     def write(self) -> None:
         """Writes what is known so far; never half of it."""
+        self.document["bars"] = rows(self.document["results"], self.document["pytest"])
         target: Path = self.given.file
         beside = target.with_name(target.name + ".part")
         beside.write_text(json.dumps(self.document, indent=1) + "\n")
         beside.replace(target)
 
-    def run_tests(self, scratch: Path) -> None:
+    def run_tests(self) -> None:
         """Runs the tests on the device."""
-        report = scratch / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "no:benchmark", "--junitxml", str(report)]
-        command += ["-m", "cuda"] if self.given.device == "cuda" else REHEARSED
-        if _installed("xdist"):
-            workers = min(12, max(2, (os.cpu_count() or 2) * 3 // 4))
-            command += ["-n", str(workers), "--dist", "loadfile"]
-        if _installed("pytest_timeout"):
-            command += ["--timeout", str(ONE_TEST)]
+        cuda = self.given.device == "cuda"
+        files = files_of(ROOT / "tests") if cuda else REHEARSED
+        marks = "cuda" if cuda else "not cuda and not testdevice"
+        workers = min(14, max(2, (os.cpu_count() or 2) * 7 // 8), len(files))
         limit = min(TESTS, SHARE * self.left())
-        status, seconds = _run(command, limit)
-        found: dict[str, Any] = {"status": status, "seconds": seconds}
-        if status == 5:
-            found["note"] = "no test is marked cuda, which is itself a failure"
-        if report.exists():
-            found |= _summary(report)
-        else:
-            found["note"] = "pytest left no report: is it installed, and was there time enough?"
-        self.document["pytest"] = found
-        shown = {k: v for k, v in found.items() if k != "failing"}
-        _say(f"pytest: {shown}")
+        _say(f"tests: {len(files)} files in {workers} processes, {limit:.0f} s at most")
+        tests = Tests(files, marks, workers, limit, ONE_TEST)
+        tests.run()
+        self.document["pytest"] = tests.summary()
+        shown = ("passed", "failed", "errors", "skipped", "seconds", "files not finished")
+        _say("tests: " + ", ".join(f"{self.document['pytest'][key]} {key}" for key in shown))
 
-    def run_benchmark(self, name: str, part: str | None, limit: float, scratch: Path) -> None:
+    def run_benchmark(self, benchmark: Benchmark, scratch: Path) -> None:
         """Runs one benchmark, and takes in what it has measured, be it all or not."""
-        title = f"{name} {part}" if part else name
-        limit = min(limit, self.left())
+        title, limit = benchmark.title, min(benchmark.seconds, self.left())
         if limit < 10:
             self.document["benchmarks"][title] = {"status": "skipped: no time is left"}
             return
         output = scratch / f"{title}.json"
-        command = [sys.executable, "scripts/bench.py", name, *(("--part", part) if part else ())]
+        command = [sys.executable, "scripts/bench.py", benchmark.name]
+        command += ["--part", benchmark.part] if benchmark.part else []
         command += ["--device", self.given.device, "--json", str(output)]
         # What ends at a limit of time shall end before this one.
         command += ["--seconds", f"{limit:.0f}", *self.extra]
@@ -115,10 +125,6 @@ class Check:
         statuses = [entry["status"] for entry in self.document["benchmarks"].values()]
         failed = [status for status in statuses if isinstance(status, int) and status != 0]
         return self.document["pytest"]["status"] == 0 and not failed
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def _say(line: str) -> None:
@@ -150,37 +156,6 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         pass
 
 
-def _summary(report: Path) -> dict[str, Any]:
-    """Counts and names from a JUnit report."""
-    try:
-        suites = ElementTree.parse(report).getroot().findall("testsuite")
-    except ElementTree.ParseError:
-        return {"note": "the report of pytest is not whole"}
-    keys = ("tests", "failures", "errors", "skipped")
-    total, failures, errors, skipped = (sum(int(s.get(key, 0)) for s in suites) for key in keys)
-    bad = [
-        case
-        for suite in suites
-        for case in suite.findall("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return {
-        "passed": total - failures - errors - skipped,
-        "failed": failures,
-        "errors": errors,
-        "skipped": skipped,
-        "failing": {f"{c.get('classname')}::{c.get('name')}": _message(c) for c in bad},
-    }
-
-
-def _message(case: ElementTree.Element) -> str:
-    """The end of what pytest says about a test that failed."""
-    found = case.find("failure")
-    found = case.find("error") if found is None else found
-    assert found is not None
-    return (found.text or found.get("message") or "")[-2000:]
-
-
 def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Reads the command line; what is left of it is for scripts/bench.py."""
     parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__)
@@ -202,15 +177,16 @@ def main() -> int:
     """Runs everything, and says where the document is."""
     check = Check(*parse())
     with tempfile.TemporaryDirectory() as scratch:
-        check.run_tests(Path(scratch))
+        check.run_tests()
         check.write()
-        for name, part, limit in BENCHMARKS:
-            check.run_benchmark(name, part, limit, Path(scratch))
+        for benchmark in BENCHMARKS:
+            check.run_benchmark(benchmark, Path(scratch))
             check.write()
     _say(f"wrote {check.given.file}")
     for title, entry in check.document["benchmarks"].items():
         if entry["status"] != 0:
             _say(f"{title}: {entry['status']}")
+    print(table(check.document["bars"]), flush=True)
     _say("all passed" if check.passed else "something failed, see above")
     return 0 if check.passed else 1
 

@@ -27,6 +27,29 @@ DEVICES = [
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Lets `tests/optim/test_conformance.py` test an optimizer of another package."""
     parser.addoption("--optimizer", metavar="MODULE:NAME", help="a class or function to test")
+    parser.addoption(
+        "--all-devices",
+        action="store_true",
+        help="run every case on the test device, not the first of each test and all of "
+        "test_conformance.py",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves most cases of the test device out: placement rarely depends on their numbers."""
+    if config.getoption("--all-devices"):
+        return
+    kept, left, seen = [], [], set()
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        on_device = item.get_closest_marker("testdevice") is not None
+        again = on_device and test in seen and item.path.name != "test_conformance.py"
+        (left if again else kept).append(item)
+        if on_device:
+            seen.add(test)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
 
 
 def pytest_collection_finish() -> None:

@@ -7,7 +7,7 @@ number of evaluations until the projected gradient is small, and whether it ever
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_secondorder import BFGS, LBFGS, Newton
 
-from .harness import geometric_mean, load_peer, load_support, progress, say, threads
+from .harness import alternate, geometric_mean, load_peer, load_support, progress, say, threads
 from .registry import Options
 from .report import Report, Table, number
 
@@ -43,6 +43,7 @@ class Run:
         distance: From the known solution, relative to one or its size; None if there is none.
         value: The function.
         is_minimum: Whether the value is that of a known minimum.
+        time: Seconds; None if not solved, or not taken.
     """
 
     evaluations: int
@@ -50,6 +51,7 @@ class Run:
     distance: float | None
     value: float
     is_minimum: bool
+    time: float | None = None
 
     @property
     def solved(self) -> bool:
@@ -179,6 +181,19 @@ def _judged(problem: BoundedProblem, solver: Solver) -> Run:
     )
 
 
+def _timed(
+    problem: BoundedProblem, table: dict[str, Solver], runs: dict[str, Run], options: Options
+) -> dict[str, Run]:
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(table[name], problem) for name, found in runs.items() if found.solved
+    }
+    timings = alternate(calls, options.repeat, options.device, min_seconds=0.0)
+    return {
+        name: replace(found, time=timings[name].median if name in timings else None)
+        for name, found in runs.items()
+    }
+
+
 def run(options: Options, report: Report) -> None:
     """Runs every solver on every problem."""
     table = options.chosen(solvers())
@@ -189,7 +204,9 @@ def run(options: Options, report: Report) -> None:
             if not options.quick or problem.name in QUICK
         ]
         results = {
-            problem.name: {name: _judged(problem, solver) for name, solver in table.items()}
+            problem.name: _timed(
+                problem, table, {name: _judged(problem, s) for name, s in table.items()}, options
+            )
             for problem in progress(problems, "bounded problems")
         }
     shown = Table(
@@ -208,7 +225,8 @@ def run(options: Options, report: Report) -> None:
     say("* the final value is not that of a known minimum")
     _show_means(results, list(table), report)
     for name, rows in results.items():
-        report.record(f"bounds.{name}", {solver: vars(r) for solver, r in rows.items()})
+        recorded = {s: {**vars(r), "solved": r.solved} for s, r in rows.items()}
+        report.record(f"bounds.{name}", recorded)
 
 
 def _show_means(results: dict[str, dict[str, Run]], names: list[str], report: Report) -> None:

@@ -126,5 +126,6 @@ def run(options: Options, report: Report) -> None:
         rest = found - given
         beside = f" = 2m + {rest - 2 * HISTORY:.2f}" if "LBFGS" in name else ""
         table.add(name, f"{found:.2f}", str(given), f"{rest:.2f}{beside}")
-        report.record(f"distributed.memory.{name}", {"all": found, "model_and_graph": given})
+        kept = {"all": found, "model_and_graph": given, "others": rest}
+        report.record(f"distributed.memory.{name}", kept)
     report.show(table)

@@ -73,7 +73,8 @@ def run(options: Options, report: Report) -> None:
             )
         report.show(table)
         results = {
-            name: timing.as_dict() | {"overhead": overhead(timings, name)}
+            name: timing.as_dict()
+            | {"overhead": overhead(timings, name), f"over {BASE}": timing.median / base}
             for name, timing in timings.items()
         }
         report.record(f"kronecker.steps.{problem.name}", results)

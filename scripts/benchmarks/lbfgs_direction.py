@@ -16,6 +16,7 @@ from .report import Report, Table, number, seconds
 
 MEMORY = 20
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 5_000_000)
+ON_A_DEVICE = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,13 @@ def make_history(inverse_bfgs: Any, size: int, device: torch.device) -> Any:
 
 def iterations(size: int, device: torch.device) -> list[Iteration]:
     """A few artificial iterations with y = D s, D positive, so that every pair is kept."""
-    generator = torch.Generator().manual_seed(0)
-    scale = 0.5 + 1.5 * torch.rand(size, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    scale = 0.5 + 1.5 * torch.rand(size, generator=generator, device=device)
     made = []
     # Not a divisor of the memory, and small, because each takes three vectors.
     for _ in range(3):
-        s, previous = torch.randn(2, size, generator=generator).unbind()
-        gradient = previous + scale * s
-        made.append(Iteration(s.to(device), previous.to(device), gradient.to(device)))
+        s, previous = torch.randn(2, size, generator=generator, device=device).unbind()
+        made.append(Iteration(s, previous, previous + scale * s))
     return made
 
 
@@ -127,6 +127,16 @@ def _disagreement(methods: dict[str, Any], made: list[Iteration]) -> float:
             directions[name] = method(made[index % len(made)])
     theirs = directions["torch"]
     return max(float((d - theirs).norm() / theirs.norm()) for d in directions.values())
+
+
+def sizes(options: Options) -> tuple[int, ...]:
+    """The sizes to measure: on a device larger ones, as far as two histories fit and one more."""
+    if options.quick:
+        return SIZES[:3]
+    if options.device.type != "cuda":
+        return SIZES
+    free, _ = torch.cuda.mem_get_info(options.device)
+    return tuple(size for size in ON_A_DEVICE if 4 * size * (3 * 2 * MEMORY + 30) < free)
 
 
 def _measure(size: int, inverse_bfgs: Any | None, options: Options) -> dict[str, Any]:
@@ -163,8 +173,10 @@ def run(options: Options, report: Report) -> None:
         f"One direction with its history update, m = {MEMORY}, float32",
         [*header, "GB/s", "difference"],
     )
-    for size in progress(SIZES[:3] if options.quick else SIZES, "directions"):
+    for size in progress(sizes(options), "directions"):
         found = _measure(size, inverse_bfgs, options)
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next history takes ten times as much, in one piece
         table.add(
             f"{size:.0e}",
             seconds(found["ours"]["median"]) if found["ours"] else "-",

@@ -186,7 +186,8 @@ def run(options: Options, report: Report) -> None:
             )
             key = f"lightning.{case.name}.{label}"
             report.record(key, {way: timing.as_dict() for way, timing in timings.items()})
-            report.record(f"{key}.ratios", [entry.as_dict() for entry in ratios])
+            named = zip(("lean", "default"), ratios, strict=True)
+            report.record(f"{key}.ratios", {way: entry.as_dict() for way, entry in named})
         added.add(
             case.name, *map(_signed, (*reversed(more.values()), more["AdaHessian"] - more["Adam"]))
         )

@@ -16,6 +16,7 @@ from .harness import Timing, alternate, geometric_mean, load_peer, progress, say
 from .lbfgs_problems import load_problems
 from .registry import Options, command
 from .report import Report, Table, number, seconds
+from .solvers import with_closure
 
 if TYPE_CHECKING:
     from tests.support.problems import Problem
@@ -165,12 +166,22 @@ def with_optimistix(
     return torch.from_numpy(numpy.array(result.value)).to(start)
 
 
+def with_torch(function: Function, start: Tensor) -> Tensor:
+    """Runs torch's L-BFGS with its line search, in one step."""
+    made = with_closure(
+        torch.optim.LBFGS, function, start, TOLERANCE, BUDGET, line_search_fn="strong_wolfe"
+    )
+    return made.point
+
+
 def solvers(jac: str | None) -> dict[str, Solver]:
     """All installed solvers that can work with such gradients."""
     from torch_secondorder.minimization._methods import METHODS
 
     names = [name for name in OURS if name in METHODS and (jac is None or name not in TWICE)]
     table: dict[str, Solver] = {name: partial(ours, name, jac) for name in names}
+    if jac is None:
+        table["torch.optim.LBFGS"] = with_torch
     optimize = load_peer("scipy.optimize", "scipy")
     if optimize is not None:
         for name in SCIPY if jac is None else SCIPY[:3]:

@@ -91,5 +91,6 @@ def run_iteration(options: Options, report: Report) -> None:
             seconds(median["textbook"]),
         )
         found = {name: timing.as_dict() for name, timing in timings.items()}
-        report.record(f"quasi_newton.iteration.{size}", {**found, "bound": bound})
+        over = {f"{u} / bound": value / bound for u, value in zip(UPDATES, ours, strict=True)}
+        report.record(f"quasi_newton.iteration.{size}", {**found, "bound": bound, **over})
     report.show(table)

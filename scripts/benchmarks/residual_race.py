@@ -109,7 +109,10 @@ def _compare(
         shown.add(name, *map(str, rows.values()))
     report.show(shown)
     _summarize(results, list(table), title, key, report)
-    recorded = {p: {n: asdict(row) for n, row in rows.items()} for p, rows in results.items()}
+    recorded = {
+        p: {n: {**asdict(row), "solved": row.solved} for n, row in rows.items()}
+        for p, rows in results.items()
+    }
     report.record(key, recorded)
 
 

@@ -570,6 +570,9 @@ def functions_in_place_of_closures() -> None:
     def loss(params: dict[str, Tensor]) -> Tensor:
         return loss_of(torch.func.functional_call(model, params, (x,)), y)
 
+    FunctionalObjective(loss, dict(model.named_parameters()), compile=True, mode="max-autotune")
+    with refusal():
+        FunctionalObjective(loss, {}, compile=True, mode="fastest")  # type: ignore[arg-type]
     objective = FunctionalObjective(loss, dict(model.named_parameters()), compile=False)
     assert_type(LBFGS(model.parameters()).step(objective), Tensor)
     assert_type(Sophia(model.parameters()).step(objective), Tensor)

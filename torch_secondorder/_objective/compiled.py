@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from torch_secondorder._autograd.graph import Graph, MissingSecondDerivative, Multiply
 from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._closure.validation import differentiable, scalar
-from torch_secondorder._foundation.private_torch import dynamo_error, traces_autograd
+from torch_secondorder._foundation.checks import check_choice
+from torch_secondorder._foundation.private_torch import dynamo_error, pytree, traces_autograd
 from torch_secondorder._objective.tracing import not_compiled, split, traced
 
 #: The error of what needs model outputs.
@@ -30,6 +31,32 @@ NO_OUTPUTS = (
     "preconditioner='nystrom', curvature='ggn', 'hessian' or 'empirical_fisher', "
     "estimator='hutchinson', or leave compile out"
 )
+
+#: The modes of `torch.compile`.
+CompileModeName: TypeAlias = Literal[
+    "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+]
+# Those that put results into memory that the next call overwrites, on a GPU.
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def check_mode(mode: CompileModeName, options: Mapping[str, Any], *, compiles: bool) -> None:
+    """Raises unless a mode is known and goes with the other arguments.
+
+    Args:
+        mode: The mode.
+        options: Other arguments of `torch.compile`.
+        compiles: Whether anything is compiled.
+    """
+    check_choice("mode", mode, CompileModeName)
+    if not compiles:
+        raise ValueError(f"mode={mode!r} is one of compilation: pass compile=True as well")
+    backend = options.get("backend", "inductor")
+    if backend != "inductor":
+        raise ValueError(f"mode={mode!r} is one of the backend 'inductor', got {backend!r}")
+    for name in ("mode", "options"):
+        if options.get(name) is not None:
+            raise ValueError(f"pass either mode={mode!r} or compile={{{name!r}: ...}}")
 
 
 class CompiledFunction:
@@ -249,8 +276,35 @@ class _Code:
             whole = traced(self._module, self._places, build, inputs, directions)
             parts = split(whole, len(inputs), 1 + len(tangents))
             compiled = [torch.compile(part, **self._options) for part in parts]
+            if _overwrites_results(self._options, inputs):
+                compiled = [_keeping_results(function) for function in compiled]
             self._made[kind] = compiled[0], compiled[1]
         return self._made[kind]
+
+
+def _overwrites_results(options: Mapping[str, Any], inputs: Sequence[Tensor]) -> bool:
+    """True if compiled code puts its results into the same memory at each call."""
+    if not any(t.is_cuda for t in inputs):
+        return False
+    in_options = (options.get("options") or {}).get("triton.cudagraphs", False)
+    return (
+        bool(in_options)
+        or options.get("mode") in _WITH_CUDA_GRAPHS
+        or options.get("backend") == "cudagraphs"
+    )
+
+
+def _keeping_results(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with results in memory of their own: CG keeps them over many calls."""
+
+    def run(*inputs: Tensor) -> Any:
+        given = {t.data_ptr() for t in inputs}
+        return pytree.tree_map(
+            lambda t: t.clone() if isinstance(t, Tensor) and t.data_ptr() not in given else t,
+            function(*inputs),
+        )
+
+    return run
 
 
 def _check_functions(module: fx.GraphModule) -> None:

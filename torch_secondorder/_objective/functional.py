@@ -15,7 +15,12 @@ from torch_secondorder._closure.runner import ModuleRegistry, Run, run
 from torch_secondorder._closure.validation import NoGradient, touched
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._objective.base import Curvature, Objective, Regularization
-from torch_secondorder._objective.compiled import NO_OUTPUTS, CompiledFunction
+from torch_secondorder._objective.compiled import (
+    NO_OUTPUTS,
+    CompiledFunction,
+    CompileModeName,
+    check_mode,
+)
 from torch_secondorder._params.vector import ParameterVector
 
 
@@ -34,9 +39,14 @@ class FunctionalObjective(Objective):
             whole; or arguments for `torch.compile`, such as `{"backend": "aot_eager"}`. It pays
             where operations are small and the same shapes come back for many steps. The function
             must draw no random numbers and change no tensor in place.
+        mode: See `torch.compile`: `"max-autotune"` tries out several kernels for each operation,
+            and on a GPU uses CUDA graphs, as `"reduce-overhead"` does without the trials. The first
+            evaluations take longer. For `compile=True`, or a mapping without `backend` and
+            `options`. Losses, gradients and products can be kept in all modes.
 
     Raises:
-        ValueError: The tree holds none of the parameters.
+        ValueError: The tree holds none of the parameters, or the mode is unknown or does not go
+            with `compile`.
 
     >>> import torch
     >>> w = torch.tensor([1.0, 2.0])
@@ -51,10 +61,15 @@ class FunctionalObjective(Objective):
         params: Any,
         *,
         compile: bool | Mapping[str, Any] = False,
+        mode: CompileModeName | None = None,
     ) -> None:
         self._compiled: CompiledFunction | None = None
+        options = {} if isinstance(compile, bool) else compile
+        if mode is not None:
+            check_mode(mode, options, compiles=compile is not False)
+            options = {**options, "mode": mode}
         if compile is not False:
-            self._compiled = CompiledFunction(function, {} if compile is True else compile)
+            self._compiled = CompiledFunction(function, options)
         self._function = function
         self._tree = params
         self._leaves, self._structure = pytree.tree_flatten(params)

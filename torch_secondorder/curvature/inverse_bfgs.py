@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.precision import rounds_float32_products
 from torch_secondorder._params.space import WHOLE, Space
 from torch_secondorder.curvature.base import LinearOperator
 
@@ -235,7 +236,7 @@ class InverseBFGS(LinearOperator):
         p1 = torch.mv(views.of_inverse, torch.mul(diagonal, p2).sub_(of_scaled))
         if mixed:
             p1 = p1.to(work)
-        return torch.addmv(scaled, views.of_steps, p1, beta=sign, alpha=sign)
+        return scaled.addmv_(views.of_steps, p1, beta=sign, alpha=sign)
 
     def _enter(self, of_y: Tensor, buffers: _Buffers, views: _Views) -> None:
         """Gives `R^-1` the column of the newest pair, from `S y`, `(c,)`."""
@@ -352,6 +353,9 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
 
 def products(rows: Tensor, vectors: Tensor) -> Tensor:
     """`vectors @ rows.T`, shape `(j, k)`, in one pass over `rows`, shape `(k, n)`."""
+    if rows.dtype == torch.float32 and rounds_float32_products():
+        # Curvature would have three digits then; products with one vector keep all.
+        return torch.stack([torch.mv(rows, vector) for vector in vectors])
     n = rows.shape[1]
     blocks = n // _BLOCK
     if blocks < 2 or rows.device.type != "cpu":

@@ -164,7 +164,9 @@ class AdaHessian(DiagonalOptimizer):
         eps = group["eps"] * correction2
         roots = inputs.estimate
         if roots is None:
-            roots = block.exp_hessian.sqrt()
+            size, dtype, device = block.exp_hessian.numel(), block.dtype, block.device
+            roots = self._buffer_pool.empty("roots", size, dtype, device)
+            torch.sqrt(block.exp_hessian, out=roots)
         else:
             if group["average_block"] not in (None, "spatial") or block.has_kernels:
                 for piece, is_complex in zip(block.pieces(roots), block.complex, strict=True):

@@ -267,7 +267,7 @@ def _likeness(leaves: list[Any], structure: Any, device: torch.device) -> Hashab
     marks: list[Hashable] = [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
-            marks += (type(leaf), leaf)
+            marks.append((type(leaf), leaf))
         elif leaf.layout is torch.strided and not leaf.requires_grad:
             marks.append((leaf.shape, leaf.dtype))
         else:

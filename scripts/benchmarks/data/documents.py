@@ -26,6 +26,11 @@ _FIGURE = re.compile(r"<!-- figure: ([^;>]+?)(?:; ([^>]+?))? -->(.*?)<!-- /figur
 _BLOCK = re.compile(r"<!-- generated: ([\w-]+) -->\n(.*?)<!-- /generated -->", re.DOTALL)
 _HOLE = re.compile(r"\{\{\s*([^;}]+?)\s*(?:;\s*([^}]+?)\s*)?\}\}")
 _OPENED = re.compile(r"<!-- (?:figure|generated):")
+# Blocks of code, inline code, targets of links.
+_CODE = re.compile(r"^```.*?^```$|`[^`\n]*`|\]\([^)]*\)", re.DOTALL | re.MULTILINE)
+_UNIT = "%|(?:ns|us|µs|ms|s|GiB|MiB|KiB|kB|bytes|times|(?:micro|milli)?seconds|minutes)\\b"
+_MEASURED = re.compile(rf"(?<![\w.])\d[\d,.]*(?:e-?\d+)?(?<!,)\s?(?:{_UNIT})")
+_DECIMAL = re.compile(r"(?<![\w.])(?<!Python )(?<!orch )\d+\.\d+(?:e-?\d+)?(?![\w.]*\d)")
 _SUFFIX = re.compile(r":(min|lower|upper|max)(?=@|$)")
 
 
@@ -70,6 +75,8 @@ def form(value: float, unit: str, spec: str = "") -> str:
     >>> form(5.21e-5, "s"), form(1856, "count"), form(2.6e-6, "1", ".1e"), form(0.25, "ratio")
     ('52.1 us', '1,856', '2.6e-6', '0.25')
     """
+    if value != value:
+        raise ValueError("only the range of a figure is known: ask for its :min and :max")
     if spec.startswith("inverse"):
         return form(1.0 / value, "ratio", spec.removeprefix("inverse").strip())
     if spec.startswith("time") or (not spec and unit == "s"):
@@ -83,10 +90,11 @@ def form(value: float, unit: str, spec: str = "") -> str:
 
 
 def _time(value: float, digits: int) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= scale:
-            break
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
+    unit, scale = next((pair for pair in units if value >= pair[1]), ("ns", 1e-9))
     text = f"{value / scale:#.{digits}g}"
+    if "e" in text:  # a time of more digits than are shown
+        text = f"{float(text):,.0f}"
     return f"{text.rstrip('.')} {unit}"
 
 
@@ -105,11 +113,13 @@ def label(records: list[Record], newest: str) -> str:
     text = f"{version}, {' and '.join(machines)}"
     if len(threads) == 1 and (count := threads.pop()) and records[0].device == "cpu":
         text += f", {count} thread{'s' if count != 1 else ''}"
+    if any(record.was_busy for record in records):
+        text += ", beside other work"
     return text if version == newest else f"*{text}*"
 
 
 def fill_row(line: str, figures: Figures) -> str:
-    """A line of a template with its figures, all of them of one version.
+    """A row or an item of a template with its figures, all of them of one version.
 
     Raises:
         KeyError: There is no such figure, or no version with all of them.
@@ -133,8 +143,9 @@ def fill_row(line: str, figures: Figures) -> str:
 
 
 def fill_template(text: str, figures: Figures) -> str:
-    """A template with its figures, line by line."""
-    return "\n".join(fill_row(line, figures) for line in text.splitlines()) + "\n"
+    """A template with its figures, row by row; indented lines belong to the line above."""
+    rows = re.split(r"\n(?!  )", text.removesuffix("\n"))
+    return "\n".join(fill_row(row, figures) for row in rows) + "\n"
 
 
 def fill(text: str, figures: Figures, tables: Path = TABLES) -> str:
@@ -168,6 +179,20 @@ def fill(text: str, figures: Figures, tables: Path = TABLES) -> str:
 def without_figures(text: str) -> str:
     """A document without what is filled: what is left was written by hand."""
     return _FIGURE.sub("", _BLOCK.sub("", text))
+
+
+def loose_figures(text: str, decimals: bool = False) -> list[str]:
+    """Numbers with a unit of time, memory or a share in a document's prose that are in no marker.
+
+    Args:
+        text: The document.
+        decimals: Find numbers with a decimal point as well, except for versions.
+    """
+    prose = _CODE.sub("", without_figures(text))
+    found = [match.group() for match in _MEASURED.finditer(prose)]
+    if decimals:
+        found += [match.group() for match in _DECIMAL.finditer(prose)]
+    return found
 
 
 def documents(root: Path) -> Iterator[Path]:

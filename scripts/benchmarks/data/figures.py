@@ -21,6 +21,9 @@ DIGITS = 5
 #: The parts of a spread in the order of size; `rounds` says how many samples they are of.
 SPREAD = ("min", "lower", "upper", "max")
 
+#: Processes that want to run, for each core, above which times are not to be trusted.
+BUSY = 1.5
+
 _TIMING = {"median", "min", "max", "rounds"}
 _RATIO = {"of_medians", "minimum", "median", "maximum"}
 #: Keys whose whole content has one unit, and keys of single numbers; all others have no unit.
@@ -42,7 +45,8 @@ _NUMBERS = {
     "bytes per second": "B/s",
 }
 #: What a run ended with, which a table of evaluations does not need.
-_DROPPED = {"gradient", "value", "is_known_minimum", "gradients, a product for two", "distance"}
+_DROPPED = {"gradient", "value", "is_known_minimum", "gradients, a product for two"}
+_DROPPED |= {"distance", "residual", "is_minimum"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Figure:
     """One number that was measured.
 
     Attributes:
-        value: The number to quote; of several samples the median.
+        value: The number to quote; of several samples the median. NaN if only the range is known.
         unit: `"s"`, `"B"`, `"B/s"`, `"count"`, `"ratio"`, `"bool"`, or `"1"` for all else.
         spread: Smallest sample, quartiles and largest sample by the names of `SPREAD`, as far as
             they are known.
@@ -78,7 +82,8 @@ class Figure:
 
     def as_dict(self) -> dict[str, Any]:
         """The line of the JSON file."""
-        line: dict[str, Any] = {"value": rounded(self.value), "unit": self.unit}
+        known = math.isfinite(self.value)
+        line: dict[str, Any] = {"value": rounded(self.value) if known else None, "unit": self.unit}
         for name in SPREAD:
             if self.spread and name in self.spread:
                 line[name] = rounded(self.spread[name])
@@ -90,7 +95,8 @@ class Figure:
     def from_dict(cls, line: Mapping[str, Any]) -> Figure:
         """Reads a line of the JSON file."""
         spread = {name: float(line[name]) for name in SPREAD if name in line}
-        return cls(line["value"], line["unit"], spread or None, line.get("rounds", 1))
+        value = math.nan if line["value"] is None else line["value"]
+        return cls(value, line["unit"], spread or None, line.get("rounds", 1))
 
 
 def rounded(value: float) -> float | int:
@@ -188,7 +194,7 @@ def _summary(path: tuple[str, ...], value: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def _list(path: tuple[str, ...], value: Sequence[Any]) -> Iterator[tuple[str, Figure]]:
-    if value and all(isinstance(entry, str) for entry in value) or not value:
+    if all(isinstance(entry, str) for entry in value):
         yield _name(path), Figure(len(value), "count")
     elif all(isinstance(entry, Mapping) for entry in value):
         if any(_is_summary(entry) for entry in value):
@@ -224,6 +230,7 @@ class Record:
         environment: Machine and versions, see `report.environment`.
         figures: By their names.
         note: What else a reader has to know, such as that they were measured by hand.
+        release: The release in whose folder the file is, or `""`.
     """
 
     benchmark: str
@@ -231,11 +238,18 @@ class Record:
     environment: Mapping[str, Any]
     figures: Mapping[str, Figure]
     note: str = ""
+    release: str = ""
 
     @property
     def version(self) -> str:
-        """The version of this package."""
-        return str(self.environment.get("version", "0.1.0"))
+        """The release, or the version of this package that was measured."""
+        return self.release or str(self.environment.get("version", "0.1.0"))
+
+    @property
+    def was_busy(self) -> bool:
+        """True if other work was waiting for the processor when the run began."""
+        load, cores = self.environment.get("load"), self.environment.get("cores")
+        return bool(load and cores and load > BUSY * cores)
 
     @property
     def device(self) -> str:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from .documents import TABLES, documents, fill
+from .documents import TABLES, documents, fill, fill_template
 from .figures import Figures
-from .profiles import draw
+from .profiles import draw, sections
 
 ROOT = Path(__file__).resolve().parents[3]
 #: The figures of all releases, each in a folder with its version.
 FIGURES = ROOT / "scripts" / "benchmarks" / "figures"
 
+#: Where the template of the page has the profiles.
+PROFILES = "{{profiles}}"
+
 
 def read_figures(folder: Path = FIGURES) -> Figures:
     """Reads the figures of all releases; files beside the folders of versions are others' data."""
     releases = [path for path in folder.iterdir() if path.is_dir() and path.name[0].isdigit()]
-    return Figures([record for path in releases for record in Figures.read(path).records])
+    return Figures(
+        [
+            replace(record, release=path.name)
+            for path in releases
+            for record in Figures.read(path).records
+        ]
+    )
 
 
 def made(root: Path = ROOT, tables: Path = TABLES) -> Iterator[tuple[Path, str]]:
@@ -36,8 +46,21 @@ def made(root: Path = ROOT, tables: Path = TABLES) -> Iterator[tuple[Path, str]]
             raise type(error)(f"{path.relative_to(root)}: {error.args[0]}") from None
         if "<!-- figure: " in text or "<!-- generated: " in text:
             yield path, filled
+    page = tables / "benchmarks.md"
+    if page.exists():
+        yield root / "docs" / "benchmarks.md", benchmarks_page(page, figures)
     for name, drawing in draw(figures).items():
         yield root / "docs" / "images" / name, drawing
+
+
+def benchmarks_page(template: Path, figures: Figures) -> str:
+    """The page of benchmarks."""
+    before, _, after = template.read_text(encoding="utf-8").partition(PROFILES)
+    profiles = sections(figures, figures.records[0].version)
+    text = fill_template(before, figures) + profiles + fill_template(after, figures)
+    title, _, rest = text.partition("\n")
+    note = "<!-- Written by `python scripts/bench.py tables`; change the template instead. -->"
+    return f"{title}\n\n{note}\n{rest}"
 
 
 def publish(check: bool = False, root: Path = ROOT, tables: Path = TABLES) -> list[Path]:

@@ -66,7 +66,7 @@ class HostWaits(TorchDispatchMode):
     """
 
     def __init__(self, ignored: Sequence[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
         self._ignored = {id(tensor) for tensor in ignored}
 

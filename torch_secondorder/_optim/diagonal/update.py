@@ -172,20 +172,22 @@ class StepInputs:
     @property
     def gradient(self) -> Tensor:
         """The gradient, `(n,)`, in the precision of the moments."""
-        gradient = self._block.join(self._gradients) if self._flat is None else self._flat
-        return self._unless_bad(gradient)
+        if self._flat is None:
+            return self._zeroed_if_bad(self._block.join(self._gradients))
+        weight = self.weight
+        return (
+            torch.where(weight > 0, self._flat, 0.0) if isinstance(weight, Tensor) else self._flat
+        )
 
     @property
     def ordered_gradient(self) -> Tensor:
         """The gradient in block order, `(n,)`, in memory of `block.stacks` that a step reuses."""
-        gradient = self._block.gather(self._gradients)
-        if isinstance(self.weight, Tensor):
-            gradient.copy_(self._unless_bad(gradient))
-        return gradient
+        return self._zeroed_if_bad(self._block.gather(self._gradients))
 
-    def _unless_bad(self, gradient: Tensor) -> Tensor:
+    def _zeroed_if_bad(self, gradient: Tensor) -> Tensor:
+        """A copy of the gradient, in place."""
         weight = self.weight
-        return torch.where(weight > 0, gradient, 0.0) if isinstance(weight, Tensor) else gradient
+        return gradient.masked_fill_(weight <= 0, 0.0) if isinstance(weight, Tensor) else gradient
 
     def average_gradient(self, beta: float) -> None:
         """`exp_avg = beta * exp_avg + (1 - beta) * gradient`."""
