@@ -1,8 +1,9 @@
 """# Fitting a network to high precision: L-BFGS beside Adam
 
-If the loss is the same function in every step, because all the data fit into one batch, noise is no reason for small
-steps. Then a quasi-Newton method goes on where Adam has stopped to improve. This page fits a curve with a sharp bend, with
-a network of 673 parameters, and gives every method 1,000 evaluations of the loss.
+If the loss is the same function in every step, because all the data fit into one batch, noise is no
+reason for small steps. Then a quasi-Newton method goes on where Adam has stopped to improve. This
+page fits a curve with a sharp bend, with a network of 673 parameters, and gives every method 1,000
+evaluations of the loss.
 
 This page was made by its script while the site was built.
 """
@@ -21,8 +22,8 @@ y = torch.sin(6 * x) * torch.exp(-(x**2)) + 0.3 * torch.tanh(10 * x)
 # %%
 # ## The same closure for each
 #
-# The closure counts how often it runs. That is the fair measure: a step of Adam evaluates the loss once, a step of an
-# L-BFGS some 25 times.
+# The closure counts how often it runs. That is the fair measure: a step of Adam evaluates the loss
+# once, a step of an L-BFGS some 25 times.
 
 
 def train(make_optimizer, evaluations=1000):
@@ -80,8 +81,9 @@ axes.grid(alpha=0.3)
 axes.legend()
 
 # %%
-# The self-scaled update pays in long runs, and `BFGS` keeps a whole matrix, which is affordable up to some ten thousand
-# parameters. [Choosing an optimizer](../choosing.md) has the cases in which Adam is the right choice: above all, mini-batches.
+# The self-scaled update pays in long runs, and `BFGS` keeps a whole matrix, which is affordable up
+# to some ten thousand parameters. [Choosing an optimizer](../choosing.md) has the cases in which
+# Adam is the right choice: above all, mini-batches.
 #
 # ## What the fit looks like
 #
@@ -102,7 +104,7 @@ below.set_xlabel("x")
 # %%
 # ## What a step reports
 #
-# Every step says how it ended. Log it: the number of evaluations, the length of the step and the gradient tell at once
-# whether a run still makes progress.
+# Every step says how it ended. Log it: the number of evaluations, the length of the step and the
+# gradient tell at once whether a run still makes progress.
 
 print(runs["LBFGS"][2].info)
