@@ -2,7 +2,7 @@
 
 If the loss is the same function in every step, because all the data fit into one batch, noise is no
 reason for small steps. Then a quasi-Newton method goes on where Adam has stopped to improve. This
-page fits a curve with a sharp bend, with a network of 673 parameters, and gives every method 1,000
+page fits a curve with a network of 673 parameters, and gives every method 1,000
 evaluations of the loss.
 
 This page was made by its script while the site was built.
@@ -78,7 +78,7 @@ axes.set_title("Best loss so far")
 axes.set_xlabel("evaluations of the closure")
 axes.set_ylabel("mean squared error")
 axes.grid(alpha=0.3)
-axes.legend()
+axes.legend(loc="upper right")
 
 # %%
 # The self-scaled update pays in long runs, and `BFGS` keeps a whole matrix, which is affordable up
@@ -97,7 +97,7 @@ for name, style in [("Adam", "C0"), ('LBFGS(update="ssbroyden")', "C3")]:
     above.plot(x[:, 0], fit[:, 0], style, linestyle="--", label=name)
     below.semilogy(x[:, 0], (fit - y)[:, 0].abs() + 1e-16, style)
 above.set_title("Fit and residual")
-above.legend()
+above.legend(loc="upper left")
 below.set_ylabel("|residual|")
 below.set_xlabel("x")
 

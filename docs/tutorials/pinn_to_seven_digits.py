@@ -120,8 +120,7 @@ axes.grid(alpha=0.3)
 axes.legend()
 
 # %%
-# The solution, and what is wrong with it. The error is smooth: it is the limit of what this
-# network can represent at these points, and a larger network gets further.
+# The solution, and what is left to the exact one. It is largest near the boundary.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
 network = runs["LevenbergMarquardt"][0]
