@@ -69,7 +69,7 @@ SETS = (
     Set(
         "hessians",
         "Smooth functions, with Hessians",
-        "The same functions. Each iteration has a Hessian. `Newton` tries a rejected step again "
+        "The classical functions again. Each iteration has a Hessian. `Newton` tries a rejected step again "
         "within its iteration, while the others count it as another one, so compare evaluations "
         "as well.",
         "newton.exact",
@@ -92,11 +92,10 @@ SETS = (
         {
             "LBFGS (ours)": "LBFGS",
             "BFGS (ours)": "BFGS",
-            "Newton (ours)": "Newton (with Hessians)",
             "scipy L-BFGS-B": "SciPy L-BFGS-B",
             "torch.optim.LBFGS, clamped": "torch.optim.LBFGS, clamped",
         },
-        3,
+        2,
         {"evaluations": "evaluations", "time": "time"},
     ),
     Set(
