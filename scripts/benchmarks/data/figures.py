@@ -274,7 +274,7 @@ class Record:
             figures = flatten(document["results"])
             command = document.get("command", "scripts/gpu_check.sh")
             title = document.get("benchmark", path.stem)
-            return cls(title, command, document["environment"], figures)
+            return cls(title, command, document.get("environment") or {}, figures)
         figures = {name: Figure.from_dict(line) for name, line in document["figures"].items()}
         return cls(
             document["benchmark"],

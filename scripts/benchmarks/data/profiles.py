@@ -69,9 +69,9 @@ SETS = (
     Set(
         "hessians",
         "Smooth functions, with Hessians",
-        "The classical functions again. Each iteration has a Hessian. `Newton` tries a rejected step again "
-        "within its iteration, while the others count it as another one, so compare evaluations "
-        "as well.",
+        "The classical functions again. Each iteration has a Hessian. `Newton` tries a rejected "
+        "step again within its iteration, while the others count it as another one, so compare "
+        "evaluations as well.",
         "newton.exact",
         "python scripts/bench.py newton --part exact",
         {
