@@ -337,7 +337,14 @@ def test_profiles_are_shares_within_a_factor_of_the_best(data: Any) -> None:
             figures[f"{stem}.solved"] = Figure(int(count is not None), "bool")
     figures["set.ratios.A.evaluations"] = Figure(1.0, "ratio")
     group = profiles.Set(
-        "s", "Title", "Text.", "set", "cmd", {"B (ours)": "B", "A": "A"}, 1, {"evaluations": "n"}
+        "s",
+        "Title",
+        "{count} problems.",
+        "set",
+        "cmd",
+        {"B (ours)": "B", "A": "A"},
+        1,
+        {"evaluations": "n"},
     )
     stored = data.figures.Figures([record(data, figures)])
     table = profiles.tables(stored, group)["n"]
@@ -354,6 +361,7 @@ def test_profiles_are_shares_within_a_factor_of_the_best(data: Any) -> None:
     assert list(drawn) == ["profile_s.svg"]
     assert drawn["profile_s.svg"].count("<path d=") >= 4
     page = profiles.sections(stored, "0.2.0", [group])
+    assert "### Title\n\n4 problems.\n" in page
     assert "| B | 25% | 50% | 50% | 50% |" in page and "| A | 50% | 50% | 75% | 75% |" in page
     assert profiles.draw(data.figures.Figures([record(data, {"other": 1.0})]), [group]) == {}
 
