@@ -101,8 +101,8 @@ SETS = (
     Set(
         "constrained",
         "Constraints",
-        "{count} problems of Hock and Schittkowski, evaluations to the first optimum; the time is that "
-        "of the whole run, where its end is one.",
+        "{count} problems of Hock and Schittkowski, evaluations to the first optimum; the time is "
+        "that of the whole run, where its end is one.",
         "constraints.problems",
         "python scripts/bench.py constraints --part problems",
         {
@@ -122,8 +122,8 @@ SETS = (
     Set(
         "residuals",
         "Least squares, classical",
-        "{count} problems of Moré, Garbow and Hillstrom; a problem is solved with 5.5 digits of the "
-        "sum of squares.",
+        "{count} problems of Moré, Garbow and Hillstrom; a problem is solved with 5.5 digits of "
+        "the sum of squares.",
         "residuals.problems",
         "python scripts/bench.py residuals --part problems",
         {
@@ -139,8 +139,8 @@ SETS = (
     Set(
         "nist",
         "Least squares, NIST",
-        "{count} fits: NIST's nonlinear regressions from both starts; a fit is solved with 5.5 digits of all "
-        "parameters.",
+        "{count} fits: NIST's nonlinear regressions from both starts; a fit is solved with 5.5 "
+        "digits of all parameters.",
         "residuals.nist",
         "python scripts/bench.py residuals --part nist",
         {
