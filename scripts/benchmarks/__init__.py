@@ -5,6 +5,7 @@ To add one, write a module with a function under `@command(...)`, and import it 
 
 from . import (
     capture,
+    captured,
     compiled,
     constraints,
     diagnostics,
@@ -30,6 +31,7 @@ __all__ = [
     "Command",
     "Options",
     "capture",
+    "captured",
     "command",
     "compiled",
     "constraints",
