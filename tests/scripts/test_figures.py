@@ -115,6 +115,8 @@ def test_nested_results_are_read_too(data: Any, tmp_path: Path) -> None:
         (0.123, "ratio", ".0%", "12%"),
         (552, "B", "", "552 bytes"),
         (20480, "B", "", "20 KiB"),
+        (1_040_000, "B", "", "1,016 KiB"),
+        (9_900_000, "B", "", "9.44 MiB"),
         (1e-7, "1", "", "1e-7"),
         (53.0, "count", "d", "53"),
     ],

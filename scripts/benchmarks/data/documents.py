@@ -99,9 +99,11 @@ def _time(value: float, digits: int) -> str:
 
 
 def _bytes(value: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= 10 * scale:
-            return f"{value / scale:.3g} {unit}"
+    # Bytes are counted up to ten thousand, as far as people read them.
+    for unit, scale, least in (("GiB", 2**30, 1.0), ("MiB", 2**20, 1.0), ("KiB", 2**10, 10.0)):
+        if value >= least * scale:
+            number = value / scale
+            return f"{number:,.0f} {unit}" if number >= 100.0 else f"{number:.3g} {unit}"
     return f"{value:,.0f} bytes"
 
 
