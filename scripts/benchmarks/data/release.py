@@ -21,12 +21,10 @@ from pathlib import Path
 import torch
 
 from ..report import environment as describe
-from .figures import Record, flatten
+from .figures import COUNTS, Record, flatten
 
 ROOT = Path(__file__).resolve().parents[3]
 BENCH = "scripts/bench.py"
-#: The note of a record without times.
-COUNTS = "Counts only: times were not taken."
 #: Seconds that a process is given to end, and below which no part is begun.
 GRACE, LEAST = 5.0, 10.0
 
