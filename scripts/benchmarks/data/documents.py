@@ -107,7 +107,7 @@ def _bytes(value: float) -> str:
     return f"{value:,.0f} bytes"
 
 
-def label(records: list[Record], newest: str) -> str:
+def label(records: list[Record], newest: str = "") -> str:
     """The version and machine of a row; an older version than `newest` is marked as such."""
     machines = sorted({record.machine for record in records})
     version = records[0].version
@@ -117,7 +117,7 @@ def label(records: list[Record], newest: str) -> str:
         text += f", {count} thread{'s' if count != 1 else ''}"
     if any(record.was_busy for record in records):
         text += ", beside other work"
-    return text if version == newest else f"*{text}*"
+    return text if version == (newest or version) else f"*{text}*"
 
 
 def fill_row(line: str, figures: Figures) -> str:
