@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Seconds that a process may take between two tests: for imports, collection and its end.
+START = 90.0
 #: Test files, the most telling first: the others follow.
 FIRST = (
     "tests/optim/test_conformance.py",
@@ -42,7 +44,7 @@ MESSAGE = 2000
 
 def files_of(directory: Path) -> list[str]:
     """The files with tests for devices, the most telling first, then the largest."""
-    for_devices = re.compile(r"\bdevice: torch\.device\b|\bmark\.cuda\b")
+    for_devices = re.compile(r"def \w+\([^)]*\bdevice\b|\bmark\.cuda\b")
     sizes = {}
     for path in directory.rglob("test_*.py"):
         text = path.read_text()
@@ -137,8 +139,8 @@ class Tests:
             if worker is not None:
                 worker.end()
 
-    def _deadline(self) -> float:
-        return min(self._end, time.monotonic() + self.one_test)
+    def _deadline(self, more: float) -> float:
+        return min(self._end, time.monotonic() + self.one_test + more)
 
     def _note(self, name: str, result: dict[str, Any]) -> None:
         with self._lock:
@@ -166,7 +168,7 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         running, late = "", threading.Event()
-        watch = _Watch(deadline(), self.process, late)
+        watch = _Watch(deadline(START), self.process, late)
         try:
             self.process.stdin.write(
                 json.dumps({"file": name, "marks": marks, "done": [*done]}) + "\n"
@@ -174,7 +176,7 @@ class Worker:
             self.process.stdin.flush()
             for line in self.process.stdout:
                 told = json.loads(line)
-                watch.deadline = deadline()
+                watch.deadline = deadline(START if "outcome" in told else 0.0)
                 if "file" in told:
                     self.tainted = self.tainted or told["tainted"]
                     return True
@@ -197,6 +199,10 @@ class Worker:
         """Ends the process and all that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with suppress(OSError):
+                stream.close()
         self.process.wait()
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.simulated_device import SimulatedDevice
 from tests.support.simulated_graph import SimulatedGraph
 from torch_secondorder import KFAC, LBFGS, SOAP, AdaHessian, CapturedStep, Shampoo, Sophia
+from torch_secondorder._optim.diagonal.replay import kind_of_step
 from torch_secondorder.optim import captured_step
 
 CASES = {
@@ -321,7 +323,44 @@ def test_arguments() -> None:
         CapturedStep(AdaHessian([x]), print, warm_up=0)
 
 
-# On a GPU.
+# On a device.
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_that_are_recorded_wait_for_nothing(case: str) -> None:
+    """Nor do they send anything to the device: a graph would send the same again."""
+    kind, options = CASES[case]
+    kinds = set()
+    with SimulatedDevice() as simulated:
+        training = Training(kind, captured=False, device="cuda", **{**options, "capturable": None})
+        for _ in range(STEPS):
+            of_step, batch = kind_of_step(training.optimizer), training.batch()
+            simulated.reads.clear()
+            simulated.uploads.clear()
+            training._plain(*batch)
+            if of_step is not None:
+                kinds.add(of_step)
+                assert not simulated.reads, str(simulated.reads[0])
+                assert not simulated.uploads, str(simulated.uploads[0])
+    assert tuple(sorted(kinds)) == KINDS.get(case, ("plain",))
+
+
+def test_a_rate_on_the_device_is_read_only_after_a_change() -> None:
+    with SimulatedDevice() as simulated:
+        rate = torch.tensor(0.01, device="cuda")
+        training = Training(AdaHessian, captured=False, device="cuda", lr=rate)
+        reads = []
+        for step in range(16):
+            batch = training.batch()
+            simulated.reads.clear()
+            if step == 14:
+                rate.mul_(0.5)
+            training._plain(*batch)
+            reads.append(len(simulated.reads))
+        assert reads[10:] == [0, 0, 0, 0, 1, 0]
+        rate.mul_(-1)
+        with pytest.raises(ValueError, match="lr must be"):
+            training._plain(*batch)
 
 
 @pytest.mark.cuda

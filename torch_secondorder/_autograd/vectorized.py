@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._autograd.graph import Graph, Overwritten
+from torch_secondorder._foundation.memory import free_memory
 
 Parts: TypeAlias = Sequence[Tensor | None]
 #: Gives the product with a direction, or with True those with the slices of the first dimension.
@@ -19,6 +20,11 @@ _Multiply: TypeAlias = Callable[[Any, bool], Parts]
 # times where they are large: beyond so many parameters they are done one by one.
 AT_ONCE = 8
 _LARGE = 100_000
+# The same of elements of intermediate results: from here on eight do not fit into caches, and took
+# twice the time of one by one with a network of width 64 and 512 samples.
+_SPILLING = 2**17
+# Sets of intermediate results that a product with one vector takes, at most, in its passes.
+_SETS = 3
 # Elements of intermediate results that a vectorized pass may have where many products are wanted:
 # on a CPU what caches hold, on a device what keeps it busy. Most vectors in one such pass.
 _CACHED, _BUSY, _MOST = 2**19, 2**25, 64
@@ -33,6 +39,25 @@ def many_at_once(graph: Graph, device: torch.device) -> int:
     if not size:
         return AT_ONCE
     return max(1, min((_CACHED if device.type == "cpu" else _BUSY) // size, _MOST))
+
+
+def products_at_once(graph: Graph, size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The number of vectors to multiply in one pass where there are a few; one for one by one.
+
+    On a CPU it depends on sizes alone. On a device it is a number that keeps the device busy, less
+    if that would take over half of the memory that is free.
+
+    Args:
+        graph: The graph of an evaluation.
+        size: The number of parameters.
+        dtype: Of the vectors.
+        device: Of the vectors.
+    """
+    if device.type == "cpu":
+        small = vectorizing_pays(size, device) and graph.size() <= _SPILLING
+        return AT_ONCE if small else 1
+    bytes_for_each = _SETS * dtype.itemsize * (graph.size() + size)
+    return max(1, int(min(many_at_once(graph, device), free_memory(device) / 2 / bytes_for_each)))
 
 
 def vectorizing_pays(size: int, device: torch.device) -> bool:

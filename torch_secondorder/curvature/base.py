@@ -16,6 +16,7 @@ from torch_secondorder._autograd.vectorized import (
     at_once,
     in_turn,
     many_at_once,
+    products_at_once,
     vectorizing_pays,
 )
 from torch_secondorder._objective.base import Evaluation, Slot
@@ -183,6 +184,7 @@ class Linearized(LinearOperator):
             linearization.graph.require_second_derivatives()
         self._linearization = linearization
         self._vectorizes = True
+        self._at_once: int | None = None  # vectors in one pass of `matmat`
         self.size = linearization.size
         self.dtype, self.device = evaluation.grad.dtype, evaluation.grad.device
 
@@ -200,10 +202,16 @@ class Linearized(LinearOperator):
             return self._linearization.product(v, self._multiply, bends=self._bends)
 
     def matmat(self, V: Tensor) -> Tensor:
-        """See `LinearOperator.matmat`; vectorized, some at once, where operations allow."""
-        if not vectorizing_pays(self.size, self.device):
+        """See `LinearOperator.matmat`; vectorized, some at once, where that pays."""
+        if self._at_once is None:
+            graph, alone = self._linearization.graph, self._linearization.ranks.count == 1
+            if alone:
+                self._at_once = products_at_once(graph, self.size, self.dtype, self.device)
+            else:  # ranks need the same number
+                self._at_once = AT_ONCE if vectorizing_pays(self.size, self.device) else 1
+        if self._at_once == 1:
             return super().matmat(V)
-        rows = V.T.contiguous().split(AT_ONCE)
+        rows = V.T.contiguous().split(self._at_once)
         return torch.cat([self._product_with_rows(r) for r in rows]).T
 
     def dense(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What changed between two sets of figures: `scripts/bench.py compare OLD NEW`."""
+"""Comparison of two sets of figures: `scripts/bench.py compare OLD NEW`."""
 
 from __future__ import annotations
 

@@ -26,6 +26,11 @@ _FIGURE = re.compile(r"<!-- figure: ([^;>]+?)(?:; ([^>]+?))? -->(.*?)<!-- /figur
 _BLOCK = re.compile(r"<!-- generated: ([\w-]+) -->\n(.*?)<!-- /generated -->", re.DOTALL)
 _HOLE = re.compile(r"\{\{\s*([^;}]+?)\s*(?:;\s*([^}]+?)\s*)?\}\}")
 _OPENED = re.compile(r"<!-- (?:figure|generated):")
+# Blocks of code, inline code, targets of links.
+_CODE = re.compile(r"^```.*?^```$|`[^`\n]*`|\]\([^)]*\)", re.DOTALL | re.MULTILINE)
+_UNIT = "%|(?:ns|us|µs|ms|s|GiB|MiB|KiB|kB|bytes|times|(?:micro|milli)?seconds|minutes)\\b"
+_MEASURED = re.compile(rf"(?<![\w.])\d[\d,.]*(?:e-?\d+)?(?<!,)\s?(?:{_UNIT})")
+_DECIMAL = re.compile(r"(?<![\w.])(?<!Python )(?<!orch )\d+\.\d+(?:e-?\d+)?(?![\w.]*\d)")
 _SUFFIX = re.compile(r":(min|lower|upper|max)(?=@|$)")
 
 
@@ -108,6 +113,8 @@ def label(records: list[Record], newest: str) -> str:
     text = f"{version}, {' and '.join(machines)}"
     if len(threads) == 1 and (count := threads.pop()) and records[0].device == "cpu":
         text += f", {count} thread{'s' if count != 1 else ''}"
+    if any(record.was_busy for record in records):
+        text += ", beside other work"
     return text if version == newest else f"*{text}*"
 
 
@@ -172,6 +179,20 @@ def fill(text: str, figures: Figures, tables: Path = TABLES) -> str:
 def without_figures(text: str) -> str:
     """A document without what is filled: what is left was written by hand."""
     return _FIGURE.sub("", _BLOCK.sub("", text))
+
+
+def loose_figures(text: str, decimals: bool = False) -> list[str]:
+    """Numbers with a unit of time, memory or a share in a document's prose that are in no marker.
+
+    Args:
+        text: The document.
+        decimals: Find numbers with a decimal point as well, except for versions.
+    """
+    prose = _CODE.sub("", without_figures(text))
+    found = [match.group() for match in _MEASURED.finditer(prose)]
+    if decimals:
+        found += [match.group() for match in _DECIMAL.finditer(prose)]
+    return found
 
 
 def documents(root: Path) -> Iterator[Path]:

@@ -21,6 +21,9 @@ DIGITS = 5
 #: The parts of a spread in the order of size; `rounds` says how many samples they are of.
 SPREAD = ("min", "lower", "upper", "max")
 
+#: Processes that want to run, for each core, above which times are not to be trusted.
+BUSY = 1.5
+
 _TIMING = {"median", "min", "max", "rounds"}
 _RATIO = {"of_medians", "minimum", "median", "maximum"}
 #: Keys whose whole content has one unit, and keys of single numbers; all others have no unit.
@@ -227,6 +230,7 @@ class Record:
         environment: Machine and versions, see `report.environment`.
         figures: By their names.
         note: What else a reader has to know, such as that they were measured by hand.
+        release: The release in whose folder the file is, or `""`.
     """
 
     benchmark: str
@@ -234,11 +238,18 @@ class Record:
     environment: Mapping[str, Any]
     figures: Mapping[str, Figure]
     note: str = ""
+    release: str = ""
 
     @property
     def version(self) -> str:
-        """The version of this package."""
-        return str(self.environment.get("version", "0.1.0"))
+        """The release, or the version of this package that was measured."""
+        return self.release or str(self.environment.get("version", "0.1.0"))
+
+    @property
+    def was_busy(self) -> bool:
+        """True if other work was waiting for the processor when the run began."""
+        load, cores = self.environment.get("load"), self.environment.get("cores")
+        return bool(load and cores and load > BUSY * cores)
 
     @property
     def device(self) -> str:

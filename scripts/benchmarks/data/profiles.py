@@ -69,7 +69,9 @@ SETS = (
     Set(
         "hessians",
         "Smooth functions, with Hessians",
-        "The same functions. Each iteration has a Hessian, so iterations are counted.",
+        "The same functions. Each iteration has a Hessian. `Newton` tries a rejected step again "
+        "within its iteration, while the others count it as another one, so compare evaluations "
+        "as well.",
         "newton.exact",
         "python scripts/bench.py newton --part exact",
         {
@@ -79,7 +81,7 @@ SETS = (
             "torchmin trust-exact": "torchmin trust-exact",
         },
         1,
-        {"iterations": "iterations", "seconds": "time"},
+        {"iterations": "iterations", "evaluations": "evaluations", "seconds": "time"},
     ),
     Set(
         "bounded",
@@ -243,9 +245,9 @@ def sections(figures: Figures, newest: str, sets: Sequence[Set] = SETS) -> str:
         record, found = find(figures, group), tables(figures, group)
         if record is None or not found:
             continue
-        old = "" if record.version == newest else " of an older version"
+        old = "" if record.version == newest else ", an older one,"
         parts.append(
-            f"### {group.title}\n\n{group.text} Measured by `{group.command}` with version "
+            f"### {group.title}\n\n{group.text}\n\nMeasured by `{group.command}` with version "
             f"{record.version}{old} on {record.machine}.\n\n"
             f"![Performance profiles: {group.title}](images/profile_{group.name}.svg)\n"
         )

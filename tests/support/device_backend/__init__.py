@@ -18,6 +18,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,13 +77,20 @@ def _compile(compiler: str, library: Path) -> None:
     command += [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
     command += [f"-L{folder}" for folder in cpp_extension.library_paths()]
     command += ["-ltorch_cpu", "-lc10", "-o", str(part)]
-    try:
-        made = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{compiler} did not build the test device: {error}") from error
-    if made.returncode != 0:
-        raise Unavailable(f"{compiler} did not build the test device: {made.stderr[-2000:]}")
+    _run(command, f"{compiler} did not build the test device")
+    # What fails to register ends the process, so another one tries it first.
+    load = "import sys, torch; torch.ops.load_library(sys.argv[1])"
+    _run([sys.executable, "-c", load, str(part)], "PyTorch did not take the test device")
     part.replace(library)
+
+
+def _run(command: list[str], failure: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{failure}: {error}") from error
+    if done.returncode != 0:
+        raise Unavailable(f"{failure}: {done.stderr[:2000]}")
 
 
 def _module() -> types.ModuleType:

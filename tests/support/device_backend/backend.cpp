@@ -7,6 +7,7 @@
 // on a thread of its own.
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/SparseTensorImpl.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/CPUAllocator.h>
@@ -146,6 +147,13 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 class Translation {
  public:
   at::Tensor to_cpu(const at::Tensor& tensor) {
+    if (tensor.is_sparse()) {
+      const auto* parts = parts_of(tensor);
+      auto cpu = joined(
+          tensor, to_cpu(parts->indices()), to_cpu(parts->values()), c10::DispatchKey::SparseCPU);
+      sparse_tensors.emplace_back(tensor, cpu);
+      return cpu;
+    }
     const auto& storage = tensor.storage();
     auto found = std::find_if(storages.begin(), storages.end(), [&](const auto& pair) {
       return pair.device.unsafeGetStorageImpl() == storage.unsafeGetStorageImpl();
@@ -169,10 +177,18 @@ class Translation {
     if (!result.defined() || result.device().type() != c10::kCPU) {
       return result;
     }
-    for (const auto& [device, cpu] : tensors) {
-      if (cpu.is_same(result)) {
-        return device;
+    for (const auto* known : {&tensors, &sparse_tensors}) {
+      for (const auto& [device, cpu] : *known) {
+        if (cpu.is_same(result)) {
+          return device;
+        }
       }
+    }
+    if (result.is_sparse()) {
+      const auto* parts = parts_of(result);
+      return joined(
+          result, to_device(parts->indices()), to_device(parts->values()),
+          c10::DispatchKey::SparsePrivateUse1);
     }
     return labelled(result, device_storage(result.storage()), c10::DispatchKey::PrivateUse1);
   }
@@ -199,6 +215,14 @@ class Translation {
       target->set_storage_keep_dtype(device_storage(cpu.storage()));
       target->set_sizes_and_strides(cpu.sizes(), cpu.strides(), cpu.storage_offset());
     }
+    for (const auto& [device, cpu] : sparse_tensors) {
+      auto* target = parts_of(device);
+      const auto* changed = parts_of(cpu);
+      target->resize_(changed->sparse_dim(), changed->dense_dim(), cpu.sizes());
+      target->set_indices_and_values_unsafe(
+          to_device(changed->indices()), to_device(changed->values()));
+      target->set_coalesced(changed->coalesced());
+    }
   }
 
  private:
@@ -222,6 +246,21 @@ class Translation {
     return made;
   }
 
+  static at::SparseTensorImpl* parts_of(const at::Tensor& sparse) {
+    return static_cast<at::SparseTensorImpl*>(sparse.unsafeGetTensorImpl());
+  }
+
+  static at::Tensor joined(
+      const at::Tensor& like, const at::Tensor& indices, const at::Tensor& values,
+      c10::DispatchKey key) {
+    auto made = at::detail::make_tensor<at::SparseTensorImpl>(c10::DispatchKeySet(key), like.dtype());
+    const auto* parts = parts_of(like);
+    parts_of(made)->resize_(parts->sparse_dim(), parts->dense_dim(), like.sizes());
+    parts_of(made)->set_indices_and_values_unsafe(indices, values);
+    parts_of(made)->set_coalesced(parts->coalesced());
+    return made;
+  }
+
   c10::Storage device_storage(const c10::Storage& cpu) {
     for (const auto& pair : storages) {
       if (pair.cpu.unsafeGetStorageImpl() == cpu.unsafeGetStorageImpl()) {
@@ -237,7 +276,7 @@ class Translation {
   }
 
   std::vector<Pair> storages;
-  std::vector<std::pair<at::Tensor, at::Tensor>> tensors;
+  std::vector<std::pair<at::Tensor, at::Tensor>> tensors, sparse_tensors;
 };
 
 // Operators that take indices of the host into tensors of the device, as they do on CUDA.
@@ -293,6 +332,12 @@ struct Arguments {
   }
 };
 
+// What is done to tensors on their way to a kernel has been done to those of the device.
+struct BelowCpu {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
+};
+
 // Runs the CPU kernel of any operator.
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -309,6 +354,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
           (takes_host_indices(schema.name()) && translate.first_on_device),
       "Expected all tensors to be on the same device, but found at least two devices, ",
       kOnlyDevice, " and cpu! (when checking arguments of ", schema.operator_name(), ")");
+  BelowCpu below;
   op.callBoxed(stack);
   const size_t results = schema.returns().size();
   for (auto value = stack->end() - results; value != stack->end(); ++value) {
@@ -330,7 +376,9 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
   Translation translation;
   const auto source = on_device(from) ? translation.to_cpu(from) : from;
   const auto target = on_device(to) ? translation.to_cpu(to) : to;
+  BelowCpu below;
   target.copy_(source);
+  translation.finish();
   return to;
 }
 
@@ -362,6 +410,10 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
 
+TORCH_LIBRARY_IMPL(_, SparsePrivateUse1, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+}
+
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
@@ -371,6 +423,23 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   for (const char* name : {"convolution", "convolution_backward", "_convolution"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   }
+}
+
+TORCH_LIBRARY_IMPL(aten, SparsePrivateUse1, m) {
+  m.impl("_copy_from", &copy_from);
+}
+
+TORCH_LIBRARY_IMPL(aten, SparseCPU, m) {
+  m.impl("_copy_from", &copy_from);
+}
+
+// Else these would be resolved by a copy, which begins with the same operator.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(aten, Negative, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }
 
 // ---- Autocast, with the lists of CUDA --------------------------------------------------------------
@@ -440,21 +509,28 @@ TORCH_LIBRARY(testdevice, m) {
   m.def("default_generator() -> Generator?", [] { return default_generator(); });
 }
 
+// Gives all operators that have a kernel for one key the fallback as their kernel for another.
+void run_on_cpu_what_has(c10::DispatchKey kernel, torch::Library& library) {
+  for (const auto& op : c10::Dispatcher::singleton().getRegistrationsForDispatchKey(kernel)) {
+    if (op.name.rfind("aten::", 0) == 0 && op.name != "aten::_copy_from") {
+      const auto name = op.overload_name.empty() ? op.name : op.name + "." + op.overload_name;
+      library.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+    }
+  }
+}
+
 [[maybe_unused]] const bool registered = [] {
   static Hooks hooks;
   at::RegisterPrivateUse1HooksInterface(&hooks);
-  // PyTorch would run these as their variants with `out`, which costs a second dispatch and, for some,
-  // a warning about the shape of the output.
-  static torch::Library aten(
+  static torch::Library dense(
       torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
-  const auto structured = c10::Dispatcher::singleton().getRegistrationsForDispatchKey(
-      c10::DispatchKey::CompositeExplicitAutogradNonFunctional);
-  for (const auto& op : structured) {
-    if (op.name.rfind("aten::", 0) == 0) {
-      const auto name = op.overload_name.empty() ? op.name : op.name + "." + op.overload_name;
-      aten.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
-    }
-  }
+  static torch::Library sparse(
+      torch::Library::IMPL, "aten", c10::DispatchKey::SparsePrivateUse1, __FILE__, __LINE__);
+  // PyTorch would run these as their variants with `out`, which costs a second dispatch and, for
+  // some, a warning about the shape of the output.
+  run_on_cpu_what_has(c10::DispatchKey::CompositeExplicitAutogradNonFunctional, dense);
+  // For some of these there is a kernel for all devices, which raises.
+  run_on_cpu_what_has(c10::DispatchKey::SparseCPU, sparse);
   return true;
 }();
 

@@ -139,7 +139,7 @@ class Block:
             fused_adam is not None
             and self.master is None
             and all(
-                real.is_contiguous() and real.dtype == torch.float32 and not real.is_cuda
+                real.is_contiguous() and real.dtype == torch.float32 and real.device.type == "cpu"
                 for real in self._reals
             )
         )

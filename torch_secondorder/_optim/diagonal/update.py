@@ -175,7 +175,9 @@ class StepInputs:
         if self._flat is None:
             return self._zeroed_if_bad(self._block.join(self._gradients))
         weight = self.weight
-        return torch.where(weight > 0, self._flat, 0.0) if isinstance(weight, Tensor) else self._flat
+        return (
+            torch.where(weight > 0, self._flat, 0.0) if isinstance(weight, Tensor) else self._flat
+        )
 
     @property
     def ordered_gradient(self) -> Tensor:

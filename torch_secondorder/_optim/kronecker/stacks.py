@@ -66,7 +66,7 @@ def _average_symmetric(matrices: Tensor, first: Tensor, second: Tensor, beta: fl
     On a CPU a quarter of a large product is copied from another one, which takes a fifth less time.
     """
     half, odd = divmod(matrices.shape[-1], 2)
-    if matrices.is_cuda or odd or half < _LEAST_HALF:
+    if matrices.device.type != "cpu" or odd or half < _LEAST_HALF:
         matrices.baddbmm_(first, second, beta=beta, alpha=1 - beta)
         return
     corner, below = matrices[:, :half, :half], matrices[:, half:]
