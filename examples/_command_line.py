@@ -41,6 +41,23 @@ def add_common_arguments(
     add("--out", type=output_file, default=out, help=f"file of the plot; default: {out}")
 
 
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of examples whose results are also written for programs."""
+    parser.add_argument(
+        "--json", type=json_file, metavar="FILE", help="also write the results of the table here"
+    )
+
+
+def json_file(text: str) -> Path:
+    """Parses the name of a JSON file in an existing directory."""
+    path = Path(text)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"{text} does not end in .json")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no directory {path.parent}")
+    return path
+
+
 def positive(number: type[int] | type[float]) -> Callable[[str], float]:
     """A parser of finite positive numbers."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,22 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     body = [line(row) for row in rows]
     return "\n".join([line(header), "-" * len(line(header)), *body])
+
+
+def write_results(
+    path: Path | None, example: str, results: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Writes results by label for programs, in the form of `scripts/bench.py --json`.
+
+    Args:
+        path: The file, or None for none.
+        example: The name of the example.
+        results: Numbers by their names, for each label.
+    """
+    if path is None:
+        return
+    named = {f"examples.{example}.{label}": dict(found) for label, found in results.items()}
+    path.write_text(json.dumps({"results": named}, indent=1) + "\n", encoding="utf-8")
 
 
 def plot_curves(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:

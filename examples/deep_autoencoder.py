@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torch_secondorder
-from _command_line import add_common_arguments, positive
+from _command_line import add_common_arguments, add_json_argument, positive
 from _data import DATASETS, Images, find_fashion_mnist, load_images
-from _report import format_table, line_style, pyplot, style_axes
+from _report import format_table, line_style, pyplot, style_axes, write_results
 from _training import Contender, Loss, Run, Task, batches, endings, train
 
 # Hidden layers up to the narrowest one; the decoder mirrors them.
@@ -194,6 +194,11 @@ def main() -> None:
     ]
     print_table(runs)
     print(endings(runs), end="")
+    results = {
+        run.contender.label: {"error": run.curve.loss[-1], "test error": run.curve.score[-1]}
+        for run in runs
+    }
+    write_results(arguments.json, "deep_autoencoder", results)
     plot(runs, images, arguments.out)
     print(f"plot: {arguments.out}")
 
@@ -224,6 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     add_common_arguments(
         parser, contenders=CONTENDERS, chosen=CONTENDERS, out="deep_autoencoder.png"
     )
+    add_json_argument(parser)
     return parser.parse_args()
 
 

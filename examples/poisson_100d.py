@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import torch_secondorder
-from _command_line import add_common_arguments, positive
+from _command_line import add_common_arguments, add_json_argument, positive
 from _pinn import DTYPE, describe_network, make_layers, widths
-from _report import format_table, line_style, pyplot, style_axes
+from _report import format_table, line_style, pyplot, style_axes, write_results
 from _training import Contender, Loss, Run, Task, endings, train
 
 INSIDE = 100  # points for the equation in each step; half as many for the boundary
@@ -235,6 +235,11 @@ def main() -> None:
     runs = [train(task, CONTENDERS, name, seconds=seconds) for name in arguments.optimizers]
     print_table(runs, seconds)
     print(endings(runs), end="")
+    results = {
+        run.contender.label: {"error": run.curve.score[-1], "loss": run.curve.loss[-1]}
+        for run in runs
+    }
+    write_results(arguments.json, "poisson_100d", results)
     plot(runs, cube, arguments.out)
     print(f"plot: {arguments.out}")
 
@@ -262,6 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     add_common_arguments(
         parser, contenders=CONTENDERS, chosen=CONTENDERS, out="poisson_100d.png", dtype=DTYPE
     )
+    add_json_argument(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)

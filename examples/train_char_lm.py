@@ -39,8 +39,8 @@ from torch.optim import Optimizer
 
 import torch_secondorder
 from _char_lm import BATCH, CONTEXT, HEADS, Text, Transformer, load_text, make_task, write
-from _command_line import add_common_arguments, positive
-from _report import draw_spread, format_table, pyplot, style_axes
+from _command_line import add_common_arguments, add_json_argument, positive
+from _report import draw_spread, format_table, pyplot, style_axes, write_results
 from _scheduled import Scheduled, train
 from _training import Contender, Task
 
@@ -444,6 +444,17 @@ def run_comparison(
     by_time, by_steps = compare(tasks, rates, seconds)
     steps = min(run.steps for runs in by_steps.values() for run in runs)
     print_table(by_time, by_steps)
+    write_results(
+        arguments.json,
+        "train_char_lm",
+        {
+            CONTENDERS[name].label: {
+                "validation loss": mean(run.final for run in runs),
+                "time": step_time(runs),
+            }
+            for name, runs in by_time.items()
+        },
+    )
     print(verdict(by_time, f"In {seconds:g} s each"), end="")
     print(verdict(by_steps, f"In {steps:,} steps each"), end="")
     for runs in by_time.values():
@@ -460,6 +471,18 @@ def run_reach(tasks: Sequence[Task], size: tuple[int, int], arguments: argparse.
     rates = {name: tuned_rate(name, *size) for name in names}
     reached = reach(tasks, rates, arguments.reach)
     print_reached(reached)
+    write_results(
+        arguments.json,
+        f"train_char_lm.reach.width {size[0]}",
+        {
+            CONTENDERS[name].label: {
+                "steps": found.runs[0].steps,
+                "validation loss": mean(run.final for run in found.runs),
+            }
+            for name, found in reached.items()
+            if found.share is not None
+        },
+    )
     results = {name: found.runs for name, found in reached.items()}
     target = mean(run.final for run in reached[BASELINE].runs)
     label = CONTENDERS[BASELINE].label
@@ -510,6 +533,7 @@ def parse_arguments() -> argparse.Namespace:
         f"default: {STEPS:,}",
     )
     add_common_arguments(parser, contenders=CONTENDERS, chosen=CHOSEN, out="train_char_lm.png")
+    add_json_argument(parser)
     arguments = parser.parse_args()
     if len(arguments.width) > 1 and not arguments.tune:
         parser.error("several widths need --tune")

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from _command_line import add_common_arguments, positive
+from _command_line import add_common_arguments, add_json_argument, positive
 from _data import DATASETS, Images, best_available, load_images
-from _report import draw_spread, format_table, pyplot, style_axes
+from _report import draw_spread, format_table, pyplot, style_axes, write_results
 from _training import Contender, Loss, Run, Task, batches, endings, train
 from torch_secondorder import KFAC, SOAP, AdaHessian, AdaSecant, Shampoo, Sophia
 
@@ -205,6 +205,22 @@ def print_table(runs: Mapping[str, list[Run]], chosen: Mapping[str, float]) -> N
     print(format_table([*header, "training loss", "test accuracy, %"], rows))
 
 
+def results(runs: Mapping[str, list[Run]]) -> dict[str, dict[str, float]]:
+    """The numbers of the table, by label."""
+    made = {}
+    for name, several in runs.items():
+        accuracies = [100 * run.curve.score[-1] for run in several]
+        found = {
+            "accuracy": statistics.mean(accuracies),
+            "training loss": statistics.mean(run.curve.loss[-1] for run in several),
+            "time": step_time(several),
+        }
+        if len(several) > 1:
+            found["accuracy deviation"] = statistics.stdev(accuracies)
+        made[CANDIDATES[name].label] = found
+    return made
+
+
 def verdict(runs: Mapping[str, list[Run]]) -> str:
     """A sentence about the highest accuracy, and the significance of the lead."""
     accuracies = {
@@ -276,6 +292,7 @@ def main() -> None:
     print(endings(run for several in runs.values() for run in several), end="")
     if len(runs) > 1:
         print(verdict(runs))
+    write_results(arguments.json, "train_classifier", results(runs))
     plot(runs, arguments.out, title=f"{images.name}: a small convolutional network")
     print(f"plot: {arguments.out}")
 
@@ -307,6 +324,7 @@ def parse_arguments() -> argparse.Namespace:
     add_common_arguments(
         parser, contenders=CANDIDATES, chosen=CANDIDATES, out="train_classifier.png"
     )
+    add_json_argument(parser)
     return parser.parse_args()
 
 

@@ -1,7 +1,8 @@
-"""Hooks of MkDocs: formulas, links into the repository, names that lead to the reference."""
+"""Hooks of MkDocs: formulas, tutorials, links into the repository and into the reference."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mathematics import FormulaError, to_mathml
@@ -10,11 +11,15 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 from names import Names
+from notebooks import page_of
 from repository import DOCS, ROOT, linked, relinked, root_pages, source_page, source_place
+from tutorials import TutorialError, results
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds pages for what the documents link to outside of their folder."""
+    """Adds pages of tutorials and notebooks, and for links that lead outside of the folder."""
+    _add_tutorials(files, config)
+    _add_notebooks(files, config)
     for name, place in root_pages().items():
         if files.get_file_from_path(place) is None:
             files.append(File.generated(config, place, abs_src_path=str(ROOT / name)))
@@ -32,8 +37,29 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def _add_tutorials(files: Files, config: MkDocsConfig) -> None:
+    try:
+        for path in results():
+            files.append(File.generated(config, f"tutorials/{path.name}", abs_src_path=str(path)))
+    except TutorialError as error:
+        raise PluginError(str(error)) from error
+
+
+def _add_notebooks(files: Files, config: MkDocsConfig) -> None:
+    notebooks = [file for file in files if file.src_uri.endswith(".ipynb")]
+    for file in notebooks:
+        page, pictures = page_of(Path(file.abs_src_path or ""))
+        place = Path(file.src_uri)
+        files.append(File.generated(config, str(place.with_suffix(".md")), content=page))
+        for name, content in pictures.items():
+            uri = place.with_name(name).as_posix()
+            files.append(File.generated(config, uri, content=content))
+
+
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links lead where the site has the files."""
+    """Links lead where the site has the files; the landing page has no list of pages beside it."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
     if page.file.src_uri.startswith("source/"):
         return markdown
     return relinked(markdown, _source(page.file), page.file.src_uri)

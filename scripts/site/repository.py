@@ -25,6 +25,8 @@ _CODE = re.compile(
     r"^(?P<fence>```+|~~~+).*?^(?P=fence)[ \t]*$|(?P<tick>`+).+?(?P=tick)", re.M | re.S
 )
 _LINK = re.compile(r"(?P<before>\]\()(?P<target>[^()\s]+)(?P<after>(?:\s+\"[^\"]*\")?\))")
+# Scripts and notebooks that are pages of their own.
+_SCRIPTED = re.compile(r"tutorials/\w+\.py|.+\.ipynb")
 _LANGUAGES = {".py": "python", ".sh": "bash", ".toml": "toml", ".txt": "text", ".yml": "yaml"}
 
 
@@ -104,5 +106,6 @@ def _place(path: str) -> str | None:
     if path in root_pages():
         return root_pages()[path]
     if path.startswith(DOCS):
-        return path.removeprefix(DOCS)
+        page = path.removeprefix(DOCS)
+        return posixpath.splitext(page)[0] + ".md" if _SCRIPTED.fullmatch(page) else page
     return source_place(path) if (ROOT / path).exists() else None

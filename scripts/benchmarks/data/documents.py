@@ -26,6 +26,11 @@ _FIGURE = re.compile(r"<!-- figure: ([^;>]+?)(?:; ([^>]+?))? -->(.*?)<!-- /figur
 _BLOCK = re.compile(r"<!-- generated: ([\w-]+) -->\n(.*?)<!-- /generated -->", re.DOTALL)
 _HOLE = re.compile(r"\{\{\s*([^;}]+?)\s*(?:;\s*([^}]+?)\s*)?\}\}")
 _OPENED = re.compile(r"<!-- (?:figure|generated):")
+# Blocks of code, inline code, targets of links.
+_CODE = re.compile(r"^```.*?^```$|`[^`\n]*`|\]\([^)]*\)", re.DOTALL | re.MULTILINE)
+_UNIT = "%|(?:ns|us|µs|ms|s|GiB|MiB|KiB|kB|bytes|times|(?:micro|milli)?seconds|minutes)\\b"
+_MEASURED = re.compile(rf"(?<![\w.])\d[\d,.]*(?:e-?\d+)?(?<!,)\s?(?:{_UNIT})")
+_DECIMAL = re.compile(r"(?<![\w.])(?<!Python )(?<!orch )\d+\.\d+(?:e-?\d+)?(?![\w.]*\d)")
 _SUFFIX = re.compile(r":(min|lower|upper|max)(?=@|$)")
 
 
@@ -94,13 +99,15 @@ def _time(value: float, digits: int) -> str:
 
 
 def _bytes(value: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= 10 * scale:
-            return f"{value / scale:.3g} {unit}"
+    # Bytes are counted up to ten thousand, as far as people read them.
+    for unit, scale, least in (("GiB", 2**30, 1.0), ("MiB", 2**20, 1.0), ("KiB", 2**10, 10.0)):
+        if value >= least * scale:
+            number = value / scale
+            return f"{number:,.0f} {unit}" if number >= 100.0 else f"{number:.3g} {unit}"
     return f"{value:,.0f} bytes"
 
 
-def label(records: list[Record], newest: str) -> str:
+def label(records: list[Record], newest: str = "") -> str:
     """The version and machine of a row; an older version than `newest` is marked as such."""
     machines = sorted({record.machine for record in records})
     version = records[0].version
@@ -108,7 +115,9 @@ def label(records: list[Record], newest: str) -> str:
     text = f"{version}, {' and '.join(machines)}"
     if len(threads) == 1 and (count := threads.pop()) and records[0].device == "cpu":
         text += f", {count} thread{'s' if count != 1 else ''}"
-    return text if version == newest else f"*{text}*"
+    if any(record.was_busy for record in records):
+        text += ", beside other work"
+    return text if version == (newest or version) else f"*{text}*"
 
 
 def fill_row(line: str, figures: Figures) -> str:
@@ -172,6 +181,20 @@ def fill(text: str, figures: Figures, tables: Path = TABLES) -> str:
 def without_figures(text: str) -> str:
     """A document without what is filled: what is left was written by hand."""
     return _FIGURE.sub("", _BLOCK.sub("", text))
+
+
+def loose_figures(text: str, decimals: bool = False) -> list[str]:
+    """Numbers with a unit of time, memory or a share in a document's prose that are in no marker.
+
+    Args:
+        text: The document.
+        decimals: Find numbers with a decimal point as well, except for versions.
+    """
+    prose = _CODE.sub("", without_figures(text))
+    found = [match.group() for match in _MEASURED.finditer(prose)]
+    if decimals:
+        found += [match.group() for match in _DECIMAL.finditer(prose)]
+    return found
 
 
 def documents(root: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from .documents import TABLES, documents, fill, fill_template
@@ -20,7 +21,13 @@ PROFILES = "{{profiles}}"
 def read_figures(folder: Path = FIGURES) -> Figures:
     """Reads the figures of all releases; files beside the folders of versions are others' data."""
     releases = [path for path in folder.iterdir() if path.is_dir() and path.name[0].isdigit()]
-    return Figures([record for path in releases for record in Figures.read(path).records])
+    return Figures(
+        [
+            replace(record, release=path.name)
+            for path in releases
+            for record in Figures.read(path).records
+        ]
+    )
 
 
 def made(root: Path = ROOT, tables: Path = TABLES) -> Iterator[tuple[Path, str]]:
@@ -50,9 +57,10 @@ def benchmarks_page(template: Path, figures: Figures) -> str:
     """The page of benchmarks."""
     before, _, after = template.read_text(encoding="utf-8").partition(PROFILES)
     profiles = sections(figures, figures.records[0].version)
-    text = fill_template(before, figures) + profiles + "\n" + fill_template(after, figures)
-    head = "<!-- Written by `python scripts/bench.py tables`; change the template instead. -->\n\n"
-    return head + text
+    text = fill_template(before, figures) + profiles + fill_template(after, figures)
+    title, _, rest = text.partition("\n")
+    note = "<!-- Written by `python scripts/bench.py tables`; change the template instead. -->"
+    return f"{title}\n\n{note}\n{rest}"
 
 
 def publish(check: bool = False, root: Path = ROOT, tables: Path = TABLES) -> list[Path]:

@@ -1,7 +1,7 @@
 """Measures what a release publishes, part by part: `scripts/bench.py release`.
 
 Each part is a process of its own with a limit of time, and leaves one file. A second run goes on
-where the first one ended.
+where the first one ended, and measures again what was measured beside other work.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .figures import Record, flatten
+import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench.py"
-#: The note of a record without times.
-COUNTS = "Counts only: times were not taken."
+from ..report import environment as describe
+from .figures import COUNTS, Record, flatten
+
+ROOT = Path(__file__).resolve().parents[3]
+BENCH = "scripts/bench.py"
 #: Seconds that a process is given to end, and below which no part is begun.
 GRACE, LEAST = 5.0, 10.0
 
@@ -37,6 +39,7 @@ class Part:
         seconds: The most that it may take.
         options: Further options.
         counts: Whether it counts evaluations or bytes, which do not depend on the machine's load.
+        script: The script; that of an example has `--json` and `--out`, and its name is `name`.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Part:
     seconds: float
     options: tuple[str, ...] = ()
     counts: bool = False
+    script: str = BENCH
 
     @property
     def title(self) -> str:
@@ -52,40 +56,45 @@ class Part:
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of bench.py."""
+        """The arguments of the script."""
         part = ["--part", self.part] if self.part else []
-        return [self.name, *part, *self.options]
+        name = [self.name] if self.script == BENCH else []
+        return [*name, *part, *self.options]
 
     @property
     def command(self) -> str:
         """The command that a reader would enter."""
-        return " ".join(["python", "scripts/bench.py", *self.arguments])
+        return " ".join(["python", self.script, *self.arguments])
 
     def file(self, folder: Path) -> Path:
         """The file of its figures."""
         return folder / f"{self.title.replace(' ', '.')}.json"
 
 
+def example(name: str, seconds: float, *options: str) -> Part:
+    """One of the examples as a part of a release."""
+    return Part(name, None, seconds, options, script=f"examples/{name}.py")
+
+
 ONE = ("--threads", "1")
 #: What is measured, the most telling first.
 PLAN: tuple[Part, ...] = (
-    Part("lbfgs", "problems", 300, counts=True),
+    Part("lbfgs", "problems", 300, ("--repeat", "3"), counts=True),
     Part("lbfgs", "direction", 60),
     Part("residuals", "poisson", 240, ("--seconds", "200", *ONE)),
     Part("minimize", "exact", 300, ("--repeat", "3"), counts=True),
     Part("products", None, 60),
-    Part("kronecker", "steps", 150),
     Part("diagonal", "steps", 75),
-    Part("residuals", "problems", 90, counts=True),
-    Part("residuals", "nist", 120, ("--repeat", "3"), counts=True),
-    Part("constraints", "problems", 120, counts=True),
-    Part("quasi_newton", "bounds", 60, counts=True),
-    Part("newton", "exact", 120, ("--repeat", "3"), counts=True),
+    Part("residuals", "problems", 150, counts=True),
+    Part("residuals", "nist", 240, ("--repeat", "3"), counts=True),
+    Part("constraints", "problems", 240, counts=True),
+    Part("quasi_newton", "bounds", 120, counts=True),
+    Part("newton", "exact", 200, ("--repeat", "3"), counts=True),
     Part("jacobian", None, 45),
     Part("penalties", None, 45),
     Part("newton", "cg", 60),
     Part("lbfgs", "softmax", 120, ("--seconds", "100")),
-    Part("iteration_costs", None, 75),
+    Part("iteration_costs", None, 120, ("--repeat", "3")),
     Part("minimize", "call", 45),
     Part("lbfgs", "overhead", 60),
     Part("capture", None, 40),
@@ -104,6 +113,7 @@ PLAN: tuple[Part, ...] = (
     Part("distributed", "memory", 60, counts=True),
     Part("kronecker", "memory", 90, counts=True),
     Part("linear", None, 60, counts=True),
+    Part("kronecker", "steps", 400, ("--repeat", "2")),
     Part("newton", "softmax", 120, ("--seconds", "100")),
     Part("newton", "pinn", 240, ("--seconds", "200")),
     Part("quasi_newton", "seconds", 240, ("--seconds", "200")),
@@ -122,16 +132,21 @@ PLAN: tuple[Part, ...] = (
     Part("residuals", "convection", 600, ONE),
     Part("quasi_newton", "convection", 600, ONE, counts=True),
     Part("kronecker", "quality", 600),
+    example("train_classifier", 600),
+    example("train_char_lm", 400, "--seconds", "20", "--seeds", "1"),
+    example("deep_autoencoder", 400),
+    example("poisson_100d", 450),
 )
 # The names of times, and of ratios of times.
 _TIMES = re.compile(r"time|seconds")
 
 
 def is_done(file: Path, counts: bool) -> bool:
-    """True if a part was measured; without `counts`, with its times."""
+    """True if a part was measured; without `counts`, with its times and on a quiet machine."""
     if not file.exists():
         return False
-    return counts or Record.read(file).note != COUNTS
+    record = Record.read(file)
+    return counts or (record.note != COUNTS and not record.was_busy)
 
 
 def run_command(command: Sequence[str], limit: float) -> int | str:
@@ -156,9 +171,10 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def to_record(document: Path, part: Part, note: str, counts: bool) -> Record:
-    """What bench.py has written, as it is kept."""
+    """The results of a run in the form in which they are kept."""
     found = json.loads(document.read_text(encoding="utf-8"))
-    environment = {key: value for key, value in found["environment"].items() if value is not None}
+    described = found.get("environment") or describe(torch.device("cpu"))
+    environment = {key: value for key, value in described.items() if value is not None}
     peers = environment.get("peers", {})
     environment["peers"] = {name: version for name, version in peers.items() if version}
     figures = flatten(found["results"])
@@ -180,7 +196,9 @@ def measure(part: Part, folder: Path, limit: float, counts: bool = False) -> int
     """
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "results.json"
-        command = [sys.executable, str(SCRIPT), *part.arguments, "--json", str(output)]
+        command = [sys.executable, str(ROOT / part.script), *part.arguments, "--json", str(output)]
+        if part.script.startswith("examples/"):
+            command += ["--out", str(Path(scratch) / "plot.png")]
         if counts:
             command += ["--repeat", "1"]
         status = run_command(command, min(part.seconds, limit))
