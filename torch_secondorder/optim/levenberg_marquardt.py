@@ -111,6 +111,17 @@ class LevenbergMarquardtInfo(BoundedInfo):
         jacobian: The way to the last Jacobian, see `ResidualJacobian`.
         reason: The reason why no faster way to it was taken, such as autograd's name of an
             operation; empty if there is none.
+
+    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = LevenbergMarquardt([x])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(x**2, torch.ones_like(x))
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.solver, optimizer.info.rows, optimizer.info.rejected
+    ('primal', 2, 0)
     """
 
     jacobians: int = 0

@@ -51,6 +51,10 @@ class DampedStep:
         curvature: `x'A x / x'D x`, with the undamped matrix `A` and the metric `D`.
         held: Whether more than half of the curvature along `x` is damping.
         iterations: Of conjugate gradients.
+
+    >>> step = DampedStep(x=torch.tensor([-1.0]), slope=-2.0, decrease=1.0, length=1.0)
+    >>> step.held, step.iterations
+    (False, 0)
     """
 
     x: Tensor
@@ -79,6 +83,16 @@ class DampedLeastSquares(ABC):
         factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"`, or `"none"`.
         has_rows: Whether there is more than `J'J`.
         factor_dtype: See `of`.
+
+    >>> from torch_secondorder import FunctionalObjective
+    >>> x, y = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([5.0, 11.0])
+    >>> def half_squares(w):
+    ...     return torch.nn.functional.mse_loss(x @ w, y, reduction="sum") / 2
+    >>> point = FunctionalObjective(half_squares, torch.zeros(2)).evaluate(curvature=True)
+    >>> problem = DampedLeastSquares.of(ResidualJacobian(point), -x.T @ y)
+    >>> step = problem.solve(1e-6)  # the solution is (1, 2)
+    >>> problem.name, [round(value, 3) for value in step.x.tolist()]
+    ('primal', [1.0, 2.0])
     """
 
     name: ClassVar[LeastSquaresSolverName]
