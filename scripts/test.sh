@@ -41,15 +41,10 @@ if [ -z "${TORCH_VERSION:-}" ]; then
     say "mypy torch_secondorder"
     "$VENV_PYTHON" -m mypy torch_secondorder
     if [ $# = 0 ]; then
-<<<<<<< HEAD
         say "the documentation site"
         "$REPO_ROOT/scripts/docs.sh" build
-=======
-        say "mkdocs build --strict"
-        NO_MKDOCS_2_WARNING=1 "$VENV_PYTHON" -m mkdocs build --quiet --strict
         say "sdist and wheel"
         "$VENV_PYTHON" scripts/build.py
->>>>>>> wave6
     fi
 fi
 say "pytest, torch $("$VENV_PYTHON" -c 'import torch; print(torch.__version__)')"
