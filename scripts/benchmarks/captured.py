@@ -38,7 +38,7 @@ Call = Callable[[], object]
 @command("captured", "CUDA graphs, autotuned products, transfers, new vectors", PARTS)
 def run(options: Options, report: Report) -> None:
     """Runs the parts."""
-    if options.device.type != "cuda":
+    if options.device.type != "cuda" and options.wants(PARTS[0]):
         say("no CUDA device: steps and directions run without graphs")
     for name, part in zip(PARTS, (steps, direction, transfers, allocations, products), strict=True):
         if options.wants(name):

@@ -22,7 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch_secondorder import LBFGS, AdaHessian, NewtonCG
 from torch_secondorder._autograd import backward_hook, convolution, graph
 from torch_secondorder._closure import capture
-from torch_secondorder._foundation import buffer_pool, private_torch, subclasses
+from torch_secondorder._foundation import (
+    buffer_pool,
+    cached_tensors,
+    private_torch,
+    subclasses,
+)
 from torch_secondorder.func import jacobian
 
 ROOT = Path(private_torch.__file__).resolve().parents[1]
@@ -443,6 +448,16 @@ def test_modes_count_as_none_where_nobody_tells(
         (x * x).backward()
     assert x.grad is not None and x.grad.item() == 7.0
     assert torch.isfinite(minimized(LBFGS)).all()
+
+
+def test_tensors_are_made_anew_where_nobody_tells_of_modes(
+    without: Without, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = without("torch:_C._len_torch_dispatch_stack")
+    count = module.number_of_dispatch_modes
+    monkeypatch.setattr(cached_tensors, "number_of_dispatch_modes", count)
+    ones = cached_tensors.cached_tensors(torch.ones)
+    assert ones(2) is not ones(2)
 
 
 @pytest.mark.parametrize("grouped", [False, True])

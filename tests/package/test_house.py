@@ -12,7 +12,7 @@ TESTS = Path(__file__).resolve().parents[1]
 LONGEST = 700
 
 #: Folders of tests that are of no room in particular.
-OF_NO_ROOM = {"distributed", "examples", "package", "scripts", "support"}
+OF_NO_ROOM = {"distributed", "examples", "package", "placement", "scripts", "support"}
 
 
 def test_no_file_is_too_long_to_read() -> None:

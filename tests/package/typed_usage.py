@@ -25,6 +25,7 @@ from torch_secondorder import (
     AdaSecant,
     AdaSecantInfo,
     BFGSInfo,
+    CapturedStep,
     ClosureObjective,
     Constrained,
     ConstrainedInfo,
@@ -474,6 +475,22 @@ def sophia() -> None:
     assert optimizer.info is not None
     assert_type(optimizer.info.unclipped, float | None)
     Sophia(model.parameters(), estimator=GaussNewtonBartlett())
+
+
+def captured() -> None:
+    model, x, y = model_and_data()
+    optimizer = AdaHessian(model.parameters(), lr=0.1)
+
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()
+        return loss
+
+    step = CapturedStep(optimizer, closure, warm_up=2)
+    assert_type(step(x, y), Tensor)
+    assert_type(step.captured, tuple[str, ...])
+    assert_type(step.reason, str)
 
 
 def contractive() -> None:

@@ -160,13 +160,19 @@ def check_places(value: Any, device: torch.device, name: str = "") -> None:
             check_places(part, device, f"{name}.{key}")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# One of each kind, and those with sums over all parameters of their own.
+ON_TWO = [name for name in OPTIMIZERS if "," not in name]
+ON_TWO += ["LBFGS, bounds", "LBFGS, ssbroyden", "NewtonCG, KFAC", "NewtonCG, Martens"]
+ON_TWO += ["AdaHessian, labels", "SOAP, cut"]
+
+
+@pytest.mark.parametrize("name", ON_TWO)
 def test_parameters_on_two_devices(name: str) -> None:
     kind, options = OPTIMIZERS[name]
     assert_same(lambda device: trained(kind, options, TwoDevices(device))[1])
 
 
-@pytest.mark.parametrize("name", ["LBFGS", "NewtonCG", "LevenbergMarquardt", "AdaHessian", "SOAP"])
+@pytest.mark.parametrize("name", ["LBFGS", "NewtonCG, Hessian", "LevenbergMarquardt", "SOAP"])
 def test_groups_with_rates_of_their_own(name: str) -> None:
     """The scale of the flat vector, which such groups have, is on the device."""
     kind, options = OPTIMIZERS[name]
@@ -188,12 +194,11 @@ WITHOUT_CLOSURE = ["AdaHessian", "AdaHessian, labels", "Sophia", "SOAP", "Shampo
 
 
 @pytest.mark.parametrize("name", WITHOUT_CLOSURE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_without_a_closure(name: str, dtype: torch.dtype) -> None:
+def test_steps_without_a_closure(name: str) -> None:
     kind, options = OPTIMIZERS[name]
 
     def case(device: torch.device) -> list[Any]:
-        problem = Problem(device, dtype)
+        problem = Problem(device, torch.bfloat16)
         optimizer = kind(problem.params, **options)
         for _ in range(3):
             optimizer.zero_grad()
@@ -202,7 +207,7 @@ def test_steps_without_a_closure(name: str, dtype: torch.dtype) -> None:
             optimizer.step()
         return [problem.params, optimizer.info.grad_norm]
 
-    assert_same(case, 1e-2 if dtype == torch.bfloat16 else 1e-4)
+    assert_same(case, 1e-2)
 
 
 def wrapped(device: torch.device, wrap: Callable[[Problem], Any]) -> list[Any]:
@@ -229,16 +234,17 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("name", INSIDE)
-@pytest.mark.parametrize("noise", [None, 0.1])
-def test_contractive_stays_on_the_device(name: str, noise: float | None) -> None:
+def test_contractive_stays_on_the_device(name: str) -> None:
+    noise = 0.1 if name in ("BFGS", "Adam") else None
+
     def wrap(problem: Problem) -> Contractive:
         return Contractive(INSIDE[name](problem.params), problem.encoder, 0.1, noise=noise)
 
     assert_same(lambda device: wrapped(device, wrap))
 
 
-@pytest.mark.parametrize("name", ["LBFGS", "BFGS", "AdaHessian", "SOAP", "Adam"])
-@pytest.mark.parametrize("kind", ["equality", "inequality", "both"])
+@pytest.mark.parametrize("name", ["LBFGS", "BFGS", "AdaHessian", "Adam"])
+@pytest.mark.parametrize("kind", ["equality", "both"])
 def test_constrained_stays_on_the_device(name: str, kind: str) -> None:
     def wrap(problem: Problem) -> Constrained:
         first, last = problem.encoder[0].weight, problem.net[1].weight
@@ -246,7 +252,6 @@ def test_constrained_stays_on_the_device(name: str, kind: str) -> None:
         inequalities = {"rows": lambda: last.square().sum(1) - 0.5, "sum": lambda: first.sum()}
         options = {
             "equality": {"equalities": equalities},
-            "inequality": {"inequalities": inequalities},
             "both": {"equalities": equalities, "inequalities": inequalities},
         }
         return Constrained(INSIDE[name](problem.params), **options[kind])
@@ -265,8 +270,9 @@ SETS = {
 
 
 # Line searches stay on manifolds, and in boxes, which `bounds` are for.
-PROJECTED = [(name, chosen) for name in ("AdaHessian", "SOAP", "Adam") for chosen in SETS]
-PROJECTED += [("LBFGS", "Orthogonal"), ("BFGS", "UnitNorm")]
+PROJECTED = [("Adam", chosen) for chosen in SETS]
+PROJECTED += [("LBFGS", "Orthogonal"), ("BFGS", "UnitNorm"), ("SOAP", "NormBall")]
+PROJECTED += [("AdaHessian", "Orthogonal")]
 
 
 @pytest.mark.parametrize(("name", "chosen"), PROJECTED)

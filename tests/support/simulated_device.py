@@ -440,10 +440,13 @@ class _Numbers(TorchDispatchMode):
             if own.untyped_storage()._cdata == twin._cdata:
                 made = torch.empty(0, dtype=value.dtype, device=_META)
                 return made.set_(tensor.untyped_storage(), value.storage_offset(), *shape)
-        storage = torch.empty(twin.nbytes(), dtype=torch.uint8, device=_META).untyped_storage()
+        made = torch.empty_strided(*shape, dtype=value.dtype, device=_META)
+        storage = made.untyped_storage()
+        if value.storage_offset() or storage.nbytes() != twin.nbytes():
+            storage = torch.empty(twin.nbytes(), dtype=torch.uint8, device=_META).untyped_storage()
+            made = made.new_empty(0).set_(storage, value.storage_offset(), *shape)
         self._bind(storage, twin)
-        made = torch.empty(0, dtype=value.dtype, device=_META)
-        return made.set_(storage, value.storage_offset(), *shape)
+        return made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

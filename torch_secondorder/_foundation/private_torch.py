@@ -57,6 +57,7 @@ __all__ = [
     "load_forward_rules",
     "matmul_transposed",
     "module_hooks",
+    "number_of_dispatch_modes",
     "number_of_function_modes",
     "overrideable_attention_enabled",
     "own_apply",
@@ -386,6 +387,10 @@ else:
         return True
 
 
+#: How many dispatch modes are active. Without it there might always be one.
+number_of_dispatch_modes: Callable[[], int] = _found("torch:_C._len_torch_dispatch_stack") or (
+    lambda: 1
+)
 #: How many function modes are active. Without it a `backward` that is intercepted comes before all
 #: modes, also those that were entered later.
 number_of_function_modes: Callable[[], int] = _found("torch:_C._len_torch_function_stack") or (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from torch_secondorder._closure.data_parallel import Ranks
 from torch_secondorder._foundation.buffer_pool import BufferPool
+from torch_secondorder._foundation.cached_tensors import cached_tensors
 
 Distribution = Literal["rademacher", "gaussian"]
 Kind = Literal["signs", "normal", "uniform"]
@@ -75,7 +75,7 @@ def rademacher(
     return torch.copysign(one, room, out=room)[:size]
 
 
-@cache
+@cached_tensors
 def _constants(
     integer: torch.dtype, bits: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,17 @@ class AdaSecantInfo(DescentInfo):
         memory: The mean number of steps that the averages reach back.
         outliers: The share of coordinates whose memory was reset.
         probes: Evaluations that only measured the curvature of parameters that had not moved yet.
+
+    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = AdaSecant([x])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (x**2).sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.rate > 0, optimizer.info.evaluations
+    (True, 3)
     """
 
     rate: float = 0.0

@@ -67,6 +67,19 @@ class ConstrainedInfo(Report):
         note: A sentence where something has gone wrong, such as constraints that seem to contradict
             each other; otherwise empty.
         inner: The report of the optimizer inside, if it has one.
+
+    >>> from torch_secondorder import LBFGS
+    >>> x = torch.tensor([2.0], requires_grad=True)
+    >>> optimizer = Constrained(LBFGS([x]), inequalities={"below one": lambda: x - 1})
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = -x.sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(10):
+    ...     loss = optimizer.step(closure)
+    >>> optimizer.info.feasible, round(optimizer.info.multiplier, 3)
+    (True, 1.0)
     """
 
     loss: float

@@ -111,6 +111,17 @@ class LevenbergMarquardtInfo(BoundedInfo):
         jacobian: The way to the last Jacobian, see `ResidualJacobian`.
         reason: The reason why no faster way to it was taken, such as autograd's name of an
             operation; empty if there is none.
+
+    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = LevenbergMarquardt([x])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(x**2, torch.ones_like(x))
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.solver, optimizer.info.rows, optimizer.info.rejected
+    ('primal', 2, 0)
     """
 
     jacobians: int = 0
@@ -202,6 +213,8 @@ class LevenbergMarquardt(FlatOptimizer):
         maximize: For compatibility: residuals can only be made small, True is refused.
         bounds: Lower and upper bounds `(low, high)` of the parameters, or None; see `LBFGS`. They
             need the primal solver.
+        factor_dtype: `torch.float32` for Cholesky factors of float64 problems in float32, with
+            iterative refinement to the digits of float64: for GPUs with slow float64.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex, or a strategy or a bound has a
@@ -240,6 +253,7 @@ class LevenbergMarquardt(FlatOptimizer):
         largest=Vector(),
         direction=Vector(),
     )
+    factor_dtype: torch.dtype | None = None
     _damping: float  # of the next system; 0 before the first one
     _radius: float  # of the next step; 0 before the first one
     _start: float  # the first damping or radius, which the rules' limits are relative to
@@ -249,7 +263,7 @@ class LevenbergMarquardt(FlatOptimizer):
     _told: bool = False  # whether terms without residuals have been looked for
     _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
-    _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
+    _carried = ("globalization", "damping", "solver", "scaling", "acceleration", "factor_dtype")
 
     def __init__(
         self,
@@ -273,7 +287,11 @@ class LevenbergMarquardt(FlatOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         bounds: Bounds = None,
+        factor_dtype: torch.dtype | None = None,
     ) -> None:
+        if factor_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"factor_dtype must be float32, float64 or None, got {factor_dtype!r}")
+        self.factor_dtype = factor_dtype
         check_choice("solver", solver, LeastSquaresSolverName)
         check_choice("scaling", scaling, ScalingName)
         if acceleration is not None:
@@ -455,7 +473,7 @@ class LevenbergMarquardt(FlatOptimizer):
             solver = suited_solver(jacobian.rows, jacobian.size, objective.vector.dtype, device)
             if objective.ranks.any(solver == "cg", device):
                 solver = "cg"  # memory may be short on one rank
-        system = DampedLeastSquares.of(jacobian, point.grad, solver)
+        system = DampedLeastSquares.of(jacobian, point.grad, solver, self.factor_dtype)
         report = self._report
         report.jacobians += 1
         report.rows, report.solver = jacobian.rows, system.name

@@ -27,6 +27,18 @@ class Martens(Preconditioner):
 
     Raises:
         ValueError: A number is out of range.
+
+    >>> from torch_secondorder import NewtonCG
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> optimizer = NewtonCG(layer.parameters(), preconditioner=Martens(n_samples=2))
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(layer(torch.eye(2)), torch.ones(2, 1))
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.preconditioner
+    'Martens'
     """
 
     def __init__(self, power: float = 0.75, n_samples: int = 4) -> None:
@@ -85,6 +97,18 @@ class Nystrom(Preconditioner):
 
     Raises:
         ValueError: A number is out of range.
+
+    >>> from torch_secondorder import NewtonCG
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> optimizer = NewtonCG(layer.parameters(), preconditioner=Nystrom(rank=2))
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(layer(torch.eye(2)), torch.ones(2, 1))
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.preconditioner
+    'Nystrom'
     """
 
     def __init__(self, rank: int = 60, period: int = 20) -> None:

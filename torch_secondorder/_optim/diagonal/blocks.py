@@ -7,7 +7,6 @@ any number of parameters. Only the steps that touch gradients and parameters wor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -15,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.cached_tensors import cached_tensors
 from torch_secondorder._foundation.private_torch import fused_adam, unflatten_tensors, unscale
 from torch_secondorder._optim.kronecker.partition import Partition, partition_of
 from torch_secondorder._optim.kronecker.stacks import Stacks, sorted_by_blocks
@@ -492,6 +492,6 @@ def nonfinite(tensors: Sequence[Tensor], inverse_scale: Tensor | None = None) ->
     return total
 
 
-@cache
+@cached_tensors
 def _one_on(device: torch.device) -> Tensor:
     return torch.ones((), dtype=torch.float32, device=device)
