@@ -9,11 +9,13 @@
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS to install from elsewhere, for instance to take
 # PyTorch's smaller CPU-only build.
 #
-# TORCH_VERSION takes another torch than the pinned one, in .venv-torch-$TORCH_VERSION.
+# TORCH_VERSION takes another torch than the pinned one, in .venv-torch-$TORCH_VERSION. "newest" is the
+# newest release, "nightly" last night's build for CPUs; both are looked up anew each time.
 
 REPO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV_DIR="$REPO_ROOT/.venv${TORCH_VERSION:+-torch-$TORCH_VERSION}"
 VENV_PYTHON="$VENV_DIR/bin/python"
+NIGHTLY_INDEX="https://download.pytorch.org/whl/nightly/cpu"
 
 say() { printf '==> %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -37,7 +39,7 @@ _constraints() { # without torch, and what its versions bound, where it is not t
     if [ -z "${TORCH_VERSION:-}" ]; then
         cat "$REPO_ROOT/constraints.txt"
     else
-        echo "torch==$TORCH_VERSION"
+        case "$TORCH_VERSION" in newest | nightly) ;; *) echo "torch==$TORCH_VERSION" ;; esac
         grep -vE '^(torch|setuptools)==' "$REPO_ROOT/constraints.txt"
     fi
 }
@@ -54,7 +56,7 @@ _pip_install() {
 }
 
 ensure_venv() { # $1: extras, comma-separated
-    local extras="$1" fingerprint stamp
+    local extras="$1" fingerprint stamp torch
     [ -x "$VENV_PYTHON" ] || _make_venv
     _check_python "$VENV_PYTHON"
     stamp="$VENV_DIR/.installed-$extras"
@@ -63,9 +65,14 @@ ensure_venv() { # $1: extras, comma-separated
         return
     fi
     # torch alone and first: whatever else asks for torch then finds the pinned one in place.
+    case "${TORCH_VERSION:-}" in
+    newest) torch=(--upgrade torch) ;;
+    nightly) torch=(--upgrade --pre torch --index-url "$NIGHTLY_INDEX") ;;
+    *) torch=(torch) ;;
+    esac
     say "installing torch (the longest part; once only)"
-    _pip_install torch
+    _pip_install "${torch[@]}"
     say "installing torch_secondorder[$extras]"
     _pip_install --editable "$REPO_ROOT[$extras]"
-    echo "$fingerprint" >"$stamp"
+    case "${TORCH_VERSION:-}" in newest | nightly) ;; *) echo "$fingerprint" >"$stamp" ;; esac
 }

@@ -121,6 +121,26 @@ def jacobian(page: Page) -> Any:
 
 
 @picture
+def hessian(page: Page) -> Any:
+    """The Hessian of a network and its two parts, before and after training."""
+    figure, all_axes = plt.subplots(2, 3, figsize=(6.0, 4.2))
+    for row, (state, (H, G)) in zip(
+        all_axes, (("at the start", page["untrained"]), ("trained", page["trained"])), strict=True
+    ):
+        limit = H.abs().max().item()
+        for axes, matrix, name in zip(
+            row, (H, G, H - G), ("Hessian", "Gauss-Newton", "rest"), strict=True
+        ):
+            # Square roots, so that small entries can be seen.
+            shown = matrix.sign() * (matrix.abs() / limit).sqrt()
+            axes.imshow(shown, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[], title=name if state == "at the start" else "")
+            axes.grid(visible=False)
+        row[0].set_ylabel(state)
+    return figure
+
+
+@picture
 def taylor(page: Page) -> Any:
     """Stationary points of a cubic, and the model along the gradient of another function."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.4))

@@ -5,7 +5,7 @@ same number of settings, and its curve is that of the setting with the smallest 
 Curves and settings are kept in a JSON file, from which the picture is drawn.
 
     python scripts/draw_readme.py             # draws the picture from the JSON file
-    python scripts/draw_readme.py --measure   # trains for five minutes, writes the file, draws
+    python scripts/draw_readme.py --measure   # trains for four minutes, writes the file, draws
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "scripts" / "benchmarks" / "figures" / "loss_against_time.json"
 PICTURE = ROOT / "docs" / "images" / "loss_against_time.svg"
 
-SECONDS = 15.0  # for each setting
+SECONDS = 10.0  # for each setting
 POINTS = 60  # of a curve in the picture
 
 # Of the same contrast to white and to the background of dark pages, at least 4 to 1.
@@ -98,9 +100,10 @@ def measure(seconds: float, names: Iterable[str] | None = None) -> dict[str, Any
     import torch
     from benchmarks.report import environment
 
-    from _training import Contender, train
+    import _training
     from pinn_poisson import make_network, make_problem, make_task
 
+    torch.set_num_threads(1)
     device = torch.device("cpu")
     task = make_task(make_problem(device), make_network(64, 0))
     results = {}
@@ -109,8 +112,11 @@ def measure(seconds: float, names: Iterable[str] | None = None) -> dict[str, Any
             continue
         runs = {}
         for choice, (make, schedule) in choices.items():
-            contenders = {choice: Contender(f"{name} {choice}", make, schedule=schedule)}
-            runs[choice] = train(task, contenders, choice, seconds=seconds)
+            label = f"{name} {choice}"
+            contenders = {choice: _training.Contender(label, make, schedule=schedule)}
+            # What else a machine does takes time on the clock, but not of this process.
+            with patch.object(_training, "clock", lambda device: time.process_time()):
+                runs[choice] = _training.train(task, contenders, choice, seconds=seconds)
         # The last step may take longer than there is time; what it finds does not count.
         last = {c: bisect.bisect_right(run.curve.seconds, seconds) - 1 for c, run in runs.items()}
         losses = {choice: run.curve.loss[last[choice]] for choice, run in runs.items()}
@@ -159,10 +165,10 @@ def draw(data: Mapping[str, Any]) -> str:
             f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">10'
             f'<tspan dy="-5" font-size="9">{power}</tspan></text>'
         )
-    for time in range(0, math.floor(data["seconds"]) + 1, 5):
-        x = at_x(time)
+    for tick in range(0, math.floor(data["seconds"]) + 1, 2):
+        x = at_x(tick)
         lines.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{time}</text>'
+            f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick}</text>'
         )
     ends = labels_apart({name: at_y(r["curve"][-1][1]) for name, r in results.items()}, 17)
     for name, result in results.items():
@@ -191,7 +197,7 @@ def draw(data: Mapping[str, Any]) -> str:
             f'<text x="{left}" y="18">{caption}</text>',
             *lines,
             f'<text x="{middle:.1f}" y="{height - 6}" text-anchor="middle">'
-            f"seconds on {threads(data['environment']['threads'])}</text>",
+            "seconds of one CPU thread</text>",
             "</svg>\n",
         ]
     )
@@ -201,11 +207,6 @@ def in_short_lines(data: Mapping[str, Any]) -> str:
     """The data as JSON, with a point of a curve in each line."""
     text = json.dumps(data, indent=1)
     return re.sub(r"\[\s+([^][\s]+,)\s+([^][\s]+)\s+\]", r"[\1 \2]", text) + "\n"
-
-
-def threads(count: int) -> str:
-    """A number of threads in words."""
-    return "one CPU thread" if count == 1 else f"{count} CPU threads"
 
 
 def labels_apart(heights: Mapping[str, float], distance: float) -> dict[str, float]:

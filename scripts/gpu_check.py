@@ -40,10 +40,15 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("lbfgs", "direction", 60),
     Benchmark("diagonal", "steps", 60),
+    Benchmark("captured", "steps", 45),
     Benchmark("products", None, 60),
     Benchmark("compile", None, 60),
     Benchmark("newton", "pinn", 60),
     Benchmark("newton", "autoencoder", 60),
+    Benchmark("captured", "direction", 20),
+    Benchmark("captured", "products", 60),
+    Benchmark("captured", "allocations", 20),
+    Benchmark("captured", "transfers", 15),
     Benchmark("newton", "cg", 40),
     Benchmark("residuals", "jacobian", 40),
     Benchmark("jacobian", None, 30),
@@ -187,6 +192,8 @@ def main() -> int:
         if entry["status"] != 0:
             _say(f"{title}: {entry['status']}")
     print(table(check.document["bars"]), flush=True)
+    if check.given.rehearse:
+        _say("a rehearsal: its figures say nothing about a device")
     _say("all passed" if check.passed else "something failed, see above")
     return 0 if check.passed else 1
 

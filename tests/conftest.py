@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
 
@@ -24,26 +25,31 @@ DEVICES = [
 ]
 
 
+_WHOLE = ("test_conformance.py", "test_device_backend.py")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Lets `tests/optim/test_conformance.py` test an optimizer of another package."""
     parser.addoption("--optimizer", metavar="MODULE:NAME", help="a class or function to test")
     parser.addoption(
         "--all-devices",
         action="store_true",
-        help="run every case on the test device, not the first of each test and all of "
-        "test_conformance.py",
+        help="run all cases on the test device, not only the first of each test",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves most cases of the test device out: placement rarely depends on their numbers."""
+    """Leaves most cases of the test device out: placement rarely depends on their numbers.
+
+    The first of each test stays, and all of the files that are about devices and all optimizers.
+    """
     if config.getoption("--all-devices"):
         return
     kept, left, seen = [], [], set()
     for item in items:
         test = item.nodeid.split("[")[0]
         on_device = item.get_closest_marker("testdevice") is not None
-        again = on_device and test in seen and item.path.name != "test_conformance.py"
+        again = on_device and test in seen and item.path.name not in _WHOLE
         (left if again else kept).append(item)
         if on_device:
             seen.add(test)
@@ -52,12 +58,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-def pytest_collection_finish() -> None:
-    """Takes all that is loaded by now out of the garbage collector's sight.
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Loads the test device, and takes what is there out of the garbage collector's sight.
 
-    These are some million objects that stay until the end. Tests that collect garbage, or count
+    The device has to be there before the first backward pass: autograd counts devices once. What is
+    there are some million objects that stay until the end. Tests that collect garbage, or count
     what is alive, would look at each of them, again and again.
     """
+    if not session.config.option.collectonly and any(
+        item.get_closest_marker("testdevice") for item in session.items
+    ):
+        with contextlib.suppress(device_backend.Unavailable):  # the fixture tells why
+            device_backend.load()
     gc.collect()
     gc.freeze()
 

@@ -62,7 +62,7 @@ from torch_secondorder.optim import (
     StepStatus,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BFGS",

@@ -1,8 +1,9 @@
 """# Fitting a network to high precision: L-BFGS beside Adam
 
-If the loss is the same function in every step, because all the data fit into one batch, noise is no reason for small
-steps. Then a quasi-Newton method goes on where Adam has stopped to improve. This page fits a curve with a sharp bend, with
-a network of 673 parameters, and gives every method 1,000 evaluations of the loss.
+If the loss is the same function in every step, because all the data fit into one batch, noise is no
+reason for small steps. Then a quasi-Newton method goes on where Adam has stopped to improve. This
+page fits a curve with a network of 673 parameters, and gives every method 1,000
+evaluations of the loss.
 
 This page was made by its script while the site was built.
 """
@@ -21,8 +22,8 @@ y = torch.sin(6 * x) * torch.exp(-(x**2)) + 0.3 * torch.tanh(10 * x)
 # %%
 # ## The same closure for each
 #
-# The closure counts how often it runs. That is the fair measure: a step of Adam evaluates the loss once, a step of an
-# L-BFGS some 25 times.
+# The closure counts how often it runs. That is the fair measure: a step of Adam evaluates the loss
+# once, a step of an L-BFGS some 25 times.
 
 
 def train(make_optimizer, evaluations=1000):
@@ -77,11 +78,12 @@ axes.set_title("Best loss so far")
 axes.set_xlabel("evaluations of the closure")
 axes.set_ylabel("mean squared error")
 axes.grid(alpha=0.3)
-axes.legend()
+axes.legend(loc="upper right")
 
 # %%
-# The self-scaled update pays in long runs, and `BFGS` keeps a whole matrix, which is affordable up to some ten thousand
-# parameters. [Choosing an optimizer](../choosing.md) has the cases in which Adam is the right choice: above all, mini-batches.
+# The self-scaled update pays in long runs, and `BFGS` keeps a whole matrix, which is affordable up
+# to some ten thousand parameters. [Choosing an optimizer](../choosing.md) has the cases in which
+# Adam is the right choice: above all, mini-batches.
 #
 # ## What the fit looks like
 #
@@ -95,14 +97,14 @@ for name, style in [("Adam", "C0"), ('LBFGS(update="ssbroyden")', "C3")]:
     above.plot(x[:, 0], fit[:, 0], style, linestyle="--", label=name)
     below.semilogy(x[:, 0], (fit - y)[:, 0].abs() + 1e-16, style)
 above.set_title("Fit and residual")
-above.legend()
+above.legend(loc="upper left")
 below.set_ylabel("|residual|")
 below.set_xlabel("x")
 
 # %%
 # ## What a step reports
 #
-# Every step says how it ended. Log it: the number of evaluations, the length of the step and the gradient tell at once
-# whether a run still makes progress.
+# Every step says how it ended. Log it: the number of evaluations, the length of the step and the
+# gradient tell at once whether a run still makes progress.
 
 print(runs["LBFGS"][2].info)

@@ -1,8 +1,9 @@
 """# Which curvature does my network have?
 
-The eigenvalues of the Hessian say how badly a loss is conditioned, whether the point is a minimum, and how large a learning
-rate may be. No matrix is needed for that: products with the Hessian suffice, and each costs about two gradients. This page
-looks at a small classifier before and after training.
+The eigenvalues of the Hessian say how badly a loss is conditioned, whether the point is a minimum,
+and how large a learning rate may be. No matrix is needed for that: products with the Hessian
+suffice, and each costs about two gradients. This page looks at a small classifier before and after
+training.
 
 This page was made by its script while the site was built.
 """
@@ -48,8 +49,9 @@ def look(title):
 before = look("before training")
 
 # %%
-# A negative eigenvalue means that the point is no minimum: along its eigenvector the loss bends downwards. That is usual
-# for a network at its start, and the reason why Newton's method needs a safeguard.
+# A negative eigenvalue means that the point is no minimum: along its eigenvector the loss bends
+# downwards. That is usual for a network at its start, and the reason why Newton's method needs a
+# safeguard.
 #
 # ## After training
 
@@ -63,9 +65,10 @@ after = look("after training")
 # %%
 # ## The spectrum
 #
-# Most eigenvalues are close to zero, and a few are large: about as many as there are classes, times a few. Gradient descent
-# is stable up to a learning rate of two over the largest, and at that rate directions with an eigenvalue a thousand times
-# smaller hardly move. This is the gap that second-order methods close.
+# Most eigenvalues are close to zero, and a few are large: about as many as there are classes,
+# times a few. Gradient descent is stable up to a learning rate of two over the largest, and at
+# that rate directions with an eigenvalue a thousand times smaller hardly move. This is the gap
+# that second-order methods close.
 
 figure, axes = plt.subplots(figsize=(7, 3.6))
 for spectrum, name in [(before, "before training"), (after, "after training")]:
@@ -78,9 +81,9 @@ axes.legend()
 # %%
 # ## The loss along the sharpest direction
 #
-# Along the eigenvector of the largest eigenvalue $\lambda$, the loss is close to the parabola
-# $f + t\, g^T v + \tfrac{1}{2} \lambda t^2$ for small $t$. How soon the two part tells for how long a step the quadratic
-# model can be trusted.
+# Along the eigenvector of the largest eigenvalue $\lambda$, the loss is close to the parabola $f +
+# t\, g^T v + \tfrac{1}{2} \lambda t^2$ for small $t$. How soon the two part tells for how long a
+# step the quadratic model can be trusted.
 
 problem = diagnostics.from_model(network, loss_fn, [(points, labels)])
 sharpest = diagnostics.eigenpairs(problem, k=1)
@@ -109,6 +112,6 @@ axes.legend()
 axes.grid(alpha=0.3)
 
 # %%
-# All of this works for a whole data set that does not fit into memory: pass a `DataLoader` in place of the list. In
-# Lightning, `CurvatureMonitor` logs it during training. [The mathematics](../mathematics/hessian.md) explains the Hessian and
-# the products.
+# All of this works for a whole data set that does not fit into memory: pass a `DataLoader` in
+# place of the list. In Lightning, `CurvatureMonitor` logs it during training. [The
+# mathematics](../mathematics/hessian.md) explains the Hessian and the products.

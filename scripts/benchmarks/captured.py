@@ -1,4 +1,4 @@
-"""What CUDA graphs, autotuned products and single transfers gain, and what is allocated.
+"""Gains from CUDA graphs, autotuned products and single transfers, and new vectors.
 
 Graphs are recorded on a CUDA device only. On a CPU the sub-command shows that everything runs, and
 times what does.
@@ -38,7 +38,7 @@ Call = Callable[[], object]
 @command("captured", "CUDA graphs, autotuned products, transfers, new vectors", PARTS)
 def run(options: Options, report: Report) -> None:
     """Runs the parts."""
-    if options.device.type != "cuda":
+    if options.device.type != "cuda" and options.wants(PARTS[0]):
         say("no CUDA device: steps and directions run without graphs")
     for name, part in zip(PARTS, (steps, direction, transfers, allocations, products), strict=True):
         if options.wants(name):

@@ -106,7 +106,7 @@ class Run:
 def peak_memory(contender: Contender, size: int) -> int | None:
     """Bytes by which the process grows at most; None where Linux does not say.
 
-    Over one step, or over several short ones, in which histories become full.
+    Over one step, or over 30 iterations of a method that keeps a history.
     """
     marks = Path("/proc/self/clear_refs")
     try:

@@ -25,6 +25,9 @@ BATCH = 256
 WORST = 1e-6  # relative error to the closed form in float64, in the norm
 
 
+STEP = 1e-4  # of central differences in float64
+
+
 @dataclass(frozen=True)
 class Network:
     """A classifier with one hidden layer.
@@ -72,6 +75,25 @@ def closed_form_of_batch(weights: tuple[Array, ...], x: Array) -> Array:
     return (inner.reshape(-1, len(b1)) @ w1).reshape(len(x), len(b2), -1)
 
 
+def differences(weights: tuple[Array, ...], x: Array, *, central: bool = True) -> Array:
+    """Finite differences in float64, column by column, in NumPy."""
+    w1, b1, w2, b2 = weights
+
+    def f(x: Array) -> Array:
+        z = w2 @ np.maximum(w1 @ x + b1, 0) + b2
+        p = np.exp(z - z.max())
+        return p / p.sum()
+
+    # A forward difference has its smallest error at a shorter step.
+    h, here = (STEP, None) if central else (STEP / 100, f(x))
+    columns = []
+    for j in range(len(x)):
+        e = np.zeros_like(x)
+        e[j] = h
+        columns.append((f(x + e) - (f(x - e) if central else here)) / (2 * h if central else h))
+    return np.stack(columns, axis=1)
+
+
 def batched(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Batched cotangents; the rows of a batch share them."""
     x = x.detach().requires_grad_()
@@ -111,6 +133,10 @@ def one_input(net: Network, x: Tensor) -> Calls:
         "is_grads_batched": partial(batched, f, x),
         "replicated": partial(replicated, f, x),
         "NumPy, closed form": partial(closed_form, weights, array),
+        "NumPy, central differences": partial(differences, net.weights, array.astype(float)),
+        "NumPy, forward differences": partial(
+            differences, net.weights, array.astype(float), central=False
+        ),
     }
 
 

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -147,6 +149,7 @@ class Report:
 
     def __init__(self, device: torch.device, path: Path | None = None) -> None:
         self.path = path
+        self.command = shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
         self.environment = environment(device)
         self.results: dict[str, Any] = {}
 
@@ -163,7 +166,11 @@ class Report:
         """Writes the results so far."""
         if self.path is None:
             return
-        document = {"environment": self.environment, "results": self.results}
+        document = {
+            "command": self.command,
+            "environment": self.environment,
+            "results": self.results,
+        }
         # JSON has no NaN and no infinity: both become null.
         beside = self.path.with_name(self.path.name + ".part")  # replaced at once when complete
         beside.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")

@@ -57,7 +57,9 @@ def _add_notebooks(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links lead where the site has the files."""
+    """Links lead where the site has the files; the landing page has no list of pages beside it."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
     if page.file.src_uri.startswith("source/"):
         return markdown
     return relinked(markdown, _source(page.file), page.file.src_uri)

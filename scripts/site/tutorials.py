@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "tutorials"
 CACHE = ROOT / ".cache" / "tutorials"
 
+
 class TutorialError(RuntimeError):
     """A tutorial that failed, or has no text."""
 
@@ -61,7 +62,9 @@ def cells(source: str) -> Iterator[Cell]:
     starts = [module.body[0].end_lineno or 1, *(mark + 1 for mark in marks)]
     for start, stop in zip(starts, [*marks, len(lines)], strict=True):
         body = lines[start:stop]
-        comments = list(takewhile(lambda line: line.startswith("#"), body if opening is None else []))
+        comments = list(
+            takewhile(lambda line: line.startswith("#"), body if opening is None else [])
+        )
         text = opening or "\n".join(re.sub(r"^# ?", "", line) for line in comments)
         code = body[len(comments) :]
         blank = len(list(takewhile(lambda line: not line, code)))

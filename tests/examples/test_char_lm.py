@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ def test_the_main_job_prints_table_winners_and_samples_and_draws_a_plot(tmp_path
     done = run_example(
         *("--seconds", "0.3", "--width", "8", "--characters", "20000", "--threads", "1"),
         *("--optimizers", "adamw,soap,sophia-gnb", "--seeds", "2", "--layers", "1"),
+        *("--json", "results.json"),
         cwd=tmp_path,
         script="train_char_lm.py",
     )
@@ -61,6 +63,9 @@ def test_the_main_job_prints_table_winners_and_samples_and_draws_a_plot(tmp_path
     assert done.stdout.count("\n--- ") == 3
     assert (tmp_path / "train_char_lm.png").read_bytes().startswith(b"\x89PNG")
     assert "100%" in done.stderr  # a progress bar
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    found = results["examples.train_char_lm.SOAP (ours)"]
+    assert f"{found['validation loss']:.3f} ±" in soap
 
 
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
@@ -75,8 +80,9 @@ def test_the_steps_that_others_need_are_printed_and_plotted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(example, "SHARES", (0.5, 1.0, 3.0))
-    plot = tmp_path / "reach.png"
-    main(monkeypatch, "--reach", "4", "--optimizers", "soap", "--seeds", "2", *TINY, "--out", plot)
+    plot, file = tmp_path / "reach.png", tmp_path / "reach.json"
+    arguments = ("--reach", "4", "--optimizers", "soap", "--seeds", "2", *TINY)
+    main(monkeypatch, *arguments, "--out", plot, "--json", file)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("AdamW, 4 steps: validation ")
     assert lines[2].endswith(", the target")
@@ -84,6 +90,10 @@ def test_the_steps_that_others_need_are_printed_and_plotted(
     assert lines[-4].startswith("-----")
     assert lines[-3].split()[0] == "AdamW" and lines[-3].split()[3:5] == ["4", "1.00"]
     assert lines[-2].startswith("SOAP (ours)")
+    results = json.loads(file.read_text(encoding="utf-8"))["results"]
+    adamw = results["examples.train_char_lm.reach.width 4.AdamW"]
+    assert adamw["steps"] == 4
+    assert f"{adamw['validation loss']:.3f}" in lines[-3]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

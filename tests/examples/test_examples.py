@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,7 @@ def test_missing_data_are_reported_with_all_three_places(tmp_path: Path) -> None
 def test_the_deep_autoencoder(tmp_path: Path) -> None:
     done = run_example(
         *("--dataset", "digits", "--seconds", "1.5", "--optimizers", "newton-cg,kfac,adam"),
+        *("--json", "results.json"),
         cwd=tmp_path,
         script="deep_autoencoder.py",
     )
@@ -104,6 +106,10 @@ def test_the_deep_autoencoder(tmp_path: Path) -> None:
     assert kfac.startswith("KFAC (ours)")
     assert float(newton.split()[3]) < 3.5  # 4.8 at the start
     assert float(kfac.split()[3]) < 4.5
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert (
+        newton.split()[3] == f"{results['examples.deep_autoencoder.NewtonCG (ours)']['error']:.3f}"
+    )
     plot = tmp_path / "deep_autoencoder.png"
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -165,7 +171,7 @@ def test_a_broken_idx_file_is_rejected(tiny_fashion_mnist: Path) -> None:
 def test_the_classifier(tmp_path: Path) -> None:
     done = run_example(
         *("--dataset", "digits", "--optimizers", "soap,adasecant,sgd", "--seeds", "2"),
-        *("--seconds", "0.3", "--tuning-seconds", "0.1"),
+        *("--seconds", "0.3", "--tuning-seconds", "0.1", "--json", "results.json"),
         cwd=tmp_path,
         script="train_classifier.py",
     )
@@ -183,3 +189,7 @@ def test_the_classifier(tmp_path: Path) -> None:
     assert not any("AdaSecant" in bar and "/0.1 s" in bar for bar in bars)  # nothing to choose
     assert any(line.startswith("highest test accuracy: ") for line in lines)
     assert (tmp_path / "train_classifier.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    found = results["examples.train_classifier.SOAP (ours)"]
+    shown = f"{found['accuracy']:.2f} ± {found['accuracy deviation']:.2f}"
+    assert shown in soap and f"{found['training loss']:.4f} ±" in soap

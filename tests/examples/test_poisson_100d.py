@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
+import _command_line
 import poisson_100d
 from _training import Contender, take_step
 from tests.support.examples import run_example
@@ -89,7 +93,9 @@ def test_momentum_on_mini_batches_solves_a_small_equation() -> None:
 
 
 def test_a_quick_run(tmp_path: Path) -> None:
-    done = run_example("--quick", "--threads", "1", cwd=tmp_path, script=SCRIPT)
+    done = run_example(
+        *("--quick", "--threads", "1", "--json", "results.json"), cwd=tmp_path, script=SCRIPT
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "in 5 dimensions: 20 points inside and 10 on the boundary" in lines[0]
@@ -98,6 +104,23 @@ def test_a_quick_run(tmp_path: Path) -> None:
     labels = [contender.label for contender in poisson_100d.CONTENDERS.values()]
     assert [line.split("  ")[0] for line in lines[3 : 3 + len(labels)]] == labels
     assert (tmp_path / "poisson_100d.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert list(results) == [f"examples.poisson_100d.{label}" for label in labels]
+    for line, found in zip(lines[3:], results.values(), strict=False):
+        assert f"{found['error']:.2e}" in line and f"{found['loss']:.2e}" in line
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("results.txt", "does not end in .json"), ("gone/results.json", "no directory gone")],
+)
+def test_files_that_results_cannot_go_to(file: str, message: str, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    _command_line.add_json_argument(parser)
+    with pytest.raises(argparse.ArgumentError, match=re.escape(message)):
+        parser.parse_args(["--json", file])
+    found = parser.parse_args(["--json", str(tmp_path / "results.json")])
+    assert found.json == tmp_path / "results.json"
 
 
 @pytest.mark.parametrize("option", [("--dimension", "0"), ("--points", "0"), ("--widths", "8,0")])

@@ -134,13 +134,13 @@ def test_small_batches(device: torch.device) -> None:
 
     def accuracy(seed: int) -> float:
         torch.manual_seed(seed)
-        x = torch.randn(512, 8, device=device)
+        x = torch.randn(512, 8).to(device)  # drawn on the host: the same for all devices
         y = (x[:, 0] * x[:, 1] > 0).long()
         net = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 2)).to(device)
         optimizer = NewtonCG(net.parameters(), max_cg_iter=20, preconditioner="martens")
         start = F.cross_entropy(net(x), y).item()
         for _ in range(40):
-            rows = torch.randint(512, (128,), device=device)
+            rows = torch.randint(512, (128,)).to(device)
             optimizer.step(
                 closure_of(lambda r=rows: F.cross_entropy(net(x[r]), y[r]), *net.parameters())
             )

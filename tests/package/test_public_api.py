@@ -151,7 +151,7 @@ def test_every_public_method_is_documented(name: str) -> None:
 
 def test_a_functional_objective_takes_nothing_internal() -> None:
     signature = inspect.signature(torch_secondorder.FunctionalObjective)
-    assert list(signature.parameters) == ["function", "params", "compile"]
+    assert list(signature.parameters) == ["function", "params", "compile", "mode"]
 
 
 # The checks find what they are for.

@@ -25,6 +25,7 @@ from torch_secondorder import (
     AdaSecant,
     AdaSecantInfo,
     BFGSInfo,
+    CapturedStep,
     ClosureObjective,
     Constrained,
     ConstrainedInfo,
@@ -432,6 +433,7 @@ def levenberg_marquardt() -> None:
     scaling: ScalingName = "more"
     damping: DampingName = "nielsen"
     acceleration: AccelerationName = "auto"
+    LevenbergMarquardt(model.parameters(), factor_dtype=torch.float32)
     optimizer = LevenbergMarquardt(model.parameters(), 1.0, damping, max_iter=3, scaling=scaling)
     closure = closure_for(model, x, y, optimizer.zero_grad)
     assert_type(optimizer.step(closure), Tensor)
@@ -474,6 +476,22 @@ def sophia() -> None:
     assert optimizer.info is not None
     assert_type(optimizer.info.unclipped, float | None)
     Sophia(model.parameters(), estimator=GaussNewtonBartlett())
+
+
+def captured() -> None:
+    model, x, y = model_and_data()
+    optimizer = AdaHessian(model.parameters(), lr=0.1)
+
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model(x), y)
+        loss.backward()
+        return loss
+
+    step = CapturedStep(optimizer, closure, warm_up=2)
+    assert_type(step(x, y), Tensor)
+    assert_type(step.captured, tuple[str, ...])
+    assert_type(step.reason, str)
 
 
 def contractive() -> None:

@@ -8,6 +8,7 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 
 from tests.support.processes import ROOT
 
@@ -27,7 +28,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_best_setting_is_drawn_and_no_step_that_ends_too_late(script: ModuleType) -> None:
     pytest.importorskip("tqdm")
-    data = script.measure(0.1, ["Adam"])
+    threads = torch.get_num_threads()
+    try:
+        data = script.measure(0.1, ["Adam"])
+    finally:
+        torch.set_num_threads(threads)
     (result,) = data["results"].values()
     times, losses = zip(*result["curve"], strict=True)
     assert times[0] == 0.0 and list(times) == sorted(times) and times[-1] <= 0.1

@@ -17,7 +17,7 @@ from tests.support.processes import ROOT
 # Settings, not measurements: defaults and limits that a page states.
 SETTINGS = {"95%", "64 MiB", "256 MiB", "15 seconds"}
 # The dated records of decisions, and pages that are generated.
-EXEMPT = {"design.md", "benchmarks.md", "errors.md"}
+EXEMPT = {"design.md", "benchmarks.md", "errors.md", "gallery.md"}
 
 TIMING = {"median": 2e-3, "min": 1e-3, "lower": 1.5e-3, "upper": 3e-3, "max": 4e-3, "rounds": 5}
 RATIO = {"of_medians": 0.5, "minimum": 0.4, "median": 0.6, "maximum": 0.7}
@@ -115,6 +115,8 @@ def test_nested_results_are_read_too(data: Any, tmp_path: Path) -> None:
         (0.123, "ratio", ".0%", "12%"),
         (552, "B", "", "552 bytes"),
         (20480, "B", "", "20 KiB"),
+        (1_040_000, "B", "", "1,016 KiB"),
+        (9_900_000, "B", "", "9.44 MiB"),
         (1e-7, "1", "", "1e-7"),
         (53.0, "count", "d", "53"),
     ],
@@ -167,6 +169,8 @@ def test_rows_say_that_other_work_was_done(data: Any) -> None:
     label = data.documents.label
     quiet, busy = (record(data, {}, load=load, cores=2) for load in (2.9, 3.1))
     assert label([quiet], "0.2.0") == "0.2.0, AMD EPYC, 1 thread"
+    counted = replace(busy, note=data.figures.COUNTS)
+    assert label([quiet, counted], "0.2.0") == "0.2.0, AMD EPYC, 1 thread"
     assert label([quiet, busy], "0.2.0") == "0.2.0, AMD EPYC, 1 thread, beside other work"
 
 
@@ -337,7 +341,14 @@ def test_profiles_are_shares_within_a_factor_of_the_best(data: Any) -> None:
             figures[f"{stem}.solved"] = Figure(int(count is not None), "bool")
     figures["set.ratios.A.evaluations"] = Figure(1.0, "ratio")
     group = profiles.Set(
-        "s", "Title", "Text.", "set", "cmd", {"B (ours)": "B", "A": "A"}, 1, {"evaluations": "n"}
+        "s",
+        "Title",
+        "{count} problems.",
+        "set",
+        "cmd",
+        {"B (ours)": "B", "A": "A"},
+        1,
+        {"evaluations": "n"},
     )
     stored = data.figures.Figures([record(data, figures)])
     table = profiles.tables(stored, group)["n"]
@@ -354,6 +365,7 @@ def test_profiles_are_shares_within_a_factor_of_the_best(data: Any) -> None:
     assert list(drawn) == ["profile_s.svg"]
     assert drawn["profile_s.svg"].count("<path d=") >= 4
     page = profiles.sections(stored, "0.2.0", [group])
+    assert "### Title\n\n4 problems.\n" in page
     assert "| B | 25% | 50% | 50% | 50% |" in page and "| A | 50% | 50% | 75% | 75% |" in page
     assert profiles.draw(data.figures.Figures([record(data, {"other": 1.0})]), [group]) == {}
 

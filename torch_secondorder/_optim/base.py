@@ -46,6 +46,18 @@ class SecondOrderOptimizer(Optimizer):
     Raises:
         TypeError: A parameter is neither floating-point nor complex.
         ValueError: A hyperparameter is out of range.
+
+    >>> from torch_secondorder import LBFGS, SOAP
+    >>> issubclass(LBFGS, SecondOrderOptimizer), issubclass(SOAP, SecondOrderOptimizer)
+    (True, True)
+    >>> x = torch.ones(3, 2, requires_grad=True)
+    >>> optimizer = SOAP([x])
+    >>> optimizer.info is None
+    True
+    >>> x.square().sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.info.status.name
+    'MOVED'
     """
 
     #: The state that checkpoints have besides the groups, by name; see `_optim.state`. A subclass

@@ -73,6 +73,11 @@ class KKTReport(Report):
             asked for, or no direction is left.
         direction: The unit vector with that curvature, by parameter; empty if there is none.
         tolerance: The relative residual below which the summary counts a condition as holding.
+
+    >>> x = torch.zeros(2, requires_grad=True)
+    >>> report = kkt_residuals(lambda: (x - 1).square().sum(), [x])
+    >>> report.stationarity, report.satisfied(1e-6)
+    (2.0, False)
     """
 
     summary: str

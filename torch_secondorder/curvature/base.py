@@ -49,6 +49,10 @@ class LinearOperator(ABC):
         dtype: Of the vectors it multiplies.
         device: Of the vectors it multiplies.
         space: Where these live: what their inner products are asked of.
+
+    >>> A = Diagonal(torch.tensor([1.0, 2.0]))
+    >>> A @ torch.ones(2), A.size
+    (tensor([1., 2.]), 2)
     """
 
     size: int
@@ -85,7 +89,16 @@ class LinearOperator(ABC):
 
 @runtime_checkable
 class FromOutputs(Protocol):
-    """A curvature made from model outputs: what preconditioners can ask of it."""
+    """A curvature made from model outputs: what preconditioners can ask of it.
+
+    >>> from torch_secondorder import FunctionalObjective
+    >>> from torch_secondorder.curvature import GaussNewton
+    >>> x, y = torch.tensor([[1.0, 2.0]]), torch.zeros(1)
+    >>> loss = FunctionalObjective(lambda w: torch.nn.functional.mse_loss(x @ w, y), torch.ones(2))
+    >>> curvature: FromOutputs = GaussNewton(loss.evaluate(curvature=True))
+    >>> curvature.diagonal().shape
+    torch.Size([2])
+    """
 
     def slots(self) -> list[Slot]:
         """The place of each parameter in the vectors multiplied."""

@@ -76,6 +76,11 @@ class DiagonalEstimator(ABC):
     Attributes:
         n_samples: Random vectors for one estimate; the variance falls with their number.
         signed: Whether the estimate changes its sign with the loss.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> estimator: DiagonalEstimator = Hutchinson(n_samples=2)
+    >>> estimator(Diagonal(torch.tensor([3.0, 1.0]))), estimator.signed
+    (tensor([3., 1.]), True)
     """
 
     n_samples: int

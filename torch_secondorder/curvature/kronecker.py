@@ -29,6 +29,10 @@ class KroneckerFactors:
         outputs: The second moment `S` of the gradients by its outputs, summed over the samples,
             `(out, out)`.
         rows: How many inputs the second moment `A` is the mean of.
+
+    >>> factors = KroneckerFactors(0, None, inputs=torch.eye(3), outputs=2 * torch.eye(2))
+    >>> torch.kron(factors.outputs, factors.inputs).shape  # the block of a weight of 2 x 3
+    torch.Size([6, 6])
     """
 
     weight: int

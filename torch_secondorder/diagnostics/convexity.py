@@ -33,6 +33,11 @@ class Definiteness:
             spectrum was seen. A small residual alone would prove nothing: lower eigenvalues may not
             have shown yet.
         products: Number of products.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> verdict = definiteness(Diagonal(torch.tensor([3.0, 1.0, 0.5])))
+    >>> verdict.semidefinite, verdict.failure_probability < 1e-2
+    (True, True)
     """
 
     semidefinite: bool | None
@@ -73,6 +78,9 @@ def definiteness(
             there is no verdict of True.
         generator: Source of the start vector; by default one with a fixed seed.
         progress: Shows a progress bar, see `eigenpairs`.
+
+    Returns:
+        The verdict with its certificate.
 
     Raises:
         TypeError: The source is of another kind.

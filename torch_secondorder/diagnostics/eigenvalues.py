@@ -28,6 +28,11 @@ class Eigenpairs:
             the gap.
         products: Number of products with the curvature.
         converged: True if all residuals are within the tolerance.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> top = eigenpairs(Diagonal(torch.tensor([5.0, 1.0, 2.0])), k=1)
+    >>> top.converged, round(top.values.item(), 4), top.vectors.shape
+    (True, 5.0, torch.Size([3, 1]))
     """
 
     values: Tensor
@@ -71,6 +76,9 @@ def eigenpairs(
         generator: Source of the start vector; by default one with a fixed seed.
         progress: Shows a progress bar; None shows one if tqdm is installed and stderr is a
             terminal.
+
+    Returns:
+        `k` eigenvalues and eigenvectors with their residuals.
 
     Raises:
         TypeError: The source is of another kind.

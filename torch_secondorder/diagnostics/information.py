@@ -29,6 +29,12 @@ class ObservedInformation:
         newton_decrement: `sqrt(g'I^-1 g)`: the distance to the estimate in standard errors, in the
             direction where it is largest. It should be far below one. None if it is unknown.
         products: Number of products.
+
+    >>> from torch_secondorder import FunctionalObjective
+    >>> loss = FunctionalObjective(lambda m: 2 * (m**2).sum(), torch.zeros(2))
+    >>> found = observed_information(loss)
+    >>> found.covariance.diagonal(), found.newton_decrement
+    (tensor([0.2500, 0.2500], dtype=torch.float64), 0.0)
     """
 
     covariance: Tensor
@@ -69,6 +75,9 @@ def observed_information(
         solver: Solver of these systems; by default conjugate gradients to a residual of 1e-8 (1e-5
             in float32). Use `MINRES` if the matrix is nearly singular.
         progress: Shows a progress bar, see `eigenpairs`.
+
+    Returns:
+        The covariance, the information and what they are made from.
 
     Raises:
         TypeError: The source is of another kind.

@@ -54,6 +54,11 @@ class Problem:
 
     Raises:
         ValueError: `curvature` is unknown, or there is no parameter.
+
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> problem = from_closure(lambda: x.square().sum(), [x])
+    >>> problem.size, problem.names
+    (2, ['0'])
     """
 
     def __init__(
@@ -177,6 +182,9 @@ def from_model(
         curvature: See `Problem`.
         retain: See `Problem`; pass False if the graphs of all batches do not fit into memory.
 
+    Returns:
+        A problem to pass to the functions of this package.
+
     Raises:
         TypeError: `loss_fn` is not callable, or a batch is not a pair.
         ValueError: There is no batch, no parameter, or an argument is out of range.
@@ -240,6 +248,9 @@ def from_closure(
         params: The parameters of the curvature.
         curvature: See `Problem`.
         retain: See `Problem`.
+
+    Returns:
+        A problem to pass to the functions of this package.
 
     Raises:
         TypeError: The closure is not callable, or a parameter is not a tensor of numbers.

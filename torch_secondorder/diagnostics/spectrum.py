@@ -30,6 +30,11 @@ class SpectralDensity:
             If a row has fewer nodes than others, it ends with nodes of weight zero.
         size: `n`, the number of eigenvalues.
         products: Number of products.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> spectrum = spectral_density(Diagonal(torch.tensor([1.0, 3.0])), n_vectors=2)
+    >>> spectrum.nodes.shape, bool(spectrum.weights.sum(1).allclose(torch.ones(2).double()))
+    (torch.Size([2, 2]), True)
     """
 
     nodes: Tensor
@@ -127,6 +132,9 @@ def spectral_density(
             held, and an isolated eigenvalue appears as several nodes that share its weight.
         generator: Source of the random vectors; by default one with a fixed seed.
         progress: Shows a progress bar, see `eigenpairs`.
+
+    Returns:
+        Nodes and weights of the density; `plot()` draws it.
 
     Raises:
         TypeError: The source is of another kind.

@@ -27,6 +27,12 @@ class SecondOrderModel:
         step: The `t` that minimizes the parabola, or None if it has no minimum. Along the negative
             gradient it is the best learning rate for the next step, `g'g / g'H g`.
         reason: A sentence that says why there is no step; None if there is one.
+
+    >>> from torch_secondorder import FunctionalObjective
+    >>> saddle = FunctionalObjective(lambda w: -(w**2).sum(), torch.tensor([1.0]))
+    >>> along = second_order_model(saddle)
+    >>> along.curvature, along.step
+    (-8.0, None)
     """
 
     direction: Tensor
@@ -55,6 +61,9 @@ def second_order_model(
         source: A `Problem` (see `from_model`, `from_closure`) or a `FunctionalObjective`.
         direction: Shape `(n,)`, or tensors shaped like the parameters; by default the negative
             gradient.
+
+    Returns:
+        The parabola, and the step to its minimum.
 
     Raises:
         TypeError: The source is of another kind; a bare operator has no gradient.

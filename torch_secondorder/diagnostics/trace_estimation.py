@@ -26,6 +26,11 @@ class TraceEstimate:
             NaN if it has a single sample.
         low_rank: The exact trace in the subspace found, `tr(Q'A Q)`.
         products: Number of products.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> estimate = trace(Diagonal(torch.tensor([1.0, 3.0])))
+    >>> round(estimate.value, 4), estimate.standard_error
+    (4.0, 0.0)
     """
 
     value: float
@@ -57,6 +62,9 @@ def trace(
         n_products: Number of products, at least 3.
         generator: Source of random signs; by default one with a fixed seed.
         progress: Shows a progress bar, see `eigenpairs`.
+
+    Returns:
+        The estimate with its standard error.
 
     Raises:
         TypeError: The source is of another kind.

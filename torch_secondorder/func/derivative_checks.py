@@ -30,6 +30,10 @@ class Discrepancy:
     Attributes:
         error: Its distance from the finite difference, over the largest entry of the same product.
         where: Its name, such as `x['weight'][2, 0]`.
+
+    >>> report = check_derivatives(lambda x: x.exp().sum(), torch.ones(2))
+    >>> report.gradient.where[:1], report.gradient.error < 1e-3
+    ('x', True)
     """
 
     error: float
@@ -49,6 +53,10 @@ class DerivativeReport:
         jacobian: The worst entry of products with the Jacobian.
         gradient: Of gradients of a random combination of the outputs, of the output if it is one.
         hessian: Of products with the Hessian of that combination.
+
+    >>> report = check_derivatives(lambda x: x.square().sum(), torch.ones(3))
+    >>> report.passed, report.hessian.error < report.tolerance
+    (True, True)
     """
 
     passed: bool

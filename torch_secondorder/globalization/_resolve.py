@@ -33,6 +33,9 @@ def resolve_line_search(spec: str | LineSearch | None, name: str = "line_search"
         spec: A name, a line search (returned as it is), or None for no search.
         name: The argument's name, for error messages.
 
+    Returns:
+        The line search.
+
     Raises:
         ValueError: If the name is unknown.
         TypeError: If `spec` is neither a string, nor callable, nor None.
@@ -62,9 +65,15 @@ def resolve_globalization(
         damping: The initial damping, if it is not the default.
         uses_hessian: Whether the curvature may be indefinite.
 
+    Returns:
+        A line search, a trust region, or a damping.
+
     Raises:
         ValueError: The name is unknown, or a number is out of range or given twice.
         TypeError: It is neither a name, nor an instance, nor None.
+
+    >>> type(resolve_globalization("trust_region", None, uses_hessian=True)).__name__
+    'TrustRegion'
     """
     if spec is None:
         spec = "trust_region" if uses_hessian else "damping"
@@ -96,9 +105,15 @@ def resolve_damping(
         damping: A name, a rule, a number, or None.
         adapts: Whether the damping follows the gain ratio.
 
+    Returns:
+        A rule, a number, or None.
+
     Raises:
         TypeError: It is neither.
         ValueError: The name is unknown, or the number is out of range.
+
+    >>> type(resolve_damping("nielsen", adapts=True)).__name__, resolve_damping(0.1, adapts=False)
+    ('NielsenDamping', 0.1)
     """
     if adapts:
         if isinstance(damping, DampingRule):

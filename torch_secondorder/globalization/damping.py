@@ -29,6 +29,10 @@ class DampingRule(ABC):
             is met first, so that steps do not depend on the unit of the loss.
         smallest: The smallest damping, relative to the first one.
         largest: The largest damping, relative to the first one.
+
+    >>> rule: DampingRule = MarquardtDamping()
+    >>> rule.updated(1.0, gain_ratio=0.99) < 1.0  # the model was right: less damping
+    True
     """
 
     __slots__ = ()

@@ -28,6 +28,10 @@ class Trial:
         payload: Whatever the caller wants back with the accepted point; a search never looks at it.
         longest: Of the start: the longest step that the line allows, for instance up to a bound.
             ``phi`` answers a longer one with the trial at this one.
+
+    >>> start = Trial(t=0.0, loss=1.0, slope=-2.0)
+    >>> start.payload is None, start.longest
+    (True, inf)
     """
 
     t: float
@@ -86,6 +90,13 @@ class SearchResult:
         status: Why the search stopped.
         evaluations: Number of calls of ``phi``.
         nonfinite: How many of these gave a non-finite loss or slope.
+
+    >>> from torch_secondorder.globalization import Armijo
+    >>> def phi(t):
+    ...     return Trial(t, (t - 1) ** 2, 2 * (t - 1))
+    >>> result = Armijo()(phi, phi(0.0), 1.0, precision=2.2e-16)
+    >>> result.trial.t, result.evaluations, result.status.name
+    (1.0, 1, 'ARMIJO')
     """
 
     trial: Trial
@@ -100,13 +111,29 @@ def falls_without_end(slope: float, result: SearchResult) -> bool:
     Args:
         slope: The slope at the start of the line.
         result: The result of the search.
+
+    Returns:
+        Whether it does, which means that the loss has no lower bound there.
+
+    >>> end = Trial(9.0, -9.0, -1.0)
+    >>> falls_without_end(-1.0, SearchResult(end, SearchStatus.UNBOUNDED, 5, 0))
+    True
     """
     unbounded = result.status is SearchStatus.UNBOUNDED
     return unbounded and result.trial.slope <= _AS_STEEP * slope
 
 
 class LineSearch(Protocol):
-    """Anything that finds a step; the classes here are frozen dataclasses without state."""
+    """Anything that finds a step; the classes here are frozen dataclasses without state.
+
+    >>> from torch_secondorder.globalization import StrongWolfe
+    >>> def phi(t):
+    ...     return Trial(t, (t - 1) ** 2, 2 * (t - 1))
+    >>> search: LineSearch = StrongWolfe()
+    >>> result = search(phi, phi(0.0), 0.5, precision=2.2e-16)
+    >>> result.trial.loss < 0.5
+    True
+    """
 
     def __call__(self, phi: Phi, start: Trial, t0: float, *, precision: float) -> SearchResult:
         """Search along ``phi`` from ``start``, trying ``t0`` first.

@@ -141,6 +141,9 @@ def unwrapped(optimizer: Any) -> Any:
 
     Args:
         optimizer: The optimizer, wrapped or not; `trainer.optimizer` for instance.
+
+    Returns:
+        The optimizer that you passed in.
     """
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer

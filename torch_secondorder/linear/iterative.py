@@ -54,6 +54,11 @@ class KrylovResult(Report):
         condition: An estimate of the condition number of `[A; damp I]`.
         variance: Estimates, from below, of the diagonal of `(A'A + damp^2 I)^-1`, shaped like `x`;
             None if they were not asked for.
+
+    >>> from torch_secondorder.linear import lsmr
+    >>> result = lsmr(torch.eye(2), torch.tensor([1.0, 2.0]))
+    >>> round(result.norm**2, 3), result.iterations
+    (5.0, 1)
     """
 
     x: Tensor

@@ -51,6 +51,9 @@ def lsmr(
         x0: See `lsqr`.
         preconditioner: See `lsqr`.
 
+    Returns:
+        The solution, the reason why the iteration stopped, and norms.
+
     Raises:
         TypeError: See `lsqr`.
         ValueError: See `lsqr`.

@@ -60,6 +60,9 @@ def lsqr(
             for `z` in `x = x0 + P z`, and the damping is `damp^2 |z|^2`. For a column scaling pass
             `curvature.Diagonal`.
 
+    Returns:
+        The solution, the reason why the iteration stopped, and norms.
+
     Raises:
         TypeError: `A` or the preconditioner is not a matrix in one of these forms, or `b` is not a
             tensor of float32 or float64.

@@ -32,6 +32,10 @@ class LstsqResult(Report):
         rcond: The cutoff that was used.
         residual_norm: `|b - A x|`, shape `()` or `(k,)`.
         norm: `|x|`, likewise.
+
+    >>> result = lstsq(torch.eye(2), torch.tensor([1.0, 2.0]))
+    >>> result.rank, result.condition
+    (2, 1.0)
     """
 
     x: Tensor
@@ -61,6 +65,9 @@ def lstsq(A: Tensor, b: Tensor, *, rcond: float | None = None) -> LstsqResult:
         rcond: Singular values up to `rcond` times the largest one count as zero; by default
             `max(m, n)` times machine epsilon. If the entries of `A` are known to `d` digits, pass
             `10^-d`.
+
+    Returns:
+        The solution with the rank and the singular values.
 
     Raises:
         TypeError: `A` or `b` is not a dense tensor of float32 or float64.

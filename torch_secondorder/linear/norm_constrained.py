@@ -51,6 +51,10 @@ class NormConstrainedResult(Report):
             with `equality`. Likewise.
         complementarity: `multiplier |radius^2 - |x|^2| / |b|^2`; zero with `equality`. Likewise.
         status: With a matrix-free operator the reason why the iteration stopped, else None.
+
+    >>> result = norm_constrained(torch.eye(2), torch.tensor([3.0, 4.0]), radius=1.0)
+    >>> round(result.norm.item(), 4), round(result.multiplier.item(), 4)
+    (1.0, 4.0)
     """
 
     x: Tensor
@@ -108,6 +112,9 @@ def norm_constrained(
             `[A; multiplier^0.5 I]` and of its residual, as in `lsqr`.
         max_iterations: With a matrix-free operator the most steps; by default 500, and no more than
             there are unknowns or residuals.
+
+    Returns:
+        The solution with its multiplier, the certificate.
 
     Raises:
         TypeError: `A` is no matrix in one of these forms, or `b` is not a tensor of float32 or

@@ -24,6 +24,10 @@ class RectangularOperator(Protocol):
 
     Vectors may be tensors of any shape: the columns of `A` are shaped like `b`, its rows like `x`,
     and inner products are sums over all entries.
+
+    >>> A = as_operator(torch.tensor([[1.0, 2.0], [0.0, 1.0], [0.0, 0.0]]))
+    >>> A.matvec(torch.ones(2)), A.rmatvec(torch.ones(3))
+    (tensor([3., 1., 0.]), tensor([1., 3.]))
     """
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -71,6 +75,9 @@ def as_operator(A: OperatorLike) -> RectangularOperator:
             `rmatvec`; a pair of such functions; a symmetric `LinearOperator`; or a
             `ResidualJacobian`.
 
+    Returns:
+        An operator that multiplies with the matrix and with its transpose.
+
     Raises:
         TypeError: It is none of these.
         ValueError: The tensor is not a matrix.
@@ -110,6 +117,10 @@ def jacobian_operator(function: Callable[[Tensor], Tensor], x: Tensor) -> Rectan
     Args:
         function: Takes a tensor and returns one, of any shapes.
         x: The point.
+
+    Returns:
+        An operator whose columns are shaped like the function's value and whose rows are shaped
+            like `x`.
 
     Raises:
         TypeError: `function` is not callable, or returns no tensor.

@@ -35,6 +35,10 @@ class RidgeResult(Report):
         gcv: The score of generalized cross-validation, `m |b - A x|^2 / (m -
             degrees_of_freedom)^2`, which a good penalty makes small (Golub, Heath and Wahba 1979);
             likewise.
+
+    >>> result = ridge(torch.eye(2), torch.tensor([2.0, 4.0]), penalty=1.0)
+    >>> result.x, result.degrees_of_freedom.item()
+    (tensor([1., 2.]), 1.0)
     """
 
     x: Tensor
@@ -60,6 +64,9 @@ def ridge(A: Tensor, b: Tensor, penalty: float | Tensor) -> RidgeResult:
         b: Shape `(m,)` or `(m, k)`.
         penalty: Above 0: a number for all columns of `b`, or a vector with one for each. With a
             vector `b` of shape `(m,)`, there is a solution for each entry.
+
+    Returns:
+        The solution with the degrees of freedom and the score of cross-validation.
 
     Raises:
         TypeError: `A` or `b` is not a dense tensor of float32 or float64.

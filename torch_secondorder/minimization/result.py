@@ -171,6 +171,12 @@ class LeastSquaresResult(OptimizeResult):
         nfev: Evaluations of `fun`, with those of finite differences.
         njev: Jacobians, with that of this result.
         info: The report of the optimizer, a `LevenbergMarquardtInfo`.
+
+    >>> import torch
+    >>> from torch_secondorder import least_squares
+    >>> result = least_squares(lambda x: x**2 - 4, torch.tensor([1.0], dtype=torch.float64))
+    >>> result.success, [round(value, 6) for value in result.x.tolist()]
+    (True, [2.0])
     """
 
     cost: float

@@ -23,7 +23,15 @@ __all__ = ["AdaHessian", "AdaHessianInfo"]
 
 @dataclass(frozen=True, slots=True)
 class AdaHessianInfo(DiagonalInfo):
-    """Report of one step of `AdaHessian`."""
+    """Report of one step of `AdaHessian`.
+
+    >>> x = torch.ones(3, 2, requires_grad=True)
+    >>> optimizer = AdaHessian([x])
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.info.status.name, optimizer.info.products
+    ('MOVED', 1)
+    """
 
 
 class AdaHessian(DiagonalOptimizer):

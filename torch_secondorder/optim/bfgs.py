@@ -35,6 +35,17 @@ class BFGSInfo(BoundedInfo):
         history_reset: Why the inverse Hessian was dropped during the step; empty if it was not.
         tau: The scaling of the last update, 1 for none; see `InverseBroyden`.
         phi: The member of the Broyden family that the last update was: 1 for BFGS, 0 for DFP.
+
+    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = BFGS([x])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (x**4).sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.skipped_pairs, optimizer.info.history_reset, optimizer.info.phi
+    (0, '', 1.0)
     """
 
     skipped_pairs: int = 0

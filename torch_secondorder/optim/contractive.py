@@ -30,6 +30,18 @@ class ContractiveInfo(Report):
         penalty: The penalty in the first evaluation, not multiplied by the weight.
         weight: The weight.
         inner: The report of the optimizer inside, if it has one; its losses include the penalty.
+
+    >>> import torch
+    >>> layer = nn.Linear(2, 2)
+    >>> optimizer = Contractive(torch.optim.SGD(layer.parameters(), lr=0.1), layer, weight=0.5)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = layer(torch.ones(3, 2)).square().mean()
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.weight, optimizer.info.penalty > 0, optimizer.info.inner
+    (0.5, True, None)
     """
 
     loss: float

@@ -48,6 +48,13 @@ class KFACInfo(DiagonalInfo):
     Attributes:
         unclipped: What `kl_clip` has left of the step: a factor, one for all of it. None for a step
             without an update, or without `kl_clip`.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> optimizer = KFAC(layer.parameters(), kl_clip=None)
+    >>> torch.nn.functional.mse_loss(layer(torch.ones(5, 2)), torch.zeros(5, 1)).backward()
+    >>> optimizer.step()
+    >>> optimizer.info.status.name, optimizer.info.unclipped
+    ('MOVED', None)
     """
 
     unclipped: float | None = None

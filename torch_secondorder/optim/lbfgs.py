@@ -47,6 +47,17 @@ class LBFGSInfo(BoundedInfo):
         skipped_pairs: Pairs that failed the curvature test and were left out of the history.
         damped_pairs: Pairs that were changed by Powell's damping.
         history_reset: Why the history was dropped during the step; empty if it was not.
+
+    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = LBFGS([x])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (x**4).sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.iterations, optimizer.info.skipped_pairs, optimizer.info.history_reset
+    (20, 0, '')
     """
 
     skipped_pairs: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan, sqrt
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from torch_secondorder._optim.residual_region import (
     Outlook,
     RadiusMemory,
     largest_cosine,
+    resolved_globalization,
     within_radius,
 )
 from torch_secondorder._optim.residuals import check_batches, over_batches, residuals_at
@@ -48,7 +49,6 @@ from torch_secondorder.globalization import (
     SearchStatus,
     TrustRegion,
     resolve_damping,
-    resolve_line_search,
 )
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
@@ -82,9 +82,6 @@ _ACCEPT = 1e-4
 _BEND, _STRAIGHT = 0.75, 0.1
 # The smallest norm of residuals that a tolerance of the gradient shrinks with.
 _SMALL = 1e-5
-# The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
-# best radius changes little from step to step.
-_REGION = TrustRegion(shrink=0.5)
 # A constant damping, as a share of the largest curvature along a coordinate at the first step; and
 # that of steps which are taken as they are, as a share of the batch's mean eigenvalue.
 _CONSTANT, _OF_MEAN = 1e-3, 1e-2
@@ -111,6 +108,10 @@ class LevenbergMarquardtInfo(BoundedInfo):
         jacobian: The way to the last Jacobian, see `ResidualJacobian`.
         reason: The reason why no faster way to it was taken, such as autograd's name of an
             operation; empty if there is none.
+
+    >>> from torch_secondorder import least_squares
+    >>> least_squares(lambda x: x**2 - 4, torch.ones(1)).info.solver
+    'primal'
     """
 
     jacobians: int = 0
@@ -202,6 +203,8 @@ class LevenbergMarquardt(FlatOptimizer):
         maximize: For compatibility: residuals can only be made small, True is refused.
         bounds: Lower and upper bounds `(low, high)` of the parameters, or None; see `LBFGS`. They
             need the primal solver.
+        factor_dtype: `torch.float32` for Cholesky factors of float64 problems in float32, with
+            iterative refinement to the digits of float64: for GPUs with slow float64.
 
     Raises:
         TypeError: A parameter is neither floating-point nor complex, or a strategy or a bound has a
@@ -240,6 +243,7 @@ class LevenbergMarquardt(FlatOptimizer):
         largest=Vector(),
         direction=Vector(),
     )
+    factor_dtype: torch.dtype | None = None
     _damping: float  # of the next system; 0 before the first one
     _radius: float  # of the next step; 0 before the first one
     _start: float  # the first damping or radius, which the rules' limits are relative to
@@ -249,7 +253,7 @@ class LevenbergMarquardt(FlatOptimizer):
     _told: bool = False  # whether terms without residuals have been looked for
     _outlook: Outlook  # of the last step within a radius
     _direction: Tensor | None  # the last step, for the momentum
-    _carried = ("globalization", "damping", "solver", "scaling", "acceleration")
+    _carried = ("globalization", "damping", "solver", "scaling", "acceleration", "factor_dtype")
 
     def __init__(
         self,
@@ -273,7 +277,11 @@ class LevenbergMarquardt(FlatOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         bounds: Bounds = None,
+        factor_dtype: torch.dtype | None = None,
     ) -> None:
+        if factor_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"factor_dtype must be float32, float64 or None, got {factor_dtype!r}")
+        self.factor_dtype = factor_dtype
         check_choice("solver", solver, LeastSquaresSolverName)
         check_choice("scaling", scaling, ScalingName)
         if acceleration is not None:
@@ -287,7 +295,7 @@ class LevenbergMarquardt(FlatOptimizer):
             )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
         check_integer("corrections", corrections, low=0, whole_floats=True)
-        self.globalization = _resolved(globalization)
+        self.globalization = resolved_globalization(globalization)
         if isinstance(self.globalization, TrustRegion):
             self._check_within_radius(damping, momentum)
         self.damping = resolve_damping(damping, globalization == "damping")
@@ -455,7 +463,7 @@ class LevenbergMarquardt(FlatOptimizer):
             solver = suited_solver(jacobian.rows, jacobian.size, objective.vector.dtype, device)
             if objective.ranks.any(solver == "cg", device):
                 solver = "cg"  # memory may be short on one rank
-        system = DampedLeastSquares.of(jacobian, point.grad, solver)
+        system = DampedLeastSquares.of(jacobian, point.grad, solver, self.factor_dtype)
         report = self._report
         report.jacobians += 1
         report.rows, report.solver = jacobian.rows, system.name
@@ -656,20 +664,6 @@ class LevenbergMarquardt(FlatOptimizer):
         super()._forget(reason)
         self._bend = inf
         self._damping = self._radius = self._start = 0.0
-
-
-def _resolved(spec: Any) -> LineSearch | TrustRegion | None:
-    """The globalization from its name; None where there is none, or a damping."""
-    if spec is None or isinstance(spec, TrustRegion):
-        return spec
-    if isinstance(spec, DampingRule):
-        raise TypeError(f"globalization is no damping rule here: pass damping={spec!r}")
-    if isinstance(spec, (str, type)) or not callable(spec):
-        known = ("damping", "trust_region", *get_args(LineSearchName))
-        check_choice("globalization", spec, known, "an instance such as StrongWolfe(), or None")
-    if isinstance(spec, str) and spec in ("damping", "trust_region"):
-        return _REGION if spec == "trust_region" else None
-    return resolve_line_search(spec, "globalization")
 
 
 @dataclass(slots=True)

@@ -82,6 +82,17 @@ class NewtonInfo(BoundedInfo):
             because the gradient had no part along it.
         repair: A sentence about entries of a Hessian that were not finite and how they were
             replaced; empty if all were finite.
+
+    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = Newton([x])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (x**4).sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.hessians, optimizer.info.definiteness
+    (1, 'positive definite')
     """
 
     hessians: int = 0

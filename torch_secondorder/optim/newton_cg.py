@@ -92,6 +92,18 @@ class NewtonCGInfo(DescentInfo):
         preconditioner: The class of the preconditioner; empty for none.
         repair: A sentence about curvature or preconditioners that were not finite and how they
             were replaced; empty if all was finite.
+
+    >>> import torch
+    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = NewtonCG([x])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (x**4).sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.solver_iterations, optimizer.info.curvature, optimizer.info.preconditioner
+    (1, 'hessian', '')
     """
 
     products: int = 0

@@ -132,6 +132,17 @@ class NonlinearCGInfo(DescentInfo):
             method, the coefficient of the last step, in units of its direction.
         restarts: Directions that forgot the ones before.
         restart_reason: Why the last of them did; empty if there was none.
+
+    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    >>> optimizer = NonlinearCG([x])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = x[0] ** 2 + 10 * x[1] ** 2
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.status.name, optimizer.info.restarts
+    ('CONVERGED_GRADIENT', 0)
     """
 
     beta: float = 0.0

@@ -46,6 +46,18 @@ class ProjectedInfo(Report):
         correction: The distance that the projection at the end has moved the parameters: what the
             optimizer's own step has lost. Zero if the optimizer itself stayed in the sets.
         inner: The report of the optimizer inside, if it has one.
+
+    >>> from torch_secondorder.constraints import NormBall
+    >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+    >>> optimizer = Projected(torch.optim.SGD([x], lr=0.1), [(x, NormBall(1.0))])
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = -x.sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.start_projected, optimizer.info.violation < 1e-6
+    (True, True)
     """
 
     violation: float

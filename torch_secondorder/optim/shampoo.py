@@ -38,7 +38,15 @@ GraftingName: TypeAlias = Literal["adam", "sgd"]
 
 @dataclass(frozen=True, slots=True)
 class ShampooInfo(DiagonalInfo):
-    """Report of one step of `Shampoo`."""
+    """Report of one step of `Shampoo`.
+
+    >>> x = torch.ones(3, 2, requires_grad=True)
+    >>> optimizer = Shampoo([x])
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.info.status.name, optimizer.info.evaluations
+    ('MOVED', 0)
+    """
 
 
 class Shampoo(DiagonalOptimizer):

@@ -42,6 +42,13 @@ class SOAPInfo(DiagonalInfo):
         off_diagonal: In steps that refresh the bases, the share of the factors (of their squared
             norm) that was not diagonal any more in the bases so far. If it is close to one, a
             shorter `update_period` may help.
+
+    >>> x = torch.ones(3, 2, requires_grad=True)
+    >>> optimizer = SOAP([x])
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.info.status.name, optimizer.info.evaluations
+    ('MOVED', 0)
     """
 
     off_diagonal: float | None = None

@@ -37,6 +37,13 @@ class SophiaInfo(DiagonalInfo):
 
     Attributes:
         unclipped: The share of entries whose update was not clipped; None for a step without one.
+
+    >>> x = torch.ones(3, 2, requires_grad=True)
+    >>> optimizer = Sophia([x])
+    >>> (x**2).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.info.status.name, optimizer.info.unclipped
+    ('MOVED', 0.0)
     """
 
     unclipped: float | None = None

@@ -27,9 +27,15 @@ def resolve_preconditioner(spec: str | Preconditioner | None) -> Preconditioner 
     Args:
         spec: `"kfac"`, `"martens"`, `"nystrom"`, an instance (returned as it is), or None for none.
 
+    Returns:
+        The preconditioner, or None.
+
     Raises:
         ValueError: The name is unknown.
         TypeError: It is neither a name, nor an instance, nor None.
+
+    >>> type(resolve_preconditioner("nystrom")).__name__, resolve_preconditioner(None)
+    ('Nystrom', None)
     """
     if spec is None or isinstance(spec, Preconditioner):
         return spec
@@ -50,6 +56,9 @@ def resolve_solver(spec: str | LinearSolver, max_iterations: int) -> LinearSolve
     Raises:
         ValueError: The name is unknown.
         TypeError: It is neither a name nor an instance.
+
+    >>> resolve_solver("minres", max_iterations=50)
+    MINRES(max_iterations=50, tolerance=1e-06, stop_at_negative_curvature=True)
     """
     if isinstance(spec, (str, type)) or not callable(spec):
         check_choice("solver", spec, SolverName, "an instance such as MINRES()")

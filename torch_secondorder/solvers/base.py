@@ -41,6 +41,9 @@ class Iterate(NamedTuple):
         x: The point.
         decrease: The fall of the quadratic from zero to there.
         length: The norm of `x`, as in `SolveResult`.
+
+    >>> Iterate(torch.zeros(2), decrease=0.5).length
+    0.0
     """
 
     x: Tensor
@@ -65,6 +68,12 @@ class SolveResult:
         negative_curvature: `p'A p / p'p` for it where that is below zero by more than rounding,
             else 0.
         iterates: Earlier iterates that were kept, oldest first, `x` not among them.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> from torch_secondorder.solvers import CG
+    >>> result = CG()(Diagonal(torch.tensor([4.0, 2.0])), torch.tensor([4.0, 2.0]))
+    >>> result.status.name, round(result.decrease, 3)
+    ('CONVERGED', 3.0)
     """
 
     x: Tensor
@@ -80,7 +89,15 @@ class SolveResult:
 
 
 class LinearSolver(Protocol):
-    """Anything that solves `A x = b`; the classes here are frozen dataclasses without state."""
+    """Anything that solves `A x = b`; the classes here are frozen dataclasses without state.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> from torch_secondorder.solvers import CG
+    >>> solver: LinearSolver = CG()
+    >>> result = solver(Diagonal(torch.tensor([1.0, 2.0])), torch.ones(2))
+    >>> [round(value, 3) for value in result.x.tolist()]
+    [1.0, 0.5]
+    """
 
     def __call__(
         self,
@@ -101,7 +118,12 @@ class LinearSolver(Protocol):
 
 
 class Preconditioner(ABC):
-    """Something close to the inverse of `A + damping I`, kept from one system to the next."""
+    """Something close to the inverse of `A + damping I`, kept from one system to the next.
+
+    >>> from torch_secondorder.solvers import Martens, resolve_preconditioner
+    >>> isinstance(resolve_preconditioner("martens"), Preconditioner)
+    True
+    """
 
     @abstractmethod
     def refresh(self, operator: LinearOperator, generator: torch.Generator | None) -> int:

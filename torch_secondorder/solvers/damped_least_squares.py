@@ -18,6 +18,7 @@ from torch_secondorder.curvature import Diagonal, LinearOperator
 from torch_secondorder.curvature._normal_equations import NormalEquations
 from torch_secondorder.curvature.residual_jacobian import ResidualJacobian
 from torch_secondorder.solvers._boxed_dense import BoxedQuadratic
+from torch_secondorder.solvers._cholesky import cholesky
 from torch_secondorder.solvers.cg import CG
 
 __all__ = ["DampedLeastSquares", "DampedStep", "LeastSquaresSolverName"]
@@ -50,6 +51,10 @@ class DampedStep:
         curvature: `x'A x / x'D x`, with the undamped matrix `A` and the metric `D`.
         held: Whether more than half of the curvature along `x` is damping.
         iterations: Of conjugate gradients.
+
+    >>> step = DampedStep(x=torch.tensor([-1.0]), slope=-2.0, decrease=1.0, length=1.0)
+    >>> step.held, step.iterations
+    (False, 0)
     """
 
     x: Tensor
@@ -77,17 +82,30 @@ class DampedLeastSquares(ABC):
         name: The solver: `"primal"`, `"dual"` or `"cg"`.
         factorization: Of the last system: `"cholesky"`, `"qr"`, `"eigen"`, or `"none"`.
         has_rows: Whether there is more than `J'J`.
+        factor_dtype: See `of`.
+
+    >>> from torch_secondorder import FunctionalObjective
+    >>> x, y = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([5.0, 11.0])
+    >>> def half_squares(w):
+    ...     return torch.nn.functional.mse_loss(x @ w, y, reduction="sum") / 2
+    >>> point = FunctionalObjective(half_squares, torch.zeros(2)).evaluate(curvature=True)
+    >>> problem = DampedLeastSquares.of(ResidualJacobian(point), -x.T @ y)
+    >>> step = problem.solve(1e-6)  # the solution is (1, 2)
+    >>> problem.name, [round(value, 3) for value in step.x.tolist()]
+    ('primal', [1.0, 2.0])
     """
 
     name: ClassVar[LeastSquaresSolverName]
     factorization: str = "none"
     has_rows: ClassVar[bool] = True
+    factor_dtype: torch.dtype | None = None
 
     @staticmethod
     def of(
         jacobian: ResidualJacobian | NormalEquations,
         grad: Tensor,
         solver: LeastSquaresSolverName = "auto",
+        factor_dtype: torch.dtype | None = None,
     ) -> DampedLeastSquares:
         """The problem in the form that suits its size.
 
@@ -96,18 +114,26 @@ class DampedLeastSquares(ABC):
             grad: The gradient, shape `(n,)`.
             solver: `"primal"` for systems of `n` equations, `"dual"` for one equation for each
                 residual, `"cg"` for products alone, `"auto"` for what takes least.
+            factor_dtype: The dtype of Cholesky factors. If it is narrower than that of the
+                gradient, solutions are refined until they are as good as with a wide one; where
+                refinement does not converge, the matrix is factorized in its own dtype.
 
         Raises:
             ValueError: The name is unknown; a subclass of it if a matrix does not fit in memory.
         """
         check_choice("solver", solver, LeastSquaresSolverName)
+        made: DampedLeastSquares
         if isinstance(jacobian, NormalEquations):
-            return _OfSums(jacobian, grad)
+            made = _OfSums(jacobian, grad)
+            made.factor_dtype = factor_dtype
+            return made
         if solver == "auto":
             solver = suited_solver(jacobian.rows, jacobian.size, grad.dtype, grad.device)
         elif solver != "cg":
             _check_fits(solver, jacobian.rows, jacobian.size, grad.dtype, grad.device)
-        return _KINDS[solver](jacobian, grad)
+        made = _KINDS[solver](jacobian, grad)
+        made.factor_dtype = factor_dtype
+        return made
 
     jacobian: ResidualJacobian
 
@@ -316,16 +342,16 @@ class _Primal(DampedLeastSquares):
 
     def _by_cholesky(self, weights: float | Tensor, right: _Right) -> Tensor | None:
         """The solution; None where the matrix is too close to a singular one."""
-        factor = _factor(self._matrix, weights)
+        factor = cholesky(self._matrix, weights, self.factor_dtype)
         if factor is None:
             return None
         self.factorization = "cholesky"
-        x = _solved(factor, right.grad).neg_()
+        x = factor.solve(right.grad).neg_()
         norm_of = torch.linalg.vector_norm
         for _ in range(_CORRECTIONS):
             # The matrix is rounded more than the Jacobian, which says what is missing.
             missing = right.grad + self.jacobian.pull(self.jacobian.push(x)) + weights * x
-            correction = _solved(factor, missing)
+            correction = factor.solve(missing)
             length, error = WHOLE.to_host(norms=(norm_of(x), norm_of(correction)))
             if not error <= _ROUNDED * length:
                 return None
@@ -386,10 +412,10 @@ class _OfSums(DampedLeastSquares):
     def _solve(
         self, damping: float, metric: Tensor | None, weights: float | Tensor, right: _Right
     ) -> tuple[Tensor, int]:
-        factor = _factor(self._matrix, weights)
+        factor = cholesky(self._matrix, weights, self.factor_dtype)
         if factor is not None:
             self.factorization = "cholesky"
-            return _solved(factor, right.grad).neg_(), 0
+            return factor.solve(right.grad).neg_(), 0
         self.factorization = "eigen"
         matrix = self._matrix.clone()
         matrix.diagonal().add_(weights)
@@ -473,10 +499,10 @@ class _Dual(DampedLeastSquares):
 
     def _by_kernel(self, kernel: Tensor, a: float, r: Tensor) -> Tensor:
         """The solution of `(kernel + a I) y = r`."""
-        factor = _factor(kernel, a)
+        factor = cholesky(kernel, a, self.factor_dtype)
         if factor is not None:
             self.factorization = "cholesky"
-            return _solved(factor, r)
+            return factor.solve(r)
         self.factorization = "eigen"
         values, vectors = torch.linalg.eigh(kernel)
         divisors = values.clamp(min=0.0) + a
@@ -519,30 +545,6 @@ class _Normal(LinearOperator):
     def matvec(self, v: Tensor) -> Tensor:
         """See `LinearOperator.matvec`."""
         return self._jacobian.pull(self._jacobian.push(v)) + self._weights * v
-
-
-def _factor(matrix: Tensor, weights: float | Tensor) -> Tensor | None:
-    """The factor of a matrix with a diagonal added; None if it is not positive definite.
-
-    The diagonal is added in place and taken back, which saves a copy of the matrix.
-    """
-    diagonal = matrix.diagonal()
-    before = diagonal.clone()
-    diagonal.add_(weights)
-    factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    diagonal.copy_(before)
-    return None if int(failed) else factor
-
-
-def _solved(factor: Tensor, right: Tensor) -> Tensor:
-    """The solution of a system from its Cholesky factor.
-
-    Two triangular systems: `torch.cholesky_solve` copies the factor.
-    """
-    half = torch.linalg.solve_triangular(factor, right[:, None], upper=False)
-    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
-    return solution
 
 
 def _is_finite(squares: Tensor) -> bool:

@@ -43,6 +43,10 @@ class DenseStep:
         hard_case: Whether `x` has a part along the lowest eigenvector that no equation gives: the
             gradient has none there, and the rest of `x` does not reach the radius.
         inverse: Multiplies a vector with the inverse of `H + multiplier I`.
+
+    >>> step = solve_trust_region(torch.eye(2), torch.tensor([3.0, 0.0]), radius=1.0)
+    >>> round(step.multiplier, 4), round(step.length, 4), step.held
+    (2.0, 1.0, True)
     """
 
     x: Tensor
@@ -456,6 +460,9 @@ def solve_trust_region(H: Tensor, g: Tensor, radius: float) -> DenseStep:
         H: Symmetric, shape `(n, n)`.
         g: Shape `(n,)`.
         radius: Above zero.
+
+    Returns:
+        The minimizer with the multiplier of the radius.
 
     Raises:
         TypeError: One of them is no tensor, or they are not of one floating-point dtype.

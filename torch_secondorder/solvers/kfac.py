@@ -35,6 +35,18 @@ class KFAC(Preconditioner):
 
     Raises:
         ValueError: A number is out of range.
+
+    >>> from torch_secondorder import NewtonCG
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> optimizer = NewtonCG(layer.parameters(), preconditioner=KFAC(period=5))
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(layer(torch.eye(2)), torch.ones(2, 1))
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.preconditioner
+    'KFAC'
     """
 
     def __init__(self, period: int = 1, decay: float = 0.0, largest: int = 4096) -> None:

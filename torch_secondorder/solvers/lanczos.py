@@ -29,6 +29,11 @@ class Tridiagonal:
         basis: The rows are the vectors of `Q`, the first one parallel to the start; shape
             `(k, n)`. None if it was not kept.
         residual: `|A Q - Q T|`, which lies in the last column alone; 0 if the space is invariant.
+
+    >>> from torch_secondorder.curvature import Diagonal
+    >>> T = lanczos(Diagonal(torch.tensor([1.0, 3.0])), torch.ones(2), steps=2)
+    >>> [round(value, 4) for value in T.eigh()[0].tolist()]
+    [1.0, 3.0]
     """
 
     diagonal: Tensor

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._foundation.host_transfer import read_numbers
 from torch_secondorder.curvature import Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.solvers.base import Preconditioner
 
@@ -27,6 +28,18 @@ class Martens(Preconditioner):
 
     Raises:
         ValueError: A number is out of range.
+
+    >>> from torch_secondorder import NewtonCG
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> optimizer = NewtonCG(layer.parameters(), preconditioner=Martens(n_samples=2))
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(layer(torch.eye(2)), torch.ones(2, 1))
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.preconditioner
+    'Martens'
     """
 
     def __init__(self, power: float = 0.75, n_samples: int = 4) -> None:
@@ -85,6 +98,18 @@ class Nystrom(Preconditioner):
 
     Raises:
         ValueError: A number is out of range.
+
+    >>> from torch_secondorder import NewtonCG
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> optimizer = NewtonCG(layer.parameters(), preconditioner=Nystrom(rank=2))
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(layer(torch.eye(2)), torch.ones(2, 1))
+    ...     loss.backward()
+    ...     return loss
+    >>> loss = optimizer.step(closure)
+    >>> optimizer.info.preconditioner
+    'Nystrom'
     """
 
     def __init__(self, rank: int = 60, period: int = 20) -> None:
@@ -162,8 +187,9 @@ class NystromApproximation(LinearOperator):
         core = (core + core.T) / 2
         if not bool(torch.isfinite(core).all()):
             raise FloatingPointError("a product of the Nystrom sketch was not finite")
-        size = float(torch.linalg.matrix_norm(core, 2))
-        lowest = float(torch.linalg.eigvalsh(core)[0])
+        size, lowest = read_numbers(
+            torch.linalg.matrix_norm(core, 2), torch.linalg.eigvalsh(core)[0]
+        )
         shift = max(torch.finfo(dtype).eps * size * 10, torch.finfo(dtype).tiny)
         if lowest < shift:
             shift += 2 * max(-lowest, 0.0)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch_secondorder
+
 from .compare import changes, machines, missing, regressions, share, table
 from .figures import Figures
 from .publish import ROOT, publish
@@ -47,6 +49,9 @@ def _release_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _release(given: argparse.Namespace) -> int:
+    if given.into.name[:1].isdigit() and given.into.name != torch_secondorder.__version__:
+        measured = torch_secondorder.__version__
+        print(f"bench: {given.into} is of another version: this is {measured}", file=sys.stderr)
     statuses = release(given.into, given.minutes, given.again, given.counts, given.only)
     if not statuses:
         print(f"bench: no part has {given.only!r} in its name", file=sys.stderr)

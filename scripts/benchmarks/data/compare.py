@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..report import Table
-from .documents import form
+from .documents import form, label
 from .figures import Figure, Figures, Record, natural
 
 #: Where more is better, by the last words of a name; else it is less.
@@ -121,8 +121,8 @@ def _spread(figure: Figure) -> str:
 
 
 def machines(figures: Figures) -> set[str]:
-    """The machines, with the number of threads."""
-    return {f"{r.machine}, {r.environment.get('threads', '?')} threads" for r in figures.records}
+    """The machines, with the number of threads where it is known."""
+    return {label([record]).partition(", ")[2] for record in figures.records}
 
 
 def missing(old: Figures, new: Figures) -> list[str]:

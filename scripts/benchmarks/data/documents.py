@@ -99,13 +99,15 @@ def _time(value: float, digits: int) -> str:
 
 
 def _bytes(value: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= 10 * scale:
-            return f"{value / scale:.3g} {unit}"
+    # Bytes are counted up to ten thousand, as far as people read them.
+    for unit, scale, least in (("GiB", 2**30, 1.0), ("MiB", 2**20, 1.0), ("KiB", 2**10, 10.0)):
+        if value >= least * scale:
+            number = value / scale
+            return f"{number:,.0f} {unit}" if number >= 100.0 else f"{number:.3g} {unit}"
     return f"{value:,.0f} bytes"
 
 
-def label(records: list[Record], newest: str) -> str:
+def label(records: list[Record], newest: str = "") -> str:
     """The version and machine of a row; an older version than `newest` is marked as such."""
     machines = sorted({record.machine for record in records})
     version = records[0].version
@@ -115,7 +117,7 @@ def label(records: list[Record], newest: str) -> str:
         text += f", {count} thread{'s' if count != 1 else ''}"
     if any(record.was_busy for record in records):
         text += ", beside other work"
-    return text if version == newest else f"*{text}*"
+    return text if version == (newest or version) else f"*{text}*"
 
 
 def fill_row(line: str, figures: Figures) -> str:

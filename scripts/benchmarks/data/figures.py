@@ -21,6 +21,8 @@ DIGITS = 5
 #: The parts of a spread in the order of size; `rounds` says how many samples they are of.
 SPREAD = ("min", "lower", "upper", "max")
 
+#: The note of a record without times.
+COUNTS = "Counts only: times were not taken."
 #: Processes that want to run, for each core, above which times are not to be trusted.
 BUSY = 1.5
 
@@ -105,7 +107,8 @@ def rounded(value: float) -> float | int:
         return value
     if value.is_integer() and abs(value) < 1e15:
         return int(value)
-    return float(f"{value:.{DIGITS}g}")
+    short = float(f"{value:.{DIGITS}g}")
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short
 
 
 def slug(key: object) -> str:
@@ -129,7 +132,7 @@ def unit_of(path: Sequence[str]) -> str:
         return "count"
     if last == "time in all":
         return "s"
-    if ".ratios" in path[0] or " / " in last or last.startswith(("ratio", "over ")):
+    if ".ratios" in path[0] or " / " in last or last.startswith("ratio") or "over " in last:
         return "ratio"
     for key in path:
         if key in _CONTENT:
@@ -211,8 +214,8 @@ def _list(path: tuple[str, ...], value: Sequence[Any]) -> Iterator[tuple[str, Fi
 
 def of_samples(samples: Sequence[float], unit: str) -> Figure:
     """A figure of several samples: their median, quartiles and extremes."""
-    if len(samples) == 1:
-        return Figure(samples[0], unit)
+    if min(samples) == max(samples):
+        return Figure(samples[0], unit, None, len(samples))
     lower, _, upper = statistics.quantiles(samples, n=4, method="inclusive")
     spread = {"min": min(samples), "lower": lower, "upper": upper, "max": max(samples)}
     if unit == "bool":  # the share of runs in which it is true
@@ -247,9 +250,9 @@ class Record:
 
     @property
     def was_busy(self) -> bool:
-        """True if other work was waiting for the processor when the run began."""
+        """True if other work was waiting for the processor when the run began, and it matters."""
         load, cores = self.environment.get("load"), self.environment.get("cores")
-        return bool(load and cores and load > BUSY * cores)
+        return bool(load and cores and load > BUSY * cores and self.note != COUNTS)
 
     @property
     def device(self) -> str:
@@ -274,7 +277,7 @@ class Record:
             figures = flatten(document["results"])
             command = document.get("command", "scripts/gpu_check.sh")
             title = document.get("benchmark", path.stem)
-            return cls(title, command, document["environment"], figures)
+            return cls(title, command, document.get("environment") or {}, figures)
         figures = {name: Figure.from_dict(line) for name, line in document["figures"].items()}
         return cls(
             document["benchmark"],

@@ -25,7 +25,7 @@ class Set:
     Attributes:
         name: The name of the plot.
         title: A heading.
-        text: What is counted.
+        text: What is counted; `{count}` is the number of problems.
         prefix: The beginning of the names of the figures, before the problem.
         command: The command that measures them.
         solvers: Names for readers by the names in the results, this package's first.
@@ -47,7 +47,7 @@ SETS = (
     Set(
         "unconstrained",
         "Smooth functions, with gradients",
-        "28 classical functions of 2 to 200 unknowns, to a gradient of 1e-6.",
+        "{count} classical functions of 2 to 200 unknowns, to a gradient of 1e-6.",
         "minimize.exact",
         "python scripts/bench.py minimize --part exact",
         {
@@ -67,11 +67,27 @@ SETS = (
         {"evaluations": "evaluations", "time": "time"},
     ),
     Set(
+        "lbfgs",
+        "Implementations of L-BFGS",
+        "The {count} classical functions, with up to 20,000 evaluations.",
+        "lbfgs.problems",
+        "python scripts/bench.py lbfgs --part problems",
+        {
+            "ours": "LBFGS",
+            "torch h=100": "torch.optim.LBFGS",
+            "torch h=20": "torch.optim.LBFGS, history 20",
+            "scipy m=10": "SciPy L-BFGS-B, m = 10",
+            "scipy m=20": "SciPy L-BFGS-B, m = 20",
+        },
+        1,
+        {"evaluations": "evaluations", "timing": "time"},
+    ),
+    Set(
         "hessians",
         "Smooth functions, with Hessians",
-        "The same functions. Each iteration has a Hessian. `Newton` tries a rejected step again "
-        "within its iteration, while the others count it as another one, so compare evaluations "
-        "as well.",
+        "The classical functions. Each iteration has a Hessian. `Newton` tries a rejected "
+        "step again within its iteration, while the others count it as another one, so compare "
+        "evaluations as well.",
         "newton.exact",
         "python scripts/bench.py newton --part exact",
         {
@@ -86,24 +102,23 @@ SETS = (
     Set(
         "bounded",
         "Bounds",
-        "25 problems with bounds, to a projected gradient of 1e-6.",
+        "{count} problems with bounds, to a projected gradient of 1e-6.",
         "bounds",
         "python scripts/bench.py quasi_newton --part bounds",
         {
             "LBFGS (ours)": "LBFGS",
             "BFGS (ours)": "BFGS",
-            "Newton (ours)": "Newton (with Hessians)",
             "scipy L-BFGS-B": "SciPy L-BFGS-B",
             "torch.optim.LBFGS, clamped": "torch.optim.LBFGS, clamped",
         },
-        3,
+        2,
         {"evaluations": "evaluations", "time": "time"},
     ),
     Set(
         "constrained",
         "Constraints",
-        "53 problems of Hock and Schittkowski, evaluations to the first optimum; the time is that "
-        "of the whole run, where its end is one.",
+        "{count} problems of Hock and Schittkowski, evaluations to the first optimum; the time is "
+        "that of the whole run, where its end is one.",
         "constraints.problems",
         "python scripts/bench.py constraints --part problems",
         {
@@ -123,8 +138,8 @@ SETS = (
     Set(
         "residuals",
         "Least squares, classical",
-        "20 problems of Moré, Garbow and Hillstrom; a problem is solved with 5.5 digits of the "
-        "sum of squares.",
+        "{count} problems of Moré, Garbow and Hillstrom; a problem is solved with 5.5 digits of "
+        "the sum of squares.",
         "residuals.problems",
         "python scripts/bench.py residuals --part problems",
         {
@@ -140,8 +155,8 @@ SETS = (
     Set(
         "nist",
         "Least squares, NIST",
-        "NIST's 27 nonlinear regressions from both starts; a fit is solved with 5.5 digits of all "
-        "parameters.",
+        "{count} fits: NIST's nonlinear regressions from both starts; a fit is solved with 5.5 "
+        "digits of all parameters.",
         "residuals.nist",
         "python scripts/bench.py residuals --part nist",
         {
@@ -245,9 +260,10 @@ def sections(figures: Figures, newest: str, sets: Sequence[Set] = SETS) -> str:
         record, found = find(figures, group), tables(figures, group)
         if record is None or not found:
             continue
+        text = group.text.format(count=len(next(iter(found.values()))))
         old = "" if record.version == newest else ", an older one,"
         parts.append(
-            f"### {group.title}\n\n{group.text}\n\nMeasured by `{group.command}` with version "
+            f"### {group.title}\n\n{text}\n\nMeasured by `{group.command}` with version "
             f"{record.version}{old} on {record.machine}.\n\n"
             f"![Performance profiles: {group.title}](images/profile_{group.name}.svg)\n"
         )

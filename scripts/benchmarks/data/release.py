@@ -21,12 +21,10 @@ from pathlib import Path
 import torch
 
 from ..report import environment as describe
-from .figures import Record, flatten
+from .figures import COUNTS, Record, flatten
 
 ROOT = Path(__file__).resolve().parents[3]
 BENCH = "scripts/bench.py"
-#: The note of a record without times.
-COUNTS = "Counts only: times were not taken."
 #: Seconds that a process is given to end, and below which no part is begun.
 GRACE, LEAST = 5.0, 10.0
 
@@ -86,13 +84,12 @@ PLAN: tuple[Part, ...] = (
     Part("residuals", "poisson", 240, ("--seconds", "200", *ONE)),
     Part("minimize", "exact", 300, ("--repeat", "3"), counts=True),
     Part("products", None, 60),
-    Part("kronecker", "steps", 150),
     Part("diagonal", "steps", 75),
-    Part("residuals", "problems", 90, counts=True),
-    Part("residuals", "nist", 120, ("--repeat", "3"), counts=True),
-    Part("constraints", "problems", 120, counts=True),
+    Part("residuals", "problems", 150, counts=True),
+    Part("residuals", "nist", 240, ("--repeat", "3"), counts=True),
+    Part("constraints", "problems", 240, counts=True),
     Part("quasi_newton", "bounds", 120, counts=True),
-    Part("newton", "exact", 120, ("--repeat", "3"), counts=True),
+    Part("newton", "exact", 200, ("--repeat", "3"), counts=True),
     Part("jacobian", None, 45),
     Part("penalties", None, 45),
     Part("newton", "cg", 60),
@@ -116,6 +113,7 @@ PLAN: tuple[Part, ...] = (
     Part("distributed", "memory", 60, counts=True),
     Part("kronecker", "memory", 90, counts=True),
     Part("linear", None, 60, counts=True),
+    Part("kronecker", "steps", 400, ("--repeat", "2")),
     Part("newton", "softmax", 120, ("--seconds", "100")),
     Part("newton", "pinn", 240, ("--seconds", "200")),
     Part("quasi_newton", "seconds", 240, ("--seconds", "200")),

@@ -9,7 +9,7 @@ from html import escape
 
 # Colours that can be told apart with colour blindness (Okabe and Ito, 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#777777")
-PANEL, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 290, 230, 48, 34, 42, 190
+PANEL, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 290, 230, 48, 34, 42, 230
 
 
 @dataclass(frozen=True)

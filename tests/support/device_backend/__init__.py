@@ -34,14 +34,29 @@ class Unavailable(Exception):
     """Says why this machine has no test device."""
 
 
-@functools.cache
 def load() -> torch.device:
     """Builds the extension where needed, and registers it with PyTorch.
 
+    Call it before the first backward pass of the process, in which autograd counts the devices.
+
     Raises:
-        Unavailable: There is no compiler, or it failed.
+        Unavailable: There is no compiler, or it failed, or there is a device already.
     """
-    torch.ops.load_library(_library())
+    found = _loaded()
+    if isinstance(found, Unavailable):
+        raise found
+    return found
+
+
+@functools.cache
+def _loaded() -> torch.device | Unavailable:
+    """The device, or why there is none; found out once."""
+    if torch.accelerator.is_available():
+        return Unavailable("this process has an accelerator, and PyTorch takes one kind")
+    try:
+        torch.ops.load_library(_library())
+    except Unavailable as error:
+        return error
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _module())
     torch.utils.generate_methods_for_privateuse1_backend()
