@@ -1,4 +1,4 @@
-"""What the figures of scripts/gpu_check.py are compared with."""
+"""The bars that the figures of scripts/gpu_check.py are compared with."""
 
 from __future__ import annotations
 

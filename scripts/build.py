@@ -59,6 +59,8 @@ def build(dist: Path) -> tuple[Path, Path]:
     (sdist,) = dist.glob("*.tar.gz")
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(sdist) as archive:
+            if hasattr(tarfile, "data_filter"):  # Python 3.12 and 3.13 warn without one
+                archive.extraction_filter = tarfile.data_filter
             archive.extractall(folder)
         (unpacked,) = Path(folder).iterdir()
         _run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", dist], cwd=unpacked)

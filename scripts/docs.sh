@@ -21,6 +21,7 @@ ensure_venv dev
 cd "$REPO_ROOT"
 export NO_MKDOCS_2_WARNING=1 # an advertisement of the theme
 if [ "${1:-serve}" = build ]; then
-    exec "$VENV_PYTHON" -m mkdocs build --quiet --strict --site-dir "${2:-site}"
+    # Not --quiet: warnings that are not logged are not counted by --strict.
+    exec "$VENV_PYTHON" -m mkdocs build --strict --site-dir "${2:-site}"
 fi
 exec "$VENV_PYTHON" -m mkdocs serve --no-strict --watch torch_secondorder --watch scripts/site

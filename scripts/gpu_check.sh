@@ -3,18 +3,20 @@
 # `cuda`, then the benchmarks that tell most on a device, into one JSON file.
 #
 #   scripts/gpu_check.sh [FILE] [--minutes N] [options of scripts/bench.py]
+#   scripts/gpu_check.sh --rehearse             the same on a CPU: few tests, small sizes
 #
 # FILE (gpu_check.json) is written anew after each part. It ends within N minutes (8) whatever
-# happens: each part has a limit of its own, and what there is no time for is named as skipped.
+# happens: each part has a limit of its own, the most telling come first, and what there is no time
+# for is named as skipped. At the end, a table compares the figures with their bars
+# (scripts/_gpu_bars.py): met, missed or not measured; it is in FILE, too.
 #
 # Takes the first Python whose torch sees the device: $PYTHON, .venv, python, python3. There have to
-# be torch, numpy, scipy, pytest and hypothesis; pytest-xdist spreads the tests over processes and
-# pytest-timeout ends those that hang, where they are installed; so are peers of the `bench` extra.
-# GPU_CHECK_DEVICE=cpu rehearses the script on a machine without a device, with few tests;
-# --rehearse does the same, with --quick.
+# be torch, numpy, scipy, pytest and hypothesis, and nothing else. The tests run in as many processes
+# as the processor has room for (scripts/_device_tests.py), and one that hangs or crashes costs no
+# other. Peers of the `bench` extra are compared with where they are installed.
 #
 # Exit status: 0 when the tests passed and the benchmarks ran; 1 without a device or after a
-# failure, where the JSON file holds what could be found out.
+# failure, where the JSON file holds what could be found out. Bars that are missed do not count.
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -41,8 +41,8 @@ if [ -z "${TORCH_VERSION:-}" ]; then
     say "mypy torch_secondorder"
     "$VENV_PYTHON" -m mypy torch_secondorder
     if [ $# = 0 ]; then
-        say "mkdocs build --strict"
-        NO_MKDOCS_2_WARNING=1 "$VENV_PYTHON" -m mkdocs build --quiet --strict
+        say "the documentation site"
+        "$REPO_ROOT/scripts/docs.sh" build
         say "sdist and wheel"
         "$VENV_PYTHON" scripts/build.py
     fi

@@ -25,26 +25,31 @@ DEVICES = [
 ]
 
 
+_WHOLE = ("test_conformance.py", "test_device_backend.py")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Lets `tests/optim/test_conformance.py` test an optimizer of another package."""
     parser.addoption("--optimizer", metavar="MODULE:NAME", help="a class or function to test")
     parser.addoption(
         "--all-devices",
         action="store_true",
-        help="run every case on the test device, not the first of each test and all of "
-        "test_conformance.py",
+        help="run all cases on the test device, not only the first of each test",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves most cases of the test device out: placement rarely depends on their numbers."""
+    """Leaves most cases of the test device out: placement rarely depends on their numbers.
+
+    The first of each test stays, and all of the files that are about devices and all optimizers.
+    """
     if config.getoption("--all-devices"):
         return
     kept, left, seen = [], [], set()
     for item in items:
         test = item.nodeid.split("[")[0]
         on_device = item.get_closest_marker("testdevice") is not None
-        again = on_device and test in seen and item.path.name != "test_conformance.py"
+        again = on_device and test in seen and item.path.name not in _WHOLE
         (left if again else kept).append(item)
         if on_device:
             seen.add(test)

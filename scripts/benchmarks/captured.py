@@ -1,4 +1,4 @@
-"""What CUDA graphs, autotuned products and single transfers gain, and what is allocated.
+"""Gains from CUDA graphs, autotuned products and single transfers, and new vectors.
 
 Graphs are recorded on a CUDA device only. On a CPU the sub-command shows that everything runs, and
 times what does.

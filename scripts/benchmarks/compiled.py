@@ -16,7 +16,7 @@ from torch_secondorder import FunctionalObjective
 from torch_secondorder._objective.base import Evaluation
 from torch_secondorder.curvature import GaussNewton, Hessian, LinearOperator
 
-from .harness import alternate, ratio
+from .harness import alternate, ratio, say
 from .race import load_example
 from .registry import Options, command
 from .report import Report, Table, seconds
@@ -65,7 +65,13 @@ def run(options: Options, report: Report) -> None:
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those of the compiler
-            compiled = compiled or candidates(objective, kinds)
+            try:
+                compiled = compiled or candidates(objective, kinds)
+            except RuntimeError as error:
+                if "cannot be compiled" not in str(error):
+                    raise
+                say(f"skipped: torch {torch.__version__} cannot compile gradients by the inputs")
+                return
             value = compiled[name]()
         first = time.perf_counter() - start
         difference = ((value - plain()).norm() / plain().norm()).item()

@@ -96,6 +96,7 @@ def run(options: Options, report: Report) -> None:
             f"Steps to a loss, {name}, units {decades:g} decades apart (median; best rate)",
             ["optimizer", *(f"{t:g}" for t in TARGETS), *(f"time to {t:g}" for t in TARGETS)],
         )
+        times: dict[str, float] = {}
         for contender in progress(list(contenders), f"diagonal scaling {name}"):
             kind, rates = contenders[contender]
             found = {}
@@ -113,6 +114,9 @@ def run(options: Options, report: Report) -> None:
                 for target, (steps, time, rate) in zip(TARGETS, best, strict=True)
                 if steps < limit
             }
+            for target, cell in reached.items():
+                first = times.setdefault(target, cell["seconds"])  # Adam is the first
+                cell["time over Adam"] = cell["seconds"] / first
             report.record(f"diagonal.scaling.{name}.{contender}", reached)
         report.show(table)
 

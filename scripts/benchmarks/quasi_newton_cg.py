@@ -29,6 +29,7 @@ BUDGET = 20_000
 STARTS, DISTANCE = 4, 1e-3
 QUICK = ("rosenbrock", "wood", "beale")
 BASE = "scipy CG"
+DEFAULT = "shanno"
 
 
 def with_scipy(
@@ -129,12 +130,14 @@ def _summary(results: Runs, names: Sequence[str], report: Report) -> None:
         f"Evaluations over those of {base}: geometric means over problems and starts",
         ["solver", "both solve", "ratio", "solved from the usual starts", "fails there"],
     )
-    recorded = {}
+    recorded: dict[str, dict[str, Any]] = {}
     for name in names:
         count, mean = _ratio(results, name, base)
         failed = [problem for problem, runs in results.items() if not runs[name][0][1]]
         solved = len(results) - len(failed)
         recorded[name] = {"problems": count, "ratio": mean, "unsolved": failed}
+        if DEFAULT in names:
+            recorded[name][f"{DEFAULT} over"] = _ratio(results, DEFAULT, name)[1]
         shown.add(
             name, count, number(mean), f"{solved} of {len(results)}", ", ".join(failed) or "-"
         )

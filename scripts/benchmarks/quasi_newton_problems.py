@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-6
 BUDGET = 3_000
 BASE = "LBFGS"
+DEFAULT = "BFGS, bfgs"
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,10 @@ def _summarize(results: Mapping[str, Mapping[str, Row]], names: list[str], repor
         solved = sum(a.solved for a, _ in pairs)
         shown.add(name, f"{solved} of {len(pairs)}", number(means[name]))
         found = {"solved": solved, "ratio": means[name]}
+        if DEFAULT in names:
+            pairs = [(rows[DEFAULT], rows[name]) for rows in results.values()]
+            both = [a.evaluations / b.evaluations for a, b in pairs if a.solved and b.solved]
+            found["BFGS over"] = geometric_mean(both)
         report.record(f"quasi_newton.problems.ratios.{name}", found)
     report.show(shown)
 

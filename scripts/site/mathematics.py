@@ -24,7 +24,7 @@ def to_mathml(page: str) -> str:
     Raises:
         FormulaError: If a formula has a command that is unknown, or an error.
     """
-    converter = LatexToMathML(annotation=True, fancy_error=False)
+    converter = LatexToMathML(fancy_error=False)
 
     def convert(found: re.Match[str]) -> str:
         latex = html.unescape(found["latex"]).strip()

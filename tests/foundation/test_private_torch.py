@@ -115,6 +115,7 @@ def test_a_private_use_elsewhere_would_be_found(
 def test_this_version_of_torch_has_all_of_them() -> None:
     """A fallback in use here would go unnoticed: it is right, but slower."""
     assert private_torch.plainly is not private_torch._Plainly
+    assert private_torch.DispatchMode is not private_torch._SeesNothing
     assert not private_torch.shares_storage(torch.empty(3))
     assert private_torch.fused_adam is not None
     assert private_torch.BATCHES_DIRECTLY
@@ -178,6 +179,18 @@ def test_subclasses_are_plain_without_the_private_context(
     assert type(subclasses.snapshot(x)) is Tensor
     assert type(subclasses.like(torch.ones(2), x)) is Labelled
     assert Labelled.calls == 0
+
+
+def test_without_dispatch_modes_nothing_is_seen(without: Without) -> None:
+    module = without("torch.utils._python_dispatch:TorchDispatchMode")
+
+    class Seeing(module.DispatchMode):
+        def __torch_dispatch__(self, *_: Any) -> None:
+            raise AssertionError
+
+    with Seeing() as seeing:
+        assert torch.ones(2).sum().item() == 2
+    assert isinstance(seeing, module._SeesNothing)
 
 
 def test_memory_counts_as_shared_where_its_uses_cannot_be_counted(

@@ -433,6 +433,7 @@ def levenberg_marquardt() -> None:
     scaling: ScalingName = "more"
     damping: DampingName = "nielsen"
     acceleration: AccelerationName = "auto"
+    LevenbergMarquardt(model.parameters(), factor_dtype=torch.float32)
     optimizer = LevenbergMarquardt(model.parameters(), 1.0, damping, max_iter=3, scaling=scaling)
     closure = closure_for(model, x, y, optimizer.zero_grad)
     assert_type(optimizer.step(closure), Tensor)

@@ -55,8 +55,9 @@ FLAT: dict[str, tuple[Any, dict[str, Any], Reads]] = {
     "LBFGS, damping": (LBFGS, {"powell_damping": True}, Reads(step=1, iteration=1)),
     "LBFGS, Armijo": (LBFGS, {"line_search_fn": "armijo"}, Reads(step=1, iteration=1)),
     "LBFGS, no search": (LBFGS, {"line_search_fn": None, "lr": 0.5}, Reads(step=1, iteration=1)),
-    # Coordinates in the basis come to the host, where the small matrix is.
-    "LBFGS, ssbroyden": (LBFGS, {"update": "ssbroyden"}, Reads(step=1, iteration=2)),
+    # Coordinates in the basis come to the host, where the small matrix is: of a gradient, and of a
+    # pair that has left the basis.
+    "LBFGS, ssbroyden": (LBFGS, {"update": "ssbroyden"}, Reads(step=1, iteration=3)),
     # Three for each face of the box that is tried, and more faces than one.
     "LBFGS, bounds": (LBFGS, {"bounds": (-0.3, 0.3)}, Reads(step=3, iteration=12)),
     "BFGS": (BFGS, {}, Reads(step=1, iteration=2)),
@@ -101,7 +102,7 @@ def kind_of(event: Event) -> str:
 def test_optimizers_that_evaluate_more_than_once(name: str) -> None:
     kind, options, most = FLAT[name]
     if kind is not AdaSecant:
-        options = {"max_iter": 3, **options}
+        options = {"max_iter": 2, **options}
     with SimulatedDevice() as device:
         problem = Problem(CUDA)
         optimizer = kind(problem.params, **options)
@@ -182,10 +183,14 @@ def steps(
     return reads, uploads
 
 
-@pytest.mark.parametrize("name", ONCE)
-@pytest.mark.parametrize(
-    ("dtype", "with_closure"), [(torch.float32, True), (torch.bfloat16, False)]
-)
+# In a loop without a closure, with gradients clipped and parameters in half precision, too.
+RUNS = [(name, torch.float32, True) for name in ONCE]
+RUNS += [(name, torch.bfloat16, False) for name in ("AdaHessian", "SOAP", "KFAC")]
+RUNS += [(name, torch.bfloat16, False) for name in ("AdaHessian, labels", "Sophia, seldom")]
+RUNS += [(name, torch.float32, False) for name in ("Sophia", "SOAP, seldom", "Shampoo, Newton")]
+
+
+@pytest.mark.parametrize(("name", "dtype", "with_closure"), RUNS)
 def test_steady_steps_never_wait(name: str, dtype: torch.dtype, with_closure: bool) -> None:
     kind, options = ONCE[name]
     clip = not with_closure

@@ -31,6 +31,7 @@ from torch_secondorder import (
     Shampoo,
     Sophia,
 )
+from torch_secondorder._optim.flat import FlatOptimizer
 from torch_secondorder.constraints import Box, NormBall, Orthogonal, Simplex, UnitNorm
 from torch_secondorder.curvature import GaussNewtonBartlett, Hutchinson
 from torch_secondorder.solvers import Nystrom, dense
@@ -110,7 +111,7 @@ def test_all_optimizers_are_here() -> None:
 def trained(
     kind: Any, options: dict[str, Any], problem: Problem, params: Any = None
 ) -> tuple[Any, list[Any]]:
-    """Two steps and one after a checkpoint; the optimizer, losses and parameters."""
+    """Some steps and one after a checkpoint; the optimizer, losses and parameters."""
     make: Callable[[], Any] = lambda: kind(params or problem.params, **options)  # noqa: E731
     optimizer, results = make(), []
     parts = options.get("accumulation_steps", 1)
@@ -122,8 +123,9 @@ def trained(
             (loss / parts).backward()
         return loss
 
-    for step in range(3):
-        if step == 2:
+    last = 1 if issubclass(kind, FlatOptimizer) else 2
+    for step in range(last + 1):
+        if step == last:
             state = copy.deepcopy(optimizer.state_dict())
             optimizer = make()
             optimizer.load_state_dict(state)

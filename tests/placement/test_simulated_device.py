@@ -17,7 +17,7 @@ from tests.support.placement import CUDA, draw
 from tests.support.simulated_device import SimulatedDevice, _Numbers
 
 # Forward mode under a dispatch mode compiles its formulas for the first time.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 MIXED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "add": lambda there, here: there + here,

@@ -188,3 +188,11 @@ def test_doctests_are_fenced(site: Any) -> None:
         "```pycon\n>>> f(1)\n2\n```\n\nMore.\n\n```pycon\n>>> f(2)\n3\n```"
     )
     assert fenced("A.\n\n>>> 1\n1") == "A.\n\n```pycon\n>>> 1\n1\n```"
+
+
+def test_the_site_is_built_strictly(site: Any) -> None:
+    script = (ROOT / "scripts" / "docs.sh").read_text(encoding="utf-8")
+    (command,) = [line for line in script.splitlines() if "mkdocs build" in line]
+    assert "--strict" in command
+    assert "--quiet" not in command  # it hides warnings from --strict
+    assert "docs.sh" in (ROOT / "scripts" / "test.sh").read_text(encoding="utf-8")

@@ -37,6 +37,7 @@ __all__ = [
     "WEIGHT_NORM_HOLDERS",
     "WEIGHT_NORM_NAME",
     "BatchNorm",
+    "DispatchMode",
     "NormBase",
     "add_batch_dim",
     "any_autocast_enabled",
@@ -111,6 +112,19 @@ class _Plainly(TorchFunctionMode):
 #: A context inside which functions take subclasses for plain tensors, and return these. The
 #: fallback is a function mode, which costs some microseconds an operation.
 plainly: Any = _found("torch:_C.DisableTorchFunctionSubclass") or _Plainly
+
+
+class _SeesNothing:
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+#: The base class of contexts that see each operation below autograd, in `__torch_dispatch__`. The
+#: fallback sees none; operations that wait for a device are then found when a graph is recorded.
+DispatchMode: Any = _found("torch.utils._python_dispatch:TorchDispatchMode") or _SeesNothing
 
 # How many tensors use a storage. Without it every storage counts as shared, so that no memory is
 # used again.

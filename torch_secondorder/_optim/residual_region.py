@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.checks import check_choice
 from torch_secondorder._objective.base import EvaluationsSpent
 from torch_secondorder._optim.flat import Descent, Point
 from torch_secondorder._optim.info import StepStatus
 from torch_secondorder._optim.quadratic_model import Move, Proposal, Trials
 from torch_secondorder._optim.residual_model import Region, gain_ratio_of
-from torch_secondorder.globalization import TrustRegion
+from torch_secondorder.globalization import (
+    DampingRule,
+    LineSearch,
+    LineSearchName,
+    TrustRegion,
+    resolve_line_search,
+)
 from torch_secondorder.solvers._residual_region import RegionStep
 
 # Most steps that are tried with one Jacobian.
@@ -21,6 +29,9 @@ _ATTEMPTS = 40
 # A correction follows a step of at least this gain ratio, is no longer than this share of it, and
 # lowers the loss by at least this share of what its slope promises.
 _GOOD, _REACH, _SUFFICIENT = 0.5, 0.5, 1e-4
+# The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
+# best radius changes little from step to step.
+_REGION = TrustRegion(shrink=0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,3 +185,17 @@ def _corrected(
         move = Move(move.proposal._replace(direction=whole, slope=slope), tried, move.gain_ratio)
         memory.corrections += 1
     return move
+
+
+def resolved_globalization(spec: Any) -> LineSearch | TrustRegion | None:
+    """The globalization from its name; None where there is none, or a damping."""
+    if spec is None or isinstance(spec, TrustRegion):
+        return spec
+    if isinstance(spec, DampingRule):
+        raise TypeError(f"globalization is no damping rule here: pass damping={spec!r}")
+    if isinstance(spec, (str, type)) or not callable(spec):
+        known = ("damping", "trust_region", *get_args(LineSearchName))
+        check_choice("globalization", spec, known, "an instance such as StrongWolfe(), or None")
+    if isinstance(spec, str) and spec in ("damping", "trust_region"):
+        return _REGION if spec == "trust_region" else None
+    return resolve_line_search(spec, "globalization")

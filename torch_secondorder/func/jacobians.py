@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 
 from torch_secondorder._autograd.twice_differentiable import with_second_derivatives
 from torch_secondorder._foundation.checks import check_choice, check_integer
+from torch_secondorder._foundation.host_transfer import read_numbers
 from torch_secondorder._foundation.memory import check_fits
 from torch_secondorder.func._recorded import Recorded, composing
 from torch_secondorder.func._trees import basis, flatten, flattened, numels, spans, unflatten
@@ -234,7 +235,8 @@ def _differs(one: Tensor, other: Tensor) -> bool:
     """True where two evaluations of the same rows differ by more than rounding."""
     tolerance = torch.finfo(one.dtype).eps ** 0.5
     gap, size = torch.linalg.vector_norm(one - other), torch.linalg.vector_norm(other)
-    if float(gap) <= tolerance * float(size):
+    gap_there, size_there = read_numbers(gap, size)
+    if gap_there <= tolerance * size_there:
         return False
     finite = other.isfinite()
     rounding = tolerance * float(torch.linalg.vector_norm(other[finite]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_choice, check_integer, check_number
+from torch_secondorder._foundation.host_transfer import read_numbers
 from torch_secondorder._foundation.types import ParamsT
 from torch_secondorder._objective.base import Evaluation, Objective
 from torch_secondorder._optim.flat import Descent, DescentInfo, FlatOptimizer, Point
@@ -373,7 +374,7 @@ class AdaSecant(FlatOptimizer):
         shorter = (known.longest / lengths.clamp(min=1e-300)).clamp_(max=1.0)
         move *= blocks.spread(shorter)
         moved = torch.linalg.vector_norm(shorter * lengths)
-        moved, length = torch.stack((moved, batch.length)).tolist()
+        moved, length = read_numbers(moved, batch.length)
         if not isfinite(moved):
             return self._give_up()
         t, point, change = 1.0, descent.point, None

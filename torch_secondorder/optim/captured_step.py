@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torch_secondorder._closure.validation import check_is_closure
 from torch_secondorder._foundation.checks import check_integer
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
@@ -91,8 +92,7 @@ class CapturedStep:
                 f"{type(optimizer).__name__}: others decide on the host within a step, and "
                 "wrappers change the loss; call optimizer.step(closure)"
             )
-        if not callable(closure):
-            raise TypeError(f"closure must be callable, got {type(closure).__name__}")
+        check_is_closure(closure)
         check_integer("warm_up", warm_up)
         self.optimizer: DiagonalOptimizer = optimizer
         self.reason = ""
@@ -262,7 +262,7 @@ def host_counts(optimizer: DiagonalOptimizer) -> list[Tensor]:
 
 
 def _likeness(leaves: list[Any], structure: Any, device: torch.device) -> Hashable:
-    """What batches need to have in common to be served by one graph; None if they never do."""
+    """A value that batches of one graph have in common; None for batches that no graph serves."""
     kind = device.type
     marks: list[Hashable] = [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
     for leaf in leaves:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch_secondorder._closure.capture import mark_outputs
 from torch_secondorder._closure.runner import ModuleRegistry
 from torch_secondorder._foundation.checks import check_choice, check_number
+from torch_secondorder._foundation.host_transfer import read_numbers
 from torch_secondorder._foundation.private_torch import pytree
 from torch_secondorder._foundation.random_state import random_state, set_random_state
 from torch_secondorder._objective.functional import FunctionalObjective
@@ -316,14 +317,16 @@ class Constrained(WrapperOptimizer):
             return None
         assert program.penalties is not None
         most, at = violated.max(0)  # NaN counts as the largest
-        violation = most.item()
+        loss, violation, multiplier, penalty = read_numbers(
+            first[0], most, program.multipliers.abs().max(), program.penalties.max()
+        )
         return ConstrainedInfo(
-            first[0].item(),
+            loss,
             violation,
             "" if violation == 0 else program.functions.name(int(at)),
             violation <= self.tolerance,
-            program.multipliers.abs().max().item(),
-            program.penalties.max().item(),
+            multiplier,
+            penalty,
             self._note or program.suspicion(violated, self.tolerance, _MUCH * self._penalty),
             getattr(self._inside, "info", None),
         )

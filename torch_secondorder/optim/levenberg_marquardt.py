@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from math import inf, isfinite, nan, sqrt
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from torch_secondorder._optim.residual_region import (
     Outlook,
     RadiusMemory,
     largest_cosine,
+    resolved_globalization,
     within_radius,
 )
 from torch_secondorder._optim.residuals import check_batches, over_batches, residuals_at
@@ -48,7 +49,6 @@ from torch_secondorder.globalization import (
     SearchStatus,
     TrustRegion,
     resolve_damping,
-    resolve_line_search,
 )
 from torch_secondorder.solvers.damped_least_squares import (
     DampedLeastSquares,
@@ -82,9 +82,6 @@ _ACCEPT = 1e-4
 _BEND, _STRAIGHT = 0.75, 0.1
 # The smallest norm of residuals that a tolerance of the gradient shrinks with.
 _SMALL = 1e-5
-# The rule of a trust region: a step that gained too little halves the radius. In curved valleys the
-# best radius changes little from step to step.
-_REGION = TrustRegion(shrink=0.5)
 # A constant damping, as a share of the largest curvature along a coordinate at the first step; and
 # that of steps which are taken as they are, as a share of the batch's mean eigenvalue.
 _CONSTANT, _OF_MEAN = 1e-3, 1e-2
@@ -112,16 +109,9 @@ class LevenbergMarquardtInfo(BoundedInfo):
         reason: The reason why no faster way to it was taken, such as autograd's name of an
             operation; empty if there is none.
 
-    >>> x = torch.tensor([3.0, 1.0], dtype=torch.float64, requires_grad=True)
-    >>> optimizer = LevenbergMarquardt([x])
-    >>> def closure():
-    ...     optimizer.zero_grad()
-    ...     loss = torch.nn.functional.mse_loss(x**2, torch.ones_like(x))
-    ...     loss.backward()
-    ...     return loss
-    >>> loss = optimizer.step(closure)
-    >>> optimizer.info.solver, optimizer.info.rows, optimizer.info.rejected
-    ('primal', 2, 0)
+    >>> from torch_secondorder import least_squares
+    >>> least_squares(lambda x: x**2 - 4, torch.ones(1)).info.solver
+    'primal'
     """
 
     jacobians: int = 0
@@ -305,7 +295,7 @@ class LevenbergMarquardt(FlatOptimizer):
             )
         self.solver, self.scaling, self.acceleration = solver, scaling, acceleration
         check_integer("corrections", corrections, low=0, whole_floats=True)
-        self.globalization = _resolved(globalization)
+        self.globalization = resolved_globalization(globalization)
         if isinstance(self.globalization, TrustRegion):
             self._check_within_radius(damping, momentum)
         self.damping = resolve_damping(damping, globalization == "damping")
@@ -674,20 +664,6 @@ class LevenbergMarquardt(FlatOptimizer):
         super()._forget(reason)
         self._bend = inf
         self._damping = self._radius = self._start = 0.0
-
-
-def _resolved(spec: Any) -> LineSearch | TrustRegion | None:
-    """The globalization from its name; None where there is none, or a damping."""
-    if spec is None or isinstance(spec, TrustRegion):
-        return spec
-    if isinstance(spec, DampingRule):
-        raise TypeError(f"globalization is no damping rule here: pass damping={spec!r}")
-    if isinstance(spec, (str, type)) or not callable(spec):
-        known = ("damping", "trust_region", *get_args(LineSearchName))
-        check_choice("globalization", spec, known, "an instance such as StrongWolfe(), or None")
-    if isinstance(spec, str) and spec in ("damping", "trust_region"):
-        return _REGION if spec == "trust_region" else None
-    return resolve_line_search(spec, "globalization")
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torch_secondorder._foundation.host_transfer import read_numbers
 from torch_secondorder.curvature import InverseBFGS, InverseBroyden, ReducedBroyden
 
 # Guesses in a row that do not lower the number of entries that are wrong, after which the guesses
@@ -128,7 +129,7 @@ def _descend(
         step = torch.clamp(step + t * direction, low, high)
         # B is linear, so the slopes along the way are known.
         slopes = slopes + t * (face.slopes - slopes)
-        length, longest = (t * direction.abs().amax()).item(), t.item()
+        length, longest = read_numbers(t * direction.abs().amax(), t)
         if not length >= 0.0:  # NaN
             return None
         moved = moved or length > 0.0

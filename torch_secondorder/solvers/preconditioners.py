@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secondorder._foundation.checks import check_integer, check_number
+from torch_secondorder._foundation.host_transfer import read_numbers
 from torch_secondorder.curvature import Diagonal, FromOutputs, LinearOperator
 from torch_secondorder.solvers.base import Preconditioner
 
@@ -186,8 +187,9 @@ class NystromApproximation(LinearOperator):
         core = (core + core.T) / 2
         if not bool(torch.isfinite(core).all()):
             raise FloatingPointError("a product of the Nystrom sketch was not finite")
-        size = float(torch.linalg.matrix_norm(core, 2))
-        lowest = float(torch.linalg.eigvalsh(core)[0])
+        size, lowest = read_numbers(
+            torch.linalg.matrix_norm(core, 2), torch.linalg.eigvalsh(core)[0]
+        )
         shift = max(torch.finfo(dtype).eps * size * 10, torch.finfo(dtype).tiny)
         if lowest < shift:
             shift += 2 * max(-lowest, 0.0)

@@ -132,7 +132,7 @@ def unit_of(path: Sequence[str]) -> str:
         return "count"
     if last == "time in all":
         return "s"
-    if ".ratios" in path[0] or " / " in last or last.startswith(("ratio", "over ")):
+    if ".ratios" in path[0] or " / " in last or last.startswith("ratio") or "over " in last:
         return "ratio"
     for key in path:
         if key in _CONTENT:

@@ -67,9 +67,25 @@ SETS = (
         {"evaluations": "evaluations", "time": "time"},
     ),
     Set(
+        "lbfgs",
+        "Implementations of L-BFGS",
+        "The {count} classical functions, with up to 20,000 evaluations.",
+        "lbfgs.problems",
+        "python scripts/bench.py lbfgs --part problems",
+        {
+            "ours": "LBFGS",
+            "torch h=100": "torch.optim.LBFGS",
+            "torch h=20": "torch.optim.LBFGS, history 20",
+            "scipy m=10": "SciPy L-BFGS-B, m = 10",
+            "scipy m=20": "SciPy L-BFGS-B, m = 20",
+        },
+        1,
+        {"evaluations": "evaluations", "timing": "time"},
+    ),
+    Set(
         "hessians",
         "Smooth functions, with Hessians",
-        "The classical functions again. Each iteration has a Hessian. `Newton` tries a rejected "
+        "The classical functions. Each iteration has a Hessian. `Newton` tries a rejected "
         "step again within its iteration, while the others count it as another one, so compare "
         "evaluations as well.",
         "newton.exact",

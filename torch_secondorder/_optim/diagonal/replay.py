@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_secondorder._closure.data_parallel import several_processes
+from torch_secondorder._foundation.private_torch import OPTIMIZER_HOOKS, DispatchMode
 from torch_secondorder._optim.diagonal.base import DiagonalOptimizer
 from torch_secondorder._optim.diagonal.settings import settings_of
 
@@ -55,7 +55,7 @@ class CudaRecording:
         self._graph.replay()
 
 
-class HostWaits(TorchDispatchMode):
+class HostWaits(DispatchMode):  # type: ignore[misc]
     """Notes operations that no CUDA graph can record, because they wait for the device.
 
     These read values of tensors, make tensors whose shapes depend on values, or copy between host
@@ -66,7 +66,7 @@ class HostWaits(TorchDispatchMode):
     """
 
     def __init__(self, ignored: Sequence[Tensor] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: list[str] = []
         self._ignored = {id(tensor) for tensor in ignored}
 
@@ -87,13 +87,13 @@ class HostWaits(TorchDispatchMode):
             indices = args[1] if func is torch.ops.aten.index.Tensor else None
             masks = (torch.bool, torch.uint8)
             return indices is None or any(i is not None and i.dtype in masks for i in indices)
-        if func in _COPIES and isinstance(result, Tensor):
+        if func.name() in _COPIES and isinstance(result, Tensor):
             sources = [a for a in args[:2] if isinstance(a, Tensor)]
             return any(source.is_cpu != result.is_cpu for source in sources)
         return False
 
 
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+_COPIES = ("aten::_to_copy", "aten::copy_")
 
 
 def kind_of_step(optimizer: DiagonalOptimizer) -> str | None:
@@ -121,7 +121,7 @@ def why_not_recorded(optimizer: DiagonalOptimizer) -> str:
         return "capturable=False lets the host decide in each step"
     if several_processes():
         return "a graph would have to hold the messages between the processes"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if any(getattr(optimizer, name, None) for name in OPTIMIZER_HOOKS[:2]):
         return "hooks of steps are not called when a graph is replayed"
     return ""
 
