@@ -104,7 +104,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "A network that has to satisfy the equation on the unit square. The loss is so badly "
             "conditioned that Adam nearly stops far from the solution.",
             "--optimizers levenberg-marquardt,lbfgs,adam --seconds 15",
-            described="Solution of the network, true solution, difference, and error against seconds",
+            described="The network's solution, the true one, their difference, and error by time",
         ),
         Entry(
             "pinn_burgers",
@@ -112,7 +112,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "A nonlinear equation whose solution steepens, compared with a solution by the method "
             "of lines.",
             "--optimizers levenberg-marquardt,lbfgs,adam --seconds 15",
-            described="Solution of the network, true solution, difference, and error against seconds",
+            described="The network's solution, the true one, their difference, and error by time",
         ),
         Entry(
             "pinn_convection",
@@ -121,7 +121,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "with an error of 80 to 100 percent. `LevenbergMarquardt` carries the wave from the "
             "start through the domain; `--target` ends the run at an error of one percent.",
             "--target 1e-2 --seconds 200",
-            described="Solution of the network, true solution, difference, and error against seconds",
+            described="The network's solution, the true one, their difference, and error by time",
         ),
         Entry(
             "poisson_100d",
@@ -148,7 +148,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "AdamW, SOAP, Shampoo and Sophia for the same time, then for the same number of steps. "
             "`--reach` finds the number of steps that each one needs for AdamW's loss.",
             "--seconds 4 --seeds 2 --width 32",
-            described="Validation loss against seconds and against steps, with the range of the seeds",
+            described="Validation loss against seconds and against steps, mean and range",
         ),
         Entry(
             "deep_autoencoder",
@@ -172,14 +172,14 @@ SECTIONS: dict[str, list[Entry]] = {
             "A fit with equalities and inequalities",
             "A velocity profile from noisy measurements, with what is known about it as "
             "constraints, their multipliers, and a certificate of the result.",
-            described="Fits with and without constraints, their slopes, and the cost of feasibility",
+            described="Fits with and without constraints, their slopes, and what feasibility costs",
         ),
         Entry(
             "fair_classifier",
             "The price of fairness",
             "A bound on the gap between two groups' rates of positive answers. The multiplier "
             "says what a tighter bound costs; a check confirms it.",
-            described="Accuracy and rates of both groups against the gap, and the price of the bound",
+            described="Accuracy and rates of both groups by gap, and the price of the bound",
         ),
         Entry(
             "spectral_norm_bound",
