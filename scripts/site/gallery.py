@@ -118,7 +118,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "pinn_convection",
             "Convection with a fast wave",
             "The standard failure of physics-informed networks: most optimizers end in a valley "
-            "with an error of 80 to 100 percent. `--target` ends the run at an error of one percent.",
+            "with an error of 80 to 100 percent. `--target` ends the run at one percent.",
             "--target 1e-2 --seconds 200",
             described="The network's solution, the true one, their difference, and error by time",
         ),
