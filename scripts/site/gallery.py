@@ -266,6 +266,7 @@ def shrink(source: Path, target: Path) -> None:
     """Copies a picture with few colours, and smaller where it would be too large a file."""
     from PIL import Image
 
+    coverage = Image.Quantize.MAXCOVERAGE
     target.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(source) as opened:
         picture = Image.new("RGB", opened.size, "white")
@@ -275,7 +276,7 @@ def shrink(source: Path, target: Path) -> None:
         small = picture if width > picture.width else picture.resize(size, Image.Resampling.LANCZOS)
         for colours in (256, 128):
             # By coverage: the colours of thin lines count as much as those of areas.
-            found = small.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            found = small.quantize(colours, coverage, kmeans=3, dither=Image.Dither.NONE)
             found.save(target, optimize=True)
             if target.stat().st_size <= LARGEST_PICTURE:
                 return
