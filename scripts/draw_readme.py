@@ -74,7 +74,7 @@ def settings() -> dict[str, dict[str, tuple[Callable[..., Any], Callable[[float]
 
     pairs = [(10, 20), (10, 100), (50, 20), (50, 100)]
     return {
-        "Adam": {f"lr={r:g}, cosine": (adam(r), cosine) for r in (3e-3, 1e-2, 3e-2, 1e-1)},
+        "Adam": {f"lr={r:g}, cosine": (adam(r), cosine) for r in (1e-2, 3e-2, 1e-1, 3e-1)},
         "torch.optim.LBFGS": {
             f"max_iter={i}, history_size={m}": (torch_lbfgs(i, m), None) for i, m in pairs
         },

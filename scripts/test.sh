@@ -3,8 +3,8 @@
 #
 #   scripts/test.sh [--torch VERSION | --coverage] [arguments of pytest]
 #
-#   scripts/test.sh                            ruff, mypy, the documentation site, pytest
-#   scripts/test.sh -k lbfgs -m "not slow"     arguments go to pytest; the site is left out
+#   scripts/test.sh                            ruff, mypy, the site, sdist and wheel, pytest
+#   scripts/test.sh -k lbfgs -m "not slow"     arguments go to pytest; site and sdist are left out
 #   scripts/test.sh --torch 2.11.0             the tests alone, on another version of torch, in an
 #                                              environment of its own: .venv-torch-VERSION;
 #                                              "newest" and "nightly" are versions too

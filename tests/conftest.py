@@ -38,10 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves most cases of the test device out: placement rarely depends on their numbers.
 
-    The first of each test stays, and all of the files that are about devices and all optimizers.
+    The first of each test stays if it is not slow, and all cases of the files that are about
+    devices and all optimizers.
     """
     if config.getoption("--all-devices"):
         return
@@ -49,8 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         test = item.nodeid.split("[")[0]
         on_device = item.get_closest_marker("testdevice") is not None
-        again = on_device and test in seen and item.path.name not in _WHOLE
-        (left if again else kept).append(item)
+        again = test in seen or item.get_closest_marker("slow") is not None
+        few = on_device and item.path.name not in _WHOLE
+        (left if few and again else kept).append(item)
         if on_device:
             seen.add(test)
     if left:

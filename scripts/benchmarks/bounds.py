@@ -203,12 +203,13 @@ def run(options: Options, report: Report) -> None:
             for problem in load_problems(torch.device("cpu"))
             if not options.quick or problem.name in QUICK
         ]
-        results = {
-            problem.name: _timed(
-                problem, table, {name: _judged(problem, s) for name, s in table.items()}, options
-            )
-            for problem in progress(problems, "bounded problems")
-        }
+        results: dict[str, dict[str, Run]] = {}
+        for problem in progress(problems, "bounded problems"):
+            judged = {name: _judged(problem, solver) for name, solver in table.items()}
+            rows = results[problem.name] = _timed(problem, table, judged, options)
+            # At once, so that a run that is stopped keeps what it has measured.
+            recorded = {name: {**vars(r), "solved": r.solved} for name, r in rows.items()}
+            report.record(f"bounds.{problem.name}", recorded)
     shown = Table(
         f"Bounds: evaluations to a projected gradient of {TOLERANCE:g}, float64",
         ["problem", "variables", *table],
@@ -224,9 +225,6 @@ def run(options: Options, report: Report) -> None:
     report.show(shown)
     say("* the final value is not that of a known minimum")
     _show_means(results, list(table), report)
-    for name, rows in results.items():
-        recorded = {s: {**vars(r), "solved": r.solved} for s, r in rows.items()}
-        report.record(f"bounds.{name}", recorded)
 
 
 def _show_means(results: dict[str, dict[str, Run]], names: list[str], report: Report) -> None:

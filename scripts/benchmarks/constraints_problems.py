@@ -200,14 +200,15 @@ def run(options: Options, report: Report) -> None:
     table = options.chosen(solvers())
     with threads(1):
         problems = [p for p in load_problems() if not options.quick or p.name in QUICK]
-        results: Results = {
-            problem.name: {name: measure(problem, solver) for name, solver in table.items()}
-            for problem in progress(problems, "constrained problems")
-        }
+        results: Results = {}
+        for problem in progress(problems, "constrained problems"):
+            rows = {name: measure(problem, solver) for name, solver in table.items()}
+            results[problem.name] = rows
+            # At once, so that a run that is stopped keeps what it has measured.
+            recorded = {name: found.as_dict() for name, found in rows.items()}
+            report.record(f"constraints.problems.{problem.name}", recorded)
     _show_runs(results, list(table), report)
     _show_means(results, list(table), report)
-    for name, rows in results.items():
-        report.record(f"constraints.problems.{name}", {s: r.as_dict() for s, r in rows.items()})
 
 
 def _cell(found: Run) -> str:

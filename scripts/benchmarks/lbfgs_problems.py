@@ -145,6 +145,13 @@ def _show_summary(results: Results, names: list[str], report: Report) -> None:
     report.record("lbfgs.problems.solved", solved | {"problems": len(results)})
 
 
+def _recorded(results: Results) -> dict[str, Any]:
+    return {
+        problem: {name: row.as_dict() for name, row in rows.items()}
+        for problem, rows in results.items()
+    }
+
+
 def run(options: Options, report: Report) -> None:
     """Runs every solver on every problem, with one CPU thread because the vectors are short."""
     table = solvers()
@@ -152,16 +159,12 @@ def run(options: Options, report: Report) -> None:
         problems = load_problems(options.device)
         calls = {problem.name: partial(_evaluation, problem) for problem in problems}
         timings = alternate(calls, options.repeat, options.device, min_seconds=0.01)
-        results = {
-            problem.name: _measure(problem, table, options)
-            for problem in progress(problems, "test functions")
-        }
+        results: Results = {}
+        for problem in progress(problems, "test functions"):
+            results[problem.name] = _measure(problem, table, options)
+            # After each problem, so that a run that is stopped keeps what it has measured.
+            report.record("lbfgs.problems", _recorded(results))
     evaluations = {name: timing.median for name, timing in timings.items()}
     _show_rows(results, evaluations, list(table), report)
     _show_summary(results, list(table), report)
-    recorded = {
-        problem: {name: row.as_dict() for name, row in rows.items()}
-        for problem, rows in results.items()
-    }
-    report.record("lbfgs.problems", recorded)
     report.record("lbfgs.problems.one_evaluation", evaluations)

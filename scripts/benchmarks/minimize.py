@@ -245,6 +245,8 @@ def _compare(options: Options, report: Report, jac: str | None) -> None:
                 name: Row(**{**asdict(row), "time": _median(timings.get(name))})
                 for name, row in rows.items()
             }
+            # After each problem, so that a run that is stopped keeps what it has measured.
+            report.record(f"minimize.{jac or 'exact'}", _recorded(results))
     aim = f"|g|_inf <= {TOLERANCE:g}" if jac is None else "a known minimum"
     shown = Table(f"minimize, {title}, to {aim}: calls of the function", ["problem", *table])
     for name, rows in results.items():
@@ -252,10 +254,10 @@ def _compare(options: Options, report: Report, jac: str | None) -> None:
         shown.add(name, *cells)
     report.show(shown)
     _summarize(results, list(table), title, f"minimize.{jac or 'exact'}", report)
-    report.record(
-        f"minimize.{jac or 'exact'}",
-        {p: {name: asdict(row) for name, row in rows.items()} for p, rows in results.items()},
-    )
+
+
+def _recorded(results: dict[str, dict[str, Row]]) -> dict[str, Any]:
+    return {p: {name: asdict(row) for name, row in rows.items()} for p, rows in results.items()}
 
 
 def _median(timing: Timing | None) -> float | None:

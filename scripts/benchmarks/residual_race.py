@@ -104,16 +104,20 @@ def _compare(
         for problem in progress(problems, title):
             rows = {name: judge(problem, solver) for name, solver in table.items()}
             results[problem.name] = _timed(problem, rows, table, options)
+            # After each problem, so that a run that is stopped keeps what it has measured.
+            report.record(key, _recorded(results))
     shown = Table(f"{title}: evaluations, Jacobians, digits", ["problem", *table])
     for name, rows in results.items():
         shown.add(name, *map(str, rows.values()))
     report.show(shown)
     _summarize(results, list(table), title, key, report)
-    recorded = {
+
+
+def _recorded(results: dict[str, dict[str, Row]]) -> dict[str, Any]:
+    return {
         p: {n: {**asdict(row), "solved": row.solved} for n, row in rows.items()}
         for p, rows in results.items()
     }
-    report.record(key, recorded)
 
 
 def _summarize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from comments import without_comments
 from mathematics import FormulaError, to_mathml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -62,7 +63,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         page.meta["hide"] = ["navigation"]
     if page.file.src_uri.startswith("source/"):
         return markdown
-    return relinked(markdown, _source(page.file), page.file.src_uri)
+    text = without_comments(markdown)
+    return relinked(text, _source(page.file), page.file.src_uri)
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:

@@ -85,6 +85,8 @@ def test_views_share_memory_and_tensors_change_size(there: torch.device) -> None
     assert torch.equal(x, torch.zeros(2, 3, device=there))
     z = torch.randn(3, dtype=torch.complex64, device=there)
     assert torch.equal(z.conj().imag.cpu(), -z.imag.cpu())
+    zeros = torch._efficientzerotensor((2,), device=there)
+    assert (zeros + 1.0).tolist() == [1.0, 1.0]
     with pytest.raises(TypeError, match="convert testdevice"):
         x.numpy()
 

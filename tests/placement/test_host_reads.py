@@ -55,9 +55,9 @@ FLAT: dict[str, tuple[Any, dict[str, Any], Reads]] = {
     "LBFGS, damping": (LBFGS, {"powell_damping": True}, Reads(step=1, iteration=1)),
     "LBFGS, Armijo": (LBFGS, {"line_search_fn": "armijo"}, Reads(step=1, iteration=1)),
     "LBFGS, no search": (LBFGS, {"line_search_fn": None, "lr": 0.5}, Reads(step=1, iteration=1)),
-    # Coordinates in the basis come to the host, where the small matrix is: of a gradient, and of a
-    # pair that has left the basis.
-    "LBFGS, ssbroyden": (LBFGS, {"update": "ssbroyden"}, Reads(step=1, iteration=3)),
+    # Coordinates in the basis come to the host, where the small matrix is. A pair outside of the
+    # basis, as after a step that has ended early, takes one more for each vector.
+    "LBFGS, ssbroyden": (LBFGS, {"update": "ssbroyden", "max_iter": 3}, Reads(1, iteration=2)),
     # Three for each face of the box that is tried, and more faces than one.
     "LBFGS, bounds": (LBFGS, {"bounds": (-0.3, 0.3)}, Reads(step=3, iteration=12)),
     "BFGS": (BFGS, {}, Reads(step=1, iteration=2)),

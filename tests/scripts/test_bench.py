@@ -27,6 +27,8 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["lbfgs", "--part", "direction"], "lbfgs.direction", "ours"),
         (["lbfgs", "--part", "overhead"], "lbfgs.overhead", "tensor calls"),
         (["capture"], "capture.", "ours"),
+        (["captured", "--part", "steps"], "captured.adahessian.", "AdaHessian/10, captured"),
+        (["captured", "--part", "direction"], "captured.lbfgs direction.10000", "20 pairs"),
         (["compile"], "compile.Gauss-Newton product", "first call"),
         (["products"], "products.gauss_newton.", "ours"),
         (["newton", "--part", "cg"], "newton.cg.", "overhead"),

@@ -61,7 +61,7 @@ def test_files_that_an_sdist_lacks_are_found(script: ModuleType, tmp_path: Path)
     path = tmp_path / "some.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         archive.add(__file__, "torch_secondorder-1/mkdocs.yml")
-    files = ["mkdocs.yml", "docs/index.md", ".github/workflows/tests.yml"]
+    files = ["mkdocs.yml", "docs/index.md", ".gitignore"]
     assert script.missing_from(path, files) == ["docs/index.md"]
 
 

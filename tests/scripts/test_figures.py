@@ -440,6 +440,11 @@ def test_a_release_goes_on_where_it_ended(
     assert good.environment == {"version": "0.2.0", "peers": {"scipy": "1"}}
     assert release(minutes=0) == dict.fromkeys(("good part", "slow", "bad"), "no time left")
 
+    stopped = replace(good, note=f"Incomplete: stopped after 1 s. {data.figures.COUNTS}")
+    stopped.write(folder / "good.part.json")
+    assert release(minutes=1, counts=True) == {"good part": 0}
+    assert release(minutes=1, counts=True) == {"good part": "there"}
+
     statuses = release(minutes=1)
     assert statuses == {"good part": 0, "slow": "stopped after 1 s", "bad": 1}
     good = data.figures.Record.read(folder / "good.part.json")

@@ -161,6 +161,16 @@ def test_links_lead_to_what_the_site_has(site: Any) -> None:
     assert "````python\n" in repository.source_page("examples/pinn_poisson.py")
 
 
+def test_comments_do_not_end_paragraphs(site: Any) -> None:
+    text = (
+        "a\n<!-- figure: x -->0.5<!-- /figure --> of `<!-- b -->`\n"
+        "```\n<!-- c -->\n```\n<!--\nd\n-->"
+    )
+    assert site("comments").without_comments(text) == (
+        "a\n0.5 of `<!-- b -->`\n```\n<!-- c -->\n```\n"
+    )
+
+
 def test_names_become_links(site: Any) -> None:
     names = site("names").Names(
         ["::: torch_secondorder.KFAC\n\n::: torch_secondorder.solvers.KFAC\n"]

@@ -17,6 +17,7 @@ def cached_tensors(make: _Make) -> _Make:
     Under a dispatch mode the tensors are made anew and not kept: those of a `FakeTensorMode`, in
     which you may measure the memory of a step before the first real one, have no numbers.
 
+    >>> import torch
     >>> @cached_tensors
     ... def one(device):
     ...     return torch.ones((), device=device)

@@ -252,7 +252,7 @@ class Record:
     def was_busy(self) -> bool:
         """True if other work was waiting for the processor when the run began, and it matters."""
         load, cores = self.environment.get("load"), self.environment.get("cores")
-        return bool(load and cores and load > BUSY * cores and self.note != COUNTS)
+        return bool(load and cores and load > BUSY * cores and COUNTS not in self.note)
 
     @property
     def device(self) -> str:

@@ -146,7 +146,9 @@ def is_done(file: Path, counts: bool) -> bool:
     if not file.exists():
         return False
     record = Record.read(file)
-    return counts or (record.note != COUNTS and not record.was_busy)
+    if counts:
+        return not record.note or record.note == COUNTS
+    return COUNTS not in record.note and not record.was_busy
 
 
 def run_command(command: Sequence[str], limit: float) -> int | str:
@@ -184,7 +186,7 @@ def to_record(document: Path, part: Part, note: str, counts: bool) -> Record:
             for name, figure in figures.items()
             if figure.unit not in ("s", "B/s") and not _TIMES.search(name)
         }
-        note = COUNTS
+        note = f"{note} {COUNTS}".strip()
     return Record(part.title, part.command, environment, figures, note)
 
 

@@ -240,6 +240,9 @@ class Translation {
     if (like.is_neg()) {
       keys = keys.add(c10::DispatchKey::Negative);
     }
+    if (like._is_zerotensor()) {
+      keys = keys.add(c10::DispatchKey::ZeroTensor);
+    }
     auto made = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), keys, like.dtype());
     made.unsafeGetTensorImpl()->set_sizes_and_strides(
         like.sizes(), like.strides(), like.storage_offset());
