@@ -88,8 +88,8 @@ class Tests:
         threads = [threading.Thread(target=self._feed, daemon=True) for _ in range(self.workers)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(max(0.0, self._end - time.monotonic()) + 10.0)
+        for thread in threads:  # all together have ten more seconds to end their processes
+            thread.join(max(0.0, self._end + 10.0 - time.monotonic()))
         self.seconds = round(time.monotonic() - start, 1)
 
     def summary(self) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class Bar:
     Attributes:
         title: What is measured.
         most: The bar.
-        read: Takes the figure from the results; raises a `LookupError` or `TypeError` where it is
-            not among them.
+        read: Takes the figure from the results; raises a `LookupError`, `TypeError`, `ValueError`
+            or `ZeroDivisionError` where it is not among them.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Bar:
         """The bar, the figure and the verdict: met, missed, or not measured."""
         try:
             value = float(self.read(results))
-        except (LookupError, TypeError, ZeroDivisionError):
+        except (LookupError, TypeError, ValueError, ZeroDivisionError):
             return {"bar": self.title, "most": self.most, "figure": None, "verdict": "not measured"}
         verdict = "met" if value <= self.most else "missed"
         return {"bar": self.title, "most": self.most, "figure": value, "verdict": verdict}

@@ -77,18 +77,24 @@ class Check:
         self.end = time.monotonic() + 60.0 * given.minutes
         self.document: dict[str, Any] = {"environment": None, "pytest": None, "bars": []}
         self.document |= {"benchmarks": {}, "results": {}}
+        self.written = False
 
     def left(self) -> float:
         """Seconds that are left, less what it takes to come to an end."""
         return self.end - time.monotonic() - 3 * GRACE
 
     def write(self) -> None:
-        """Writes what is known so far; never half of it."""
+        """Writes what is known so far, never half of it; goes on where that fails."""
         self.document["bars"] = rows(self.document["results"], self.document["pytest"])
         target: Path = self.given.file
         beside = target.with_name(target.name + ".part")
-        beside.write_text(json.dumps(self.document, indent=1) + "\n")
-        beside.replace(target)
+        self.written = False
+        try:
+            beside.write_text(json.dumps(self.document, indent=1) + "\n")
+            beside.replace(target)
+            self.written = True
+        except OSError as error:
+            _say(f"{target} could not be written: {error}")
 
     def run_tests(self) -> None:
         """Runs the tests on the device."""
@@ -119,17 +125,22 @@ class Check:
         _say(f"{title}: {limit:.0f} s at most")
         status, seconds = _run(command, limit)
         self.document["benchmarks"][title] = {"status": status, "seconds": seconds}
-        if output.exists():
+        try:
             made = json.loads(output.read_text())
-            self.document["environment"] = self.document["environment"] or made["environment"]
-            self.document["results"] |= made["results"]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            self.document["benchmarks"][title]["unread"] = str(error)
+            return
+        self.document["environment"] = self.document["environment"] or made["environment"]
+        self.document["results"] |= made["results"]
 
     @property
     def passed(self) -> bool:
-        """True if the tests passed and no benchmark failed; skipped ones do not count as failed."""
+        """True if the tests passed, no benchmark that ran failed, and the document is written."""
         statuses = [entry["status"] for entry in self.document["benchmarks"].values()]
         failed = [status for status in statuses if isinstance(status, int) and status != 0]
-        return self.document["pytest"]["status"] == 0 and not failed
+        return self.document["pytest"]["status"] == 0 and not failed and self.written
 
 
 def _say(line: str) -> None:
@@ -187,7 +198,8 @@ def main() -> int:
         for benchmark in BENCHMARKS:
             check.run_benchmark(benchmark, Path(scratch))
             check.write()
-    _say(f"wrote {check.given.file}")
+    if check.written:
+        _say(f"wrote {check.given.file}")
     for title, entry in check.document["benchmarks"].items():
         if entry["status"] != 0:
             _say(f"{title}: {entry['status']}")

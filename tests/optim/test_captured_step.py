@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.support.simulated_device import SimulatedDevice
 from tests.support.simulated_graph import SimulatedGraph
 from torch_secondorder import KFAC, LBFGS, SOAP, AdaHessian, CapturedStep, Shampoo, Sophia
-from torch_secondorder._optim.diagonal.replay import kind_of_step
+from torch_secondorder._optim.diagonal.replay import HostWaits, kind_of_step
 from torch_secondorder.optim import captured_step
 
 CASES = {
@@ -285,6 +285,21 @@ def test_masks_that_are_filled_with_a_number_wait_for_nothing(graphs: list[Simul
     step = CapturedStep(training.optimizer, closure)
     run_all(step, training)
     assert step.captured and not step.reason
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["fullgraph", "higher order"])
+def test_closures_that_run_compiled_or_higher_order_operations(kind: str) -> None:
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+
+    def loss_of(x: Tensor) -> Tensor:
+        return x.sin().sum()
+
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    x = torch.ones(1, 1, 16, 16)
+    with HostWaits() as waits:
+        result = compiled(x) if kind == "fullgraph" else flex.flex_attention(x, x, x).sum()
+    assert bool(result.isfinite()) and not waits.found
 
 
 def test_batches_come_to_the_device_also_where_no_step_is_recorded() -> None:

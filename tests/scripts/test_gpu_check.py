@@ -163,6 +163,51 @@ def test_a_short_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["bars"][0]["verdict"] == "met"
 
 
+def test_figures_that_nobody_reached() -> None:
+    names = "KFAC (ours)", "NewtonCG (ours)", "torch.optim.LBFGS", "Adam"
+    results = {f"newton.autoencoder.{name}": {"results": {"error": None}} for name in names}
+    rows = {row["bar"]: row["verdict"] for row in _gpu_bars.rows(results, None)}
+    assert {verdict for bar, verdict in rows.items() if "autoencoder" in bar} == {"not measured"}
+
+
+def test_a_benchmark_that_ignores_interrupts_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        "time.sleep(120)\n"
+    )
+    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+    file = tmp_path / "pid"
+    status, seconds = gpu_check._run([sys.executable, "-c", text, str(file)], 2.0)
+    assert status == "stopped after 2 s" and seconds < 30.0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
+
+
+def test_files_that_cannot_be_written_or_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], limit: float) -> tuple[int, float]:
+        Path(command[command.index("--json") + 1]).write_text('{"environment": {')
+        return 0, 1.0
+
+    monkeypatch.setattr(gpu_check, "_run", run)
+    file = tmp_path / "no_such_folder" / "gpu.json"
+    check = gpu_check.Check(*gpu_check.parse([str(file), "--rehearse"]))
+    check.document["pytest"] = {"status": 0, "failed": 0, "errors": 0}
+    check.run_benchmark(gpu_check.Benchmark("lbfgs", None, 30), tmp_path)
+    assert "unread" in check.document["benchmarks"]["lbfgs"] and not check.document["results"]
+    check.write()
+    assert f"{file} could not be written" in capsys.readouterr().err
+    assert not check.passed
+    check.given.file = tmp_path / "gpu.json"
+    check.write()
+    assert check.passed
+
+
 def test_without_a_device_it_says_so(tmp_path: Path) -> None:
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nexit 1\n")  # an interpreter whose torch sees no device

@@ -68,6 +68,11 @@ class HostWaits(DispatchMode):  # type: ignore[misc]
     # A closure may have such operations; what they do inside is not looked at.
     supports_higher_order_operators = True
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """True: compiled functions shall run compiled. Some may not run in any other way."""
+        return True
+
     def __init__(self, ignored: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.found: list[str] = []
