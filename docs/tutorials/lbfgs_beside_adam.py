@@ -1,7 +1,7 @@
 """# Fitting a network to high precision: L-BFGS beside Adam
 
 If the loss is the same function in every step, because all the data fit into one batch, noise is no
-reason for small steps. Then a quasi-Newton method goes on where Adam has stopped to improve. This
+reason for small steps. Then a quasi-Newton method goes on where Adam has stopped improving. This
 page fits a curve with a network of 673 parameters, and gives every method 1,000
 evaluations of the loss.
 

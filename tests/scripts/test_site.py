@@ -200,6 +200,28 @@ def test_doctests_are_fenced(site: Any) -> None:
     assert fenced("A.\n\n>>> 1\n1") == "A.\n\n```pycon\n>>> 1\n1\n```"
 
 
+def test_inherited_attributes_are_described(site: Any) -> None:
+    merged = site("inherited").merged
+    base = "Base.\n\nAttributes:\n    a: First.\n    b: Second,\n        with more.\n"
+    own = "Report.\n\nAttributes:\n    a: Its own.\n\n>>> 1\n1"
+    assert merged(own, base) == (
+        "Report.\n\nAttributes:\n    a: Its own.\n    b: Second,\n        with more.\n\n>>> 1\n1"
+    )
+    bare = "Report.\n\n```pycon\n>>> 1\n```"
+    described = base.partition("\n\n")[2]
+    assert merged(bare, base) == f"Report.\n\n{described}\n```pycon\n>>> 1\n```"
+    assert merged(own, "Base.") == own
+
+
+def test_reports_show_the_fields_of_their_bases(site: Any) -> None:
+    griffe = pytest.importorskip("griffe")
+    extensions = griffe.load_extensions(site("inherited").Inherited)
+    package = griffe.load("torch_secondorder", search_paths=[ROOT], extensions=extensions)
+    described = package["optim.lbfgs.LBFGSInfo"].docstring.value
+    for field in ("status", "search_status", "active_bounds", "skipped_pairs"):
+        assert described.count(f"\n    {field}: ") == 1
+
+
 def test_the_site_is_built_strictly(site: Any) -> None:
     script = (ROOT / "scripts" / "docs.sh").read_text(encoding="utf-8")
     (command,) = [line for line in script.splitlines() if "mkdocs build" in line]

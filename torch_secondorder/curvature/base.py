@@ -48,7 +48,7 @@ class LinearOperator(ABC):
         size: `n`.
         dtype: Of the vectors it multiplies.
         device: Of the vectors it multiplies.
-        space: Where these live: what their inner products are asked of.
+        space: The space of these vectors, which computes their norms and inner products.
 
     >>> A = Diagonal(torch.tensor([1.0, 2.0]))
     >>> A @ torch.ones(2), A.size

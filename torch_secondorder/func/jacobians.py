@@ -64,8 +64,8 @@ def jacobian(
 
     Returns:
         For a tensor `x` and a tensor `f(x)` one tensor of shape `(*f(x).shape, *x.shape)`, in the
-        dtype of `x`. For trees one like `f(x)`, with one like `x` in the place of each leaf. What
-        depends on `x` by no operation that has derivatives has the Jacobian zero.
+        dtype of `x`. For trees one like `f(x)`, with one like `x` in the place of each leaf.
+        Outputs that depend on `x` through no differentiable operation have the Jacobian zero.
 
     Raises:
         TypeError: A leaf of `x` or `f(x)` is no tensor of real numbers.
@@ -182,8 +182,8 @@ def batch_jacobian(
         chunk_size: How many entries of a row are done at once; all by default.
 
     Returns:
-        Shape `(B, *f(x).shape[1:], *x.shape[1:])`, in the dtype of `x`. See `jacobian` on what can
-        be differentiated again.
+        A tensor of shape `(B, *out, *in)` in the dtype of `x`, with `f(x)` of shape `(B, *out)` and
+        `x` of shape `(B, *in)`. See `jacobian` on what can be differentiated again.
 
     Raises:
         TypeError: `x` or `f(x)` is no tensor of real numbers.

@@ -88,9 +88,10 @@ class _InverseHessian(ModelField):
 class BFGS(LineSearchOptimizer):
     """BFGS and its self-scaled relatives, for up to tens of thousands of parameters.
 
-    It keeps a dense approximation of the inverse Hessian, which takes `n^2` numbers of the dtype of
-    the parameters (at least float32): 0.2 GB for 5,000 of them in float64, 3.2 GB for 20,000. If
-    they do not fit, the first step says how much they would take, and `LBFGS` is the way out. An
+    An iteration moves by `-t H g`, with the gradient `g` and a length `t` from the line search. `H`
+    is a dense approximation of the inverse Hessian, which takes `n^2` numbers of the dtype of the
+    parameters (at least float32): 0.2 GB for 5,000 of them in float64, 3.2 GB for 20,000. If they
+    do not fit, the first step says how much they would take, and `LBFGS` is the way out. An
     iteration costs little more than one product with this matrix, besides the evaluations.
 
     Which `update` for what:

@@ -130,6 +130,10 @@ class LBFGS(LineSearchOptimizer):
     defaults differ: a line search is on, and the tolerances are relative to scale, so that a small
     loss does not end the training silently.
 
+    An iteration moves by `-t H g`, with the gradient `g`, a length `t` from the line search, and an
+    estimate `H` of the inverse Hessian: a multiple of the identity after the BFGS updates by the
+    last `m` pairs of a step and its change of the gradient. It takes about `4 m n` multiplications.
+
     Reference: Liu and Nocedal 1989, "On the limited memory BFGS method for large scale
     optimization"; the direction follows Byrd, Nocedal and Schnabel 1994 (see
     `torch_secondorder.curvature.InverseBFGS`). For the self-scaled updates see

@@ -133,9 +133,11 @@ class _Suited(Choice):
 class NewtonCG(FlatOptimizer):
     """Newton-CG (Hessian-free optimization), from curvature products of the same closure.
 
-    In each iteration the loss is modelled by a quadratic, with the curvature known only through
-    products with vectors; conjugate gradients minimize it, and damping, a trust radius or a line
-    search decides how much of the result is taken. The closure is the standard one.
+    In each iteration the loss is modelled by `f + g'd + d'B d / 2`, where the curvature `B` is
+    known only through products with vectors: the Gauss-Newton matrix, the Hessian or the Fisher
+    matrix. Conjugate gradients solve `(B + damping * I) d = -g`, or minimize the model within a
+    trust radius, or a line search decides how much of the result is taken. The closure is the
+    standard one.
 
     References: Martens 2010, "Deep learning via Hessian-free optimization"; Steihaug 1983, "The
     conjugate gradient method and trust regions in large scale optimization".
