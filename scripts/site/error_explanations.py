@@ -52,6 +52,13 @@ EXPLANATIONS = {
     "`relu(x, inplace=True)` has overwritten what the layer took. Write it out of place.",
     "the closure moves parameters that its graph has saved": "The closure changes parameters "
     "itself, for instance by weight clipping, after the forward pass. Do that between steps.",
+    # Compiled objectives and CUDA graphs
+    "is one of the backend 'inductor'": "Modes such as `max-autotune` belong to the backend "
+    "`inductor`. Leave `backend` or `mode` out.",
+    "pass either mode=<mode> or compile=": "Write the mode into the dict of options that `compile` "
+    "takes, or leave the dict out.",
+    "run without CUDA graphs": "The rest of the message names what a graph cannot record. The "
+    "steps are right, and as fast as without `CapturedStep`. See [GPUs](gpu.md).",
     # Loops without closures
     "no gradient reached any of the optimizer's parameters: without a closure": "`step()` was "
     "called before `loss.backward()`, after `zero_grad()`, or with gradients of other parameters.",
