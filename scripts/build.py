@@ -76,7 +76,7 @@ def missing_from(sdist: Path, files: Iterable[str]) -> list[str]:
 
 
 def metadata_faults(wheel: Path, *, release: bool) -> list[str]:
-    """What is wrong with the name, version and description of a wheel."""
+    """Faults of the name, version and description of a wheel."""
     version = re.search(
         r'^__version__ = "(.+)"',
         (ROOT / "torch_secondorder" / "__init__.py").read_text(encoding="utf-8"),

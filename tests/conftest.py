@@ -61,18 +61,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Loads the test device, and takes what is there out of the garbage collector's sight.
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Loads the test device.
 
-    The device has to be there before the first backward pass: autograd counts devices once. What is
-    there are some million objects that stay until the end. Tests that collect garbage, or count
-    what is alive, would look at each of them, again and again.
+    It has to be there before the first backward pass, which some test files run when they are
+    imported: autograd counts devices once.
     """
-    if not session.config.option.collectonly and any(
-        item.get_closest_marker("testdevice") for item in session.items
-    ):
+    if not session.config.option.collectonly:
         with contextlib.suppress(device_backend.Unavailable):  # the fixture tells why
             device_backend.load()
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that is loaded by now out of the garbage collector's sight.
+
+    These are some million objects that stay until the end. Tests that collect garbage, or count
+    what is alive, would look at each of them, again and again.
+    """
     gc.collect()
     gc.freeze()
 

@@ -135,7 +135,7 @@ def _summary(results: Runs, names: Sequence[str], report: Report) -> None:
         count, mean = _ratio(results, name, base)
         failed = [problem for problem, runs in results.items() if not runs[name][0][1]]
         solved = len(results) - len(failed)
-        recorded[name] = {"problems": count, "ratio": mean, "unsolved": failed}
+        recorded[name] = {"problems": count, "ratio": mean, "unsolved": failed, "solved": solved}
         if DEFAULT in names:
             recorded[name][f"{DEFAULT} over"] = _ratio(results, DEFAULT, name)[1]
         shown.add(

@@ -203,7 +203,7 @@ def origin(message: Message) -> str:
 
 
 def explanation_of(message: Message) -> str:
-    """What the page says under a message; empty where the message says it all."""
+    """The explanation under a message; empty where the message says it all."""
     return next((text for part, text in EXPLANATIONS.items() if part in message.text), "")
 
 

@@ -81,14 +81,14 @@ SECTIONS: dict[str, list[Entry]] = {
             "NIST's reference problems, beside SciPy",
             "`curve_fit` on all 27 nonlinear regressions with certified results, from both "
             "starting points. The table counts correct digits.",
-            described="Fitted curves with their 95% bands",
+            described="Fitted curves with bands of two standard errors",
         ),
         Entry(
             "least_squares",
             "A polynomial by linear least squares, in five ways",
             "The pseudoinverse, a gradient iteration, LSQR, LSMR, and a bound on the norm of the "
             "coefficients, whose multiplier is the penalty of ridge regression.",
-            described="The fits, and the errors of the iterations",
+            described="Convergence of the iterations, norm against multiplier, and the fits",
         ),
         Entry(
             "jacobian_speed",
@@ -104,7 +104,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "A network that has to satisfy the equation on the unit square. The loss is so badly "
             "conditioned that Adam nearly stops far from the solution.",
             "--optimizers levenberg-marquardt,lbfgs,adam --seconds 15",
-            described="Loss and error of the solution against seconds",
+            described="The network's solution, the true one, their difference, and error by time",
         ),
         Entry(
             "pinn_burgers",
@@ -112,16 +112,15 @@ SECTIONS: dict[str, list[Entry]] = {
             "A nonlinear equation whose solution steepens, compared with a solution by the method "
             "of lines.",
             "--optimizers levenberg-marquardt,lbfgs,adam --seconds 15",
-            described="Loss and error of the solution against seconds",
+            described="The network's solution, the true one, their difference, and error by time",
         ),
         Entry(
             "pinn_convection",
             "Convection with a fast wave",
             "The standard failure of physics-informed networks: most optimizers end in a valley "
-            "with an error of 80 to 100 percent. `LevenbergMarquardt` carries the wave from the start "
-            "through the domain; `--target` ends the run at an error of one percent.",
+            "with an error of 80 to 100 percent. `--target` ends the run at one percent.",
             "--target 1e-2 --seconds 200",
-            described="Loss and error of the solution against seconds",
+            described="The network's solution, the true one, their difference, and error by time",
         ),
         Entry(
             "poisson_100d",
@@ -130,7 +129,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "`LevenbergMarquardt` with the momentum of SPRING. The default has 100 dimensions and "
             "takes six minutes.",
             "--dimension 20 --widths 32,32 --seconds 15",
-            described="Error of the solution against seconds",
+            described="Error against seconds, and the network's values against the true ones",
         ),
     ],
     "Networks on mini-batches": [
@@ -140,7 +139,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "Each optimizer first chooses its learning rate on held-out images; the comparison "
             "then takes the same time for all.",
             "--dataset digits --seconds 2 --seeds 3 --optimizers soap,shampoo,kfac,adasecant,adamw",
-            described="Test accuracy against seconds, the mean and the range over the seeds",
+            described="Training loss and test accuracy against seconds and against steps",
         ),
         Entry(
             "train_char_lm",
@@ -148,14 +147,14 @@ SECTIONS: dict[str, list[Entry]] = {
             "AdamW, SOAP, Shampoo and Sophia for the same time, then for the same number of steps. "
             "`--reach` finds the number of steps that each one needs for AdamW's loss.",
             "--seconds 4 --seeds 2 --width 32",
-            described="Validation loss against seconds and against steps",
+            described="Validation loss against seconds and against steps, mean and range",
         ),
         Entry(
             "deep_autoencoder",
             "A deep autoencoder of sigmoid units",
             "The classical problem of Hessian-free optimization, here on handwritten digits.",
             "--dataset digits --seconds 10",
-            described="Reconstruction error against seconds",
+            described="Reconstruction error against seconds, and reconstructed images",
         ),
         Entry(
             "contractive_autoencoder",
@@ -163,7 +162,7 @@ SECTIONS: dict[str, list[Entry]] = {
             "The penalty on the encoder's Jacobian makes the code insensitive to all directions "
             "but those in which the data vary.",
             "--dataset digits --units 100",
-            described="Singular values of the Jacobian, and contraction of balls, for each model",
+            described="Singular values of the Jacobian, contraction of balls, and features",
         ),
     ],
     "Constraints": [
@@ -172,14 +171,14 @@ SECTIONS: dict[str, list[Entry]] = {
             "A fit with equalities and inequalities",
             "A velocity profile from noisy measurements, with what is known about it as "
             "constraints, their multipliers, and a certificate of the result.",
-            described="The data, the true profile, and fits with and without constraints",
+            described="Fits with and without constraints, their slopes, and what feasibility costs",
         ),
         Entry(
             "fair_classifier",
             "The price of fairness",
             "A bound on the gap between two groups' rates of positive answers. The multiplier "
             "says what a tighter bound costs; a check confirms it.",
-            described="Loss and accuracy against the gap between the groups",
+            described="Accuracy and rates of both groups by gap, and the price of the bound",
         ),
         Entry(
             "spectral_norm_bound",
@@ -267,6 +266,7 @@ def shrink(source: Path, target: Path) -> None:
     """Copies a picture with few colours, and smaller where it would be too large a file."""
     from PIL import Image
 
+    coverage = Image.Quantize.MAXCOVERAGE
     target.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(source) as opened:
         picture = Image.new("RGB", opened.size, "white")
@@ -276,7 +276,7 @@ def shrink(source: Path, target: Path) -> None:
         small = picture if width > picture.width else picture.resize(size, Image.Resampling.LANCZOS)
         for colours in (256, 128):
             # By coverage: the colours of thin lines count as much as those of areas.
-            found = small.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            found = small.quantize(colours, coverage, kmeans=3, dither=Image.Dither.NONE)
             found.save(target, optimize=True)
             if target.stat().st_size <= LARGEST_PICTURE:
                 return
@@ -290,8 +290,8 @@ def page(runs: dict[str, Any]) -> str:
         "",
         "Every script in `examples/` with its command, its picture or table, and the time of that",
         "run on a small, shared machine without a GPU. Run them from the root of the repository,",
-        "after `scripts/demo.sh` has set up `.venv`; `--help` lists the options. Several are shorter",
-        "here than by default, and comparisons over a few seconds vary from run to run:",
+        "after `scripts/demo.sh` has set up `.venv`; `--help` lists the options. Several are",
+        "shorter here than by default, and comparisons over a few seconds vary from run to run:",
         "[Benchmarks](benchmarks.md) has those that are measured with care.",
         "",
         "<!-- Generated by: python scripts/site/gallery.py -->",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support import device_backend
 from tests.support.rectangular import Counting, gaussian, graded
 from torch_secondorder import FunctionalObjective, mark_outputs
 from torch_secondorder.curvature import Diagonal, ResidualJacobian
@@ -32,14 +34,17 @@ def check(operator: RectangularOperator, matrix: Tensor) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("form", ["dense", "pair", "object", "sparse_coo", "sparse_csr"])
 def test_forms_of_a_matrix(form: str, device: torch.device) -> None:
+    if form == "sparse_csr" and device.type == device_backend.NAME:
+        pytest.skip("the test device has no CSR tensors")
     A, b = graded(7, 4, 5.0).to(device), gaussian(7).to(device)
-    given: Any = {
-        "dense": A,
-        "pair": (lambda v: A @ v, lambda u: A.T @ u),
-        "object": Counting(A),
-        "sparse_coo": A.to_sparse(),
-        "sparse_csr": A.to_sparse_csr(),
-    }[form]
+    forms: dict[str, Callable[[], Any]] = {
+        "dense": lambda: A,
+        "pair": lambda: (lambda v: A @ v, lambda u: A.T @ u),
+        "object": lambda: Counting(A),
+        "sparse_coo": A.to_sparse,
+        "sparse_csr": A.to_sparse_csr,
+    }
+    given = forms[form]()
     check(as_operator(given), A)
     torch.testing.assert_close(lsqr(given, b, 0.0, 1e-12, 1e-12).x, lstsq(A, b).x)
 

@@ -169,6 +169,8 @@ def test_rows_say_that_other_work_was_done(data: Any) -> None:
     label = data.documents.label
     quiet, busy = (record(data, {}, load=load, cores=2) for load in (2.9, 3.1))
     assert label([quiet], "0.2.0") == "0.2.0, AMD EPYC, 1 thread"
+    stopped = replace(quiet, note="Incomplete: stopped after 1 s.")
+    assert label([stopped], "0.2.0") == "0.2.0, AMD EPYC, 1 thread, not all of it"
     counted = replace(busy, note=data.figures.COUNTS)
     assert label([quiet, counted], "0.2.0") == "0.2.0, AMD EPYC, 1 thread"
     assert label([quiet, busy], "0.2.0") == "0.2.0, AMD EPYC, 1 thread, beside other work"

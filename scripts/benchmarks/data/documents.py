@@ -117,6 +117,8 @@ def label(records: list[Record], newest: str = "") -> str:
         text += f", {count} thread{'s' if count != 1 else ''}"
     if any(record.was_busy for record in records):
         text += ", beside other work"
+    if any(record.note.startswith("Incomplete") for record in records):
+        text += ", not all of it"
     return text if version == (newest or version) else f"*{text}*"
 
 

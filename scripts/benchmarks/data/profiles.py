@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .documents import label
 from .figures import Figures, Record, slug
 from .svg import Line, Panel, plot
 
@@ -261,10 +262,9 @@ def sections(figures: Figures, newest: str, sets: Sequence[Set] = SETS) -> str:
         if record is None or not found:
             continue
         text = group.text.format(count=len(next(iter(found.values()))))
-        old = "" if record.version == newest else ", an older one,"
         parts.append(
-            f"### {group.title}\n\n{text}\n\nMeasured by `{group.command}` with version "
-            f"{record.version}{old} on {record.machine}.\n\n"
+            f"### {group.title}\n\n{text}\n\nMeasured by `{group.command}` "
+            f"({label([record], newest)}).\n\n"
             f"![Performance profiles: {group.title}](images/profile_{group.name}.svg)\n"
         )
         for title, table in found.items():

@@ -409,6 +409,39 @@ at::Tensor& set_whole_storage(at::Tensor& self, at::Storage storage) {
   return set_storage(self, std::move(storage), 0, {size}, {});
 }
 
+// Recurrent layers take these cells on all devices but the CPU, which has no kernel for them.
+
+at::Tensor with_bias(const at::Tensor& gates, const std::optional<at::Tensor>& bias) {
+  return bias && bias->defined() ? gates.add(*bias) : gates;
+}
+
+std::tuple<at::Tensor, at::Tensor> gru_cell(
+    const at::Tensor& input_gates, const at::Tensor& hidden_gates, const at::Tensor& hx,
+    const std::optional<at::Tensor>& input_bias, const std::optional<at::Tensor>& hidden_bias) {
+  const auto in = with_bias(input_gates, input_bias).chunk(3, 1);
+  const auto hidden = with_bias(hidden_gates, hidden_bias).chunk(3, 1);
+  const auto reset = in[0].add(hidden[0]).sigmoid();
+  const auto update = in[1].add(hidden[1]).sigmoid();
+  const auto candidate = in[2].add(reset.mul(hidden[2])).tanh();
+  return {hx.sub(candidate).mul(update).add(candidate), reset};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(
+    const at::Tensor& input_gates, const at::Tensor& hidden_gates, const at::Tensor& cx,
+    const std::optional<at::Tensor>& input_bias, const std::optional<at::Tensor>& hidden_bias) {
+  const auto sum = with_bias(input_gates, input_bias).add(with_bias(hidden_gates, hidden_bias));
+  const auto gates = sum.chunk(4, 1);
+  const auto kept = gates[1].sigmoid().mul(cx);
+  const auto cy = kept.add(gates[0].sigmoid().mul(gates[2].tanh()));
+  return {gates[3].sigmoid().mul(cy.tanh()), cy, sum};
+}
+
+// Above autograd, which would otherwise ask for kernels of their derivatives.
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
+  m.impl("_thnn_fused_gru_cell", &gru_cell);
+  m.impl("_thnn_fused_lstm_cell", &lstm_cell);
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
 }
