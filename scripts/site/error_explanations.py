@@ -13,6 +13,12 @@ EXPLANATIONS = {
     "elements, <gib><also>, and <gib> are free": "The method would keep a matrix or a Jacobian "
     "that does not fit into memory. The end of the message names the option, or the method that "
     "needs products or a limited history only.",
+    # Compilation and CUDA graphs
+    "is one of the backend 'inductor'": "Leave `backend` out of `compile`, or `mode` out of the call: "
+    "other backends have no modes. See [Compiled objectives](compiled.md).",
+    "pass either mode=<mode> or compile=": "The mode stands in both. Keep one of them.",
+    "run without CUDA graphs": "Training goes on as usual. The reason names what keeps the step from "
+    "being recorded, often an `item()` in the closure. See [GPUs](gpu.md#cuda-graphs).",
     # Parameters
     "there is no parameter to optimize": "Often `model.parameters()` was a generator that had been "
     "consumed before: call `model.parameters()` again, or make a list of it.",
@@ -52,13 +58,6 @@ EXPLANATIONS = {
     "`relu(x, inplace=True)` has overwritten what the layer took. Write it out of place.",
     "the closure moves parameters that its graph has saved": "The closure changes parameters "
     "itself, for instance by weight clipping, after the forward pass. Do that between steps.",
-    # Compiled objectives and CUDA graphs
-    "is one of the backend 'inductor'": "Modes such as `max-autotune` belong to the backend "
-    "`inductor`. Leave `backend` or `mode` out.",
-    "pass either mode=<mode> or compile=": "Write the mode into the dict of options that `compile` "
-    "takes, or leave the dict out.",
-    "run without CUDA graphs": "The rest of the message names what a graph cannot record. The "
-    "steps are right, and as fast as without `CapturedStep`. See [GPUs](gpu.md).",
     # Loops without closures
     "no gradient reached any of the optimizer's parameters: without a closure": "`step()` was "
     "called before `loss.backward()`, after `zero_grad()`, or with gradients of other parameters.",
