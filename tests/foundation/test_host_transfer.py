@@ -85,6 +85,21 @@ def test_memory_of_the_transfer():
     assert landing.view(torch.float64, _ROOM // 8 + 1, pinned=False) is None
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
+def test_memory_of_the_transfer_that_a_context_made_first(context):
+    landing = _Landing()
+    with context():
+        view = landing.view(torch.float32, 2, pinned=False)
+    assert view.is_cpu and not view.is_inference()
+    assert view.copy_(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+
+
+def test_numbers_with_a_graph(device):
+    vector = torch.tensor([1.0, 2.0], device=device, requires_grad=True)
+    for _ in range(2):
+        assert read_vector(vector) == read_vector(2 * vector / 2) == [1.0, 2.0]
+
+
 def test_each_thread_has_memory_of_its_own():
     landing, views = _Landing(), []
 

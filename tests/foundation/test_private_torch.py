@@ -523,7 +523,8 @@ def test_hooks_that_cannot_be_read_count_as_hooks() -> None:
 
 def test_steps_count_as_seen_where_nobody_tells(without: Without) -> None:
     assert not private_torch.steps_are_seen()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+    # torch 2.11 warns of what it does without `acc_events`.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
         assert private_torch.steps_are_seen()
     handle = register_optimizer_step_pre_hook(lambda *_: None)
     assert private_torch.steps_are_seen()

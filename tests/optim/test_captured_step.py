@@ -256,6 +256,7 @@ def test_a_closure_that_waits_runs_as_usual(graphs: list[SimulatedGraph]) -> Non
         (lambda x: x[x > 0].sum(), "index"),
         (lambda x: x.nonzero().sum(), "nonzero"),
         (lambda x: x.unique().sum(), "unique"),
+        (lambda x: x.clone().index_put_((x[:, 0] > 0,), x[:1]), "index_put"),
     ],
 )
 def test_shapes_that_depend_on_values(
@@ -271,6 +272,47 @@ def test_shapes_that_depend_on_values(
     with pytest.warns(UserWarning, match=name):
         run_all(step, training)
     assert not graphs
+
+
+def test_masks_that_are_filled_with_a_number_wait_for_nothing(graphs: list[SimulatedGraph]) -> None:
+    training = Training(AdaHessian, captured=True)
+
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        x = x.clone()
+        x[x > 0] = 0.0
+        return training.closure(x, y)
+
+    step = CapturedStep(training.optimizer, closure)
+    run_all(step, training)
+    assert step.captured and not step.reason
+
+
+def test_batches_come_to_the_device_also_where_no_step_is_recorded() -> None:
+    with SimulatedDevice():
+        training = Training(AdaHessian, captured=True, device="cuda", capturable=False)
+        training.device = "cpu"  # of the batches
+        with pytest.warns(UserWarning, match="capturable=False"):
+            losses = [training.step(*training.batch()) for _ in range(3)]
+        assert all(loss.is_cuda for loss in losses) and training.step.reason
+
+
+def test_parameters_on_several_devices() -> None:
+    with SimulatedDevice():
+        params = [nn.Parameter(torch.ones(2, device=device)) for device in ("cuda", "cpu")]
+        optimizer = AdaHessian(params, capturable=True)
+        devices = []
+
+        def closure(x: Tensor) -> Tensor:
+            devices.append(x.device.type)
+            optimizer.zero_grad()
+            loss = params[0].square().sum() + params[1].square().sum().to("cuda")
+            loss.backward()
+            return loss
+
+        step = CapturedStep(optimizer, closure)
+        with pytest.warns(UserWarning, match="parameters are on several devices"):
+            step(torch.ones(2))
+        assert devices == ["cpu"]
 
 
 def test_decisions_on_the_host(graphs: list[SimulatedGraph]) -> None:
@@ -301,6 +343,67 @@ def test_a_recording_that_fails(
     with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph; call optimizer"):
         training.run()
     assert training.optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("case", ["AdaHessian", "SOAP", "KFAC"])
+def test_training_goes_on_after_a_recording_that_failed_at_its_end(
+    case: str, graphs: list[SimulatedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(SimulatedGraph):
+        def record(self, run: Any) -> Any:
+            super().record(run)
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def new_recording(optimizer: Any, stream: Any, generators: Any) -> Failing:
+        return Failing(generators, captured_step.host_counts(optimizer))
+
+    monkeypatch.setattr(captured_step, "new_recording", new_recording)
+    kind, options = CASES[case]
+    plain, captured = (Training(kind, captured=c, **options) for c in (False, True))
+    failures = 0
+    for _ in range(STEPS):
+        batch = plain.batch()
+        plain.step(*batch)
+        gradients = [p.grad for p in captured.net.parameters()]
+        try:
+            captured.step(*batch)
+        except RuntimeError:
+            failures += 1
+            for p, gradient in zip(captured.net.parameters(), gradients, strict=True):
+                assert p.grad is gradient
+            captured._plain(*batch)
+    assert failures > 3
+    assert_same(list(captured.net.parameters()), list(plain.net.parameters()))
+    saved = [training.optimizer.state_dict() for training in (plain, captured)]
+    assert_same(saved[1]["state"], saved[0]["state"])
+
+
+def test_rates_are_checked_when_they_change(graphs: list[SimulatedGraph]) -> None:
+    training = Training(AdaHessian, captured=True)
+    training.run()
+    before = [p.clone() for p in training.net.parameters()]
+    replays = graphs[0].replays
+    for bad in (-1.0, float("nan")):
+        training.optimizer.param_groups[0]["lr"] = bad
+        with pytest.raises(ValueError, match="lr must be"):
+            training.step(*training.batch())
+    assert_same(list(training.net.parameters()), before)
+    training.optimizer.param_groups[0]["lr"] = 0.02
+    training.step(*training.batch())
+    assert graphs[0].replays == replays + 1
+
+
+def test_a_checkpoint_between_replays(graphs: list[SimulatedGraph]) -> None:
+    first = Training(AdaHessian, captured=True, update_period=3, n_samples=2)
+    first.run(17)
+    second = Training(AdaHessian, captured=True, update_period=3, n_samples=2)
+    second.net.load_state_dict(first.net.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.batches.set_state(first.batches.get_state())
+    expected, found = first.run(), second.run()
+    assert expected.pop("reports") == found.pop("reports")
+    assert_same(found, expected)
+    assert len(graphs) == 4
 
 
 def test_where_there_are_no_graphs_steps_run_as_usual() -> None:

@@ -85,7 +85,7 @@ def test_a_matrix_that_only_few_digits_show_as_positive_definite() -> None:
     A += torch.diag(torch.tensor([0.0, 1e-13], dtype=DOUBLE))
     factor = RefinedCholesky(A, 0.0, SINGLE)
     factor.refines, factor._narrow = True, Cholesky(torch.eye(2))  # of another matrix
-    assert bool(factor.solve(torch.tensor([1.0, -1.0], dtype=DOUBLE)).isnan().all())
+    assert factor.solve(torch.tensor([1.0, -1.0], dtype=DOUBLE)) is None
     assert not factor.refines
 
 

@@ -339,3 +339,26 @@ def test_bad_arguments() -> None:
 def test_the_iterative_solver_counts() -> None:
     step = system(problem(), "cg").solve(0.1)
     assert 1 <= step.iterations <= 5
+
+
+@pytest.mark.parametrize(("kind", "way"), [("primal", "qr"), ("dual", "eigen"), ("sums", "eigen")])
+def test_factors_that_turn_out_not_to_be_of_a_positive_definite_matrix(
+    kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of few digits may, when refinement fails and the matrix is factorized anew."""
+
+    class Failing:
+        def solve(self, right: Tensor) -> None:
+            return None
+
+    monkeypatch.setattr(module, "cholesky", lambda *_: Failing())
+    monkeypatch.setattr(module, "_SMALL", -1)
+    j, damping = problem(), 0.1
+    if kind == "sums":
+        solves: Any = module._OfSums(j, j.grad)  # type: ignore[arg-type]
+        x, _ = solves._solve(damping, None, damping, solves._right_side(None))
+    else:
+        solves = system(j, kind)
+        x = solves.solve(damping).x
+    assert solves.factorization == way
+    torch.testing.assert_close(x, oracle(j, damping), rtol=1e-10, atol=0)

@@ -27,9 +27,13 @@ class _Landing(threading.local):
         """Memory for `count` numbers; None if they do not fit."""
         found = self._views.get((dtype, count))
         if found is None and count * dtype.itemsize <= _ROOM:
-            if self._memory is None:
-                self._memory = torch.empty(_ROOM, dtype=torch.uint8, pin_memory=pinned)
-            found = self._memory[: count * dtype.itemsize].view(dtype)
+            # An inference tensor could not be written to later.
+            with torch.inference_mode(False):
+                if self._memory is None:
+                    self._memory = torch.empty(
+                        _ROOM, dtype=torch.uint8, device="cpu", pin_memory=pinned
+                    )
+                found = self._memory[: count * dtype.itemsize].view(dtype)
             self._views[dtype, count] = found
         return found
 
@@ -44,7 +48,8 @@ def read_numbers(*numbers: Tensor) -> list[float]:
     before it, so that the next ones cannot be prepared meanwhile.
 
     Args:
-        numbers: Real, of any dtypes, on any devices.
+        numbers: Real, of any dtypes, on any devices. Integers beyond 2**53 are rounded if they are
+            brought together with other dtypes.
 
     >>> read_numbers(torch.tensor(0.5), torch.tensor(7))
     [0.5, 7]
@@ -57,7 +62,8 @@ def read_numbers(*numbers: Tensor) -> list[float]:
 def joined(numbers: Sequence[Tensor]) -> Tensor:
     """0-dim tensors as one vector on the device of the first that is on one.
 
-    Their dtype is kept if they share it; if not, they become float64, which holds all of them.
+    Their dtype is kept if they share it; if not, they become float64, which holds all of them but
+    integers beyond 2**53.
     """
     device = next((n.device for n in numbers if not n.is_cpu), numbers[0].device)
     dtype = numbers[0].dtype
@@ -81,7 +87,7 @@ def read_vector(vector: Tensor) -> list[float]:
     if landing is None:
         result: list[float] = vector.tolist()
         return result
-    landing.copy_(vector, non_blocking=True)
+    landing.copy_(vector.detach(), non_blocking=True)
     torch.cuda.current_stream(vector.device).synchronize()
     result = landing.tolist()
     return result

@@ -46,7 +46,7 @@ class CapturedStep:
     The closure is the standard one, with the batch as its arguments. A step runs as usual, without
     a graph, if
 
-    * parameters are not on a CUDA device, or training is distributed;
+    * parameters are not on a CUDA device, or on several, or training is distributed;
     * it is among the first: `warm_up` steps, and those that all estimate the curvature;
     * the batch has another shape than those before, as the last one of an epoch;
     * the host decides in it: steps of `SOAP` and `Shampoo` that factorize matrices, and of `KFAC`
@@ -57,7 +57,11 @@ class CapturedStep:
     numbers of Python keep the values that they had. Pass what changes from step to step as an
     argument, and make a new `CapturedStep` after changing the model, its mode included. Learning
     rates may change at any time. Other hyperparameters and a loaded state are noticed, and new
-    graphs recorded. Each graph keeps the memory of its activations.
+    graphs recorded. Each graph keeps the memory of its activations, and of gradients: the next step
+    overwrites those that you have kept.
+
+    This class is experimental: recording and replay have been tested in a simulation of CUDA graphs
+    on a CPU, and have not run on a GPU yet.
 
     Args:
         optimizer: An `AdaHessian`, `Sophia`, `SOAP`, `Shampoo` or `KFAC`, with `capturable=True`
@@ -116,7 +120,7 @@ class CapturedStep:
 
         Args:
             inputs: The batch, in any trees of tensors and other objects. Tensors are moved to the
-                device of the parameters.
+                device of the parameters, if all are on the same.
 
         Returns:
             The closure's loss, detached.
@@ -124,22 +128,29 @@ class CapturedStep:
         Raises:
             RuntimeError: A step could not be recorded, or what `optimizer.step` raises.
         """
-        device = self._device()
-        if device is None or self.reason:
+        devices = {p.device for group in self.optimizer.param_groups for p in group["params"]}
+        leaves, structure = pytree.tree_flatten(inputs)
+        if len(devices) == 1:
+            (device,) = devices
+            leaves = [
+                leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+                for leaf in leaves
+            ]
+            inputs = pytree.tree_unflatten(leaves, structure)
+        if self.reason or not any(map(can_record, devices)):
             return self._run(inputs)
-        if reason := why_not_recorded(self.optimizer):
+        if reason := why_not_recorded(self.optimizer, devices):
             self._give_up(reason)
             return self._run(inputs)
-        leaves, structure = pytree.tree_flatten(inputs)
-        leaves = [
-            leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
-        ]
+        return self._recorded_step(leaves, structure, device)
+
+    def _recorded_step(self, leaves: list[Any], structure: Any, device: torch.device) -> Tensor:
+        """A step from a graph, if there is one or it is time to record it."""
         like = _likeness(leaves, structure, device)
         if like is None or like != self._like:
             if not self._recorded:
                 self._like, self._steps = like, 0
-            return self._run_on_stream(pytree.tree_unflatten(leaves, structure), None)
+            return self._run_on_stream(pytree.tree_unflatten(leaves, structure), device, None)
         kind = kind_of_step(self.optimizer)
         recorded = None if kind is None else self._recorded.get(kind)
         if recorded is not None and not recorded.fits(self.optimizer):
@@ -151,16 +162,9 @@ class CapturedStep:
             return recorded.loss
         if kind is None or kind not in self._examined or self._steps < self._warm_up:
             self._steps += 1
-            return self._run_on_stream(pytree.tree_unflatten(leaves, structure), kind)
+            return self._run_on_stream(pytree.tree_unflatten(leaves, structure), device, kind)
         self._load(leaves)
         return self._record(kind, pytree.tree_unflatten(self._inputs, structure), device).loss
-
-    def _device(self) -> torch.device | None:
-        """The device of the parameters, if steps can be recorded there."""
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                return p.device if can_record(p.device) else None
-        return None
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -178,7 +182,7 @@ class CapturedStep:
     def _run(self, inputs: Any) -> Tensor:
         return self.optimizer.step(partial(self._closure, *inputs))
 
-    def _run_on_stream(self, inputs: Any, kind: str | None) -> Tensor:
+    def _run_on_stream(self, inputs: Any, device: torch.device, kind: str | None) -> Tensor:
         """A step without a graph, on the stream that graphs are recorded on.
 
         PyTorch keeps with some objects the stream that they were made on, and a graph must not meet
@@ -186,9 +190,10 @@ class CapturedStep:
 
         Args:
             inputs: The batch.
+            device: The device.
             kind: The kind of step to look for operations that wait; None for not looking.
         """
-        with self._on_stream():
+        with self._on_stream(device):
             # The first step after a change may put the state into other memory, which waits.
             if kind is None or kind in self._examined or self._steps < 2:
                 return self._run(inputs)
@@ -204,9 +209,8 @@ class CapturedStep:
         return loss
 
     @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        device = self._device()
-        if device is None or device.type != "cuda":
+    def _on_stream(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda":
             yield
             return
         if self._stream is None:

@@ -17,8 +17,11 @@ _CORRECTIONS, _CONTRACTION = 20, 0.5
 class Factor(Protocol):
     """A factorized matrix."""
 
-    def solve(self, right: Tensor) -> Tensor:
-        """The solution of the system, `(n,)`."""
+    def solve(self, right: Tensor) -> Tensor | None:
+        """The solution of the system, `(n,)`; None if the matrix is not positive definite at all.
+
+        That can turn out late, see `RefinedCholesky`.
+        """
 
 
 class Cholesky:
@@ -76,7 +79,7 @@ class RefinedCholesky:
     Each correction is solved for in few digits and the residual computed in many, until the
     residual is as small as a stable method leaves it. Corrections contract if the condition of the
     matrix, scaled to a diagonal of ones, is below about `0.1 / eps` of the narrow dtype. If they do
-    not, the matrix is factorized in its own dtype.
+    not, the matrix is factorized in its own dtype, in which it may not be positive definite.
 
     Args:
         matrix: Symmetric, `(n, n)`; it has to stay as it is.
@@ -100,14 +103,14 @@ class RefinedCholesky:
         self.refines = not int(failed)
         self._exact: Cholesky | None = None
 
-    def solve(self, right: Tensor) -> Tensor:
-        """See `Factor.solve`; NaN if the matrix is not positive definite in its own dtype."""
+    def solve(self, right: Tensor) -> Tensor | None:
+        """See `Factor.solve`."""
         if self.refines:
             found = self._refined(right)
             if found is not None:
                 return found
             self.refines, self._exact = False, _wide(self._matrix, self._weights)
-        return torch.full_like(right, math.nan) if self._exact is None else self._exact.solve(right)
+        return None if self._exact is None else self._exact.solve(right)
 
     def _refined(self, right: Tensor) -> Tensor | None:
         """The solution; None if corrections do not contract."""

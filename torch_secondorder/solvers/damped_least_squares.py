@@ -343,15 +343,18 @@ class _Primal(DampedLeastSquares):
     def _by_cholesky(self, weights: float | Tensor, right: _Right) -> Tensor | None:
         """The solution; None where the matrix is too close to a singular one."""
         factor = cholesky(self._matrix, weights, self.factor_dtype)
-        if factor is None:
+        x = None if factor is None else factor.solve(right.grad)
+        if factor is None or x is None:
             return None
         self.factorization = "cholesky"
-        x = factor.solve(right.grad).neg_()
+        x.neg_()
         norm_of = torch.linalg.vector_norm
         for _ in range(_CORRECTIONS):
             # The matrix is rounded more than the Jacobian, which says what is missing.
             missing = right.grad + self.jacobian.pull(self.jacobian.push(x)) + weights * x
             correction = factor.solve(missing)
+            if correction is None:
+                return None
             length, error = WHOLE.to_host(norms=(norm_of(x), norm_of(correction)))
             if not error <= _ROUNDED * length:
                 return None
@@ -413,9 +416,10 @@ class _OfSums(DampedLeastSquares):
         self, damping: float, metric: Tensor | None, weights: float | Tensor, right: _Right
     ) -> tuple[Tensor, int]:
         factor = cholesky(self._matrix, weights, self.factor_dtype)
-        if factor is not None:
+        found = None if factor is None else factor.solve(right.grad)
+        if found is not None:
             self.factorization = "cholesky"
-            return factor.solve(right.grad).neg_(), 0
+            return found.neg_(), 0
         self.factorization = "eigen"
         matrix = self._matrix.clone()
         matrix.diagonal().add_(weights)
@@ -500,9 +504,10 @@ class _Dual(DampedLeastSquares):
     def _by_kernel(self, kernel: Tensor, a: float, r: Tensor) -> Tensor:
         """The solution of `(kernel + a I) y = r`."""
         factor = cholesky(kernel, a, self.factor_dtype)
-        if factor is not None:
+        found = None if factor is None else factor.solve(r)
+        if found is not None:
             self.factorization = "cholesky"
-            return factor.solve(r)
+            return found
         self.factorization = "eigen"
         values, vectors = torch.linalg.eigh(kernel)
         divisors = values.clamp(min=0.0) + a

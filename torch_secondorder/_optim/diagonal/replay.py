@@ -6,7 +6,7 @@ A graph repeats the operations of a step on the memory that they had. What the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -65,6 +65,9 @@ class HostWaits(DispatchMode):  # type: ignore[misc]
         found: The names of the operations met, in their order.
     """
 
+    # A closure may have such operations; what they do inside is not looked at.
+    supports_higher_order_operators = True
+
     def __init__(self, ignored: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.found: list[str] = []
@@ -83,16 +86,20 @@ class HostWaits(DispatchMode):  # type: ignore[misc]
             return False
         if func.name() in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"):
             return True
-        if torch.Tag.dynamic_output_shape in func.tags:
-            indices = args[1] if func is torch.ops.aten.index.Tensor else None
-            masks = (torch.bool, torch.uint8)
-            return indices is None or any(i is not None and i.dtype in masks for i in indices)
+        if func.name() in _INDEXING:
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            # Kernels fill with a number of the host without counting entries.
+            fills = len(masks) == 1 and len(args) > 2 and args[2].is_cpu and args[2].numel() == 1
+            return bool(masks) and not fills
+        if torch.Tag.dynamic_output_shape in getattr(func, "tags", ()):
+            return True
         if func.name() in _COPIES and isinstance(result, Tensor):
             sources = [a for a in args[:2] if isinstance(a, Tensor)]
             return any(source.is_cpu != result.is_cpu for source in sources)
         return False
 
 
+_INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::index_put_")
 _COPIES = ("aten::_to_copy", "aten::copy_")
 
 
@@ -115,8 +122,15 @@ def kind_of_step(optimizer: DiagonalOptimizer) -> str | None:
     return "estimate" if due else "plain"
 
 
-def why_not_recorded(optimizer: DiagonalOptimizer) -> str:
-    """The reason why no step of this optimizer can be recorded; empty if there is none."""
+def why_not_recorded(optimizer: DiagonalOptimizer, devices: Collection[torch.device]) -> str:
+    """The reason why no step of this optimizer can be recorded; empty if there is none.
+
+    Args:
+        optimizer: The optimizer.
+        devices: Those of its parameters.
+    """
+    if len(devices) > 1:
+        return "parameters are on several devices"
     if not optimizer._on_device:
         return "capturable=False lets the host decide in each step"
     if several_processes():
@@ -146,8 +160,13 @@ class RecordedStep:
         self._recording = recording
         self._rates = rates
         optimizer._prepare_capture()
-        with rates:
-            self._loss = recording.record(run)
+        before = _HostState(optimizer)
+        try:
+            with rates:
+                self._loss = recording.record(run)
+        except BaseException:
+            before.restore()
+            raise
         self._settings = rates.other_settings()
         self._params = optimizer._trainable
         self._gradients = [p.grad for p in self._params]
@@ -194,6 +213,36 @@ def _is(one: object, other: object) -> bool:
     return one is other
 
 
+class _HostState:
+    """The part of an optimizer's state that a step changes while it is recorded.
+
+    The rest is on the device, where a recording carries nothing out.
+
+    Args:
+        optimizer: The optimizer, before the step.
+    """
+
+    def __init__(self, optimizer: DiagonalOptimizer) -> None:
+        self._optimizer = optimizer
+        self._schedule = dict(vars(optimizer._schedule))
+        names = ("_last_trace", "_made", "_info", *optimizer._set_by_steps)
+        self._attributes = {name: getattr(optimizer, name) for name in names}
+        self._gradients = [(p, p.grad) for p in optimizer._trainable]
+        blocks = [block for block in optimizer._layout.blocks if "host_step" in block.counts]
+        self._counts = [(block, block.host_step.clone()) for block in blocks]
+
+    def restore(self) -> None:
+        """Takes back what a step has changed that was not made."""
+        vars(self._optimizer._schedule).update(self._schedule)
+        for name, value in self._attributes.items():
+            setattr(self._optimizer, name, value)
+        for p, gradient in self._gradients:
+            p.grad = gradient
+        for block, count in self._counts:
+            block.host_step.copy_(count)
+        self._optimizer._listen()
+
+
 class Rates:
     """The learning rates of all groups as tensors on the device, while a step is recorded.
 
@@ -225,11 +274,20 @@ class Rates:
         return rate if isinstance(rate, Tensor) and rate.device == self._device else None
 
     def update(self) -> None:
-        """Sets the tensors to the rates of the groups."""
+        """Sets the tensors to the rates of the groups.
+
+        Raises:
+            ValueError: A rate is out of range; nothing has changed.
+        """
         numbers = [
             0.0 if self._tensor_of(group) is not None else float(group["lr"])
             for group in self._optimizer.param_groups
         ]
+        for group, number, old in zip(
+            self._optimizer.param_groups, numbers, self._numbers, strict=True
+        ):
+            if number != old:
+                self._optimizer._check_group(group)
         for i, (tensor, number) in enumerate(zip(self._tensors, numbers, strict=True)):
             if number != self._numbers[i]:
                 tensor.fill_(number)
