@@ -14,8 +14,8 @@ EXPLANATIONS = {
     "that does not fit into memory. The end of the message names the option, or the method that "
     "needs products or a limited history only.",
     # Compilation and CUDA graphs
-    "goes with the backend 'inductor' only": "Leave `backend` out of `compile`, or `mode` out of the "
-    "call: other backends have no modes. See [Compiled objectives](compiled.md).",
+    "goes with the backend 'inductor' only": "Leave `backend` out of `compile`, or `mode` out of "
+    "the call: other backends have no modes. See [Compiled objectives](compiled.md).",
     "pass either mode=<mode> or compile=": "The mode stands in both. Keep one of them.",
     "run without CUDA graphs": "Training goes on as usual. The reason names what keeps the step "
     "from being recorded, often an `item()` in the closure. See [GPUs](gpu.md#cuda-graphs).",
