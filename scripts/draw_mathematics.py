@@ -345,6 +345,23 @@ def learning_rates(page: Page) -> Any:
 
 
 @picture
+def kronecker(page: Page) -> Any:
+    """A Fisher matrix, its Kronecker product, and the best diagonal in the product's eigenbasis."""
+    exact, product = page["F"], torch.kron(page["B"], page["A"])
+    improved = page["Q"] * page["S"].flatten() @ page["Q"].T
+    limit = exact.abs().max().item()
+    figure, all_axes = plt.subplots(1, 3, figsize=(7.0, 2.6))
+    titles = "exact", "Kronecker product", "diagonal in its eigenbasis"
+    for axes, matrix, title in zip(all_axes, (exact, product, improved), titles, strict=True):
+        axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        error = ((matrix - exact).norm() / exact.norm()).item()
+        axes.set(xticks=[], yticks=[], title=title)
+        axes.set_xlabel("" if matrix is exact else f"relative error {error:.2f}")
+        axes.grid(visible=False)
+    return figure
+
+
+@picture
 def contraction(page: Page) -> Any:
     """Singular values of the encoder's Jacobian, with and without the penalty."""
     figure, axes = plt.subplots(figsize=(5.6, 2.8))

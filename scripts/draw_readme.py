@@ -231,11 +231,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.measure:
-        data = measure(arguments.seconds, arguments.only)
-        if arguments.only:
-            results = json.loads(DATA.read_text())["results"] | data["results"]
+        for name in arguments.only or COLOURS:  # what an interrupted run has measured is kept
+            data = measure(arguments.seconds, [name])
+            results = json.loads(DATA.read_text(encoding="utf-8"))["results"] | data["results"]
             data["results"] = {name: results[name] for name in COLOURS if name in results}
-        DATA.write_text(in_short_lines(data), encoding="utf-8")
+            DATA.write_text(in_short_lines(data), encoding="utf-8")
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(draw(json.loads(DATA.read_text())), encoding="utf-8")
     print(PICTURE.relative_to(ROOT))

@@ -32,7 +32,7 @@ class Benchmark:
 
     @property
     def title(self) -> str:
-        """Name of the benchmark in the document."""
+        """The name in the document."""
         return f"{self.name} {self.part}" if self.part else self.name
 
 

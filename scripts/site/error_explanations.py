@@ -13,6 +13,12 @@ EXPLANATIONS = {
     "elements, <gib><also>, and <gib> are free": "The method would keep a matrix or a Jacobian "
     "that does not fit into memory. The end of the message names the option, or the method that "
     "needs products or a limited history only.",
+    # Compilation and CUDA graphs
+    "goes with the backend 'inductor' only": "Leave `backend` out of `compile`, or `mode` out of "
+    "the call: other backends have no modes. See [Compiled objectives](compiled.md).",
+    "pass either mode=<mode> or compile=": "The mode stands in both. Keep one of them.",
+    "run without CUDA graphs": "Training goes on as usual. The reason names what keeps the step "
+    "from being recorded, often an `item()` in the closure. See [GPUs](gpu.md#cuda-graphs).",
     # Parameters
     "there is no parameter to optimize": "Often `model.parameters()` was a generator that had been "
     "consumed before: call `model.parameters()` again, or make a list of it.",

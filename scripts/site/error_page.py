@@ -7,6 +7,7 @@ A test compares the page with the code.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -199,7 +200,20 @@ def origin(message: Message) -> str:
     if any(part.startswith("_") for part in message.file.split("/")):
         return ""
     public = parts[: next((i for i, p in enumerate(parts) if p.startswith("_")), len(parts))]
-    return ".".join(public[:2]) if public and public[0][0].isalpha() else ""
+    return ".".join(public[:2]) if public and public[0] in public_names() else ""
+
+
+@cache
+def public_names() -> frozenset[str]:
+    """Names that the package and its public packages list in `__all__`."""
+    found: set[str] = set()
+    package = ROOT / "torch_secondorder"
+    for path in [*package.rglob("__init__.py"), *package.glob("integrations/*.py")]:
+        listed = re.search(r"^__all__ = (\[.*?\])", path.read_text(encoding="utf-8"), re.M | re.S)
+        inside = path.relative_to(ROOT).parts
+        if listed and not any(p[0] == "_" for p in inside[:-1]):
+            found.update(ast.literal_eval(listed[1]))
+    return frozenset(found)
 
 
 def explanation_of(message: Message) -> str:

@@ -126,7 +126,7 @@ def test_where_results_are_overwritten(options: dict[str, Any], overwrites: bool
         ({"mode": "max-autotune"}, "is one of compilation: pass compile=True as well"),
         (
             {"compile": {"backend": "aot_eager"}, "mode": "default"},
-            "mode='default' is one of the backend 'inductor', got 'aot_eager'",
+            "mode='default' goes with the backend 'inductor' only, got 'aot_eager'",
         ),
         (
             {"compile": {"mode": "default"}, "mode": "default"},

@@ -287,6 +287,26 @@ def test_masks_that_are_filled_with_a_number_wait_for_nothing(graphs: list[Simul
     assert step.captured and not step.reason
 
 
+def test_gradients_that_are_zeros_are_looked_at(graphs: list[SimulatedGraph]) -> None:
+    training = Training(AdaHessian, captured=True, update_period=3)
+
+    def closure(x: Tensor, y: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(training.net(x), y)
+        loss.backward()
+        return loss
+
+    step = CapturedStep(training.optimizer, closure)
+
+    def run() -> None:
+        for _ in range(STEPS):
+            training.optimizer.zero_grad(set_to_none=False)
+            step(*training.batch())
+
+    with pytest.warns(UserWarning, match=r"leave out item.*zero_grad\(set_to_none=False\)"):
+        run()
+    assert not graphs
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["fullgraph", "higher order"])
 def test_closures_that_run_compiled_or_higher_order_operations(kind: str) -> None:

@@ -73,5 +73,5 @@ def test_pages_without_a_picture_are_refused(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        script.main(["kronecker"])
-    assert "no picture for kronecker" in capsys.readouterr().err
+        script.main(["index"])
+    assert "no picture for index" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def check_mode(mode: CompileModeName, options: Mapping[str, Any], *, compiles: b
         raise ValueError(f"mode={mode!r} is one of compilation: pass compile=True as well")
     backend = options.get("backend", "inductor")
     if backend != "inductor":
-        raise ValueError(f"mode={mode!r} is one of the backend 'inductor', got {backend!r}")
+        raise ValueError(f"mode={mode!r} goes with the backend 'inductor' only, got {backend!r}")
     for name in ("mode", "options"):
         if options.get(name) is not None:
             raise ValueError(f"pass either mode={mode!r} or compile={{{name!r}: ...}}")

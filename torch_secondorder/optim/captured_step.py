@@ -66,8 +66,8 @@ class CapturedStep:
     Args:
         optimizer: An `AdaHessian`, `Sophia`, `SOAP`, `Shampoo` or `KFAC`, with `capturable=True`
             or on a GPU the default.
-        closure: Takes the batch; zeroes the gradients, computes the loss, calls `backward()` and
-            returns the loss.
+        closure: Takes the batch; sets the gradients to None, as `zero_grad()` does, computes the
+            loss, calls `backward()` and returns the loss.
         warm_up: The number of steps that run as usual before any is recorded.
 
     Attributes:
@@ -203,7 +203,8 @@ class CapturedStep:
         if waits.found:
             self._give_up(
                 f"{waits.found[0]} in the closure or the step waits for the device; leave out "
-                "item(), prints of tensors, masks as indices, and tensors made from numbers"
+                "item(), prints of tensors, masks as indices, tensors made from numbers, and "
+                "zero_grad(set_to_none=False)"
             )
         self._examined.add(kind)
         return loss

@@ -131,6 +131,10 @@ def _module() -> types.ModuleType:
     def nothing(*args: object) -> None:
         pass
 
+    # The only stream: operations are done when they return. `torch.distributed.checkpoint` copies
+    # on the stream of whatever accelerator there is.
+    only = types.SimpleNamespace(device_type=NAME, synchronize=nothing, wait_stream=nothing)
+
     found = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -141,6 +145,8 @@ def _module() -> types.ModuleType:
         "synchronize": nothing,
         "empty_cache": nothing,
         "device": device,
+        "current_stream": lambda device=None: only,
+        "stream": device,
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
         "manual_seed": manual_seed,
