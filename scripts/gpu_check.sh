@@ -27,9 +27,18 @@ done
 
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
+# A driver that hangs must not hold this up.
+limited() {
+    if command -v timeout >/dev/null; then
+        timeout --kill-after=5 "${GPU_CHECK_PATIENCE:-60}" "$@"
+    else
+        "$@"
+    fi
+}
+
 sees_device() { # $1: interpreter
     command -v "$1" >/dev/null || return 1
-    "$1" -c "import sys, torch; sys.exit(sys.argv[1] == 'cuda' and not torch.cuda.is_available())" \
+    limited "$1" -c "import sys, torch; sys.exit(sys.argv[1] == 'cuda' and not torch.cuda.is_available())" \
         "$device" 2>/dev/null
 }
 

@@ -208,17 +208,25 @@ def test_files_that_cannot_be_written_or_read(
     assert check.passed
 
 
-def test_without_a_device_it_says_so(tmp_path: Path) -> None:
+# Interpreters whose torch sees no device, or hangs when it looks for one.
+@pytest.mark.parametrize("behaviour", ["exit 1", "exec sleep 30"])
+def test_without_a_device_it_says_so(tmp_path: Path, behaviour: str) -> None:
     script = tmp_path / "python"
-    script.write_text("#!/bin/sh\nexit 1\n")  # an interpreter whose torch sees no device
+    script.write_text(f"#!/bin/sh\n{behaviour}\n")
     script.chmod(0o755)
     (tmp_path / "python3").write_text(script.read_text())
     (tmp_path / "python3").chmod(0o755)
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path / "gpu.json")],
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(script)},
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "PYTHON": str(script),
+            "GPU_CHECK_PATIENCE": "0.5",
+        },
         capture_output=True,
         text=True,
+        timeout=25,
     )
     import torch
 
