@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tests.support.host_reads import HostReads
 from tests.support.placement import CUDA, draw
 from tests.support.simulated_device import SimulatedDevice, _Numbers
+from torch_secondorder._autograd.backward_hook import BackwardListeners, Patch, _method
 
 # Forward mode under a dispatch mode compiles its formulas for the first time.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
@@ -158,6 +159,27 @@ def test_gradients_are_on_the_device() -> None:
         for p in net.parameters():
             assert type(p) is nn.Parameter and p.device == CUDA and p.grad.device == CUDA
         assert device.reads == []
+
+
+def test_listeners_of_backward_passes_are_on_the_device() -> None:
+    """Also while the package has put a method of its own in the place of `Tensor.backward`."""
+
+    def listen(listeners: Any, own: Any, *args: Any, **kwargs: Any) -> None:
+        found.append(torch.empty(2, device=CUDA))
+        own(*args, **kwargs)
+
+    found: list[Tensor] = []
+    someone, listeners = {1}, BackwardListeners(listen)
+    listeners.add(someone)
+    Patch.begin(_method)
+    try:
+        with SimulatedDevice():
+            x = draw(2, device=CUDA).requires_grad_()
+            x.square().sum().backward()
+            assert x.grad.device == found[0].device == CUDA
+    finally:
+        Patch.end(_method)
+        listeners.discard(someone)
 
 
 def test_an_event_says_where() -> None:
