@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 
@@ -21,8 +22,9 @@ def storages() -> dict[int, int]:
         # The type: `isinstance` asks some objects for attributes that they warn about. Subclasses
         # need not have a storage.
         if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            with contextlib.suppress(NotImplementedError):  # wrappers of torch.func have none
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
     return found
 
 
