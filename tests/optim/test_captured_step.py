@@ -257,11 +257,11 @@ def test_a_closure_that_waits_runs_as_usual(graphs: list[SimulatedGraph]) -> Non
         (lambda x: x.nonzero().sum(), "nonzero"),
         (lambda x: x.unique().sum(), "unique"),
         (lambda x: x.clone().index_put_((x[:, 0] > 0,), x[:1]), "index_put"),
+        (lambda x: torch.linalg.eigvalsh(x.T @ x), "_linalg_eigh"),
+        (lambda x: torch.linalg.cholesky(x.T @ x + torch.eye(x.shape[1])), "_linalg_check_errors"),
     ],
 )
-def test_shapes_that_depend_on_values(
-    operation: Any, name: str, graphs: list[SimulatedGraph]
-) -> None:
+def test_operations_that_wait(operation: Any, name: str, graphs: list[SimulatedGraph]) -> None:
     training = Training(AdaHessian, captured=True)
 
     def closure(x: Tensor, y: Tensor) -> Tensor:

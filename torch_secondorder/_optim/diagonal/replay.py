@@ -89,7 +89,7 @@ class HostWaits(DispatchMode):  # type: ignore[misc]
     def _waits(self, func: Any, args: Sequence[Any], result: Any) -> bool:
         if args and id(args[0]) in self._ignored:
             return False
-        if func.name() in ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"):
+        if func.name() in _READS:
             return True
         if func.name() in _INDEXING:
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
@@ -104,6 +104,14 @@ class HostWaits(DispatchMode):  # type: ignore[misc]
         return False
 
 
+# Numbers, and decompositions that check on the host whether they have succeeded.
+_READS = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "equal", "is_nonzero", "_linalg_check_errors"),
+        *("_linalg_eigh", "_linalg_svd", "linalg_eig", "linalg_eigvals"),
+    )
+)
 _INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::index_put_")
 _COPIES = ("aten::_to_copy", "aten::copy_")
 
