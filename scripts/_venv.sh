@@ -10,12 +10,12 @@
 # PyTorch's smaller CPU-only build.
 #
 # TORCH_VERSION takes another torch than the pinned one, in .venv-torch-$TORCH_VERSION. "newest" is the
-# newest release, "nightly" last night's build for CPUs; both are looked up anew each time.
+# newest release, "nightly" last night's build, from the index that TORCH_NIGHTLY_INDEX names (PyTorch's
+# installation page has it, for each kind of device); both are looked up anew each time.
 
 REPO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV_DIR="$REPO_ROOT/.venv${TORCH_VERSION:+-torch-$TORCH_VERSION}"
 VENV_PYTHON="$VENV_DIR/bin/python"
-NIGHTLY_INDEX="https://download.pytorch.org/whl/nightly/cpu"
 
 say() { printf '==> %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -57,6 +57,8 @@ _pip_install() {
 
 ensure_venv() { # $1: extras, comma-separated
     local extras="$1" fingerprint stamp torch
+    [ "${TORCH_VERSION:-}" != nightly ] || [ -n "${TORCH_NIGHTLY_INDEX:-}" ] || die \
+        "nightly builds have an index of their own: set TORCH_NIGHTLY_INDEX to the address that PyTorch's installation page gives."
     [ -x "$VENV_PYTHON" ] || _make_venv
     _check_python "$VENV_PYTHON"
     stamp="$VENV_DIR/.installed-$extras"
@@ -67,7 +69,7 @@ ensure_venv() { # $1: extras, comma-separated
     # torch alone and first: whatever else asks for torch then finds the pinned one in place.
     case "${TORCH_VERSION:-}" in
     newest) torch=(--upgrade torch) ;;
-    nightly) torch=(--upgrade --pre torch --index-url "$NIGHTLY_INDEX") ;;
+    nightly) torch=(--upgrade --pre torch --index-url "$TORCH_NIGHTLY_INDEX") ;;
     *) torch=(torch) ;;
     esac
     say "installing torch (the longest part; once only)"

@@ -7,7 +7,8 @@
 #   scripts/test.sh -k lbfgs -m "not slow"     arguments go to pytest; site and sdist are left out
 #   scripts/test.sh --torch 2.11.0             the tests alone, on another version of torch, in an
 #                                              environment of its own: .venv-torch-VERSION;
-#                                              "newest" and "nightly" are versions too
+#                                              "newest" and "nightly" are versions too, the
+#                                              second with TORCH_NIGHTLY_INDEX set
 #   scripts/test.sh --coverage                 the tests, and the lines of the package that they run
 #
 # All other packages are those of constraints.txt, but for what that torch does not go with. From the

@@ -41,12 +41,16 @@ def run(options: Options, report: Report) -> None:
         scaled = rate * OTHER_RATES.get(name, 1.0)
         make = partial(makers[name], lr=scaled, weight_decay=0.0)
         chosen = training.Contender(name, make, language.BATCH)
-        found[name][rate] = scheduled.train(
-            task, chosen, scaled, steps=steps, measurements=2, silent=True
-        )
+        try:
+            found[name][rate] = scheduled.train(
+                task, chosen, scaled, steps=steps, measurements=2, silent=True
+            )
+        except torch.linalg.LinAlgError:
+            pass  # some optimizers decompose statistics that are not finite once they have diverged
     for name, runs in found.items():
-        losses = [run.final for run in runs.values()]
-        cost = sum(run.seconds for run in runs.values()) / sum(run.steps for run in runs.values())
+        losses = [runs[rate].final if rate in runs else math.inf for rate in rates]
+        ended = sum(run.steps for run in runs.values())
+        cost = sum(run.seconds for run in runs.values()) / ended if ended else math.nan
         scale = OTHER_RATES.get(name)
         label = name if scale is None else f"{name}, rates x {scale:g}"
         table.add(label, *(cell(x) for x in losses), cell(min(losses)), seconds(cost))

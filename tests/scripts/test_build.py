@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -83,6 +85,13 @@ def test_workflows_cover_the_pythons_and_the_oldest_torch() -> None:
     (oldest,) = re.findall(r'"torch>=([\d.]+)"', PYPROJECT)
     versions = tests["jobs"]["torch"]["strategy"]["matrix"]["torch"]
     assert versions == [f"{oldest}.0", "newest", "nightly"]
+
+
+def test_nightly_builds_need_an_index() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_NIGHTLY_INDEX"}
+    command = ["bash", str(ROOT / "scripts/test.sh"), "--torch", "nightly"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 1 and "set TORCH_NIGHTLY_INDEX" in found.stderr
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

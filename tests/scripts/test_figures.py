@@ -453,6 +453,7 @@ def test_a_release_goes_on_where_it_ended(
     assert list(good.figures) == ["good.evaluations", "good.seconds"]
     assert good.command == "python scripts/bench.py good --part part"
     assert data.figures.Record.read(folder / "slow.json").note == "Incomplete: stopped after 1 s."
+    assert release(minutes=1, only="slow") == {"slow": "stopped after 1 s"}
 
     assert release(minutes=1, only="good") == {"good part": "there"}
     busy = {**good.environment, "load": 9.0, "cores": 2}
