@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -41,12 +42,11 @@ def run(options: Options, report: Report) -> None:
         scaled = rate * OTHER_RATES.get(name, 1.0)
         make = partial(makers[name], lr=scaled, weight_decay=0.0)
         chosen = training.Contender(name, make, language.BATCH)
-        try:
+        # Some optimizers decompose statistics that are not finite, once they have diverged.
+        with suppress(torch.linalg.LinAlgError):
             found[name][rate] = scheduled.train(
                 task, chosen, scaled, steps=steps, measurements=2, silent=True
             )
-        except torch.linalg.LinAlgError:
-            pass  # some optimizers decompose statistics that are not finite once they have diverged
     for name, runs in found.items():
         losses = [runs[rate].final if rate in runs else math.inf for rate in rates]
         ended = sum(run.steps for run in runs.values())

@@ -88,7 +88,9 @@ def test_workflows_cover_the_pythons_and_the_oldest_torch() -> None:
 
 
 def test_nightly_builds_need_an_index() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_NIGHTLY_INDEX"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TORCH_NIGHTLY_INDEX"
+    }
     command = ["bash", str(ROOT / "scripts/test.sh"), "--torch", "nightly"]
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert found.returncode == 1 and "set TORCH_NIGHTLY_INDEX" in found.stderr

@@ -142,7 +142,7 @@ _TIMES = re.compile(r"time|seconds")
 
 
 def is_done(file: Path, counts: bool) -> bool:
-    """True if all of a part was measured; without `counts`, with its times and on a quiet machine."""
+    """True if all of a part was measured; without `counts` also its times, on a quiet machine."""
     if not file.exists():
         return False
     record = Record.read(file)
