@@ -92,7 +92,7 @@ PLAN: tuple[Part, ...] = (
     Part("newton", "exact", 200, ("--repeat", "3"), counts=True),
     Part("jacobian", None, 45),
     Part("penalties", None, 45),
-    Part("newton", "cg", 120),
+    Part("newton", "cg", 300),
     Part("lbfgs", "softmax", 120, ("--seconds", "100")),
     Part("iteration_costs", None, 120, ("--repeat", "3")),
     Part("minimize", "call", 45),
